@@ -1,0 +1,77 @@
+"""What passes between the stages.
+
+Axis letters, used in every docstring: P prompts, G responses for each prompt (the group), S prompt slots, T response
+slots, B = P * G rows, N = S + T, D width, V vocabulary, L layers, K key/value heads, H query heads.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem of a data set, on the host."""
+
+    uid: int                        # stable within the data set, < 2**31: part of every sampled token's key
+    prompt: np.ndarray              # int32[S'], the rendered and tokenised prompt, unpadded
+    text: str                       # the problem as the data set has it
+    answer: str                     # the reference answer
+    level: str                      # difficulty, "all" where the data set has none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Response:
+    """One finished response, on the host."""
+
+    prompt: int                     # index into the prompts that were asked for
+    sample: int                     # 0..G-1
+    tokens: np.ndarray              # int32[T'], through and including EOS
+    logprobs: np.ndarray            # float32[T'], log-prob of each token under the distribution it was drawn from
+    ended: bool                     # True: the last token is EOS; False: stopped at the token limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """All responses of one step, on the host."""
+
+    prompts: np.ndarray             # int32[P, S], padded on the right
+    prompt_lengths: np.ndarray      # int32[P]
+    tokens: np.ndarray              # int32[P, G, T], padded on the right
+    lengths: np.ndarray             # int32[P, G], tokens through EOS
+    logprobs: np.ndarray            # float32[P, G, T], 0 beyond the length
+    ended: np.ndarray               # bool[P, G], False where the response hit the token limit
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Rows the update learns from: prompt, response and padding in one line, position n predicts token n + 1."""
+
+    tokens: jax.Array               # int32[B, N], prompt then response then padding
+    mask: jax.Array                 # bool[B, N], True where a response token stands (through EOS)
+    advantages: jax.Array           # float32[B, N], for each response token, KL penalty included
+    old_logprobs: jax.Array         # float32[B, N], of tokens[b, n] given what stands before it, by the policy that sampled
+    reference_logprobs: jax.Array   # float32[B, N], the same by the frozen reference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LevelResult:
+    """Accuracy and length on the problems of one level."""
+
+    accuracy: float                 # share of right answers, 0..1, mean over samples, then problems
+    tokens: float                   # mean response tokens through EOS
+    problems: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model on a held-out set."""
+
+    accuracy: float                 # share of right answers, 0..1, mean over samples, then problems
+    tokens: float                   # mean response tokens through EOS
+    truncated: float                # share of responses stopped at the token limit
+    problems: int
+    samples: int                    # for each problem
+    by_level: dict[str, LevelResult]
