@@ -1,0 +1,206 @@
+"""The decoder: Qwen2, Llama and Qwen3 in one Linen module; the only file that imports flax.
+
+Two paths through the same block. Training scans over layers stacked on a leading axis, rematerialising each block.
+Sampling goes through an unrolled list of layers, each with its own cache, so that every cache is updated in place.
+N positions, B rows, D width, V vocabulary, L layers, H query heads, K key/value heads, h head width, S cache slots.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from effreason.lm import attention
+from effreason.runtime.sharding import constrain
+
+Params = dict[str, Any]             # {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if untied}
+Cache = list[dict[str, jax.Array]]  # a layer: {"keys": [B, K, h, S], "values": [B, K, S, h]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder, and the dtype it computes in."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: attention.Llama3Scaling | None = None
+    tied: bool = False              # the embedding is also the output head
+    qkv_bias: bool = False          # Qwen2
+    qk_norm: bool = False           # Qwen3
+    dtype: Any = jnp.float32        # of activations; weights are kept in float32, logits are always float32
+    remat: bool = True              # recompute a block in the backward pass instead of keeping its activations
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, the division in float32. Source: arXiv 1910.07467."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and a SwiGLU MLP, each behind a norm and beside a residual."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        c, normal, ones, zeros = self.config, nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
+
+        def weight(name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any = normal) -> jax.Array:
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+        self.attention_norm = weight("attention_norm", (c.width,), ("norm",), ones)
+        self.query = weight("query", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
+        self.key = weight("key", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        self.value = weight("value", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        if c.qkv_bias:
+            self.query_bias = weight("query_bias", (c.heads, c.head_dim), ("heads", "head_dim"), zeros)
+            self.key_bias = weight("key_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
+            self.value_bias = weight("value_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
+        if c.qk_norm:
+            self.query_norm = weight("query_norm", (c.head_dim,), ("norm",), ones)
+            self.key_norm = weight("key_norm", (c.head_dim,), ("norm",), ones)
+        self.output = weight("output", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"))
+        self.mlp_norm = weight("mlp_norm", (c.width,), ("norm",), ones)
+        self.gate = weight("gate", (c.width, c.mlp_width), ("embed", "mlp"))
+        self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
+        self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        """x [B, N, D] -> [B, N, D], causal over N; the None is what nn.scan stacks: nothing."""
+        query, key, value = self.project(x, rope)
+        x = self.finish(x, attention.causal_attention(query, key, value))
+        return constrain(x, "batch", "sequence", "width"), None
+
+    def extend(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array,
+               cache: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x [B, T, D] at positions int32[B, T], behind what the cache holds; returns x and the cache with T more."""
+        query, key, value = self.project(x, rope)
+        # A vmapped dynamic_update_slice writes in place and, sharded over rows, needs no collective; a scatter would.
+        write = jax.vmap(lambda old, new, at, axis: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis),
+                         in_axes=(0, 0, 0, None))
+        keys = write(cache["keys"], key.transpose(0, 2, 3, 1), positions[:, 0], 2)
+        values = write(cache["values"], value.transpose(0, 2, 1, 3), positions[:, 0], 1)
+        x = self.finish(x, attention.cached_attention(query, keys, values, positions))
+        return x, {"keys": keys, "values": values}
+
+    def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        c, dtype = self.config, x.dtype
+        normed = rms_norm(x, self.attention_norm, c.norm_eps)
+        query = jnp.einsum("bnd,dhk->bnhk", normed, self.query.astype(dtype))
+        key = jnp.einsum("bnd,dhk->bnhk", normed, self.key.astype(dtype))
+        value = jnp.einsum("bnd,dhk->bnhk", normed, self.value.astype(dtype))
+        if c.qkv_bias:
+            query, key, value = (product + bias.astype(dtype)[None, None] for product, bias in
+                                 ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias)))
+        if c.qk_norm:
+            query = rms_norm(query, self.query_norm, c.norm_eps)
+            key = rms_norm(key, self.key_norm, c.norm_eps)
+        return attention.rotate(query, *rope), attention.rotate(key, *rope), value
+
+    def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        dtype = x.dtype
+        x = x + jnp.einsum("bnhk,hkd->bnd", mixed, self.output.astype(dtype))
+        normed = rms_norm(x, self.mlp_norm, self.config.norm_eps)
+        hidden = jax.nn.silu(normed @ self.gate.astype(dtype)) * (normed @ self.up.astype(dtype))
+        return x + hidden @ self.down.astype(dtype)
+
+
+class Decoder(nn.Module):
+    """Tokens int32[B, N] to the final hidden states [B, N, D], through layers stacked on a leading axis."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        c, normal = self.config, nn.initializers.normal(0.02)
+        table = nn.with_logical_partitioning(normal, ("vocab", "embed"))
+        embedding = self.param("embedding", table, (c.vocabulary, c.width), jnp.float32)
+        if not c.tied:
+            self.param("head", table, (c.vocabulary, c.width), jnp.float32)   # read by `logits` and the scorer
+        x = constrain(embedding.astype(c.dtype)[tokens], "batch", "sequence", "width")
+        rope = _rope(c, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
+                         length=c.layers, metadata_params={nn.PARTITION_NAME: "layers"})
+        x, _ = layers(c, name="layers")(x, rope)
+        norm = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+                          (c.width,), jnp.float32)
+        return rms_norm(x, norm, c.norm_eps)
+
+
+def _rope(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return attention.rope(positions, frequencies)
+
+
+def init(config: DecoderConfig, key: jax.Array) -> Params:
+    """Random float32 weights: normal(0.02), ones for norms, zeros for biases."""
+    return nn.meta.unbox(Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+
+
+def abstract_params(config: DecoderConfig) -> Params:
+    """Shapes and dtypes of the weights, without making them."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def logical_axes(config: DecoderConfig) -> Params:
+    """The logical axis names of every weight, as tuples in the tree of the weights."""
+    boxed = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return jax.tree.map(tuple, nn.get_partition_spec(boxed)["params"],
+                        is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
+
+
+def forward(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """Final hidden states [B, N, D] of int32[B, N] tokens, causal; padding must stand behind, it is never masked."""
+    return Decoder(config).apply({"params": params}, tokens)
+
+
+def head(params: Params) -> jax.Array:
+    """The output head [V, D]: the embedding where it is tied."""
+    return params.get("head", params["embedding"])
+
+
+def logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """float32[..., V] for hidden states [..., D]."""
+    return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def unstack(config: DecoderConfig, params: Params) -> Params:
+    """The weights as the sampler reads them: layers as a list, matrices in the compute dtype."""
+    cast = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
+    return cast | {"layers": [jax.tree.map(lambda leaf, layer=layer: leaf[layer], cast["layers"])
+                              for layer in range(config.layers)]}
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int) -> Cache:
+    """A cache for `rows` sequences of at most `slots` tokens."""
+    return [{"keys": jnp.zeros((rows, config.kv_heads, config.head_dim, slots), config.dtype),
+             "values": jnp.zeros((rows, config.kv_heads, slots, config.head_dim), config.dtype)}
+            for _ in range(config.layers)]
+
+
+def extend(config: DecoderConfig, unstacked: Params, tokens: jax.Array, start: jax.Array,
+           cache: Cache) -> tuple[jax.Array, Cache]:
+    """Reads T more tokens of each row: one in a decode step, a whole prompt in a prefill.
+
+    Args: unstacked weights; tokens int32[B, T]; start int32[B], how many tokens each row's cache holds already;
+        cache slots at and beyond `start` may hold anything, they are overwritten or never seen.
+    Returns: final hidden states [B, T, D] and the cache."""
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    rope = _rope(config, positions)
+    x = unstacked["embedding"].astype(config.dtype)[tokens]
+    extended = []
+    for layer, layer_cache in zip(unstacked["layers"], cache, strict=True):
+        x, layer_cache = Block(config).apply({"params": layer}, x, rope, positions, layer_cache, method="extend")
+        extended.append(layer_cache)
+    return rms_norm(x, unstacked["final_norm"], config.norm_eps), extended

@@ -1,0 +1,85 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+Every array in the program is named by logical axes ("batch", "heads", ...); this table says which mesh axes carry
+them. A name that is not in the table is a KeyError, so a misspelt axis never means "replicated".
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from effreason.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+AXES: dict[str, Any] = {
+    "batch": ("data", "fsdp"),      # rows of a batch, slots of the sampler
+    "sequence": "context",
+    "embed": "fsdp",                # the D axis of weights
+    "width": None,                  # the D axis of activations
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "norm": None,
+    "layers": None,
+}
+
+# While sampling, weights are read once for every token: gathered over fsdp beforehand, they cost no collective there.
+SAMPLING_AXES = AXES | {"embed": None}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> Mesh:
+    """A mesh over all devices of all processes; data = -1 takes what the other axes leave.
+
+    Raises: UserError when the axes do not multiply to the number of devices."""
+    count = jax.device_count()
+    others = fsdp * tensor * context
+    if data == -1:
+        data = max(count // others, 1)
+    if data * others != count:
+        raise UserError(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} x context {context} = {data * others}, "
+                        f"expected {count}, the number of devices")
+    return jax.make_mesh((data, fsdp, tensor, context), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(*axes: str, table: dict[str, Any] = AXES) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes."""
+    return PartitionSpec(*(table[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, *axes: str, table: dict[str, Any] = AXES) -> NamedSharding:
+    """The sharding on `mesh` of an array with these logical axes; none at all means replicated."""
+    return NamedSharding(mesh, spec(*axes, table=table))
+
+
+def tree_sharding(mesh: Mesh, logical: Any, table: dict[str, Any] = AXES) -> Any:
+    """A tree of logical-axis tuples to the same tree of shardings."""
+    return jax.tree.map(lambda axes: sharding(mesh, *axes, table=table), logical,
+                        is_leaf=lambda node: isinstance(node, tuple))
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pins an activation's layout at a block boundary; without a mesh (a notebook, a unit test) it is x itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many ways the batch axis is split."""
+    return math.prod(mesh.shape[axis] for axis in AXES["batch"])
+
+
+def to_device(tree: Any, shardings: Any) -> Any:
+    """Host arrays onto the mesh: one of the two named crossings between host and device."""
+    return jax.device_put(tree, shardings)
+
+
+def to_host(tree: Any) -> Any:
+    """Device arrays to NumPy: the other one."""
+    return jax.tree.map(np.asarray, jax.device_get(tree))
