@@ -1,0 +1,60 @@
+"""From rewards to advantages: how much better a response did than its siblings, less what the KL penalty takes.
+
+P prompts, G responses for each prompt (the group), B = P * G rows, N token positions of a row. Needs nothing but jax.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def leave_one_out(rewards: jax.Array) -> jax.Array:
+    """Subtracts from each reward the mean of the other G - 1 rewards of its group (RLOO).
+
+    Args: rewards float32[P, G], G >= 2.
+    Returns: float32[P, G]; a group of equal rewards gives exactly 0. Source: arXiv 2402.14740.
+    """
+    # Measured from the first reward, equal rewards are exactly 0; sums of 0.95 would leave rounding noise.
+    offsets = rewards - rewards[..., :1]
+    others = (jnp.sum(offsets, axis=-1, keepdims=True) - offsets) / (rewards.shape[-1] - 1)
+    return offsets - others
+
+
+def group_std(advantages: jax.Array, rewards: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Divides each advantage by the population std of its group's rewards (GRPO).
+
+    Warning: this removes alpha. Where all responses are correct the rewards differ by alpha * sigmoid(z) alone, so
+    their std is proportional to alpha and the quotient is the same for alpha = 0.05 and 0.4: the dial turns and
+    nothing moves.
+
+    Args: advantages float32[P, G]; rewards float32[P, G], before any baseline; eps, added to the std.
+    Returns: float32[P, G]; 0 where the group's rewards are equal. Source: arXiv 2402.03300.
+    """
+    offsets = rewards - rewards[..., :1]                    # as above: equal rewards have std 0, not rounding noise
+    return advantages / (jnp.std(offsets, axis=-1, keepdims=True) + eps)
+
+
+def whiten(advantages: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Array:
+    """Shifts and scales the batch's advantages to mean 0 and variance 1, each response token weighing the same.
+
+    The mean over tokens is a mean over responses weighted by length. Under a loss that averages over sequences this
+    adds a pull on length even at alpha = 0: compare with a control at alpha = 0.
+
+    Args: advantages float32[B, N]; mask bool[B, N], True on response tokens; eps, the least variance divided by.
+    Returns: float32[B, N], 0 outside the mask.
+    """
+    tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+    centred = jnp.where(mask, advantages - jnp.sum(advantages, where=mask) / tokens, 0.0)
+    return centred * jax.lax.rsqrt(jnp.maximum(jnp.sum(centred**2) / tokens, eps))
+
+
+def kl_return_to_go(penalty: jax.Array, mask: jax.Array) -> jax.Array:
+    """Sums the penalty of each response token and all response tokens after it (no discount).
+
+    With penalty = coefficient * (policy log-prob - reference log-prob), subtract the result from the advantages: a
+    token answers for the drift from the reference that it and its successors cause, not for what stood before it.
+
+    Args: penalty float32[B, N]; mask bool[B, N], True on response tokens.
+    Returns: float32[B, N], 0 outside the mask.
+    """
+    response = jnp.where(mask, penalty, 0.0)
+    return jnp.where(mask, jax.lax.cumsum(response, axis=response.ndim - 1, reverse=True), 0.0)
