@@ -20,7 +20,9 @@ def response_mask(prompt_lengths: jax.Array, lengths: jax.Array, positions: int)
 
 
 def padded_length(length: int, smallest: int = 64) -> int:
-    """The least of 64, 96, 128, 192, 256, 384, ... that holds `length`: few shapes to compile, a third of padding at most."""
+    """The least of 64, 96, 128, 192, 256, ... that holds `length`: few shapes to compile, at most a third of padding.
+
+    Args: smallest, a power of two."""
     size = smallest
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

@@ -20,10 +20,6 @@ hypothesis.settings.register_profile("effreason", deadline=None, max_examples=50
 hypothesis.settings.load_profile("effreason")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "parity: compares with transformers on torch (extra `parity`)")
-
-
 @pytest.fixture(scope="module")
 def strict():
     """No silent rank or dtype promotion: for the kernels, whose shapes and dtypes are all stated."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from effreason.masks import response_mask
+from effreason.masks import padded_length, response_mask
 
 pytestmark = pytest.mark.usefixtures("strict")
 POSITIONS = 12
@@ -58,6 +58,13 @@ def test_each_row_holds_its_response_and_nothing_else(spans):
     mask = np.asarray(masks(*jnp.array(spans, jnp.int32).T))
     for marked, (start, length) in zip(mask, spans, strict=True):
         assert np.flatnonzero(marked).tolist() == list(range(start, start + length))
+
+
+def test_padded_lengths_are_few_and_waste_at_most_a_third():
+    assert sorted({padded_length(length) for length in range(1000)}) == [64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    for length in range(64, 5000):
+        assert length <= padded_length(length) <= 1.5 * length
+    assert padded_length(5, smallest=16) == 16
 
 
 def test_compiles_once_and_returns_bool():
