@@ -1,0 +1,55 @@
+"""Writes docs/configuration.md from the dataclasses: python docs/make_configuration.py"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from effreason.runtime.config import Config  # noqa: E402
+from effreason.runtime.settings import Setting, meanings, sections, settings, written  # noqa: E402
+
+PAGE = ROOT / "docs" / "configuration.md"
+INTRODUCTION = """# Configuration
+
+<!-- Written by docs/make_configuration.py from effreason/runtime/config.py: change it there. -->
+
+A run is described by sections of fields. They are read from a YAML file, and flags override the file:
+
+```
+python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.alpha 0.4
+```
+
+- Without `--config` the file is `configs/tiny.yaml`, also when only flags are given.
+- `--config` may be given more than once, anywhere; a later file overrides an earlier one. What no file and no flag sets
+  has the default below.
+- `--print_config` prints the resolved configuration as YAML and exits. A run writes it into its directory.
+- `null` means that there is no value; true and false are written so.
+- A mistake ends the program at once with exit code 2 and one line such as
+  `error: reward.alpha must be in [0, 1), got 1.5`.
+- `evaluate.py` takes the same fields, and `--models DIR [DIR ...]` (default: `model.path`) and `--output DIR`.
+
+Fields must also agree: `rollout.prompts_per_step * rollout.group_size` is divisible by
+`update.rows_per_micro_batch * update.updates_per_batch`; with a file in `data.path`, `evaluation.path` names a
+file too or `evaluation.problems` is 0; `run.resume` needs `run.directory`.
+"""
+HEADER = "| field | type | default | meaning |\n|---|---|---|---|\n"
+
+
+def row(setting: Setting, meaning: str) -> str:
+    """One field as a line of a table."""
+    cells = [f"`{setting.field}`", setting.expected, f"`{written(setting.default)}`", meaning]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |\n"
+
+
+def page() -> str:
+    """docs/configuration.md."""
+    parts = [INTRODUCTION]
+    for name, section in sections(Config).items():
+        rows = "".join(row(setting, meanings(Config)[setting.field]) for setting in settings(section))
+        parts.append(f"\n## {name}\n\n{section.__doc__}\n\n{HEADER}{rows}")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,138 @@
+"""The command line: `effreason train` and `effreason evaluate`, the same as train.py and evaluate.py.
+
+The configuration and the files it names are checked before anything that imports jax.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from effreason.errors import Interrupted, UserError
+from effreason.runtime import config as configuration
+from effreason.runtime import parsers
+from effreason.runtime.config import Config
+
+USAGE = """usage: effreason COMMAND [--config FILE] [--section.field VALUE ...]
+
+commands:
+  train      train a model to reason in fewer tokens
+  evaluate   measure accuracy and tokens of models on held-out problems
+
+`effreason COMMAND --help` lists the options.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns: the exit code."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    commands = {"train": train, "evaluate": evaluate}
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if command not in commands:
+        print(f"error: the command must be one of {', '.join(commands)}, got {command}", file=sys.stderr)
+        return 2
+    return commands[command](rest, f"effreason {command}")
+
+
+def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """Trains. Returns: the exit code."""
+    return _guarded(lambda: _train(argv, prog))
+
+
+def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
+    """Evaluates. Returns: the exit code."""
+    return _guarded(lambda: _evaluate(argv, prog))
+
+
+def _train(argv: Sequence[str] | None, prog: str) -> None:
+    parser = parsers.parser(Config, prog, "Train a model to reason in fewer tokens.")
+    config, _ = configuration.parse(parser, argv)
+    check_training(config)
+    from effreason import loop
+
+    loop.train(config)
+
+
+def _evaluate(argv: Sequence[str] | None, prog: str) -> None:
+    parser = parsers.parser(Config, prog, "Measure accuracy and tokens of models on held-out problems.")
+    parser.add_argument(
+        "--models", metavar="DIR", nargs="+", type=str,
+        help="models to evaluate: Hugging Face directories, or tiny; without it: model.path",
+    )
+    parser.add_argument("--output", metavar="DIR", type=str, help="directory for the results")
+    config, values = configuration.parse(parser, argv)
+    models = values.models or [config.model.path]
+    check_evaluation(config, models)
+    from effreason import evaluation
+
+    evaluation.evaluate_models(config, models, Path(values.output) if values.output else None)
+
+
+def _guarded(command: Callable[[], None]) -> int:
+    """Runs a command; what the user can put right, a signal and a full disk end it with one line."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop.message, file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: {_reason(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _reason(error: OSError) -> str:
+    """The file and what is wrong with it, on one line."""
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+
+def check_training(config: Config) -> None:
+    """Raises UserError where a file the training needs is missing: seconds, not after the compilation."""
+    check_model(config.model.path, "model.path")
+    _check_jsonl(config.data.path, "data.path")
+    if config.evaluation.problems > 0:
+        _check_jsonl(config.evaluation.path, "evaluation.path")
+    directory = config.run.directory
+    if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
+        raise UserError(f"run.directory must be a directory, {directory} is a file")
+    wandb = importlib.util.find_spec("wandb") if config.log.wandb else None
+    # No origin: a folder of that name, such as the one wandb leaves where it ran, and not the package.
+    if config.log.wandb and (wandb is None or wandb.origin is None):
+        raise UserError('log.wandb needs the package wandb: pip install "effreason[wandb]"')
+
+
+def check_evaluation(config: Config, models: Sequence[str]) -> None:
+    """Raises UserError where a model or the problems to evaluate on are missing."""
+    for path in models:
+        check_model(path, "models")
+    if config.evaluation.problems == 0:
+        raise UserError("evaluation.problems must be >= 1 to evaluate, got 0")
+    _check_jsonl(config.evaluation.path, "evaluation.path")
+
+
+def check_model(path: str, field: str) -> None:
+    """Raises UserError unless the path is "tiny" or looks like a Hugging Face directory."""
+    if path == "tiny":
+        return
+    if not Path(path).is_dir():
+        found = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(f"{field} must be tiny or a Hugging Face directory, {path} {found}")
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"{field} must be tiny or a Hugging Face directory, {path} holds no config.json")
+
+
+def _check_jsonl(path: str | None, field: str) -> None:
+    if path not in (None, "tiny") and not Path(path).is_file():
+        found = "is a directory" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{field} must be a JSONL file, {path} {found}")

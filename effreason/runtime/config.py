@@ -1,0 +1,316 @@
+"""The configuration: frozen dataclasses, read from YAML and dotted command-line flags.
+
+Every field is written down once, here: name, type with bound, default, and the line under it says what it means.
+Nothing here imports jax: mistakes show at once.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jsonargparse
+import yaml
+
+from effreason.runtime import parsers
+from effreason.runtime.settings import Bound, Section, all_settings, written
+
+Natural = Annotated[int, Bound(">= 0", lambda n: n >= 0)]
+Count = Annotated[int, Bound(">= 1", lambda n: n >= 1)]
+GroupSize = Annotated[int, Bound(">= 2", lambda n: n >= 2)]
+Seed = Annotated[int, Bound("in [0, 2147483647]", lambda n: 0 <= n < 2**31)]
+DataAxis = Annotated[int, Bound("-1 or >= 1", lambda n: n == -1 or n >= 1)]
+Positive = Annotated[float, Bound("> 0 and finite", lambda x: 0 < x < math.inf)]
+NonNegative = Annotated[float, Bound(">= 0 and finite", lambda x: 0 <= x < math.inf)]
+Fraction = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
+Template = Annotated[str, Bound('holding "{problem}"', lambda text: "{problem}" in text)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    path: str = "tiny"
+    """"tiny" = the embedded reasoner, else a Hugging Face directory (config.json, safetensors, tokenizer)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Numbers the forward and backward passes compute in; the weights the optimiser holds are float32."""
+    remat: bool = True
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    """The problems it is trained on."""
+
+    path: str = "tiny"
+    """"tiny" = generated arithmetic, else a JSONL file, one problem a line."""
+    problem_field: str = "problem"
+    """Key of the problem's text in a JSONL line."""
+    answer_field: str = "answer"
+    """Key of the reference answer in a JSONL line."""
+    level_field: str | None = None
+    """Key of the difficulty in a JSONL line, for results by level; null = all problems are one level."""
+    user_prompt: Template = (
+        r"Please reason step by step, and put your final answer within \boxed{}. Question: {problem}"
+    )
+    """The user's turn; {problem} stands for the problem. The model's chat template goes round it."""
+    max_prompt_tokens: Count = 512
+    """Problems with a longer prompt are left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig(Section):
+    """Sampling the responses of a step."""
+
+    prompts_per_step: Count = 32
+    """Problems sampled at each step."""
+    group_size: GroupSize = 8
+    """Responses to each problem; their lengths are compared with one another."""
+    max_new_tokens: Count = 4096
+    """Longest response; one that has not ended by then is cut off and counts as wrong."""
+    temperature: Positive = 1.0
+    """Sampling temperature; the method assumes 1."""
+    top_p: Share = 1.0
+    """Nucleus sampling: the smallest set of tokens with this probability; 1 = all, as the method assumes."""
+    slots: Count = 64
+    """Responses generated at the same time; a finished one makes room for the next."""
+    chunk: Count = 16
+    """Tokens each slot generates before finished responses are looked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GradeConfig(Section):
+    """Deciding which responses are correct, on the host."""
+
+    workers: Count = 2
+    """Processes that compare answers symbolically."""
+    cpu_seconds: Positive = 2.0
+    """Processor time for one comparison; beyond it the answer counts as wrong."""
+    wall_seconds: Positive = 8.0
+    """Clock time for one comparison; beyond it the worker is replaced and the answer counts as wrong."""
+    memory_mb: Count = 2048
+    """Memory of one worker, in MiB."""
+    step_budget_seconds: Positive = 30.0
+    """Clock time for all comparisons of a step; what is left over then counts as wrong."""
+    require_eos: bool = True
+    """A response that was cut off counts as wrong whatever it holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig(Section):
+    """The reward of a correct response: 1 - alpha * sigmoid(length against the other correct ones)."""
+
+    alpha: Fraction = 0.1
+    """The one dial: how much a correct response loses for being longer than its siblings; 0 = correctness only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig(Section):
+    """From rewards to advantages: leave-one-out, and two options."""
+
+    whiten: bool = False
+    """Subtract the batch's mean and divide by its standard deviation, over tokens, as the authors' code does.
+    With update.aggregation sequence_mean it pulls on length even at alpha = 0."""
+    group_std: bool = False
+    """Divide by the group's standard deviation. Beware: where all are correct this takes reward.alpha out again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig(Section):
+    """Staying close to the model the run started from."""
+
+    form: Literal["none", "reward", "loss"] = "reward"
+    """reward = a penalty on each token's reward (k1), loss = a term of the loss (k3), none = neither."""
+    coefficient: NonNegative = 0.001
+    """Weight of the penalty or term."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig(Section):
+    """The policy gradient and the optimiser (AdamW)."""
+
+    learning_rate: NonNegative = 5e-6
+    """Constant after the warm-up."""
+    beta1: Fraction = 0.9
+    """AdamW: decay of the gradient's running mean."""
+    beta2: Fraction = 0.95
+    """AdamW: decay of the squared gradient's running mean."""
+    weight_decay: NonNegative = 0.0
+    """AdamW: decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
+    warmup_updates: Natural = 6
+    """Optimiser updates over which the learning rate rises from 0."""
+    updates_per_batch: Count = 1
+    """Optimiser updates made from one step's responses, each on its own part of them."""
+    clip_ratio: Positive = 0.2
+    """PPO clip of the ratio to the policy that sampled; matters only when updates_per_batch > 1."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Loss: mean over all response tokens of an update, or over responses of the mean over each one's tokens."""
+    rows_per_micro_batch: Count = 8
+    """Responses in one forward and backward pass: memory against speed, the loss stays the same."""
+    logprob_chunk: Count = 512
+    """Positions whose log-probs over the vocabulary are held at a time: memory against speed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """Accuracy and tokens on held-out problems, before and after training."""
+
+    path: str | None = None
+    """JSONL file of held-out problems, with data.*'s fields; null = the generated held-out set of data.path tiny."""
+    problems: Natural = 600
+    """Problems to evaluate on, the first of the set; 0 = no evaluation."""
+    samples: Count = 1
+    """Responses to each problem; accuracy is the mean over them."""
+    temperature: Positive = 1.0
+    """Sampling temperature."""
+    top_p: Share = 1.0
+    """Nucleus sampling, as rollout.top_p."""
+    every: Natural = 0
+    """Steps between evaluations in training; 0 = only before the first step and after the last."""
+    max_new_tokens: Count | None = None
+    """Longest response; null = rollout.max_new_tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """Saving the run, to resume it and to use the model elsewhere."""
+
+    every: Count = 10
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Count = 2
+    """Newest checkpoints kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """Devices along each axis of the mesh; the product must be the number of devices."""
+
+    data: DataAxis = -1
+    """Copies that share the batch; -1 = all devices the other axes leave."""
+    fsdp: Count = 1
+    """Shards of weights and optimiser state; they share the batch too."""
+    tensor: Count = 1
+    """Shards of heads, feed-forward and vocabulary."""
+    context: Count = 1
+    """Shards of the sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig(Section):
+    """What a run writes besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files into the run directory."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases (needs the extra: pip install "effreason[wandb]")."""
+    samples_per_step: Natural = 4
+    """Responses written to rollouts.jsonl at each step, with prompt, reward and grade."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Section):
+    """One run."""
+
+    directory: str | None = None
+    """Where everything is written; null = runs/<UTC time>-alpha<alpha>-seed<seed>."""
+    seed: Seed = 0
+    """Root of all randomness: order of the problems and every sampled token."""
+    steps: Count = 100
+    """Steps to train; a resumed run counts from its beginning."""
+    resume: bool = False
+    """Go on from the newest checkpoint in run.directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections, checked against one another."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grade: GradeConfig = GradeConfig()
+    reward: RewardConfig = RewardConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    kl: KLConfig = KLConfig()
+    update: UpdateConfig = UpdateConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        rollout, update = self.rollout, self.update
+        if rollout.prompts_per_step * rollout.group_size % (update.rows_per_micro_batch * update.updates_per_batch):
+            raise ValueError(
+                "rollout.prompts_per_step * rollout.group_size must be divisible by update.rows_per_micro_batch * "
+                f"update.updates_per_batch, got {rollout.prompts_per_step} * {rollout.group_size} and "
+                f"{update.rows_per_micro_batch} * {update.updates_per_batch}"
+            )
+        if self.data.path != "tiny" and self.evaluation.path is None and self.evaluation.problems > 0:
+            raise ValueError(
+                "evaluation.path must name a JSONL file of held-out problems, or evaluation.problems must be 0, "
+                f"when data.path is a file, got evaluation.path null and evaluation.problems {self.evaluation.problems}"
+            )
+        if self.run.resume and self.run.directory is None:
+            raise ValueError("run.directory must name the run to resume when run.resume is true, got null")
+
+
+def shipped() -> Path:
+    """The directory of the shipped configurations: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def parse(
+    parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, default: str = "configs/tiny.yaml"
+) -> tuple[Config, jsonargparse.Namespace]:
+    """The configuration and whatever else `parser` takes; see `from_command_line`."""
+    config, values = parsers.parse(Config, parser, argv, shipped().parent / default)
+    if values.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config, values
+
+
+def from_command_line(argv: Sequence[str] | None = None, default: str = "configs/tiny.yaml") -> Config:
+    """The configuration of `[--config FILE] [--section.field VALUE ...]`.
+
+    Args: argv the arguments, None = sys.argv; default the file read when there is no --config.
+    Raises: UserError for any mistake; SystemExit(0) after --help and --print_config."""
+    return parse(parsers.parser(Config, "train.py"), argv, default)[0]
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Reads a YAML file; what it leaves out has its default. Raises: UserError."""
+    parser = parsers.parser(Config, "load")
+    return parsers.build(Config, parsers.read(Config, parser, Path(path), jsonargparse.Namespace()))
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML, in the order of the dataclasses."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def save(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes the configuration as YAML; a full disk leaves the file that was there."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    partial.replace(path)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """The fields that differ, each as "field: a -> b"."""
+    found = []
+    for setting in all_settings(Config):
+        old, new = (getattr(getattr(config, setting.section), setting.name) for config in (a, b))
+        if old != new:
+            found.append(f"{setting.field}: {written(old)} -> {written(new)}")
+    return found

@@ -1,0 +1,62 @@
+"""effreason: train large reasoning models to reason efficiently, in JAX."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "effreason" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+setup(
+    name="effreason",
+    version=VERSION,
+    description="Train large reasoning models to reason efficiently, in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # configs/ stays at the top of the checkout and is installed as effreason/configs.
+    packages=[*find_packages(include=["effreason", "effreason.*"]), "effreason.configs"],
+    package_dir={"effreason.configs": "configs"},
+    package_data={"effreason.configs": ["*.yaml"], "effreason.tiny": ["reasoner/*"]},
+    entry_points={"console_scripts": ["effreason = effreason.cli:main"]},
+    # docs/dependencies.md says what each is for.
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "numpy>=2",
+        "safetensors>=0.5",
+        "transformers>=5",
+        "jinja2>=3.1",
+        "jsonargparse[signatures]>=4.53",
+        "PyYAML>=6",
+        "math-verify[antlr4_13_2]>=0.9",
+        "sympy>=1.13",
+        "tensorboardX>=2.6",
+        "rich>=13",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda12": ["jax[cuda12]>=0.10.2"],
+        "cuda13": ["jax[cuda13]>=0.10.2"],
+        "wandb": ["wandb>=0.19"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML>=6"],
+        "parity": ["torch==2.13.0"],
+        "bench": ["torch==2.13.0", "psutil>=6"],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
