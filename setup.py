@@ -32,6 +32,7 @@ setup(
         "numpy>=2",
         "safetensors>=0.5",
         "transformers>=5",
+        "tokenizers>=0.22",
         "jinja2>=3.1",
         "jsonargparse[signatures]>=4.53",
         "PyYAML>=6",
