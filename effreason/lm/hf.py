@@ -64,12 +64,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path, *, dtype: str = "float32", remat: bool = True) -> DecoderConfig:
-    """The decoder that config.json describes, in both its old and its new spelling.
+    """The decoder that a directory's config.json describes."""
+    path = directory / "config.json"
+    return parse_config(read_json(path), path, dtype=dtype, remat=remat)
+
+
+def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", remat: bool = True) -> DecoderConfig:
+    """The decoder that the table of a config.json describes, in both its old and its new spelling.
 
     Raises: UserError that names the file and the entry, for an unknown family or a feature this decoder lacks:
         it never computes something other than what the checkpoint means."""
-    path = directory / "config.json"
-    table = read_json(path)
 
     def entry(name: str) -> Any:
         if table.get(name) is None:
@@ -228,7 +232,6 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path) ->
 
     The directory appears under its name only when it is whole: a crash or a full disk leaves the old one as it was.
     Args: source, the directory the model came from: config.json, tokenizer, chat template, generation settings."""
-    dtype = stored_dtype(source)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -236,8 +239,7 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path) ->
         for name in COMPANIONS:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
-        (partial / "config.json").write_text(json.dumps(_exported_config(source, config, dtype), indent=2) + "\n")
-        _write_shards(stored_tensors(params, config, dtype), partial)
+        write_model(params, config, read_json(source / "config.json"), stored_dtype(source), partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -247,6 +249,14 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path) ->
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_model(params: Params, config: DecoderConfig, table: dict[str, Any], dtype: str, directory: Path) -> None:
+    """config.json and the weights in `dtype`; `table` is the config.json that `config` was read from."""
+    directory.mkdir(parents=True, exist_ok=True)
+    exported = json.dumps(_exported_config(table, config, dtype), indent=2) + "\n"
+    (directory / "config.json").write_text(exported)
+    _write_shards(stored_tensors(params, config, dtype), directory)
 
 
 def _write_shards(tensors: Any, directory: Path) -> None:
@@ -280,9 +290,9 @@ def _write_shards(tensors: Any, directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _exported_config(source: Path, config: DecoderConfig, dtype: str) -> dict[str, Any]:
+def _exported_config(table: dict[str, Any], config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """The source's config.json, with dtype and rotary settings in the old and in the new spelling."""
-    table = read_json(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
+    table = table | {"dtype": dtype, "torch_dtype": dtype}
     table["architectures"] = [FAMILIES[table["model_type"]]]
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:

@@ -1,0 +1,73 @@
+"""Stage 7: the training state on disk, so that a resumed run is the run that was never stopped.
+
+The step is the whole data position: problems and sampled tokens are functions of (seed, step). Orbax writes into a
+temporary folder and renames it, so a crash or a full disk leaves the checkpoints before it as they were.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from effreason.errors import UserError
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of a run directory."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        self._directory = directory.absolute()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory, preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: Any, *, wall_seconds: float) -> None:
+        """Saves the state after `step` steps, unless it is saved already. Raises: UserError when it cannot be written."""
+        if self.latest == step:
+            return
+        try:
+            self._checkpointer.save_checkpointables(step, {"state": state}, force=True,
+                                                    custom_metadata={"wall_seconds": wall_seconds})
+        except Exception as error:  # what a full disk raises depends on which of orbax's layers met it
+            raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be written ({_reason(error)}); "
+                            f"the newest whole one is {self._newest_whole()}") from error
+
+    def restore(self, abstract_state: Any) -> tuple[Any, float]:
+        """The newest state, put onto its shardings, and the wall seconds spent on it.
+
+        Args: abstract_state, ShapeDtypeStructs with shardings. Raises: UserError for a checkpoint that does not fit."""
+        step = self.latest
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be read ({_reason(error)})") from error
+        metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
+        return loaded["state"], float(metadata["wall_seconds"])
+
+    def _newest_whole(self) -> str:
+        self._checkpointer.reload()
+        return "none" if self.latest is None else f"step {self.latest}"
+
+
+def abstract(state: Any, targets: Any) -> Any:
+    """ShapeDtypeStructs of a state (itself or abstract), with their shardings."""
+    return jax.tree.map(lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), state, targets)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,358 @@
+"""Comparison of two answers in plain Python: structure, words and rational numbers. What needs algebra is left undecided."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from effreason.grading import notation, rationals
+
+# True, False, or None where neither can be said.
+Verdict = bool | None
+Leaf = Callable[[str, str], Verdict]
+
+MAX_UNORDERED = 50
+MAX_CHAIN = 3
+MAX_DEPTH = 50
+
+LETTER = re.compile(r"[A-J]")
+CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:])(?=\s|$|\\text|[^\s)]).*|\(?([A-J])\)?", re.DOTALL)
+EQUALS = re.compile(r"(?<![<>!:])=")
+MEMBER = re.compile(r"\\in(?![a-zA-Z])")
+SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
+CUP = re.compile(r"\\cup(?![a-zA-Z])")
+APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
+RELATION = re.compile(r"(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))")
+VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
+MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", re.DOTALL)
+DIGITS_APART = re.compile(r"\d\s+[\d.]")
+BASE = re.compile(r"([0-9A-Z]+)_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
+DEGREE = re.compile(r"\s*\^\{\s*\\circ\s*\}\s*(?:[CF]|\\text\{[CF]\})?$")
+TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+PERCENT = re.compile(r"\s*(?:%|\\text\{\s*(?:percent|per cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percent|per cent|pct))\s*$", re.IGNORECASE)
+
+SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SCALED = re.compile(r"(.*?\S)\s*(?:\\text\{\s*)?\b(" + "|".join(SCALE) + r")s?\s*(?:\}|\Z)(.*)", re.DOTALL)
+NO_UNIT = re.compile(r"\b(?:or|and|if|mod|more|less|least|most|times|plus|minus|over|pi|not|to|is|by|base|percent|"
+                     r"dozen|score|half|a\.?m|p\.?m|AM|PM|" + "|".join(SCALE) + r")\b")
+SHORT_UNITS = ("mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa Hz kHz MHz kW kJ kN mph kph kmh hr hrs min mins sec secs ms "
+               "sq cu rad deg USD EUR gal qt pt cc").split()
+POWER = r"(?:\s*\^\{\s*-?\d\s*\})?"
+TEXT_UNIT = re.compile(rf"(.*?\S)\s*((?:\\text\{{[^{{}}]*\}}{POWER}[\s/]*(?:\\cdot\s*)?)+)$", re.DOTALL)
+WORD_UNIT = re.compile(
+    rf"(.*?(?:[\d)}}]|\\pi(?=\s)))\s*((?:(?:{'|'.join(SHORT_UNITS)}|[a-z]{{3,}}|\\text\{{[^{{}}]*\}}){POWER}(?:\s+|\s*/\s*|$)(?:(?:s|h|m|g|l|L|per|of|a|an)(?![a-zA-Z])\s*)?)+)$",
+    re.DOTALL)
+LETTER_UNIT = re.compile(rf"(.*?[\d}}])\s*(?:\\text\{{\s*)?[smghlLVWJNAKCF](?:\s*/\s*[smh])?\}}?{POWER}$", re.DOTALL)
+NO_SOLUTION = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", r"\emptyset", r"\{\}", "emptyset", "theemptyset"}
+
+
+class NoLists:
+    """Not two lists to compare element by element: only set algebra can tell."""
+
+
+NO_LISTS = NoLists()
+
+
+@dataclass(frozen=True)
+class Bracketed:
+    """A list of answers and what encloses it: "()", "[)", "{}" for a set, "" for nothing."""
+
+    brackets: str
+    elements: tuple[str, ...]
+
+
+def exact(prediction: str, gold: str) -> Verdict:
+    """Compares two answers without algebra; True and False are final, None asks for the symbolic stage. Linear, never raises."""
+    p, g = notation.strip_parentheses(notation.canonical(prediction)), notation.strip_parentheses(notation.canonical(gold))
+    if p != g and notation.depth(p) > MAX_DEPTH:
+        return None
+    return compare(p, g, leaf)
+
+
+def compare(prediction: str, gold: str, same: Leaf) -> Verdict:
+    """Compares two canonical answers part by part, down to `same` for what has no parts.
+
+    Rules: a name before "=" may be left out, and every other part of a chain has to equal the answer; lists and sets have no order,
+    tuples do, and kinds of brackets count; an inequality in one variable is its interval.
+    """
+    if not prediction or not gold:
+        return False
+    if notation.key(prediction) == notation.key(gold):
+        return True
+    if LETTER.fullmatch(bare := notation.strip_parentheses(gold)):
+        return _choice(prediction, bare)
+    prediction, gold = _without_approximation(prediction), _without_approximation(gold)
+    p, g = _bracketed(notation.strip_parentheses(prediction)), _bracketed(notation.strip_parentheses(gold))
+    if len(p.elements) > 1 or len(g.elements) > 1 or p.brackets or g.brackets:
+        verdict = _compare_lists(p, g, same)
+        return same(prediction, gold) if isinstance(verdict, NoLists) else verdict
+    return _compare_single(p.elements[0], g.elements[0], same)
+
+
+def leaf(prediction: str, gold: str) -> Verdict:
+    """Compares two canonical answers that have no parts: writing, words, rational numbers; units are not compared."""
+    if notation.key(prediction) == notation.key(gold):
+        return True
+    verdict = _words(prediction, gold)
+    if verdict is not None:
+        return verdict
+    p, g = without_unit(prediction), without_unit(gold)
+    if DIGITS_APART.search(p) and not rationals.MIXED.fullmatch(p):
+        return False                                # "5 5" must not become 55
+    if notation.key(p) == notation.key(g):
+        return True
+    if (p_base := BASE.fullmatch(p)) and (g_base := BASE.fullmatch(g)):
+        return p_base[1] == g_base[1] and _base(p_base[2]) == _base(g_base[2])
+    p_value, g_value = _value(p), _value(g)
+    if p_value is None and g_value is not None:
+        p_value = _value_of_letter_unit(p)
+    if g_value is None and p_value is not None:
+        g_value = _value_of_letter_unit(g)
+    if p_value is UNDEFINED or g_value is UNDEFINED:
+        return False
+    if isinstance(p_value, rationals.Value) and isinstance(g_value, rationals.Value):
+        return rationals.same(p_value, g_value)
+    value, other = (p_value, g) if p_value else (g_value, p)
+    if value and (BASE.fullmatch(other) or other.strip("+- ") == r"\infty"):
+        return False
+    return None
+
+
+def without_unit(text: str) -> str:
+    r"""Removes what is said after a quantity: 5\text{ cm} -> 5, 50\% -> 50, 90^{\circ} -> 90, 10 weeks -> 10; 5 million -> 5\cdot10^{6}."""
+    text = notation.strip_parentheses(text)
+    if match := SCALED.fullmatch(text):
+        text = rf"{match[1]}\cdot 10^{{{SCALE[match[2]]}}}{match[3]}"
+    text = PERCENT.sub("", text)
+    if not TRIGONOMETRY.search(text):
+        text = DEGREE.sub("", text)
+    for pattern in (TEXT_UNIT, WORD_UNIT):
+        match = pattern.fullmatch(text) if len(text) < 1000 else None
+        if match and not NO_UNIT.search(match[2]):
+            text = match[1].strip()
+    return notation.strip_parentheses(text)
+
+
+class Undefined:
+    """The value of 1/0."""
+
+
+UNDEFINED = Undefined()
+
+
+def _value(text: str) -> rationals.Value | Undefined | None:
+    base = BASE.fullmatch(text)
+    try:
+        return rationals.read(base[1] if base and _base(base[2]) == 10 else text)
+    except rationals.Undefined:
+        return UNDEFINED
+    except (rationals.Undecided, RecursionError):
+        return None
+
+
+def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
+    """3s beside a plain 3 is three seconds; beside anything else it is a product."""
+    match = LETTER_UNIT.fullmatch(text) if len(text) < 200 else None
+    return _value(match[1]) if match else None
+
+
+def _base(name: str) -> int:
+    return int(name[:6]) if name.isdigit() else {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+                                                 "ten": 10, "twelve": 12, "sixteen": 16}.get(name, 0)
+
+
+def _words(prediction: str, gold: str) -> Verdict:
+    p, g = notation.key(prediction), notation.key(gold)
+    if p.casefold() in NO_SOLUTION and g.casefold() in NO_SOLUTION:
+        return True
+    p_word, g_word = notation.is_word(prediction), notation.is_word(gold)
+    if not (p_word or g_word):
+        return None
+    return p.casefold() == g.casefold()             # words never equal mathematics
+
+
+def _choice(prediction: str, letter: str) -> Verdict:
+    r"""The letter of a choice: B, (B), \text{(B)}, B. x = 42, (B) 42."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", prediction)
+    text = notation.strip_parentheses(re.sub(r"^\s*(?:option|choice|answer)\b\s*(?:is\b)?:?", "", re.sub(r"[{}]", "", text), flags=re.IGNORECASE))
+    match = CHOICE.fullmatch(text)
+    return match is not None and (match[1] or match[2]) == letter
+
+
+def _without_approximation(text: str) -> str:
+    r"""10\sqrt{2} \approx 14.14 says 10\sqrt{2}; x \approx 14.14 says 14.14."""
+    parts = notation.split_top(text, APPROXIMATELY) if r"\approx" in text else [text]
+    if len(parts) == 1:
+        return text
+    first = EQUALS.split(parts[0])[-1]
+    return parts[0] if first.strip() and not is_name(first) else "=".join(part for part in parts[:2] if part)
+
+
+def is_name(text: str) -> bool:
+    r"""True for the name of a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}; no numbers, no sums."""
+    text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "", text)
+    text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)
+    return re.fullmatch(r"(?:\\[a-zA-Z]+|[a-zA-Z|:,/(){}\s.])+", text) is not None and re.search(r"[a-zA-Z]", text) is not None
+
+
+def _bracketed(text: str) -> Bracketed:
+    text, name = _strip_member(text), ""
+    pieces = [piece for piece in notation.split_top(text, ",;") if piece] or [text]
+    if len(pieces) > 1:
+        return Bracketed("", tuple(piece for element in pieces for piece in _signs(element)))
+    pieces = EQUALS.split(text) if "=" in text else [text]
+    if len(pieces) == 2 and is_name(pieces[0]):
+        name, text = pieces[0], pieces[1].strip()
+    escaped = text.startswith(r"\{") and text.endswith(r"\}")
+    begin, end = (1, len(text) - 2) if escaped else (0, len(text) - 1)
+    set_of = escaped or text[:1] == "{"             # {1,2}, written without its backslashes
+    if text and text[begin] in "([{" and notation.matching(text).get(begin) == end + escaped:
+        inside = [piece for piece in notation.split_top(text[begin + 1:end], ",;") if piece]
+        if len(inside) > 1 or set_of:
+            elements = tuple(piece for element in inside for piece in _signs(element)) if set_of else tuple(inside)
+            return Bracketed(text[begin] + ("}" if set_of else text[end]), elements)
+    signed = _signs(text)
+    prefix = f"{name}=" if name and len(signed) == 1 else ""
+    return Bracketed("", tuple(prefix + element for element in signed))
+
+
+def _strip_member(text: str) -> str:
+    parts = notation.split_top(text, MEMBER) if r"\in" in text else [text]
+    return parts[1] if len(parts) == 2 and is_name(parts[0]) else text
+
+
+def _signs(text: str) -> list[str]:
+    r"""a \pm b is the two answers a + b and a - b."""
+    if text.count(r"\pm") != 1:
+        return [text]
+    minus, plus = text.replace(r"\mp", "+"), text.replace(r"\mp", "-")
+    return [re.sub(r"^\s*\+", "", plus.replace(r"\pm", "+")), minus.replace(r"\pm", "-")]
+
+
+def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NoLists:
+    predictions, golds, kinds = p.elements, g.elements, {p.brackets, g.brackets}
+    intervals = _interval_verdict(p, g, same)
+    if intervals is not None:
+        return intervals
+    if len(predictions) != len(golds):
+        algebra = any(SET_ALGEBRA.search(element) for element in (*predictions, *golds))
+        return NO_LISTS if algebra else False
+    if len(golds) == 1:
+        return compare(predictions[0], golds[0], same)
+    if len(kinds) == 1 or kinds == {"", "{}"}:
+        names = [EQUALS.split(element)[0] for element in golds if "=" in element]
+        ordered = p.brackets not in ("", "{}") or (len(set(names)) > 1 and not any("=" in element for element in predictions))
+        return _all(predictions, golds, same) if ordered else _matched(predictions, golds, same)
+    return _all(predictions, golds, same) if kinds == {"", "()"} else False
+
+
+def _all(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -> Verdict:
+    undecided = False
+    for prediction, gold in zip(predictions, golds, strict=True):
+        verdict = compare(prediction, gold, same)
+        if verdict is False:
+            return False
+        undecided |= verdict is None
+    return None if undecided else True
+
+
+def _matched(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -> Verdict:
+    """Equal in some order. Equality is transitive, so the first partner found is as good as any."""
+    if len(golds) > MAX_UNORDERED:
+        return _all(predictions, golds, same)
+    left, undecided = list(predictions), False
+    for gold in golds:
+        verdicts = []
+        for prediction in left:
+            verdicts.append(compare(prediction, gold, same))
+            if verdicts[-1]:
+                break
+        if verdicts and verdicts[-1]:
+            left.pop(len(verdicts) - 1)
+        elif None in verdicts:
+            undecided = True
+        else:
+            return False
+    return None if undecided else True
+
+
+def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
+    if (matrix := MATRIX.fullmatch(prediction)) and (other := MATRIX.fullmatch(gold)):
+        return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
+    if CUP.search(gold) or CUP.search(prediction) or RELATION.search(gold) or RELATION.search(prediction):
+        parts = _union(prediction), _union(gold)
+        verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])), same)
+        return verdict if verdict is not None else same(prediction, gold)
+    p_parts, g_parts = _chain(prediction), _chain(gold)
+    if len(p_parts) == len(g_parts) == 1:
+        return same(prediction, gold)
+    p_named, g_named = is_name(p_parts[0]), is_name(g_parts[0])
+    if len(g_parts) > 1 and not g_named:            # an equation proper: only an equation can equal it
+        return same(prediction, gold) if len(p_parts) == len(g_parts) else False
+    if len(p_parts) > 1 and len(g_parts) > 1 and p_named and notation.key(p_parts[0]) != notation.key(g_parts[0]):
+        return same(prediction, gold) if len(p_parts) == len(g_parts) == 2 else False
+    if len(p_parts) > 1 and not p_named and len(g_parts) > 1:
+        return same(prediction, gold) if len(p_parts) == 2 else False
+    # A chain is a claim about each of its parts: 3 = 5 is not the answer 5, though its last part is.
+    values = p_parts[1:] if p_named and len(p_parts) > 1 else p_parts
+    if len(values) > MAX_CHAIN:
+        return False
+    return _all(tuple(values), (g_parts[-1],) * len(values), same)
+
+
+def _chain(text: str) -> list[str]:
+    return [part for part in notation.split_top(text, EQUALS) if part] if "=" in text else [text]
+
+
+def _compare_matrices(p: list[list[str]], g: list[list[str]], same: Leaf) -> Verdict:
+    if [len(row) for row in p] != [len(row) for row in g]:
+        return False
+    return _all(tuple(sum(p, [])), tuple(sum(g, [])), same)
+
+
+def _rows(body: str) -> list[list[str]]:
+    rows = [row.strip() for row in body.split(r"\\")]
+    return [[cell.strip() or "0" for cell in row.split("&")] for row in rows if row]
+
+
+def _union(text: str) -> list[str]:
+    return notation.split_top(_strip_member(text), CUP)
+
+
+def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
+    """Compares inequalities and intervals, one or several, as a set of intervals; None where that is not what both sides are."""
+    sides = []
+    for side in (p, g):
+        pieces = [f"{side.brackets[0]}{','.join(side.elements)}{side.brackets[1]}"] if side.brackets else list(side.elements)
+        pieces = [part for piece in pieces for part in _union(piece)]
+        sides.append([interval(piece) for piece in pieces])
+    flat = [piece for side in sides for piece in side]
+    written = [*p.elements, *g.elements]
+    if None in flat or not any(RELATION.search(piece) or CUP.search(piece) for piece in written) or len(sides[0]) != len(sides[1]):
+        return None
+    return True if _matched(*(tuple(piece for piece in side if piece) for side in sides), same=same) else None
+
+
+def interval(text: str) -> str | None:
+    r"""1 < x \le 5 -> (1,5], x > 2 -> (2,\infty), [1,2] -> itself; None for anything else."""
+    text = text.strip()
+    pieces = RELATION.split(text)
+    if len(pieces) == 1:
+        both_ends = text[:1] in tuple("([") and text[-1:] in tuple(")]") and len(notation.split_top(text[1:-1], ",")) == 2
+        return text if both_ends and notation.matching(text).get(0) == len(text) - 1 else None
+    terms, signs = [piece.strip() for piece in pieces[::2]], pieces[1::2]
+    if not all(terms):
+        return None
+    if len(terms) == 2 and VARIABLE.fullmatch(terms[1]):
+        terms, signs = terms[::-1], [{"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[signs[0]]]
+    if len(terms) == 2 and VARIABLE.fullmatch(terms[0]):
+        closed = signs[0].startswith("\\")
+        if signs[0] in ("<", r"\le"):
+            return rf"(-\infty,{terms[1]}{']' if closed else ')'}"
+        return rf"{'[' if closed else '('}{terms[1]},\infty)"
+    if len(terms) == 3 and VARIABLE.fullmatch(terms[1]):
+        if all(sign in (">", r"\ge") for sign in signs):
+            terms, signs = terms[::-1], signs[::-1]
+        elif not all(sign in ("<", r"\le") for sign in signs):
+            return None
+        return f"{'[' if len(signs[0]) > 1 else '('}{terms[0]},{terms[2]}{']' if len(signs[1]) > 1 else ')'}"
+    return None

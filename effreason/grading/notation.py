@@ -1,0 +1,319 @@
+r"""One spelling for one meaning: brings an answer into canonical LaTeX, without reading its mathematics.
+
+Canonical: braces round every argument, `\frac`, `\cdot`, `\le`, `\text{...}` only round words, no `$`, no `\left`, no spacing commands,
+thousands joined, plain function names with a backslash.
+"""
+
+import re
+import unicodedata
+from functools import lru_cache
+
+SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
+SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau upsilon phi chi psi omega"
+SYMBOLS = {
+    **{chr(0x3B1 + place): f"\\{name} " for place, name in enumerate(GREEK.split())},
+    **{chr(0x391 + place): f"\\{name.capitalize()} " for place, name in enumerate(GREEK.split()) if chr(0x391 + place) in "ΓΔΘΛΞΠΣΦΨΩ"},
+    "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "∓": r"\mp ", "°": r"^{\circ}",
+    "−": "-", "–": "-", "‐": "-", "‑": "-", "﹣": "-", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ",
+    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∠": r"\angle ", "△": r"\triangle ", "′": "'", "’": "'", "∖": r"\setminus ",
+    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "√": r"\sqrt ", "ϕ": r"\phi ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}",
+    "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∣": "|",
+    "‖": r"\|", "“": "", "”": "", '"': "", "€": "", "£": "", "¥": "", "₹": "", "￥": "", "∑": r"\sum ", "∫": r"\int ", "⁄": "/", "∕": "/", "，": ", ",
+}
+
+# Commands with one meaning and several names; "" removes the command, " " leaves a space.
+RENAMED = {
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\leq": r"\le",
+    r"\leqslant": r"\le", r"\geq": r"\ge", r"\geqslant": r"\ge", r"\neq": r"\ne", r"\lt": "<", r"\gt": ">", r"\times": r"\cdot", r"\ast": r"\cdot",
+    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lparen": "(", r"\rparen": ")", r"\lvert": "|", r"\rvert": "|",
+    r"\vert": "|", r"\mid": "|", r"\infin": r"\infty", r"\colon": ":", r"\degree": r"^{\circ}", r"\varnothing": r"\emptyset", r"\ldots": r"\dots",
+    r"\cdots": r"\dots", r"\dotsc": r"\dots", r"\dotsb": r"\dots", r"\land": ",", r"\lor": ",", r"\wedge": ",", r"\vee": ",", r"\arcsec": r"\operatorname{arcsec}",
+    r"\approxeq": r"\approx", r"\simeq": r"\approx", r"\prime": "'", r"\pounds": "", r"\euro": "", r"\backslash": r"\setminus",
+    r"\smallsetminus": r"\setminus", r"\bigcup": r"\cup", r"\bigcap": r"\cap", r"\imath": "i", r"\mathrmi": "i", r"\%": "%", "*": r"\cdot", r"\$": "", r"\!": "",
+    r"\left": "", r"\right": "", r"\middle": "", r"\boxed": "", r"\fbox": "", r"\displaystyle": "", r"\textstyle": "", r"\limits": "", r"\nolimits": "",
+    r"\rm": "", r"\bf": "", r"\it": "", r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\#": "#", r"\&": "&", r"\_": "_", r"\-": "", r"\/": "",
+    **{name: "" for name in (r"\big", r"\Big", r"\bigg", r"\Bigg", r"\bigl", r"\bigr", r"\Bigl", r"\Bigr", r"\biggl", r"\biggr", r"\Biggl", r"\Biggr")},
+    **{name: " " for name in (r"\,", r"\;", r"\:", r"\>", "\\ ", r"\quad", r"\qquad", r"\enspace", r"\thinspace", r"\space", "~")},
+}
+TEXTS = {r"\text", r"\textbf", r"\textrm", r"\textnormal", r"\textit", r"\texttt", r"\textsf", r"\mbox", r"\hbox", r"\mathrm", r"\mathbf", r"\mathit",
+         r"\mathsf", r"\mathtt", r"\bold", r"\boldsymbol", r"\bm", r"\emph", r"\pmb", r"\underline"}
+ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
+
+TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
+# Function names without their backslash, as sympy prints them; "sec" and "min" may be units, so some need their bracket.
+PLAIN_NAME = re.compile(
+    r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
+    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det|sqrt)(?=\s*[(^{])"
+    r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])|(?P<lcm>lcm)(?=\s*\()"
+    r"|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
+TEX_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\\!|\\!,?|\\,|\\;|\\:|\\ |~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
+PLAIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+SEPARATOR = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])")
+WORDS = re.compile(r"[A-Za-z .'/\-]*")
+TWO_LETTERS = re.compile(r"[A-Za-z]{2}")
+MAX_CHARACTERS = 20_000
+
+
+@lru_cache(maxsize=4096)
+def canonical(text: str) -> str:
+    """Rewrites an answer into the canonical spelling; linear in its length."""
+    text = _ascii(text.strip().strip("`"))
+    if text.startswith("**") and text.endswith("**"):
+        text = text[2:-2]
+    text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
+    text = PLAIN_NAME.sub(_with_backslash, text.replace("**", "^"))
+    text = re.sub(r"(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
+    if r"\begin" not in text:                       # \\frac is \frac escaped twice, but in a matrix \\ ends a row
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+    text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
+    text = _braced(_renamed(TOKEN.findall(text)))
+    text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
+    return SEPARATOR.sub(_separated, text).rstrip(" .,;\\").lstrip(" ,;")
+
+
+def key(text: str) -> str:
+    """What has to agree for two canonical texts to be the same writing: spaces, \\text and the case of words do not matter."""
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)      # "5 5" is not 55
+    if clock := re.fullmatch(r"0?(\d{1,2}:\d\d(?::\d\d)?)([ap])\.?m\.?", bare, re.IGNORECASE):
+        return clock[1] + clock[2].lower()
+    return bare.casefold() if is_word(text) else bare
+
+
+def is_word(text: str) -> bool:
+    r"""True for an answer in words: \text{...} with letters, or four letters in a row that no function or command explains."""
+    if re.match(r"[a-zA-Z]\s*\\text", text) or re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z' .\-])+", text) is None:
+        return False
+    return r"\text" in text or re.search(r"[A-Za-z]{4}", text) is not None or text.strip().lower() in ("yes", "no")
+
+
+def strip_parentheses(text: str) -> str:
+    """Removes brackets that enclose the whole text and only group: (x+1), {x+1}, ((1)); a tuple keeps its own."""
+    pairs = matching(text)
+    first, last = 0, len(text) - 1
+    while first < last and text[first] + text[last] in ("()", "{}") and pairs.get(first) == last:
+        begin, end = first + 1, last - 1
+        while begin < end and text[begin] == " ":
+            begin += 1
+        while end > begin and text[end] == " ":
+            end -= 1
+        if text[begin] not in "({" or pairs.get(begin) != end:      # the innermost pair: does it enclose a list?
+            if len(split_top(text[begin:end + 1], ",;")) > 1:
+                break
+        first, last = begin, end
+    return text[first:last + 1].strip()
+
+
+def matching(text: str | list[str]) -> dict[int, int]:
+    r"""Pairs every opening bracket with its closing one, by position; (, [ and { nest, ( may be closed by ] as in an interval."""
+    pairs: dict[int, int] = {}
+    stack: list[int] = []
+    for place, character in enumerate(text):
+        if character in ("(", "[", "{", r"\{"):
+            stack.append(place)
+        elif character in (")", "]", "}", r"\}") and stack and (text[stack[-1]] in ("{", r"\{")) == (character in ("}", r"\}")):
+            pairs[stack.pop()] = place
+    return pairs
+
+
+def split_top(text: str, separators: str | re.Pattern[str]) -> list[str]:
+    """Splits where no bracket is open."""
+    pattern = re.compile(f"[{separators}]") if isinstance(separators, str) else separators
+    opened, closed = _depth_steps(text)
+    pieces, begin, place, depth = [], 0, 0, 0
+    while place < len(text):
+        depth += (place in opened) - (place in closed)
+        match = pattern.match(text, place) if depth == 0 else None
+        if match and match.end() > place:
+            pieces.append(text[begin:place])
+            begin = place = match.end()
+        else:
+            place += 1
+    return [piece.strip() for piece in [*pieces, text[begin:]]]
+
+
+def _depth_steps(text: str) -> tuple[set[int], set[int]]:
+    pairs = matching(text)
+    return set(pairs), set(pairs.values())
+
+
+def depth(text: str) -> int:
+    """How deep brackets nest."""
+    level = deepest = 0
+    for character in text:
+        level += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, level)
+    return deepest
+
+
+def _ascii(text: str) -> str:
+    """Writes Unicode mathematics in LaTeX: ½, x², √2, π, full-width digits."""
+    if text.isascii():
+        return text
+    text = re.sub(f"[{''.join(SUPERSCRIPTS)}]+", lambda run: "^{" + "".join(SUPERSCRIPTS[c] for c in run[0]) + "}", text)
+    text = re.sub(f"[{''.join(SUBSCRIPTS)}]+", lambda run: "_{" + "".join(SUBSCRIPTS[c] for c in run[0]) + "}", text)
+    text = re.sub(r"√(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
+    text = "".join(_character(character) for character in text)
+    return unicodedata.normalize("NFKC", text)
+
+
+def _character(character: str) -> str:
+    if character in SYMBOLS:
+        return SYMBOLS[character]
+    if unicodedata.category(character) == "No" and "⁄" in (parts := unicodedata.normalize("NFKC", character)):
+        top, bottom = parts.split("⁄")
+        return rf"\frac{{{top}}}{{{bottom}}}" if top and bottom else character
+    return character
+
+
+def _with_backslash(match: re.Match[str]) -> str:
+    if match["infinity"]:
+        return r"\infty "
+    if match["lcm"]:
+        return r"\operatorname{lcm}"
+    name = match["call"] or match["name"]
+    return f"\\{name} " if name else match[0]
+
+
+def _separated(match: re.Match[str]) -> str:
+    """and, or become a comma, except inside \\text{...}."""
+    return match[0] if match[0].startswith("\\") else ","
+
+
+def _renamed(tokens: list[str]) -> list[str]:
+    result: list[str] = []
+    for place, token in enumerate(tokens):
+        if token == "$" or (token == "." and place and tokens[place - 1] in (r"\left", r"\right")):
+            continue
+        new = r"\text" if token in TEXTS else RENAMED.get(token, token)
+        if new:
+            result.extend([new] if len(new) < 3 or new.count("\\") == 1 and new[1:].isalpha() else TOKEN.findall(new))
+    return result
+
+
+def _braced(tokens: list[str]) -> str:
+    r"""Puts braces round the arguments of \frac, \binom, \sqrt, ^ and _, and keeps \text only where it holds words."""
+    pairs = matching(tokens)
+    writer = _Writer()
+    dropped: set[int] = set()
+    place = 0
+    while place < len(tokens):
+        token = tokens[place]
+        if token == r"\text":
+            place += 1
+            while tokens[place:place + 1] == [" "]:
+                place += 1
+            end = pairs.get(place) if tokens[place:place + 1] == ["{"] else None
+            if end is None:
+                continue
+            words = "".join(tokens[place + 1:end])
+            if words.strip() in ("and", "or", ""):
+                writer.write("," if words.strip() else " ")
+                place = end + 1
+            elif WORDS.fullmatch(words) and TWO_LETTERS.search(words):
+                writer.argument(rf"\text{{{words}}}")
+                place = end + 1
+            elif not writer.wants():
+                dropped.update((place, end))
+                writer.write(" ")
+            continue
+        if place in dropped:
+            writer.write(" ")
+        elif token == " " and writer.wants():
+            pass
+        elif token == "[" and writer.last() == r"\sqrt" and (end := pairs.get(place)) is not None:
+            writer.write("".join(tokens[place:end + 1]))
+            place = end
+        elif token == "{" and place in pairs:
+            writer.open("{", pairs[place])
+        elif token == "(" and writer.wants() and place in pairs:
+            writer.open("{(", pairs[place])
+        elif place in writer.closing():
+            writer.close(token)
+        elif writer.wants() and token not in ("}", ")", "]"):
+            run = _run(tokens, place, writer.last())
+            writer.argument(run)
+            place += max(len(run) - 1, 0) if run != token else 0
+        else:
+            writer.command(token)
+        place += 1
+    return writer.text()
+
+
+class _Writer:
+    """Output of `_braced`: which command still wants arguments, on every level of nesting."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.levels: list[list[int]] = [[0, -1, 0]]     # arguments wanted, token that closes the level, 1 if it fills an argument
+
+    def wants(self) -> bool:
+        return self.levels[-1][0] > 0
+
+    def last(self) -> str:
+        return self.parts[-1].strip() if self.parts else ""
+
+    def closing(self) -> tuple[int, ...]:
+        return (self.levels[-1][1],)
+
+    def write(self, text: str) -> None:
+        self.parts.append(text)
+
+    def command(self, token: str) -> None:
+        if token[0].isalpha() and self.parts and re.fullmatch(r"\\[a-zA-Z]+", self.parts[-1]):
+            self.parts.append(" ")                      # a renamed command must not run into the letter after it
+        self.parts.append(token)
+        self.levels[-1][0] = ARGUMENTS.get(token, self.levels[-1][0])
+
+    def argument(self, token: str) -> None:
+        if not self.wants():
+            self.write(token)
+        elif token in ARGUMENTS:                        # \frac\sqrt{2}3: the inner command opens a level of its own
+            self.parts.append("{")
+            self.levels.append([0, -2, 1])
+            self.command(token)
+        else:
+            self.parts.append("{" + token + "}")
+            self.filled()
+
+    def open(self, opening: str, closer: int) -> None:
+        self.parts.append(opening)
+        self.levels.append([0, closer, int(self.wants())])
+
+    def close(self, token: str) -> None:
+        self.parts.append(")}" if token in ")]" else token)
+        if self.levels.pop()[2]:
+            self.filled()
+
+    def filled(self) -> None:
+        self.levels[-1][0] -= 1
+        while len(self.levels) > 1 and self.levels[-1][0] == 0 and self.levels[-1][1] == -2:
+            self.parts.append("}")
+            self.levels.pop()
+            self.levels[-1][0] -= 1
+
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+def _run(tokens: list[str], place: int, command: str) -> str:
+    r"""A script and a root take a whole number, sign included: 10^-12, x_10, \sqrt16; a fraction takes one token."""
+    if command not in ("^", "_", r"\sqrt"):
+        return tokens[place]
+    end = place + (tokens[place] in ("-", "+") and place + 1 < len(tokens))
+    if not tokens[end].isdigit():
+        return tokens[place] + (tokens[end] if end > place and tokens[end] not in "{}()[] " else "")
+    while end < len(tokens) and tokens[end].isdigit():
+        end += 1
+    return "".join(tokens[place:end])
+
+
+def _join_thousands(text: str) -> str:
+    """1,234 is a number outside brackets and two elements inside them."""
+    depth, depths = 0, []
+    for place, character in enumerate(text):
+        escaped = place > 0 and text[place - 1] == "\\"
+        depth += (character in "([" or character == "{" and escaped) - (character in ")]" or character == "}" and escaped)
+        depths.append(depth)
+    return PLAIN_THOUSANDS.sub(lambda match: match[0] if depths[match.start()] > 0 else match[0].replace(",", ""), text)

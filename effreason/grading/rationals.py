@@ -1,0 +1,204 @@
+r"""Values of written-out rational numbers: 12, -0.5, \frac{1}{2}, 2\frac{1}{2}, 1.5\cdot10^{-3}, 2^{10}, (1+2)/3, 4!, 0.\overline{3}."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from math import factorial
+
+# Numbers beyond these are left undecided: an answer must not be able to buy minutes of big-integer arithmetic.
+MAX_BITS = 8192
+MAX_CHARACTERS = 1200
+MAX_DEPTH = 40
+MAX_FACTORIAL = 300
+
+TOKEN = re.compile(
+    r"\s*(?P<number>\d+\.\d*|\.\d+|\d+)(?P<repeat>\\overline\{\d+\})?|\s*(?P<command>\\frac|\\cdot|\\times|\\div)|\s*(?P<sign>[-+*/^!(){}\[\]])")
+SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d{1,3})")
+MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
+
+
+class Undecided(Exception):
+    """Not a rational number as far as this module reads, or too large."""
+
+
+class Undefined(Exception):
+    """A division by zero."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A rational number and whether a decimal point was used to write it."""
+
+    number: Fraction
+    decimal: bool
+
+
+def read(text: str) -> Value:
+    """Reads a whole text as one rational number.
+
+    Args: text in the form `notation.canonical` gives.
+    Raises: Undecided for anything else, Undefined for a division by zero.
+    """
+    text = text.strip()
+    if len(text) > MAX_CHARACTERS:
+        raise Undecided
+    if match := SCIENTIFIC.fullmatch(text):
+        return Value(Fraction(match[1]) * _power(Fraction(10), int(match[2])), True)
+    if match := MIXED.fullmatch(text):
+        if int(match[4]) == 0:
+            raise Undefined
+        size = int(match[2]) + Fraction(int(match[3]), int(match[4]))
+        return Value(-size if match[1] == "-" else size, False)
+    reader = _Reader(_tokens(text))
+    number = reader.sum()
+    if reader.next() is not None:
+        raise Undecided
+    return Value(number, reader.decimal)
+
+
+def same(a: Value, b: Value) -> bool:
+    """Compares two values: exactly, but a decimal stands for a fraction that it agrees with to a millionth (relative)."""
+    if a.number == b.number:
+        return True
+    if a.decimal == b.decimal:
+        return False
+    decimal, other = (a.number, b.number) if a.decimal else (b.number, a.number)
+    return other.denominator != 1 and abs(decimal - other) <= abs(other) / 10**6
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    tokens, place = [], 0
+    while place < len(text):
+        match = TOKEN.match(text, place)
+        if match is None:
+            raise Undecided
+        kind = match.lastgroup or ""
+        tokens.append(("number", match[0].strip()) if kind == "repeat" else (kind, match[kind]))
+        place = match.end()
+    return tokens
+
+
+class _Reader:
+    """Recursive descent over the tokens, with bounded depth and bounded numbers."""
+
+    def __init__(self, tokens: list[tuple[str, str]]) -> None:
+        self.tokens, self.place, self.depth, self.decimal = tokens, 0, 0, False
+
+    def next(self) -> str | None:
+        return self.tokens[self.place][1] if self.place < len(self.tokens) else None
+
+    def take(self, *wanted: str) -> str | None:
+        token = self.next()
+        if token in wanted:
+            self.place += 1
+            return token
+        return None
+
+    def kind(self) -> str | None:
+        return self.tokens[self.place][0] if self.place < len(self.tokens) else None
+
+    def sum(self) -> Fraction:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Undecided
+        total = self.product()
+        while sign := self.take("+", "-"):
+            term = self.product()
+            total = _bounded(total + term if sign == "+" else total - term)
+        self.depth -= 1
+        return total
+
+    def product(self) -> Fraction:
+        sign = 1
+        while token := self.take("+", "-"):
+            sign = -sign if token == "-" else sign
+        total = self.factor()
+        while True:
+            if self.take("*", r"\cdot", r"\times"):
+                total = _bounded(total * self.signed_factor())
+            elif self.take("/", r"\div"):
+                total = _bounded(_quotient(total, self.signed_factor()))
+            elif self.next() in ("(", r"\frac") or (self.kind() == "number" and self.tokens[self.place - 1][1] == ")"):
+                total = _bounded(total * self.factor())
+            else:
+                return sign * total
+
+    def signed_factor(self) -> Fraction:
+        sign = -1 if self.take("-") else 1
+        return sign * self.factor()
+
+    def factor(self) -> Fraction:
+        base = self.atom()
+        while self.take("!"):
+            if base.denominator != 1 or not 0 <= base <= MAX_FACTORIAL:
+                raise Undecided
+            base = Fraction(factorial(int(base)))
+        if self.take("^"):
+            exponent = self.signed_factor()         # right-associative: 2^3^2 = 2^9
+            if exponent.denominator != 1:
+                raise Undecided
+            base = _power(base, int(exponent))
+        return base
+
+    def atom(self) -> Fraction:
+        if self.kind() == "number":
+            return self.number()
+        if self.take(r"\frac"):
+            return _quotient(self.group(), self.group())
+        if self.next() in ("(", "{", "["):
+            return self.group()
+        raise Undecided
+
+    def group(self) -> Fraction:
+        opening = self.take("(", "{", "[")
+        if opening is None:
+            raise Undecided
+        inside = self.sum()
+        if self.take({"(": ")", "{": "}", "[": "]"}[opening]) is None:
+            raise Undecided
+        return inside
+
+    def number(self) -> Fraction:
+        written = self.tokens[self.place][1]
+        self.place += 1
+        digits, _, repeat = written.partition(r"\overline{")
+        if len(digits) > MAX_CHARACTERS:
+            raise Undecided
+        value = Fraction(digits + "0" if digits.endswith(".") else digits)
+        if repeat:
+            if "." not in digits:
+                raise Undecided
+            cycle = repeat.rstrip("}")
+            return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(digits.partition(".")[2]))
+        self.decimal = self.decimal or "." in digits
+        return self.mixed(value) if "." not in digits else value
+
+    def mixed(self, whole: Fraction) -> Fraction:
+        r"""2\frac{1}{2} is two and a half; 2\frac{3}{2} might as well be a product, so it stays undecided."""
+        if self.next() != r"\frac":
+            return whole
+        self.place += 1
+        top, bottom = self.group(), self.group()
+        if not (top.denominator == bottom.denominator == 1 and 0 < top < bottom):
+            raise Undecided
+        return whole + top / bottom
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
+        raise Undecided
+    return value
+
+
+def _quotient(top: Fraction, bottom: Fraction) -> Fraction:
+    if bottom == 0:
+        raise Undefined
+    return _bounded(top / bottom)
+
+
+def _power(base: Fraction, exponent: int) -> Fraction:
+    if base == 0 and exponent < 0:
+        raise Undefined
+    if (base.numerator.bit_length() + base.denominator.bit_length()) * abs(exponent) > 2 * MAX_BITS:
+        raise Undecided
+    return _bounded(base**exponent)

@@ -1,0 +1,158 @@
+r"""Comparison of two answers with sympy, which parses LaTeX through Math-Verify. Only a worker process calls `symbolic`.
+
+`symbolic` evaluates no names and no code, but it can take any time and any memory: the caller has to be killable.
+"""
+
+import re
+
+from effreason.grading import exact, notation
+
+MAX_CHARACTERS = 400
+MAX_DEPTH = 15
+MAX_ITEMS = 40
+
+POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")                 # a power of a power with nothing but numbers in it
+HUGE_EXPONENT = re.compile(r"\^\{?\s*[-+(]*\s*\d{5,}")
+POWER_OF_POWER = re.compile(r"\^\{?[^{}]*\d\s*\)?\s*\}?\s*\)\s*\^")   # (9^9)^(9^9)
+HUGE_FACTORIAL = re.compile(r"\d{4,}\s*\)?\s*!|\^\{?[^{}]*\}?\s*\)?\s*!|!\s*\)?\s*!")
+LONG_DIGITS = re.compile(r"\d{120,}")
+
+# Points at which two expressions are compared: positive, where roots and logarithms are defined, then of either sign.
+POSITIVE = ("0.7390851", "1.3247179", "2.2360679", "0.5671432", "1.7724538", "3.1622776", "0.9159655", "2.6854520")
+SIGNED = ("-1.2020569", "0.6434105", "-0.3285820", "2.5029078", "-2.8077702", "1.4513692", "-0.7642236", "1.9021605")
+DIGITS = 30
+DECIMAL_TOLERANCE = 1e-6
+TOLERANCE = 1e-15
+
+
+def guard(text: str) -> bool:
+    """True for an answer that is too large to be worth a worker's time. A filter for the usual cases, not a protection.
+
+    Args: text in canonical notation.
+    """
+    if len(text) > MAX_CHARACTERS or LONG_DIGITS.search(text):
+        return True
+    patterns = (POWER_OF_NUMBERS, HUGE_EXPONENT, POWER_OF_POWER, HUGE_FACTORIAL)
+    return notation.depth(text) > MAX_DEPTH or text.count(",") > MAX_ITEMS or any(pattern.search(text) for pattern in patterns)
+
+
+def symbolic(prediction: str, gold: str) -> bool:
+    """Compares two answers with algebra where `exact` left them undecided."""
+    return bool(exact.compare(notation.canonical(prediction), notation.canonical(gold), _leaf))
+
+
+def _leaf(prediction: str, gold: str) -> bool:
+    verdict = exact.leaf(prediction, gold)
+    if verdict is not None:
+        return verdict
+    prediction, gold = exact.without_unit(prediction), exact.without_unit(gold)
+    return _same(_parse(_for_sympy(prediction)), _parse(_for_sympy(gold)), "." in prediction, "." in gold)
+
+
+def _for_sympy(text: str) -> str:
+    """Adapts canonical notation to the parser: degrees become radians in a function."""
+    if exact.TRIGONOMETRY.search(text):
+        text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\{\s*\\circ\s*\}", r"{(\\frac{\1 \\pi}{180})}", text)
+    text = re.sub(r"\^\{\s*\\circ\s*\}", "", text)
+    text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)                   # a norm of a number is its absolute value
+    text = re.sub(r"\^\{\s*\((.*)\)\s*\}", _unparenthesised, text)
+    return re.sub(r"\\text\{([^{}]*)\}", r"\\text{\1}", text)
+
+
+def _unparenthesised(match: re.Match[str]) -> str:
+    inside = match[1]
+    balanced = "(" not in inside and ")" not in inside and "{" not in inside and "}" not in inside
+    return f"^{{{inside}}}" if balanced else match[0]
+
+
+def _parse(text: str):
+    """Parses one answer; None where the parser finds no mathematics."""
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    # Only LaTeX in the one box, with notation already settled: the other extractors would pick any number out of a broken answer.
+    config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(boxed="last"))
+    found = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None)
+    return _with_constants(found[0]) if found else None
+
+
+def _with_constants(side):
+    """i and \\pi are numbers, also where the parser took them for variables."""
+    import sympy
+
+    numbers = {"i": sympy.I, "pi": sympy.pi}
+    return side.subs({symbol: numbers[symbol.name] for symbol in side.free_symbols if symbol.name in numbers})
+
+
+def _same(prediction, gold, prediction_decimal: bool, gold_decimal: bool) -> bool:
+    import sympy
+    from math_verify import verify
+
+    if prediction is None or gold is None:
+        return False
+    if any(_undefined(side) for side in (prediction, gold)):
+        return False
+    if isinstance(prediction, sympy.Expr) and isinstance(gold, sympy.Expr):
+        decided = _same_values(prediction, gold, prediction_decimal, gold_decimal)
+        if decided is not None:
+            return decided
+    return bool(verify(gold, prediction, timeout_seconds=None))
+
+
+def _undefined(side) -> bool:
+    import sympy
+
+    return isinstance(side, sympy.Basic) and side.has(sympy.nan, sympy.zoo)
+
+
+def _same_values(prediction, gold, prediction_decimal: bool, gold_decimal: bool) -> bool | None:
+    """Compares two expressions by their values at fixed points; a product of primes' worth of luck would be needed to be wrong.
+
+    Where both can be evaluated, this replaces simplification, which may take minutes and misses identities. None where they agree on
+    positive points only, or cannot be evaluated: then algebra decides.
+    """
+    import sympy
+
+    heavy = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
+    prediction, gold = _evaluated(prediction), _evaluated(gold)
+    names = sorted({symbol.name for side in (prediction, gold) for symbol in side.free_symbols})
+    functions = prediction.atoms(sympy.core.function.AppliedUndef) | gold.atoms(sympy.core.function.AppliedUndef)
+    if prediction.has(*heavy) or gold.has(*heavy) or functions or len(names) > len(POSITIVE):
+        return None
+    close = DECIMAL_TOLERANCE if prediction_decimal != gold_decimal and not gold.is_Integer else TOLERANCE
+    if not names:
+        return _close(_value(prediction, {}), _value(gold, {}), close)
+    verdicts: list[bool | None] = []
+    for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], SIGNED, SIGNED[3:] + SIGNED[:3]):
+        at = {name: sympy.Rational(points[place]) for place, name in enumerate(names)}
+        verdicts.append(_close(_value(prediction, at), _value(gold, at), close))
+        if verdicts[-1] is False and len(verdicts) < 3:
+            return False
+    return True if all(verdicts) else None
+
+
+def _evaluated(side):
+    try:
+        return side.doit()
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
+        return side
+
+
+def _value(side, at):
+    """The complex value of an expression, None where it has none."""
+    try:
+        number = side.subs({symbol: at[symbol.name] for symbol in side.free_symbols}).evalf(DIGITS)
+        return number if number.is_number and number.is_finite and not number.free_symbols else None
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
+        return None
+
+
+def _close(prediction, gold, tolerance: float) -> bool | None:
+    if prediction is None or gold is None:
+        return None
+    import sympy
+
+    difference, size = sympy.Abs(prediction - gold).evalf(DIGITS), sympy.Abs(gold).evalf(DIGITS)
+    if not (difference.is_Float or difference.is_Number) or not size.is_Number:
+        return None
+    return bool(difference <= tolerance * (size if size else 1))

@@ -1,0 +1,90 @@
+"""Stage 1: problems in, tokenised prompts out. Which problems a step gets is a pure function of seed and step."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effreason.errors import UserError
+from effreason.records import Problem
+from effreason.runtime.config import DataConfig
+from effreason.tiny import tasks
+
+TINY_PROBLEMS = 3000                # the training set of the tiny world
+TINY_HELD_OUT = 1500                # its easy third comes close to all there are
+ONE_LEVEL = "all"
+
+
+def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False, limit: int | None = None) -> list[Problem]:
+    """The problems of a data set, rendered with the tokenizer's chat template and tokenised.
+
+    Args: data, the field names and the user prompt; path, "tiny" or a JSONL file; held_out, for "tiny" the part that is
+        never trained on; limit, only the first so many.
+    Raises: UserError that names the file and line, or says how many problems there are."""
+    rows = _tiny_rows(held_out) if path == "tiny" else _jsonl_rows(Path(path), data)
+    problems = []
+    for uid, (text, answer, level) in enumerate(itertools.islice(rows, limit)):
+        prompt = render(tokenizer, data.user_prompt.replace("{problem}", text))
+        # A long prompt is left out, never cut: a cut problem has no right answer.
+        if len(prompt) <= data.max_prompt_tokens:
+            problems.append(Problem(uid=uid, prompt=prompt, text=text, answer=answer, level=level))
+    if not problems:
+        raise UserError(f"{path}: no problem has a prompt of at most data.max_prompt_tokens = {data.max_prompt_tokens} tokens")
+    return problems
+
+
+def render(tokenizer: Any, user_prompt: str) -> np.ndarray:
+    """int32[S'] ids of one user turn in the chat template, up to where the model is to go on."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": user_prompt}], tokenize=False,
+                                         add_generation_prompt=True)
+    # The rendered template holds its own BOS; a second one would be what no model was trained on.
+    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def batch(problems: Sequence[Problem], size: int, seed: int, step: int) -> list[Problem]:
+    """The problems of a training step: each once an epoch, in an order that depends on (seed, epoch) alone.
+
+    An epoch's remainder of fewer than `size` problems is left out, so that no problem comes twice in one step: two
+    groups of the same problem would be the same responses. Raises: UserError for fewer than `size` problems."""
+    steps = len(problems) // size
+    if steps == 0:
+        raise UserError(f"rollout.prompts_per_step must be at most the number of problems, {len(problems)}, got {size}")
+    epoch, place = divmod(step, steps)
+    order = np.random.default_rng([seed, epoch]).permutation(len(problems))
+    return [problems[index] for index in order[place * size : (place + 1) * size]]
+
+
+def _tiny_rows(held_out: bool) -> Iterator[tuple[str, str, str]]:
+    drawn = tasks.distinct(0, held_out=held_out)
+    for task in itertools.islice(drawn, TINY_HELD_OUT if held_out else TINY_PROBLEMS):
+        yield task.text, task.answer, task.level
+
+
+def _jsonl_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        level = ONE_LEVEL if data.level_field is None else _text(row, data.level_field, path, number)
+        yield (_text(row, data.problem_field, path, number), _text(row, data.answer_field, path, number), level)
+
+
+def _text(row: dict[str, Any], field: str, path: Path, number: int) -> str:
+    if field not in row:
+        raise UserError(f"{path}:{number}: has no field {field!r}, found {', '.join(row) or 'none'}")
+    value = row[field]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{path}:{number}: field {field!r} must be text or a number, found {type(value).__name__}")
+    return str(value)

@@ -1,0 +1,79 @@
+"""Arithmetic that needs serial steps: the last digit of a chain such as (((3+5)*7-4)*6)%10.
+
+The text is a Python expression, and Python's value of it is the answer. Difficulty is the number of operations. No
+operation occurs twice in a chain, so that the next one to do is always the one behind the one just done.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+LEVELS = {"easy": (1, 2), "medium": (4, 5), "hard": (7, 9)}     # operations, both ends included
+# Factors prime to 10 only: others lose information, and a chain that has hit 0 could be guessed.
+OPERATIONS = (*(("+", digit) for digit in range(2, 10)), *(("-", digit) for digit in range(2, 10)),
+              ("*", 3), ("*", 7), ("*", 9))
+WEIGHTS = np.array([1.0 if sign != "*" else 4.0 for sign, _ in OPERATIONS])
+HELD_OUT_SHARE = 4                                              # one problem in four is never trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A chain of operations on one digit."""
+
+    start: int
+    operations: tuple[tuple[str, int], ...]
+    level: str
+
+    @property
+    def text(self) -> str:
+        """The problem as a Python expression with no more brackets than it needs."""
+        expression, sums = str(self.start), False
+        for sign, digit in self.operations:
+            if sign == "*" and sums:
+                expression = f"({expression})"
+            sums = sign != "*"
+            expression = f"{expression}{sign}{digit}"
+        return f"({expression})%10"
+
+    @property
+    def values(self) -> list[int]:
+        """The last digit after each operation; the final one is the answer."""
+        value, values = self.start, []
+        for sign, digit in self.operations:
+            value = apply(value, sign, digit)
+            values.append(value)
+        return values
+
+    @property
+    def answer(self) -> str:
+        return str(self.values[-1])
+
+
+def apply(value: int, sign: str, digit: int) -> int:
+    """One operation modulo 10, with Python's rule for negative numbers."""
+    return {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
+
+
+def draw(rng: np.random.Generator, level: str, *, held_out: bool) -> Task:
+    """One task of a level, from the held-out quarter of all tasks or from the rest."""
+    low, high = LEVELS[level]
+    while True:
+        chosen = rng.choice(len(OPERATIONS), rng.integers(low, high + 1), replace=False, p=WEIGHTS / WEIGHTS.sum())
+        task = Task(int(rng.integers(1, 10)), tuple(OPERATIONS[index] for index in chosen), level)
+        # A checksum of the text, not of the seed: the split is the same for pretraining, training and evaluation.
+        if (zlib.crc32(task.text.encode()) % HELD_OUT_SHARE == 0) == held_out:
+            return task
+
+
+def distinct(seed: int, *, held_out: bool) -> Iterator[Task]:
+    """Endless distinct tasks, the levels in turn. Easy ones run out after some thousand."""
+    rng, seen = np.random.default_rng([seed, held_out]), set()
+    while True:
+        for level in LEVELS:
+            task = draw(rng, level, held_out=held_out)
+            while task.text in seen:
+                task = draw(rng, level, held_out=held_out)
+            seen.add(task.text)
+            yield task
