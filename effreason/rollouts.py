@@ -28,6 +28,14 @@ from effreason.runtime import sharding
 Sampler = Callable[[model.Params, Sequence[Problem], int, jax.Array], Iterator[list[Response]]]
 
 
+STREAMS = {"train": 0, "evaluation": 1}
+
+
+def step_key(seed: int, stream: str, step: int) -> jax.Array:
+    """The key under which all responses of a step are drawn. Streams never share a key."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots:
@@ -70,12 +78,14 @@ def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     A Gumbel draw would need a random number for every entry of the vocabulary: many times the cost.
     Args: logits float32[S, V], -inf allowed; keys key[S]. Returns: tokens int32[S] and their log-probs float32[S]."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    cumulative = jnp.cumsum(jnp.exp(logprobs), axis=-1)
-    total = cumulative[:, -1:]
+    probabilities = jnp.exp(logprobs)
+    # A long float32 sum is rounded, and need not even rise: what has probability 0 is left out by name, not by its sum.
+    reached = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
+    total = jnp.max(reached, axis=-1, keepdims=True)
     uniform = jax.vmap(jax.random.uniform)(keys)[:, None]
-    # Strictly below the total, so that rounding never selects an entry of probability 0 behind the last one.
+    # Strictly below the total: there always is an entry that goes beyond.
     target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    tokens = jnp.sum(cumulative <= target, axis=-1, dtype=jnp.int32)
+    tokens = jnp.argmax(reached > target, axis=-1).astype(jnp.int32)
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
 
@@ -194,19 +204,18 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *,
         prompt_width = padded_length(max(len(problem.prompt) for problem in problems), 16)
         capacity = padded_length(prompt_width + chunk)
         occupants: list[_Occupant | None] = [None] * count
-        with jax.set_mesh(mesh):
-            weights, state = unstack(params), make_empty(config, count, capacity)
-            while queue or any(occupants):
-                if queue and None in occupants:
-                    prompts, rows = _refill(occupants, queue, problems, prompt_width)
-                    prompt_cache = read(weights, sharding.to_device(prompts, replicated))
-                    state = start(state, prompt_cache, sharding.to_device(rows, replicated), key)
-                needed = chunk + max(occupant.length for occupant in occupants if occupant)
-                if needed > capacity:
-                    capacity = padded_length(needed)
-                    state = enlarge(state, capacity=capacity)
-                state, drawn = advance(weights, state)
-                yield _harvest(occupants, sharding.to_host(drawn))
+        weights, state = unstack(params), make_empty(config, count, capacity)
+        while queue or any(occupants):
+            if queue and None in occupants:
+                prompts, rows = _refill(occupants, queue, problems, prompt_width)
+                prompt_cache = read(weights, sharding.to_device(prompts, replicated))
+                state = start(state, prompt_cache, sharding.to_device(rows, replicated), key)
+            needed = chunk + max(occupant.length for occupant in occupants if occupant)
+            if needed > capacity:
+                capacity = padded_length(needed)
+                state = enlarge(state, capacity=capacity)
+            state, drawn = advance(weights, state)
+            yield _harvest(occupants, sharding.to_host(drawn))
 
     return sample
 

@@ -137,6 +137,17 @@ def policy_loss(logprobs: jax.Array, experience: Experience, weights: jax.Array,
     return loss, {"kl": jnp.sum(weights * kl), "clip_share": jnp.sum(weights * is_clipped)}
 
 
+def parts(tree: Any, count: int) -> Any:
+    """Rows [B, ...] as `count` parts [count, B / count, ...]; row b goes to part b % count.
+
+    So each device keeps its own rows, and every part is spread over all devices."""
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+        return sharding.constrain(x, "layers", "batch", *("sequence",) * (x.ndim - 2))
+
+    return jax.tree.map(split, tree)
+
+
 def update(state: TrainState, experience: Experience, *, config: model.DecoderConfig, loss: LossConfig,
            optimizer: optax.GradientTransformation, micro_batches: int) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step on B rows, gradients summed over M micro-batches of B / M rows.
@@ -155,14 +166,9 @@ def update(state: TrainState, experience: Experience, *, config: model.DecoderCo
     def accumulate(total: Any, rows: tuple[Experience, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.grad(of_rows, has_aux=True)(state.params, rows)), None
 
-    def split(x: jax.Array) -> jax.Array:
-        # Row b goes to micro-batch b % M: each device keeps its own rows, and every micro-batch is spread over all.
-        x = jnp.moveaxis(x.reshape(-1, micro_batches, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(x, sharding.spec("layers", "batch", *("width",) * (x.ndim - 2)))
-
     nothing = jax.tree.map(jnp.zeros_like, state.params), dict.fromkeys(
         ("loss", "kl", "clip_share", "entropy"), jnp.zeros((), jnp.float32))
-    (gradients, metrics), _ = jax.lax.scan(accumulate, nothing, jax.tree.map(split, (experience, weights)))
+    (gradients, metrics), _ = jax.lax.scan(accumulate, nothing, parts((experience, weights), micro_batches))
     changes, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, changes)
     metrics |= {"grad_norm": optax.tree.norm(gradients)}
@@ -205,17 +211,24 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *,
         def of_rows(tokens: jax.Array) -> jax.Array:
             return score_rows(config, params, tokens, temperature=loss.temperature, chunk=loss.logprob_chunk)[0]
 
-        split = jnp.moveaxis(tokens.reshape(-1, micro_batches, tokens.shape[1]), 1, 0)
-        split = jax.lax.with_sharding_constraint(split, sharding.spec("layers", "batch", "sequence"))
-        return jnp.moveaxis(jax.lax.map(of_rows, split), 0, 1).reshape(tokens.shape)
+        return jnp.moveaxis(jax.lax.map(of_rows, parts(tokens, micro_batches)), 0, 1).reshape(tokens.shape)
 
     return jax.jit(score, in_shardings=(params, rows), out_shardings=rows)
 
 
 def make_update(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, optimizer: optax.GradientTransformation,
-                targets: TrainState, *, micro_batches: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """update(state, experience) -> (state, metrics), jitted; the old state's memory becomes the new one's."""
+                targets: TrainState, *, micro_batches: int,
+                updates: int = 1) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, experience) -> (state, metrics), jitted; the old state's memory becomes the new one's.
+
+    Args: updates, optimiser updates made from the experience, each on its own part of the rows; micro_batches, of each.
+    Returns: besides the state, with `step` one higher, the metrics' means over the updates."""
     rows = sharding.sharding(mesh, "batch", "sequence")
-    step = functools.partial(update, config=config, loss=loss, optimizer=optimizer, micro_batches=micro_batches)
+    one = functools.partial(update, config=config, loss=loss, optimizer=optimizer, micro_batches=micro_batches)
+
+    def step(state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = jax.lax.scan(one, state, parts(experience, updates))
+        return dataclasses.replace(state, step=state.step + 1), jax.tree.map(jnp.mean, metrics)
+
     return jax.jit(step, in_shardings=(targets, rows), out_shardings=(targets, sharding.sharding(mesh)),
                    donate_argnums=0)

@@ -22,6 +22,7 @@ from effreason.errors import UserError
 from effreason.lm.attention import Llama3Scaling
 from effreason.lm.model import DecoderConfig, Params, abstract_params
 
+SHIPPED_REASONER = Path(__file__).parents[1] / "tiny" / "reasoner"
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Everything beside the weights that another program needs to use the model.
@@ -48,6 +49,30 @@ LAYER_TENSORS = {
 }
 TOP_TENSORS = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
 INPUT_AXES = {"output": 2}          # leading axes of our matrix that Hugging Face folds into one input axis; else 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Everything a Hugging Face directory says of its model, but the weights."""
+
+    directory: Path
+    decoder: DecoderConfig
+    tokenizer: Any                  # a transformers fast tokenizer
+    eos_ids: tuple[int, ...]
+
+
+def open_pretrained(path: str, *, dtype: str, remat: bool) -> Pretrained:
+    """Reads config, tokenizer and EOS ids; "tiny" is the reasoner that ships with the package.
+
+    Raises: UserError that names the file."""
+    directory = SHIPPED_REASONER if path == "tiny" else Path(path)
+    decoder = read_config(directory, dtype=dtype, remat=remat)
+    tokenizer = load_tokenizer(directory)
+    if len(tokenizer) > decoder.vocabulary:
+        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
+                        f"{decoder.vocabulary}")
+    return Pretrained(directory=directory, decoder=decoder, tokenizer=tokenizer,
+                      eos_ids=eos_ids(directory, tokenizer))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""The compiled functions of a run, built once from the configuration, and where their arrays live."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from effreason import advantages, checkpoints, masks, rewards, rollouts, update
+from effreason.errors import UserError
+from effreason.lm import hf, model
+from effreason.records import Experience
+from effreason.runtime import sharding
+from effreason.runtime.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What one step calls, in the order in which it calls them."""
+
+    sample: rollouts.Sampler
+    score: Callable[[model.Params, jax.Array], jax.Array]                           # log-probs float32[B, N]
+    credit: Callable[..., tuple[Experience, jax.Array, dict[str, jax.Array]]]       # and rewards[P, G], metrics
+    update: Callable[..., tuple[update.TrainState, dict[str, jax.Array]]]
+    initial_state: Callable[[model.Params], update.TrainState]
+    abstract_state: update.TrainState       # shapes, dtypes and shardings
+    params_sharding: model.Params
+    rows_sharding: NamedSharding            # of [B, N]
+    replicated: NamedSharding
+
+
+def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, tokens: jax.Array, old: jax.Array,
+           reference: jax.Array, *, config: Config) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
+    """From verdicts to what each token is worth: reward, baseline, KL penalty, and the options.
+
+    Args: correct bool[P, G]; lengths int32[P, G]; prompt_lengths int32[B]; tokens int32[B, N]; old and reference
+        log-probs float32[B, N].
+    Returns: the experience; the rewards float32[P, G]; metrics."""
+    reward = rewards.length_rewards(correct, lengths, alpha=config.reward.alpha)
+    advantage = advantages.leave_one_out(reward)
+    if config.advantage.group_std:
+        advantage = advantages.group_std(advantage, reward)
+    mask = masks.response_mask(prompt_lengths, lengths.reshape(-1), tokens.shape[1])
+    token_advantages = jnp.where(mask, advantage.reshape(-1, 1), 0.0)
+    drift = jnp.where(mask, old - reference, 0.0)
+    if config.kl.form == "reward":
+        token_advantages -= advantages.kl_return_to_go(config.kl.coefficient * drift, mask)
+    if config.advantage.whiten:
+        token_advantages = advantages.whiten(token_advantages, mask)
+    experience = Experience(tokens=tokens, mask=mask, advantages=token_advantages, old_logprobs=old,
+                            reference_logprobs=reference)
+    spread = jnp.max(reward, axis=-1) > jnp.min(reward, axis=-1)
+    return experience, reward, {"reward/mean": jnp.mean(reward), "reward/groups_with_signal": jnp.mean(spread),
+                                "reward/kl": jnp.sum(drift) / jnp.maximum(jnp.sum(mask), 1)}
+
+
+def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine:
+    """Builds everything a training step needs; nothing is compiled before its first call.
+
+    Raises: UserError where the mesh cannot split the model or the batch evenly."""
+    decoder, settings, learning = pretrained.decoder, config.rollout, config.update
+    check_divisible(config, decoder, mesh)
+    sampling = rollouts.Sampling(temperature=settings.temperature, top_p=settings.top_p,
+                                 max_new_tokens=settings.max_new_tokens, eos_ids=pretrained.eos_ids)
+    loss = update.LossConfig(
+        clip_ratio=learning.clip_ratio, aggregation=learning.aggregation, temperature=settings.temperature,
+        kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
+        logprob_chunk=learning.logprob_chunk)
+    optimizer = update.make_optimizer(
+        learning_rate=learning.learning_rate, beta1=learning.beta1, beta2=learning.beta2,
+        weight_decay=learning.weight_decay, max_grad_norm=learning.max_grad_norm,
+        warmup_updates=learning.warmup_updates)
+    targets = update.state_sharding(decoder, optimizer, mesh)
+    initial = update.make_initial_state(optimizer, targets)
+    rows = settings.prompts_per_step * settings.group_size
+    row, replicated = sharding.sharding(mesh, "batch", "sequence"), sharding.sharding(mesh)
+    return Engine(
+        sample=rollouts.make_sampler(decoder, mesh, sampling, slots=settings.slots, chunk=settings.chunk),
+        score=update.make_scorer(decoder, mesh, loss, micro_batches=rows // learning.rows_per_micro_batch),
+        credit=jax.jit(functools.partial(credit, config=config), out_shardings=(row, replicated, replicated)),
+        update=update.make_update(
+            decoder, mesh, loss, optimizer, targets, updates=learning.updates_per_batch,
+            micro_batches=rows // learning.updates_per_batch // learning.rows_per_micro_batch),
+        initial_state=initial,
+        abstract_state=checkpoints.abstract(jax.eval_shape(initial, model.abstract_params(decoder)), targets),
+        params_sharding=targets.params, rows_sharding=row, replicated=replicated)
+
+
+def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:
+    """Raises UserError for an array axis that a mesh axis does not divide."""
+    shape = mesh.shape
+    pairs = [
+        ("update.rows_per_micro_batch", config.update.rows_per_micro_batch, "mesh.data x mesh.fsdp",
+         sharding.batch_shards(mesh)),
+        ("the model's attention heads", decoder.heads, "mesh.tensor", shape["tensor"]),
+        ("the model's key/value heads", decoder.kv_heads, "mesh.tensor", shape["tensor"]),
+        ("the model's feed-forward width", decoder.mlp_width, "mesh.tensor", shape["tensor"]),
+        ("the model's vocabulary", decoder.vocabulary, "mesh.tensor", shape["tensor"]),
+        ("the model's width", decoder.width, "mesh.fsdp", shape["fsdp"]),
+    ]
+    for name, size, axis, parts in pairs:
+        if size % parts:
+            raise UserError(f"{axis} must divide {name}, {size}, got {parts}")
