@@ -100,9 +100,9 @@ def _reason(error: OSError) -> str:
 def check_training(config: Config) -> None:
     """Raises UserError where a file the training needs is missing: seconds, not after the compilation."""
     check_model(config.model.path, "model.path")
-    _check_jsonl(config.data.path, "data.path")
+    _check_data(config.data.path, "data.path")
     if config.evaluation.problems > 0:
-        _check_jsonl(config.evaluation.path, "evaluation.path")
+        _check_data(config.evaluation.path, "evaluation.path")
     directory = config.run.directory
     if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
         raise UserError(f"run.directory must be a directory, {directory} is a file")
@@ -118,7 +118,7 @@ def check_evaluation(config: Config, models: Sequence[str]) -> None:
         check_model(path, "models")
     if config.evaluation.problems == 0:
         raise UserError("evaluation.problems must be >= 1 to evaluate, got 0")
-    _check_jsonl(config.evaluation.path, "evaluation.path")
+    _check_data(config.evaluation.path, "evaluation.path")
 
 
 def check_model(path: str, field: str) -> None:
@@ -132,7 +132,7 @@ def check_model(path: str, field: str) -> None:
         raise UserError(f"{field} must be tiny or a Hugging Face directory, {path} holds no config.json")
 
 
-def _check_jsonl(path: str | None, field: str) -> None:
-    if path not in (None, "tiny") and not Path(path).is_file():
-        found = "is a directory" if Path(path).is_dir() else "does not exist"
-        raise UserError(f"{field} must be a JSONL file, {path} {found}")
+def _check_data(path: str | None, field: str) -> None:
+    if path not in (None, "tiny") and not Path(path).exists():
+        raise UserError(f"{field} must be tiny, a JSONL or Parquet file, or a folder saved by datasets, {path} does not "
+                        "exist")

@@ -21,10 +21,10 @@ ONE_LEVEL = "all"
 def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False, limit: int | None = None) -> list[Problem]:
     """The problems of a data set, rendered with the tokenizer's chat template and tokenised.
 
-    Args: data, the field names and the user prompt; path, "tiny" or a JSONL file; held_out, for "tiny" the part that is
-        never trained on; limit, only the first so many.
-    Raises: UserError that names the file and line, or says how many problems there are."""
-    rows = _tiny_rows(held_out) if path == "tiny" else _jsonl_rows(Path(path), data)
+    Args: data, the field names and the user prompt; path, "tiny", a JSONL or Parquet file, or a folder that
+        `datasets` saved; held_out, for "tiny" the part that is never trained on; limit, only the first so many.
+    Raises: UserError that names the file and line."""
+    rows = _tiny_rows(held_out) if path == "tiny" else _file_rows(Path(path), data)
     problems = []
     for uid, (text, answer, level) in enumerate(itertools.islice(rows, limit)):
         prompt = render(tokenizer, data.user_prompt.replace("{problem}", text))
@@ -63,7 +63,28 @@ def _tiny_rows(held_out: bool) -> Iterator[tuple[str, str, str]]:
         yield task.text, task.answer, task.level
 
 
-def _jsonl_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
+def _file_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
+    for place, row in _saved_rows(path) if path.is_dir() or path.suffix == ".parquet" else _jsonl_rows(path):
+        level = ONE_LEVEL if data.level_field is None else _text(row, data.level_field, place)
+        yield _text(row, data.problem_field, place), _text(row, data.answer_field, place), level
+
+
+def _saved_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a Parquet file or of a folder written by `Dataset.save_to_disk`."""
+    import datasets                 # half a second: only where it is needed
+
+    try:
+        saved = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{path}: cannot be read by datasets ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(saved, datasets.Dataset):
+        raise UserError(f"{path}: expected one data set, found the splits {', '.join(saved)}; name one of their folders")
+    for number, row in enumerate(saved):
+        yield f"{path}:{number}", row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a JSONL file, read here and not by `datasets`, which cannot say which line is broken."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -77,14 +98,13 @@ def _jsonl_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
             raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        level = ONE_LEVEL if data.level_field is None else _text(row, data.level_field, path, number)
-        yield (_text(row, data.problem_field, path, number), _text(row, data.answer_field, path, number), level)
+        yield f"{path}:{number}", row
 
 
-def _text(row: dict[str, Any], field: str, path: Path, number: int) -> str:
+def _text(row: dict[str, Any], field: str, place: str) -> str:
     if field not in row:
-        raise UserError(f"{path}:{number}: has no field {field!r}, found {', '.join(row) or 'none'}")
+        raise UserError(f"{place}: has no field {field!r}, found {', '.join(row) or 'none'}")
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{path}:{number}: field {field!r} must be text or a number, found {type(value).__name__}")
+        raise UserError(f"{place}: field {field!r} must be text or a number, found {type(value).__name__}")
     return str(value)

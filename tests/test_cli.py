@@ -101,11 +101,11 @@ def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
     assert failed(capsys, ["--model.path", str(tmp_path)]) == f"model.path {wanted} {tmp_path} holds no config.json"
     assert failed(capsys, ["--models", "tiny", nowhere], "evaluate") == f"models {wanted} {nowhere} does not exist"
     argv = ["--evaluation.problems", "0", "--data.path"]
-    assert failed(capsys, [*argv, nowhere]) == f"data.path must be a JSONL file, {nowhere} does not exist"
-    assert failed(capsys, [*argv, model]) == f"data.path must be a JSONL file, {model} is a directory"
+    data = "must be tiny, a JSONL or Parquet file, or a folder saved by datasets,"
+    assert failed(capsys, [*argv, nowhere]) == f"data.path {data} {nowhere} does not exist"
     for command in ("train", "evaluate"):
         message = failed(capsys, ["--evaluation.path", nowhere], command)
-        assert message == f"evaluation.path must be a JSONL file, {nowhere} does not exist"
+        assert message == f"evaluation.path {data} {nowhere} does not exist"
     assert failed(capsys, ["--run.directory", file]) == f"run.directory must be a directory, {file} is a file"
 
 

@@ -86,3 +86,17 @@ def test_no_problem_comes_twice_in_a_step_at_the_end_of_an_epoch(characters):
         assert len(set(uids)) == 16
     with pytest.raises(UserError, match="at most the number of problems, 50, got 51"):
         prompts.batch(problems, 51, 0, 0)
+
+
+def test_parquet_and_saved_folders_are_read_like_jsonl(tmp_path, characters):
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list([{"problem": "(1+2)%10", "answer": "3"}, {"problem": "(1+3)%10", "answer": "4"}])
+    saved.to_parquet(str(tmp_path / "data.parquet"))
+    saved.save_to_disk(str(tmp_path / "folder"))
+    for path in (tmp_path / "data.parquet", tmp_path / "folder"):
+        assert [problem.answer for problem in prompts.load(DATA, str(path), characters)] == ["3", "4"]
+    with pytest.raises(UserError, match="0: has no field 'x', found problem, answer"):
+        prompts.load(dataclasses.replace(DATA, answer_field="x"), str(tmp_path / "folder"), characters)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: cannot be read by datasets"):
+        prompts.load(DATA, str(tmp_path / "empty"), characters)

@@ -46,13 +46,13 @@ class DataConfig(Section):
     """The problems it is trained on."""
 
     path: str = "tiny"
-    """"tiny" = generated arithmetic, else a JSONL file, one problem a line."""
+    """"tiny" = generated arithmetic, else a JSONL file, a Parquet file, or a folder saved by `datasets`."""
     problem_field: str = "problem"
-    """Key of the problem's text in a JSONL line."""
+    """Column of the problem's text."""
     answer_field: str = "answer"
-    """Key of the reference answer in a JSONL line."""
+    """Column of the reference answer."""
     level_field: str | None = None
-    """Key of the difficulty in a JSONL line, for results by level; null = all problems are one level."""
+    """Column of the difficulty, for results by level; null = all problems are one level."""
     user_prompt: Template = (
         r"Please reason step by step, and put your final answer within \boxed{}. Question: {problem}"
     )
@@ -161,7 +161,7 @@ class EvaluationConfig(Section):
     """Accuracy and tokens on held-out problems, before and after training."""
 
     path: str | None = None
-    """JSONL file of held-out problems, with data.*'s fields; null = the generated held-out set of data.path tiny."""
+    """Held-out problems, a file or folder like data.path with the same columns; null = the generated held-out set of data.path tiny."""
     problems: Natural = 600
     """Problems to evaluate on, the first of the set; 0 = no evaluation."""
     samples: Count = 1
@@ -254,7 +254,7 @@ class Config:
             )
         if self.data.path != "tiny" and self.evaluation.path is None and self.evaluation.problems > 0:
             raise ValueError(
-                "evaluation.path must name a JSONL file of held-out problems, or evaluation.problems must be 0, "
+                "evaluation.path must name held-out problems, or evaluation.problems must be 0, "
                 f"when data.path is a file, got evaluation.path null and evaluation.problems {self.evaluation.problems}"
             )
         if self.run.resume and self.run.directory is None:
