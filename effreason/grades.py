@@ -1,7 +1,7 @@
 """From a response and a reference answer to correct or not, on the host, whatever the response holds.
 
-Cut out the boxed answer, settle what plain Python can settle, and give the rest to sympy in processes that can be killed.
-Nothing of a response is ever executed. See `Grade.status` for how each verdict came about.
+Cut out the boxed answer, settle what plain Python can settle, and give the rest to sympy in processes that can be
+killed. Nothing of a response is ever executed. See `Grade.status` for how each verdict came about.
 """
 
 import concurrent.futures
@@ -20,7 +20,8 @@ from effreason.grading.pool import Pool, Verdict
 
 __all__ = ["Grade", "Grader", "extract_answer"]
 
-STATUSES = ("no_answer", "too_long", "exact", "symbolic", "cached", "guard", "soft_timeout", "hard_kill", "memory", "budget", "error")
+STATUSES = ("no_answer", "too_long", "exact", "symbolic", "cached",
+            "guard", "soft_timeout", "hard_kill", "memory", "budget", "error")
 MAX_ANSWER = notation.MAX_CHARACTERS
 
 
@@ -28,8 +29,9 @@ MAX_ANSWER = notation.MAX_CHARACTERS
 class Grade:
     """The verdict on one response.
 
-    Statuses: no_answer (no box), too_long, exact (decided in plain Python), symbolic (decided by sympy), cached (an earlier symbolic
-    verdict); and, always wrong: guard (too large to try), soft_timeout, hard_kill, memory, budget (the call's time was over), error.
+    Statuses: no_answer (no box), too_long, exact (decided in plain Python), symbolic (decided by sympy), cached (an
+    earlier symbolic verdict); and, always wrong: guard (too large to try), soft_timeout, hard_kill, memory, budget (the
+    call's time was over), error.
     """
 
     correct: bool
@@ -39,10 +41,11 @@ class Grade:
 
 
 class Grader:
-    """Grades responses; a context manager, and safe to use from several threads. Start it before training, its workers load meanwhile.
+    """Grades responses; a context manager, safe to use from several threads; its workers load while training starts.
 
-    Args: workers, processes for algebra; cpu_seconds, soft limit of one comparison; wall_seconds, after which its process is killed;
-    memory_mb, address space of a process; step_budget_seconds, limit of one call of `grade`; cache_size, symbolic verdicts kept.
+    Args: workers, processes for algebra; cpu_seconds, soft limit of one comparison; wall_seconds, after which its
+    process is killed; memory_mb, address space of a process; step_budget_seconds, limit of one call of `grade`;
+    cache_size, symbolic verdicts kept.
     """
 
     def __init__(self, *, workers: int = 2, cpu_seconds: float = 2.0, wall_seconds: float = 8.0, memory_mb: int = 2048,
@@ -57,12 +60,15 @@ class Grader:
         self._finalizer = weakref.finalize(self, Pool.close, self._pool)    # a grader nobody closed leaves no processes
 
     def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Grade]:
-        """Grades responses against reference answers, one for one. Ends within step_budget_seconds; no text makes it raise.
+        """Grades responses against reference answers, one for one, within step_budget_seconds; no text makes it raise.
 
-        Raises: ValueError for lists of different lengths, RuntimeError when workers cannot be started or the grader is closed.
+        Raises: ValueError for lists of different lengths, RuntimeError when workers cannot be started or the grader is
+        closed.
         """
         if len(responses) != len(golds):
             raise ValueError(f"grade needs as many golds as responses, got {len(golds)} and {len(responses)}")
+        if self._pool.closed:
+            raise RuntimeError("the grader is closed")
         deadline = time.monotonic() + self.step_budget_seconds
         grades: dict[int, Grade] = {}
         waiting: dict[tuple[str, str], list[int]] = {}
@@ -89,10 +95,11 @@ class Grader:
         """The places of reference answers that a response can never match, since they do not even match themselves."""
         boxed = [rf"\boxed{{{gold}}}" for gold in golds]
         return [row for row, text in enumerate(boxed)
-                if extract_answer(text) != golds[row].strip() or not exact(golds[row], golds[row]) or len(golds[row]) > MAX_ANSWER]
+                if extract_answer(text) != golds[row].strip() or len(golds[row]) > MAX_ANSWER
+                or not exact(golds[row], golds[row])]
 
     def stats(self) -> dict[str, int]:
-        """How often each status came up so far, and what became of workers: killed (stuck), died (of themselves), recycled (worn)."""
+        """How often each status came up, and how workers ended: killed (stuck), died (by themselves), recycled."""
         with self._lock:
             counts = Counter({status: self._counts[status] for status in STATUSES})
         return {**counts, **{what: self._pool.counts[what] for what in ("killed", "died", "recycled")}}
@@ -106,7 +113,8 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
         self.close()
 
     def _without_algebra(self, response: str, gold: str, deadline: float) -> tuple[Grade, tuple[str, str] | None]:
@@ -129,10 +137,14 @@ class Grader:
             if (answer, gold) in self._cache:
                 self._cache.move_to_end((answer, gold))
                 return self._cache[answer, gold], "cached"
-        verdict = exact(answer, gold)
+        try:
+            verdict = exact(answer, gold)
+        except Exception:           # a hole in this package must not stop a training run; the status makes it seen
+            return False, "error"
         if verdict is not None:
             return verdict, "exact"
-        return False, "guard" if any(symbolic.guard(notation.canonical(text)) for text in (answer, gold)) else "symbolic"
+        large = any(symbolic.guard(notation.canonical(text)) for text in (answer, gold))
+        return False, "guard" if large else "symbolic"
 
     def _ask(self, pair: tuple[str, str], deadline: float) -> "concurrent.futures.Future[tuple[Verdict, float]]":
         return self._askers.submit(self._with_algebra, pair, deadline)

@@ -1,4 +1,4 @@
-"""Comparison of two answers in plain Python: structure, words and rational numbers. What needs algebra is left undecided."""
+"""Comparison of two answers in plain Python: structure, words, rational numbers. What needs algebra stays undecided."""
 
 import re
 from collections.abc import Callable
@@ -16,11 +16,14 @@ MAX_DEPTH = 50
 
 LETTER = re.compile(r"[A-J]")
 CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:])(?=\s|$|\\text|[^\s)]).*|\(?([A-J])\)?", re.DOTALL)
+CHOICE_WORD = re.compile(r"^\s*(?:option|choice|answer)\b\s*(?:is\b)?:?", re.IGNORECASE)
+NAME = re.compile(r"(?:\\[a-zA-Z]+(?![a-zA-Z])|[a-zA-Z|:,/(){}\s.])+")
 EQUALS = re.compile(r"(?<![<>!:])=")
 MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
 CUP = re.compile(r"\\cup(?![a-zA-Z])")
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
+CLAIM = re.compile(r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|ne|mapsto|neg|not)(?![a-zA-Z])")
 RELATION = re.compile(r"(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))")
 VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
 MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", re.DOTALL)
@@ -28,21 +31,27 @@ DIGITS_APART = re.compile(r"\d\s+[\d.]")
 BASE = re.compile(r"([0-9A-Z]+)_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
 DEGREE = re.compile(r"\s*\^\{\s*\\circ\s*\}\s*(?:[CF]|\\text\{[CF]\})?$")
 TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-PERCENT = re.compile(r"\s*(?:%|\\text\{\s*(?:percent|per cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percent|per cent|pct))\s*$", re.IGNORECASE)
+PERCENT = re.compile(
+    r"\s*(?:%|\\text\{\s*(?:percent|per cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percent|per cent|pct))\s*$",
+    re.IGNORECASE)
 
 SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALED = re.compile(r"(.*?\S)\s*(?:\\text\{\s*)?\b(" + "|".join(SCALE) + r")s?\s*(?:\}|\Z)(.*)", re.DOTALL)
 NO_UNIT = re.compile(r"\b(?:or|and|if|mod|more|less|least|most|times|plus|minus|over|pi|not|to|is|by|base|percent|"
                      r"dozen|score|half|a\.?m|p\.?m|AM|PM|" + "|".join(SCALE) + r")\b")
-SHORT_UNITS = ("mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa Hz kHz MHz kW kJ kN mph kph kmh hr hrs min mins sec secs ms "
-               "sq cu rad deg USD EUR gal qt pt cc").split()
+SHORT_UNITS = ("mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa Hz kHz MHz kW kJ kN mph kph kmh hr "
+               "hrs min mins sec secs ms sq cu rad deg USD EUR gal qt pt cc").split()
 POWER = r"(?:\s*\^\{\s*-?\d\s*\})?"
 TEXT_UNIT = re.compile(rf"(.*?\S)\s*((?:\\text\{{[^{{}}]*\}}{POWER}[\s/]*(?:\\cdot\s*)?)+)$", re.DOTALL)
 WORD_UNIT = re.compile(
-    rf"(.*?(?:[\d)}}]|\\pi(?=\s)))\s*((?:(?:{'|'.join(SHORT_UNITS)}|[a-z]{{3,}}|\\text\{{[^{{}}]*\}}){POWER}(?:\s+|\s*/\s*|$)(?:(?:s|h|m|g|l|L|per|of|a|an)(?![a-zA-Z])\s*)?)+)$",
-    re.DOTALL)
+    rf"(.*?(?:[\d)}}]|\\pi(?=\s)))\s*"                                                        # a quantity,
+    rf"((?:(?:{'|'.join(SHORT_UNITS)}|[A-Za-z][a-z]{{2,}}|\\text\{{[^{{}}]*\}}){POWER}(?:\s+|\s*/\s*|$)"  # words
+    rf"(?:(?:s|h|m|g|l|L|C|F|per|of|a|an)(?![a-zA-Z]){POWER}\s*)?)+)$", re.DOTALL)    # and links
 LETTER_UNIT = re.compile(rf"(.*?[\d}}])\s*(?:\\text\{{\s*)?[smghlLVWJNAKCF](?:\s*/\s*[smh])?\}}?{POWER}$", re.DOTALL)
-NO_SOLUTION = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", r"\emptyset", r"\{\}", "emptyset", "theemptyset"}
+BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+         "twelve": 12, "sixteen": 16}
+NO_SOLUTION = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset", "theemptyset",
+               r"\emptyset", r"\{\}"}
 
 
 class NoLists:
@@ -61,8 +70,8 @@ class Bracketed:
 
 
 def exact(prediction: str, gold: str) -> Verdict:
-    """Compares two answers without algebra; True and False are final, None asks for the symbolic stage. Linear, never raises."""
-    p, g = notation.strip_parentheses(notation.canonical(prediction)), notation.strip_parentheses(notation.canonical(gold))
+    """Compares two answers without algebra; True and False are final, None asks for the symbolic stage."""
+    p, g = (notation.strip_parentheses(notation.canonical(text)) for text in (prediction, gold))
     if p != g and notation.depth(p) > MAX_DEPTH:
         return None
     return compare(p, g, leaf)
@@ -71,13 +80,17 @@ def exact(prediction: str, gold: str) -> Verdict:
 def compare(prediction: str, gold: str, same: Leaf) -> Verdict:
     """Compares two canonical answers part by part, down to `same` for what has no parts.
 
-    Rules: a name before "=" may be left out, and every other part of a chain has to equal the answer; lists and sets have no order,
-    tuples do, and kinds of brackets count; an inequality in one variable is its interval.
+    Rules: a name before "=" may be left out, and every other part of a chain has to equal the answer; lists and sets
+    have no order, tuples do, and kinds of brackets count; an inequality in one variable is its interval.
     """
     if not prediction or not gold:
         return False
     if notation.key(prediction) == notation.key(gold):
         return True
+    if {notation.key(prediction).casefold(), notation.key(gold).casefold()} <= NO_SOLUTION:
+        return True
+    if CLAIM.search(prediction) and not CLAIM.search(gold):
+        return False                                # 5 \equiv 6 answers neither 5 nor 6
     if LETTER.fullmatch(bare := notation.strip_parentheses(gold)):
         return _choice(prediction, bare)
     prediction, gold = _without_approximation(prediction), _without_approximation(gold)
@@ -118,7 +131,7 @@ def leaf(prediction: str, gold: str) -> Verdict:
 
 
 def without_unit(text: str) -> str:
-    r"""Removes what is said after a quantity: 5\text{ cm} -> 5, 50\% -> 50, 90^{\circ} -> 90, 10 weeks -> 10; 5 million -> 5\cdot10^{6}."""
+    r"""Removes what is said after a quantity: 5\text{ cm}, 50\%, 90^{\circ}, 10 weeks; 5 million is 5\cdot 10^{6}."""
     text = notation.strip_parentheses(text)
     if match := SCALED.fullmatch(text):
         text = rf"{match[1]}\cdot 10^{{{SCALE[match[2]]}}}{match[3]}"
@@ -156,14 +169,11 @@ def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
 
 
 def _base(name: str) -> int:
-    return int(name[:6]) if name.isdigit() else {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-                                                 "ten": 10, "twelve": 12, "sixteen": 16}.get(name, 0)
+    return int(name[:6]) if name.isdigit() else BASES.get(name, 0)
 
 
 def _words(prediction: str, gold: str) -> Verdict:
     p, g = notation.key(prediction), notation.key(gold)
-    if p.casefold() in NO_SOLUTION and g.casefold() in NO_SOLUTION:
-        return True
     p_word, g_word = notation.is_word(prediction), notation.is_word(gold)
     if not (p_word or g_word):
         return None
@@ -172,9 +182,8 @@ def _words(prediction: str, gold: str) -> Verdict:
 
 def _choice(prediction: str, letter: str) -> Verdict:
     r"""The letter of a choice: B, (B), \text{(B)}, B. x = 42, (B) 42."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", prediction)
-    text = notation.strip_parentheses(re.sub(r"^\s*(?:option|choice|answer)\b\s*(?:is\b)?:?", "", re.sub(r"[{}]", "", text), flags=re.IGNORECASE))
-    match = CHOICE.fullmatch(text)
+    text = re.sub(r"[{}]", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", prediction))
+    match = CHOICE.fullmatch(notation.strip_parentheses(CHOICE_WORD.sub("", text)))
     return match is not None and (match[1] or match[2]) == letter
 
 
@@ -188,10 +197,10 @@ def _without_approximation(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    r"""True for the name of a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}; no numbers, no sums."""
+    r"""True for the name of a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}."""
     text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "", text)
     text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)
-    return re.fullmatch(r"(?:\\[a-zA-Z]+|[a-zA-Z|:,/(){}\s.])+", text) is not None and re.search(r"[a-zA-Z]", text) is not None
+    return NAME.fullmatch(text) is not None and any(map(str.isalpha, text))
 
 
 def _bracketed(text: str) -> Bracketed:
@@ -240,7 +249,8 @@ def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NoLists:
         return compare(predictions[0], golds[0], same)
     if len(kinds) == 1 or kinds == {"", "{}"}:
         names = [EQUALS.split(element)[0] for element in golds if "=" in element]
-        ordered = p.brackets not in ("", "{}") or (len(set(names)) > 1 and not any("=" in element for element in predictions))
+        named = len(set(names)) > 1 and not any("=" in element for element in predictions)
+        ordered = p.brackets not in ("", "{}") or named
         return _all(predictions, golds, same) if ordered else _matched(predictions, golds, same)
     return _all(predictions, golds, same) if kinds == {"", "()"} else False
 
@@ -300,7 +310,7 @@ def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
 
 
 def _chain(text: str) -> list[str]:
-    return [part for part in notation.split_top(text, EQUALS) if part] if "=" in text else [text]
+    return [part for part in notation.split_top(text, EQUALS) if part] or [text] if "=" in text else [text]
 
 
 def _compare_matrices(p: list[list[str]], g: list[list[str]], same: Leaf) -> Verdict:
@@ -319,17 +329,20 @@ def _union(text: str) -> list[str]:
 
 
 def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
-    """Compares inequalities and intervals, one or several, as a set of intervals; None where that is not what both sides are."""
-    sides = []
-    for side in (p, g):
-        pieces = [f"{side.brackets[0]}{','.join(side.elements)}{side.brackets[1]}"] if side.brackets else list(side.elements)
-        pieces = [part for piece in pieces for part in _union(piece)]
-        sides.append([interval(piece) for piece in pieces])
-    flat = [piece for side in sides for piece in side]
-    written = [*p.elements, *g.elements]
-    if None in flat or not any(RELATION.search(piece) or CUP.search(piece) for piece in written) or len(sides[0]) != len(sides[1]):
+    """Compares inequalities and intervals as sets of intervals; None where they differ or are something else."""
+    if not any(RELATION.search(piece) or CUP.search(piece) for piece in (*p.elements, *g.elements)):
         return None
-    return True if _matched(*(tuple(piece for piece in side if piece) for side in sides), same=same) else None
+    predictions, golds = _intervals(p), _intervals(g)
+    if predictions is None or golds is None or len(predictions) != len(golds):
+        return None
+    return _matched(predictions, golds, same) or None
+
+
+def _intervals(side: Bracketed) -> tuple[str, ...] | None:
+    whole = f"{side.brackets[:1]}{','.join(side.elements)}{side.brackets[1:]}"
+    pieces = [part for piece in ([whole] if side.brackets else side.elements) for part in _union(piece)]
+    intervals = [interval(piece) for piece in pieces]
+    return tuple(piece for piece in intervals if piece) if None not in intervals else None
 
 
 def interval(text: str) -> str | None:
@@ -337,8 +350,9 @@ def interval(text: str) -> str | None:
     text = text.strip()
     pieces = RELATION.split(text)
     if len(pieces) == 1:
-        both_ends = text[:1] in tuple("([") and text[-1:] in tuple(")]") and len(notation.split_top(text[1:-1], ",")) == 2
-        return text if both_ends and notation.matching(text).get(0) == len(text) - 1 else None
+        pair = text[:1] in ("(", "[") and text[-1:] in (")", "]")
+        enclosed = pair and notation.matching(text).get(0) == len(text) - 1
+        return text if enclosed and len(notation.split_top(text[1:-1], ",")) == 2 else None
     terms, signs = [piece.strip() for piece in pieces[::2]], pieces[1::2]
     if not all(terms):
         return None

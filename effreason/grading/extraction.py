@@ -3,15 +3,16 @@
 import re
 
 THINK, END_OF_THINK = "<think>", "</think>"
-# A box with its brace, an escaped brace (text, not grouping), a grouping brace. A doubled backslash before "boxed" is an escaped box.
+# A box with its brace, an escaped brace (text, not grouping), a grouping brace. \\boxed is \boxed escaped once more.
 TOKEN = re.compile(r"(?P<box>\\{1,4}(?:boxed|fbox)\s*\{)|\\[{}\\]|(?P<brace>[{}])")
 
 
 def extract_answer(response: str) -> str | None:
     r"""Returns what stands in the last \boxed{} after the thinking, or None.
 
-    The last box decides, whatever stands in it: None when it is empty or never closed, when the thinking is not closed, or when there is
-    no box. Nothing else in the text counts, so that a number that happens to be there is no answer. Linear in the length.
+    The last box decides, whatever stands in it: None when it is empty or never closed, when the thinking is not closed,
+    or when there is no box. Nothing else in the text counts: a number that happens to be there is no answer. Linear in
+    the length.
 
     Args: response, which may begin inside the thinking (the prompt opened it) or have none at all.
     Returns: the content of the box, stripped.
@@ -24,7 +25,7 @@ def extract_answer(response: str) -> str | None:
 
 def _last_box(text: str) -> str | None:
     r"""Finds the outermost last \boxed{} or \fbox{}; a box that is all another box holds stands for it."""
-    boxes: list[list[int]] = []                     # start of the command, start of the content, end of the content or -1
+    boxes: list[list[int]] = []                     # start of the command, start and end of the content; end -1: open
     open_braces: list[int | None] = []              # index into boxes, None for a brace that only groups
     for match in TOKEN.finditer(text, _first_box(text)):
         if match["box"]:
@@ -39,8 +40,7 @@ def _last_box(text: str) -> str | None:
     last: list[int] | None = None
     for start, begin, end in boxes:
         inside = last is not None and last[2] >= 0 and start < last[2]
-        fills = inside and last is not None and not (text[last[1]:start] + text[end + 1:last[2]]).strip()
-        if not inside or fills:
+        if last is None or not inside or not (text[last[1]:start] + text[end + 1:last[2]]).strip():
             last = [start, begin, end]
     if last is None or last[2] < 0:
         return None

@@ -1,7 +1,7 @@
 r"""One spelling for one meaning: brings an answer into canonical LaTeX, without reading its mathematics.
 
-Canonical: braces round every argument, `\frac`, `\cdot`, `\le`, `\text{...}` only round words, no `$`, no `\left`, no spacing commands,
-thousands joined, plain function names with a backslash.
+Canonical: braces round every argument, `\frac`, `\cdot`, `\le`, `\text{...}` only round words, no `$`, no `\left`, no
+spacing commands, thousands joined, plain function names with a backslash.
 """
 
 import re
@@ -10,49 +10,127 @@ from functools import lru_cache
 
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
-GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau upsilon phi chi psi omega"
+GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
+         "upsilon phi chi psi omega").split()
+GREEK_CAPITALS = dict(zip("ΓΔΘΛΞΠΣΦΨΩ", "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(), strict=True))
+
+
+def _table(text: str) -> dict[str, str]:
+    """Reads lines of "new old old ..." into old: new."""
+    rows = [line.split() for line in text.splitlines()]
+    return {old: row[0] for row in rows for old in row[1:]}
+
+
 SYMBOLS = {
-    **{chr(0x3B1 + place): f"\\{name} " for place, name in enumerate(GREEK.split())},
-    **{chr(0x391 + place): f"\\{name.capitalize()} " for place, name in enumerate(GREEK.split()) if chr(0x391 + place) in "ΓΔΘΛΞΠΣΦΨΩ"},
-    "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "±": r"\pm ", "∓": r"\mp ", "°": r"^{\circ}",
-    "−": "-", "–": "-", "‐": "-", "‑": "-", "﹣": "-", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∠": r"\angle ", "△": r"\triangle ", "′": "'", "’": "'", "∖": r"\setminus ",
-    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "√": r"\sqrt ", "ϕ": r"\phi ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}",
-    "ℂ": r"\mathbb{C}", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∣": "|",
-    "‖": r"\|", "“": "", "”": "", '"': "", "€": "", "£": "", "¥": "", "₹": "", "￥": "", "∑": r"\sum ", "∫": r"\int ", "⁄": "/", "∕": "/", "，": ", ",
+    **{chr(0x3B1 + place): "\\" + name for place, name in enumerate(GREEK)},
+    **{letter: "\\" + name for letter, name in GREEK_CAPITALS.items()},
+    **_table(r"""
+    \infty ∞
+    \times ×
+    \cdot · ⋅ ∙
+    \div ÷
+    \pm ±
+    \mp ∓
+    ^{\circ} °
+    - − – ‐ ‑ ﹣
+    \le ≤
+    \ge ≥
+    \ne ≠
+    \approx ≈
+    \equiv ≡
+    \cup ∪
+    \cap ∩
+    \in ∈
+    \emptyset ∅
+    \angle ∠
+    \triangle △
+    ' ′ ’
+    \setminus ∖
+    \sqrt[3] ∛
+    \sqrt[4] ∜
+    \sqrt √
+    \phi ϕ
+    \mathbb{R} ℝ
+    \mathbb{Z} ℤ
+    \mathbb{Q} ℚ
+    \mathbb{N} ℕ
+    \mathbb{C} ℂ
+    \langle ⟨
+    \rangle ⟩
+    \lfloor ⌊
+    \rfloor ⌋
+    \lceil ⌈
+    \rceil ⌉
+    | ∣
+    \| ‖
+    \sum ∑
+    \int ∫
+    / ⁄ ∕
+"""),
+    **dict.fromkeys("“”€¢₽₩₫£¥₹￥" + '"', ""), "，": ", ",
 }
 
-# Commands with one meaning and several names; "" removes the command, " " leaves a space.
-RENAMED = {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\leq": r"\le",
-    r"\leqslant": r"\le", r"\geq": r"\ge", r"\geqslant": r"\ge", r"\neq": r"\ne", r"\lt": "<", r"\gt": ">", r"\times": r"\cdot", r"\ast": r"\cdot",
-    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lparen": "(", r"\rparen": ")", r"\lvert": "|", r"\rvert": "|",
-    r"\vert": "|", r"\mid": "|", r"\infin": r"\infty", r"\colon": ":", r"\degree": r"^{\circ}", r"\varnothing": r"\emptyset", r"\ldots": r"\dots",
-    r"\cdots": r"\dots", r"\dotsc": r"\dots", r"\dotsb": r"\dots", r"\land": ",", r"\lor": ",", r"\wedge": ",", r"\vee": ",", r"\arcsec": r"\operatorname{arcsec}",
-    r"\approxeq": r"\approx", r"\simeq": r"\approx", r"\prime": "'", r"\pounds": "", r"\euro": "", r"\backslash": r"\setminus",
-    r"\smallsetminus": r"\setminus", r"\bigcup": r"\cup", r"\bigcap": r"\cap", r"\imath": "i", r"\mathrmi": "i", r"\%": "%", "*": r"\cdot", r"\$": "", r"\!": "",
-    r"\left": "", r"\right": "", r"\middle": "", r"\boxed": "", r"\fbox": "", r"\displaystyle": "", r"\textstyle": "", r"\limits": "", r"\nolimits": "",
-    r"\rm": "", r"\bf": "", r"\it": "", r"\(": "", r"\)": "", r"\[": "", r"\]": "", r"\#": "#", r"\&": "&", r"\_": "_", r"\-": "", r"\/": "",
-    **{name: "" for name in (r"\big", r"\Big", r"\bigg", r"\Bigg", r"\bigl", r"\bigr", r"\Bigl", r"\Bigr", r"\biggl", r"\biggr", r"\Biggl", r"\Biggr")},
-    **{name: " " for name in (r"\,", r"\;", r"\:", r"\>", "\\ ", r"\quad", r"\qquad", r"\enspace", r"\thinspace", r"\space", "~")},
-}
-TEXTS = {r"\text", r"\textbf", r"\textrm", r"\textnormal", r"\textit", r"\texttt", r"\textsf", r"\mbox", r"\hbox", r"\mathrm", r"\mathbf", r"\mathit",
-         r"\mathsf", r"\mathtt", r"\bold", r"\boldsymbol", r"\bm", r"\emph", r"\pmb", r"\underline"}
+# Commands with one meaning and several names.
+RENAMED = _table(r"""
+    \frac \dfrac \tfrac \cfrac
+    \binom \dbinom \tbinom
+    \le \leq \leqslant
+    \ge \geq \geqslant
+    \ne \neq
+    < \lt
+    > \gt
+    \cdot \times \ast *
+    \{ \lbrace
+    \} \rbrace
+    [ \lbrack
+    ] \rbrack
+    ( \lparen
+    ) \rparen
+    | \lvert \rvert \vert \mid
+    \infty \infin
+    : \colon
+    ^{\circ} \degree
+    \emptyset \varnothing
+    \dots \ldots \cdots \dotsc \dotsb
+    , \land \lor \wedge \vee
+    \operatorname{arcsec} \arcsec
+    \approx \approxeq \simeq
+    ' \prime
+    \setminus \backslash \smallsetminus
+    \cup \bigcup
+    \cap \bigcap
+    i \imath
+    % \%
+    # \#
+    & \&
+    _ \_
+""")
+SPACES = ("\\,", "\\;", "\\:", "\\>", "\\ ", "\\quad", "\\qquad", "\\enspace", "\\thinspace", "\\space", "~")
+DROPPED = (
+    r"\pounds \euro \$ \! \left \right \middle \boxed \fbox \displaystyle \textstyle \limits \nolimits \rm "
+    r"\bf \it \( \) \[ \] \- \/ \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr "
+).split()
+RENAMED |= dict.fromkeys(SPACES, " ") | dict.fromkeys(DROPPED, "")
+TEXTS = (
+    r"\bm \bold \boldsymbol \emph \hbox \mathbf \mathit \mathrm \mathsf \mathtt \mbox \pmb \text \textbf "
+    r"\textit \textnormal \textrm \textsf \texttt \underline "
+).split()
 ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
 
 TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-# Function names without their backslash, as sympy prints them; "sec" and "min" may be units, so some need their bracket.
+# Function names without their backslash, as sympy prints them; "sec" may be a unit, so some need their bracket.
 PLAIN_NAME = re.compile(
     r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
     r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det|sqrt)(?=\s*[(^{])"
     r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])|(?P<lcm>lcm)(?=\s*\()"
     r"|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
-TEX_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\\!|\\!,?|\\,|\\;|\\:|\\ |~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
+TEX_THOUSANDS = re.compile(
+    r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\\!|\\!,?|\\,|\\;|\\:|\\ |~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
 PLAIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 SEPARATOR = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])")
 WORDS = re.compile(r"[A-Za-z .'/\-]*")
 TWO_LETTERS = re.compile(r"[A-Za-z]{2}")
-MAX_CHARACTERS = 20_000
+MAX_CHARACTERS = 4_000
 
 
 @lru_cache(maxsize=4096)
@@ -67,13 +145,15 @@ def canonical(text: str) -> str:
     if r"\begin" not in text:                       # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"^([^{}\\]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})$", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\\(?:text)?color\s*\{[a-zA-Z!0-9]*\}", "", text)
     text = _braced(_renamed(TOKEN.findall(text)))
     text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
     return SEPARATOR.sub(_separated, text).rstrip(" .,;\\").lstrip(" ,;")
 
 
 def key(text: str) -> str:
-    """What has to agree for two canonical texts to be the same writing: spaces, \\text and the case of words do not matter."""
+    r"""What has to agree for two canonical texts to be the same writing: not spaces, \text or the case of words."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)      # "5 5" is not 55
     if clock := re.fullmatch(r"0?(\d{1,2}:\d\d(?::\d\d)?)([ap])\.?m\.?", bare, re.IGNORECASE):
@@ -82,7 +162,7 @@ def key(text: str) -> str:
 
 
 def is_word(text: str) -> bool:
-    r"""True for an answer in words: \text{...} with letters, or four letters in a row that no function or command explains."""
+    r"""True for an answer in words: \text{...} with letters, or four letters in a row that are no function."""
     if re.match(r"[a-zA-Z]\s*\\text", text) or re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z' .\-])+", text) is None:
         return False
     return r"\text" in text or re.search(r"[A-Za-z]{4}", text) is not None or text.strip().lower() in ("yes", "no")
@@ -106,13 +186,14 @@ def strip_parentheses(text: str) -> str:
 
 
 def matching(text: str | list[str]) -> dict[int, int]:
-    r"""Pairs every opening bracket with its closing one, by position; (, [ and { nest, ( may be closed by ] as in an interval."""
+    """Pairs every opening bracket with its closing one, by position; ( may be closed by ] as in an interval."""
+    opening, closing, braces = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}, {"{", r"\{", "}", r"\}"}
     pairs: dict[int, int] = {}
     stack: list[int] = []
     for place, character in enumerate(text):
-        if character in ("(", "[", "{", r"\{"):
+        if character in opening:
             stack.append(place)
-        elif character in (")", "]", "}", r"\}") and stack and (text[stack[-1]] in ("{", r"\{")) == (character in ("}", r"\}")):
+        elif character in closing and stack and (text[stack[-1]] in braces) == (character in braces):
             pairs[stack.pop()] = place
     return pairs
 
@@ -151,8 +232,9 @@ def _ascii(text: str) -> str:
     """Writes Unicode mathematics in LaTeX: ½, x², √2, π, full-width digits."""
     if text.isascii():
         return text
-    text = re.sub(f"[{''.join(SUPERSCRIPTS)}]+", lambda run: "^{" + "".join(SUPERSCRIPTS[c] for c in run[0]) + "}", text)
-    text = re.sub(f"[{''.join(SUBSCRIPTS)}]+", lambda run: "_{" + "".join(SUBSCRIPTS[c] for c in run[0]) + "}", text)
+    for command, scripts in (("^", SUPERSCRIPTS), ("_", SUBSCRIPTS)):
+        for run in sorted(set(re.findall(f"[{''.join(scripts)}]+", text)), key=len, reverse=True):
+            text = text.replace(run, command + "{" + "".join(scripts[character] for character in run) + "}")
     text = re.sub(r"√(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = "".join(_character(character) for character in text)
     return unicodedata.normalize("NFKC", text)
@@ -160,7 +242,8 @@ def _ascii(text: str) -> str:
 
 def _character(character: str) -> str:
     if character in SYMBOLS:
-        return SYMBOLS[character]
+        new = SYMBOLS[character]
+        return new + " " if new[-1:].isalpha() else new
     if unicodedata.category(character) == "No" and "⁄" in (parts := unicodedata.normalize("NFKC", character)):
         top, bottom = parts.split("⁄")
         return rf"\frac{{{top}}}{{{bottom}}}" if top and bottom else character
@@ -246,7 +329,7 @@ class _Writer:
 
     def __init__(self) -> None:
         self.parts: list[str] = []
-        self.levels: list[list[int]] = [[0, -1, 0]]     # arguments wanted, token that closes the level, 1 if it fills an argument
+        self.levels: list[list[int]] = [[0, -1, 0]]     # arguments wanted, token that closes it, 1 if it is an argument
 
     def wants(self) -> bool:
         return self.levels[-1][0] > 0
@@ -311,9 +394,10 @@ def _run(tokens: list[str], place: int, command: str) -> str:
 
 def _join_thousands(text: str) -> str:
     """1,234 is a number outside brackets and two elements inside them."""
-    depth, depths = 0, []
+    level, levels = 0, []
     for place, character in enumerate(text):
         escaped = place > 0 and text[place - 1] == "\\"
-        depth += (character in "([" or character == "{" and escaped) - (character in ")]" or character == "}" and escaped)
-        depths.append(depth)
-    return PLAIN_THOUSANDS.sub(lambda match: match[0] if depths[match.start()] > 0 else match[0].replace(",", ""), text)
+        level += character in "([" or (character == "{" and escaped)
+        level -= character in ")]" or (character == "}" and escaped)
+        levels.append(level)
+    return PLAIN_THOUSANDS.sub(lambda match: match[0] if levels[match.start()] > 0 else match[0].replace(",", ""), text)

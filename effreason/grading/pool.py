@@ -32,6 +32,10 @@ class WorkerDied(Exception):
     """The process has ended or answers nonsense."""
 
 
+class StartFailed(WorkerDied):
+    """The process has ended before it was ready."""
+
+
 class WorkerStuck(Exception):
     """No answer within the time allowed."""
 
@@ -41,11 +45,12 @@ class Worker:
 
     def __init__(self, *, cpu_seconds: float, memory_mb: int) -> None:
         limits = json.dumps({"cpu_seconds": cpu_seconds, "memory_mb": memory_mb})
-        # -P: no module of the working directory; -s: none of the user's; -B: nothing is written. A session of its own: Ctrl-C in the
-        # terminal does not reach it, and killing the group takes its children too.
+        # -P: no module of the working directory; -s: none of the user's; -B: nothing is written. A session of its own:
+        # Ctrl-C in the terminal does not reach it, and killing the group takes its children too.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-B", "-m", "effreason.grading.worker", limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=_environment(), cwd="/", start_new_session=True, close_fds=True)
+            [sys.executable, "-P", "-s", "-B", "-m", "effreason.grading.worker", limits],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=_environment(), cwd="/", start_new_session=True, close_fds=True)
         self.ready, self.tasks, self.rss_mb, self.rest = False, 0, 0, b""
 
     def compare(self, prediction: str, gold: str, seconds: float) -> Verdict:
@@ -112,7 +117,7 @@ class Pool:
         self.cpu_seconds, self.wall_seconds, self.memory_mb = cpu_seconds, wall_seconds, memory_mb
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._closed = False
+        self.closed = False
         self._failed_starts = 0
         self._living: set[Worker] = set()
         self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
@@ -125,17 +130,21 @@ class Pool:
         A worker that dies of itself may not be the answer's fault, so the question is asked a second time.
         Raises: RuntimeError when workers cannot be started, or the pool is closed.
         """
-        for _ in range(2):
+        deaths = 0
+        while deaths < 2:
             try:
                 return self._compare_once(prediction, gold, deadline)
+            except StartFailed:
+                continue                            # `_start_failed` ends this when it happens again and again
             except WorkerDied:
                 self._count("died")
+                deaths += 1
         return Verdict(False, "error")
 
     def close(self) -> None:
         """Kills all workers. Calls that are under way raise RuntimeError."""
         with self._lock:
-            self._closed = True
+            self.closed = True
             living, self._living = self._living, set()
         for worker in living:
             worker.kill()
@@ -154,12 +163,11 @@ class Pool:
                 return Verdict(False, "budget")     # still loading: not its fault, it stays
             except WorkerDied as error:
                 healthy = False
-                self._start_failed(error)
-                raise
+                raise self._start_failed(error) from None
             return self._ask(worker, prediction, gold, deadline)
         except (WorkerDied, WorkerStuck) as error:
             healthy = False
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("the grader is closed") from None
             if isinstance(error, WorkerDied):
                 raise
@@ -182,7 +190,7 @@ class Pool:
             worker = self._idle.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
             return None
-        if worker is None or self._closed:
+        if worker is None or self.closed:
             self._idle.put(None)                    # the next one in the queue has to hear of it too
             raise RuntimeError("the grader is closed")
         return worker
@@ -197,21 +205,26 @@ class Pool:
         with self._lock:
             self._living.discard(worker)
         worker.kill()
-        if not self._closed:
+        if not self.closed:
             self._idle.put(self._start())
 
     def _start(self) -> Worker | None:
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return None
             worker = Worker(cpu_seconds=self.cpu_seconds, memory_mb=self.memory_mb)
             self._living.add(worker)
             return worker
 
-    def _start_failed(self, error: WorkerDied) -> None:
-        self._failed_starts += 1
-        if self._failed_starts >= MAX_FAILED_STARTS and not self._closed:
-            raise RuntimeError(f"grading workers cannot be started: {error}") from None
+    def _start_failed(self, error: WorkerDied) -> Exception:
+        with self._lock:
+            self._failed_starts += 1
+            failed = self._failed_starts
+        if self.closed:
+            return RuntimeError("the grader is closed")
+        if failed >= MAX_FAILED_STARTS:
+            return RuntimeError(f"grading workers cannot be started: {error}")
+        return StartFailed(str(error))
 
     def _count(self, what: str) -> None:
         with self._lock:
@@ -219,7 +232,7 @@ class Pool:
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of the trainer's environment but what a Python needs: no keys, no proxies, no settings of other libraries."""
+    """Nothing of the trainer's environment but what a Python needs: no keys, no proxies, no library's settings."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     package = str(Path(__file__).resolve().parents[2])
     return {**kept, "PYTHONPATH": package, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LC_ALL": "C"}

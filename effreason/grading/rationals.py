@@ -1,4 +1,4 @@
-r"""Values of written-out rational numbers: 12, -0.5, \frac{1}{2}, 2\frac{1}{2}, 1.5\cdot10^{-3}, 2^{10}, (1+2)/3, 4!, 0.\overline{3}."""
+r"""Values of written-out rational numbers: 12, -0.5, \frac{1}{2}, 2\frac{1}{2}, 1.5\cdot 10^{-3}, (1+2)/3, 4!."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ MAX_DEPTH = 40
 MAX_FACTORIAL = 300
 
 TOKEN = re.compile(
-    r"\s*(?P<number>\d+\.\d*|\.\d+|\d+)(?P<repeat>\\overline\{\d+\})?|\s*(?P<command>\\frac|\\cdot|\\times|\\div)|\s*(?P<sign>[-+*/^!(){}\[\]])")
+    r"\s*(?P<number>\d+\.\d*|\.\d+|\d+)(?P<repeat>\\overline\{\d+\})?"
+    r"|\s*(?P<command>\\frac|\\cdot|\\times|\\div)|\s*(?P<sign>[-+*/^!(){}\[\]])")
 SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d{1,3})")
 MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
 
@@ -57,7 +58,7 @@ def read(text: str) -> Value:
 
 
 def same(a: Value, b: Value) -> bool:
-    """Compares two values: exactly, but a decimal stands for a fraction that it agrees with to a millionth (relative)."""
+    """Compares two values: exactly, but a decimal stands for a fraction that it agrees with to a relative millionth."""
     if a.number == b.number:
         return True
     if a.decimal == b.decimal:

@@ -1,4 +1,4 @@
-r"""Comparison of two answers with sympy, which parses LaTeX through Math-Verify. Only a worker process calls `symbolic`.
+"""Comparison of two answers with sympy, which parses LaTeX through Math-Verify. Only a worker calls `symbolic`.
 
 `symbolic` evaluates no names and no code, but it can take any time and any memory: the caller has to be killable.
 """
@@ -24,6 +24,15 @@ DIGITS = 30
 DECIMAL_TOLERANCE = 1e-6
 TOLERANCE = 1e-15
 
+# What an answer seldom leaves unevaluated, and what can take sympy any time: it gets a part of the usual CPU time.
+HEAVY = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta|frac\{d)|\\begin|!")
+HEAVY_SHARE = 0.25
+
+
+def cpu_share(prediction: str, gold: str) -> float:
+    """The share of the CPU limit that a comparison may use."""
+    return HEAVY_SHARE if HEAVY.search(prediction) and not HEAVY.search(gold) else 1.0
+
 
 def guard(text: str) -> bool:
     """True for an answer that is too large to be worth a worker's time. A filter for the usual cases, not a protection.
@@ -32,8 +41,9 @@ def guard(text: str) -> bool:
     """
     if len(text) > MAX_CHARACTERS or LONG_DIGITS.search(text):
         return True
-    patterns = (POWER_OF_NUMBERS, HUGE_EXPONENT, POWER_OF_POWER, HUGE_FACTORIAL)
-    return notation.depth(text) > MAX_DEPTH or text.count(",") > MAX_ITEMS or any(pattern.search(text) for pattern in patterns)
+    if notation.depth(text) > MAX_DEPTH or text.count(",") > MAX_ITEMS:
+        return True
+    return any(pattern.search(text) for pattern in (POWER_OF_NUMBERS, HUGE_EXPONENT, POWER_OF_POWER, HUGE_FACTORIAL))
 
 
 def symbolic(prediction: str, gold: str) -> bool:
@@ -70,7 +80,7 @@ def _parse(text: str):
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    # Only LaTeX in the one box, with notation already settled: the other extractors would pick any number out of a broken answer.
+    # Only LaTeX in the one box, its notation settled: the other extractors pick any number out of a broken answer.
     config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(boxed="last"))
     found = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None)
     return _with_constants(found[0]) if found else None
@@ -106,10 +116,10 @@ def _undefined(side) -> bool:
 
 
 def _same_values(prediction, gold, prediction_decimal: bool, gold_decimal: bool) -> bool | None:
-    """Compares two expressions by their values at fixed points; a product of primes' worth of luck would be needed to be wrong.
+    """Compares two expressions by their values at fixed points of many digits, where different expressions differ.
 
-    Where both can be evaluated, this replaces simplification, which may take minutes and misses identities. None where they agree on
-    positive points only, or cannot be evaluated: then algebra decides.
+    Where both can be evaluated, this replaces simplification, which may take minutes and misses identities. None where
+    they agree on positive points only, or cannot be evaluated: then algebra decides.
     """
     import sympy
 

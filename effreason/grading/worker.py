@@ -1,6 +1,6 @@
-"""The process that compares answers with sympy: `python -m effreason.grading.worker`, one JSON task a line in, one verdict a line out.
+"""The process that compares answers with sympy: `python -m effreason.grading.worker LIMITS`, JSON lines in and out.
 
-Started, timed and killed by `effreason.grading.pool`. Limits are the system's, so that they hold whatever an answer makes sympy do.
+Started, timed and killed by `effreason.grading.pool`. Limits are the system's: they hold whatever sympy is made to do.
 """
 
 import json
@@ -58,6 +58,7 @@ def _verdict(task: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime + cpu_seconds + HARD_SECONDS)
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+    cpu_seconds *= symbolic.cpu_share(task["prediction"], task["gold"])
     try:
         try:
             armed = True
