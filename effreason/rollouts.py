@@ -93,8 +93,8 @@ def decode_chunk(params: model.Params, slots: Slots, *, config: model.DecoderCon
                  chunk: int) -> tuple[Slots, dict[str, jax.Array]]:
     """`chunk` decode steps of all slots; rows that end inside the chunk idle until its end.
 
-    Returns: the slots, and what the host needs: tokens int32[chunk, S], logprobs float32[chunk, S], drawn bool[chunk, S]
-    (the row was active, so the token counts), active bool[S] and ended bool[S] after the chunk."""
+    Returns: the slots, and what the host needs: tokens int32[chunk, S], logprobs float32[chunk, S], drawn
+    bool[chunk, S] (the row was active, so the token counts), active bool[S] and ended bool[S] after the chunk."""
     eos = jnp.array(sampling.eos_ids, jnp.int32)
 
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[jax.Array, ...]]:
@@ -183,9 +183,9 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *,
     replicated = sharding.sharding(mesh)
     logical = model.logical_axes(config)
     params_target = sharding.tree_sharding(mesh, _unstacked_axes(logical, config.layers), sharding.SAMPLING_AXES)
-    layer_target = {"keys": sharding.sharding(mesh, "batch", "kv_heads", "head_dim", "sequence"),
-                    "values": sharding.sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")}
-    row_target = sharding.sharding(mesh, "batch")
+    layer_target: Any = {"keys": sharding.sharding(mesh, "batch", "kv_heads", "head_dim", "sequence"),
+                         "values": sharding.sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")}
+    row_target: Any = sharding.sharding(mesh, "batch")
     target = Slots(cache=[layer_target] * config.layers, token=row_target, length=row_target, generated=row_target,
                    active=row_target, key=row_target)
 

@@ -124,7 +124,8 @@ def policy_loss(logprobs: jax.Array, experience: Experience, weights: jax.Array,
     With ratio = pi / pi_old, loss = -min(ratio A, clip(ratio) A); at ratio = 1 its gradient is -A grad log pi.
     kl_loss_coefficient > 0 adds the k3 estimate of KL(pi || reference), exp(d) - d - 1 with d = log reference - log pi.
     Args: logprobs float32[B, N]; weights float32[B, N], 0 outside responses.
-    Returns: the loss and sums by weight: kl (k3), clip_share. Source: arXiv 1707.06347; the k's: joschu.net/blog/kl-approx."""
+    Returns: the loss and sums by weight: kl (k3), clip_share.
+    Source: arXiv 1707.06347; the k's: joschu.net/blog/kl-approx."""
     # Outside the responses log-probs are anything: without the `where` their ratios could overflow to inf * 0.
     log_ratio = jnp.where(experience.mask, logprobs - experience.old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
@@ -186,7 +187,7 @@ def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_deca
 def state_sharding(config: model.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Where every leaf of the state lives: moments beside their weights, counters everywhere."""
     params = sharding.tree_sharding(mesh, model.logical_axes(config))
-    replicated = sharding.sharding(mesh)
+    replicated: Any = sharding.sharding(mesh)
     abstract = jax.eval_shape(optimizer.init, model.abstract_params(config))
     placed = optax.tree_utils.tree_map_params(optimizer, lambda _, target: target, abstract, params,
                                               transform_non_params=lambda _: replicated)

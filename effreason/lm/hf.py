@@ -81,6 +81,8 @@ def read_json(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: file not found") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(table, dict):
@@ -100,10 +102,13 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", r
     Raises: UserError that names the file and the entry, for an unknown family or a feature this decoder lacks:
         it never computes something other than what the checkpoint means."""
 
-    def entry(name: str) -> Any:
-        if table.get(name) is None:
+    def entry(name: str, kind: type[int] | type[float] = int, default: Any = None) -> Any:
+        value = default if table.get(name) is None else table[name]
+        if value is None:
             raise UserError(f"{path}: has no entry {name!r}")
-        return table[name]
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+            raise UserError(f"{path}: {name} must be a positive {kind.__name__}, got {json.dumps(value)[:60]}")
+        return value
 
     family = table.get("model_type")
     if family not in FAMILIES:
@@ -124,17 +129,20 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", r
     heads, width = entry("num_attention_heads"), entry("hidden_size")
     return DecoderConfig(
         vocabulary=entry("vocab_size"), width=width, layers=entry("num_hidden_layers"), heads=heads,
-        kv_heads=table.get("num_key_value_heads") or heads, head_dim=table.get("head_dim") or width // heads,
-        mlp_width=entry("intermediate_size"), norm_eps=entry("rms_norm_eps"), rope_theta=theta, rope_scaling=scaling,
-        tied=bool(table.get("tie_word_embeddings", False)), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-        dtype=jnp.dtype(dtype), remat=remat)
+        kv_heads=entry("num_key_value_heads", default=heads), head_dim=entry("head_dim", default=width // heads),
+        mlp_width=entry("intermediate_size"), norm_eps=entry("rms_norm_eps", float), rope_theta=theta,
+        rope_scaling=scaling, tied=bool(table.get("tie_word_embeddings", False)), qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3", dtype=jnp.dtype(dtype), remat=remat)
 
 
 def _rope_entries(path: Path, table: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """transformers 5 writes rope_parameters, which holds theta too; older files have rope_theta and rope_scaling."""
     rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
+    partial = rope.get("partial_rotary_factor", table.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise UserError(f"{path}: partial_rotary_factor = {json.dumps(partial)[:60]} is not supported")
     theta = rope.get("rope_theta", table.get("rope_theta"))
-    if theta is None:
+    if not isinstance(theta, (int, float)):
         raise UserError(f"{path}: has neither rope_parameters.rope_theta nor rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -155,7 +163,9 @@ def _open_tensors(directory: Path):
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.exists():
-        names = read_json(index).get("weight_map", {})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise UserError(f"{index}: has no table weight_map")
     elif single.exists():
         names = None
     else:
@@ -179,8 +189,7 @@ def load(directory: Path, config: DecoderConfig, shardings: Params | None = None
     with _open_tensors(directory) as tensors:
 
         def read(name: str, shape: tuple[int, ...], inputs: int) -> np.ndarray:
-            if name not in tensors:
-                raise UserError(f"{directory}: has no tensor {name}")
+            _stored_kind(directory, tensors, name)
             tensor = tensors[name].get_tensor(name)
             expected = _stored_shape(name, shape, inputs)
             if tensor.shape != expected:
@@ -230,13 +239,20 @@ def _to_stored(name: str, value: np.ndarray, inputs: int, dtype: Any) -> np.ndar
 def stored_dtype(directory: Path) -> str:
     """The dtype most of the checkpoint's weights are stored in: float32, bfloat16 or float16."""
     with _open_tensors(directory) as tensors:
-        name = TOP_TENSORS["embedding"]
-        if name not in tensors:
-            raise UserError(f"{directory}: has no tensor {name}")
+        return STORED_DTYPES[_stored_kind(directory, tensors, TOP_TENSORS["embedding"])]
+
+
+def _stored_kind(directory: Path, tensors: dict[str, Any], name: str) -> str:
+    """A tensor's dtype, as safetensors spells it. Raises: UserError where it is missing or of another kind."""
+    if name not in tensors:
+        raise UserError(f"{directory}: has no tensor {name}")
+    try:
         kind = tensors[name].get_slice(name).get_dtype()
+    except safetensors.SafetensorError as error:        # the index names a file that does not hold it
+        raise UserError(f"{directory}: tensor {name} cannot be read ({error})") from None
     if kind not in STORED_DTYPES:
         raise UserError(f"{directory}: tensor {name} is stored as {kind}, expected one of {', '.join(STORED_DTYPES)}")
-    return STORED_DTYPES[kind]
+    return kind
 
 
 def stored_tensors(params: Params, config: DecoderConfig, dtype: str):
@@ -292,7 +308,10 @@ def _write_shards(tensors: Any, directory: Path) -> None:
     def flush() -> None:
         nonlocal written
         written += 1
-        safetensors.numpy.save_file(shards[-1], directory / f"shard-{written}", metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(shards[-1], directory / f"shard-{written}", metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:        # a full disk, told as one
+            raise OSError(f"{directory}: the weights cannot be written ({error})") from None
         for name in shards[-1]:
             weight_map[name] = written
         shards[-1] = {}
@@ -330,10 +349,11 @@ def _exported_config(table: dict[str, Any], config: DecoderConfig, dtype: str) -
 
 def load_tokenizer(directory: Path) -> Any:
     """The directory's own fast tokenizer. Raises: UserError where there is none, or no chat template."""
-    import transformers             # 1.6 s: only when a tokenizer is needed
+    import transformers  # 1.6 s: only when a tokenizer is needed
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        # Not AutoTokenizer: by the model_type it may take a class that replaces what tokenizer.json says of whitespace.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory}: has no tokenizer that transformers can load ({reason})") from None

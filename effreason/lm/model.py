@@ -55,7 +55,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         c, normal, ones, zeros = self.config, nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
 
-        def weight(name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any = normal) -> jax.Array:
+        def weight(name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any = normal) -> Any:
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         self.attention_norm = weight("attention_norm", (c.width,), ("norm",), ones)
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c, normal = self.config, nn.initializers.normal(0.02)
         table = nn.with_logical_partitioning(normal, ("vocab", "embed"))
-        embedding = self.param("embedding", table, (c.vocabulary, c.width), jnp.float32)
+        embedding: Any = self.param("embedding", table, (c.vocabulary, c.width), jnp.float32)
         if not c.tied:
             self.param("head", table, (c.vocabulary, c.width), jnp.float32)   # read by `logits` and the scorer
         x = constrain(embedding.astype(c.dtype)[tokens], "batch", "sequence", "width")
@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
                          length=c.layers, metadata_params={nn.PARTITION_NAME: "layers"})
         x, _ = layers(c, name="layers")(x, rope)
-        norm = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        norm: Any = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
                           (c.width,), jnp.float32)
         return rms_norm(x, norm, c.norm_eps)
 
@@ -162,12 +162,13 @@ def logical_axes(config: DecoderConfig) -> Params:
 
 def forward(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """Final hidden states [B, N, D] of int32[B, N] tokens, causal; padding must stand behind, it is never masked."""
-    return Decoder(config).apply({"params": params}, tokens)
+    decoder: Any = Decoder(config)
+    return decoder.apply({"params": params}, tokens)
 
 
 def head(params: Params) -> jax.Array:
     """The output head [V, D]: the embedding where it is tied."""
-    return params.get("head", params["embedding"])
+    return params["head"] if "head" in params else params["embedding"]
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
@@ -199,8 +200,9 @@ def extend(config: DecoderConfig, unstacked: Params, tokens: jax.Array, start: j
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     rope = _rope(config, positions)
     x = unstacked["embedding"].astype(config.dtype)[tokens]
+    block: Any = Block(config)
     extended = []
     for layer, layer_cache in zip(unstacked["layers"], cache, strict=True):
-        x, layer_cache = Block(config).apply({"params": layer}, x, rope, positions, layer_cache, method="extend")
+        x, layer_cache = block.apply({"params": layer}, x, rope, positions, layer_cache, method="extend")
         extended.append(layer_cache)
     return rms_norm(x, unstacked["final_norm"], config.norm_eps), extended

@@ -1,0 +1,118 @@
+"""The decoder's two paths against one another, for the shapes of all three families."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import FAMILIES, QWEN2, VOCABULARY, mesh, weights
+
+from effreason.lm import model
+from effreason.runtime import sharding
+
+ROWS, POSITIONS = 3, 14
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, POSITIONS)).astype(np.int32)
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+def family(request):
+    config = request.param
+
+    @jax.jit
+    def extend(params, tokens, start, cache):
+        hidden, cache = model.extend(config, model.unstack(config, params), tokens, start, cache)
+        return model.logits(params, hidden), cache
+
+    def logits(params):
+        return model.logits(params, model.forward(config, params, TOKENS))
+
+    return config, weights(config), extend, np.asarray(jax.jit(logits)(weights(config)))
+
+
+def test_pieces_through_the_cache_are_the_whole(family):
+    # Two pieces and then a single token, in a cache that holds rubbish where nothing has been written.
+    config, params, extend, expected = family
+    cache = jax.tree.map(lambda x: jnp.full_like(x, 9.0), model.empty_cache(config, ROWS, 16))
+    pieces, at = [], 0
+    for size in (8, 5, 1):
+        logits, cache = extend(params, TOKENS[:, at : at + size], np.full(ROWS, at, np.int32), cache)
+        pieces.append(logits)
+        at += size
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_row_continues_where_it_stands(family):
+    # A padded prefill, then three tokens a row behind its own length: what the padding wrote is overwritten.
+    config, params, extend, expected = family
+    lengths = np.array([2, 7, 11], np.int32)
+    prompts = np.where(np.arange(11) < lengths[:, None], TOKENS[:, :11], 17)
+    _, cache = extend(params, prompts, np.zeros(ROWS, np.int32), model.empty_cache(config, ROWS, 16))
+    rows, columns = np.arange(ROWS)[:, None], lengths[:, None] + np.arange(3)
+    logits, _ = extend(params, TOKENS[rows, columns], lengths, cache)
+    np.testing.assert_allclose(logits, expected[rows, columns], rtol=1e-4, atol=1e-4)
+
+
+def test_no_position_sees_what_stands_behind_it(family):
+    config, params, _, expected = family
+    changed = TOKENS.copy()
+    changed[:, 9:] = (changed[:, 9:] + 1) % VOCABULARY
+    logits = jax.jit(lambda params: model.logits(params, model.forward(config, params, changed)))(params)
+    np.testing.assert_allclose(logits[:, :9], expected[:, :9], rtol=1e-5, atol=1e-5)
+    assert np.abs(logits[:, 9:] - expected[:, 9:]).max() > 0.1
+
+
+def test_rematerialising_changes_no_gradient():
+    def gradients(config):
+        def loss(params):
+            return jnp.sum(jnp.square(model.forward(config, params, TOKENS)))
+
+        return jax.jit(jax.grad(loss))(weights(QWEN2))
+
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4),
+                 gradients(QWEN2), gradients(dataclasses.replace(QWEN2, remat=False)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_is_a_rounding_of_float32(name):
+    config = dataclasses.replace(FAMILIES[name], dtype=jnp.bfloat16)
+    params = weights(FAMILIES[name])
+
+    def logits(config):
+        return model.logits(params, model.forward(config, params, TOKENS))
+
+    hidden = jax.eval_shape(lambda: model.forward(config, params, TOKENS))
+    assert hidden.dtype == jnp.bfloat16
+    rough, exact = jax.jit(lambda: (logits(config), logits(FAMILIES[name])))()
+    assert rough.dtype == jnp.float32
+    assert np.sqrt(np.mean(np.square(rough - exact))) < 0.05 * np.std(exact)
+    cached, cache = jax.eval_shape(lambda: model.extend(
+        config, model.unstack(config, params), TOKENS, jnp.zeros(ROWS, jnp.int32), model.empty_cache(config, ROWS, 16)))
+    assert cached.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cache))
+
+
+def test_weights_are_float32_and_the_tied_head_is_the_embedding():
+    for config in FAMILIES.values():
+        abstract = model.abstract_params(config)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(abstract))
+        assert ("head" in abstract) == (not config.tied)
+        assert ("query_bias" in abstract["layers"]) == config.qkv_bias
+        assert ("query_norm" in abstract["layers"]) == config.qk_norm
+    assert model.head({"embedding": 1}) == 1 and model.head({"embedding": 1, "head": 2}) == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_axis_of_every_weight_has_a_place_on_the_mesh(name):
+    config = FAMILIES[name]
+    axes = model.logical_axes(config)
+    is_names = dict(is_leaf=lambda node: isinstance(node, tuple))
+    jax.tree.map(lambda names, leaf: np.testing.assert_equal(len(names), len(leaf.shape)), axes,
+                 model.abstract_params(config), **is_names)
+    placed = jax.device_put(weights(config), sharding.tree_sharding(mesh(data=2, fsdp=2, tensor=2), axes))
+    query = placed["layers"]["query"]
+    assert query.addressable_shards[0].data.size == query.size // 4         # over fsdp and tensor
+
+
+def test_a_misspelt_axis_is_an_error():
+    with pytest.raises(KeyError, match="head_dims"):
+        sharding.spec("batch", "head_dims")

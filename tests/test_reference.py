@@ -1,0 +1,68 @@
+"""A real checkpoint against what `transformers` computed with it once, in float32 on a CPU.
+
+EFFREASON_REAL names the directory that holds smollm2-135m-instruct.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from decoders import mesh
+
+from effreason import rollouts, update
+from effreason.lm import hf
+from effreason.records import Problem
+
+NAME = "smollm2-135m-instruct"
+REFERENCE = Path(__file__).parents[2] / "shared" / "real" / "reference" / f"{NAME}.npz"
+PROMPTS = range(6)
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    if not REFERENCE.exists():
+        pytest.skip(f"{REFERENCE} is not there")
+    with np.load(REFERENCE) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    if not (place := os.environ.get("EFFREASON_REAL")):
+        pytest.skip(f"EFFREASON_REAL is not set: the directory that holds {NAME}")
+    directory = Path(place) / NAME
+    if not (directory / "config.json").exists():
+        pytest.skip(f"{directory} holds no checkpoint")
+    config = hf.read_config(directory)
+    return config, hf.load(directory, config)
+
+
+def test_prompt_logprobs(reference, checkpoint):
+    config, params = checkpoint
+    prompts = [reference[f"{prompt}_input_ids"] for prompt in PROMPTS]
+    rows = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, chunk=32))
+    logprobs = np.asarray(score(params, rows)[0])
+    for index, (found, prompt) in enumerate(zip(logprobs, prompts, strict=True)):
+        np.testing.assert_allclose(found[1 : len(prompt)], reference[f"{index}_prompt_logprobs"], rtol=0, atol=1e-3)
+
+
+def test_greedy_tokens(reference, checkpoint):
+    # The sampler at a temperature that leaves no choice: the smallest margin is 0.013, 130 after the division.
+    config, params = checkpoint
+    problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32), text="", answer="",
+                        level="all") for prompt in PROMPTS]
+    expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
+    sampling = rollouts.Sampling(temperature=1e-4, top_p=1.0, max_new_tokens=len(expected[0]), eos_ids=())
+    sample = rollouts.make_sampler(config, mesh(), sampling, slots=8, chunk=16)
+    responses = [response for chunk in sample(params, problems, 1, jax.random.key(0)) for response in chunk]
+    assert sorted(response.prompt for response in responses) == list(PROMPTS)
+    for response in responses:
+        np.testing.assert_array_equal(response.tokens, expected[response.prompt], err_msg=str(response.prompt))
