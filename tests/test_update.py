@@ -20,8 +20,7 @@ from effreason.runtime import sharding
 ROWS, PROMPTS, LENGTHS = 8, [3, 1, 7, 5, 2, 4, 6, 3], [9, 1, 5, 0, 12, 8, 2, 7]
 LOSS = update.LossConfig(clip_ratio=0.2, aggregation="token_mean", kl_loss_coefficient=0.05, temperature=0.8,
                          logprob_chunk=64)
-MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=4, tensor=2), "all": dict(data=2, fsdp=2, tensor=2),
-          "context": dict(data=2, fsdp=2, context=2)}
+MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context": dict(fsdp=4, context=2)}
 
 
 @functools.cache
@@ -280,9 +279,9 @@ def test_the_step_follows_the_gradient_of_the_whole_batch(baseline):
     assert 0 < metrics["clip_share"] < 1 and all(value.dtype == np.float32 for value in metrics.values())
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_micro_batches_change_nothing(baseline, micro_batches):
-    assert_same(one_step(micro_batches=micro_batches), baseline)
+def test_micro_batches_change_nothing(baseline):
+    # Two of them are the baseline, which is compared with the whole batch above.
+    assert_same(one_step(micro_batches=4), baseline)
 
 
 def test_micro_batches_change_nothing_under_sequence_mean():
