@@ -248,7 +248,8 @@ def _refill(occupants: list[_Occupant | None], queue: collections.deque[tuple[in
         rows["length"][slot] = len(problem.prompt) - 1
         rows["uid"][slot], rows["sample"][slot] = problem.uid, sample
         occupants[slot] = _Occupant(prompt=prompt, sample=sample, length=len(problem.prompt) - 1)
-    tokens = np.zeros((_slot_count(len(sources), 1), prompt_width), np.int32)
+    # 4, 16, 64, ... rows: reading some empty ones costs less than compiling for every count.
+    tokens = np.zeros((4 ** max((len(sources) - 1).bit_length() + 1 >> 1, 1), prompt_width), np.int32)
     for prompt, row in sources.items():
         # The last token stays out: the first decode step reads it, and draws from what it predicts.
         tokens[row, : len(problems[prompt].prompt) - 1] = problems[prompt].prompt[:-1]

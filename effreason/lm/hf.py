@@ -312,6 +312,7 @@ def _write_shards(tensors: Any, directory: Path) -> None:
             safetensors.numpy.save_file(shards[-1], directory / f"shard-{written}", metadata={"format": "pt"})
         except safetensors.SafetensorError as error:        # a full disk, told as one
             raise OSError(f"{directory}: the weights cannot be written ({error})") from None
+        (directory / f"shard-{written}").chmod(0o644)       # safetensors makes files for their owner alone
         for name in shards[-1]:
             weight_map[name] = written
         shards[-1] = {}
