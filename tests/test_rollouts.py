@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import re
 
 import hypothesis.extra.numpy as arrays
@@ -192,9 +191,9 @@ def test_ragged_batches_share_compiled_functions(caplog):
             sampled([problem(seed * 10 + row, length) for row, length in enumerate(lengths)], seed=seed, slots=slots)
     compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
     assert compiled.count("decode_chunk") == 1
-    # The number of prompts read at once is rounded up to a power of two.
-    assert 1 <= compiled.count("prefill") <= 1 + math.log2(slots)
-    assert 1 <= compiled.count("insert") <= 1 + math.log2(slots)
+    # The number of prompts read at once is rounded up to 4 or 16. `insert` may have been compiled by another sampler.
+    assert 1 <= compiled.count("prefill") <= 2
+    assert compiled.count("insert") <= 2
 
 
 # draw and nucleus
