@@ -4,6 +4,11 @@ The step is the whole data position: problems and sampled tokens are functions o
 temporary folder and renames it, so a crash or a full disk leaves the checkpoints before it as they were.
 """
 
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +33,9 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._checkpointer.close()
+        # A save that failed is raised again here: it is known already, and must not stand before the error under way.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception), _quiet():
+            self._checkpointer.close()
 
     @property
     def latest(self) -> int | None:
@@ -37,12 +44,15 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def save(self, step: int, state: Any, *, wall_seconds: float) -> None:
-        """Saves the state after `step` steps, unless it is saved already. Raises: UserError when it cannot be written."""
+        """Saves the state after `step` steps, unless it is saved already.
+
+        Raises: UserError when it cannot be written; the checkpoints before it are whole."""
         if self.latest == step:
             return
         try:
-            self._checkpointer.save_checkpointables(step, {"state": state}, force=True,
-                                                    custom_metadata={"wall_seconds": wall_seconds})
+            with _quiet():
+                self._checkpointer.save_checkpointables(step, {"state": state}, force=True,
+                                                        custom_metadata={"wall_seconds": wall_seconds})
         except Exception as error:  # what a full disk raises depends on which of orbax's layers met it
             raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be written ({_reason(error)}); "
                             f"the newest whole one is {self._newest_whole()}") from error
@@ -53,11 +63,13 @@ class Checkpoints:
         Args: abstract_state, ShapeDtypeStructs with shardings. Raises: UserError for a checkpoint that does not fit."""
         step = self.latest
         try:
-            loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
+            with _quiet():
+                loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
+                metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
+            return loaded["state"], float(metadata["wall_seconds"])
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be read ({_reason(error)})") from error
-        metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
-        return loaded["state"], float(metadata["wall_seconds"])
+            path = self._directory / str(step)
+            raise UserError(f"{path}: the checkpoint cannot be read ({_reason(error)})") from error
 
     def _newest_whole(self) -> str:
         self._checkpointer.reload()
@@ -66,8 +78,27 @@ class Checkpoints:
 
 def abstract(state: Any, targets: Any) -> Any:
     """ShapeDtypeStructs of a state (itself or abstract), with their shardings."""
-    return jax.tree.map(lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target), state, targets)
+    return jax.tree.map(lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
+                        state, targets)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back the tracebacks that orbax's threads log of an error which is raised as well."""
+    logger = logging.getLogger("absl")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What went wrong, on one line; of a failure of the file system what the system calls it, such as a full disk."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(code[1]))
+    return text[:200] or type(error).__name__

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from effreason import advantages, checkpoints, masks, rewards, rollouts, update
@@ -15,6 +14,7 @@ from effreason.lm import hf, model
 from effreason.records import Experience
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
+from effreason.update import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Engine:
     sample: rollouts.Sampler
     score: Callable[[model.Params, jax.Array], jax.Array]                           # log-probs float32[B, N]
     credit: Callable[..., tuple[Experience, jax.Array, dict[str, jax.Array]]]       # and rewards[P, G], metrics
-    update: Callable[..., tuple[update.TrainState, dict[str, jax.Array]]]
-    initial_state: Callable[[model.Params], update.TrainState]
-    abstract_state: update.TrainState       # shapes, dtypes and shardings
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    initial_state: Callable[[model.Params], TrainState]
+    abstract_state: TrainState              # shapes, dtypes and shardings
     params_sharding: model.Params
     rows_sharding: NamedSharding            # of [B, N]
     replicated: NamedSharding
@@ -53,8 +53,9 @@ def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, to
     experience = Experience(tokens=tokens, mask=mask, advantages=token_advantages, old_logprobs=old,
                             reference_logprobs=reference)
     spread = jnp.max(reward, axis=-1) > jnp.min(reward, axis=-1)
+    tokens_credited = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     return experience, reward, {"reward/mean": jnp.mean(reward), "reward/groups_with_signal": jnp.mean(spread),
-                                "reward/kl": jnp.sum(drift) / jnp.maximum(jnp.sum(mask), 1)}
+                                "reward/kl": jnp.sum(drift) / tokens_credited}
 
 
 def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine:

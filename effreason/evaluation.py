@@ -1,7 +1,6 @@
 """Accuracy and length of a model on held-out problems."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from effreason.rollouts import Sampler, Sampling, collect, make_sampler, step_ke
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import disk
+from effreason.runtime.metrics import disk, write_json
 
 Watch = Callable[[int, int, int], None]     # finished responses, all responses, tokens so far
 
@@ -128,10 +127,9 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
                 results[path] = evaluate(params, watch)
     console.print(_table(results))
     if output is not None:
-        with disk(output / "results.json"):
+        with disk(output):
             output.mkdir(parents=True, exist_ok=True)
-            tables = {path: dataclasses.asdict(result) for path, result in results.items()}
-            (output / "results.json").write_text(json.dumps(tables, indent=2) + "\n")
+        write_json(output / "results.json", {path: dataclasses.asdict(result) for path, result in results.items()})
 
 
 def _table(results: dict[str, Evaluation]) -> Table:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import datetime
-import json
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,10 +25,11 @@ from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows
+from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows, write_json
 
 # What may differ between a run and its continuation: nothing that decides a token or a weight.
-RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.", "evaluation.every")
+RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
+             "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every")
 UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide in a step
 
 
@@ -55,6 +56,9 @@ def train(config: Config) -> None:
             state, spent = saved.restore(engine.abstract_state)
         started -= spent            # wall seconds include those of the processes before a resume
         start = int(sharding.to_host(state.step))
+        if start > config.run.steps:
+            raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, "
+                            f"got {config.run.steps}")
 
         def save(state: update.TrainState) -> None:
             step = int(sharding.to_host(state.step))
@@ -77,10 +81,12 @@ def train(config: Config) -> None:
             try:
                 base = evaluate_base(evaluate, reference, directory, progress, watch) if held_out else None
                 for index in range(start, config.run.steps):
-                    state, metrics, samples = step(state, index)
-                    if held_out and config.evaluation.every and (index + 1) % config.evaluation.every == 0:
+                    # Before the step, in a row of its own: when this is stopped, a resumed run begins with it again.
+                    if held_out and config.evaluation.every and index and index % config.evaluation.every == 0:
                         result = evaluate(state.params, watch)
-                        metrics |= {"evaluation/accuracy": result.accuracy, "evaluation/tokens": result.tokens}
+                        writer.write(index, {"evaluation/accuracy": result.accuracy,
+                                             "evaluation/tokens": result.tokens})
+                    state, metrics, samples = step(state, index)
                     writer.write(index, metrics)
                     writer.samples(index, samples)
                     progress.step(index, metrics)
@@ -91,9 +97,9 @@ def train(config: Config) -> None:
             except Interrupted as stop:
                 save(state)
                 done = int(sharding.to_host(state.step))
+                path = shlex.quote(str(directory / "config.yaml"))
                 raise Interrupted(stop.signum, f"{stop.message} after step {done} of {config.run.steps}, saved; go on "
-                                  f"with: python train.py --config {directory / 'config.yaml'} --run.resume true"
-                                  ) from None
+                                  f"with: python train.py --config {path} --run.resume true") from None
     conclude(config, directory, base, trained, time.monotonic() - started)
 
 
@@ -109,7 +115,8 @@ def make_step(config: Config, engine: Engine, pretrained: hf.Pretrained, problem
         batch = prompts.batch(problems, settings.prompts_per_step, config.run.seed, index)
 
         key = rollouts.step_key(config.run.seed, "train", index)
-        sampled = evaluation.gather(engine.sample, state.params, batch, settings.group_size, key, watch)
+        with jax.transfer_guard("disallow"):
+            sampled = evaluation.gather(engine.sample, state.params, batch, settings.group_size, key, watch)
         times.append(time.monotonic())
 
         texts = evaluation.texts(sampled, pretrained.tokenizer)
@@ -145,7 +152,8 @@ def make_step(config: Config, engine: Engine, pretrained: hf.Pretrained, problem
         metrics |= {f"grade/{status}": number / len(verdicts) for status, number in sorted(statuses.items())}
         check_finite(metrics, index)
         shown = range(min(config.log.samples_per_step, len(texts)))
-        samples = [describe(row, batch, settings.group_size, texts, sampled, correct, reward, verdicts) for row in shown]
+        samples = [describe(row, batch, settings.group_size, texts, sampled, correct, reward, verdicts)
+                   for row in shown]
         return state, metrics, samples
 
     return step
@@ -170,8 +178,7 @@ def evaluate_base(evaluate: Any, reference: model.Params, directory: Path, progr
         return evaluation.from_table(hf.read_json(path))
     progress.say("evaluating the model before training")
     base = evaluate(reference, watch)
-    with disk(path):
-        path.write_text(json.dumps(dataclasses.asdict(base), indent=2) + "\n")
+    write_json(path, dataclasses.asdict(base))
     return base
 
 
@@ -179,8 +186,9 @@ def check_decided(verdicts: Sequence[Grade], step: int) -> None:
     """Raises UserError when too many answers were left undecided: rewards would be 0 for no fault of the model."""
     undecided = sum(verdict.status in ("error", "budget") for verdict in verdicts) / len(verdicts)
     if undecided > UNDECIDED_LIMIT:
-        raise UserError(f"step {step}: the grader could not decide {100 * undecided:.0f} % of the answers in time, at most "
-                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or grade.workers")
+        raise UserError(f"step {step}: the grader could not decide {100 * undecided:.0f} % of the answers in time, at "
+                        f"most {100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or "
+                        "grade.workers")
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:
@@ -205,12 +213,13 @@ def open_run(config: Config) -> Path:
                    if not line.startswith(RESUMABLE)]
         if changed:
             raise UserError(f"{path}: a resumed run must keep its configuration, found {'; '.join(changed)}")
-    elif path.exists():
+    elif path.exists() or (directory / "checkpoints").exists():
         raise UserError(f"run.directory: {directory} holds a run already; resume it with --run.resume true, or choose "
                         "another directory")
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        resolved = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory)))
+        resolved = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory),
+                                                               resume=False))
         configuration.save(resolved, path)
     return directory
 
@@ -220,18 +229,17 @@ def conclude(config: Config, directory: Path, base: Evaluation | None, trained: 
     """The table, summary.json and report.png of a finished run."""
     summary = report.summary(config, base, trained, wall_seconds) if base and trained else None
     console = Console()
-    with disk(directory):
-        if summary is not None:
-            (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            report.print_table(console, summary)
-        report.plot(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
+    if summary is not None:
+        write_json(directory / "summary.json", summary)
+        report.print_table(console, summary)
+    report.plot(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
     console.print(f"the trained model: {directory / 'model'}", soft_wrap=True)
     console.print(f"the picture: {directory / 'report.png'}", soft_wrap=True)
 
 
 def use_compilation_cache() -> None:
     """Compiled programs are kept for the next run, unless the user has chosen a place for them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:    # type: ignore[attr-defined]
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "effreason" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

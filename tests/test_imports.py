@@ -23,7 +23,8 @@ ORDER = [
     ["lm.model"],
     ["lm.hf"],
     ["rewards", "advantages", "grades", "prompts"],
-    ["rollouts", "update", "checkpoints"],
+    ["rollouts", "update", "checkpoints", "runtime.interrupts"],
+    ["engine"],
     ["evaluation", "report", "runtime.plan"],
     ["loop"],
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer

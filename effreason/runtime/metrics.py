@@ -360,6 +360,17 @@ def disk(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def write_json(path: Path, table: Mapping[str, Any]) -> None:
+    """Writes a JSON file as a whole: a full disk or a crash leaves the one before. Raises: UserError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with disk(path):
+            partial.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class _Events:
     """A TensorBoard event file, written in the calling thread.
 

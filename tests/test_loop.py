@@ -1,0 +1,438 @@
+"""Whole runs of a model that learns in six steps: what they leave, how they stop, and that they go on unchanged."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from effreason import cli, loop, update
+from effreason.checkpoints import Checkpoints
+from effreason.errors import Interrupted, UserError
+from effreason.grades import Grade
+from effreason.lm import hf
+from effreason.records import Evaluation
+from effreason.runtime import config as configuration
+from effreason.runtime.metrics import MetricsWriter, Progress, read_rows
+
+ROOT = Path(__file__).parents[1]
+EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that being stopped within it is tested too
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("world")
+    (directory / "base").mkdir()
+    runs.write_model(directory / "base")
+    runs.write_problems(directory / "train.jsonl", 16)
+    runs.write_problems(directory / "test.jsonl", 8)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """An uninterrupted run: its directory, its engine, and the widths of the rows it was given."""
+    directory, engines, widths = tmp_path_factory.mktemp("finished") / "run", [], set()
+    make_engine, pack = loop.make_engine, update.pack
+
+    def noted_pack(*arguments):
+        packed = pack(*arguments)
+        widths.add(packed["tokens"].shape)
+        return packed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
+        patch.setattr(update, "pack", noted_pack)
+        loop.train(runs.config(world, directory, **EVALUATED))
+    return types.SimpleNamespace(directory=directory, engine=engines[0], widths=widths)
+
+
+def lasting(directory):
+    """The rows of metrics.jsonl without what a clock says."""
+    timed = ("time/", "rollout/tokens_per_second", "update/tokens_per_second")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)}
+            for row in read_rows(directory / "metrics.jsonl")]
+
+
+def state_in(finished, directory):
+    with Checkpoints(directory / "checkpoints", keep=2) as saved:
+        return jax.device_get(saved.restore(finished.engine.abstract_state)[0])
+
+
+def assert_same_run(finished, directory):
+    """Bit for bit: weights, moments and step; what was exported, measured and sampled; the evaluations."""
+    expected, found = state_in(finished, finished.directory), state_in(finished, directory)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for name in ("model/model.safetensors", "rollouts.jsonl", "base.json"):
+        assert (directory / name).read_bytes() == (finished.directory / name).read_bytes(), name
+    assert lasting(directory) == lasting(finished.directory)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (directory, finished.directory)]
+    assert summaries[0] | {"wall_s": 0} == summaries[1] | {"wall_s": 0}
+
+
+def refused(capsys, argv, command="train"):
+    """The one line of an error, with exit code 2."""
+    assert cli.main([command, *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error.removeprefix("error: ").rstrip("\n")
+
+
+# What a run leaves behind
+
+
+def test_the_run_directory_holds_what_was_promised(finished):
+    assert {path.name for path in finished.directory.iterdir()} == {
+        "config.yaml", "base.json", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "model", "summary.json",
+        "report.png"}
+    assert {path.name for path in (finished.directory / "checkpoints").iterdir()} == {"3", "6"}
+    assert (finished.directory / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_config_yaml_is_the_resolved_configuration(finished, world):
+    loaded = configuration.load(finished.directory / "config.yaml")
+    assert loaded == runs.config(world, finished.directory, **EVALUATED)
+
+
+def test_summary_json_has_exactly_the_promised_shape(finished):
+    summary = json.loads((finished.directory / "summary.json").read_text())
+    assert list(summary) == ["alpha", "seed", "base", "trained", "token_ratio", "accuracy_change", "wall_s"]
+    for name in ("base", "trained"):
+        assert list(summary[name]) == ["accuracy", "tokens", "by_level"]
+        assert list(summary[name]["by_level"]) == ["easy", "hard"]
+        for level in summary[name]["by_level"].values():
+            assert list(level) == ["accuracy", "tokens"]
+        levels = summary[name]["by_level"].values()
+        for measure in ("accuracy", "tokens"):
+            assert summary[name][measure] == pytest.approx(np.mean([level[measure] for level in levels]))
+    assert (summary["alpha"], summary["seed"]) == (0.2, 0)
+    assert summary["token_ratio"] == summary["trained"]["tokens"] / summary["base"]["tokens"]
+    assert summary["accuracy_change"] == summary["trained"]["accuracy"] - summary["base"]["accuracy"]
+    assert summary["wall_s"] > 0
+
+
+def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished):
+    rows = read_rows(finished.directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5]
+    steps = [row for row in rows if "rollout/tokens" in row]
+    assert len(steps) == 6
+    for row in steps:
+        assert {"reward/mean", "reward/alpha", "rollout/accuracy", "rollout/truncated", "rollout/tokens_per_second",
+                "update/loss", "update/kl", "update/grad_norm", "update/entropy", "update/clip_share",
+                "update/tokens_per_second", "time/rollout", "time/grade", "time/update", "time/step"} <= row.keys()
+        assert sum(value for name, value in row.items() if name.startswith("grade/")) == pytest.approx(1)
+    assert any(row["reward/groups_with_signal"] > 0 for row in steps)
+    assert rows[3].keys() == {"step", "evaluation/accuracy", "evaluation/tokens"}
+
+
+def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
+    samples = read_rows(finished.directory / "rollouts.jsonl")
+    assert [row["step"] for row in samples] == [step for step in range(6) for _ in range(4)]
+    assert any(row["correct"] for row in samples) and not all(row["correct"] for row in samples)
+    for row in samples:
+        assert row["correct"] == (row["answer"] == row["reference_answer"] and row["ended"])
+        assert (row["reward"] > 0) == row["correct"]
+        assert 1 <= row["tokens"] <= 40
+
+
+def test_the_exported_model_loads_and_has_learned(finished, world):
+    decoder = hf.read_config(finished.directory / "model")
+    assert decoder == hf.read_config(world / "base")
+    trained, base = hf.load(finished.directory / "model", decoder), hf.load(world / "base", decoder)
+    jax.tree.map(np.testing.assert_array_equal, trained, state_in(finished, finished.directory).params)
+    changed = [bool((one != other).any()) for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(base),
+                                                               strict=True)]
+    assert all(changed)
+    assert len(hf.load_tokenizer(finished.directory / "model")) == len(hf.load_tokenizer(world / "base"))
+
+
+def test_the_update_is_compiled_once_for_each_width_of_rows(finished):
+    engine, count = finished.engine, len(finished.widths)
+    assert (engine.update._cache_size(), engine.score._cache_size(), engine.credit._cache_size()) == (count,) * 3
+
+
+def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path, capsys):
+    arguments = runs.arguments(world, "unused")
+    model = str(finished.directory / "model")
+    assert cli.main(["evaluate", *arguments, "--models", str(world / "base"), model, "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    summary = json.loads((finished.directory / "summary.json").read_text())
+    for path, name in ((str(world / "base"), "base"), (model, "trained")):
+        assert {key: results[path][key] for key in ("accuracy", "tokens")} == {
+            key: summary[name][key] for key in ("accuracy", "tokens")}
+    assert "Held-out problems" in capsys.readouterr().out
+
+
+# Stopping and going on
+
+
+def stop_at(monkeypatch, where, signum=signal.SIGTERM):
+    """Sends a signal once: after a number of steps, or in the evaluation before or between."""
+    step, rollout = Progress.step, Progress.rollout
+    sent = []
+
+    def send():
+        if not sent:
+            sent.append(signal.raise_signal(signum))
+
+    def stopping_step(self, index, metrics):
+        step(self, index, metrics)
+        if index + 1 == where:
+            send()
+
+    def stopping_rollout(self, finished, total, tokens):
+        rollout(self, finished, total, tokens)
+        if total == 8 and where == ("between" if self._done else "before"):
+            send()
+
+    monkeypatch.setattr(Progress, "step", stopping_step)
+    monkeypatch.setattr(Progress, "rollout", stopping_rollout)
+
+
+def test_a_run_that_is_stopped_three_times_is_the_run_that_never_was(finished, world, tmp_path):
+    directory = tmp_path / "run"
+    for where, done in (("before", 0), ("between", 3), (5, 5)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
+            stop_at(patch, where, signal.SIGINT if where == "between" else signal.SIGTERM)
+            loop.train(runs.config(world, directory, **EVALUATED, **{"run.resume": done > 0}))
+        name = "SIGINT" if where == "between" else "SIGTERM"
+        assert caught.value.message == (f"stopped by {name} after step {done} of 6, saved; go on with: python train.py "
+                                        f"--config {directory / 'config.yaml'} --run.resume true")
+        with Checkpoints(directory / "checkpoints", keep=2) as saved:
+            assert saved.latest == done
+        assert len([row for row in lasting(directory) if "rollout/tokens" in row]) == done
+        assert (directory / "model" / "model.safetensors").exists()
+        assert not (directory / "summary.json").exists()
+    with contextlib.redirect_stdout(None):
+        assert cli.main(["train", "--config", str(directory / "config.yaml"), "--run.resume", "true"]) == 0
+    assert_same_run(finished, directory)
+    assert (directory / "config.yaml").read_text() == (finished.directory / "config.yaml").read_text().replace(
+        str(finished.directory), str(directory))
+
+
+# A process that is sent a signal at a known place, and says which processes it has started.
+STOPPED = """
+import os, sys
+from effreason import cli
+from effreason.runtime.metrics import Progress
+step = Progress.step
+def stopping(self, index, metrics):
+    step(self, index, metrics)
+    if index + 1 == 5:
+        print("children:", open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
+        os.kill(os.getpid(), int(sys.argv[1]))
+Progress.step = stopping
+sys.exit(cli.train(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(finished, world, tmp_path, signum, code):
+    directory = tmp_path / "a run"
+    arguments = runs.arguments(world, directory, **EVALUATED)
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(int(signum)), *arguments], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == code
+    assert done.stderr == (f"stopped by {signal.Signals(signum).name} after step 5 of 6, saved; go on with: "
+                           f"python train.py --config '{directory}/config.yaml' --run.resume true\n")
+    assert "Traceback" not in done.stdout and "step 5/6" in done.stdout and "step 6/6" not in done.stdout
+    children = next(line for line in done.stdout.splitlines() if line.startswith("children:")).split()[1:]
+    assert children and not [child for child in children if Path("/proc", child).exists()]
+    if signum == signal.SIGTERM:
+        loop.train(runs.config(world, directory, **EVALUATED, **{"run.resume": True}))
+        assert_same_run(finished, directory)
+
+
+def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(finished.directory, directory)
+    loop.train(runs.config(world, directory, **EVALUATED, **{"run.resume": True, "run.steps": 7}))
+    rows = lasting(directory)
+    assert rows[:7] == lasting(finished.directory)
+    assert [row["step"] for row in rows[7:]] == [6, 6]      # the evaluation between, then the step
+    with Checkpoints(directory / "checkpoints", keep=2) as saved:
+        assert saved.latest == 7
+    assert (directory / "base.json").read_bytes() == (finished.directory / "base.json").read_bytes()
+
+
+def test_a_second_run_into_the_same_directory_is_refused(finished, world, capsys):
+    before = (finished.directory / "config.yaml").read_bytes()
+    error = refused(capsys, runs.arguments(world, finished.directory))
+    assert error == (f"run.directory: {finished.directory} holds a run already; resume it with --run.resume true, or "
+                     "choose another directory")
+    assert (finished.directory / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(("changes", "found"), [
+    ({"reward.alpha": 0.3}, "reward.alpha: 0.2 -> 0.3"),
+    ({"grade.require_eos": False}, "grade.require_eos: true -> false"),
+    ({"run.seed": 1, "update.learning_rate": 1e-4}, "update.learning_rate: 0.003 -> 0.0001; run.seed: 0 -> 1"),
+])
+def test_a_resume_that_would_be_another_run_is_refused(finished, world, changes, found):
+    with pytest.raises(UserError) as caught:
+        loop.open_run(runs.config(world, finished.directory, **EVALUATED, **{"run.resume": True}, **changes))
+    path = finished.directory / "config.yaml"
+    assert str(caught.value) == f"{path}: a resumed run must keep its configuration, found {found}"
+
+
+def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_path):
+    loop.open_run(runs.config(world, tmp_path / "run"))
+    changed = runs.config(world, tmp_path / "run", **{
+        "run.resume": True, "run.steps": 9, "checkpoint.every": 1, "checkpoint.keep": 5, "grade.workers": 2,
+        "grade.step_budget_seconds": 60.0, "log.samples_per_step": 0, "evaluation.every": 2})
+    assert loop.open_run(changed) == tmp_path / "run"
+    written = configuration.load(tmp_path / "run" / "config.yaml")
+    assert written == dataclasses.replace(changed, run=dataclasses.replace(changed.run, resume=False))
+
+
+def test_resuming_nothing_and_fewer_steps_than_were_done_are_refused(finished, world, tmp_path, capsys):
+    error = refused(capsys, runs.arguments(world, tmp_path, **{"run.resume": True}))
+    assert error == f"run.directory: {tmp_path} holds no run to resume, {tmp_path / 'config.yaml'} does not exist"
+    shutil.copytree(finished.directory, tmp_path / "run")
+    changes = EVALUATED | {"run.resume": True, "run.steps": 4}
+    error = refused(capsys, runs.arguments(world, tmp_path / "run", **changes))
+    assert error == f"run.steps must be at least the 6 steps that {tmp_path / 'run'} has done, got 4"
+
+
+def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds a run already"):
+        loop.open_run(runs.config(world, tmp_path))
+
+
+# Meshes
+
+
+@pytest.mark.parametrize("axes", [{"mesh.data": 2, "mesh.fsdp": 4}, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}],
+                         ids=["fsdp", "tensor"])
+def test_other_meshes_run_and_agree_with_the_first(finished, world, tmp_path, axes):
+    changes = axes | {"run.steps": 2, "evaluation.problems": 0, "kl.form": "reward"}
+    loop.train(runs.config(world, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "report.png").exists()
+    found, expected = lasting(tmp_path / "run"), lasting(finished.directory)
+    for name in ("rollout/tokens", "rollout/accuracy", "reward/mean", "update/loss", "update/grad_norm"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3, abs=1e-4), name
+    assert len(found) == 2
+
+
+def test_options_run(world, tmp_path, capsys):
+    changes = {"kl.form": "loss", "advantage.group_std": True, "advantage.whiten": True, "update.updates_per_batch": 2,
+               "update.aggregation": "sequence_mean", "evaluation.problems": 0, "run.steps": 1,
+               "log.tensorboard": True, "rollout.top_p": 0.95, "model.dtype": "bfloat16"}
+    loop.train(runs.config(world, tmp_path / "run", **changes))
+    assert "warning: advantage.group_std" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+# Bad input, and a disk that is full
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files cannot grow beyond a few bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")      # what orbax leaves half done
+@pytest.mark.parametrize(("place", "name", "file"), [
+    ((MetricsWriter, "write"), "metrics", "metrics.jsonl: cannot be written: "),
+    ((Checkpoints, "save"), "checkpoint", "checkpoints/2: the checkpoint cannot be written ("),
+    ((hf, "export"), "export", "model: cannot be written: "),
+], ids=["metrics", "checkpoint", "export"])
+def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tmp_path, monkeypatch, capfd, place,
+                                                                       name, file):
+    directory, original, calls = tmp_path / "run", getattr(*place), []
+
+    def filling(*arguments, **settings):
+        calls.append(1)
+        with full_disk() if len(calls) == 2 else contextlib.nullcontext():
+            return original(*arguments, **settings)
+
+    monkeypatch.setattr(*place, filling)
+    changes = {"evaluation.problems": 0, "checkpoint.every": 1, "run.steps": 3}
+    error = refused(capfd, runs.arguments(world, directory, **changes))
+    assert error.startswith(f"{directory}/{file}") and os.strerror(errno.EFBIG) in error
+    monkeypatch.undo()
+    steps = {"metrics": 1, "checkpoint": 2, "export": 2}[name]
+    assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == list(range(steps))
+    assert {path.name for path in directory.iterdir()} == {"config.yaml", "metrics.jsonl", "rollouts.jsonl",
+                                                           "checkpoints", "model"}
+    with Checkpoints(directory / "checkpoints", keep=2) as saved:
+        assert saved.latest == (2 if name == "export" else 1)
+    hf.load(directory / "model", hf.read_config(directory / "model"))
+
+
+@pytest.mark.parametrize(("file", "change", "error"), [
+    ("config.json", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported, expected one of qwen2, llama, qwen3"),
+    ("train.jsonl", '{"problem": "1+6", "answer": "7", "level"', ":17: not valid JSON ("),
+    ("test.jsonl", '{"problem": "1+6"}', ":9: has no field 'level', found problem"),
+])
+def test_bad_input_is_one_line_and_leaves_no_run(world, tmp_path, capsys, file, change, error):
+    shutil.copytree(world, tmp_path / "world")
+    path = next((tmp_path / "world").rglob(file))
+    if isinstance(change, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        path.write_text(path.read_text() + change + "\n")
+    changes = {"evaluation.problems": 20}
+    assert refused(capsys, runs.arguments(tmp_path / "world", tmp_path / "run", **changes)).startswith(
+        f"{path}{error}" if error.startswith(":") else f"{path}: {error}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("changes", "error"), [
+    ({"model.path": "/nowhere/model"}, "model.path must be tiny or a Hugging Face directory, /nowhere/model does not"),
+    ({"rollout.prompts_per_step": 32}, "rollout.prompts_per_step must be at most the number of problems, 16, got 32"),
+    ({"mesh.data": 3}, "mesh: data 3 x fsdp 1 x tensor 1 x context 1 = 3, expected 8, the number of devices"),
+    ({"mesh.fsdp": 4, "mesh.tensor": 2, "update.rows_per_micro_batch": 2}, "mesh.data x mesh.fsdp must divide update."),
+])
+def test_a_configuration_that_does_not_fit_is_one_line_and_leaves_no_run(world, tmp_path, capsys, changes, error):
+    assert refused(capsys, runs.arguments(world, tmp_path / "run", **changes)).startswith(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_evaluation_that_cannot_be_written_leaves_nothing_half(tmp_path):
+    result = Evaluation(accuracy=0.5, tokens=3.0, truncated=0.0, problems=1, samples=1, by_level={})
+    progress = types.SimpleNamespace(say=lambda text: None)
+    with full_disk(), pytest.raises(UserError, match=r"base\.json: cannot be written"):
+        loop.evaluate_base(lambda params, watch: result, None, tmp_path, progress, None)
+    assert not list(tmp_path.iterdir())
+    assert loop.evaluate_base(lambda params, watch: result, None, tmp_path, progress, None) == result
+    assert loop.evaluate_base(None, None, tmp_path, progress, None) == result       # read, not sampled again
+
+
+# Checks within a step
+
+
+def graded(**counts):
+    return [Grade(False, None, status, 0.0) for status, number in counts.items() for _ in range(number)]
+
+
+def test_too_many_undecided_answers_end_the_run():
+    loop.check_decided(graded(exact=98, budget=1, error=1), 4)
+    with pytest.raises(UserError, match=r"^step 4: the grader could not decide 3 % of the answers in time, at most 2"):
+        loop.check_decided(graded(exact=97, budget=2, error=1), 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_ends_the_run(value):
+    loop.check_finite({"update/loss": 1.0}, 3)
+    with pytest.raises(FloatingPointError, match=r"^step 3: non-finite update/loss, update/kl$"):
+        loop.check_finite({"update/loss": value, "reward/mean": 1.0, "update/kl": value}, 3)
