@@ -30,7 +30,8 @@ from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows, 
 # What may differ between a run and its continuation: nothing that decides a token or a weight.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
              "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every")
-UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide in a step
+UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide in a step, ...
+UNDECIDED_FEW = 2                   # ... beyond so many, which say nothing of a share
 
 
 def train(config: Config) -> None:
@@ -151,7 +152,8 @@ def make_step(config: Config, engine: Engine, pretrained: hf.Pretrained, problem
         statuses = Counter(verdict.status for verdict in verdicts)
         metrics |= {f"grade/{status}": number / len(verdicts) for status, number in sorted(statuses.items())}
         check_finite(metrics, index)
-        shown = range(min(config.log.samples_per_step, len(texts)))
+        wanted = min(config.log.samples_per_step, len(texts))
+        shown = [row * len(texts) // wanted for row in range(wanted)]       # from as many different prompts as can be
         samples = [describe(row, batch, settings.group_size, texts, sampled, correct, reward, verdicts)
                    for row in shown]
         return state, metrics, samples
@@ -184,11 +186,10 @@ def evaluate_base(evaluate: Any, reference: model.Params, directory: Path, progr
 
 def check_decided(verdicts: Sequence[Grade], step: int) -> None:
     """Raises UserError when too many answers were left undecided: rewards would be 0 for no fault of the model."""
-    undecided = sum(verdict.status in ("error", "budget") for verdict in verdicts) / len(verdicts)
-    if undecided > UNDECIDED_LIMIT:
-        raise UserError(f"step {step}: the grader could not decide {100 * undecided:.0f} % of the answers in time, at "
-                        f"most {100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or "
-                        "grade.workers")
+    count = sum(verdict.status in ("error", "budget") for verdict in verdicts)
+    if count > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
+        raise UserError(f"step {step}: the grader could not decide {count} of {len(verdicts)} answers in time, at most "
+                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or grade.workers")
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:

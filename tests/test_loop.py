@@ -427,7 +427,8 @@ def graded(**counts):
 
 def test_too_many_undecided_answers_end_the_run():
     loop.check_decided(graded(exact=98, budget=1, error=1), 4)
-    with pytest.raises(UserError, match=r"^step 4: the grader could not decide 3 % of the answers in time, at most 2"):
+    loop.check_decided(graded(exact=14, budget=2), 4)           # too few to speak of a share
+    with pytest.raises(UserError, match=r"^step 4: the grader could not decide 3 of 100 answers in time, at most 2 %"):
         loop.check_decided(graded(exact=97, budget=2, error=1), 4)
 
 
