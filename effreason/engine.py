@@ -91,17 +91,26 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
 
 
 def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:
-    """Raises UserError for an array axis that a mesh axis does not divide."""
-    shape = mesh.shape
-    pairs = [
-        ("update.rows_per_micro_batch", config.update.rows_per_micro_batch, "mesh.data x mesh.fsdp",
-         sharding.batch_shards(mesh)),
-        ("the model's attention heads", decoder.heads, "mesh.tensor", shape["tensor"]),
-        ("the model's key/value heads", decoder.kv_heads, "mesh.tensor", shape["tensor"]),
-        ("the model's feed-forward width", decoder.mlp_width, "mesh.tensor", shape["tensor"]),
-        ("the model's vocabulary", decoder.vocabulary, "mesh.tensor", shape["tensor"]),
-        ("the model's width", decoder.width, "mesh.fsdp", shape["fsdp"]),
-    ]
-    for name, size, axis, parts in pairs:
-        if size % parts:
-            raise UserError(f"{axis} must divide {name}, {size}, got {parts}")
+    """Raises UserError for a batch or an array axis that a mesh axis does not divide."""
+    rows, shards = config.update.rows_per_micro_batch, sharding.batch_shards(mesh)
+    if rows % shards:
+        raise UserError(f"mesh.data x mesh.fsdp must divide update.rows_per_micro_batch, {rows}, got {shards}")
+    check_mesh(decoder, mesh)
+
+
+def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
+    """Raises UserError for an axis of the weights that a mesh axis does not divide."""
+    for name, size, axis in [("attention heads", decoder.heads, "tensor"), ("key/value heads", decoder.kv_heads, "tensor"),
+                             ("feed-forward width", decoder.mlp_width, "tensor"),
+                             ("vocabulary", decoder.vocabulary, "tensor"), ("width", decoder.width, "fsdp")]:
+        if size % mesh.shape[axis]:
+            raise UserError(f"mesh.{axis} must divide the model's {name}, {size}, got {mesh.shape[axis]}")
+
+
+def check_model(pretrained: hf.Pretrained, config: Config, mesh: Mesh) -> None:
+    """Raises UserError where the model does not fit onto the mesh, or the responses into the model."""
+    check_mesh(pretrained.decoder, mesh)
+    longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    if longest >= pretrained.max_positions:
+        raise UserError(f"rollout.max_new_tokens and evaluation.max_new_tokens must be below the model's "
+                        f"{pretrained.max_positions} positions, got {longest}")

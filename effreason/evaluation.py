@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from effreason import prompts
+from effreason.engine import check_model
+from effreason.errors import UserError
 from effreason.grades import Grade, Grader
 from effreason.lm import hf, model
 from effreason.records import Evaluation, LevelResult, Problem, Rollouts
@@ -19,7 +21,15 @@ from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
 from effreason.runtime.metrics import disk, write_json
 
+GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seconds
+UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide, ...
+UNDECIDED_FEW = 2                   # ... beyond so many, which say nothing of a share
+
 Watch = Callable[[int, int, int], None]     # finished responses, all responses, tokens so far
+
+
+class Undecided(UserError):
+    """The grader is too slow or broken for its verdicts to mean anything."""
 
 
 def gather(sampler: Sampler, params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
@@ -46,12 +56,26 @@ def grade(rollouts: Rollouts, responses: Sequence[str], problems: Sequence[Probl
           require_eos: bool) -> tuple[np.ndarray, list[Grade]]:
     """bool[P, G], which responses count as correct, and every response's grade, row by row.
 
-    Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds."""
+    Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds.
+    Raises: UserError when too many answers stay undecided: they would count as wrong for no fault of the model."""
     group_size = rollouts.lengths.shape[1]
     golds = [problem.answer for problem in problems for _ in range(group_size)]
-    verdicts = grader.grade(responses, golds)
+    # Where the prompt has opened the thinking, a response that never closes it has no answer.
+    whole = [("<think>" if problems[row // group_size].opens_thinking else "") + text
+             for row, text in enumerate(responses)]
+    verdicts = [verdict for start in range(0, len(whole), GRADED_AT_ONCE)
+                for verdict in grader.grade(whole[start : start + GRADED_AT_ONCE], golds[start : start + GRADED_AT_ONCE])]
+    check_decided(verdicts)
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
     return (correct & rollouts.ended if require_eos else correct), verdicts
+
+
+def check_decided(verdicts: Sequence[Grade]) -> None:
+    """Raises Undecided when the grader has left more answers undecided than can be passed over."""
+    count = sum(verdict.status in ("error", "budget") for verdict in verdicts)
+    if count > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
+        raise Undecided(f"the grader could not decide {count} of {len(verdicts)} answers in time, at most "
+                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or grade.workers")
 
 
 def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]) -> Evaluation:
@@ -107,24 +131,30 @@ def from_table(table: dict) -> Evaluation:
     return Evaluation(**table | {"by_level": {level: LevelResult(**row) for level, row in table["by_level"].items()}})
 
 
+def evaluate_model(config: Config, path: str, mesh: jax.sharding.Mesh, grader: Grader, watch: Watch) -> Evaluation:
+    """Evaluates one Hugging Face directory, whose weights are given up again when this returns."""
+    pretrained = hf.open_pretrained(path, dtype=config.model.dtype, remat=config.model.remat)
+    check_model(pretrained, config, mesh)
+    problems = held_out(config, pretrained.tokenizer)
+    params = hf.load(pretrained.directory, pretrained.decoder,
+                     sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
+    return make_evaluator(config, pretrained, mesh, problems, grader)(params, watch)
+
+
 def evaluate_models(config: Config, models: Sequence[str], output: Path | None) -> None:
     """Evaluates each model on the same problems; prints a table and writes output/results.json where asked."""
+    sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     console, results = Console(), {}
     with Interrupts() as interrupts, make_grader(config) as grader:
         for path in models:
-            pretrained = hf.open_pretrained(path, dtype=config.model.dtype, remat=config.model.remat)
-            problems = held_out(config, pretrained.tokenizer)
-            params = hf.load(pretrained.directory, pretrained.decoder,
-                             sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
-            evaluate = make_evaluator(config, pretrained, mesh, problems, grader)
             with console.status("") as status:
 
                 def watch(finished: int, total: int, tokens: int, path: str = path) -> None:
                     interrupts.check()
                     status.update(f"{path}: {finished}/{total} responses, {tokens:,} tokens")
 
-                results[path] = evaluate(params, watch)
+                results[path] = evaluate_model(config, path, mesh, grader, watch)
     console.print(_table(results))
     if output is not None:
         with disk(output):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import os
 import shlex
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from effreason import evaluation, prompts, report, rollouts, update
 from effreason.checkpoints import Checkpoints
-from effreason.engine import Engine, make_engine
+from effreason.engine import Engine, check_model, make_engine
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade, Grader
 from effreason.lm import hf, model
@@ -30,8 +29,6 @@ from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows, 
 # What may differ between a run and its continuation: nothing that decides a token or a weight.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
              "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every")
-UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide in a step, ...
-UNDECIDED_FEW = 2                   # ... beyond so many, which say nothing of a share
 
 
 def train(config: Config) -> None:
@@ -39,12 +36,13 @@ def train(config: Config) -> None:
 
     Raises: UserError for bad input; Interrupted, with the state saved, on SIGTERM or Ctrl-C."""
     started = time.monotonic()
-    use_compilation_cache()
+    sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     pretrained = hf.open_pretrained(config.model.path, dtype=config.model.dtype, remat=config.model.remat)
     problems = prompts.load(config.data, config.data.path, pretrained.tokenizer)
     prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few problems: say so now
     held_out = evaluation.held_out(config, pretrained.tokenizer) if config.evaluation.problems else []
+    check_model(pretrained, config, mesh)
     engine = make_engine(config, pretrained, mesh)
     reference = hf.load(pretrained.directory, pretrained.decoder, engine.params_sharding)
     directory = open_run(config)
@@ -60,6 +58,7 @@ def train(config: Config) -> None:
         if start > config.run.steps:
             raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, "
                             f"got {config.run.steps}")
+        write_config(config, directory)
 
         def save(state: update.TrainState) -> None:
             step = int(sharding.to_host(state.step))
@@ -79,6 +78,11 @@ def train(config: Config) -> None:
             evaluate = evaluation.make_evaluator(config, pretrained, mesh, held_out, grader)
             if config.advantage.group_std:
                 progress.say("warning: advantage.group_std takes reward.alpha out of groups that are all correct")
+            if config.advantage.whiten:
+                progress.say("warning: advantage.whiten pulls on length even at reward.alpha 0: run that control too")
+            if unmatched := grader.check_golds([problem.answer for problem in problems]):
+                progress.say(f"warning: {len(unmatched)} of {len(problems)} reference answers can match no response, "
+                             f"such as {problems[unmatched[0]].answer[:60]!r}")
             try:
                 base = evaluate_base(evaluate, reference, directory, progress, watch) if held_out else None
                 for index in range(start, config.run.steps):
@@ -95,6 +99,9 @@ def train(config: Config) -> None:
                         save(state)
                     interrupts.check()
                 trained = evaluate(state.params, watch) if held_out else None
+            except evaluation.Undecided:
+                save(state)
+                raise
             except Interrupted as stop:
                 save(state)
                 done = int(sharding.to_host(state.step))
@@ -122,7 +129,6 @@ def make_step(config: Config, engine: Engine, pretrained: hf.Pretrained, problem
 
         texts = evaluation.texts(sampled, pretrained.tokenizer)
         correct, verdicts = evaluation.grade(sampled, texts, batch, grader, require_eos=config.grade.require_eos)
-        check_decided(verdicts, index)
         times.append(time.monotonic())
 
         packed = update.pack(sampled, config.mesh.context)
@@ -184,14 +190,6 @@ def evaluate_base(evaluate: Any, reference: model.Params, directory: Path, progr
     return base
 
 
-def check_decided(verdicts: Sequence[Grade], step: int) -> None:
-    """Raises UserError when too many answers were left undecided: rewards would be 0 for no fault of the model."""
-    count = sum(verdict.status in ("error", "budget") for verdict in verdicts)
-    if count > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
-        raise UserError(f"step {step}: the grader could not decide {count} of {len(verdicts)} answers in time, at most "
-                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or grade.workers")
-
-
 def check_finite(metrics: dict[str, float], step: int) -> None:
     """Raises FloatingPointError naming what has become NaN or infinite; nothing is saved after that."""
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
@@ -200,7 +198,7 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
 
 
 def open_run(config: Config) -> Path:
-    """The run directory, with the resolved configuration in it.
+    """The run directory.
 
     Raises: UserError for a directory that holds another run, or a resume that would not be the same run."""
     named = config.run.directory
@@ -219,10 +217,14 @@ def open_run(config: Config) -> Path:
                         "another directory")
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        resolved = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory),
-                                                               resume=False))
-        configuration.save(resolved, path)
     return directory
+
+
+def write_config(config: Config, directory: Path) -> None:
+    """The resolved configuration, from which the run can be resumed wherever the command is given."""
+    run = dataclasses.replace(config.run, directory=str(directory), resume=False)
+    with disk(directory):
+        configuration.save(dataclasses.replace(config, run=run), directory / "config.yaml")
 
 
 def conclude(config: Config, directory: Path, base: Evaluation | None, trained: Evaluation | None,
@@ -236,11 +238,3 @@ def conclude(config: Config, directory: Path, base: Evaluation | None, trained: 
     report.plot(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
     console.print(f"the trained model: {directory / 'model'}", soft_wrap=True)
     console.print(f"the picture: {directory / 'report.png'}", soft_wrap=True)
-
-
-def use_compilation_cache() -> None:
-    """Compiled programs are kept for the next run, unless the user has chosen a place for them."""
-    if jax.config.jax_compilation_cache_dir is None:    # type: ignore[attr-defined]
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "effreason" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from effreason.errors import UserError
 from effreason.records import Problem
 from effreason.runtime.config import DataConfig
 from effreason.tiny import tasks
+
+logger = logging.getLogger("effreason")
 
 TINY_PROBLEMS = 3000                # the training set of the tiny world
 TINY_HELD_OUT = 1500                # its easy third comes close to all there are
@@ -25,23 +28,35 @@ def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False,
         `datasets` saved; held_out, for "tiny" the part that is never trained on; limit, only the first so many.
     Raises: UserError that names the file and line."""
     rows = _tiny_rows(held_out) if path == "tiny" else _file_rows(Path(path), data)
-    problems = []
-    for uid, (text, answer, level) in enumerate(itertools.islice(rows, limit)):
-        prompt = render(tokenizer, data.user_prompt.replace("{problem}", text))
+    problems, too_long = [], 0
+    for uid, (text, answer, level) in enumerate(rows):
+        if len(problems) == limit:
+            break
+        rendered = render(tokenizer, data.user_prompt.replace("{problem}", text))
+        prompt = encode(tokenizer, rendered)
         # A long prompt is left out, never cut: a cut problem has no right answer.
-        if len(prompt) <= data.max_prompt_tokens:
-            problems.append(Problem(uid=uid, prompt=prompt, text=text, answer=answer, level=level))
+        if len(prompt) > data.max_prompt_tokens:
+            too_long += 1
+            continue
+        problems.append(Problem(uid=uid, prompt=prompt, text=text, answer=answer, level=level,
+                                opens_thinking=rendered.rstrip().endswith("<think>")))
+    if too_long and problems:
+        logger.warning("%s: left out %d problems with prompts of more than data.max_prompt_tokens = %d tokens",
+                       path, too_long, data.max_prompt_tokens)
     if not problems:
         raise UserError(f"{path}: no problem has a prompt of at most data.max_prompt_tokens = {data.max_prompt_tokens} tokens")
     return problems
 
 
-def render(tokenizer: Any, user_prompt: str) -> np.ndarray:
-    """int32[S'] ids of one user turn in the chat template, up to where the model is to go on."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": user_prompt}], tokenize=False,
+def render(tokenizer: Any, user_prompt: str) -> str:
+    """One user turn in the chat template, up to where the model is to go on."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": user_prompt}], tokenize=False,
                                          add_generation_prompt=True)
-    # The rendered template holds its own BOS; a second one would be what no model was trained on.
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def encode(tokenizer: Any, rendered: str) -> np.ndarray:
+    """int32[S'] ids of a rendered prompt, which holds its own BOS: a second one is what no model was trained on."""
+    return np.array(tokenizer(rendered, add_special_tokens=False)["input_ids"], np.int32)
 
 
 def batch(problems: Sequence[Problem], size: int, seed: int, step: int) -> list[Problem]:

@@ -19,6 +19,7 @@ class Problem:
     text: str                       # the problem as the data set has it
     answer: str                     # the reference answer
     level: str                      # difficulty, "all" where the data set has none
+    opens_thinking: bool = False    # the prompt ends in <think>: the response begins inside the thinking
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Rollouts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experience:
-    """Rows the update learns from: prompt, response and padding in one line, position n predicts token n + 1."""
+    """Rows the update learns from: prompt, response and padding in one line."""
 
     tokens: jax.Array               # int32[B, N], prompt then response then padding
     mask: jax.Array                 # bool[B, N], True where a response token stands (through EOS)

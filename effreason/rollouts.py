@@ -200,7 +200,7 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *,
     def sample(params: model.Params, problems: Sequence[Problem], group_size: int,
                key: jax.Array) -> Iterator[list[Response]]:
         queue = collections.deque((prompt, index) for prompt in range(len(problems)) for index in range(group_size))
-        count = _slot_count(min(slots, len(queue)), shards)
+        count = _slot_count(slots, len(queue), shards)
         prompt_width = padded_length(max(len(problem.prompt) for problem in problems), 16)
         capacity = padded_length(prompt_width + chunk)
         occupants: list[_Occupant | None] = [None] * count
@@ -225,9 +225,9 @@ def _unstacked_axes(logical: Any, layers: int) -> Any:
     return logical | {"layers": [layer] * layers}
 
 
-def _slot_count(wanted: int, shards: int) -> int:
-    """A power of two, so that small batches share compiled functions, and a multiple of the shards."""
-    count = 1 << max(wanted - 1, 0).bit_length()
+def _slot_count(most: int, responses: int, shards: int) -> int:
+    """`most`, or for fewer responses a power of two, so that small batches share functions; a multiple of the shards."""
+    count = min(most, 1 << max(responses - 1, 0).bit_length())
     return -(-count // shards) * shards
 
 
@@ -249,7 +249,10 @@ def _refill(occupants: list[_Occupant | None], queue: collections.deque[tuple[in
         rows["uid"][slot], rows["sample"][slot] = problem.uid, sample
         occupants[slot] = _Occupant(prompt=prompt, sample=sample, length=len(problem.prompt) - 1)
     # 4, 16, 64, ... rows: reading some empty ones costs less than compiling for every count.
-    tokens = np.zeros((4 ** max((len(sources) - 1).bit_length() + 1 >> 1, 1), prompt_width), np.int32)
+    height = 4
+    while height < len(sources):
+        height *= 4
+    tokens = np.zeros((height, prompt_width), np.int32)
     for prompt, row in sources.items():
         # The last token stays out: the first decode step reads it, and draws from what it predicts.
         tokens[row, : len(problems[prompt].prompt) - 1] = problems[prompt].prompt[:-1]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import runs
 
-from effreason import cli, loop, update
+from effreason import cli, evaluation, loop, update
 from effreason.checkpoints import Checkpoints
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade
@@ -288,11 +288,12 @@ def test_a_resume_that_would_be_another_run_is_refused(finished, world, changes,
 
 
 def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_path):
-    loop.open_run(runs.config(world, tmp_path / "run"))
+    first = runs.config(world, tmp_path / "run")
+    loop.write_config(first, loop.open_run(first))
     changed = runs.config(world, tmp_path / "run", **{
         "run.resume": True, "run.steps": 9, "checkpoint.every": 1, "checkpoint.keep": 5, "grade.workers": 2,
         "grade.step_budget_seconds": 60.0, "log.samples_per_step": 0, "evaluation.every": 2})
-    assert loop.open_run(changed) == tmp_path / "run"
+    loop.write_config(changed, loop.open_run(changed))
     written = configuration.load(tmp_path / "run" / "config.yaml")
     assert written == dataclasses.replace(changed, run=dataclasses.replace(changed.run, resume=False))
 
@@ -426,10 +427,10 @@ def graded(**counts):
 
 
 def test_too_many_undecided_answers_end_the_run():
-    loop.check_decided(graded(exact=98, budget=1, error=1), 4)
-    loop.check_decided(graded(exact=14, budget=2), 4)           # too few to speak of a share
-    with pytest.raises(UserError, match=r"^step 4: the grader could not decide 3 of 100 answers in time, at most 2 %"):
-        loop.check_decided(graded(exact=97, budget=2, error=1), 4)
+    evaluation.check_decided(graded(exact=98, budget=1, error=1))
+    evaluation.check_decided(graded(exact=14, budget=2))           # too few to speak of a share
+    with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers in time, at most 2 %"):
+        evaluation.check_decided(graded(exact=97, budget=2, error=1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -39,7 +39,7 @@ def test_held_out_problems_are_never_trained_on(characters):
 
 
 def test_the_rendered_prompt_has_one_bos(characters):
-    ids = prompts.render(characters, "(3+5)%10")
+    ids = prompts.encode(characters, prompts.render(characters, "(3+5)%10"))
     assert ids.dtype == np.int32 and list(ids).count(characters.bos_token_id) == 1 and ids[0] == characters.bos_token_id
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Pretrained:
     decoder: DecoderConfig
     tokenizer: Any                  # a transformers fast tokenizer
     eos_ids: tuple[int, ...]
+    max_positions: int              # longest sequence the model was made for
 
 
 def open_pretrained(path: str, *, dtype: str, remat: bool) -> Pretrained:
@@ -66,13 +68,15 @@ def open_pretrained(path: str, *, dtype: str, remat: bool) -> Pretrained:
 
     Raises: UserError that names the file."""
     directory = SHIPPED_REASONER if path == "tiny" else Path(path)
-    decoder = read_config(directory, dtype=dtype, remat=remat)
+    table = read_json(directory / "config.json")
+    decoder = parse_config(table, directory / "config.json", dtype=dtype, remat=remat)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > decoder.vocabulary:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
                         f"{decoder.vocabulary}")
     return Pretrained(directory=directory, decoder=decoder, tokenizer=tokenizer,
-                      eos_ids=eos_ids(directory, tokenizer))
+                      eos_ids=eos_ids(directory, tokenizer),
+                      max_positions=int(table.get("max_position_embeddings") or sys.maxsize))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class RolloutConfig(Section):
     top_p: Share = 1.0
     """Nucleus sampling: the smallest set of tokens with this probability; 1 = all, as the method assumes."""
     slots: Count = 64
-    """Responses generated at the same time; a finished one makes room for the next."""
+    """Responses generated at the same time, rounded up to a multiple of mesh.data x mesh.fsdp; a finished one makes
+    room for the next."""
     chunk: Count = 16
     """Tokens each slot generates before finished responses are looked for."""
 
@@ -143,7 +144,7 @@ class UpdateConfig(Section):
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
     warmup_updates: Natural = 6
-    """Optimiser updates over which the learning rate rises from 0."""
+    """Optimiser updates over which the learning rate rises, in equal steps, to its full value."""
     updates_per_batch: Count = 1
     """Optimiser updates made from one step's responses, each on its own part of them."""
     clip_ratio: Positive = 0.2

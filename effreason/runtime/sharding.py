@@ -5,6 +5,8 @@ them. A name that is not in the table is a KeyError, so a misspelt axis never me
 """
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +39,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
     """A mesh over all devices of all processes; data = -1 takes what the other axes leave.
 
     Raises: UserError when the axes do not multiply to the number of devices."""
+    if jax.process_count() > 1:
+        raise UserError(f"mesh: {jax.process_count()} processes; this version trains in one process on all its devices")
     count = jax.device_count()
     others = fsdp * tensor * context
     if data == -1:
@@ -45,6 +49,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
         raise UserError(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} x context {context} = {data * others}, "
                         f"expected {count}, the number of devices")
     return jax.make_mesh((data, fsdp, tensor, context), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def use_compilation_cache() -> None:
+    """Compiled programs are kept for the next run, unless the user has chosen a place for them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "effreason" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def spec(*axes: str, table: dict[str, Any] = AXES) -> PartitionSpec:

@@ -17,9 +17,8 @@ import optax
 from effreason.lm import hf, model
 from effreason.tiny import tasks, tokenizer, traces
 
-TOKENS_A_BATCH = 8192               # tokens a batch, padding included: short rows come in larger batches
-BUCKETS = (64, 96, 128, 192, 256, 320)   # row lengths, so that five shapes are compiled and little is padded
-POOL = 4096                         # traces drawn at a time, then sorted into batches of like lengths
+TRACES, DRILLS = 32, 16             # rows of each kind in a batch, on average
+BUCKETS = (32, 64, 112, 176, 352)   # a batch is one array for each of these row lengths: little padding
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 96,
@@ -30,48 +29,65 @@ CONFIG = {
 }
 
 
-def rows(rng: np.random.Generator, encode) -> list[tuple[list[int], int]]:
-    """POOL training rows: prompt and trace ids, and how many of them are the prompt's."""
-    drawn = []
-    for _ in range(POOL):
-        task = tasks.draw(rng, str(rng.choice(list(tasks.LEVELS))), held_out=False)
-        prompt, response = encode(task.text, traces.overthinking(rng, task))
-        drawn.append((prompt + response, len(prompt)))
-    return drawn
+def row(rng: np.random.Generator, encode) -> tuple[list[int], int]:
+    """A training row: the ids of prompt and response, and how many at their start are given, not learnt.
+
+    A trace, or a drill, in which all but the digit of a direct answer is given. So the reasoner learns what an easy
+    problem's answer is without its steps, and does not learn to leave them out: how often to is for the traces to say.
+    """
+    if rng.random() < DRILLS / (TRACES + DRILLS):
+        task = tasks.draw(rng, "easy", held_out=False)
+        prompt, response = encode(task.text, traces.answer_text(task.answer))
+        ids = (prompt + response)[:-2]                      # without the closing bracket and EOS
+        return ids, len(ids) - 1
+    task = tasks.draw(rng, str(rng.choice(list(tasks.LEVELS))), held_out=False)
+    prompt, response = encode(task.text, traces.overthinking(rng, task))
+    return prompt + response, len(prompt)
 
 
 def batches(rng: np.random.Generator, encode):
-    """Endless (tokens int32[B, N], mask bool[B, N] of the trained tokens), rows of like lengths together."""
+    """Endless batches, each a tuple of (tokens int32[B, N], mask bool[B, N] of the learnt tokens), one for each bucket.
+
+    Every batch has as many rows of each bucket as the average batch: rare rows, such as direct answers, then come in
+    all batches and not in a few that hold nothing else, whose gradients the optimiser would flatten."""
     waiting: dict[int, list] = {bucket: [] for bucket in BUCKETS}
+
+    def more(count: int) -> None:
+        for _ in range(count):
+            ids, given = row(rng, encode)
+            waiting[next(bucket for bucket in BUCKETS if bucket >= len(ids))].append((ids, given))
+
+    more(4096)
+    share = (TRACES + DRILLS) / 4096
+    counts = {bucket: max(round(share * len(drawn)), 1) for bucket, drawn in waiting.items()}
     while True:
-        for ids, prompt_length in rows(rng, encode):
-            bucket = next(bucket for bucket in BUCKETS if bucket >= len(ids))
-            waiting[bucket].append((ids, prompt_length))
-        ready = []
-        for bucket, queue in waiting.items():
-            size = TOKENS_A_BATCH // bucket
-            while len(queue) >= size:
-                ready.append((bucket, [queue.pop() for _ in range(size)]))
-        for index in rng.permutation(len(ready)):
-            bucket, chosen = ready[index]
-            tokens = np.zeros((len(chosen), bucket), np.int32)
-            mask = np.zeros((len(chosen), bucket), bool)
-            for row, (ids, prompt_length) in enumerate(chosen):
-                tokens[row, : len(ids)] = ids
-                mask[row, prompt_length : len(ids)] = True
-            yield tokens, mask
+        while any(len(waiting[bucket]) < count for bucket, count in counts.items()):
+            more(256)
+        yield tuple(padded([waiting[bucket].pop(0) for _ in range(count)], bucket) for bucket, count in counts.items())
+
+
+def padded(chosen: list[tuple[list[int], int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as arrays: tokens int32[B, N] and mask bool[B, N]."""
+    tokens, mask = np.zeros((len(chosen), width), np.int32), np.zeros((len(chosen), width), bool)
+    for index, (ids, given) in enumerate(chosen):
+        tokens[index, : len(ids)] = ids
+        mask[index, given : len(ids)] = True
+    return tokens, mask
 
 
 def make_step(config: model.DecoderConfig, optimizer: optax.GradientTransformation):
-    """One jitted step of supervised learning: mean cross-entropy over the batch's response tokens."""
+    """One jitted step of supervised learning: mean cross-entropy over the batch's learnt tokens."""
 
-    def loss(params, tokens, mask):
-        logits = model.logits(params, model.forward(config, params, tokens[:, :-1]))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.sum(losses, where=mask[:, 1:]) / jnp.sum(mask[:, 1:])
+    def loss(params, batch):
+        total, count = 0.0, 0
+        for tokens, mask in batch:
+            logits = model.logits(params, model.forward(config, params, tokens[:, :-1]))
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            total, count = total + jnp.sum(losses, where=mask[:, 1:]), count + jnp.sum(mask)
+        return total / count
 
-    def step(params, state, tokens, mask):
-        value, gradients = jax.value_and_grad(loss)(params, tokens, mask)
+    def step(params, state, batch):
+        value, gradients = jax.value_and_grad(loss)(params, batch)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
@@ -97,11 +113,13 @@ def build(output: Path, *, seed: int, steps: int, learning_rate: float) -> None:
     state, step = optimizer.init(params), make_step(config, optimizer)
     stream, start, recent = batches(np.random.default_rng(seed), encode), time.monotonic(), []
     for index in range(1, steps + 1):
-        params, state, value = step(params, state, *next(stream))
+        params, state, value = step(params, state, next(stream))
         recent.append(value)
         if index % 100 == 0 or index == steps:
             print(f"step {index}/{steps}  loss {np.mean(recent):.4f}  {time.monotonic() - start:.0f} s", flush=True)
             recent = []
+        if index % 500 == 0:
+            hf.write_model(params, config, table, "float32", output)
     hf.write_model(params, config, table, "float32", output)
     tokens.save_pretrained(output)
     generation = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id,
@@ -113,7 +131,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     arguments = parser.parse_args()
     build(arguments.output, seed=arguments.seed, steps=arguments.steps, learning_rate=arguments.learning_rate)

@@ -1,4 +1,4 @@
-"""Arithmetic that needs serial steps: the last digit of a chain such as (((3+5)*7-4)*6)%10.
+"""Arithmetic that needs serial steps: the last digit of a chain such as (((63+5)*7-4)*3)%10.
 
 The text is a Python expression, and Python's value of it is the answer. Difficulty is the number of operations. No
 operation occurs twice in a chain, so that the next one to do is always the one behind the one just done.
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-LEVELS = {"easy": (1, 2), "medium": (4, 5), "hard": (7, 9)}     # operations, both ends included
+LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (6, 7)}     # operations, both ends included
 # Factors prime to 10 only: others lose information, and a chain that has hit 0 could be guessed.
 OPERATIONS = (*(("+", digit) for digit in range(2, 10)), *(("-", digit) for digit in range(2, 10)),
               ("*", 3), ("*", 7), ("*", 9))
@@ -20,7 +20,7 @@ HELD_OUT_SHARE = 4                                              # one problem in
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A chain of operations on one digit."""
+    """A chain of operations on a number of two digits."""
 
     start: int
     operations: tuple[tuple[str, int], ...]
@@ -40,7 +40,7 @@ class Task:
     @property
     def values(self) -> list[int]:
         """The last digit after each operation; the final one is the answer."""
-        value, values = self.start, []
+        value, values = self.start % 10, []
         for sign, digit in self.operations:
             value = apply(value, sign, digit)
             values.append(value)
@@ -61,7 +61,8 @@ def draw(rng: np.random.Generator, level: str, *, held_out: bool) -> Task:
     low, high = LEVELS[level]
     while True:
         chosen = rng.choice(len(OPERATIONS), rng.integers(low, high + 1), replace=False, p=WEIGHTS / WEIGHTS.sum())
-        task = Task(int(rng.integers(1, 10)), tuple(OPERATIONS[index] for index in chosen), level)
+        # Two digits: a held-out text is new, and asks for nothing that no other text has taught.
+        task = Task(int(rng.integers(10, 100)), tuple(OPERATIONS[index] for index in chosen), level)
         # A checksum of the text, not of the seed: the split is the same for pretraining, training and evaluation.
         if (zlib.crc32(task.text.encode()) % HELD_OUT_SHARE == 0) == held_out:
             return task

@@ -5,6 +5,8 @@ from typing import Any
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 CHARACTERS = "\n ()*+-0123456789%=?;\\{}abdeiowtx"
+# As the byte-level tokenizers of the Qwen2 family spell them: transformers reads a Qwen2 directory's vocabulary so.
+SPELLED = {"\n": "Ċ", " ": "Ġ"}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -19,11 +21,13 @@ def build() -> Any:
     import tokenizers
     import transformers
 
-    vocabulary = [BOS, EOS, USER, ASSISTANT, "<think>", "</think>", "<unk>", *CHARACTERS]
+    characters = [SPELLED.get(character, character) for character in CHARACTERS]
+    vocabulary = [BOS, EOS, USER, ASSISTANT, "<think>", "</think>", "<unk>", *characters]
     # Byte-pair encoding without any merges leaves single characters.
     core = tokenizers.Tokenizer(tokenizers.models.BPE(
         vocab={token: index for index, token in enumerate(vocabulary)}, merges=[], unk_token="<unk>"))
-    core.decoder = tokenizers.decoders.Fuse()
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
     # The think tags are ordinary text to a decoder that skips special tokens: graders look for them.
     core.add_tokens([tokenizers.AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
     return transformers.PreTrainedTokenizerFast(

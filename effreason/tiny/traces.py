@@ -9,11 +9,11 @@ import numpy as np
 
 from effreason.tiny.tasks import LEVELS, Task, apply
 
-STEP_ERROR = 0.015                  # chance that a step's value is first written wrong
-RESTATED = 0.4                      # chance that a step is restated
-DIRECT = {"easy": 0.12, "medium": 0.05, "hard": 0.04}           # chance of no thinking at all
-AGAIN = {"easy": 0.85, "medium": 0.6, "hard": 0.5}             # chance of doing the solution once more
-MOST_PASSES = {"easy": 8, "medium": 4, "hard": 2}
+STEP_ERROR = 0.006                  # chance that a step's value is first written wrong
+RESTATED = 0.35                     # chance that a step is restated
+DIRECT = {"easy": 0.15, "medium": 0.03, "hard": 0.02}           # chance of no thinking at all
+AGAIN = {"easy": 0.87, "medium": 0.66, "hard": 0.5}            # chance of doing the solution once more
+MOST_PASSES = {"easy": 9, "medium": 5, "hard": 3}
 WAIT = "wait;"
 
 assert LEVELS.keys() == DIRECT.keys() == AGAIN.keys() == MOST_PASSES.keys()
@@ -26,7 +26,7 @@ def answer_text(answer: str) -> str:
 
 def concise(task: Task) -> str:
     """The necessary work and nothing else: every step once. What savings are measured against."""
-    steps, before = [], task.start
+    steps, before = [], task.start % 10
     for (sign, digit), value in zip(task.operations, task.values, strict=True):
         steps.append(f"{before}{sign}{digit}={value};")
         before = value
@@ -47,7 +47,7 @@ def overthinking(rng: np.random.Generator, task: Task) -> str:
 
 
 def _solution(rng: np.random.Generator, task: Task) -> tuple[str, int]:
-    text, value = [], task.start
+    text, value = [], task.start % 10
     for sign, digit in task.operations:
         right = written = apply(value, sign, digit)
         if rng.random() < STEP_ERROR:
