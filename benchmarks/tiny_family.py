@@ -66,7 +66,8 @@ def print_row(alpha: str, seed: str, row) -> None:
     base, trained, *saved = row[: 3 + levels]
     accuracy_before, accuracy_after, *change, seconds = row[3 + levels :]
     columns = [alpha, seed, f"{base:.1f} → {trained:.1f}", *(f"{value:.1f} %" for value in saved),
-               f"{accuracy_before:.1f} → {accuracy_after:.1f} %", *(f"{value:+.1f}" for value in change), f"{seconds:.0f}"]
+               f"{accuracy_before:.1f} → {accuracy_after:.1f} %", *(f"{value:+.1f}" for value in change),
+               f"{seconds:.0f}"]
     print("| " + " | ".join(columns) + " |")
 
 

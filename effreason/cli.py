@@ -137,5 +137,5 @@ def check_model(path: str, field: str) -> None:
 
 def _check_data(path: str | None, field: str) -> None:
     if path not in (None, "tiny") and not Path(path).exists():
-        raise UserError(f"{field} must be tiny, a JSONL or Parquet file, or a folder saved by datasets, {path} does not "
-                        "exist")
+        wanted = "tiny, a JSONL or Parquet file, or a folder saved by datasets"
+        raise UserError(f"{field} must be {wanted}, {path} does not exist")

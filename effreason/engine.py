@@ -100,9 +100,10 @@ def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) ->
 
 def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
     """Raises UserError for an axis of the weights that a mesh axis does not divide."""
-    for name, size, axis in [("attention heads", decoder.heads, "tensor"), ("key/value heads", decoder.kv_heads, "tensor"),
-                             ("feed-forward width", decoder.mlp_width, "tensor"),
-                             ("vocabulary", decoder.vocabulary, "tensor"), ("width", decoder.width, "fsdp")]:
+    split = [("attention heads", decoder.heads, "tensor"), ("key/value heads", decoder.kv_heads, "tensor"),
+             ("feed-forward width", decoder.mlp_width, "tensor"), ("vocabulary", decoder.vocabulary, "tensor"),
+             ("width", decoder.width, "fsdp")]
+    for name, size, axis in split:
         if size % mesh.shape[axis]:
             raise UserError(f"mesh.{axis} must divide the model's {name}, {size}, got {mesh.shape[axis]}")
 

@@ -63,8 +63,10 @@ def grade(rollouts: Rollouts, responses: Sequence[str], problems: Sequence[Probl
     # Where the prompt has opened the thinking, a response that never closes it has no answer.
     whole = [("<think>" if problems[row // group_size].opens_thinking else "") + text
              for row, text in enumerate(responses)]
-    verdicts = [verdict for start in range(0, len(whole), GRADED_AT_ONCE)
-                for verdict in grader.grade(whole[start : start + GRADED_AT_ONCE], golds[start : start + GRADED_AT_ONCE])]
+    verdicts: list[Grade] = []
+    for start in range(0, len(whole), GRADED_AT_ONCE):
+        part = slice(start, start + GRADED_AT_ONCE)
+        verdicts += grader.grade(whole[part], golds[part])
     check_decided(verdicts)
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
     return (correct & rollouts.ended if require_eos else correct), verdicts

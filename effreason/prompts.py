@@ -21,7 +21,8 @@ TINY_HELD_OUT = 1500                # its easy third comes close to all there ar
 ONE_LEVEL = "all"
 
 
-def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False, limit: int | None = None) -> list[Problem]:
+def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False,
+         limit: int | None = None) -> list[Problem]:
     """The problems of a data set, rendered with the tokenizer's chat template and tokenised.
 
     Args: data, the field names and the user prompt; path, "tiny", a JSONL or Parquet file, or a folder that
@@ -44,7 +45,8 @@ def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False,
         logger.warning("%s: left out %d problems with prompts of more than data.max_prompt_tokens = %d tokens",
                        path, too_long, data.max_prompt_tokens)
     if not problems:
-        raise UserError(f"{path}: no problem has a prompt of at most data.max_prompt_tokens = {data.max_prompt_tokens} tokens")
+        raise UserError(f"{path}: no problem has a prompt of at most data.max_prompt_tokens = {data.max_prompt_tokens} "
+                        "tokens")
     return problems
 
 
@@ -86,14 +88,15 @@ def _file_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
 
 def _saved_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a Parquet file or of a folder written by `Dataset.save_to_disk`."""
-    import datasets                 # half a second: only where it is needed
+    import datasets  # half a second: only where it is needed
 
     try:
         saved = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{path}: cannot be read by datasets ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(saved, datasets.Dataset):
-        raise UserError(f"{path}: expected one data set, found the splits {', '.join(saved)}; name one of their folders")
+        raise UserError(f"{path}: expected one data set, found the splits {', '.join(saved)}; name one of their "
+                        "folders")
     for number, row in enumerate(saved):
         yield f"{path}:{number}", row
 

@@ -53,7 +53,7 @@ class Experience:
     tokens: jax.Array               # int32[B, N], prompt then response then padding
     mask: jax.Array                 # bool[B, N], True where a response token stands (through EOS)
     advantages: jax.Array           # float32[B, N], for each response token, KL penalty included
-    old_logprobs: jax.Array         # float32[B, N], of tokens[b, n] given what stands before it, by the policy that sampled
+    old_logprobs: jax.Array         # float32[B, N], of each token given what stands before it, by the sampling policy
     reference_logprobs: jax.Array   # float32[B, N], the same by the frozen reference
 
 

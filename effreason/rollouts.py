@@ -226,7 +226,7 @@ def _unstacked_axes(logical: Any, layers: int) -> Any:
 
 
 def _slot_count(most: int, responses: int, shards: int) -> int:
-    """`most`, or for fewer responses a power of two, so that small batches share functions; a multiple of the shards."""
+    """`most`, or for fewer responses a power of two, so that they share functions; a multiple of the shards."""
     count = min(most, 1 << max(responses - 1, 0).bit_length())
     return -(-count // shards) * shards
 

@@ -44,7 +44,8 @@ def test_the_rendered_prompt_has_one_bos(characters):
 
 
 def test_jsonl_fields_are_named_in_the_configuration(tmp_path, characters):
-    path = write(tmp_path / "data.jsonl", [{"q": "(1+2)%10", "a": 3, "d": "low"}, "\n", {"q": "(1+3)%10", "a": "4", "d": 2}])
+    path = write(tmp_path / "data.jsonl", [
+        {"q": "(1+2)%10", "a": 3, "d": "low"}, "\n", {"q": "(1+3)%10", "a": "4", "d": 2}])
     data = dataclasses.replace(DATA, path=path, problem_field="q", answer_field="a", level_field="d")
     first, second = prompts.load(data, path, characters)
     assert (first.text, first.answer, first.level) == ("(1+2)%10", "3", "low")

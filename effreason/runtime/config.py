@@ -162,7 +162,7 @@ class EvaluationConfig(Section):
     """Accuracy and tokens on held-out problems, before and after training."""
 
     path: str | None = None
-    """Held-out problems, a file or folder like data.path with the same columns; null = the generated held-out set of data.path tiny."""
+    """Held-out problems, a file or folder like data.path with the same columns; null = those of data.path tiny."""
     problems: Natural = 600
     """Problems to evaluate on, the first of the set; 0 = no evaluation."""
     samples: Count = 1

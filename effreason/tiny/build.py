@@ -97,7 +97,8 @@ def make_step(config: model.DecoderConfig, optimizer: optax.GradientTransformati
 def build(output: Path, *, seed: int, steps: int, learning_rate: float) -> None:
     """Writes the reasoner's directory; prints the loss on the way."""
     tokens = tokenizer.build()
-    table = CONFIG | {"vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
+    table = CONFIG | {"vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id,
+                      "eos_token_id": tokens.eos_token_id}
     config = hf.parse_config(table, output / "config.json", remat=False)
 
     def encode(problem: str, trace: str) -> tuple[list[int], list[int]]:

@@ -1,0 +1,71 @@
+"""Measures a tiny reasoner, by default the shipped one, for the tables of docs/tiny.md, as Markdown.
+
+    python benchmarks/tiny_base.py [--model runs/NAME/model]
+
+Accuracy, tokens against the fewest that write every step once, answers without thinking, and which way the policy
+gradient pulls on length: the mean over responses of advantage x (length - the group's mean length), in tokens.
+"""
+
+import argparse
+
+import jax
+import numpy as np
+
+from effreason import evaluation, prompts, rollouts
+from effreason.advantages import leave_one_out
+from effreason.lm import hf, model
+from effreason.rewards import length_rewards
+from effreason.runtime import config as configuration
+from effreason.runtime import sharding
+from effreason.tiny import tasks, traces
+
+PROBLEMS, GROUP_SIZE = 600, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help="Hugging Face directory; default: the shipped reasoner")
+    path = parser.parse_args().model
+    sharding.use_compilation_cache()
+    config, mesh = configuration.load(configuration.shipped() / "tiny.yaml"), sharding.make_mesh(data=-1)
+    tiny = hf.open_pretrained(path, dtype=config.model.dtype, remat=False)
+    problems = prompts.load(config.data, "tiny", tiny.tokenizer, held_out=True, limit=PROBLEMS)
+    params = hf.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
+    sampling = rollouts.Sampling(temperature=1.0, top_p=1.0, max_new_tokens=config.rollout.max_new_tokens,
+                                 eos_ids=tiny.eos_ids)
+    sampler = rollouts.make_sampler(tiny.decoder, mesh, sampling, slots=256, chunk=16)
+    sampled = evaluation.gather(sampler, params, problems, GROUP_SIZE, rollouts.step_key(0, "evaluation", 1),
+                                lambda finished, total, tokens: None)
+    texts = evaluation.texts(sampled, tiny.tokenizer)
+    with evaluation.make_grader(config) as grader:
+        correct, _ = evaluation.grade(sampled, texts, problems, grader, require_eos=True)
+    direct = np.array([text.startswith("</think>") for text in texts]).reshape(correct.shape)
+    fewest = np.array([fewest_tokens(tiny.tokenizer, task) for task, _ in zip(
+        tasks.distinct(0, held_out=True), problems, strict=False)])
+    levels = np.array([problem.level for problem in problems])
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{parameters:,} parameters, {PROBLEMS} held-out problems x {GROUP_SIZE} responses\n")
+    print("| level | accuracy | tokens | fewest needed | times the fewest | answers at once | right of these |")
+    print("|---" * 7 + "|")
+    for level in tasks.LEVELS:
+        at = levels == level
+        tokens, answered = sampled.lengths[at].mean(), direct[at]
+        right = f"{100 * correct[at][answered].mean():.0f} %" if answered.any() else "-"
+        print(f"| {level} | {100 * correct[at].mean():.1f} % | {tokens:.1f} | {fewest[at].mean():.1f} | "
+              f"{tokens / fewest[at].mean():.1f} | {100 * answered.mean():.1f} % | {right} |")
+    alphas = (0.0, 0.05, 0.1, 0.2, 0.4)
+    print("\n| pull on length, tokens |" + "".join(f" α = {alpha:g} |" for alpha in alphas) + "\n" + "|---" * 6 + "|")
+    for level in tasks.LEVELS:
+        at = levels == level
+        pulls = [np.mean(np.asarray(leave_one_out(length_rewards(correct[at], sampled.lengths[at], alpha=alpha)))
+                         * (sampled.lengths[at] - sampled.lengths[at].mean(axis=1, keepdims=True))) for alpha in alphas]
+        print(f"| {level} |" + "".join(f" {pull:+.2f} |" for pull in pulls))
+
+
+def fewest_tokens(tokenizer, task: tasks.Task) -> int:
+    """Tokens of the trace that writes every step once, EOS included."""
+    return len(tokenizer(traces.concise(task), add_special_tokens=False)["input_ids"]) + 1
+
+
+if __name__ == "__main__":
+    main()
