@@ -29,7 +29,8 @@ def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False,
         `datasets` saved; held_out, for "tiny" the part that is never trained on; limit, only the first so many.
     Raises: UserError that names the file and line."""
     rows = _tiny_rows(held_out) if path == "tiny" else _file_rows(Path(path), data)
-    problems, too_long = [], 0
+    problems: list[Problem] = []
+    too_long = 0
     for uid, (text, answer, level) in enumerate(rows):
         if len(problems) == limit:
             break

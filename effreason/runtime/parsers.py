@@ -104,10 +104,11 @@ def read(
 
 def build(config: type[Config], values: jsonargparse.Namespace) -> Config:
     """The configuration of these values. Raises: UserError."""
+    whole: type = config
     try:
         return config(**{
             name: section(**{setting.name: values[setting.field] for setting in settings(section)})
-            for name, section in sections(config).items()
+            for name, section in sections(whole).items()
         })
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -27,7 +27,8 @@ class Section:
     """A section of a configuration, checked when it is made: `RewardConfig` is the section `reward`."""
 
     def __post_init__(self) -> None:
-        for setting in settings(type(self)):
+        section: type = type(self)
+        for setting in settings(section):
             setting.check(getattr(self, setting.name))
 
 

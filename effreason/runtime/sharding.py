@@ -53,7 +53,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
 
 def use_compilation_cache() -> None:
     """Compiled programs are kept for the next run, unless the user has chosen a place for them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "effreason" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

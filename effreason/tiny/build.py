@@ -79,7 +79,7 @@ def make_step(config: model.DecoderConfig, optimizer: optax.GradientTransformati
     """One jitted step of supervised learning: mean cross-entropy over the batch's learnt tokens."""
 
     def loss(params, batch):
-        total, count = 0.0, 0
+        total, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
         for tokens, mask in batch:
             logits = model.logits(params, model.forward(config, params, tokens[:, :-1]))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
