@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import runs
+import small_runs
 
 from effreason import cli, evaluation, loop, update
 from effreason.checkpoints import Checkpoints
@@ -35,9 +35,9 @@ EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that bei
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
     (directory / "base").mkdir()
-    runs.write_model(directory / "base")
-    runs.write_problems(directory / "train.jsonl", 16)
-    runs.write_problems(directory / "test.jsonl", 8)
+    small_runs.write_model(directory / "base")
+    small_runs.write_problems(directory / "train.jsonl", 16)
+    small_runs.write_problems(directory / "test.jsonl", 8)
     return directory
 
 
@@ -55,7 +55,7 @@ def finished(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
         patch.setattr(update, "pack", noted_pack)
-        loop.train(runs.config(world, directory, **EVALUATED))
+        loop.train(small_runs.config(world, directory, **EVALUATED))
     return types.SimpleNamespace(directory=directory, engine=engines[0], widths=widths)
 
 
@@ -103,7 +103,7 @@ def test_the_run_directory_holds_what_was_promised(finished):
 
 def test_config_yaml_is_the_resolved_configuration(finished, world):
     loaded = configuration.load(finished.directory / "config.yaml")
-    assert loaded == runs.config(world, finished.directory, **EVALUATED)
+    assert loaded == small_runs.config(world, finished.directory, **EVALUATED)
 
 
 def test_summary_json_has_exactly_the_promised_shape(finished):
@@ -164,7 +164,7 @@ def test_the_update_is_compiled_once_for_each_width_of_rows(finished):
 
 
 def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path, capsys):
-    arguments = runs.arguments(world, "unused")
+    arguments = small_runs.arguments(world, "unused")
     model = str(finished.directory / "model")
     assert cli.main(["evaluate", *arguments, "--models", str(world / "base"), model, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -206,7 +206,7 @@ def test_a_run_that_is_stopped_three_times_is_the_run_that_never_was(finished, w
     for where, done in (("before", 0), ("between", 3), (5, 5)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
             stop_at(patch, where, signal.SIGINT if where == "between" else signal.SIGTERM)
-            loop.train(runs.config(world, directory, **EVALUATED, **{"run.resume": done > 0}))
+            loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": done > 0}))
         name = "SIGINT" if where == "between" else "SIGTERM"
         assert caught.value.message == (f"stopped by {name} after step {done} of 6, saved; go on with: python train.py "
                                         f"--config {directory / 'config.yaml'} --run.resume true")
@@ -241,7 +241,7 @@ sys.exit(cli.train(sys.argv[2:]))
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(finished, world, tmp_path, signum, code):
     directory = tmp_path / "a run"
-    arguments = runs.arguments(world, directory, **EVALUATED)
+    arguments = small_runs.arguments(world, directory, **EVALUATED)
     done = subprocess.run([sys.executable, "-c", STOPPED, str(int(signum)), *arguments], cwd=ROOT, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == code
@@ -251,14 +251,14 @@ def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(fi
     children = next(line for line in done.stdout.splitlines() if line.startswith("children:")).split()[1:]
     assert children and not [child for child in children if Path("/proc", child).exists()]
     if signum == signal.SIGTERM:
-        loop.train(runs.config(world, directory, **EVALUATED, **{"run.resume": True}))
+        loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": True}))
         assert_same_run(finished, directory)
 
 
 def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(finished.directory, directory)
-    loop.train(runs.config(world, directory, **EVALUATED, **{"run.resume": True, "run.steps": 7}))
+    loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": True, "run.steps": 7}))
     rows = lasting(directory)
     assert rows[:7] == lasting(finished.directory)
     assert [row["step"] for row in rows[7:]] == [6, 6]      # the evaluation between, then the step
@@ -269,7 +269,7 @@ def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):
 
 def test_a_second_run_into_the_same_directory_is_refused(finished, world, capsys):
     before = (finished.directory / "config.yaml").read_bytes()
-    error = refused(capsys, runs.arguments(world, finished.directory))
+    error = refused(capsys, small_runs.arguments(world, finished.directory))
     assert error == (f"run.directory: {finished.directory} holds a run already; resume it with --run.resume true, or "
                      "choose another directory")
     assert (finished.directory / "config.yaml").read_bytes() == before
@@ -282,15 +282,15 @@ def test_a_second_run_into_the_same_directory_is_refused(finished, world, capsys
 ])
 def test_a_resume_that_would_be_another_run_is_refused(finished, world, changes, found):
     with pytest.raises(UserError) as caught:
-        loop.open_run(runs.config(world, finished.directory, **EVALUATED, **{"run.resume": True}, **changes))
+        loop.open_run(small_runs.config(world, finished.directory, **EVALUATED, **{"run.resume": True}, **changes))
     path = finished.directory / "config.yaml"
     assert str(caught.value) == f"{path}: a resumed run must keep its configuration, found {found}"
 
 
 def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_path):
-    first = runs.config(world, tmp_path / "run")
+    first = small_runs.config(world, tmp_path / "run")
     loop.write_config(first, loop.open_run(first))
-    changed = runs.config(world, tmp_path / "run", **{
+    changed = small_runs.config(world, tmp_path / "run", **{
         "run.resume": True, "run.steps": 9, "checkpoint.every": 1, "checkpoint.keep": 5, "grade.workers": 2,
         "grade.step_budget_seconds": 60.0, "log.samples_per_step": 0, "evaluation.every": 2})
     loop.write_config(changed, loop.open_run(changed))
@@ -299,18 +299,18 @@ def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_pat
 
 
 def test_resuming_nothing_and_fewer_steps_than_were_done_are_refused(finished, world, tmp_path, capsys):
-    error = refused(capsys, runs.arguments(world, tmp_path, **{"run.resume": True}))
+    error = refused(capsys, small_runs.arguments(world, tmp_path, **{"run.resume": True}))
     assert error == f"run.directory: {tmp_path} holds no run to resume, {tmp_path / 'config.yaml'} does not exist"
     shutil.copytree(finished.directory, tmp_path / "run")
     changes = EVALUATED | {"run.resume": True, "run.steps": 4}
-    error = refused(capsys, runs.arguments(world, tmp_path / "run", **changes))
+    error = refused(capsys, small_runs.arguments(world, tmp_path / "run", **changes))
     assert error == f"run.steps must be at least the 6 steps that {tmp_path / 'run'} has done, got 4"
 
 
 def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds a run already"):
-        loop.open_run(runs.config(world, tmp_path))
+        loop.open_run(small_runs.config(world, tmp_path))
 
 
 # Meshes
@@ -320,7 +320,7 @@ def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_p
                          ids=["fsdp", "tensor"])
 def test_other_meshes_run_and_agree_with_the_first(finished, world, tmp_path, axes):
     changes = axes | {"run.steps": 2, "evaluation.problems": 0, "kl.form": "reward"}
-    loop.train(runs.config(world, tmp_path / "run", **changes))
+    loop.train(small_runs.config(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "report.png").exists()
     found, expected = lasting(tmp_path / "run"), lasting(finished.directory)
     for name in ("rollout/tokens", "rollout/accuracy", "reward/mean", "update/loss", "update/grad_norm"):
@@ -332,7 +332,7 @@ def test_options_run(world, tmp_path, capsys):
     changes = {"kl.form": "loss", "advantage.group_std": True, "advantage.whiten": True, "update.updates_per_batch": 2,
                "update.aggregation": "sequence_mean", "evaluation.problems": 0, "run.steps": 1,
                "log.tensorboard": True, "rollout.top_p": 0.95, "model.dtype": "bfloat16"}
-    loop.train(runs.config(world, tmp_path / "run", **changes))
+    loop.train(small_runs.config(world, tmp_path / "run", **changes))
     assert "warning: advantage.group_std" in capsys.readouterr().out
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
@@ -368,7 +368,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
 
     monkeypatch.setattr(*place, filling)
     changes = {"evaluation.problems": 0, "checkpoint.every": 1, "run.steps": 3}
-    error = refused(capfd, runs.arguments(world, directory, **changes))
+    error = refused(capfd, small_runs.arguments(world, directory, **changes))
     assert error.startswith(f"{directory}/{file}") and os.strerror(errno.EFBIG) in error
     monkeypatch.undo()
     steps = {"metrics": 1, "checkpoint": 2, "export": 2}[name]
@@ -393,7 +393,7 @@ def test_bad_input_is_one_line_and_leaves_no_run(world, tmp_path, capsys, file, 
     else:
         path.write_text(path.read_text() + change + "\n")
     changes = {"evaluation.problems": 20}
-    assert refused(capsys, runs.arguments(tmp_path / "world", tmp_path / "run", **changes)).startswith(
+    assert refused(capsys, small_runs.arguments(tmp_path / "world", tmp_path / "run", **changes)).startswith(
         f"{path}{error}" if error.startswith(":") else f"{path}: {error}")
     assert not (tmp_path / "run").exists()
 
@@ -405,7 +405,7 @@ def test_bad_input_is_one_line_and_leaves_no_run(world, tmp_path, capsys, file, 
     ({"mesh.fsdp": 4, "mesh.tensor": 2, "update.rows_per_micro_batch": 2}, "mesh.data x mesh.fsdp must divide update."),
 ])
 def test_a_configuration_that_does_not_fit_is_one_line_and_leaves_no_run(world, tmp_path, capsys, changes, error):
-    assert refused(capsys, runs.arguments(world, tmp_path / "run", **changes)).startswith(error)
+    assert refused(capsys, small_runs.arguments(world, tmp_path / "run", **changes)).startswith(error)
     assert not (tmp_path / "run").exists()
 
 

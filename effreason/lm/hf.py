@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -354,6 +355,8 @@ def _exported_config(table: dict[str, Any], config: DecoderConfig, dtype: str) -
 
 def load_tokenizer(directory: Path) -> Any:
     """The directory's own fast tokenizer. Raises: UserError where there is none, or no chat template."""
+    # No notice that torch is missing: it is not needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # 1.6 s: only when a tokenizer is needed
 
     try:
