@@ -38,7 +38,7 @@ setup(
         "jsonargparse[signatures]>=4.53",
         "PyYAML>=6",
         # Verdicts depend on these two: a new version is a change of the grader, to be tested as one.
-        "math-verify[antlr4_13_2]==0.9.0",
+        "math-verify[antlr4-13-2]==0.9.0",
         "latex2sympy2_extended==1.11.0",
         "sympy>=1.14",
         "tensorboardX>=2.6",
