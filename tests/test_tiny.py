@@ -1,0 +1,124 @@
+"""The embedded world: tasks, traces, tokenizer, training rows, and the reasoner that ships."""
+
+import dataclasses
+import re
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from effreason import evaluation, prompts, rollouts
+from effreason.lm import hf
+from effreason.runtime import config as configuration
+from effreason.runtime import sharding
+from effreason.tiny import build, tasks, tokenizer, traces
+
+
+@pytest.fixture(scope="module")
+def characters():
+    return tokenizer.build()
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(3)
+    return [tasks.draw(rng, level, held_out=held_out)
+            for level in tasks.LEVELS for held_out in (False, True) for _ in range(100)]
+
+
+def test_a_task_is_a_python_expression_and_its_value_the_answer(drawn):
+    for task in drawn:
+        low, high = tasks.LEVELS[task.level]
+        assert low <= len(task.operations) <= high
+        assert len(set(task.operations)) == len(task.operations)            # the next one to do is always plain
+        assert str(eval(task.text)) == task.answer                          # noqa: S307, our own text
+
+
+def test_the_split_is_a_property_of_the_text(drawn):
+    held_out = [zlib.crc32(task.text.encode()) % tasks.HELD_OUT_SHARE == 0 for task in drawn]
+    assert held_out == [held_out for _ in tasks.LEVELS for held_out in (False, True) for _ in range(100)]
+
+
+def test_every_written_step_is_right_once_slips_are_switched_off(drawn, monkeypatch):
+    monkeypatch.setattr(traces, "STEP_ERROR", 0.0)
+    rng = np.random.default_rng(0)
+    for task in drawn:
+        trace = traces.overthinking(rng, task)
+        assert trace.endswith(traces.answer_text(task.answer))
+        for before, sign, digit, after in re.findall(r"(\d)([-+*])(\d)=(\d)", trace):
+            assert tasks.apply(int(before), sign, int(digit)) == int(after)
+
+
+def test_restating_repairs_every_slip(drawn, monkeypatch):
+    monkeypatch.setattr(traces, "STEP_ERROR", 1.0)
+    monkeypatch.setattr(traces, "RESTATED", 1.0)
+    rng = np.random.default_rng(0)
+    assert all(traces.overthinking(rng, task).endswith(traces.answer_text(task.answer)) for task in drawn)
+
+
+def test_the_fewest_tokens_are_one_line_a_step(drawn):
+    for task in drawn:
+        thought, _ = traces.concise(task).split("</think>")
+        assert thought.count(";") == len(task.operations) and "wait" not in thought and "?" not in thought
+
+
+def test_the_tokenizer_takes_every_trace_apart_into_characters_and_back(characters, drawn):
+    rng = np.random.default_rng(0)
+    for task in drawn[::10]:
+        text = task.text + "<think>\n" + traces.overthinking(rng, task)
+        ids = characters(text, add_special_tokens=False)["input_ids"]
+        assert characters.decode(ids) == text and characters.unk_token_id not in ids
+        assert len(ids) == len(text) - len("<think>") + 1 - len("</think>") + 1
+
+
+def test_transformers_own_choice_of_class_reads_the_shipped_tokenizer_alike(characters):
+    import transformers
+
+    chosen = transformers.AutoTokenizer.from_pretrained(str(hf.SHIPPED_REASONER))
+    text = prompts.render(characters, "((47+9)*7)%10") + "7+9=6;wait;6*7=2;</think>\\boxed{2}"
+    expected = characters(text, add_special_tokens=False)["input_ids"]
+    for other in (chosen, hf.load_tokenizer(hf.SHIPPED_REASONER)):
+        assert other(text, add_special_tokens=False)["input_ids"] == expected
+        assert other.decode(expected) == text and other.chat_template == characters.chat_template
+
+
+def test_training_rows_learn_the_response_and_a_drill_its_digit_alone(characters):
+    def encode(problem, trace):
+        ids = characters([prompts.render(characters, problem), trace], add_special_tokens=False)["input_ids"]
+        return ids[0], [*ids[1], characters.eos_token_id]
+
+    batch = next(build.batches(np.random.default_rng(0), encode))
+    assert [tokens.shape[1] for tokens, _ in batch] == list(build.BUCKETS)
+    drills = 0
+    for tokens, mask in batch:
+        for row, learnt in zip(tokens, mask, strict=True):
+            text, target = characters.decode(row[: learnt.nonzero()[0][-1] + 1]), characters.decode(row[learnt])
+            prompt, response = text.split("<think>\n")
+            if target.endswith(tokenizer.EOS):
+                assert response == target
+            else:
+                drills += 1
+                assert re.fullmatch(r"</think>\\boxed\{\d", response) and response[-1] == target
+    assert abs(drills - build.DRILLS) <= 10
+
+
+def test_the_shipped_reasoner_is_small_right_and_wordy():
+    size = sum(path.stat().st_size for path in hf.SHIPPED_REASONER.iterdir())
+    assert size <= 5_000_000
+    config = configuration.load(configuration.shipped() / "tiny.yaml")
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, problems=120))
+    mesh = sharding.make_mesh(data=-1)
+    tiny = hf.open_pretrained("tiny", dtype="float32", remat=False)
+    params = hf.load(tiny.directory, tiny.decoder)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 1_500_000
+    problems = evaluation.held_out(config, tiny.tokenizer)
+    sampling = rollouts.Sampling(temperature=1.0, top_p=1.0, max_new_tokens=288, eos_ids=tiny.eos_ids)
+    sampler = rollouts.make_sampler(tiny.decoder, mesh, sampling, slots=128, chunk=32)
+    sampled = evaluation.gather(sampler, params, problems, 1, rollouts.step_key(0, "evaluation", 0), lambda *now: None)
+    with evaluation.make_grader(config) as grader:
+        correct, _ = evaluation.grade(sampled, evaluation.texts(sampled, tiny.tokenizer), problems, grader,
+                                      require_eos=True)
+    found = evaluation.measure(correct, sampled, problems)
+    assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses
+    assert found.by_level["easy"].tokens > 3 * 20               # 20 tokens write every step once
