@@ -99,7 +99,6 @@ def _reason(error: OSError) -> str:
     return " ".join(str(error).split())
 
 
-
 def check_training(config: Config) -> None:
     """Raises UserError where a file the training needs is missing: seconds, not after the compilation."""
     check_model(config.model.path, "model.path")

@@ -17,7 +17,7 @@ from effreason.tiny import tasks
 logger = logging.getLogger("effreason")
 
 TINY_PROBLEMS = 3000                # the training set of the tiny world
-TINY_HELD_OUT = 1500                # its easy third comes close to all there are
+TINY_HELD_OUT = 1500                # and of its held-out problems
 ONE_LEVEL = "all"
 
 

@@ -69,7 +69,7 @@ def draw(rng: np.random.Generator, level: str, *, held_out: bool) -> Task:
 
 
 def distinct(seed: int, *, held_out: bool) -> Iterator[Task]:
-    """Endless distinct tasks, the levels in turn. Easy ones run out after some thousand."""
+    """Distinct tasks without end, the levels in turn."""
     rng, seen = np.random.default_rng([seed, held_out]), set()
     while True:
         for level in LEVELS:
