@@ -20,6 +20,8 @@ class Problem:
     answer: str                     # the reference answer
     level: str                      # difficulty, "all" where the data set has none
     opens_thinking: bool = False    # the prompt ends in <think>: the response begins inside the thinking
+    kind: str = "math"              # how answers are compared: math | choice | text
+    choices: tuple[str, ...] = ()   # of kind "choice", the answers behind A, B, C, ...; () where unknown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

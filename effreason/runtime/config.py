@@ -34,7 +34,10 @@ class ModelConfig(Section):
     """The model that is trained."""
 
     path: str = "tiny"
-    """"tiny" = the embedded reasoner, else a Hugging Face directory (config.json, safetensors, tokenizer)."""
+    """"tiny" = the embedded reasoner, else a Hugging Face directory (config.json, safetensors, tokenizer) or the id of
+    a model on the Hugging Face Hub, such as deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub; null = its main branch. The commit is written into the run."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Numbers the forward and backward passes compute in; the weights the optimiser holds are float32."""
     remat: bool = True
@@ -46,19 +49,42 @@ class DataConfig(Section):
     """The problems it is trained on."""
 
     path: str = "tiny"
-    """"tiny" = generated arithmetic, else a JSONL file, a Parquet file, or a folder saved by `datasets`."""
+    """"tiny" = generated arithmetic; a preset, such as gsm8k; the id of a data set on the Hugging Face Hub; a JSONL or
+    Parquet file, or a folder saved by `datasets`. Several with weights are a mixture: gsm8k=0.3,math=0.7."""
+    directory: str | None = None
+    """Local copies of the presets, DIRECTORY/PRESET/train.jsonl and test.jsonl, read instead of the Hub; null = none."""
+    subset: str | None = None
+    """The configuration of a data set on the Hub that has several; a preset names its own."""
+    split: str | None = None
+    """The split of a data set on the Hub to train on; null = the preset's, or train."""
     problem_field: str = "problem"
-    """Column of the problem's text."""
+    """Column of the problem's text; a preset names its own columns."""
     answer_field: str = "answer"
     """Column of the reference answer."""
+    choices_field: str | None = None
+    """Column of the answers to choose from, a list or a table from letter to answer; null = none, or they stand in the
+    problem's text already."""
     level_field: str | None = None
-    """Column of the difficulty, for results by level; null = all problems are one level."""
+    """Column of the difficulty, for results by level; null = all problems of a data set are one level."""
+    answer_from: Literal["whole", "hashes", "boxed"] = "whole"
+    r"""Where the final answer stands in its column: the whole text, behind the last ####, or in the last \boxed{}."""
+    answer_kind: Literal["math", "choice", "text"] = "math"
+    """How answers are compared: as mathematics, as the letter of a choice, or as text; a preset names its own."""
+    template: str | None = None
+    """Chat template: null = the checkpoint's own; r1 = the paper's prompt for DeepSeek-R1 models; r1_think = the same,
+    with the thinking opened by <think>; or a file with a Jinja template."""
     user_prompt: Template = (
         r"Please reason step by step, and put your final answer within \boxed{}. Question: {problem}"
     )
-    """The user's turn; {problem} stands for the problem. The model's chat template goes round it."""
+    """The user's turn; {problem} stands for the problem. The chat template goes round it."""
     max_prompt_tokens: Count = 512
-    """Problems with a longer prompt are left out."""
+    """Problems with a longer prompt are left out, and counted."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Problems that repeat an earlier one, up to case and spacing."""
+    contaminated: Literal["drop", "keep"] = "drop"
+    """Training problems that are in the evaluation set, or in one of data.exclude."""
+    exclude: str | None = None
+    """More sets whose problems must not be trained on, as data.path names them: math500,aime24."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +106,9 @@ class RolloutConfig(Section):
     room for the next."""
     chunk: Count = 16
     """Tokens each slot generates before finished responses are looked for."""
+    max_mismatch: Positive = 0.05
+    """Parity gate: the run stops where the log-probs of sampled tokens by the sampler and by the trainer differ by more
+    than this, in nats, on the mean over a step's tokens. Measured on short responses before the first step too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +127,8 @@ class GradeConfig(Section):
     """Clock time for all comparisons of a step; what is left over then counts as wrong."""
     require_eos: bool = True
     """A response that was cut off counts as wrong whatever it holds."""
+    function: str | None = None
+    """A grader of your own, module:function, instead of the built-in ones: (response, answer) -> correct or not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +180,9 @@ class UpdateConfig(Section):
     """Optimiser updates made from one step's responses, each on its own part of them."""
     clip_ratio: Positive = 0.2
     """PPO clip of the ratio to the policy that sampled; matters only when updates_per_batch > 1."""
+    importance_cap: Positive | None = None
+    """Truncated importance sampling: each token counts min(trainer's probability / sampler's, this) times, which takes
+    out what the two differ by; 2 is usual; null = off."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Loss: mean over all response tokens of an update, or over responses of the mean over each one's tokens."""
     rows_per_micro_batch: Count = 8
@@ -162,7 +196,12 @@ class EvaluationConfig(Section):
     """Accuracy and tokens on held-out problems, before and after training."""
 
     path: str | None = None
-    """Held-out problems, a file or folder like data.path with the same columns; null = those of data.path tiny."""
+    """Held-out problems, named like data.path and with the same columns; several are a list: gsm8k,math500.
+    null = those of data.path tiny."""
+    split: str | None = None
+    """The split of a data set on the Hub to evaluate on; null = the preset's, or test."""
+    any_template: bool = False
+    """Evaluate a trained model on prompts that differ from those of its training, which is an error otherwise."""
     problems: Natural = 600
     """Problems to evaluate on, the first of the set; 0 = no evaluation."""
     samples: Count = 1
