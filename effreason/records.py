@@ -31,7 +31,7 @@ class Response:
     prompt: int                     # index into the prompts that were asked for
     sample: int                     # 0..G-1
     tokens: np.ndarray              # int32[T'], through and including EOS
-    logprobs: np.ndarray            # float32[T'], log-prob of each token under the distribution it was drawn from
+    logprobs: np.ndarray            # float32[T'], log-prob of each token by the sampler, at its temperature
     ended: bool                     # True: the last token is EOS; False: stopped at the token limit
 
 

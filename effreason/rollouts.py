@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,14 @@ from effreason.masks import padded_length
 from effreason.records import Problem, Response, Rollouts
 from effreason.runtime import sharding
 
-# sample(params, problems, group_size, key) yields the responses that finished in each chunk, often none.
-Sampler = Callable[[model.Params, Sequence[Problem], int, jax.Array], Iterator[list[Response]]]
+
+class Sampler(Protocol):
+    """What `make_sampler` makes."""
+
+    def __call__(self, params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
+                 max_new_tokens: int) -> Iterator[list[Response]]:
+        """Yields the responses that finished in each chunk, often none."""
+        ...
 
 
 STREAMS = {"train": 0, "evaluation": 1}
@@ -45,6 +51,7 @@ class Slots:
     token: jax.Array                # int32[S], the newest token of each row: not yet in the cache
     length: jax.Array               # int32[S], tokens in the cache, so the position of `token`
     generated: jax.Array            # int32[S], response tokens drawn so far
+    limit: jax.Array                # int32[S], response tokens to draw at most
     active: jax.Array               # bool[S]
     key: jax.Array                  # key[S], of the response; folded with `generated` for each token
 
@@ -55,7 +62,6 @@ class Sampling:
 
     temperature: float
     top_p: float
-    max_new_tokens: int
     eos_ids: tuple[int, ...]
 
 
@@ -72,21 +78,19 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
     """One token a row by inverting the cumulative distribution at one uniform number a row.
 
     A Gumbel draw would need a random number for every entry of the vocabulary: many times the cost.
-    Args: logits float32[S, V], -inf allowed; keys key[S]. Returns: tokens int32[S] and their log-probs float32[S]."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    probabilities = jnp.exp(logprobs)
+    Args: logits float32[S, V], -inf allowed; keys key[S]. Returns: tokens int32[S]."""
+    probabilities = jnp.exp(jax.nn.log_softmax(logits, axis=-1))
     # A long float32 sum is rounded, and need not even rise: what has probability 0 is left out by name, not by its sum.
     reached = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
     total = jnp.max(reached, axis=-1, keepdims=True)
     uniform = jax.vmap(jax.random.uniform)(keys)[:, None]
     # Strictly below the total: there always is an entry that goes beyond.
     target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    tokens = jnp.argmax(reached > target, axis=-1).astype(jnp.int32)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return jnp.argmax(reached > target, axis=-1).astype(jnp.int32)
 
 
 def decode_chunk(params: model.Params, slots: Slots, *, config: model.DecoderConfig, sampling: Sampling,
@@ -99,15 +103,17 @@ def decode_chunk(params: model.Params, slots: Slots, *, config: model.DecoderCon
 
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[jax.Array, ...]]:
         hidden, cache = model.extend(config, params, slots.token[:, None], slots.length, slots.cache)
-        logits = nucleus(model.logits(params, hidden[:, 0]) / sampling.temperature, sampling.top_p)
-        tokens, logprobs = draw(logits, jax.vmap(jax.random.fold_in)(slots.key, slots.generated))
+        logits = model.logits(params, hidden[:, 0]) / sampling.temperature
+        tokens = draw(nucleus(logits, sampling.top_p), jax.vmap(jax.random.fold_in)(slots.key, slots.generated))
+        # Of the whole distribution, not of the nucleus: this is what the trainer's scorer is to find again.
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
         tokens = jnp.where(slots.active, tokens, slots.token)
         advance = slots.active.astype(jnp.int32)
         generated = slots.generated + advance
         is_eos = jnp.any(tokens[:, None] == eos[None, :], axis=-1)
-        active = slots.active & ~is_eos & (generated < sampling.max_new_tokens)
-        after = Slots(cache=cache, token=tokens, length=slots.length + advance, generated=generated, active=active,
-                      key=slots.key)
+        active = slots.active & ~is_eos & (generated < slots.limit)
+        after = dataclasses.replace(slots, cache=cache, token=tokens, length=slots.length + advance,
+                                    generated=generated, active=active)
         return after, (tokens, logprobs, slots.active, is_eos)
 
     slots, (tokens, logprobs, drawn, is_eos) = jax.lax.scan(step, slots, length=chunk)
@@ -127,7 +133,7 @@ def insert(slots: Slots, prompt_cache: model.Cache, rows: dict[str, jax.Array], 
 
     Args: prompt_cache, from `prefill`, R prompts; rows, for each slot: source int32[S], its row of prompt_cache, -1
         leaves the slot as it is; token int32[S], the prompt's last token; length int32[S], the prompt's tokens before
-        it; uid, sample int32[S]; step_key, of the training step."""
+        it; uid, sample, limit int32[S]; step_key, of the training step."""
     fresh = rows["source"] >= 0
 
     def copied(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
@@ -142,7 +148,8 @@ def insert(slots: Slots, prompt_cache: model.Cache, rows: dict[str, jax.Array], 
     key = jnp.where(fresh, response_key(rows["uid"], rows["sample"]), slots.key)
     return Slots(cache=cache, token=jnp.where(fresh, rows["token"], slots.token),
                  length=jnp.where(fresh, rows["length"], slots.length),
-                 generated=jnp.where(fresh, 0, slots.generated), active=slots.active | fresh, key=key)
+                 generated=jnp.where(fresh, 0, slots.generated), limit=jnp.where(fresh, rows["limit"], slots.limit),
+                 active=slots.active | fresh, key=key)
 
 
 def grow(slots: Slots, *, capacity: int) -> Slots:
@@ -158,7 +165,7 @@ def empty(config: model.DecoderConfig, count: int, capacity: int) -> Slots:
     """`count` idle slots."""
     zeros = jnp.zeros(count, jnp.int32)
     return Slots(cache=model.empty_cache(config, count, capacity), token=zeros, length=zeros, generated=zeros,
-                 active=jnp.zeros(count, bool), key=jax.random.split(jax.random.key(0), count))
+                 limit=zeros, active=jnp.zeros(count, bool), key=jax.random.split(jax.random.key(0), count))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -173,7 +180,7 @@ class _Occupant:
 
 
 def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *, slots: int, chunk: int) -> Sampler:
-    """The engine with its compiled functions: sample(params, problems, group_size, key) -> iterator of responses.
+    """The engine with its compiled functions: sample(params, problems, group_size, key, max_new_tokens) -> iterator.
 
     Args: slots, responses in flight, rounded up to a multiple of the mesh's batch shards; chunk, decode steps between
         two looks at what has finished.
@@ -187,7 +194,7 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *,
                          "values": sharding.sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")}
     row_target: Any = sharding.sharding(mesh, "batch")
     target = Slots(cache=[layer_target] * config.layers, token=row_target, length=row_target, generated=row_target,
-                   active=row_target, key=row_target)
+                   limit=row_target, active=row_target, key=row_target)
 
     unstack = jax.jit(functools.partial(model.unstack, config), out_shardings=params_target)
     advance = jax.jit(functools.partial(decode_chunk, config=config, sampling=sampling, chunk=chunk),
@@ -197,8 +204,8 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *,
     enlarge = jax.jit(grow, static_argnames="capacity", out_shardings=target)
     make_empty = jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=target)
 
-    def sample(params: model.Params, problems: Sequence[Problem], group_size: int,
-               key: jax.Array) -> Iterator[list[Response]]:
+    def sample(params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
+               max_new_tokens: int) -> Iterator[list[Response]]:
         queue = collections.deque((prompt, index) for prompt in range(len(problems)) for index in range(group_size))
         count = _slot_count(slots, len(queue), shards)
         prompt_width = padded_length(max(len(problem.prompt) for problem in problems), 16)
@@ -207,7 +214,7 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *,
         weights, state = unstack(params), make_empty(config, count, capacity)
         while queue or any(occupants):
             if queue and None in occupants:
-                prompts, rows = _refill(occupants, queue, problems, prompt_width)
+                prompts, rows = _refill(occupants, queue, problems, prompt_width, max_new_tokens)
                 prompt_cache = read(weights, sharding.to_device(prompts, replicated))
                 state = start(state, prompt_cache, sharding.to_device(rows, replicated), key)
             needed = chunk + max(occupant.length for occupant in occupants if occupant)
@@ -232,11 +239,11 @@ def _slot_count(most: int, responses: int, shards: int) -> int:
 
 
 def _refill(occupants: list[_Occupant | None], queue: collections.deque[tuple[int, int]], problems: Sequence[Problem],
-            prompt_width: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            prompt_width: int, limit: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Moves waiting responses into free slots; returns the prompts to read, each once, and `insert`'s rows."""
     count = len(occupants)
     rows = {name: np.zeros(count, np.int32) for name in ("token", "length", "uid", "sample")}
-    rows["source"] = np.full(count, -1, np.int32)
+    rows |= {"source": np.full(count, -1, np.int32), "limit": np.full(count, limit, np.int32)}
     sources: dict[int, int] = {}
     for slot in range(count):
         if occupants[slot] is not None or not queue:

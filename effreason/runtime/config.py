@@ -52,7 +52,7 @@ class DataConfig(Section):
     """"tiny" = generated arithmetic; a preset, such as gsm8k; the id of a data set on the Hugging Face Hub; a JSONL or
     Parquet file, or a folder saved by `datasets`. Several with weights are a mixture: gsm8k=0.3,math=0.7."""
     directory: str | None = None
-    """Local copies of the presets, DIRECTORY/PRESET/train.jsonl and test.jsonl, read instead of the Hub; null = none."""
+    """Local copies of the presets, DIRECTORY/PRESET/train.jsonl and test.jsonl, read before the Hub; null = none."""
     subset: str | None = None
     """The configuration of a data set on the Hub that has several; a preset names its own."""
     split: str | None = None
