@@ -10,19 +10,37 @@ import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
 
-from effreason.grading import notation, symbolic
+from effreason.errors import UserError
+from effreason.grading import extraction, functions, kinds, notation, symbolic
 from effreason.grading.exact import exact
 from effreason.grading.extraction import extract_answer
-from effreason.grading.pool import Pool, Verdict
+from effreason.grading.kinds import Gold
+from effreason.grading.pool import Pool, Verdict, WorkerDied, WorkerStuck
 
-__all__ = ["Grade", "Grader", "extract_answer"]
+__all__ = ["Budget", "Gold", "Grade", "Grader", "extract_answer"]
 
-STATUSES = ("no_answer", "too_long", "exact", "symbolic", "cached",
-            "guard", "soft_timeout", "hard_kill", "memory", "budget", "error")
 MAX_ANSWER = notation.MAX_CHARACTERS
+A_DAY = 86400.0
+# Every status, and what it means.
+REASONS = {
+    "no_answer": "no box",
+    "too_long": f"answer or gold longer than {MAX_ANSWER} characters",
+    "exact": "decided exactly",
+    "symbolic": "compared by algebra",
+    "cached": "compared by algebra before",
+    "function": "decided by your function",
+    "guard": "too large to compare safely",
+    "soft_timeout": "out of processor time",
+    "hard_kill": "stuck, its worker was killed",
+    "memory": "out of memory",
+    "budget": "the time for the step was over",
+    "error": "the comparison failed",
+}
+STATUSES = tuple(REASONS)
 
 
 @dataclass(frozen=True)
@@ -30,73 +48,116 @@ class Grade:
     """The verdict on one response.
 
     Statuses: no_answer (no box), too_long, exact (decided in plain Python), symbolic (decided by sympy), cached (an
-    earlier symbolic verdict); and, always wrong: guard (too large to try), soft_timeout, hard_kill, memory, budget (the
-    call's time was over), error.
+    earlier symbolic verdict), function (decided by the user's function); and, always wrong: guard (too large to try),
+    soft_timeout, hard_kill, memory, budget (the time was over), error.
     """
 
     correct: bool
     answer: str | None              # what stood in the box
     status: str                     # one of STATUSES
     seconds: float                  # wall time this answer took; 0 where it shared another's verdict
+    reason: str = field(default="", compare=False)      # the status in words, more exactly where more is known
+
+
+class Budget:
+    """Seconds of grading that several calls share. Time runs only while one of them is under way."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._used, self._calls, self._since = seconds, 0.0, 0, 0.0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> float:
+        """Begins a call. Returns: when the budget will be spent if calls go on without a pause (time.monotonic)."""
+        with self._lock:
+            if self._calls == 0:
+                self._since = time.monotonic()
+            self._calls += 1
+            return self._since + self._seconds - self._used
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        with self._lock:
+            self._calls -= 1
+            if self._calls == 0:
+                self._used += time.monotonic() - self._since
+
+
+class Task(NamedTuple):
+    """What a worker is asked; equal tasks of one call are asked once."""
+
+    prediction: str                 # the answer, or for a user's function the whole response
+    gold: str
 
 
 class Grader:
     """Grades responses; a context manager, safe to use from several threads; its workers load while training starts.
 
-    Args: workers, processes for algebra; cpu_seconds, soft limit of one comparison; wall_seconds, after which its
-    process is killed; memory_mb, address space of a process; step_budget_seconds, limit of one call of `grade`;
-    cache_size, symbolic verdicts kept.
+    Args: workers, processes for algebra or for the function; cpu_seconds, soft limit of one comparison; wall_seconds,
+    after which its process is killed; memory_mb, address space of a process; step_budget_seconds, limit of one call of
+    `grade` or of the calls that share a `budget`; cache_size, symbolic verdicts kept; function, module:function of a
+    user's own grader, which gets (response, answer) and returns True or False.
+    Raises: UserError when the function cannot be imported or called.
     """
 
     def __init__(self, *, workers: int = 2, cpu_seconds: float = 2.0, wall_seconds: float = 8.0, memory_mb: int = 2048,
-                 step_budget_seconds: float = 30.0, cache_size: int = 65536) -> None:
-        self.step_budget_seconds, self.cache_size = step_budget_seconds, cache_size
-        self._pool = Pool(workers, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb)
+                 step_budget_seconds: float = 30.0, cache_size: int = 65536, function: str | None = None) -> None:
+        self.step_budget_seconds, self.cache_size, self.function = step_budget_seconds, cache_size, function
+        if function is not None:
+            _check_name(function)
+        self._pool = Pool(workers, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb,
+                          function=function)
+        self._finalizer = weakref.finalize(self, Pool.close, self._pool)    # a grader nobody closed leaves no processes
         self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._cache: OrderedDict[Task, bool] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._askers = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="grader")
-        self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="grader-submit")
-        self._finalizer = weakref.finalize(self, Pool.close, self._pool)    # a grader nobody closed leaves no processes
+        # One call more than there are workers: while some wait for algebra, the next brings the workers more of it.
+        self._background = concurrent.futures.ThreadPoolExecutor(workers + 1, thread_name_prefix="grader-submit")
+        if function is not None:
+            self._check_function(function)
 
-    def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Grade]:
-        """Grades responses against reference answers, one for one, within step_budget_seconds; no text makes it raise.
+    def grade(self, responses: Sequence[str], golds: Sequence[str | Gold], budget: Budget | None = None) -> list[Grade]:
+        """Grades responses against reference answers, one for one, within the budget; no text makes it raise.
 
-        Raises: ValueError for lists of different lengths, RuntimeError when workers cannot be started or the grader is
-        closed.
+        Args: golds, a plain string is a `Gold` of kind "math"; budget, None = step_budget_seconds for this call alone.
+        Raises: ValueError for lists of different lengths or an unknown kind, RuntimeError when workers cannot be
+        started or the grader is closed.
         """
         if len(responses) != len(golds):
             raise ValueError(f"grade needs as many golds as responses, got {len(golds)} and {len(responses)}")
+        wanted = [Gold(gold) if isinstance(gold, str) else gold for gold in golds]
+        if unknown := {gold.kind for gold in wanted} - set(kinds.KINDS):
+            raise ValueError(f"a gold's kind must be one of {', '.join(kinds.KINDS)}, got {sorted(unknown)[0]}")
         if self._pool.closed:
             raise RuntimeError("the grader is closed")
-        deadline = time.monotonic() + self.step_budget_seconds
-        grades: dict[int, Grade] = {}
-        waiting: dict[tuple[str, str], list[int]] = {}
-        for row, (response, gold) in enumerate(zip(responses, golds, strict=True)):
-            grade, pair = self._without_algebra(response, gold, deadline)
-            grades[row] = grade
-            if pair is not None:
-                waiting.setdefault(pair, []).append(row)
-        verdicts = {pair: self._ask(pair, deadline) for pair in waiting}
-        for pair, rows in waiting.items():
-            verdict, seconds = verdicts[pair].result()
-            for place, row in enumerate(rows):
-                grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status, 0.0 if place else seconds)
-        result = [grades[row] for row in range(len(responses))]
+        with budget or self.budget() as deadline:
+            grades = self._grade(responses, wanted, deadline)
         with self._lock:
-            self._counts.update(grade.status for grade in result)
-        return result
+            self._counts.update(grade.status for grade in grades)
+        return grades
 
-    def submit(self, responses: Sequence[str], golds: Sequence[str]) -> "concurrent.futures.Future[list[Grade]]":
-        """The same as `grade`, in the background; calls are worked off in turn, each with a time budget of its own."""
-        return self._background.submit(self.grade, list(responses), list(golds))
+    def submit(self, responses: Sequence[str], golds: Sequence[str | Gold],
+               budget: Budget | None = None) -> "concurrent.futures.Future[list[Grade]]":
+        """The same as `grade`, in the background; any number of calls may be under way."""
+        return self._background.submit(self.grade, list(responses), list(golds), budget)
 
-    def check_golds(self, golds: Sequence[str]) -> list[int]:
-        """The places of reference answers that a response can never match, since they do not even match themselves."""
-        boxed = [rf"\boxed{{{gold}}}" for gold in golds]
-        return [row for row, text in enumerate(boxed)
-                if extract_answer(text) != golds[row].strip() or len(golds[row]) > MAX_ANSWER
-                or not exact(golds[row], golds[row])]
+    def budget(self) -> Budget:
+        """step_budget_seconds for the calls of one step that share it."""
+        return Budget(self.step_budget_seconds)
+
+    def check_golds(self, golds: Sequence[str | Gold]) -> list[int]:
+        r"""The places of reference answers that no response can match: not even \boxed{} round the answer itself.
+
+        With a user's function none is checked: what it accepts is its own affair.
+        """
+        return [row for row, grade in enumerate(self.grade_golds(golds)) if not grade.correct]
+
+    def grade_golds(self, golds: Sequence[str | Gold]) -> list[Grade]:
+        r"""The verdict on \boxed{gold} for every reference answer."""
+        answers = [gold if isinstance(gold, str) else gold.answer for gold in golds]
+        if self.function is not None:
+            return [Grade(True, answer, "function", 0.0, "not checked") for answer in answers]
+        return self.grade([rf"\boxed{{{answer}}}" for answer in answers], golds, Budget(A_DAY))
 
     def stats(self) -> dict[str, int]:
         """How often each status came up, and how workers ended: killed (stuck), died (by themselves), recycled."""
@@ -117,44 +178,83 @@ class Grader:
                  traceback: TracebackType | None) -> None:
         self.close()
 
-    def _without_algebra(self, response: str, gold: str, deadline: float) -> tuple[Grade, tuple[str, str] | None]:
-        """The verdict, and the pair to compare by algebra where it is not final."""
+    def _check_function(self, function: str) -> None:
+        """Waits for the first worker. Raises UserError when it cannot import the function."""
+        try:
+            self._pool.wait_ready()
+        except (WorkerDied, WorkerStuck) as error:
+            self.close()
+            raise UserError(f"grade.function {function}: {str(error) or 'importing it takes minutes'}") from None
+
+    def _grade(self, responses: Sequence[str], golds: Sequence[Gold], deadline: float) -> list[Grade]:
+        grades: list[Grade] = []
+        rows_of: dict[Task, list[int]] = {}
+        for row, (response, gold) in enumerate(zip(responses, golds, strict=True)):
+            grade, task = self._without_worker(response, gold, deadline)
+            grades.append(grade)
+            if task is not None:
+                rows_of.setdefault(task, []).append(row)
+        asked = {task: self._askers.submit(self._ask, task, deadline) for task in rows_of}
+        for task, rows in rows_of.items():
+            verdict, seconds = asked[task].result()
+            for place, row in enumerate(rows):
+                grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status, 0.0 if place else seconds,
+                                    verdict.reason or REASONS[verdict.status])
+        return grades
+
+    def _without_worker(self, response: str, gold: Gold, deadline: float) -> tuple[Grade, Task | None]:
+        """The verdict, and what to ask a worker where it is not final."""
         start = time.monotonic()
         answer = extract_answer(response)
-        correct, status, pair = False, "no_answer", None
-        if answer is not None:
+        correct, status, reason, task = False, "no_answer", "", None
+        if self.function is not None:
+            status, task = "function", Task(response, gold.answer)
+        elif answer is None:
+            reason = extraction.reason(response)
+        else:
             correct, status = self._exact(answer, gold, start > deadline)
             if status == "symbolic":
-                pair = (answer, gold)
-        return Grade(correct, answer, status, time.monotonic() - start), pair
+                task = Task(answer, gold.answer)
+        return Grade(correct, answer, status, time.monotonic() - start, reason or REASONS[status]), task
 
-    def _exact(self, answer: str, gold: str, late: bool) -> tuple[bool, str]:
-        if len(answer) > MAX_ANSWER or len(gold) > MAX_ANSWER:
+    def _exact(self, answer: str, gold: Gold, late: bool) -> tuple[bool, str]:
+        if len(answer) > MAX_ANSWER or len(gold.answer) > MAX_ANSWER:
             return False, "too_long"
         if late:
             return False, "budget"
-        with self._lock:
-            if (answer, gold) in self._cache:
-                self._cache.move_to_end((answer, gold))
-                return self._cache[answer, gold], "cached"
         try:
-            verdict = exact(answer, gold)
+            if gold.kind == "choice":
+                return kinds.same_choice(answer, gold), "exact"
+            if gold.kind == "text":
+                return kinds.same_text(answer, gold), "exact"
+            return self._mathematics(Task(answer, gold.answer))
         except Exception:           # a hole in this package must not stop a training run; the status makes it seen
             return False, "error"
+
+    def _mathematics(self, task: Task) -> tuple[bool, str]:
+        with self._lock:
+            if task in self._cache:
+                self._cache.move_to_end(task)
+                return self._cache[task], "cached"
+        verdict = exact(*task)
         if verdict is not None:
             return verdict, "exact"
-        large = any(symbolic.guard(notation.canonical(text)) for text in (answer, gold))
+        large = any(symbolic.guard(notation.canonical(text)) for text in task)
         return False, "guard" if large else "symbolic"
 
-    def _ask(self, pair: tuple[str, str], deadline: float) -> "concurrent.futures.Future[tuple[Verdict, float]]":
-        return self._askers.submit(self._with_algebra, pair, deadline)
-
-    def _with_algebra(self, pair: tuple[str, str], deadline: float) -> tuple[Verdict, float]:
+    def _ask(self, task: Task, deadline: float) -> tuple[Verdict, float]:
         start = time.monotonic()
-        verdict = self._pool.compare(*pair, deadline)
+        verdict = self._pool.compare(*task, deadline)
         if verdict.status == "symbolic":            # a verdict that time, memory or luck has not touched
             with self._lock:
-                self._cache[pair] = verdict.correct
+                self._cache[task] = verdict.correct
                 if len(self._cache) > self.cache_size:
                     self._cache.popitem(last=False)
         return verdict, time.monotonic() - start
+
+
+def _check_name(function: str) -> None:
+    try:
+        functions.check_name(function)
+    except functions.BadFunction as error:
+        raise UserError(f"grade.function {function}: {error}") from None

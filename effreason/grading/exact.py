@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from effreason.grading import notation, rationals
+from effreason.grading import intervals, notation, rationals, units
 
 # True, False, or None where neither can be said.
 Verdict = bool | None
@@ -24,30 +24,9 @@ SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
 CUP = re.compile(r"\\cup(?![a-zA-Z])")
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
 CLAIM = re.compile(r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|ne|mapsto|neg|not)(?![a-zA-Z])")
-RELATION = re.compile(r"(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))")
-VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
 MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", re.DOTALL)
 DIGITS_APART = re.compile(r"\d\s+[\d.]")
 BASE = re.compile(r"([0-9A-Z]+)_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
-DEGREE = re.compile(r"\s*\^\{\s*\\circ\s*\}\s*(?:[CF]|\\text\{[CF]\})?$")
-TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
-PERCENT = re.compile(
-    r"\s*(?:%|\\text\{\s*(?:percent|per cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percent|per cent|pct))\s*$",
-    re.IGNORECASE)
-
-SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-SCALED = re.compile(r"(.*?\S)\s*(?:\\text\{\s*)?\b(" + "|".join(SCALE) + r")s?\s*(?:\}|\Z)(.*)", re.DOTALL)
-NO_UNIT = re.compile(r"\b(?:or|and|if|mod|more|less|least|most|times|plus|minus|over|pi|not|to|is|by|base|percent|"
-                     r"dozen|score|half|a\.?m|p\.?m|AM|PM|" + "|".join(SCALE) + r")\b")
-SHORT_UNITS = ("mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa Hz kHz MHz kW kJ kN mph kph kmh hr "
-               "hrs min mins sec secs ms sq cu rad deg USD EUR gal qt pt cc").split()
-POWER = r"(?:\s*\^\{\s*-?\d\s*\})?"
-TEXT_UNIT = re.compile(rf"(.*?\S)\s*((?:\\text\{{[^{{}}]*\}}{POWER}[\s/]*(?:\\cdot\s*)?)+)$", re.DOTALL)
-WORD_UNIT = re.compile(
-    rf"(.*?(?:[\d)}}]|\\pi(?=\s)))\s*"                                                        # a quantity,
-    rf"((?:(?:{'|'.join(SHORT_UNITS)}|[A-Za-z][a-z]{{2,}}|\\text\{{[^{{}}]*\}}){POWER}(?:\s+|\s*/\s*|$)"  # words
-    rf"(?:(?:s|h|m|g|l|L|C|F|per|of|a|an)(?![a-zA-Z]){POWER}\s*)?)+)$", re.DOTALL)    # and links
-LETTER_UNIT = re.compile(rf"(.*?[\d}}])\s*(?:\\text\{{\s*)?[smghlLVWJNAKCF](?:\s*/\s*[smh])?\}}?{POWER}$", re.DOTALL)
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
          "twelve": 12, "sixteen": 16}
 NO_SOLUTION = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset", "theemptyset",
@@ -108,7 +87,7 @@ def leaf(prediction: str, gold: str) -> Verdict:
     verdict = _words(prediction, gold)
     if verdict is not None:
         return verdict
-    p, g = without_unit(prediction), without_unit(gold)
+    p, g = units.without_unit(prediction), units.without_unit(gold)
     if DIGITS_APART.search(p) and not rationals.MIXED.fullmatch(p):
         return False                                # "5 5" must not become 55
     if notation.key(p) == notation.key(g):
@@ -130,21 +109,6 @@ def leaf(prediction: str, gold: str) -> Verdict:
     return None
 
 
-def without_unit(text: str) -> str:
-    r"""Removes what is said after a quantity: 5\text{ cm}, 50\%, 90^{\circ}, 10 weeks; 5 million is 5\cdot 10^{6}."""
-    text = notation.strip_parentheses(text)
-    if match := SCALED.fullmatch(text):
-        text = rf"{match[1]}\cdot 10^{{{SCALE[match[2]]}}}{match[3]}"
-    text = PERCENT.sub("", text)
-    if not TRIGONOMETRY.search(text):
-        text = DEGREE.sub("", text)
-    for pattern in (TEXT_UNIT, WORD_UNIT):
-        match = pattern.fullmatch(text) if len(text) < 1000 else None
-        if match and not NO_UNIT.search(match[2]):
-            text = match[1].strip()
-    return notation.strip_parentheses(text)
-
-
 class Undefined:
     """The value of 1/0."""
 
@@ -164,7 +128,7 @@ def _value(text: str) -> rationals.Value | Undefined | None:
 
 def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
     """3s beside a plain 3 is three seconds; beside anything else it is a product."""
-    match = LETTER_UNIT.fullmatch(text) if len(text) < 200 else None
+    match = units.LETTER_UNIT.fullmatch(text) if len(text) < 200 else None
     return _value(match[1]) if match else None
 
 
@@ -239,9 +203,9 @@ def _signs(text: str) -> list[str]:
 
 def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NoLists:
     predictions, golds, kinds = p.elements, g.elements, {p.brackets, g.brackets}
-    intervals = _interval_verdict(p, g, same)
-    if intervals is not None:
-        return intervals
+    verdict = _interval_verdict(p, g, same)
+    if verdict is not None:
+        return verdict
     if len(predictions) != len(golds):
         algebra = any(SET_ALGEBRA.search(element) for element in (*predictions, *golds))
         return NO_LISTS if algebra else False
@@ -288,7 +252,7 @@ def _matched(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -
 def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
     if (matrix := MATRIX.fullmatch(prediction)) and (other := MATRIX.fullmatch(gold)):
         return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
-    if CUP.search(gold) or CUP.search(prediction) or RELATION.search(gold) or RELATION.search(prediction):
+    if any(pattern.search(side) for pattern in (CUP, intervals.RELATION) for side in (prediction, gold)):
         parts = _union(prediction), _union(gold)
         verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])), same)
         return verdict if verdict is not None else same(prediction, gold)
@@ -330,7 +294,7 @@ def _union(text: str) -> list[str]:
 
 def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
     """Compares inequalities and intervals as sets of intervals; None where they differ or are something else."""
-    if not any(RELATION.search(piece) or CUP.search(piece) for piece in (*p.elements, *g.elements)):
+    if not any(intervals.RELATION.search(piece) or CUP.search(piece) for piece in (*p.elements, *g.elements)):
         return None
     predictions, golds = _intervals(p), _intervals(g)
     if predictions is None or golds is None or len(predictions) != len(golds):
@@ -341,32 +305,5 @@ def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
 def _intervals(side: Bracketed) -> tuple[str, ...] | None:
     whole = f"{side.brackets[:1]}{','.join(side.elements)}{side.brackets[1:]}"
     pieces = [part for piece in ([whole] if side.brackets else side.elements) for part in _union(piece)]
-    intervals = [interval(piece) for piece in pieces]
-    return tuple(piece for piece in intervals if piece) if None not in intervals else None
-
-
-def interval(text: str) -> str | None:
-    r"""1 < x \le 5 -> (1,5], x > 2 -> (2,\infty), [1,2] -> itself; None for anything else."""
-    text = text.strip()
-    pieces = RELATION.split(text)
-    if len(pieces) == 1:
-        pair = text[:1] in ("(", "[") and text[-1:] in (")", "]")
-        enclosed = pair and notation.matching(text).get(0) == len(text) - 1
-        return text if enclosed and len(notation.split_top(text[1:-1], ",")) == 2 else None
-    terms, signs = [piece.strip() for piece in pieces[::2]], pieces[1::2]
-    if not all(terms):
-        return None
-    if len(terms) == 2 and VARIABLE.fullmatch(terms[1]):
-        terms, signs = terms[::-1], [{"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[signs[0]]]
-    if len(terms) == 2 and VARIABLE.fullmatch(terms[0]):
-        closed = signs[0].startswith("\\")
-        if signs[0] in ("<", r"\le"):
-            return rf"(-\infty,{terms[1]}{']' if closed else ')'}"
-        return rf"{'[' if closed else '('}{terms[1]},\infty)"
-    if len(terms) == 3 and VARIABLE.fullmatch(terms[1]):
-        if all(sign in (">", r"\ge") for sign in signs):
-            terms, signs = terms[::-1], signs[::-1]
-        elif not all(sign in ("<", r"\le") for sign in signs):
-            return None
-        return f"{'[' if len(signs[0]) > 1 else '('}{terms[0]},{terms[2]}{']' if len(signs[1]) > 1 else ')'}"
-    return None
+    found = [intervals.interval(piece) for piece in pieces]
+    return tuple(piece for piece in found if piece) if None not in found else None

@@ -23,6 +23,16 @@ def extract_answer(response: str) -> str | None:
     return _last_box(answer)
 
 
+def reason(response: str) -> str:
+    """Says in words why `extract_answer` finds no answer in a response."""
+    answer = response[response.rfind(END_OF_THINK) + len(END_OF_THINK):] if END_OF_THINK in response else response
+    if THINK in answer:
+        return "the thinking is not closed"
+    if _first_box(answer) < len(answer):
+        return "the last box is empty or not closed"
+    return "no box after </think>" if END_OF_THINK in response else "no box"
+
+
 def _last_box(text: str) -> str | None:
     r"""Finds the outermost last \boxed{} or \fbox{}; a box that is all another box holds stands for it."""
     boxes: list[list[int]] = []                     # start of the command, start and end of the content; end -1: open

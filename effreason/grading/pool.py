@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_TASKS = 500                     # sympy caches: a worker is replaced after so many comparisons,
-MAX_RSS_MB = 700                    # or when an answer has left it this large
+MAX_GROWTH_MB = 650                 # or when an answer has left it larger by this
 START_SECONDS = 120.0
 MAX_FAILED_STARTS = 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A comparison and how it ended: symbolic, soft_timeout, hard_kill, memory, budget or error."""
+    """A comparison and how it ended: symbolic, function, soft_timeout, hard_kill, memory, budget or error."""
 
     correct: bool
     status: str
+    reason: str = ""                # of an error, what went wrong
 
 
 class WorkerDied(Exception):
@@ -43,42 +44,43 @@ class WorkerStuck(Exception):
 class Worker:
     """One process. Started at once and ready some tenths of a second later; used by one thread at a time."""
 
-    def __init__(self, *, cpu_seconds: float, memory_mb: int) -> None:
-        limits = json.dumps({"cpu_seconds": cpu_seconds, "memory_mb": memory_mb})
+    def __init__(self, *, cpu_seconds: float, memory_mb: int, function: str | None = None) -> None:
+        here = _directory()
+        path = [place or here for place in ("", *sys.path)] if function else []
+        settings = json.dumps({"cpu_seconds": cpu_seconds, "memory_mb": memory_mb, "function": function, "path": path})
         # -P: no module of the working directory; -s: none of the user's; -B: nothing is written. A session of its own:
         # Ctrl-C in the terminal does not reach it, and killing the group takes its children too.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-B", "-m", "effreason.grading.worker", limits],
+            [sys.executable, "-P", "-s", "-B", "-m", "effreason.grading.worker", settings],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=_environment(), cwd="/", start_new_session=True, close_fds=True)
-        self.ready, self.tasks, self.rss_mb, self.rest = False, 0, 0, b""
+            env={**os.environ, **_environment()} if function else _environment(), cwd=here if function else "/",
+            start_new_session=True, close_fds=True)
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self.ready, self.tasks, self.growth_mb, self.start_mb, self.rest = False, 0, 0, 0, b""
+        self.function = function
 
     def compare(self, prediction: str, gold: str, seconds: float) -> Verdict:
         """Asks for one verdict. Raises WorkerDied or WorkerStuck, after which the worker has to be killed."""
         self.tasks += 1
-        task = json.dumps({"id": self.tasks, "prediction": prediction, "gold": gold}).encode() + b"\n"
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(task)
-            self.process.stdin.flush()
-        except OSError as error:
-            raise WorkerDied("it no longer reads") from error
-        reply = self._line(seconds)
+        end = time.monotonic() + seconds
+        self._send(json.dumps({"id": self.tasks, "prediction": prediction, "gold": gold}).encode() + b"\n", end)
+        reply = self._line(end)
         if reply.get("id") != self.tasks:
             raise WorkerDied("its answers do not match the questions")
-        self.rss_mb = int(reply["rss_mb"])
-        return Verdict(bool(reply["correct"]), str(reply["status"]))
+        self.growth_mb = int(reply["rss_mb"]) - self.start_mb
+        return Verdict(bool(reply["correct"]), str(reply["status"]), str(reply.get("reason", "")))
 
     def wait_ready(self, seconds: float) -> None:
         """Waits until the libraries are loaded. Raises WorkerDied with the reason, or WorkerStuck."""
         if not self.ready:
-            reply = self._line(seconds)
+            reply = self._line(time.monotonic() + seconds)
             if "failed" in reply:
                 raise WorkerDied(reply["failed"])
-            self.ready = True
+            self.ready, self.start_mb = True, int(reply["rss_mb"])
 
     def worn(self) -> bool:
-        return self.tasks >= MAX_TASKS or self.rss_mb > MAX_RSS_MB
+        return (self.tasks >= MAX_TASKS and self.function is None) or self.growth_mb > MAX_GROWTH_MB
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -90,9 +92,26 @@ class Worker:
                 if pipe is not None:
                     pipe.close()
 
-    def _line(self, seconds: float) -> dict:
+    def _send(self, data: bytes, end: float) -> None:
+        """Writes without ever waiting beyond the end: a stuck worker does not read, and a response may be long."""
+        assert self.process.stdin is not None
+        target = self.process.stdin.fileno()
+        poll = select.poll()
+        poll.register(target, select.POLLOUT)
+        view = memoryview(data)
+        while view:
+            if not poll.poll(max(end - time.monotonic(), 0) * 1000):
+                raise WorkerStuck
+            try:
+                view = view[os.write(target, view):]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise WorkerDied("it no longer reads") from error
+
+    def _line(self, end: float) -> dict:
         assert self.process.stdout is not None
-        source, end = self.process.stdout.fileno(), time.monotonic() + seconds
+        source = self.process.stdout.fileno()
         poll = select.poll()
         poll.register(source, select.POLLIN | select.POLLHUP)
         while b"\n" not in self.rest:
@@ -113,8 +132,10 @@ class Worker:
 class Pool:
     """A fixed number of workers; `compare` may be called from any number of threads."""
 
-    def __init__(self, workers: int, *, cpu_seconds: float, wall_seconds: float, memory_mb: int) -> None:
+    def __init__(self, workers: int, *, cpu_seconds: float, wall_seconds: float, memory_mb: int,
+                 function: str | None = None) -> None:
         self.cpu_seconds, self.wall_seconds, self.memory_mb = cpu_seconds, wall_seconds, memory_mb
+        self.function = function
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.closed = False
@@ -123,6 +144,15 @@ class Pool:
         self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
         for _ in range(workers):
             self._idle.put(self._start())
+
+    def wait_ready(self) -> None:
+        """Waits until a worker is ready. Raises WorkerDied with the reason why it is not, or WorkerStuck."""
+        worker = self._take(time.monotonic() + START_SECONDS)
+        if worker is not None:
+            try:
+                worker.wait_ready(START_SECONDS)
+            finally:
+                self._idle.put(worker)
 
     def compare(self, prediction: str, gold: str, deadline: float) -> Verdict:
         """Compares two answers; ends by the deadline (time.monotonic), with "budget" where that cut it short.
@@ -139,7 +169,7 @@ class Pool:
             except WorkerDied:
                 self._count("died")
                 deaths += 1
-        return Verdict(False, "error")
+        return Verdict(False, "error", "the worker that compared it ended, twice")
 
     def close(self) -> None:
         """Kills all workers. Calls that are under way raise RuntimeError."""
@@ -212,7 +242,7 @@ class Pool:
         with self._lock:
             if self.closed:
                 return None
-            worker = Worker(cpu_seconds=self.cpu_seconds, memory_mb=self.memory_mb)
+            worker = Worker(cpu_seconds=self.cpu_seconds, memory_mb=self.memory_mb, function=self.function)
             self._living.add(worker)
             return worker
 
@@ -236,3 +266,10 @@ def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     package = str(Path(__file__).resolve().parents[2])
     return {**kept, "PYTHONPATH": package, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LC_ALL": "C"}
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:                 # it has been deleted
+        return "/"

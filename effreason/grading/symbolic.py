@@ -5,7 +5,7 @@
 
 import re
 
-from effreason.grading import exact, notation
+from effreason.grading import exact, notation, units
 
 MAX_CHARACTERS = 400
 MAX_DEPTH = 15
@@ -55,13 +55,13 @@ def _leaf(prediction: str, gold: str) -> bool:
     verdict = exact.leaf(prediction, gold)
     if verdict is not None:
         return verdict
-    prediction, gold = exact.without_unit(prediction), exact.without_unit(gold)
+    prediction, gold = units.without_unit(prediction), units.without_unit(gold)
     return _same(_parse(_for_sympy(prediction)), _parse(_for_sympy(gold)), "." in prediction, "." in gold)
 
 
 def _for_sympy(text: str) -> str:
     """Adapts canonical notation to the parser: degrees become radians in a function."""
-    if exact.TRIGONOMETRY.search(text):
+    if units.TRIGONOMETRY.search(text):
         text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\{\s*\\circ\s*\}", r"{(\\frac{\1 \\pi}{180})}", text)
     text = re.sub(r"\^\{\s*\\circ\s*\}", "", text)
     text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)                   # a norm of a number is its absolute value

@@ -1,0 +1,35 @@
+r"""Inequalities in one variable as intervals: 1 < x \\le 5 is (1,5]."""
+
+import re
+
+from effreason.grading import notation
+
+RELATION = re.compile(r"(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))")
+VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
+
+
+def interval(text: str) -> str | None:
+    r"""1 < x \le 5 -> (1,5], x > 2 -> (2,\infty), [1,2] -> itself; None for anything else."""
+    text = text.strip()
+    pieces = RELATION.split(text)
+    if len(pieces) == 1:
+        pair = text[:1] in ("(", "[") and text[-1:] in (")", "]")
+        enclosed = pair and notation.matching(text).get(0) == len(text) - 1
+        return text if enclosed and len(notation.split_top(text[1:-1], ",")) == 2 else None
+    terms, signs = [piece.strip() for piece in pieces[::2]], pieces[1::2]
+    if not all(terms):
+        return None
+    if len(terms) == 2 and VARIABLE.fullmatch(terms[1]):
+        terms, signs = terms[::-1], [{"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[signs[0]]]
+    if len(terms) == 2 and VARIABLE.fullmatch(terms[0]):
+        closed = signs[0].startswith("\\")
+        if signs[0] in ("<", r"\le"):
+            return rf"(-\infty,{terms[1]}{']' if closed else ')'}"
+        return rf"{'[' if closed else '('}{terms[1]},\infty)"
+    if len(terms) == 3 and VARIABLE.fullmatch(terms[1]):
+        if all(sign in (">", r"\ge") for sign in signs):
+            terms, signs = terms[::-1], signs[::-1]
+        elif not all(sign in ("<", r"\le") for sign in signs):
+            return None
+        return f"{'[' if len(signs[0]) > 1 else '('}{terms[0]},{terms[2]}{']' if len(signs[1]) > 1 else ')'}"
+    return None

@@ -1,0 +1,109 @@
+"""Tables of what Unicode characters and LaTeX commands are in canonical notation."""
+
+SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
+SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
+GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
+         "upsilon phi chi psi omega").split()
+GREEK_CAPITALS = dict(zip("ΓΔΘΛΞΠΣΦΨΩ", "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(), strict=True))
+
+
+def _table(text: str) -> dict[str, str]:
+    """Reads lines of "new old old ..." into old: new."""
+    rows = [line.split() for line in text.splitlines()]
+    return {old: row[0] for row in rows for old in row[1:]}
+
+
+SYMBOLS = {
+    **{chr(0x3B1 + place): "\\" + name for place, name in enumerate(GREEK)},
+    **{letter: "\\" + name for letter, name in GREEK_CAPITALS.items()},
+    **_table(r"""
+    \infty ∞
+    \times ×
+    \cdot · ⋅ ∙
+    \div ÷
+    \pm ±
+    \mp ∓
+    ^{\circ} °
+    - − – ‐ ‑ ﹣
+    \le ≤
+    \ge ≥
+    \ne ≠
+    \approx ≈
+    \equiv ≡
+    \cup ∪
+    \cap ∩
+    \in ∈
+    \emptyset ∅
+    \angle ∠
+    \triangle △
+    ' ′ ’
+    \setminus ∖
+    \sqrt[3] ∛
+    \sqrt[4] ∜
+    \sqrt √
+    \phi ϕ
+    \mathbb{R} ℝ
+    \mathbb{Z} ℤ
+    \mathbb{Q} ℚ
+    \mathbb{N} ℕ
+    \mathbb{C} ℂ
+    \langle ⟨
+    \rangle ⟩
+    \lfloor ⌊
+    \rfloor ⌋
+    \lceil ⌈
+    \rceil ⌉
+    | ∣
+    \| ‖
+    \sum ∑
+    \int ∫
+    / ⁄ ∕
+"""),
+    **dict.fromkeys("“”€¢₽₩₫£¥₹￥" + '"', ""), "，": ", ",
+}
+
+# Commands with one meaning and several names.
+RENAMED = _table(r"""
+    \frac \dfrac \tfrac \cfrac
+    \binom \dbinom \tbinom
+    \le \leq \leqslant
+    \ge \geq \geqslant
+    \ne \neq
+    < \lt
+    > \gt
+    \cdot \times \ast *
+    \{ \lbrace
+    \} \rbrace
+    [ \lbrack
+    ] \rbrack
+    ( \lparen
+    ) \rparen
+    | \lvert \rvert \vert \mid
+    \infty \infin
+    : \colon
+    ^{\circ} \degree
+    \emptyset \varnothing
+    \dots \ldots \cdots \dotsc \dotsb
+    , \land \lor \wedge \vee
+    \operatorname{arcsec} \arcsec
+    \approx \approxeq \simeq
+    ' \prime
+    \setminus \backslash \smallsetminus
+    \cup \bigcup
+    \cap \bigcap
+    i \imath
+    % \%
+    # \#
+    & \&
+    _ \_
+""")
+SPACES = ("\\,", "\\;", "\\:", "\\>", "\\ ", "\\quad", "\\qquad", "\\enspace", "\\thinspace", "\\space", "~")
+DROPPED = (
+    r"\pounds \euro \$ \! \left \right \middle \boxed \fbox \displaystyle \textstyle \limits \nolimits \rm "
+    r"\bf \it \( \) \[ \] \- \/ \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr "
+).split()
+RENAMED |= dict.fromkeys(SPACES, " ") | dict.fromkeys(DROPPED, "")
+TEXTS = (
+    r"\bm \bold \boldsymbol \emph \hbox \mathbf \mathit \mathrm \mathsf \mathtt \mbox \pmb \text \textbf "
+    r"\textit \textnormal \textrm \textsf \texttt \underline "
+).split()
