@@ -1,50 +1,240 @@
 """Stage 1: problems in, tokenised prompts out. Which problems a step gets is a pure function of seed and step."""
 
-import itertools
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from effreason.errors import UserError
+from effreason.problems import cleaning, sources, templates
+from effreason.problems.sources import ONE_LEVEL, TINY_HELD_OUT, TINY_PROBLEMS, Row, Spec
+from effreason.problems.templates import Template, encode
 from effreason.records import Problem
-from effreason.runtime.config import DataConfig
-from effreason.tiny import tasks
+from effreason.runtime.config import Config, DataConfig
 
-logger = logging.getLogger("effreason")
+__all__ = ["TINY_HELD_OUT", "TINY_PROBLEMS", "Problems", "Source", "batch", "encode", "load", "load_held_out",
+           "load_training", "render"]
 
-TINY_PROBLEMS = 3000                # the training set of the tiny world
-TINY_HELD_OUT = 1500                # and of its held-out problems
-ONE_LEVEL = "all"
+Unmatched = Callable[[Sequence[Problem]], Sequence[int]]
+
+ROWS_PER_SOURCE = 2**26             # uids of a source; 32 sources make 2**31
+BLOCK = 1024                        # rows rendered and tokenised at once
+LISTED = 3                          # examples in a note
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The problems of one data set."""
+
+    name: str
+    weight: float | None            # share of each step, relative to the other sources; None = all are one pool
+    problems: tuple[Problem, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problems:
+    """What a run trains on."""
+
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...] = ()     # lines for people: how many there are, what was left out and an example of it
+
+    def __len__(self) -> int:
+        return sum(len(source.problems) for source in self.sources)
+
+
+def load_training(config: Config, tokenizer: Any, template: Template, unmatched: Unmatched) -> Problems:
+    """The problems of data.path, without repeated ones, those of the evaluation set, and those that cannot be graded.
+
+    Args: template, as `templates.choose` gives it; unmatched, places of the problems whose answer the grader cannot
+        match with itself: no response to them is ever right.
+    Raises: UserError that names the field, or file and line."""
+    data, seen, notes = config.data, set[str](), list[str]()
+    specs = sources.parse(data.path, "data.path")
+    if len(specs) * ROWS_PER_SOURCE > 2**31:
+        raise UserError(f"data.path must name at most {2**31 // ROWS_PER_SOURCE} data sets, got {len(specs)}")
+    others = list(_not_to_train_on(config))
+    found = []
+    for index, spec in enumerate(specs):
+        rows, missing = sources.read(spec.name, data, held_out=False, split=data.split)
+        note = _Notes(spec.name, total=len(rows) + missing)
+        note.left_out(missing, "without an answer")
+        first, repeated = cleaning.duplicates(rows, seen)
+        rows = note.decided(first, repeated, rows, "that repeat an earlier one", data.duplicates)
+        for name, held_out in others:
+            clean, contaminated = cleaning.contaminated(rows, held_out)
+            rows = note.decided(clean, contaminated, rows, f"that are in {name}", data.contaminated)
+        problems, too_long = _problems(rows, tokenizer, template, data.max_prompt_tokens, index)
+        note.left_out(too_long, f"with prompts of more than data.max_prompt_tokens = {data.max_prompt_tokens} tokens")
+        problems = _without_unmatched(problems, unmatched, note)
+        if not problems:
+            raise UserError(f"data.path: no problem of {spec.name} is left; {'; '.join(note.lines) or 'it is empty'}")
+        found.append(Source(spec.name, spec.weight, tuple(problems)))
+        notes += [f"{spec.name}: {len(problems):,} problems to train on", *note.lines]
+    return Problems(tuple(found), tuple(notes))
+
+
+def load_held_out(config: Config, tokenizer: Any, template: Template,
+                  unmatched: Unmatched | None = None) -> tuple[list[Problem], tuple[str, ...]]:
+    """The first evaluation.problems of each evaluation set, and notes on them.
+
+    Nothing is left out but prompts that are too long: published accuracies count repeated problems and those that
+    cannot be graded. With several sets, a problem's level begins with the name of its set."""
+    data, settings = config.data, config.evaluation
+    found, notes = [], []
+    specs = _evaluation_specs(config)
+    for index, spec in enumerate(specs):
+        rows, missing = sources.read(spec.name, data, held_out=True, split=settings.split, field="evaluation.path")
+        note = _Notes(spec.name, total=len(rows) + missing)
+        note.left_out(missing, "without an answer")
+        if len(specs) > 1:
+            rows = [dataclasses.replace(row, level=spec.name if row.level == ONE_LEVEL else f"{spec.name} {row.level}")
+                    for row in rows]
+        problems, too_long = _problems(rows, tokenizer, template, data.max_prompt_tokens, index, settings.problems)
+        note.left_out(too_long, f"with prompts of more than data.max_prompt_tokens = {data.max_prompt_tokens} tokens")
+        if not problems:
+            raise UserError(f"evaluation.path: no problem of {spec.name} is left; {'; '.join(note.lines)}")
+        if unmatched is not None and (places := unmatched(problems)):
+            note.kept(len(places), _unmatched_text([problems[place] for place in places]))
+        found += problems
+        notes += [f"{spec.name}: {len(problems):,} of {note.total:,} problems to evaluate on", *note.lines]
+    return found, tuple(notes)
+
+
+def batch(problems: Problems | Sequence[Problem], size: int, seed: int, step: int, *, host: int = 0,
+          hosts: int = 1) -> list[Problem]:
+    """The problems of a training step: each once an epoch of its source, in an order of (seed, source, epoch) alone.
+
+    Sources with weights have the same whole number of problems in every step; those without are one pool. An epoch's
+    remainder of fewer problems than a step takes is left out, so that no problem comes twice in one step: two groups of
+    the same problem would be the same responses.
+
+    Args: size, problems of a step on all hosts; host of hosts gets every hosts-th of them.
+    Returns: size // hosts problems. Raises: UserError for fewer problems than a step takes, for a weight that gives
+        none, for a size that hosts do not divide."""
+    if size % hosts:
+        raise UserError(f"rollout.prompts_per_step must be divisible by the number of hosts, {hosts}, got {size}")
+    pools = _pools(problems if isinstance(problems, Problems) else Problems((Source("", None, tuple(problems)),)))
+    chosen = []
+    for place, (pool, count) in enumerate(zip(pools, _counts(pools, size), strict=True)):
+        steps = len(pool.problems) // count
+        if steps == 0:
+            raise UserError("rollout.prompts_per_step must be at most the number of problems, "
+                            f"{len(pool.problems)}, got {size}" if len(pools) == 1 else
+                            f"rollout.prompts_per_step = {size} takes {count} problems of {pool.name} for a step, "
+                            f"which has {len(pool.problems)}; lower its weight in data.path")
+        epoch, turn = divmod(step, steps)
+        order = np.random.default_rng([seed, epoch, place]).permutation(len(pool.problems))
+        chosen += [pool.problems[index] for index in order[turn * count : (turn + 1) * count]]
+    if len(pools) > 1:
+        # Mixed, so that each of several updates of a step, and each host, has its share of every source.
+        chosen = [chosen[index] for index in np.random.default_rng([seed, step, len(pools)]).permutation(size)]
+    return chosen[host::hosts]
+
+
+def _pools(problems: Problems) -> tuple[Source, ...]:
+    if all(source.weight is None for source in problems.sources):
+        return (Source("", None, tuple(problem for source in problems.sources for problem in source.problems)),)
+    return problems.sources
+
+
+def _counts(pools: Sequence[Source], size: int) -> list[int]:
+    """Problems of each pool in a step: the largest remainders of weight * size are rounded up."""
+    if len(pools) == 1:
+        return [size]
+    weights = np.array([pool.weight for pool in pools], np.float64)
+    exact = weights / weights.sum() * size
+    counts = np.floor(exact + 1e-9).astype(int)
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[: size - counts.sum()]] += 1
+    for pool, count, share in zip(pools, counts, exact, strict=True):
+        if count == 0:
+            raise UserError(f"data.path: the weight of {pool.name} is {share:.2g} of the rollout.prompts_per_step = "
+                            f"{size} problems of a step, which is none; raise one or the other")
+    return [int(count) for count in counts]
+
+
+def _evaluation_specs(config: Config) -> tuple[Spec, ...]:
+    if config.evaluation.path is not None:
+        return sources.parse(config.evaluation.path, "evaluation.path", weights=False)
+    return (Spec("tiny"),) if config.data.path == "tiny" else ()
+
+
+def _not_to_train_on(config: Config) -> Iterable[tuple[str, list[Row]]]:
+    """The whole of each evaluation set, and of each set of data.exclude."""
+    data, split = config.data, config.evaluation.split
+    for spec in _evaluation_specs(config):
+        if (spec.name, data.path) != ("tiny", "tiny"):      # apart by construction
+            rows, _ = sources.read(spec.name, data, held_out=True, split=split, field="evaluation.path")
+            yield f"the evaluation set {spec.name}", rows
+    if data.exclude is not None:
+        for spec in sources.parse(data.exclude, "data.exclude", weights=False):
+            rows, _ = sources.read(spec.name, data, held_out=sources.has_test(spec.name), field="data.exclude")
+            yield spec.name, rows
+
+
+def _problems(rows: Sequence[Row], tokenizer: Any, template: Template, max_tokens: int, source: int,
+              limit: int | None = None) -> tuple[list[Problem], int]:
+    """Rows as prompts, up to `limit` of them, and how many were left out because they are too long.
+
+    A long prompt is left out, never cut: a cut problem has no right answer."""
+    problems: list[Problem] = []
+    too_long = 0
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        rendered = templates.render_all(tokenizer, template, [row.text for row in block])
+        for row, text, prompt in zip(block, rendered, templates.encode_all(tokenizer, rendered), strict=True):
+            if len(problems) == limit:
+                return problems, too_long
+            if len(prompt) > max_tokens:
+                too_long += 1
+                continue
+            problems.append(Problem(
+                uid=source * ROWS_PER_SOURCE + row.number, prompt=prompt, text=row.text, answer=row.answer,
+                level=row.level, kind=row.kind, choices=row.choices, opens_thinking=templates.opens_thinking(text)))
+    return problems, too_long
+
+
+def _without_unmatched(problems: list[Problem], unmatched: Unmatched, note: "_Notes") -> list[Problem]:
+    places = set(unmatched(problems))
+    if places:
+        note.left_out(len(places), _unmatched_text([problems[place] for place in sorted(places)]))
+    return [problem for place, problem in enumerate(problems) if place not in places]
+
+
+def _unmatched_text(problems: Sequence[Problem]) -> str:
+    answers = ", ".join(repr(problem.answer[:60]) for problem in problems[:LISTED])
+    return f"whose answer the grader cannot match with itself, such as {answers}"
+
+
+class _Notes:
+    """Lines for people about what of a set is not used."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.lines: list[str] = []
+
+    def left_out(self, count: int, which: str) -> None:
+        if count:
+            self.lines.append(f"{self.name}: left out {count:,} {which}")
+
+    def kept(self, count: int, which: str) -> None:
+        if count:
+            self.lines.append(f"{self.name}: has {count:,} {which}")
+
+    def decided(self, clean: list[Row], found: list[Row], everything: list[Row], which: str, policy: str) -> list[Row]:
+        """What the policy, drop or keep, leaves."""
+        if found:
+            say = self.left_out if policy == "drop" else self.kept
+            say(len(found), f"{which}, such as {cleaning.example(found[0])}")
+        return clean if policy == "drop" else everything
 
 
 def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False,
          limit: int | None = None) -> list[Problem]:
-    """The problems of a data set, rendered with the tokenizer's chat template and tokenised.
-
-    Args: data, the field names and the user prompt; path, "tiny", a JSONL or Parquet file, or a folder that
-        `datasets` saved; held_out, for "tiny" the part that is never trained on; limit, only the first so many.
-    Raises: UserError that names the file and line."""
-    rows = _tiny_rows(held_out) if path == "tiny" else _file_rows(Path(path), data)
-    problems: list[Problem] = []
-    too_long = 0
-    for uid, (text, answer, level) in enumerate(rows):
-        if len(problems) == limit:
-            break
-        rendered = render(tokenizer, data.user_prompt.replace("{problem}", text))
-        prompt = encode(tokenizer, rendered)
-        # A long prompt is left out, never cut: a cut problem has no right answer.
-        if len(prompt) > data.max_prompt_tokens:
-            too_long += 1
-            continue
-        problems.append(Problem(uid=uid, prompt=prompt, text=text, answer=answer, level=level,
-                                opens_thinking=rendered.rstrip().endswith("<think>")))
-    if too_long and problems:
-        logger.warning("%s: left out %d problems with prompts of more than data.max_prompt_tokens = %d tokens",
-                       path, too_long, data.max_prompt_tokens)
+    """The problems of one set in the tokenizer's own template."""
+    rows, _ = sources.read(path, data, held_out=held_out)
+    problems, _ = _problems(rows, tokenizer, templates.choose(tokenizer, data), data.max_prompt_tokens, 0, limit)
     if not problems:
         raise UserError(f"{path}: no problem has a prompt of at most data.max_prompt_tokens = {data.max_prompt_tokens} "
                         "tokens")
@@ -55,75 +245,3 @@ def render(tokenizer: Any, user_prompt: str) -> str:
     """One user turn in the chat template, up to where the model is to go on."""
     return tokenizer.apply_chat_template([{"role": "user", "content": user_prompt}], tokenize=False,
                                          add_generation_prompt=True)
-
-
-def encode(tokenizer: Any, rendered: str) -> np.ndarray:
-    """int32[S'] ids of a rendered prompt, which holds its own BOS: a second one is what no model was trained on."""
-    return np.array(tokenizer(rendered, add_special_tokens=False)["input_ids"], np.int32)
-
-
-def batch(problems: Sequence[Problem], size: int, seed: int, step: int) -> list[Problem]:
-    """The problems of a training step: each once an epoch, in an order that depends on (seed, epoch) alone.
-
-    An epoch's remainder of fewer than `size` problems is left out, so that no problem comes twice in one step: two
-    groups of the same problem would be the same responses. Raises: UserError for fewer than `size` problems."""
-    steps = len(problems) // size
-    if steps == 0:
-        raise UserError(f"rollout.prompts_per_step must be at most the number of problems, {len(problems)}, got {size}")
-    epoch, place = divmod(step, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(len(problems))
-    return [problems[index] for index in order[place * size : (place + 1) * size]]
-
-
-def _tiny_rows(held_out: bool) -> Iterator[tuple[str, str, str]]:
-    drawn = tasks.distinct(0, held_out=held_out)
-    for task in itertools.islice(drawn, TINY_HELD_OUT if held_out else TINY_PROBLEMS):
-        yield task.text, task.answer, task.level
-
-
-def _file_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
-    for place, row in _saved_rows(path) if path.is_dir() or path.suffix == ".parquet" else _jsonl_rows(path):
-        level = ONE_LEVEL if data.level_field is None else _text(row, data.level_field, place)
-        yield _text(row, data.problem_field, place), _text(row, data.answer_field, place), level
-
-
-def _saved_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a Parquet file or of a folder written by `Dataset.save_to_disk`."""
-    import datasets  # half a second: only where it is needed
-
-    try:
-        saved = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: cannot be read by datasets ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(saved, datasets.Dataset):
-        raise UserError(f"{path}: expected one data set, found the splits {', '.join(saved)}; name one of their "
-                        "folders")
-    for number, row in enumerate(saved):
-        yield f"{path}:{number}", row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a JSONL file, read here and not by `datasets`, which cannot say which line is broken."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        yield f"{path}:{number}", row
-
-
-def _text(row: dict[str, Any], field: str, place: str) -> str:
-    if field not in row:
-        raise UserError(f"{place}: has no field {field!r}, found {', '.join(row) or 'none'}")
-    value = row[field]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{place}: field {field!r} must be text or a number, found {type(value).__name__}")
-    return str(value)

@@ -1,0 +1,55 @@
+"""Problems that must not be trained on twice, or at all: repeated ones, and those of the evaluation set."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
+
+# What two copies of a problem differ in: spacing, $ against \[, and \left(. Signs, brackets and dots stay: without them
+# 88/(4/2) is 88/4/2 and tan 225 is tan 22.5.
+SPACING = re.compile(r"\\(?:[,;:! \[\]()]|(?:q?quad|left|right)(?![a-z]))|[\s~$]")
+SINGLE = re.compile(r"([\^_])\{(\w)\}")
+EXAMPLE_CHARACTERS = 80
+
+
+class Text(Protocol):
+    """A problem or a row of a data set."""
+
+    @property
+    def text(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Text)
+
+
+def key(text: str) -> str:
+    """What two copies of the same problem have in common: the text without case, spacing and LaTeX for spacing."""
+    plain = SPACING.sub("", unicodedata.normalize("NFKC", text).casefold())
+    return SINGLE.sub(r"\1\2", plain)
+
+
+def duplicates(rows: Sequence[Item], seen: set[str]) -> tuple[list[Item], list[Item]]:
+    """Splits rows into the first of their kind and those that repeat an earlier one.
+
+    Args: seen, the keys of all rows before; those of these rows are added to it."""
+    first, repeated = [], []
+    for row in rows:
+        mark = key(row.text)
+        (repeated if mark in seen else first).append(row)
+        seen.add(mark)
+    return first, repeated
+
+
+def contaminated(rows: Sequence[Item], held_out: Iterable[Text]) -> tuple[list[Item], list[Item]]:
+    """Splits rows into those that no held-out problem is equal to, and the others."""
+    marks = {key(problem.text) for problem in held_out}
+    clean, found = [], []
+    for row in rows:
+        (found if key(row.text) in marks else clean).append(row)
+    return clean, found
+
+
+def example(problem: Text) -> str:
+    """The beginning of a problem, in one line."""
+    text = " ".join(problem.text.split())
+    return repr(text if len(text) <= EXAMPLE_CHARACTERS else text[: EXAMPLE_CHARACTERS - 3] + "...")

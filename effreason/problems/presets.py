@@ -1,0 +1,87 @@
+"""The data sets that have a name of their own: where they are, which columns they have, how their answers are read.
+
+A preset is all that has to be known about a set. One whose rows need more than naming columns has a small function here
+that makes a row with the columns problem and answer of it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+Shape = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A data set of the Hugging Face Hub, or of a local copy."""
+
+    hub: str | None                         # id on the Hub; None = a local copy only
+    train: str | None                       # split to train on; None = the set has none
+    test: str | None                        # split to evaluate on; None = the set has none
+    subsets: tuple[str | None, ...] = (None,)   # configurations, joined in this order
+    problem: str = "problem"                # column of the problem's text
+    answer: str = "answer"                  # column of the answer
+    answer_from: str = "whole"              # whole | hashes | boxed, as data.answer_from
+    kind: str = "math"                      # math | choice | text, as data.answer_kind
+    choices: str | None = None              # column of the answers to choose from
+    level: str | None = None                # column of the difficulty; a local copy's is "level"
+    folder: str | None = None               # of the local copy, where it is not the preset's name
+    shape: Shape | None = None              # of a row that needs more than naming its columns
+    about: str                              # what it is and its licence, for docs/data.md
+
+
+def olympiad_row(row: dict[str, Any]) -> dict[str, Any]:
+    """OlympiadBench: what several questions share stands apart, and the answer is a list."""
+    answers = row["final_answer"] or []
+    text = "\n".join(part for part in (row.get("context"), row["question"]) if part)
+    return {"problem": text, "answer": ", ".join(answers), "level": row.get("subfield")}
+
+
+def letter_row(row: dict[str, Any]) -> dict[str, Any]:
+    """BIG-Bench Hard: the options stand in the input, the target is "(A)"."""
+    return {"problem": row["input"], "answer": row["target"].strip("() ")}
+
+
+PRESETS: dict[str, Preset] = {
+    "gsm8k": Preset(
+        hub="openai/gsm8k", subsets=("main",), train="train", test="test", problem="question", answer_from="hashes",
+        about="grade-school word problems; 7,473 + 1,319; MIT"),
+    "math": Preset(
+        hub="hiyouga/math12k", train="train", test="test", folder="math12k", level="level",
+        about="competition mathematics (Hendrycks et al.) without MATH-500; 12,000 + 500; MIT"),
+    "math500": Preset(
+        hub="HuggingFaceH4/MATH-500", train=None, test="test", level="level",
+        about="the 500 test problems of MATH that most papers report; MIT"),
+    "aime24": Preset(
+        hub="HuggingFaceH4/aime_2024", train=None, test="train",
+        about="AIME 2024, I and II; 30; problems (c) MAA"),
+    "aime25": Preset(
+        hub="math-ai/aime25", train=None, test="test",
+        about="AIME 2025, I and II; 30; problems (c) MAA"),
+    "amc23": Preset(
+        hub="math-ai/amc23", train=None, test="test", problem="question",
+        about="AMC 12 2023 with numbers as answers; 40; problems (c) MAA"),
+    "minerva": Preset(
+        hub="math-ai/minervamath", train=None, test="test", problem="question",
+        about="undergraduate science of OpenCourseWare (Minerva); 272"),
+    "olympiad_bench": Preset(
+        hub="Hothan/OlympiadBench", subsets=("OE_TO_maths_en_COMP",), train=None, test="train", level="level",
+        shape=olympiad_row, about="OlympiadBench, open-ended mathematics in English without pictures; 674; Apache-2.0"),
+    "deepscaler": Preset(
+        hub="agentica-org/DeepScaleR-Preview-Dataset", train="train", test=None,
+        about="AIME, AMC, Omni-MATH and STILL, before 2024; 40,315; MIT"),
+    "paper": Preset(
+        hub="daman1209arora/compression_dataset", train="train", test=None, answer="extracted",
+        about="what the paper trained on: of MATH, cn_k12, AIME, AoPS and olympiads (NuminaMath); 3,200"),
+    "converted_aime": Preset(
+        hub=None, train="train", test="test",
+        about="the paper's AIME set: 1983 to 2023 + AIME 2024; 919 + 30; local copy only; problems (c) MAA"),
+    "commonsense_qa": Preset(
+        hub="tau/commonsense_qa", train="train", test="validation", problem="question", answer="answerKey",
+        kind="choice", choices="choices",
+        about="everyday questions with five answers; 9,741 + 1,221 (the test split has no answers); MIT"),
+    "logical_deduction": Preset(
+        hub="SaylorTwift/bbh", train=None, test="test", kind="choice", shape=letter_row,
+        subsets=tuple(f"logical_deduction_{count}_objects" for count in ("three", "five", "seven")),
+        about="BIG-Bench Hard, the order of three, five and seven objects; 750; MIT"),
+}
