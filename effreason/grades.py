@@ -28,16 +28,16 @@ A_DAY = 86400.0
 # Every status, and what it means.
 REASONS = {
     "no_answer": "no box",
-    "too_long": f"answer or gold longer than {MAX_ANSWER} characters",
+    "too_long": f"over {MAX_ANSWER} characters",
     "exact": "decided exactly",
     "symbolic": "compared by algebra",
-    "cached": "compared by algebra before",
-    "function": "decided by your function",
-    "guard": "too large to compare safely",
+    "cached": "algebra, as before",
+    "function": "by your function",
+    "guard": "too large to compare",
     "soft_timeout": "out of processor time",
-    "hard_kill": "stuck, its worker was killed",
+    "hard_kill": "stuck, worker killed",
     "memory": "out of memory",
-    "budget": "the time for the step was over",
+    "budget": "out of the step's time",
     "error": "the comparison failed",
 }
 STATUSES = tuple(REASONS)
@@ -116,10 +116,12 @@ class Grader:
         if function is not None:
             self._check_function(function)
 
-    def grade(self, responses: Sequence[str], golds: Sequence[str | Gold], budget: Budget | None = None) -> list[Grade]:
+    def grade(self, responses: Sequence[str], golds: Sequence[str | Gold], budget: Budget | None = None, *,
+              bare: bool = False) -> list[Grade]:
         """Grades responses against reference answers, one for one, within the budget; no text makes it raise.
 
-        Args: golds, a plain string is a `Gold` of kind "math"; budget, None = step_budget_seconds for this call alone.
+        Args: golds, a plain string is a `Gold` of kind "math"; budget, None = step_budget_seconds for this call alone;
+        bare, the responses are answers themselves, without a box.
         Raises: ValueError for lists of different lengths or an unknown kind, RuntimeError when workers cannot be
         started or the grader is closed.
         """
@@ -131,7 +133,7 @@ class Grader:
         if self._pool.closed:
             raise RuntimeError("the grader is closed")
         with budget or self.budget() as deadline:
-            grades = self._grade(responses, wanted, deadline)
+            grades = self._grade(responses, wanted, deadline, bare)
         with self._lock:
             self._counts.update(grade.status for grade in grades)
         return grades
@@ -186,11 +188,11 @@ class Grader:
             self.close()
             raise UserError(f"grade.function {function}: {str(error) or 'importing it takes minutes'}") from None
 
-    def _grade(self, responses: Sequence[str], golds: Sequence[Gold], deadline: float) -> list[Grade]:
+    def _grade(self, responses: Sequence[str], golds: Sequence[Gold], deadline: float, bare: bool) -> list[Grade]:
         grades: list[Grade] = []
         rows_of: dict[Task, list[int]] = {}
         for row, (response, gold) in enumerate(zip(responses, golds, strict=True)):
-            grade, task = self._without_worker(response, gold, deadline)
+            grade, task = self._without_worker(response, gold, deadline, bare)
             grades.append(grade)
             if task is not None:
                 rows_of.setdefault(task, []).append(row)
@@ -202,15 +204,15 @@ class Grader:
                                     verdict.reason or REASONS[verdict.status])
         return grades
 
-    def _without_worker(self, response: str, gold: Gold, deadline: float) -> tuple[Grade, Task | None]:
+    def _without_worker(self, response: str, gold: Gold, deadline: float, bare: bool) -> tuple[Grade, Task | None]:
         """The verdict, and what to ask a worker where it is not final."""
         start = time.monotonic()
-        answer = extract_answer(response)
+        answer = (response.strip() or None) if bare else extract_answer(response)
         correct, status, reason, task = False, "no_answer", "", None
         if self.function is not None:
             status, task = "function", Task(response, gold.answer)
         elif answer is None:
-            reason = extraction.reason(response)
+            reason = "no answer" if bare else extraction.reason(response)
         else:
             correct, status = self._exact(answer, gold, start > deadline)
             if status == "symbolic":

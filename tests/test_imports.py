@@ -21,16 +21,19 @@ ORDER = [
     ["runtime.sharding", "runtime.metrics"],
     ["lm.attention"],
     ["lm.model"],
-    ["lm.hf"],
+    ["lm.configs", "lm.hub"],
+    ["lm.weights"],
+    ["lm.hf", "lm.cards"],
+    ["problems"],
     ["rewards", "advantages", "grades", "prompts"],
-    ["rollouts", "update", "checkpoints", "runtime.interrupts"],
-    ["engine"],
+    ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts"],
+    ["engine", "attempts", "parity"],
     ["evaluation", "report", "runtime.plan"],
     ["loop"],
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer
     ["cli"],
 ]
-PACKAGES = ["", "runtime", "lm", "tiny"]    # their __init__ imports nothing: one file of theirs brings in no other
+PACKAGES = ["", "runtime", "lm", "tiny", "problems"]    # their __init__ imports nothing: a file brings in no other
 STAGES = {"prompts", "rollouts", "grades", "rewards", "advantages", "update", "checkpoints"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path

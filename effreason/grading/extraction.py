@@ -27,9 +27,9 @@ def reason(response: str) -> str:
     """Says in words why `extract_answer` finds no answer in a response."""
     answer = response[response.rfind(END_OF_THINK) + len(END_OF_THINK):] if END_OF_THINK in response else response
     if THINK in answer:
-        return "the thinking is not closed"
+        return "thinking not closed"
     if _first_box(answer) < len(answer):
-        return "the last box is empty or not closed"
+        return "last box empty or open"
     return "no box after </think>" if END_OF_THINK in response else "no box"
 
 

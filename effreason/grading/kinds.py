@@ -11,9 +11,9 @@ KINDS = ("math", "choice", "text")
 # \text{B}, \textbf{(B)}, \boxed{B}: what is round an answer and says nothing.
 WRAPPER = re.compile(
     r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|boxed|fbox|underline|emph|operatorname)\s*\{([^{}]*)\}")
-NOTHING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|[,;:!> ])|~")
+NOTHING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|[,;:!> ])|~|\*\*|__")
 QUOTES = str.maketrans("‘’“”", "''\"\"")
-MARKS = ("$$", "$", "**", "__", "*", "`", '"', "'")
+MARKS = ("$$", "$", "*", "`", '"', "'")
 INTRODUCED = re.compile(
     r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|answer)\b\s*(?:is\b)?\s*:?\s*", re.IGNORECASE)
 LETTER = re.compile(r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z]))\s*[.:)]?")
@@ -22,6 +22,7 @@ LETTER = re.compile(r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z]))\s
 LETTER_AND_TEXT = re.compile(
     r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+[-–=]\s|([B-HJ-Z])\s)\s*(\S.*)",
     re.DOTALL)
+TEXT_AND_LETTER = re.compile(r"(\S.*?)\s*\(\s*([A-Za-z])\s*\)", re.DOTALL)     # bank (B)
 ANOTHER_LETTER = re.compile(
     r"\(\s*[A-Za-z]\s*\)|(?<![a-zA-Z'])[B-HJ-Z](?![a-zA-Z'])|\b(?:not|or|and|nor)\s+\(?[A-Za-z]\b(?!\s+[a-z])")
 
@@ -55,6 +56,8 @@ def same_choice(answer: str, gold: Gold) -> bool:
     if chosen is not None:
         return chosen == wanted
     chosen, rest = _letter_and_text(text)
+    if gold.choices and (match := TEXT_AND_LETTER.fullmatch(text)):
+        chosen, rest = _place(match[2]), match[1]
     if not gold.choices:
         return chosen == wanted and not ANOTHER_LETTER.search(rest)
     if wanted >= len(gold.choices):
