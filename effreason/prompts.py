@@ -8,13 +8,10 @@ import numpy as np
 
 from effreason.errors import UserError
 from effreason.problems import cleaning, sources, templates
-from effreason.problems.sources import ONE_LEVEL, TINY_HELD_OUT, TINY_PROBLEMS, Row, Spec
-from effreason.problems.templates import Template, encode
+from effreason.problems.sources import ONE_LEVEL, Row, Spec
+from effreason.problems.templates import Template
 from effreason.records import Problem
-from effreason.runtime.config import Config, DataConfig
-
-__all__ = ["TINY_HELD_OUT", "TINY_PROBLEMS", "Problems", "Source", "batch", "encode", "load", "load_held_out",
-           "load_training", "render"]
+from effreason.runtime.config import Config
 
 Unmatched = Callable[[Sequence[Problem]], Sequence[int]]
 
@@ -101,8 +98,7 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
     return found, tuple(notes)
 
 
-def batch(problems: Problems | Sequence[Problem], size: int, seed: int, step: int, *, host: int = 0,
-          hosts: int = 1) -> list[Problem]:
+def batch(problems: Problems, size: int, seed: int, step: int, *, host: int = 0, hosts: int = 1) -> list[Problem]:
     """The problems of a training step: each once an epoch of its source, in an order of (seed, source, epoch) alone.
 
     Sources with weights have the same whole number of problems in every step; those without are one pool. An epoch's
@@ -114,7 +110,7 @@ def batch(problems: Problems | Sequence[Problem], size: int, seed: int, step: in
         none, for a size that hosts do not divide."""
     if size % hosts:
         raise UserError(f"rollout.prompts_per_step must be divisible by the number of hosts, {hosts}, got {size}")
-    pools = _pools(problems if isinstance(problems, Problems) else Problems((Source("", None, tuple(problems)),)))
+    pools = _pools(problems)
     chosen = []
     for place, (pool, count) in enumerate(zip(pools, _counts(pools, size), strict=True)):
         steps = len(pool.problems) // count
@@ -160,17 +156,17 @@ def _evaluation_specs(config: Config) -> tuple[Spec, ...]:
     return (Spec("tiny"),) if config.data.path == "tiny" else ()
 
 
-def _not_to_train_on(config: Config) -> Iterable[tuple[str, list[Row]]]:
-    """The whole of each evaluation set, and of each set of data.exclude."""
+def _not_to_train_on(config: Config) -> Iterable[tuple[str, set[str]]]:
+    """Names and keys of the whole of each evaluation set, and of each set of data.exclude."""
     data, split = config.data, config.evaluation.split
     for spec in _evaluation_specs(config):
         if (spec.name, data.path) != ("tiny", "tiny"):      # apart by construction
             rows, _ = sources.read(spec.name, data, held_out=True, split=split, field="evaluation.path")
-            yield f"the evaluation set {spec.name}", rows
+            yield f"the evaluation set {spec.name}", cleaning.keys(rows)
     if data.exclude is not None:
         for spec in sources.parse(data.exclude, "data.exclude", weights=False):
             rows, _ = sources.read(spec.name, data, held_out=sources.has_test(spec.name), field="data.exclude")
-            yield spec.name, rows
+            yield spec.name, cleaning.keys(rows)
 
 
 def _problems(rows: Sequence[Row], tokenizer: Any, template: Template, max_tokens: int, source: int,
@@ -228,20 +224,3 @@ class _Notes:
             say = self.left_out if policy == "drop" else self.kept
             say(len(found), f"{which}, such as {cleaning.example(found[0])}")
         return clean if policy == "drop" else everything
-
-
-def load(data: DataConfig, path: str, tokenizer: Any, *, held_out: bool = False,
-         limit: int | None = None) -> list[Problem]:
-    """The problems of one set in the tokenizer's own template."""
-    rows, _ = sources.read(path, data, held_out=held_out)
-    problems, _ = _problems(rows, tokenizer, templates.choose(tokenizer, data), data.max_prompt_tokens, 0, limit)
-    if not problems:
-        raise UserError(f"{path}: no problem has a prompt of at most data.max_prompt_tokens = {data.max_prompt_tokens} "
-                        "tokens")
-    return problems
-
-
-def render(tokenizer: Any, user_prompt: str) -> str:
-    """One user turn in the chat template, up to where the model is to go on."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": user_prompt}], tokenize=False,
-                                         add_generation_prompt=True)

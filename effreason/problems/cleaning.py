@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Protocol, TypeVar
 
 # What two copies of a problem differ in: spacing, $ against \[, and \left(. Signs, brackets and dots stay: without them
@@ -28,11 +28,17 @@ def key(text: str) -> str:
     return SINGLE.sub(r"\1\2", plain)
 
 
+def keys(problems: Iterable[Text]) -> set[str]:
+    """The keys of problems that must not occur elsewhere."""
+    return {key(problem.text) for problem in problems}
+
+
 def duplicates(rows: Sequence[Item], seen: set[str]) -> tuple[list[Item], list[Item]]:
     """Splits rows into the first of their kind and those that repeat an earlier one.
 
     Args: seen, the keys of all rows before; those of these rows are added to it."""
-    first, repeated = [], []
+    first: list[Item] = []
+    repeated: list[Item] = []
     for row in rows:
         mark = key(row.text)
         (repeated if mark in seen else first).append(row)
@@ -40,12 +46,12 @@ def duplicates(rows: Sequence[Item], seen: set[str]) -> tuple[list[Item], list[I
     return first, repeated
 
 
-def contaminated(rows: Sequence[Item], held_out: Iterable[Text]) -> tuple[list[Item], list[Item]]:
-    """Splits rows into those that no held-out problem is equal to, and the others."""
-    marks = {key(problem.text) for problem in held_out}
-    clean, found = [], []
+def contaminated(rows: Sequence[Item], held_out: Set[str]) -> tuple[list[Item], list[Item]]:
+    """Splits rows into those that are not among the held-out problems, given by their keys, and those that are."""
+    clean: list[Item] = []
+    found: list[Item] = []
     for row in rows:
-        (found if key(row.text) in marks else clean).append(row)
+        (found if key(row.text) in held_out else clean).append(row)
     return clean, found
 
 

@@ -32,9 +32,9 @@ class Preset:
 
 def olympiad_row(row: dict[str, Any]) -> dict[str, Any]:
     """OlympiadBench: what several questions share stands apart, and the answer is a list."""
-    answers = row["final_answer"] or []
+    answers = row["final_answer"] or ()
     text = "\n".join(part for part in (row.get("context"), row["question"]) if part)
-    return {"problem": text, "answer": ", ".join(answers), "level": row.get("subfield")}
+    return {"problem": text, "answer": ", ".join(answers)}
 
 
 def letter_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ PRESETS: dict[str, Preset] = {
         hub="math-ai/minervamath", train=None, test="test", problem="question",
         about="undergraduate science of OpenCourseWare (Minerva); 272"),
     "olympiad_bench": Preset(
-        hub="Hothan/OlympiadBench", subsets=("OE_TO_maths_en_COMP",), train=None, test="train", level="level",
+        hub="Hothan/OlympiadBench", subsets=("OE_TO_maths_en_COMP",), train=None, test="train",
         shape=olympiad_row, about="OlympiadBench, open-ended mathematics in English without pictures; 674; Apache-2.0"),
     "deepscaler": Preset(
         hub="agentica-org/DeepScaleR-Preview-Dataset", train="train", test=None,

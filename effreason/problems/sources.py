@@ -5,6 +5,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ TINY_HELD_OUT = 1500                # and of its held-out problems
 ONE_LEVEL = "all"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
+SAVED = ("state.json", "dataset_dict.json")      # what tells a folder written by save_to_disk
 CONNECT_SECONDS = 10
 
 
@@ -65,20 +67,17 @@ def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
     Args: path, one or more sets with commas between them; field, of the configuration, for messages; weights, whether
         they may be given. A path that exists is one set, whatever its name holds.
     Raises: UserError for an empty name, a weight that is no positive number, or weights for only some."""
-    if Path(path).exists():
+    if os.path.exists(path):
         return (Spec(path),)
     specs = []
     for part in path.split(","):
-        name, equals, number = part.strip().rpartition("=") if not Path(part.strip()).exists() else ("", "", part)
-        if not equals:
-            name, weight = number.strip(), None
-        elif not weights:
-            raise UserError(f"{field} takes no weights, got {part.strip()!r}")
-        else:
-            weight = _weight(number, f"{field}: the weight of {name.strip()}")
+        part = part.strip()
+        name, equals, number = (part, "", "") if os.path.exists(part) or "=" not in part else part.rpartition("=")
         if not name.strip():
             raise UserError(f"{field} must name data sets with commas between them, got {path!r}")
-        specs.append(Spec(name.strip(), weight))
+        if equals and not weights:
+            raise UserError(f"{field} takes no weights, got {part!r}")
+        specs.append(Spec(name.strip(), _weight(number, f"{field}: the weight of {name.strip()}") if equals else None))
     if len({spec.weight is None for spec in specs}) > 1:
         raise UserError(f"{field} must give a weight to each set or to none, got {path!r}")
     if len({spec.name for spec in specs}) < len(specs):
@@ -101,7 +100,7 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
     else:
         columns = _Columns(data.problem_field, data.answer_field, data.answer_from, data.answer_kind,
                            data.choices_field, level=data.level_field)
-        if Path(name).exists():
+        if os.path.exists(name):
             rows = _file_rows(Path(name), split)
         else:
             _check_id(name, field)
@@ -265,26 +264,30 @@ def _load_hub(name: str, subset: str | None, split: str) -> Sequence[dict[str, A
 
     offline = huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE
     try:
-        # Asked first, and once: `datasets` tries for half a minute before it says that the Hub is out of reach.
-        revision, files = (None, None) if offline else _hub_state(name)
-        if files is not None and {"state.json", "dataset_dict.json"} & files:
-            saved = datasets.load_from_disk(huggingface_hub.snapshot_download(
-                name, repo_type="dataset", revision=revision))
-            return saved if isinstance(saved, datasets.Dataset) else saved[split]
-        return datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name}: {_hub_problem(error, name, subset, split, offline)}") from None
+        revision, saved = _hub_state(name, offline)
+        if not saved:
+            return datasets.load_dataset(name, subset, split=split, revision=revision)
+        folder = datasets.load_from_disk(huggingface_hub.snapshot_download(
+            name, repo_type="dataset", revision=revision, local_files_only=offline))
+        return folder if isinstance(folder, datasets.Dataset) else folder[split]
+    except Exception as error:      # of three libraries, which have no common ancestor but this
+        raise UserError(f"{name}: {_hub_problem(error, subset, split, offline)}") from None
 
 
-def _hub_state(name: str) -> tuple[str | None, set[str]]:
-    """The commit of a data set's main branch, and the names of its files."""
+def _hub_state(name: str, offline: bool) -> tuple[str | None, bool]:
+    """The commit of a data set's main branch, and whether it is a folder written by `save_to_disk`.
+
+    Asked first, and once: `datasets` tries for half a minute before it says that the Hub is out of reach."""
     import huggingface_hub
 
+    if offline:
+        return None, any(isinstance(huggingface_hub.try_to_load_from_cache(name, mark, repo_type="dataset"), str)
+                         for mark in SAVED)
     info = huggingface_hub.HfApi().dataset_info(name, timeout=CONNECT_SECONDS)
-    return info.sha, {sibling.rfilename for sibling in info.siblings or ()}
+    return info.sha, any(sibling.rfilename in SAVED for sibling in info.siblings or ())
 
 
-def _hub_problem(error: Exception, name: str, subset: str | None, split: str, offline: bool) -> str:
+def _hub_problem(error: Exception, subset: str | None, split: str, offline: bool) -> str:
     """What went wrong with the Hub, and what to do about it."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     message = _one_line(error)
@@ -299,10 +302,10 @@ def _hub_problem(error: Exception, name: str, subset: str | None, split: str, of
     if "Unknown split" in message or isinstance(error, KeyError):
         return f"has no split {split!r} ({message}); data.split or evaluation.split must name one"
     if offline:
-        return "is not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
-    if {"ConnectError", "ConnectionError", "TimeoutException", "Timeout"} & kinds:
-        return ("the Hugging Face Hub cannot be reached: check the network, set HF_HUB_OFFLINE=1 to use the cache, or "
-                "name local files")
+        return "is no file here and not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
+    if {"TransportError", "ConnectionError", "TimeoutError"} & kinds:
+        return ("is no file here, and the Hugging Face Hub cannot be reached: check the network, set HF_HUB_OFFLINE=1 "
+                "to use the cache, or name local files")
     return f"cannot be read from the Hugging Face Hub ({message})"
 
 

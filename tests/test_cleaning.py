@@ -1,0 +1,45 @@
+"""Which problems count as the same."""
+
+import dataclasses
+
+import pytest
+
+from effreason.problems import cleaning
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    text: str
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("What is  $1 + 2$?", "what is $1+2$?"), ("$x\\,$, y", "$x$, y"), ("\\[x = 1.\\]Find", "$x = 1.$  Find"),
+    ("\\left( a \\right)", "(a)"), ("x^{2} + a_{1}", "x^2+a_1"), ("\uff11+1", "1+1"), ("a~b\\quad c", "abc"),
+    ("\\(x\\)", "$x$")])
+def test_copies_have_the_same_key(one, other):
+    assert cleaning.key(one) == cleaning.key(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("$88 \\div (4 \\div 2)$", "$88 \\div 4 \\div 2$"), ("\\tan 225^\\circ", "\\tan 22.5^\\circ"),
+    ("\\sin 60^\\circ", "\\sin(-60^\\circ)"), ("k > 0", "k < 0"), ("x^{12}", "x^12"),
+    ("\\frac{1}{23}", "\\frac{12}{3}"), ("\\leftarrow", "arrow")])
+def test_other_problems_have_other_keys(one, other):
+    assert cleaning.key(one) != cleaning.key(other)
+
+
+def test_the_first_of_a_kind_is_kept_across_calls():
+    seen = set()
+    first, repeated = cleaning.duplicates([Item("a b"), Item("c"), Item("A B")], seen)
+    assert [item.text for item in first] == ["a b", "c"] and [item.text for item in repeated] == ["A B"]
+    assert cleaning.duplicates([Item("C"), Item("d")], seen) == ([Item("d")], [Item("C")])
+
+
+def test_held_out_problems_are_found():
+    marks = cleaning.keys([Item("x = 1"), Item("y")])
+    assert cleaning.contaminated([Item("X=1"), Item("z")], marks) == ([Item("z")], [Item("X=1")])
+
+
+def test_an_example_is_one_short_line():
+    assert cleaning.example(Item("a\n b")) == "'a b'"
+    assert len(cleaning.example(Item("a" * 500))) < 90
