@@ -11,9 +11,10 @@ import argparse
 import jax
 import numpy as np
 
-from effreason import evaluation, prompts, rollouts
+from effreason import attempts, evaluation, prompts, rollouts
 from effreason.advantages import leave_one_out
 from effreason.lm import hf, model
+from effreason.problems import templates
 from effreason.rewards import length_rewards
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
@@ -29,16 +30,16 @@ def main() -> None:
     sharding.use_compilation_cache()
     config, mesh = configuration.load(configuration.shipped() / "tiny.yaml"), sharding.make_mesh(data=-1)
     tiny = hf.open_pretrained(path, dtype=config.model.dtype, remat=False)
-    problems = prompts.load(config.data, "tiny", tiny.tokenizer, held_out=True, limit=PROBLEMS)
+    template = templates.choose(tiny.tokenizer, config.data)
+    problems, _ = prompts.load_held_out(config, tiny.tokenizer, template)
     params = hf.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
-    sampling = rollouts.Sampling(temperature=1.0, top_p=1.0, max_new_tokens=config.rollout.max_new_tokens,
-                                 eos_ids=tiny.eos_ids)
+    sampling = rollouts.Sampling(temperature=1.0, top_p=1.0, eos_ids=tiny.eos_ids)
     sampler = rollouts.make_sampler(tiny.decoder, mesh, sampling, slots=256, chunk=16)
-    sampled = evaluation.gather(sampler, params, problems, GROUP_SIZE, rollouts.step_key(0, "evaluation", 1),
-                                lambda finished, total, tokens: None)
-    texts = evaluation.texts(sampled, tiny.tokenizer)
     with evaluation.make_grader(config) as grader:
-        correct, _ = evaluation.grade(sampled, texts, problems, grader, require_eos=True)
+        tried = attempts.attempt(
+            sampler, params, problems, GROUP_SIZE, rollouts.step_key(0, "evaluation", 1), config.rollout.max_new_tokens,
+            tokenizer=tiny.tokenizer, grader=grader, require_eos=True, watch=lambda finished, total, tokens: None)
+    texts, correct, sampled = tried.texts, tried.correct, tried.rollouts
     direct = np.array([text.startswith("</think>") for text in texts]).reshape(correct.shape)
     fewest = np.array([fewest_tokens(tiny.tokenizer, task) for task, _ in zip(
         tasks.distinct(0, held_out=True), problems, strict=False)])

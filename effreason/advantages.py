@@ -47,6 +47,19 @@ def whiten(advantages: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Arr
     return centred * jax.lax.rsqrt(jnp.maximum(jnp.sum(centred**2) / tokens, eps))
 
 
+def truncated_importance(trained: jax.Array, sampled: jax.Array, mask: jax.Array, cap: float) -> jax.Array:
+    """How much each token counts where sampler and trainer disagree a little: min(pi_trainer / pi_sampler, cap).
+
+    The ratio makes the gradient that of the trainer's own policy; the cap bounds what one token can weigh.
+
+    Args: trained, sampled float32[B, N], log-probs of the same tokens; mask bool[B, N], True on response tokens; cap > 0.
+    Returns: float32[B, N] in [0, cap], 0 outside the mask. Source: arXiv 1802.01561; between sampler and trainer:
+        Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    """
+    log_ratio = jnp.where(mask, trained - sampled, 0.0)
+    return jnp.where(mask, jnp.minimum(jnp.exp(log_ratio), cap), 0.0)
+
+
 def kl_return_to_go(penalty: jax.Array, mask: jax.Array) -> jax.Array:
     """Sums the penalty of each response token and all response tokens after it (no discount).
 

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,30 +43,33 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, step: int, state: Any, *, wall_seconds: float) -> None:
+    def save(self, step: int, state: Any, *, facts: Mapping[str, Any]) -> None:
         """Saves the state after `step` steps, unless it is saved already.
 
+        Args: facts, what belongs to the state and is no array: a table that JSON can hold.
         Raises: UserError when it cannot be written; the checkpoints before it are whole."""
         if self.latest == step:
             return
         try:
             with _quiet():
                 self._checkpointer.save_checkpointables(step, {"state": state}, force=True,
-                                                        custom_metadata={"wall_seconds": wall_seconds})
+                                                        custom_metadata=dict(facts))
         except Exception as error:  # what a full disk raises depends on which of orbax's layers met it
             raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be written ({_reason(error)}); "
                             f"the newest whole one is {self._newest_whole()}") from error
 
-    def restore(self, abstract_state: Any) -> tuple[Any, float]:
-        """The newest state, put onto its shardings, and the wall seconds spent on it.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state, put onto its shardings, and the facts saved with it.
 
         Args: abstract_state, ShapeDtypeStructs with shardings. Raises: UserError for a checkpoint that does not fit."""
         step = self.latest
         try:
             with _quiet():
                 loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
-                metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
-            return loaded["state"], float(metadata["wall_seconds"])
+                facts = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            if not facts:
+                raise ValueError("it holds no facts beside the state")
+            return loaded["state"], facts
         except (ValueError, KeyError, OSError) as error:
             path = self._directory / str(step)
             raise UserError(f"{path}: the checkpoint cannot be read ({_reason(error)})") from error

@@ -32,12 +32,13 @@ class Engine:
     replicated: NamedSharding
 
 
-def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, tokens: jax.Array, old: jax.Array,
-           reference: jax.Array, *, config: Config) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
+def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, tokens: jax.Array, sampled: jax.Array,
+           old: jax.Array, reference: jax.Array, *,
+           config: Config) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
     """From verdicts to what each token is worth: reward, baseline, KL penalty, and the options.
 
-    Args: correct bool[P, G]; lengths int32[P, G]; prompt_lengths int32[B]; tokens int32[B, N]; old and reference
-        log-probs float32[B, N].
+    Args: correct bool[P, G]; lengths int32[P, G]; prompt_lengths int32[B]; tokens int32[B, N]; the sampler's, old and
+        reference log-probs float32[B, N].
     Returns: the experience; the rewards float32[P, G]; metrics."""
     reward = rewards.length_rewards(correct, lengths, alpha=config.reward.alpha)
     advantage = advantages.leave_one_out(reward)
@@ -50,12 +51,18 @@ def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, to
         token_advantages -= advantages.kl_return_to_go(config.kl.coefficient * drift, mask)
     if config.advantage.whiten:
         token_advantages = advantages.whiten(token_advantages, mask)
+    if config.update.importance_cap is not None:
+        # Last: it weighs the gradient of a token, whatever the token is worth.
+        token_advantages *= advantages.truncated_importance(old, sampled, mask, config.update.importance_cap)
     experience = Experience(tokens=tokens, mask=mask, advantages=token_advantages, old_logprobs=old,
                             reference_logprobs=reference)
     spread = jnp.max(reward, axis=-1) > jnp.min(reward, axis=-1)
     tokens_credited = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+    gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)
     return experience, reward, {"reward/mean": jnp.mean(reward), "reward/groups_with_signal": jnp.mean(spread),
-                                "reward/kl": jnp.sum(drift) / tokens_credited}
+                                "reward/kl": jnp.sum(drift) / tokens_credited,
+                                "rollout/mismatch": jnp.sum(gap) / tokens_credited,
+                                "rollout/mismatch_max": jnp.max(gap)}
 
 
 def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine:
@@ -64,8 +71,7 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
     Raises: UserError where the mesh cannot split the model or the batch evenly."""
     decoder, settings, learning = pretrained.decoder, config.rollout, config.update
     check_divisible(config, decoder, mesh)
-    sampling = rollouts.Sampling(temperature=settings.temperature, top_p=settings.top_p,
-                                 max_new_tokens=settings.max_new_tokens, eos_ids=pretrained.eos_ids)
+    sampling = rollouts.Sampling(temperature=settings.temperature, top_p=settings.top_p, eos_ids=pretrained.eos_ids)
     loss = update.LossConfig(
         clip_ratio=learning.clip_ratio, aggregation=learning.aggregation, temperature=settings.temperature,
         kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,

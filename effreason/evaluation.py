@@ -10,74 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from effreason import prompts
+from effreason.attempts import Watch, attempt
 from effreason.engine import check_model
 from effreason.errors import UserError
-from effreason.grades import Grade, Grader
+from effreason.grades import Grader
 from effreason.lm import hf, model
+from effreason.problems import templates
 from effreason.records import Evaluation, LevelResult, Problem, Rollouts
-from effreason.rollouts import Sampler, Sampling, collect, make_sampler, step_key
+from effreason.rollouts import Sampling, make_sampler, step_key
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
 from effreason.runtime.metrics import disk, write_json
-
-GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seconds
-UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide, ...
-UNDECIDED_FEW = 2                   # ... beyond so many, which say nothing of a share
-
-Watch = Callable[[int, int, int], None]     # finished responses, all responses, tokens so far
-
-
-class Undecided(UserError):
-    """The grader is too slow or broken for its verdicts to mean anything."""
-
-
-def gather(sampler: Sampler, params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
-           watch: Watch) -> Rollouts:
-    """Runs the sampler to its end; `watch` is called after every chunk, and may raise to stop it."""
-    finished, tokens, total = [], 0, len(problems) * group_size
-    watch(0, total, 0)
-    for responses in sampler(params, problems, group_size, key):
-        finished += responses
-        tokens += sum(len(response.tokens) for response in responses)
-        watch(len(finished), total, tokens)
-    return collect(problems, finished, group_size)
-
-
-def texts(rollouts: Rollouts, tokenizer: object) -> list[str]:
-    """The responses as text, row by row, without special tokens; think tags are ordinary tokens and stay."""
-    prompts_count, group_size = rollouts.lengths.shape
-    rows = [rollouts.tokens[prompt, sample, : rollouts.lengths[prompt, sample]].tolist()
-            for prompt in range(prompts_count) for sample in range(group_size)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)       # type: ignore[attr-defined]
-
-
-def grade(rollouts: Rollouts, responses: Sequence[str], problems: Sequence[Problem], grader: Grader, *,
-          require_eos: bool) -> tuple[np.ndarray, list[Grade]]:
-    """bool[P, G], which responses count as correct, and every response's grade, row by row.
-
-    Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds.
-    Raises: UserError when too many answers stay undecided: they would count as wrong for no fault of the model."""
-    group_size = rollouts.lengths.shape[1]
-    golds = [problem.answer for problem in problems for _ in range(group_size)]
-    # Where the prompt has opened the thinking, a response that never closes it has no answer.
-    whole = [("<think>" if problems[row // group_size].opens_thinking else "") + text
-             for row, text in enumerate(responses)]
-    verdicts: list[Grade] = []
-    for start in range(0, len(whole), GRADED_AT_ONCE):
-        part = slice(start, start + GRADED_AT_ONCE)
-        verdicts += grader.grade(whole[part], golds[part])
-    check_decided(verdicts)
-    correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
-    return (correct & rollouts.ended if require_eos else correct), verdicts
-
-
-def check_decided(verdicts: Sequence[Grade]) -> None:
-    """Raises Undecided when the grader has left more answers undecided than can be passed over."""
-    count = sum(verdict.status in ("error", "budget") for verdict in verdicts)
-    if count > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
-        raise Undecided(f"the grader could not decide {count} of {len(verdicts)} answers in time, at most "
-                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or grade.workers")
 
 
 def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]) -> Evaluation:
@@ -101,16 +45,15 @@ def make_evaluator(config: Config, pretrained: hf.Pretrained, mesh: jax.sharding
 
     Common random numbers: two models differ by what they are, less by luck."""
     settings = config.evaluation
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, eos_ids=pretrained.eos_ids,
-                        max_new_tokens=settings.max_new_tokens or config.rollout.max_new_tokens)
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, eos_ids=pretrained.eos_ids)
     sampler = make_sampler(pretrained.decoder, mesh, sampling, slots=config.rollout.slots, chunk=config.rollout.chunk)
     key = step_key(config.run.seed, "evaluation", 0)
 
     def evaluate(params: model.Params, watch: Watch) -> Evaluation:
-        rollouts = gather(sampler, params, problems, settings.samples, key, watch)
-        correct, _ = grade(rollouts, texts(rollouts, pretrained.tokenizer), problems, grader,
-                           require_eos=config.grade.require_eos)
-        return measure(correct, rollouts, problems)
+        tried = attempt(sampler, params, problems, settings.samples, key,
+                        settings.max_new_tokens or config.rollout.max_new_tokens, tokenizer=pretrained.tokenizer,
+                        grader=grader, require_eos=config.grade.require_eos, watch=watch)
+        return measure(tried.correct, tried.rollouts, problems)
 
     return evaluate
 
@@ -119,13 +62,8 @@ def make_grader(config: Config) -> Grader:
     """The grader with the configuration's limits."""
     limits = config.grade
     return Grader(workers=limits.workers, cpu_seconds=limits.cpu_seconds, wall_seconds=limits.wall_seconds,
-                  memory_mb=limits.memory_mb, step_budget_seconds=limits.step_budget_seconds)
-
-
-def held_out(config: Config, tokenizer: object) -> list[Problem]:
-    """The first evaluation.problems held-out problems."""
-    path = config.evaluation.path or config.data.path
-    return prompts.load(config.data, path, tokenizer, held_out=True, limit=config.evaluation.problems)
+                  memory_mb=limits.memory_mb, step_budget_seconds=limits.step_budget_seconds,
+                  function=limits.function)
 
 
 def from_table(table: dict) -> Evaluation:
@@ -134,13 +72,28 @@ def from_table(table: dict) -> Evaluation:
 
 
 def evaluate_model(config: Config, path: str, mesh: jax.sharding.Mesh, grader: Grader, watch: Watch) -> Evaluation:
-    """Evaluates one Hugging Face directory, whose weights are given up again when this returns."""
-    pretrained = hf.open_pretrained(path, dtype=config.model.dtype, remat=config.model.remat)
+    """Evaluates one model, whose weights are given up again when this returns."""
+    revision = config.model.revision if path == config.model.path else None
+    pretrained = hf.open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
     check_model(pretrained, config, mesh)
-    problems = held_out(config, pretrained.tokenizer)
-    params = hf.load(pretrained.directory, pretrained.decoder,
-                     sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
+    template = templates.choose(pretrained.tokenizer, config.data)
+    check_template(pretrained, template, config)
+    problems, _ = prompts.load_held_out(config, pretrained.tokenizer, template)
+    params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
     return make_evaluator(config, pretrained, mesh, problems, grader)(params, watch)
+
+
+def check_template(pretrained: hf.Pretrained, template: templates.Template, config: Config) -> None:
+    """Raises UserError where a model was trained on other prompts than it would be evaluated on."""
+    path = pretrained.directory / hf.FACTS_FILE
+    if config.evaluation.any_template or not path.exists():
+        return
+    trained = hf.read_json(path).get("template", {})
+    if trained.get("sha256") != template.sha256:
+        raise UserError(
+            f"{pretrained.name}: was trained with the template {trained.get('name')} and the user prompt "
+            f"{trained.get('user_prompt')!r}, the evaluation has {template.name} and {template.user_prompt!r}; set "
+            "data.template and data.user_prompt as in its training, or evaluation.any_template true")
 
 
 def evaluate_models(config: Config, models: Sequence[str], output: Path | None) -> None:

@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from effreason import evaluation, prompts, report, rollouts, update
+from effreason import __version__, attempts, evaluation, parity, prompts, report, rollouts, update
 from effreason.checkpoints import Checkpoints
 from effreason.engine import Engine, check_model, make_engine
 from effreason.errors import Interrupted, UserError
-from effreason.grades import Grade, Grader
+from effreason.grades import Grader
 from effreason.lm import hf, model
-from effreason.records import Evaluation, Problem
+from effreason.problems import templates
+from effreason.records import Evaluation, Experience, Problem, Rollouts
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
@@ -31,6 +32,41 @@ RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", 
              "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run is given, read and checked before anything that takes long."""
+
+    pretrained: hf.Pretrained
+    template: templates.Template
+    problems: prompts.Problems
+    held_out: list[Problem]         # empty: no evaluation
+    notes: list[str]                # what became of the data, for people
+
+    def facts(self) -> dict[str, Any]:
+        """What a trained model was trained from, for its checkpoints and exports."""
+        return {"base_model": self.pretrained.name, "base_revision": self.pretrained.revision,
+                "template": self.template.facts()}
+
+
+def open_inputs(config: Config, mesh: jax.sharding.Mesh, grader: Grader) -> Inputs:
+    """Opens the model and reads the problems. Raises: UserError."""
+    pretrained = hf.open_pretrained(config.model.path, revision=config.model.revision, dtype=config.model.dtype,
+                                    remat=config.model.remat)
+    check_model(pretrained, config, mesh)
+    tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
+
+    def unmatched(problems: Sequence[Problem]) -> list[int]:
+        return grader.check_golds([attempts.gold(problem) for problem in problems])
+
+    problems = prompts.load_training(config, tokenizer, template, unmatched)
+    first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few: say so now
+    held_out, more = prompts.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
+        [], ())
+    shown = templates.display(templates.render(tokenizer, template, first[0].text))
+    return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
+                  notes=[*problems.notes, *more, f"the first prompt, by the template {template.name}:", shown])
+
+
 def train(config: Config) -> None:
     """Trains, evaluates before and after, and leaves everything in the run directory.
 
@@ -38,148 +74,199 @@ def train(config: Config) -> None:
     started = time.monotonic()
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    pretrained = hf.open_pretrained(config.model.path, dtype=config.model.dtype, remat=config.model.remat)
-    problems = prompts.load(config.data, config.data.path, pretrained.tokenizer)
-    prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few problems: say so now
-    held_out = evaluation.held_out(config, pretrained.tokenizer) if config.evaluation.problems else []
-    check_model(pretrained, config, mesh)
-    engine = make_engine(config, pretrained, mesh)
-    reference = hf.load(pretrained.directory, pretrained.decoder, engine.params_sharding)
-    directory = open_run(config)
+    with jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader:
+        inputs = open_inputs(config, mesh, grader)
+        # A resumed run takes the very weights it began with, wherever the branch has moved since.
+        config = dataclasses.replace(config, model=dataclasses.replace(
+            config.model, revision=inputs.pretrained.revision))
+        engine = make_engine(config, inputs.pretrained, mesh)
+        directory = open_run(config)
+        reference = hf.load_weights(inputs.pretrained, engine.params_sharding)
+        with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
+            state, facts = begin(engine, saved, reference, inputs)
+            started -= facts["wall_seconds"]        # those of the processes before a resume count too
+            start = int(sharding.to_host(state.step))
+            if start > config.run.steps:
+                raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, "
+                                f"got {config.run.steps}")
+            agreement = check_parity(config, engine, inputs.problems, state, lambda *now: interrupts.check())
+            write_config(config, directory)
+            with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb,
+                                start_step=start, config=dataclasses.asdict(config)) as writer,
+                  Progress(config.run.steps, start_step=start) as progress):
 
-    with (jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader,
-          Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved):
-        if saved.latest is None:
-            state, spent = engine.initial_state(jax.tree.map(lambda weight: weight.copy(), reference)), 0.0
-        else:
-            state, spent = saved.restore(engine.abstract_state)
-        started -= spent            # wall seconds include those of the processes before a resume
-        start = int(sharding.to_host(state.step))
-        if start > config.run.steps:
-            raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, "
-                            f"got {config.run.steps}")
-        write_config(config, directory)
-
-        def save(state: update.TrainState) -> None:
-            step = int(sharding.to_host(state.step))
-            saved.save(step, state, wall_seconds=time.monotonic() - started)
-            with disk(directory / "model"):
-                hf.export(state.params, pretrained.decoder, pretrained.directory, directory / "model")
-
-        with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb, start_step=start,
-                            config=dataclasses.asdict(config)) as writer,
-              Progress(config.run.steps, start_step=start) as progress):
-
-            def watch(finished: int, total: int, tokens: int) -> None:
-                interrupts.check()
-                progress.rollout(finished, total, tokens)
-
-            step = make_step(config, engine, pretrained, problems, reference, grader, watch)
-            evaluate = evaluation.make_evaluator(config, pretrained, mesh, held_out, grader)
-            if config.advantage.group_std:
-                progress.say("warning: advantage.group_std takes reward.alpha out of groups that are all correct")
-            if config.advantage.whiten:
-                progress.say("warning: advantage.whiten pulls on length even at reward.alpha 0: run that control too")
-            if unmatched := grader.check_golds([problem.answer for problem in problems]):
-                progress.say(f"warning: {len(unmatched)} of {len(problems)} reference answers can match no response, "
-                             f"such as {problems[unmatched[0]].answer[:60]!r}")
-            try:
-                base = evaluate_base(evaluate, reference, directory, progress, watch) if held_out else None
-                for index in range(start, config.run.steps):
-                    # Before the step, in a row of its own: when this is stopped, a resumed run begins with it again.
-                    if held_out and config.evaluation.every and index and index % config.evaluation.every == 0:
-                        result = evaluate(state.params, watch)
-                        writer.write(index, {"evaluation/accuracy": result.accuracy,
-                                             "evaluation/tokens": result.tokens})
-                    state, metrics, samples = step(state, index)
-                    writer.write(index, metrics)
-                    writer.samples(index, samples)
-                    progress.step(index, metrics)
-                    if (index + 1) % config.checkpoint.every == 0 or index + 1 == config.run.steps:
-                        save(state)
+                def watch(finished: int, total: int, tokens: int) -> None:
                     interrupts.check()
-                trained = evaluate(state.params, watch) if held_out else None
-            except evaluation.Undecided:
-                save(state)
-                raise
-            except Interrupted as stop:
-                save(state)
-                done = int(sharding.to_host(state.step))
-                path = shlex.quote(str(directory / "config.yaml"))
-                raise Interrupted(stop.signum, f"{stop.message} after step {done} of {config.run.steps}, saved; go on "
-                                  f"with: python train.py --config {path} --run.resume true") from None
+                    progress.rollout(finished, total, tokens)
+
+                def save(state: update.TrainState) -> None:
+                    step = int(sharding.to_host(state.step))
+                    saved.save(step, state, facts=inputs.facts() | {"wall_seconds": time.monotonic() - started})
+                    export(config, inputs, state, directory)
+
+                base = None
+                step = make_step(config, engine, inputs, reference, grader, watch)
+                evaluate = evaluation.make_evaluator(config, inputs.pretrained, mesh, inputs.held_out, grader)
+                for line in [*inputs.notes, agreement, *warnings(config)]:
+                    progress.say(line)
+                try:
+                    base = evaluate_base(evaluate, reference, directory, progress, watch) if inputs.held_out else None
+                    for index in range(start, config.run.steps):
+                        # Before the step, in a row of its own: when this is stopped, a resumed run begins with it.
+                        if inputs.held_out and config.evaluation.every and index % config.evaluation.every == 0 < index:
+                            result = evaluate(state.params, watch)
+                            writer.write(index, {"evaluation/accuracy": result.accuracy,
+                                                 "evaluation/tokens": result.tokens})
+                        state, metrics, samples = step(state, index)
+                        writer.write(index, metrics)
+                        writer.samples(index, samples)
+                        progress.step(index, metrics)
+                        if (index + 1) % config.checkpoint.every == 0 or index + 1 == config.run.steps:
+                            save(state)
+                        interrupts.check()
+                    trained = evaluate(state.params, watch) if inputs.held_out else None
+                except (attempts.Undecided, parity.Mismatch):
+                    save(state)
+                    raise
+                except Interrupted as stop:
+                    save(state)
+                    done = int(sharding.to_host(state.step))
+                    path = shlex.quote(str(directory / "config.yaml"))
+                    raise Interrupted(stop.signum, f"{stop.message} after step {done} of {config.run.steps}, saved; go "
+                                      f"on with: python train.py --config {path} --run.resume true") from None
     conclude(config, directory, base, trained, time.monotonic() - started)
 
 
-def make_step(config: Config, engine: Engine, pretrained: hf.Pretrained, problems: Sequence[Problem],
-              reference: model.Params, grader: Grader, watch: evaluation.Watch):
+def begin(engine: Engine, saved: Checkpoints, reference: model.Params,
+          inputs: Inputs) -> tuple[update.TrainState, dict[str, Any]]:
+    """The newest saved state, or a first one, and the facts saved with it.
+
+    Raises: UserError where the checkpoint was trained on prompts of another template."""
+    if saved.latest is None:
+        return engine.initial_state(jax.tree.map(lambda weight: weight.copy(), reference)), {"wall_seconds": 0.0}
+    state, facts = saved.restore(engine.abstract_state)
+    if facts["template"]["sha256"] != inputs.template.sha256:
+        raise UserError(f"data.template: the checkpoint was trained with the template {facts['template']['name']}, "
+                        f"whose text has changed since (sha256 {facts['template']['sha256'][:12]}, now "
+                        f"{inputs.template.sha256[:12]})")
+    return state, facts
+
+
+def export(config: Config, inputs: Inputs, state: update.TrainState, directory: Path) -> None:
+    """The trained model as a Hugging Face directory, which says what it was made of and with which prompts."""
+    facts = inputs.facts() | {"effreason": __version__, "step": int(sharding.to_host(state.step)),
+                              "data": config.data.path, "alpha": config.reward.alpha, "seed": config.run.seed}
+    with disk(directory / "model"):
+        hf.export(state.params, inputs.pretrained.decoder, inputs.pretrained.directory, directory / "model",
+                  chat_template=inputs.template.text, facts=facts)
+
+
+def warnings(config: Config) -> list[str]:
+    """What a user may not expect of these settings."""
+    lines = []
+    if config.advantage.group_std:
+        lines.append("warning: advantage.group_std takes reward.alpha out of groups that are all correct")
+    if config.advantage.whiten:
+        lines.append("warning: advantage.whiten pulls on length even at reward.alpha 0: run that control too")
+    if config.rollout.top_p < 1:
+        lines.append("warning: rollout.top_p below 1 samples from less than the policy that is updated")
+    return lines
+
+
+def check_parity(config: Config, engine: Engine, problems: prompts.Problems, state: update.TrainState,
+                 watch: attempts.Watch) -> str:
+    """Samples a few tokens for the first step's problems and scores them; returns the line that says what was found.
+
+    Raises: parity.Mismatch."""
+    settings = config.rollout
+    batch = prompts.batch(problems, settings.prompts_per_step, config.run.seed, 0)
+    key = rollouts.step_key(config.run.seed, "parity", 0)
+    with jax.transfer_guard("disallow"):
+        sampled = attempts.generate(engine.sample, state.params, batch, settings.group_size, key,
+                                    min(parity.START_TOKENS, settings.max_new_tokens), watch)
+        wrong = np.zeros(sampled.lengths.shape, bool)
+        _, _, metrics = make_experience(config, engine, state, state.params, sampled, wrong)
+        found = {name: float(value) for name, value in sharding.to_host(metrics).items()}
+    parity.check(found, config, "before the first step")
+    return (f"parity: sampler and trainer are {found['rollout/mismatch']:.1e} nats apart on {sampled.lengths.sum():,} "
+            f"tokens (at most {config.rollout.max_mismatch:g} accepted)")
+
+
+def make_experience(config: Config, engine: Engine, state: update.TrainState, reference: model.Params,
+                    sampled: Rollouts, correct: np.ndarray) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
+    """Stages 4 and 5, on the device: what the update learns from, the rewards and metrics."""
+    packed = update.pack(sampled, config.mesh.context)
+    tokens, logprobs = sharding.to_device((packed["tokens"], packed["sampled"]), engine.rows_sharding)
+    verdict, lengths, prompt_lengths = sharding.to_device(
+        (correct, sampled.lengths, packed["prompt_lengths"]), engine.replicated)
+    old = engine.score(state.params, tokens)
+    fixed = engine.score(reference, tokens) if config.kl.form != "none" else old
+    return engine.credit(verdict, lengths, prompt_lengths, tokens, logprobs, old, fixed)
+
+
+def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.Params, grader: Grader,
+              watch: attempts.Watch):
     """step(state, index) -> (state, metrics, samples): the seven stages in order.
 
     The state passed in is donated to the update, the last stage: what fails or stops before it leaves it whole."""
     settings = config.rollout
 
     def step(state: update.TrainState, index: int) -> tuple[update.TrainState, dict[str, float], list[dict[str, Any]]]:
-        times = [time.monotonic()]
-        batch = prompts.batch(problems, settings.prompts_per_step, config.run.seed, index)
+        began = time.monotonic()
+        batch = prompts.batch(inputs.problems, settings.prompts_per_step, config.run.seed, index)
 
         key = rollouts.step_key(config.run.seed, "train", index)
         with jax.transfer_guard("disallow"):
-            sampled = evaluation.gather(engine.sample, state.params, batch, settings.group_size, key, watch)
-        times.append(time.monotonic())
+            tried = attempts.attempt(
+                engine.sample, state.params, batch, settings.group_size, key, settings.max_new_tokens,
+                tokenizer=inputs.pretrained.tokenizer, grader=grader, require_eos=config.grade.require_eos, watch=watch)
+        graded = time.monotonic()
 
-        texts = evaluation.texts(sampled, pretrained.tokenizer)
-        correct, verdicts = evaluation.grade(sampled, texts, batch, grader, require_eos=config.grade.require_eos)
-        times.append(time.monotonic())
-
-        packed = update.pack(sampled, config.mesh.context)
         with jax.transfer_guard("disallow"):
-            tokens = sharding.to_device(packed["tokens"], engine.rows_sharding)
-            verdict, lengths, prompt_lengths = sharding.to_device(
-                (correct, sampled.lengths, packed["prompt_lengths"]), engine.replicated)
-            old = engine.score(state.params, tokens)
-            fixed = engine.score(reference, tokens) if config.kl.form != "none" else old
-            experience, reward, credited = engine.credit(verdict, lengths, prompt_lengths, tokens, old, fixed)
-            state, updated = engine.update(state, experience)
-            reward, credited, updated = sharding.to_host((reward, credited, updated))
-        times.append(time.monotonic())
+            experience, reward, measured = make_experience(config, engine, state, reference, tried.rollouts,
+                                                           tried.correct)
+            reward, measured = sharding.to_host((reward, measured))
+            credited = {name: float(value) for name, value in measured.items()}
+            check_finite(credited, index)
+            parity.check(credited, config, f"step {index}")
+            state, changed = engine.update(state, experience)
+            updated = {f"update/{name}": float(value) for name, value in sharding.to_host(changed).items()}
+        ended = time.monotonic()
 
-        count = int(sampled.lengths.sum())
-        rollout_seconds, grade_seconds, update_seconds = np.diff(times)
-        metrics = {name: float(value) for name, value in credited.items()} | {
-            f"update/{name}": float(value) for name, value in updated.items()} | {
+        sampled, count = tried.rollouts, int(tried.rollouts.lengths.sum())
+        rollout_seconds, update_seconds = graded - began - tried.grading_seconds, ended - graded
+        metrics = credited | updated | {
             "reward/alpha": config.reward.alpha,
-            "rollout/accuracy": float(correct.mean()),
+            "rollout/accuracy": float(tried.correct.mean()),
             "rollout/tokens": float(sampled.lengths.mean()),
             "rollout/truncated": float(1.0 - sampled.ended.mean()),
             "rollout/tokens_per_second": count / rollout_seconds,
             "update/tokens_per_second": count / update_seconds,
-            "time/rollout": float(rollout_seconds), "time/grade": float(grade_seconds),
-            "time/update": float(update_seconds), "time/step": times[-1] - times[0]}
-        statuses = Counter(verdict.status for verdict in verdicts)
-        metrics |= {f"grade/{status}": number / len(verdicts) for status, number in sorted(statuses.items())}
+            "time/rollout": rollout_seconds, "time/grade": tried.grading_seconds,
+            "time/update": update_seconds, "time/step": ended - began}
+        statuses = Counter(verdict.status for verdict in tried.verdicts)
+        metrics |= {f"grade/{status}": number / len(tried.verdicts) for status, number in sorted(statuses.items())}
         check_finite(metrics, index)
-        wanted = min(config.log.samples_per_step, len(texts))
-        shown = [row * len(texts) // wanted for row in range(wanted)]       # from as many different prompts as can be
-        samples = [describe(row, batch, settings.group_size, texts, sampled, correct, reward, verdicts)
-                   for row in shown]
-        return state, metrics, samples
+        wanted = min(config.log.samples_per_step, len(tried.texts))
+        shown = [row * len(tried.texts) // wanted for row in range(wanted)]     # from as many prompts as can be
+        return state, metrics, [describe(row, batch, tried, reward) for row in shown]
 
     return step
 
 
-def describe(row: int, batch: Sequence[Problem], group_size: int, texts: Sequence[str], sampled: Any,
-             correct: np.ndarray, reward: np.ndarray, verdicts: Sequence[Grade]) -> dict[str, Any]:
+def describe(row: int, batch: Sequence[Problem], tried: attempts.Attempts, reward: np.ndarray) -> dict[str, Any]:
     """One rollout for people to read."""
-    at = divmod(row, group_size)
+    sampled, verdict = tried.rollouts, tried.verdicts[row]
+    at = divmod(row, sampled.lengths.shape[1])
     problem = batch[at[0]]
     return {"uid": problem.uid, "sample": at[1], "level": problem.level, "problem": problem.text,
-            "reference_answer": problem.answer, "response": texts[row], "answer": verdicts[row].answer,
-            "status": verdicts[row].status, "correct": bool(correct[at]), "reward": float(reward[at]),
+            "reference_answer": problem.answer, "response": tried.texts[row], "answer": verdict.answer,
+            "status": verdict.status, "correct": bool(tried.correct[at]), "reward": float(reward[at]),
             "tokens": int(sampled.lengths[at]), "ended": bool(sampled.ended[at])}
 
 
 def evaluate_base(evaluate: Any, reference: model.Params, directory: Path, progress: Progress,
-                  watch: evaluation.Watch) -> Evaluation:
+                  watch: attempts.Watch) -> Evaluation:
     """The model before training; kept in the run directory, so that a resumed run does not sample it again."""
     path = directory / "base.json"
     if path.exists():
@@ -212,7 +299,7 @@ def open_run(config: Config) -> Path:
                    if not line.startswith(RESUMABLE)]
         if changed:
             raise UserError(f"{path}: a resumed run must keep its configuration, found {'; '.join(changed)}")
-    elif path.exists() or (directory / "checkpoints").exists():
+    elif path.exists() or any((directory / "checkpoints").glob("*")):
         raise UserError(f"run.directory: {directory} holds a run already; resume it with --run.resume true, or choose "
                         "another directory")
     with disk(directory):

@@ -34,7 +34,7 @@ class Sampler(Protocol):
         ...
 
 
-STREAMS = {"train": 0, "evaluation": 1}
+STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
 
 
 def step_key(seed: int, stream: str, step: int) -> jax.Array:

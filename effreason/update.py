@@ -46,18 +46,21 @@ def pack(rollouts: Rollouts, multiple: int) -> dict[str, np.ndarray]:
     """Rollouts as rows [B, N], prompt and response in one line, on the host.
 
     Args: multiple, of the context mesh axis: N is divisible by it.
-    Returns: tokens int32[B, N]; prompt_lengths, lengths int32[B]."""
+    Returns: tokens int32[B, N]; sampled float32[B, N], the sampler's log-probs of response tokens, 0 elsewhere;
+        prompt_lengths, lengths int32[B]."""
     prompts, group_size = rollouts.tokens.shape[:2]
     prompt_lengths = np.repeat(rollouts.prompt_lengths, group_size)
     lengths = rollouts.lengths.reshape(-1)
     width = padded_length(int((prompt_lengths + lengths).max()))
     tokens = np.zeros((prompts * group_size, -(-width // multiple) * multiple), np.int32)
+    sampled = np.zeros(tokens.shape, np.float32)
     for row in range(len(tokens)):
         prompt, sample = divmod(row, group_size)
         start, end = prompt_lengths[row], prompt_lengths[row] + lengths[row]
         tokens[row, :start] = rollouts.prompts[prompt, :start]
         tokens[row, start:end] = rollouts.tokens[prompt, sample, : lengths[row]]
-    return {"tokens": tokens, "prompt_lengths": prompt_lengths, "lengths": lengths}
+        sampled[row, start:end] = rollouts.logprobs[prompt, sample, : lengths[row]]
+    return {"tokens": tokens, "sampled": sampled, "prompt_lengths": prompt_lengths, "lengths": lengths}
 
 
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float,

@@ -42,9 +42,9 @@ def write_model(path):
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens.eos_token_id}))
 
 
-def write_problems(path, count):
+def write_problems(path, count, first=0):
     """Sums to 7, easy and hard in turn."""
-    rows = [{"problem": f"{index}+7-{index}", "answer": "7", "level": ("easy", "hard")[index % 2]}
+    rows = [{"problem": f"{first + index}+7-{first + index}", "answer": "7", "level": ("easy", "hard")[index % 2]}
             for index in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

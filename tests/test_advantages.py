@@ -10,12 +10,12 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from effreason.advantages import group_std, kl_return_to_go, leave_one_out, whiten
+from effreason.advantages import group_std, kl_return_to_go, leave_one_out, truncated_importance, whiten
 from effreason.rewards import length_rewards
 
 pytestmark = pytest.mark.usefixtures("strict")
 loo, by_std = jax.jit(leave_one_out), jax.jit(group_std)
-white, return_to_go = jax.jit(whiten), jax.jit(kl_return_to_go)
+white, return_to_go, importance = jax.jit(whiten), jax.jit(kl_return_to_go), jax.jit(truncated_importance)
 groups = hnp.arrays(np.float32, (3, 8), elements=st.floats(0, 1, width=32, allow_subnormal=False))
 rows = hnp.arrays(np.float32, (8, 6), elements=st.floats(-1, 1, width=16, allow_subnormal=False))
 masks = hnp.arrays(np.bool_, (8, 6))
@@ -97,6 +97,21 @@ def test_kl_return_to_go_hand_numbers():
     np.testing.assert_array_equal(return_to_go(penalty, mask), [[0, 7, 6, 4, 0]])
 
 
+def test_truncated_importance_hand_numbers():
+    trained, sampled = np.log([[0.5, 0.2, 0.3, 0.9]]), np.log([[0.5, 0.4, 0.1, 0.1]])
+    mask = np.array([[True, True, True, False]])
+    weights = importance(trained.astype(np.float32), sampled.astype(np.float32), mask, np.float32(2))
+    np.testing.assert_allclose(weights, [[1.0, 0.5, 2.0, 0.0]], rtol=1e-6)
+
+
+@hypothesis.given(rows, rows, masks, st.floats(0.5, 4))
+def test_truncated_importance_is_bounded_and_1_where_both_agree(trained, sampled, mask, cap):
+    weights = np.asarray(importance(trained, sampled, mask, np.float32(cap)))
+    assert (weights >= 0).all() and (weights <= np.float32(cap)).all() and not weights[~mask].any()
+    same = np.asarray(importance(trained, trained, mask, np.float32(1)))
+    np.testing.assert_array_equal(same, mask.astype(np.float32))
+
+
 @hypothesis.given(rows, masks)
 def test_kl_return_to_go_sums_what_follows(penalty, mask):
     kept = np.where(mask, penalty, 0).astype(np.float64)
@@ -117,7 +132,7 @@ def test_one_device_equals_eight():
 def test_each_compiles_once_and_returns_float32():
     group, row, mask = jnp.ones((2, 4)), jnp.ones((2, 4)), jnp.ones((2, 4), bool)
     for function, inputs in ((leave_one_out, (group,)), (group_std, (group, group)), (whiten, (row, mask)),
-                             (kl_return_to_go, (row, mask))):
+                             (kl_return_to_go, (row, mask)), (truncated_importance, (row, row, mask, 2.0))):
         compiled = jax.jit(functools.partial(function))     # a cache of its own
         for _ in range(3):
             result = compiled(*inputs)

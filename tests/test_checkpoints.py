@@ -61,11 +61,11 @@ def test_a_state_comes_back_bit_for_bit_on_its_shardings(tmp_path, after):
     state, _ = state_on(mesh(data=2, fsdp=4), step=5)
     _, abstract = state_on(mesh(**after))
     with Checkpoints(tmp_path, keep=2) as saved:
-        saved.save(5, state, wall_seconds=12.5)
+        saved.save(5, state, facts={"wall_seconds": 12.5})
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.latest == 5
-        restored, seconds = saved.restore(abstract)
-    assert seconds == 12.5
+        restored, facts = saved.restore(abstract)
+    assert facts == {"wall_seconds": 12.5}
     assert_bitwise(restored, state)
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(restored.optimizer))
     assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -75,17 +75,17 @@ def test_the_newest_checkpoints_are_kept_and_one_step_is_saved_once(tmp_path):
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.latest is None
         for step in (0, 3, 6, 7):
-            saved.save(step, vector(step), wall_seconds=step)
-        saved.save(7, vector(99), wall_seconds=99)
+            saved.save(step, vector(step), facts={"wall_seconds": step})
+        saved.save(7, vector(99), facts={"wall_seconds": 99})
         assert saved.latest == 7
         assert steps_in(tmp_path) == [6, 7]
-        state, seconds = saved.restore(ABSTRACT_VECTOR)
-    assert state["weights"][0] == 7 and seconds == 7
+        state, facts = saved.restore(ABSTRACT_VECTOR)
+    assert state["weights"][0] == 7 and facts["wall_seconds"] == 7
 
 
 def test_a_half_written_checkpoint_of_a_crash_is_not_seen(tmp_path):
     with Checkpoints(tmp_path, keep=2) as saved:
-        saved.save(1, vector(1), wall_seconds=0)
+        saved.save(1, vector(1), facts={"wall_seconds": 0})
     half = tmp_path / "2.orbax-checkpoint-tmp"
     half.mkdir()
     (half / "rest").write_text("half")
@@ -103,9 +103,9 @@ def test_a_save_that_fails_is_one_clear_error_and_leaves_the_older_ones(tmp_path
 
     with pytest.raises(UserError) as caught, Checkpoints(tmp_path, keep=2) as saved:
         for step in (1, 2):
-            saved.save(step, vector(step), wall_seconds=0)
+            saved.save(step, vector(step), facts={"wall_seconds": 0})
         monkeypatch.setattr(saved._checkpointer, "save_checkpointables", failing)
-        saved.save(3, vector(3), wall_seconds=0)
+        saved.save(3, vector(3), facts={"wall_seconds": 0})
     assert str(caught.value) == (f"{tmp_path / '3'}: the checkpoint cannot be written (No space left on device); "
                                  "the newest whole one is step 2")
     assert steps_in(tmp_path) == [1, 2]
@@ -125,10 +125,10 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 state = {"weights": np.random.default_rng(0).standard_normal(50_000, np.float32)}
 try:
     with Checkpoints(Path(sys.argv[1]), keep=2) as saved:
-        saved.save(1, state, wall_seconds=0)
-        saved.save(2, state, wall_seconds=0)
+        saved.save(1, state, facts={"wall_seconds": 0})
+        saved.save(2, state, facts={"wall_seconds": 0})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        saved.save(3, state, wall_seconds=0)
+        saved.save(3, state, facts={"wall_seconds": 0})
 except UserError as error:
     print(error)
 """
@@ -148,7 +148,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_error_and_leaves_the_older_ones(
 @pytest.mark.parametrize("damage", ["shape", "missing", "emptied", "metadata"])
 def test_a_checkpoint_that_does_not_fit_is_a_clear_error(tmp_path, damage):
     with Checkpoints(tmp_path, keep=2) as saved:
-        saved.save(4, vector(4), wall_seconds=0)
+        saved.save(4, vector(4), facts={"wall_seconds": 0})
     abstract = ABSTRACT_VECTOR
     if damage == "shape":
         abstract = {"weights": abstract_vector(5)}

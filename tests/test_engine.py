@@ -22,9 +22,10 @@ LENGTHS = np.array([[3, 9, 1, 6], [2, 5, 7, 9], [4, 1, 8, 2], [6, 3, 5, 9], [4, 
 PROMPT_LENGTHS = np.repeat(np.array([3, 1, 7, 4, 2], np.int32), GROUP)
 
 
-def settings(form="none", coefficient=0.05, alpha=0.3, whiten=False, group_std=False):
+def settings(form="none", coefficient=0.05, alpha=0.3, whiten=False, group_std=False, importance_cap=None):
     return dataclasses.replace(
         Config(), reward=RewardConfig(alpha=alpha), kl=KLConfig(form=form, coefficient=coefficient),
+        update=UpdateConfig(importance_cap=importance_cap),
         advantage=AdvantageConfig(whiten=whiten, group_std=group_std))
 
 
@@ -35,6 +36,13 @@ def logprobs():
     old, reference = generator.normal(-1, 0.5, (2, PROMPTS * GROUP, POSITIONS)).astype(np.float32)
     inside = mask_in_numpy()
     return np.where(inside, old, np.inf), np.where(inside, reference, np.inf)
+
+
+@functools.cache
+def sampled():
+    """The sampler's log-probs: close to the trainer's, rubbish outside the responses."""
+    noise = np.random.default_rng(1).normal(0, 0.3, (PROMPTS * GROUP, POSITIONS)).astype(np.float32)
+    return np.where(mask_in_numpy(), logprobs()[0] + noise, np.nan)
 
 
 def mask_in_numpy(lengths=LENGTHS):
@@ -48,7 +56,7 @@ def credited(config, correct=CORRECT, lengths=LENGTHS):
     tokens = np.zeros((PROMPTS * GROUP, POSITIONS), np.int32)
     step = jax.jit(functools.partial(engine.credit, config=config))
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        return jax.device_get(step(correct, lengths, PROMPT_LENGTHS, tokens, *logprobs()))
+        return jax.device_get(step(correct, lengths, PROMPT_LENGTHS, tokens, sampled(), *logprobs()))
 
 
 def oracle(config):
@@ -76,16 +84,21 @@ def oracle(config):
     if config.advantage.whiten:
         values = advantages[mask]
         advantages[mask] = (values - values.mean()) / values.std()
+    gaps = np.abs(sampled() - old)[mask]
+    if (cap := config.update.importance_cap) is not None:
+        advantages[mask] *= np.minimum(np.exp((old - sampled())[mask]), cap)
     signal = np.mean([len(set(row.tolist())) > 1 for row in np.round(rewards, 9)])
     return rewards, mask, advantages, {"reward/mean": rewards.mean(), "reward/groups_with_signal": signal,
-                                       "reward/kl": np.mean(drifts)}
+                                       "reward/kl": np.mean(drifts), "rollout/mismatch": gaps.mean(),
+                                       "rollout/mismatch_max": gaps.max()}
 
 
+@pytest.mark.parametrize("importance_cap", [None, 1.1])
 @pytest.mark.parametrize("group_std", [False, True])
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("form", ["none", "reward", "loss"])
-def test_credit_is_the_oracle(form, whiten, group_std):
-    config = settings(form, whiten=whiten, group_std=group_std)
+def test_credit_is_the_oracle(form, whiten, group_std, importance_cap):
+    config = settings(form, whiten=whiten, group_std=group_std, importance_cap=importance_cap)
     experience, reward, metrics = credited(config)
     rewards, mask, advantages, expected = oracle(config)
     np.testing.assert_allclose(reward, rewards, atol=1e-6)

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 import small_runs
 
-from effreason import cli, evaluation, loop, update
+from effreason import attempts, cli, evaluation, loop, parity, update
 from effreason.checkpoints import Checkpoints
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade
 from effreason.lm import hf
+from effreason.problems import templates
 from effreason.records import Evaluation
 from effreason.runtime import config as configuration
 from effreason.runtime.metrics import MetricsWriter, Progress, read_rows
@@ -37,7 +39,7 @@ def world(tmp_path_factory):
     (directory / "base").mkdir()
     small_runs.write_model(directory / "base")
     small_runs.write_problems(directory / "train.jsonl", 16)
-    small_runs.write_problems(directory / "test.jsonl", 8)
+    small_runs.write_problems(directory / "test.jsonl", 8, first=100)
     return directory
 
 
@@ -308,7 +310,7 @@ def test_resuming_nothing_and_fewer_steps_than_were_done_are_refused(finished, w
 
 
 def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a run already"):
         loop.open_run(small_runs.config(world, tmp_path))
 
@@ -381,9 +383,9 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
 
 
 @pytest.mark.parametrize(("file", "change", "error"), [
-    ("config.json", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported, expected one of qwen2, llama, qwen3"),
+    ("config.json", {"model_type": "gpt2"}, 'model_type "gpt2" is not supported, expected one of qwen2, llama, qwen3'),
     ("train.jsonl", '{"problem": "1+6", "answer": "7", "level"', ":17: not valid JSON ("),
-    ("test.jsonl", '{"problem": "1+6"}', ":9: has no field 'level', found problem"),
+    ("test.jsonl", '{"problem": "1+6"}', ":9: has no field 'answer', found problem"),
 ])
 def test_bad_input_is_one_line_and_leaves_no_run(world, tmp_path, capsys, file, change, error):
     shutil.copytree(world, tmp_path / "world")
@@ -422,15 +424,87 @@ def test_a_base_evaluation_that_cannot_be_written_leaves_nothing_half(tmp_path):
 # Checks within a step
 
 
+def wrong_scores(monkeypatch, after):
+    """The trainer scores at another temperature than it was sampled at, from the given call on."""
+    make_engine, calls = loop.make_engine, []
+
+    def made(*arguments):
+        engine = make_engine(*arguments)
+
+        def score(params, tokens):
+            calls.append(tokens.shape)
+            with jax.transfer_guard("allow"):
+                return engine.score(params, tokens) * (1.5 if len(calls) > after else 1.0)
+
+        return dataclasses.replace(engine, score=score)
+
+    monkeypatch.setattr(loop, "make_engine", made)
+
+
+def test_a_trainer_that_scores_another_policy_than_was_sampled_never_starts(world, tmp_path, capsys, monkeypatch):
+    wrong_scores(monkeypatch, after=0)
+    error = refused(capsys, small_runs.arguments(world, tmp_path / "run"))
+    assert re.match(r"before the first step: sampler and trainer give the same tokens log-probs [\d.]+ nats", error)
+    monkeypatch.undo()
+    loop.train(small_runs.config(world, tmp_path / "run", **{"run.steps": 1}))       # nothing is in the way
+
+
+def test_a_trainer_that_begins_to_disagree_stops_and_keeps_what_it_has(world, tmp_path, monkeypatch):
+    # Two scores for the check at the start and for each step: policy and reference. The fourth step is the first wrong.
+    wrong_scores(monkeypatch, after=2 + 3 * 2)
+    with pytest.raises(parity.Mismatch, match="^step 3: sampler and trainer"):
+        loop.train(small_runs.config(world, tmp_path / "run", **{"kl.form": "reward", "checkpoint.every": 6}))
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as saved:
+        assert saved.latest == 3
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_mismatch_is_in_the_log_and_small(finished):
+    rows = [row for row in read_rows(finished.directory / "metrics.jsonl") if "rollout/mismatch" in row]
+    assert len(rows) == 6
+    assert all(0 <= row["rollout/mismatch"] <= row["rollout/mismatch_max"] < 1e-4 for row in rows)
+
+
+# The template belongs to the model
+
+
+def test_a_run_cannot_go_on_with_a_template_that_has_changed(finished, world, tmp_path, monkeypatch):
+    shutil.copytree(finished.directory, tmp_path / "run")
+    choose = templates.choose
+    monkeypatch.setattr(templates, "choose", lambda *arguments: dataclasses.replace(
+        choose(*arguments), text=choose(*arguments).text + " "))
+    changes = EVALUATED | {"run.resume": True, "run.steps": 7}
+    with pytest.raises(UserError, match=r"^data\.template: the checkpoint was trained with the template"):
+        loop.train(small_runs.config(world, tmp_path / "run", **changes))
+
+
+def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(finished, world):
+    model = finished.directory / "model"
+    facts = json.loads((model / "effreason.json").read_text())
+    assert (facts["base_model"], facts["step"], facts["alpha"]) == (str(world / "base"), 6, 0.2)
+    assert facts["template"]["user_prompt"] == "{problem}" and len(facts["template"]["sha256"]) == 64
+    config = small_runs.config(world, finished.directory)
+    trained = hf.open_pretrained(str(model), dtype="float32", remat=False)
+    evaluation.check_template(trained, templates.choose(trained.tokenizer, config.data), config)
+    data = dataclasses.replace(config.data, user_prompt="Think. {problem}")
+    other = templates.choose(trained.tokenizer, data)
+    with pytest.raises(UserError, match=r"was trained with the template .* set data.template and data.user_prompt"):
+        evaluation.check_template(trained, other, config)
+    anyway = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, any_template=True))
+    evaluation.check_template(trained, other, anyway)
+    base = hf.open_pretrained(str(world / "base"), dtype="float32", remat=False)
+    evaluation.check_template(base, other, config)              # trained by nobody here: any prompt will do
+
+
 def graded(**counts):
     return [Grade(False, None, status, 0.0) for status, number in counts.items() for _ in range(number)]
 
 
 def test_too_many_undecided_answers_end_the_run():
-    evaluation.check_decided(graded(exact=98, budget=1, error=1))
-    evaluation.check_decided(graded(exact=14, budget=2))           # too few to speak of a share
+    attempts.check_decided(graded(exact=98, budget=1, error=1))
+    attempts.check_decided(graded(exact=14, budget=2))           # too few to speak of a share
     with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers in time, at most 2 %"):
-        evaluation.check_decided(graded(exact=97, budget=2, error=1))
+        attempts.check_decided(graded(exact=97, budget=2, error=1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,11 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from effreason import evaluation, prompts, rollouts
+from effreason import evaluation, prompts
 from effreason.lm import hf
+from effreason.problems import templates
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
+from effreason.runtime.config import DataConfig
 from effreason.tiny import build, tasks, tokenizer, traces
+
+TEMPLATE = templates.choose(tokenizer.build(), DataConfig(user_prompt="{problem}"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def test_transformers_own_choice_of_class_reads_the_shipped_tokenizer_alike(char
     import transformers
 
     chosen = transformers.AutoTokenizer.from_pretrained(str(hf.SHIPPED_REASONER))
-    text = prompts.render(characters, "((47+9)*7)%10") + "7+9=6;wait;6*7=2;</think>\\boxed{2}"
+    text = templates.render(characters, TEMPLATE, "((47+9)*7)%10") + "7+9=6;wait;6*7=2;</think>\\boxed{2}"
     expected = characters(text, add_special_tokens=False)["input_ids"]
     for other in (chosen, hf.load_tokenizer(hf.SHIPPED_REASONER)):
         assert other(text, add_special_tokens=False)["input_ids"] == expected
@@ -85,7 +89,7 @@ def test_transformers_own_choice_of_class_reads_the_shipped_tokenizer_alike(char
 
 def test_training_rows_learn_the_response_and_a_drill_its_digit_alone(characters):
     def encode(problem, trace):
-        ids = characters([prompts.render(characters, problem), trace], add_special_tokens=False)["input_ids"]
+        ids = characters([templates.render(characters, TEMPLATE, problem), trace], add_special_tokens=False)["input_ids"]
         return ids[0], [*ids[1], characters.eos_token_id]
 
     batch = next(build.batches(np.random.default_rng(0), encode))
@@ -112,13 +116,8 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
     tiny = hf.open_pretrained("tiny", dtype="float32", remat=False)
     params = hf.load(tiny.directory, tiny.decoder)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 1_500_000
-    problems = evaluation.held_out(config, tiny.tokenizer)
-    sampling = rollouts.Sampling(temperature=1.0, top_p=1.0, max_new_tokens=288, eos_ids=tiny.eos_ids)
-    sampler = rollouts.make_sampler(tiny.decoder, mesh, sampling, slots=128, chunk=32)
-    sampled = evaluation.gather(sampler, params, problems, 1, rollouts.step_key(0, "evaluation", 0), lambda *now: None)
+    problems, _ = prompts.load_held_out(config, tiny.tokenizer, templates.choose(tiny.tokenizer, config.data))
     with evaluation.make_grader(config) as grader:
-        correct, _ = evaluation.grade(sampled, evaluation.texts(sampled, tiny.tokenizer), problems, grader,
-                                      require_eos=True)
-    found = evaluation.measure(correct, sampled, problems)
+        found = evaluation.make_evaluator(config, tiny, mesh, problems, grader)(params, lambda *now: None)
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses
     assert found.by_level["easy"].tokens > 3 * 20               # 20 tokens write every step once

@@ -1,0 +1,134 @@
+"""Sampling and grading together: every response is graded once, under its own problem, while others are generated."""
+
+import concurrent.futures
+
+import numpy as np
+import pytest
+
+from effreason import attempts
+from effreason.grades import Grade, Grader
+from effreason.grading.kinds import Gold
+from effreason.records import Problem, Response
+from effreason.tiny import tokenizer
+
+TOKENS = tokenizer.build()
+
+
+def problem(uid, answer="7", **changes):
+    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", answer=answer, level="all",
+                   **changes)
+
+
+def response(prompt, sample, text, ended=True):
+    ids = TOKENS(text, add_special_tokens=False)["input_ids"] + [TOKENS.eos_token_id] * ended
+    return Response(prompt=prompt, sample=sample, tokens=np.array(ids, np.int32),
+                    logprobs=np.zeros(len(ids), np.float32), ended=ended)
+
+
+def playing(*chunks):
+    """A sampler that yields these chunks of responses."""
+    def sampler(params, problems, group_size, key, max_new_tokens):
+        yield from chunks
+    return sampler
+
+
+class Right:
+    """A grader that finds right what holds a 7, and remembers what it was asked, call by call."""
+
+    def __init__(self, status="exact"):
+        self.calls, self.status = [], status
+
+    def budget(self):
+        return object()
+
+    def submit(self, responses, golds, budget):
+        self.calls.append(list(zip(responses, golds, strict=True)))
+        made = concurrent.futures.Future()
+        made.set_result([Grade("7" in response, response, self.status, 0.0) for response in responses])
+        return made
+
+
+def attempted(sampler, problems, group_size, grader, require_eos=True, watch=lambda *now: None):
+    return attempts.attempt(sampler, None, problems, group_size, None, 40, tokenizer=TOKENS, grader=grader,
+                            require_eos=require_eos, watch=watch)
+
+
+CHUNKS = ([response(1, 0, "1+1"), response(0, 1, "7+7")], [], [response(1, 1, "7", ended=False)],
+          [response(0, 0, "9")])
+
+
+@pytest.mark.parametrize(("require_eos", "correct"), [(True, [[False, True], [False, False]]),
+                                                      (False, [[False, True], [False, True]])])
+def test_verdicts_stand_beside_their_responses_whatever_the_order(require_eos, correct):
+    grader = Right()
+    tried = attempted(playing(*CHUNKS), [problem(0, "3"), problem(1, "4")], 2, grader, require_eos)
+    assert tried.texts == ["9", "7+7", "1+1", "7"]
+    assert [verdict.answer for verdict in tried.verdicts] == tried.texts
+    np.testing.assert_array_equal(tried.correct, correct)
+    np.testing.assert_array_equal(tried.rollouts.lengths, [[2, 4], [4, 1]])
+    assert tried.correct.dtype == bool and tried.grading_seconds >= 0
+    # Each chunk that finished something is a call of its own, made before the next chunk is generated.
+    assert grader.calls == [[("1+1", Gold("4")), ("7+7", Gold("3"))], [("7", Gold("4"))], [("9", Gold("3"))]]
+
+
+def test_responses_are_submitted_before_the_generation_is_over():
+    grader, seen = Right(), []
+
+    def sampler(params, problems, group_size, key, max_new_tokens):
+        assert max_new_tokens == 40
+        for chunk in CHUNKS:
+            yield chunk
+            seen.append(len(grader.calls))
+
+    attempted(sampler, [problem(0), problem(1)], 2, grader)
+    assert seen == [1, 1, 2, 3]
+
+
+def test_a_prompt_that_opens_the_thinking_and_what_the_grader_needs_to_know():
+    asked = problem(0, "B", kind="choice", choices=("bank", "mall"), opens_thinking=True)
+    grader = Right()
+    tried = attempted(playing([response(0, 0, "7</think>7")]), [asked], 1, grader)
+    assert grader.calls == [[("<think>7</think>7", Gold("B", "choice", ("bank", "mall")))]]
+    assert tried.texts == ["7</think>7"]
+
+
+def test_a_real_grader_and_an_unclosed_thought():
+    sampler = playing([response(0, 0, "7</think>\\boxed{7}"), response(0, 1, "\\boxed{7}")])
+    with Grader(workers=1) as grader:
+        opened = attempted(sampler, [problem(0, opens_thinking=True)], 2, grader)
+        plain = attempted(sampler, [problem(0)], 2, grader)
+    np.testing.assert_array_equal(opened.correct, [[True, False]])
+    np.testing.assert_array_equal(plain.correct, [[True, True]])
+
+
+def test_texts_keep_the_think_tags_and_lose_eos():
+    tried = attempted(playing([response(0, 0, "3+4</think>\\boxed{7}"), response(0, 1, "9", ended=False)]),
+                      [problem(0)], 2, Right())
+    assert tried.texts == ["3+4</think>\\boxed{7}", "9"]
+
+
+def test_generate_watches_every_chunk():
+    seen = []
+    rollouts = attempts.generate(playing(*CHUNKS), None, [problem(0), problem(1)], 2, None, 40,
+                                 lambda *now: seen.append(now))
+    assert seen == [(0, 4, 0), (2, 4, 8), (2, 4, 8), (3, 4, 9), (4, 4, 11)]
+    np.testing.assert_array_equal(rollouts.lengths, [[2, 4], [4, 1]])
+
+
+def test_generate_stops_when_the_watch_raises():
+    def sampler(*arguments):
+        yield []
+        raise AssertionError("went on")
+
+    def watch(finished, total, tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempts.generate(sampler, None, [problem(0)], 2, None, 40, watch)
+
+
+def test_answers_that_stay_undecided_stop_the_run():
+    chunk = [response(0, sample, "7") for sample in range(3)]
+    with pytest.raises(attempts.Undecided, match="could not decide 3 of 3 answers"):
+        attempted(playing(chunk), [problem(0)], 3, Right("budget"))
+    assert attempted(playing(chunk[:2]), [problem(0)], 2, Right("budget")).correct.all()    # two say nothing of a share
