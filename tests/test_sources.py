@@ -88,8 +88,9 @@ def test_parquet_and_saved_folders_are_read_like_jsonl(tmp_path):
     with pytest.raises(UserError, match="empty: cannot be read by datasets"):
         read(tmp_path / "empty")
     datasets.DatasetDict({"train": saved, "dev": saved.select([1])}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(UserError, match="expected one data set, found the splits train, dev"):
-        read(tmp_path / "splits")
+    assert [row.answer for row in read(tmp_path / "splits")] == ["3", "4"]
+    with pytest.raises(UserError, match=r"has no split 'test', found train, dev; data\.split or evaluation\.split"):
+        read(tmp_path / "splits", held_out=True)
     assert [row.answer for row in read(tmp_path / "splits", split="dev")] == ["4"]
 
 
@@ -139,6 +140,26 @@ def test_what_the_hub_says_is_one_line_with_what_to_do(monkeypatch, error, messa
     with pytest.raises(UserError, match=message) as caught:
         read("org/name", subset="x" if "which" in message else None)
     assert str(caught.value).startswith("org/name: ") and "\n" not in str(caught.value)
+
+
+def test_what_datasets_itself_says_of_subsets_and_splits(tmp_path, monkeypatch):
+    # A repository of the Hub is a folder like this one, and `datasets` reads both in the same way.
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "_hub_state", lambda name, offline: (None, False))
+    configurations = []
+    for name in ("easy", "hard"):
+        write(tmp_path / f"{name}.jsonl", [{"problem": name, "answer": "1"}])
+        files = [{"split": "train", "path": f"{name}.jsonl"}]
+        configurations.append({"config_name": name, "data_files": files})
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': configurations})}\n---\n")
+    load = sources._load_hub
+    assert [row["problem"] for row in load(str(tmp_path), "hard", "train")] == ["hard"]
+    for subset, split, message in ((None, "train", r"needs data\.subset \(.*easy.*hard"),
+                                   ("odd", "train", r"needs data\.subset, which has no 'odd' \(.*easy.*hard"),
+                                   ("easy", "test", r"has no split 'test' .*train.*must name one")):
+        with pytest.raises(UserError, match=message):
+            load(str(tmp_path), subset, split)
 
 
 def test_a_saved_folder_on_the_hub_is_downloaded_whole(monkeypatch, tmp_path):

@@ -101,7 +101,7 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
         columns = _Columns(data.problem_field, data.answer_field, data.answer_from, data.answer_kind,
                            data.choices_field, level=data.level_field)
         if os.path.exists(name):
-            rows = _file_rows(Path(name), split)
+            rows = _file_rows(Path(name), split, "test" if held_out else "train")
         else:
             _check_id(name, field)
             columns = dataclasses.replace(columns, answer_must=False)
@@ -212,11 +212,12 @@ def _row(number: int, row: dict[str, Any], columns: _Columns, place: str) -> Row
     return Row(number=number, text=text, answer=answer, level=level, kind="choice", choices=choices)
 
 
-def _file_rows(path: Path, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    return _saved_rows(path, split) if path.is_dir() or path.suffix == ".parquet" else _jsonl_rows(path)
+def _file_rows(path: Path, split: str | None, usual: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    is_saved = path.is_dir() or path.suffix == ".parquet"
+    return _saved_rows(path, split or usual) if is_saved else _jsonl_rows(path)
 
 
-def _saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a Parquet file or of a folder written by `save_to_disk`."""
     import datasets  # half a second: only where it is needed
 
@@ -226,8 +227,8 @@ def _saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, dict[str, 
         raise UserError(f"{path}: cannot be read by datasets ({_one_line(error)})") from None
     if not isinstance(saved, datasets.Dataset):
         if split not in saved:
-            raise UserError(f"{path}: expected one data set, found the splits {', '.join(saved)}; name one of their "
-                            "folders")
+            raise UserError(f"{path}: has no split {split!r}, found {', '.join(saved)}; data.split or evaluation.split "
+                            "must name one of them")
         saved = saved[split]
     for number, row in enumerate(saved):
         yield f"{path}:{number}", row
