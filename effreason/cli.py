@@ -1,4 +1,4 @@
-"""The command line: `effreason train` and `effreason evaluate`, the same as train.py and evaluate.py.
+"""The command line: `effreason train` and `evaluate`, the same as train.py and evaluate.py, and `effreason grade`.
 
 The configuration and the files it names are checked before anything that imports jax.
 """
@@ -13,11 +13,12 @@ from effreason.runtime import config as configuration
 from effreason.runtime import parsers
 from effreason.runtime.config import Config
 
-USAGE = """usage: effreason COMMAND [--config FILE] [--section.field VALUE ...]
+USAGE = """usage: effreason COMMAND ...
 
 commands:
   train      train a model to reason in fewer tokens
   evaluate   measure accuracy and tokens of models on held-out problems
+  grade      say which responses of a file are correct, and why
 
 `effreason COMMAND --help` lists the options.
 """
@@ -26,7 +27,7 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns: the exit code."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "evaluate": evaluate}
+    commands = {"train": train, "evaluate": evaluate, "grade": grade}
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -46,6 +47,17 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> in
     return _guarded(lambda: _evaluate(argv, prog))
 
 
+def grade(argv: Sequence[str] | None = None, prog: str = "effreason grade") -> int:
+    """Grades a file of responses. Returns: the exit code."""
+    return _guarded(lambda: _grade(argv, prog))
+
+
+def _grade(argv: Sequence[str] | None, prog: str) -> None:
+    from effreason import verdicts
+
+    verdicts.run(sys.argv[1:] if argv is None else argv, prog)
+
+
 def _train(argv: Sequence[str] | None, prog: str) -> None:
     parser = parsers.parser(Config, prog, "Train a model to reason in fewer tokens.")
     config, _ = configuration.parse(parser, argv)
@@ -59,7 +71,7 @@ def _evaluate(argv: Sequence[str] | None, prog: str) -> None:
     parser = parsers.parser(Config, prog, "Measure accuracy and tokens of models on held-out problems.")
     parser.add_argument(
         "--models", metavar="DIR", nargs="+", type=str,
-        help="models to evaluate: Hugging Face directories, or tiny; without it: model.path",
+        help="models to evaluate: Hugging Face directories, ids on the Hub, or tiny; without it: model.path",
     )
     parser.add_argument("--output", metavar="DIR", type=str, help="directory for the results")
     config, values = configuration.parse(parser, argv)
@@ -124,14 +136,18 @@ def check_evaluation(config: Config, models: Sequence[str]) -> None:
 
 
 def check_model(path: str, field: str) -> None:
-    """Raises UserError unless the path is "tiny" or looks like a Hugging Face directory."""
+    """Raises UserError unless the path is "tiny", looks like a Hugging Face directory or like an id on the Hub."""
     if path == "tiny":
         return
-    if not Path(path).is_dir():
-        found = "is a file" if Path(path).exists() else "does not exist"
-        raise UserError(f"{field} must be tiny or a Hugging Face directory, {path} {found}")
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{field} must be tiny or a Hugging Face directory, {path} holds no config.json")
+    from effreason.lm import hub  # a third of a second: only for a path
+
+    directory, wanted = hub.standing(Path(path)), f"{field} must be tiny, a Hugging Face directory or an id on its Hub"
+    if directory is None and Path(path).exists():
+        raise UserError(f"{wanted}, {path} is a file")
+    if directory is None and not hub.is_hub_id(path):
+        raise UserError(f"{wanted}, {path} does not exist")
+    if directory is not None and not (directory / "config.json").is_file():
+        raise UserError(f"{wanted}, {path} holds no config.json")
 
 
 def _check_data(path: str | None, field: str) -> None:

@@ -95,7 +95,7 @@ def test_evaluate_hands_over_models_and_output(stand_in, model, argv, models, ou
 
 def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
     nowhere, file = str(tmp_path / "nowhere"), str(tmp_path / "model" / "config.json")
-    wanted = "must be tiny or a Hugging Face directory,"
+    wanted = "must be tiny, a Hugging Face directory or an id on its Hub,"
     assert failed(capsys, ["--model.path", nowhere]) == f"model.path {wanted} {nowhere} does not exist"
     assert failed(capsys, ["--model.path", file]) == f"model.path {wanted} {file} is a file"
     assert failed(capsys, ["--model.path", str(tmp_path)]) == f"model.path {wanted} {tmp_path} holds no config.json"
@@ -158,7 +158,7 @@ def test_commands(capsys):
     assert cli.main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "error: the command must be one of train, evaluate, got trian\n"
+    assert capsys.readouterr().err == "error: the command must be one of train, evaluate, grade, got trian\n"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
