@@ -114,8 +114,11 @@ def test_evaluate_needs_problems(capsys):
     assert message == "evaluation.problems must be >= 1 to evaluate, got 0"
 
 
-def test_the_smollm2_configuration_asks_for_its_model(capsys):
-    assert failed(capsys, ["--config", "configs/smollm2_gsm8k.yaml"]).startswith("model.path must be")
+def test_the_smollm2_configuration_needs_nothing_but_the_hub(stand_in):
+    given = []
+    stand_in("loop", train=given.append)
+    assert cli.main(["train", "--config", "configs/smollm2_gsm8k.yaml"]) == 0
+    assert (given[0].model.path, given[0].data.path) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "gsm8k")
 
 
 def test_a_folder_called_wandb_is_not_the_package(capsys, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_every_shipped_configuration_is_valid(path):
 
 def test_a_shipped_configuration_is_found_away_from_the_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert configuration.from_command_line(["--config", "configs/smollm2_gsm8k.yaml"]).run.steps == 2
+    assert configuration.from_command_line(["--config", "configs/smollm2_gsm8k.yaml"]).run.steps == 10
     (tmp_path / "configs").mkdir()
     write(tmp_path / "configs" / "smollm2_gsm8k.yaml", "run: {steps: 7}")
     assert configuration.from_command_line(["--config", "configs/smollm2_gsm8k.yaml"]).run.steps == 7
