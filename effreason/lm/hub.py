@@ -32,12 +32,12 @@ def find(name: str, revision: str | None, small_files: Sequence[str]) -> tuple[P
 
     Args: name, a directory or a Hub id; a directory goes first. revision, branch, tag or commit on the Hub.
     Raises: UserError."""
-    directory = standing(Path(name))
+    directory = standing(Path(name)) if name else None
     if directory is not None:
         if revision is not None:
             raise UserError(f"{name} is a directory, a revision ({revision}) is for models on the Hub")
         return directory, None
-    if Path(name).exists():
+    if name and Path(name).exists():
         raise UserError(f"{name} is a file, expected a model's directory or its id on the Hugging Face Hub")
     if not is_hub_id(name):
         raise UserError(f"{name}: no such directory; a model on the Hugging Face Hub is named organisation/name")
