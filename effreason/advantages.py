@@ -52,7 +52,8 @@ def truncated_importance(trained: jax.Array, sampled: jax.Array, mask: jax.Array
 
     The ratio makes the gradient that of the trainer's own policy; the cap bounds what one token can weigh.
 
-    Args: trained, sampled float32[B, N], log-probs of the same tokens; mask bool[B, N], True on response tokens; cap > 0.
+    Args: trained, sampled float32[B, N], log-probs of the same tokens; mask bool[B, N], True on response tokens;
+        cap > 0.
     Returns: float32[B, N] in [0, cap], 0 outside the mask. Source: arXiv 1802.01561; between sampler and trainer:
         Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """

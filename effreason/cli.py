@@ -114,9 +114,10 @@ def _reason(error: OSError) -> str:
 def check_training(config: Config) -> None:
     """Raises UserError where a file the training needs is missing: seconds, not after the compilation."""
     check_model(config.model.path, "model.path")
-    _check_data(config.data.path, "data.path")
+    _check_data(config, "data.path", config.data.path)
+    _check_data(config, "data.exclude", config.data.exclude, held_out=True)
     if config.evaluation.problems > 0:
-        _check_data(config.evaluation.path, "evaluation.path")
+        _check_data(config, "evaluation.path", config.evaluation.path, held_out=True)
     directory = config.run.directory
     if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
         raise UserError(f"run.directory must be a directory, {directory} is a file")
@@ -132,7 +133,7 @@ def check_evaluation(config: Config, models: Sequence[str]) -> None:
         check_model(path, "models")
     if config.evaluation.problems == 0:
         raise UserError("evaluation.problems must be >= 1 to evaluate, got 0")
-    _check_data(config.evaluation.path, "evaluation.path")
+    _check_data(config, "evaluation.path", config.evaluation.path, held_out=True)
 
 
 def check_model(path: str, field: str) -> None:
@@ -150,7 +151,8 @@ def check_model(path: str, field: str) -> None:
         raise UserError(f"{wanted}, {path} holds no config.json")
 
 
-def _check_data(path: str | None, field: str) -> None:
-    if path not in (None, "tiny") and not Path(path).exists():
-        wanted = "tiny, a JSONL or Parquet file, or a folder saved by datasets"
-        raise UserError(f"{field} must be {wanted}, {path} does not exist")
+def _check_data(config: Config, field: str, path: str | None, *, held_out: bool = False) -> None:
+    if path is not None:
+        from effreason.problems import sources  # brings in numpy: not for --help
+
+        sources.check(path, config.data, field, held_out=held_out)

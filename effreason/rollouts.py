@@ -11,7 +11,7 @@ depend on its slot, on its neighbours or on the number of devices.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax

@@ -101,11 +101,13 @@ def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
     assert failed(capsys, ["--model.path", str(tmp_path)]) == f"model.path {wanted} {tmp_path} holds no config.json"
     assert failed(capsys, ["--models", "tiny", nowhere], "evaluate") == f"models {wanted} {nowhere} does not exist"
     argv = ["--evaluation.problems", "0", "--data.path"]
-    data = "must be tiny, a JSONL or Parquet file, or a folder saved by datasets,"
-    assert failed(capsys, [*argv, nowhere]) == f"data.path {data} {nowhere} does not exist"
+    assert failed(capsys, [*argv, nowhere]) == f"data.path: {nowhere} does not exist"
+    assert failed(capsys, [*argv, "gms8k"]) == (
+        "data.path names 'gms8k', which is no preset, no file and no id on the Hugging Face Hub; did you mean gsm8k?")
+    assert failed(capsys, [*argv, "math500"]) == "math500: the set has no split to train on"
     for command in ("train", "evaluate"):
         message = failed(capsys, ["--evaluation.path", nowhere], command)
-        assert message == f"evaluation.path {data} {nowhere} does not exist"
+        assert message == f"evaluation.path: {nowhere} does not exist"
     assert failed(capsys, ["--run.directory", file]) == f"run.directory must be a directory, {file} is a file"
 
 

@@ -401,7 +401,7 @@ def test_bad_input_is_one_line_and_leaves_no_run(world, tmp_path, capsys, file, 
 
 
 @pytest.mark.parametrize(("changes", "error"), [
-    ({"model.path": "/nowhere/model"}, "model.path must be tiny, a Hugging Face directory or an id on its Hub, /nowhere"),
+    ({"model.path": "/no/model"}, "model.path must be tiny, a Hugging Face directory or an id on its Hub, /no/model"),
     ({"rollout.prompts_per_step": 32}, "rollout.prompts_per_step must be at most the number of problems, 16, got 32"),
     ({"mesh.data": 3}, "mesh: data 3 x fsdp 1 x tensor 1 x context 1 = 3, expected 8, the number of devices"),
     ({"mesh.fsdp": 4, "mesh.tensor": 2, "update.rows_per_micro_batch": 2}, "mesh.data x mesh.fsdp must divide update."),

@@ -89,7 +89,8 @@ def test_transformers_own_choice_of_class_reads_the_shipped_tokenizer_alike(char
 
 def test_training_rows_learn_the_response_and_a_drill_its_digit_alone(characters):
     def encode(problem, trace):
-        ids = characters([templates.render(characters, TEMPLATE, problem), trace], add_special_tokens=False)["input_ids"]
+        prompt = templates.render(characters, TEMPLATE, problem)
+        ids = characters([prompt, trace], add_special_tokens=False)["input_ids"]
         return ids[0], [*ids[1], characters.eos_token_id]
 
     batch = next(build.batches(np.random.default_rng(0), encode))

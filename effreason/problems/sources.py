@@ -85,6 +85,15 @@ def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
     return tuple(specs)
 
 
+def check(path: str, data: DataConfig, field: str, *, held_out: bool = False) -> None:
+    """Raises UserError for a set that is surely not there, before anything is read; the Hub is not asked."""
+    for spec in parse(path, field, weights=not held_out):
+        if spec.name in PRESETS:
+            _local_copy(spec.name, data, held_out, data.split if not held_out else None)
+        elif spec.name != "tiny" and not Path(spec.name).exists():
+            _check_id(spec.name, field)
+
+
 def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = None,
          field: str = "data.path") -> tuple[list[Row], int]:
     """The rows of one set, and how many it has beyond those because they have no answer.
@@ -141,7 +150,7 @@ def _check_id(name: str, field: str) -> None:
     if HUB_ID.fullmatch(name) and not name.lower().endswith(SUFFIXES):
         return
     if Path(name).suffix.lower() in SUFFIXES or name.count("/") > 1 or name.startswith(("/", ".", "~")):
-        raise UserError(f"{name}: cannot be read (No such file or directory)")
+        raise UserError(f"{field}: {name} does not exist")
     near = difflib.get_close_matches(name.lower(), ["tiny", *PRESETS], n=1)
     raise UserError(f"{field} names {name!r}, which is no preset, no file and no id on the Hugging Face Hub; "
                     + (f"did you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}"))
@@ -153,8 +162,8 @@ def _tiny_rows(held_out: bool) -> list[Row]:
             for number, task in enumerate(itertools.islice(drawn, TINY_HELD_OUT if held_out else TINY_PROBLEMS))]
 
 
-def _preset_rows(name: str, data: DataConfig, held_out: bool,
-                 split: str | None) -> tuple[_Columns, Iterator[tuple[str, dict[str, Any]]]]:
+def _local_copy(name: str, data: DataConfig, held_out: bool, split: str | None) -> Path | None:
+    """The file of a preset's local copy, None for the Hub. Raises: UserError where the set has no such part."""
     preset = PRESETS[name]
     own, role = (preset.test, "evaluate on") if held_out else (preset.train, "train on")
     if split is None and own is None:
@@ -163,10 +172,20 @@ def _preset_rows(name: str, data: DataConfig, held_out: bool,
         file = Path(data.directory) / (preset.folder or name) / f"{split or ('test' if held_out else 'train')}.jsonl"
         if not file.exists():
             raise UserError(f"{file}: not there, and data.directory says that the local copy of {name} is")
-        return _Columns("problem", "answer", "whole", preset.kind, "choices", choices_must=False,
-                        level="level", level_must=False), _jsonl_rows(file)
+        return file
     if preset.hub is None:
         raise UserError(f"{name}: is not on the Hugging Face Hub; data.directory must name the folder of local copies")
+    return None
+
+
+def _preset_rows(name: str, data: DataConfig, held_out: bool,
+                 split: str | None) -> tuple[_Columns, Iterator[tuple[str, dict[str, Any]]]]:
+    preset, file = PRESETS[name], _local_copy(name, data, held_out, split)
+    if file is not None:
+        return _Columns("problem", "answer", "whole", preset.kind, "choices", choices_must=False,
+                        level="level", level_must=False), _jsonl_rows(file)
+    assert preset.hub is not None
+    own = preset.test if held_out else preset.train
     rows: Iterator[tuple[str, dict[str, Any]]] = itertools.chain.from_iterable(
         _hub_rows(preset.hub, subset, split or str(own)) for subset in preset.subsets)
     return _hub_columns(preset), rows if preset.shape is None else _shaped(rows, preset)
