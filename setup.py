@@ -32,6 +32,7 @@ setup(
         "numpy>=2",
         "safetensors>=0.5",
         "transformers>=5",
+        "huggingface_hub>=1",
         "tokenizers>=0.22",
         "datasets>=4",
         "jinja2>=3.1",

@@ -123,7 +123,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
      "update.updates_per_batch, got 16 * 8 and 48 * 1"),
     ("--data.path train.jsonl",
      "evaluation.path must name held-out problems, or evaluation.problems must be 0, when data.path "
-     "is a file, got evaluation.path null and evaluation.problems 600"),
+     "is not tiny, got evaluation.path null and evaluation.problems 600"),
     ("--run.resume true", "run.directory must name the run to resume when run.resume is true, got null"),
     ("--config", "--config: expected one argument"),
     ("--config nowhere.yaml", "cannot read the configuration file nowhere.yaml: No such file or directory"),

@@ -50,13 +50,15 @@ class DataConfig(Section):
 
     path: str = "tiny"
     """"tiny" = generated arithmetic; a preset, such as gsm8k; the id of a data set on the Hugging Face Hub; a JSONL or
-    Parquet file, or a folder saved by `datasets`. Several with weights are a mixture: gsm8k=0.3,math=0.7."""
+    Parquet file, or a folder saved by `datasets`. Several: gsm8k,math is one pool; gsm8k=0.3,math=0.7 a mixture, with
+    the same number of problems of each in every step."""
     directory: str | None = None
-    """Local copies of the presets, DIRECTORY/PRESET/train.jsonl and test.jsonl, read before the Hub; null = none."""
+    """Local copies of the presets, DIRECTORY/PRESET/train.jsonl and test.jsonl, read instead of the Hub; null = the Hub
+    (docs/data.md has the names of the folders)."""
     subset: str | None = None
     """The configuration of a data set on the Hub that has several; a preset names its own."""
     split: str | None = None
-    """The split of a data set on the Hub to train on; null = the preset's, or train."""
+    """The split of a Hub data set or saved folder to train on; null = the preset's, or train."""
     problem_field: str = "problem"
     """Column of the problem's text; a preset names its own columns."""
     answer_field: str = "answer"
@@ -80,7 +82,7 @@ class DataConfig(Section):
     max_prompt_tokens: Count = 512
     """Problems with a longer prompt are left out, and counted."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Problems that repeat an earlier one, up to case and spacing."""
+    """Problems that repeat an earlier one, up to case, spacing and LaTeX's spacing."""
     contaminated: Literal["drop", "keep"] = "drop"
     """Training problems that are in the evaluation set, or in one of data.exclude."""
     exclude: str | None = None
@@ -199,11 +201,11 @@ class EvaluationConfig(Section):
     """Held-out problems, named like data.path and with the same columns; several are a list: gsm8k,math500.
     null = those of data.path tiny."""
     split: str | None = None
-    """The split of a data set on the Hub to evaluate on; null = the preset's, or test."""
+    """The split of a Hub data set or saved folder to evaluate on; null = the preset's, or test."""
     any_template: bool = False
     """Evaluate a trained model on prompts that differ from those of its training, which is an error otherwise."""
     problems: Natural = 600
-    """Problems to evaluate on, the first of the set; 0 = no evaluation."""
+    """Problems to evaluate on, the first of each set; 0 = no evaluation."""
     samples: Count = 1
     """Responses to each problem; accuracy is the mean over them."""
     temperature: Positive = 1.0
@@ -295,7 +297,7 @@ class Config:
         if self.data.path != "tiny" and self.evaluation.path is None and self.evaluation.problems > 0:
             raise ValueError(
                 "evaluation.path must name held-out problems, or evaluation.problems must be 0, "
-                f"when data.path is a file, got evaluation.path null and evaluation.problems {self.evaluation.problems}"
+                f"when data.path is not tiny, got evaluation.path null and evaluation.problems {self.evaluation.problems}"
             )
         if self.run.resume and self.run.directory is None:
             raise ValueError("run.directory must name the run to resume when run.resume is true, got null")
