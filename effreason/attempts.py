@@ -96,6 +96,11 @@ def gold(problem: Problem) -> Gold:
     return Gold(problem.answer, problem.kind, problem.choices)
 
 
+def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
+    """The places of problems whose reference answer the grader cannot match with itself: no response is ever right."""
+    return grader.check_golds([gold(problem) for problem in problems])
+
+
 def check_decided(verdicts: Sequence[Grade]) -> None:
     """Raises Undecided when the grader has left more answers undecided than can be passed over."""
     count = sum(verdict.status in ("error", "budget") for verdict in verdicts)

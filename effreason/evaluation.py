@@ -1,6 +1,7 @@
 """Accuracy and length of a model on held-out problems."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effreason import prompts
-from effreason.attempts import Watch, attempt
+from effreason.attempts import Watch, attempt, unmatched
 from effreason.engine import check_model
 from effreason.errors import UserError
 from effreason.grades import Grader
@@ -71,14 +72,20 @@ def from_table(table: dict) -> Evaluation:
     return Evaluation(**table | {"by_level": {level: LevelResult(**row) for level, row in table["by_level"].items()}})
 
 
-def evaluate_model(config: Config, path: str, mesh: jax.sharding.Mesh, grader: Grader, watch: Watch) -> Evaluation:
-    """Evaluates one model, whose weights are given up again when this returns."""
+def evaluate_model(config: Config, path: str, mesh: jax.sharding.Mesh, grader: Grader, watch: Watch,
+                   say: Callable[[str], None]) -> Evaluation:
+    """Evaluates one model, whose weights are given up again when this returns.
+
+    Args: say, told what became of the problems."""
     revision = config.model.revision if path == config.model.path else None
     pretrained = hf.open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
     check_model(pretrained, config, mesh)
     template = templates.choose(pretrained.tokenizer, config.data)
     check_template(pretrained, template, config)
-    problems, _ = prompts.load_held_out(config, pretrained.tokenizer, template)
+    problems, notes = prompts.load_held_out(config, pretrained.tokenizer, template,
+                                             functools.partial(unmatched, grader))
+    for note in notes:
+        say(note)
     params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
     return make_evaluator(config, pretrained, mesh, problems, grader)(params, watch)
 
@@ -100,7 +107,14 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
     """Evaluates each model on the same problems; prints a table and writes output/results.json where asked."""
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    console, results = Console(), {}
+    console, results, said = Console(), {}, set[str]()
+
+    def say(note: str) -> None:
+        """Once, not for every model."""
+        if note not in said:
+            said.add(note)
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+
     with Interrupts() as interrupts, make_grader(config) as grader:
         for path in models:
             with console.status("") as status:
@@ -109,7 +123,7 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
                     interrupts.check()
                     status.update(f"{path}: {finished}/{total} responses, {tokens:,} tokens")
 
-                results[path] = evaluate_model(config, path, mesh, grader, watch)
+                results[path] = evaluate_model(config, path, mesh, grader, watch, say)
     console.print(_table(results))
     if output is not None:
         with disk(output):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import shlex
 import time
 from collections import Counter
@@ -54,10 +55,7 @@ def open_inputs(config: Config, mesh: jax.sharding.Mesh, grader: Grader) -> Inpu
                                     remat=config.model.remat)
     check_model(pretrained, config, mesh)
     tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
-
-    def unmatched(problems: Sequence[Problem]) -> list[int]:
-        return grader.check_golds([attempts.gold(problem) for problem in problems])
-
+    unmatched = functools.partial(attempts.unmatched, grader)
     problems = prompts.load_training(config, tokenizer, template, unmatched)
     first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few: say so now
     held_out, more = prompts.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
