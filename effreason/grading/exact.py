@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from effreason.grading import intervals, notation, rationals, units
+from effreason.grading import intervals, notation, rationals, units, words
 
 # True, False, or None where neither can be said.
 Verdict = bool | None
@@ -15,7 +15,7 @@ MAX_CHAIN = 3
 MAX_DEPTH = 50
 
 LETTER = re.compile(r"[A-J]")
-CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:])(?=\s|$|\\text|[^\s)]).*|\(?([A-J])\)?", re.DOTALL)
+CHOICE = re.compile(r"\(?([A-J])\s*(?:\)|[.:])(?=\s|$|\\text|[^\s)]).*|\(?([A-J])\)?", re.DOTALL)
 CHOICE_WORD = re.compile(r"^\s*(?:option|choice|answer)\b\s*(?:is\b)?:?", re.IGNORECASE)
 NAME = re.compile(r"(?:\\[a-zA-Z]+(?![a-zA-Z])|[a-zA-Z|:,/(){}\s.])+")
 EQUALS = re.compile(r"(?<![<>!:])=")
@@ -24,13 +24,20 @@ SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
 CUP = re.compile(r"\\cup(?![a-zA-Z])")
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
 CLAIM = re.compile(r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|ne|mapsto|neg|not)(?![a-zA-Z])")
-MATRIX = re.compile(r"\\begin\{[pb]matrix\}(.*)\\end\{[pb]matrix\}", re.DOTALL)
+MATRIX = re.compile(r"\\begin\{(?:[pb]|small)matrix\}(.*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
 DIGITS_APART = re.compile(r"\d\s+[\d.]")
-BASE = re.compile(r"([0-9A-Z]+)_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
+BASE = re.compile(r"\(?([0-9A-Z]+)\)?_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
          "twelve": 12, "sixteen": 16}
-NO_SOLUTION = {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset", "theemptyset",
-               r"\emptyset", r"\{\}"}
+NO_SOLUTION = {r"\emptyset", r"\{\}"}
+SUBSCRIPT = re.compile(r"_\{[^{}]*\}")
+ANGLED = re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle", re.DOTALL)
+SET_BUILDER = re.compile(
+    r"\\\{\s*(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?\\\}",
+    re.DOTALL)
+RATIO = re.compile(r"(\d+)\s*(?:\\text\{\s*to\s*\}|to)\s*(\d+)")
+POINT = re.compile(r"[A-Z]'?\s*(?=\()")
+CONSTANTS = ("e", "i", r"\pi", r"\infty")
 
 
 class NoLists:
@@ -64,16 +71,19 @@ def compare(prediction: str, gold: str, same: Leaf) -> Verdict:
     """
     if not prediction or not gold:
         return False
+    prediction, gold = _plain(prediction), _plain(gold)
     if notation.key(prediction) == notation.key(gold):
         return True
-    if {notation.key(prediction).casefold(), notation.key(gold).casefold()} <= NO_SOLUTION:
+    if {prediction, gold} <= NO_SOLUTION:
         return True
-    if CLAIM.search(prediction) and not CLAIM.search(gold):
+    if CLAIM.search(SUBSCRIPT.sub("", prediction)) and not CLAIM.search(SUBSCRIPT.sub("", gold)):
         return False                                # 5 \equiv 6 answers neither 5 nor 6
     if LETTER.fullmatch(bare := notation.strip_parentheses(gold)):
         return _choice(prediction, bare)
     prediction, gold = _without_approximation(prediction), _without_approximation(gold)
     p, g = _bracketed(notation.strip_parentheses(prediction)), _bracketed(notation.strip_parentheses(gold))
+    if (p.brackets == "()") != (g.brackets == "()"):
+        p, g = _vector(p), _vector(g)
     if len(p.elements) > 1 or len(g.elements) > 1 or p.brackets or g.brackets:
         verdict = _compare_lists(p, g, same)
         return same(prediction, gold) if isinstance(verdict, NoLists) else verdict
@@ -132,16 +142,25 @@ def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
     return _value(match[1]) if match else None
 
 
+def _plain(text: str) -> str:
+    r"""Words that stand for mathematics, \langle 1,2\rangle and \{x|x>2\} in their plainer form."""
+    text = words.mathematics(text)
+    if angled := ANGLED.fullmatch(text):
+        return f"({angled[1]})"
+    if (builder := SET_BUILDER.fullmatch(text)) and intervals.RELATION.search(builder[2]):
+        return builder[2].strip()
+    return f"{ratio[1]}:{ratio[2]}" if (ratio := RATIO.fullmatch(text)) else text
+
+
 def _base(name: str) -> int:
     return int(name[:6]) if name.isdigit() else BASES.get(name, 0)
 
 
 def _words(prediction: str, gold: str) -> Verdict:
-    p, g = notation.key(prediction), notation.key(gold)
-    p_word, g_word = notation.is_word(prediction), notation.is_word(gold)
-    if not (p_word or g_word):
+    if not (notation.is_word(prediction) or notation.is_word(gold)):
         return None
-    return p.casefold() == g.casefold()             # words never equal mathematics
+    p, g = (notation.key(words.bare(text)).casefold() for text in (prediction, gold))
+    return p == g                                   # words never equal mathematics
 
 
 def _choice(prediction: str, letter: str) -> Verdict:
@@ -162,13 +181,13 @@ def _without_approximation(text: str) -> str:
 
 def is_name(text: str) -> bool:
     r"""True for the name of a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}."""
-    text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "", text)
+    text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "", re.sub(r"\[([A-Z]{2,})\]", r"\1", text))
     text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)
     return NAME.fullmatch(text) is not None and any(map(str.isalpha, text))
 
 
 def _bracketed(text: str) -> Bracketed:
-    text, name = _strip_member(text), ""
+    text, name = _without_point(_strip_member(text)), ""
     pieces = [piece for piece in notation.split_top(text, ",;") if piece] or [text]
     if len(pieces) > 1:
         return Bracketed("", tuple(piece for element in pieces for piece in _signs(element)))
@@ -186,6 +205,14 @@ def _bracketed(text: str) -> Bracketed:
     signed = _signs(text)
     prefix = f"{name}=" if name and len(signed) == 1 else ""
     return Bracketed("", tuple(prefix + element for element in signed))
+
+
+def _without_point(text: str) -> str:
+    """P(1,2) names the point (1,2)."""
+    match = POINT.match(text)
+    rest = text[match.end():] if match else ""
+    pair = rest.endswith(")") and notation.matching(rest).get(0) == len(rest) - 1
+    return rest if pair and len(notation.split_top(rest[1:-1], ",")) > 1 else text
 
 
 def _strip_member(text: str) -> str:
@@ -250,7 +277,8 @@ def _matched(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -
 
 
 def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
-    if (matrix := MATRIX.fullmatch(prediction)) and (other := MATRIX.fullmatch(gold)):
+    matrix, other = MATRIX.fullmatch(prediction), MATRIX.fullmatch(gold)
+    if matrix and other:
         return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
     if any(pattern.search(side) for pattern in (CUP, intervals.RELATION) for side in (prediction, gold)):
         parts = _union(prediction), _union(gold)
@@ -274,7 +302,17 @@ def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
 
 
 def _chain(text: str) -> list[str]:
-    return [part for part in notation.split_top(text, EQUALS) if part] or [text] if "=" in text else [text]
+    parts = [part for part in notation.split_top(text, EQUALS) if part] or [text] if "=" in text else [text]
+    swapped = len(parts) == 2 and not is_name(parts[0]) and re.fullmatch(intervals.VARIABLE, parts[1])
+    return parts[::-1] if swapped and parts[1] not in CONSTANTS else parts      # 3 = x is x = 3
+
+
+def _vector(side: Bracketed) -> Bracketed:
+    """A matrix of one row or one column as the tuple that it is beside a tuple."""
+    matrix = MATRIX.fullmatch(side.elements[0]) if len(side.elements) == 1 and not side.brackets else None
+    rows = _rows(matrix[1]) if matrix else []
+    cells = rows[0] if len(rows) == 1 else [row[0] for row in rows if len(row) == 1]
+    return Bracketed("()", tuple(cells)) if len(cells) > 1 and len(cells) == sum(map(len, rows)) else side
 
 
 def _compare_matrices(p: list[list[str]], g: list[list[str]], same: Leaf) -> Verdict:

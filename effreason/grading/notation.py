@@ -28,31 +28,54 @@ TWO_LETTERS = re.compile(r"[A-Za-z]{2}")
 MAX_CHARACTERS = 4_000
 
 
+MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")([^*_`'"].*?)\1""", re.DOTALL)
+CURRENCY = re.compile(r"(?<![a-zA-Z\\])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
+                      r"|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD|Rs|Rp)\b\.?)\s*(?=\d)")
+LETTERED = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{\s*(lcm|gcd|max|min)\s*\}")
+TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
+UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
+NO_ARGUMENT = re.compile(r"(?<![\\^_}\]a-zA-Z])\{\s*\}")
+SIZED = re.compile(r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
+BAR = re.compile(r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?")
+CYCLE = re.compile(r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3+(?:\.{3}|\\dots)|(\d*)\.\((\d{1,20})\)")
+# Said before the answer: The answer is 5, Answer: 5, = 5, \therefore 5, about 5.
+LEAD = re.compile(
+    r"(?:=|\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![a-zA-Z])|(?:\\text\{\s*)?"
+    r"(?:(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution)\b\s*"
+    r"(?:is\s*:?|are\s*:?|equals|=|:)|(?:about|approximately|approx\.?|roughly|around|exactly|only|just)(?=[\s\d}]))\s*\}?)"
+    r"\s*(?=\S)", re.IGNORECASE)
+
+
 @lru_cache(maxsize=4096)
 def canonical(text: str) -> str:
     """Rewrites an answer into the canonical spelling; linear in its length."""
-    text = _ascii(text.strip().strip("`"))
-    if text.startswith("**") and text.endswith("**"):
-        text = text[2:-2]
-    text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
-    text = PLAIN_NAME.sub(_with_backslash, text.replace("**", "^"))
+    text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text.strip())
+    text = _ascii(text).strip()
+    if marked := MARKDOWN.fullmatch(text):
+        text = marked[2]
+    text = LETTERED.sub(r"\\operatorname{\1}", CURRENCY.sub("", text))
+    text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
     text = re.sub(r"(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
     if r"\begin" not in text:                       # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"^([^{}\\]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})$", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"\\(?:text)?color\s*\{[a-zA-Z!0-9]*\}", "", text)
+    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}", NO_ARGUMENT.sub("", SIZED.sub("", text)))
     text = _braced(_renamed(TOKEN.findall(text)))
     text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
-    return SEPARATOR.sub(_separated, text).rstrip(" .,;\\").lstrip(" ,;")
+    text = BAR.sub(r"\1\\overline{\2}", UNION.sub(r"\\cup ", text))
+    text = text[lead.end():] if (lead := LEAD.match(text)) else text
+    if cycle := CYCLE.fullmatch(text):
+        text = rf"{cycle[1] or cycle[4] or 0}.{cycle[2] or ''}\overline{{{cycle[3] or cycle[5]}}}"
+    return SEPARATOR.sub(_separated, text).rstrip(" .,;:\\").lstrip(" ,;#")
 
 
 def key(text: str) -> str:
     r"""What has to agree for two canonical texts to be the same writing: not spaces, \text or the case of words."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)      # "5 5" is not 55
-    if clock := re.fullmatch(r"0?(\d{1,2}:\d\d(?::\d\d)?)([ap])\.?m\.?", bare, re.IGNORECASE):
-        return clock[1] + clock[2].lower()
+    if clock := re.fullmatch(r"0?(\d{1,2})(:\d\d(?::\d\d)?)?([ap])\.?m\.?", bare, re.IGNORECASE):
+        return clock[1] + (clock[2] or ":00") + clock[3].lower()
     return bare.casefold() if is_word(text) else bare
 
 
@@ -127,6 +150,8 @@ def _ascii(text: str) -> str:
     """Writes Unicode mathematics in LaTeX: ½, x², √2, π, full-width digits."""
     if text.isascii():
         return text
+    text = "".join(character for character in text if unicodedata.category(character) != "Cf")     # of no width
+    text = re.sub("(?:[0-9][\u0304\u0305])+", lambda match: rf"\overline{{{match[0][::2]}}}", text)
     for command, scripts in (("^", SUPERSCRIPTS), ("_", SUBSCRIPTS)):
         for run in sorted(set(re.findall(f"[{''.join(scripts)}]+", text)), key=len, reverse=True):
             text = text.replace(run, command + "{" + "".join(scripts[character] for character in run) + "}")

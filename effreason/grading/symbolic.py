@@ -15,6 +15,11 @@ POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")                 # a power o
 HUGE_EXPONENT = re.compile(r"\^\{?\s*[-+(]*\s*\d{5,}")
 POWER_OF_POWER = re.compile(r"\^\{?[^{}]*\d\s*\)?\s*\}?\s*\)\s*\^")   # (9^9)^(9^9)
 HUGE_FACTORIAL = re.compile(r"\d{4,}\s*\)?\s*!|\^\{?[^{}]*\}?\s*\)?\s*!|!\s*\)?\s*!")
+CIS = re.compile(
+    r"\\(?:text|operatorname)\s*\{\s*cis\s*\}\s*(\([^()]*\)|\{[^{}]*\}|\\frac\{[^{}]*\}\{[^{}]*\}"
+    r"|\d+(?:\.\d+)?(?:\s*\^\{\s*\\circ\s*\})?|\\?[a-zA-Z]+)")
+COMBINATIONS = re.compile(r"(?:\{\})?_\{(\d+)\}\s*C_\{(\d+)\}|(?<![a-zA-Z])C_\{(\d+)\}\^\{(\d+)\}")
+FOREIGN = re.compile(r"[\"#@?$;]|\d\s*'|[^\x00-\x7f]|[\x00-\x1f]")      # what the parser passes over: 5'6 is not 56
 LONG_DIGITS = re.compile(r"\d{120,}")
 
 # Points at which two expressions are compared: positive, where roots and logarithms are defined, then of either sign.
@@ -56,17 +61,32 @@ def _leaf(prediction: str, gold: str) -> bool:
     if verdict is not None:
         return verdict
     prediction, gold = units.without_unit(prediction), units.without_unit(gold)
+    if FOREIGN.search(prediction) or FOREIGN.search(gold):
+        return False
     return _same(_parse(_for_sympy(prediction)), _parse(_for_sympy(gold)), "." in prediction, "." in gold)
 
 
 def _for_sympy(text: str) -> str:
     """Adapts canonical notation to the parser: degrees become radians in a function."""
     if units.TRIGONOMETRY.search(text):
-        text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\{\s*\\circ\s*\}", r"{(\\frac{\1 \\pi}{180})}", text)
+        text = _radians(text)
+    text = CIS.sub(_exponential, COMBINATIONS.sub(_binomial, text))
     text = re.sub(r"\^\{\s*\\circ\s*\}", "", text)
     text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)                   # a norm of a number is its absolute value
     text = re.sub(r"\^\{\s*\((.*)\)\s*\}", _unparenthesised, text)
     return re.sub(r"\\text\{([^{}]*)\}", r"\\text{\1}", text)
+
+
+def _exponential(match: re.Match[str]) -> str:
+    return rf"e^{{i\cdot {_radians(match[1])}}}"
+
+
+def _radians(text: str) -> str:
+    return re.sub(r"(\d+(?:\.\d+)?)\s*\^\{\s*\\circ\s*\}", r"{(\\frac{\1 \\pi}{180})}", text)
+
+
+def _binomial(match: re.Match[str]) -> str:
+    return rf"\binom{{{match[1] or match[3]}}}{{{match[2] or match[4]}}}"
 
 
 def _unparenthesised(match: re.Match[str]) -> str:
@@ -134,7 +154,8 @@ def _same_values(prediction, gold, prediction_decimal: bool, gold_decimal: bool)
         return _close(_value(prediction, {}), _value(gold, {}), close)
     verdicts: list[bool | None] = []
     for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], SIGNED, SIGNED[3:] + SIGNED[:3]):
-        at = {name: sympy.Rational(points[place]) for place, name in enumerate(names)}
+        # Not Rational: a rational number to a rational power sends sympy looking for factors of huge integers.
+        at = {name: sympy.Float(points[place], 2 * DIGITS) for place, name in enumerate(names)}
         verdicts.append(_close(_value(prediction, at), _value(gold, at), close))
         if verdicts[-1] is False and len(verdicts) < 3:
             return False

@@ -23,7 +23,7 @@ SYMBOLS = {
     \div ÷
     \pm ±
     \mp ∓
-    ^{\circ} °
+    ^{\circ} ° º ˚
     - − – ‐ ‑ ﹣
     \le ≤
     \ge ≥
@@ -58,13 +58,19 @@ SYMBOLS = {
     \sum ∑
     \int ∫
     / ⁄ ∕
+    ^{\circ}C ℃
+    ^{\circ}F ℉
+    \in ∊
+    \to → ⟶
+    \Rightarrow ⇒ ⟹
+    \therefore ∴
 """),
-    **dict.fromkeys("“”€¢₽₩₫£¥₹￥" + '"', ""), "，": ", ",
+    **dict.fromkeys("“”€¢₽₩₫£¥₹￥✓✔✅☑■□∎" + '"', ""), "，": ", ", "、": ", ", "；": ";", "：": ":",
 }
 
 # Commands with one meaning and several names.
 RENAMED = _table(r"""
-    \frac \dfrac \tfrac \cfrac
+    \frac \dfrac \tfrac \cfrac \nicefrac \sfrac \flatfrac
     \binom \dbinom \tbinom
     \le \leq \leqslant
     \ge \geq \geqslant
@@ -81,7 +87,7 @@ RENAMED = _table(r"""
     | \lvert \rvert \vert \mid
     \infty \infin
     : \colon
-    ^{\circ} \degree
+    ^{\circ} \degree \textdegree
     \emptyset \varnothing
     \dots \ldots \cdots \dotsc \dotsb
     , \land \lor \wedge \vee
@@ -92,6 +98,8 @@ RENAMED = _table(r"""
     \cup \bigcup
     \cap \bigcap
     i \imath
+    j \jmath
+    \log \lg
     % \%
     # \#
     & \&
@@ -99,8 +107,10 @@ RENAMED = _table(r"""
 """)
 SPACES = ("\\,", "\\;", "\\:", "\\>", "\\ ", "\\quad", "\\qquad", "\\enspace", "\\thinspace", "\\space", "~")
 DROPPED = (
-    r"\pounds \euro \$ \! \left \right \middle \boxed \fbox \displaystyle \textstyle \limits \nolimits \rm "
-    r"\bf \it \( \) \[ \] \- \/ \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr "
+    r"\pounds \euro \textdollar \cent \textcent \$ \! \left \right \middle \boxed \fbox \displaystyle \textstyle "
+    r"\limits \nolimits \rm \bf \it \tt \sf \tiny \small \normalsize \large \Large \LARGE \huge \Huge \checkmark "
+    r"\square \blacksquare \qed \ensuremath \noindent \hfill \strut \mathstrut \mathop \mathclose \mathopen "
+    r"\( \) \[ \] \- \/ \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr "
 ).split()
 RENAMED |= dict.fromkeys(SPACES, " ") | dict.fromkeys(DROPPED, "")
 TEXTS = (
