@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import functools
 import shlex
 import time
 from collections import Counter
@@ -14,13 +13,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from effreason import __version__, attempts, evaluation, parity, prompts, report, rollouts, update
+from effreason import attempts, evaluation, parity, prompts, report, rollouts, update
 from effreason.checkpoints import Checkpoints
-from effreason.engine import Engine, check_model, make_engine
+from effreason.engine import Engine, make_engine
 from effreason.errors import Interrupted, UserError
+from effreason.exports import card, export, origin
 from effreason.grades import Grader
+from effreason.inputs import Inputs, open_inputs
 from effreason.lm import hf, model
-from effreason.problems import templates
 from effreason.records import Evaluation, Experience, Problem, Rollouts
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
@@ -31,38 +31,6 @@ from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows, 
 # What may differ between a run and its continuation: nothing that decides a token or a weight.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
              "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a run is given, read and checked before anything that takes long."""
-
-    pretrained: hf.Pretrained
-    template: templates.Template
-    problems: prompts.Problems
-    held_out: list[Problem]         # empty: no evaluation
-    notes: list[str]                # what became of the data, for people
-
-    def facts(self) -> dict[str, Any]:
-        """What a trained model was trained from, for its checkpoints and exports."""
-        return {"base_model": self.pretrained.name, "base_revision": self.pretrained.revision,
-                "template": self.template.facts()}
-
-
-def open_inputs(config: Config, mesh: jax.sharding.Mesh, grader: Grader) -> Inputs:
-    """Opens the model and reads the problems. Raises: UserError."""
-    pretrained = hf.open_pretrained(config.model.path, revision=config.model.revision, dtype=config.model.dtype,
-                                    remat=config.model.remat)
-    check_model(pretrained, config, mesh)
-    tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
-    unmatched = functools.partial(attempts.unmatched, grader)
-    problems = prompts.load_training(config, tokenizer, template, unmatched)
-    first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few: say so now
-    held_out, more = prompts.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
-        [], ())
-    shown = templates.display(templates.render(tokenizer, template, first[0].text))
-    return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
-                  notes=[*problems.notes, *more, f"the first prompt, by the template {template.name}:", shown])
 
 
 def train(config: Config) -> None:
@@ -99,8 +67,9 @@ def train(config: Config) -> None:
 
                 def save(state: update.TrainState) -> None:
                     step = int(sharding.to_host(state.step))
-                    saved.save(step, state, facts=inputs.facts() | {"wall_seconds": time.monotonic() - started})
-                    export(config, inputs, state, directory)
+                    facts = origin(inputs) | {"wall_seconds": time.monotonic() - started}
+                    saved.save(step, state, facts=facts)
+                    export(state.params, step, config, inputs, directory / "model", base)
 
                 base = None
                 step = make_step(config, engine, inputs, reference, grader, watch)
@@ -132,7 +101,7 @@ def train(config: Config) -> None:
                     path = shlex.quote(str(directory / "config.yaml"))
                     raise Interrupted(stop.signum, f"{stop.message} after step {done} of {config.run.steps}, saved; go "
                                       f"on with: python train.py --config {path} --run.resume true") from None
-    conclude(config, directory, base, trained, time.monotonic() - started)
+    conclude(config, inputs, directory, base, trained, time.monotonic() - started)
 
 
 def begin(engine: Engine, saved: Checkpoints, reference: model.Params,
@@ -148,15 +117,6 @@ def begin(engine: Engine, saved: Checkpoints, reference: model.Params,
                         f"whose text has changed since (sha256 {facts['template']['sha256'][:12]}, now "
                         f"{inputs.template.sha256[:12]})")
     return state, facts
-
-
-def export(config: Config, inputs: Inputs, state: update.TrainState, directory: Path) -> None:
-    """The trained model as a Hugging Face directory, which says what it was made of and with which prompts."""
-    facts = inputs.facts() | {"effreason": __version__, "step": int(sharding.to_host(state.step)),
-                              "data": config.data.path, "alpha": config.reward.alpha, "seed": config.run.seed}
-    with disk(directory / "model"):
-        hf.export(state.params, inputs.pretrained.decoder, inputs.pretrained.directory, directory / "model",
-                  chat_template=inputs.template.text, facts=facts)
 
 
 def warnings(config: Config) -> list[str]:
@@ -312,9 +272,12 @@ def write_config(config: Config, directory: Path) -> None:
         configuration.save(dataclasses.replace(config, run=run), directory / "config.yaml")
 
 
-def conclude(config: Config, directory: Path, base: Evaluation | None, trained: Evaluation | None,
+def conclude(config: Config, inputs: Inputs, directory: Path, base: Evaluation | None, trained: Evaluation | None,
              wall_seconds: float) -> None:
-    """The table, summary.json and report.png of a finished run."""
+    """The table, summary.json and report.png of a finished run, and the card of its model."""
+    with disk(directory / "model"):
+        text = card(config.run.steps, config, inputs, base, trained)
+        (directory / "model" / hf.CARD_FILE).write_text(text, encoding="utf-8")
     summary = report.summary(config, base, trained, wall_seconds) if base and trained else None
     console = Console()
     if summary is not None:

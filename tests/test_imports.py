@@ -29,6 +29,8 @@ ORDER = [
     ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts"],
     ["engine", "attempts", "parity"],
     ["evaluation", "report", "runtime.plan"],
+    ["inputs"],
+    ["exports"],
     ["loop"],
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer
     ["cli"],

@@ -1,0 +1,41 @@
+"""What a run is given, opened and checked before anything that takes long: model, prompts, held-out problems."""
+
+import dataclasses
+import functools
+
+from jax.sharding import Mesh
+
+from effreason import attempts, prompts
+from effreason.engine import check_model
+from effreason.grades import Grader
+from effreason.lm import hf
+from effreason.problems import templates
+from effreason.records import Problem
+from effreason.runtime.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The model but its weights, and the problems as it will read them."""
+
+    pretrained: hf.Pretrained
+    template: templates.Template
+    problems: prompts.Problems
+    held_out: list[Problem]         # empty: no evaluation
+    notes: list[str]                # what became of the data, for people
+
+
+def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
+    """Opens the model and reads the problems. Raises: UserError."""
+    pretrained = hf.open_pretrained(config.model.path, revision=config.model.revision, dtype=config.model.dtype,
+                                    remat=config.model.remat)
+    check_model(pretrained, config, mesh)
+    tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
+    unmatched = functools.partial(attempts.unmatched, grader)
+    problems = prompts.load_training(config, tokenizer, template, unmatched)
+    first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few: say so now
+    held_out, more = prompts.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
+        [], ())
+    shown = templates.display(templates.render(tokenizer, template, first[0].text))
+    return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
+                  notes=[*problems.notes, *more, f"the first prompt, by the template {template.name}:", shown])
