@@ -5,6 +5,7 @@ killed. Nothing of a response is ever executed. See `Grade.status` for how each 
 """
 
 import concurrent.futures
+import contextlib
 import threading
 import time
 import weakref
@@ -113,6 +114,7 @@ class Grader:
         self._askers = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="grader")
         # One call more than there are workers: while some wait for algebra, the next brings the workers more of it.
         self._background = concurrent.futures.ThreadPoolExecutor(workers + 1, thread_name_prefix="grader-submit")
+        self._ready = False
         if function is not None:
             self._check_function(function)
 
@@ -132,6 +134,10 @@ class Grader:
             raise ValueError(f"a gold's kind must be one of {', '.join(kinds.KINDS)}, got {sorted(unknown)[0]}")
         if self._pool.closed:
             raise RuntimeError("the grader is closed")
+        if not self._ready:
+            with contextlib.suppress(WorkerDied, WorkerStuck):      # asking a worker tells the reason
+                self._pool.wait_ready()             # loading is no grading: it costs nothing of the budget
+            self._ready = True
         with budget or self.budget() as deadline:
             grades = self._grade(responses, wanted, deadline, bare)
         with self._lock:

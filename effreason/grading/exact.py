@@ -36,7 +36,10 @@ SET_BUILDER = re.compile(
     r"\\\{\s*(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?\\\}",
     re.DOTALL)
 RATIO = re.compile(r"(\d+)\s*(?:\\text\{\s*to\s*\}|to)\s*(\d+)")
+SYSTEM = re.compile(
+    r"(?:\\\{\s*)?\\begin\{(cases|aligned|align\*?|array)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}\s*", re.DOTALL)
 POINT = re.compile(r"[A-Z]'?\s*(?=\()")
+NAMED_VALUE = re.compile(r"[a-z]\s*=")
 CONSTANTS = ("e", "i", r"\pi", r"\infty")
 
 
@@ -149,6 +152,10 @@ def _plain(text: str) -> str:
         return f"({angled[1]})"
     if (builder := SET_BUILDER.fullmatch(text)) and intervals.RELATION.search(builder[2]):
         return builder[2].strip()
+    if (system := SYSTEM.fullmatch(text)) is not None:
+        rows = [row.replace("&=", "=").strip(" ,;") for row in system[2].split(r"\\") if row.strip()]
+        if len(rows) > 1 and all("=" in row and "&" not in row for row in rows):
+            return ",".join(rows)                   # x=1, y=2 one below the other
     return f"{ratio[1]}:{ratio[2]}" if (ratio := RATIO.fullmatch(text)) else text
 
 
@@ -241,9 +248,17 @@ def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NoLists:
     if len(kinds) == 1 or kinds == {"", "{}"}:
         names = [EQUALS.split(element)[0] for element in golds if "=" in element]
         named = len(set(names)) > 1 and not any("=" in element for element in predictions)
+        if p.brackets != g.brackets:
+            predictions, golds = _by_name(predictions), _by_name(golds)
         ordered = p.brackets not in ("", "{}") or named
         return _all(predictions, golds, same) if ordered else _matched(predictions, golds, same)
-    return _all(predictions, golds, same) if kinds == {"", "()"} else False
+    return _all(_by_name(predictions), _by_name(golds), same) if kinds == {"", "()"} else False
+
+
+def _by_name(elements: tuple[str, ...]) -> tuple[str, ...]:
+    """y=4, x=3 in the order of the names, which is that of (3,4)."""
+    named = all(NAMED_VALUE.match(element) for element in elements)
+    return tuple(sorted(elements)) if named else elements
 
 
 def _all(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -> Verdict:
@@ -334,10 +349,18 @@ def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
     """Compares inequalities and intervals as sets of intervals; None where they differ or are something else."""
     if not any(intervals.RELATION.search(piece) or CUP.search(piece) for piece in (*p.elements, *g.elements)):
         return None
+    variables = [{name for piece in side.elements for name in _variables(piece)} for side in (p, g)]
+    if all(variables) and variables[0] != variables[1]:
+        return False                                # x < 1 says nothing about y
     predictions, golds = _intervals(p), _intervals(g)
     if predictions is None or golds is None or len(predictions) != len(golds):
         return None
     return _matched(predictions, golds, same) or None
+
+
+def _variables(text: str) -> set[str]:
+    terms = intervals.RELATION.split(text)[::2] if intervals.RELATION.search(text) else []
+    return {term.strip() for term in terms if intervals.VARIABLE.fullmatch(term.strip())}
 
 
 def _intervals(side: Bracketed) -> tuple[str, ...] | None:

@@ -5,6 +5,7 @@ import re
 THINK, END_OF_THINK = "<think>", "</think>"
 # A box with its brace, an escaped brace (text, not grouping), a grouping brace. \\boxed is \boxed escaped once more.
 TOKEN = re.compile(r"(?P<box>\\{1,4}(?:boxed|fbox)\s*\{)|\\[{}\\]|(?P<brace>[{}])")
+NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or x =
 
 
 def extract_answer(response: str) -> str | None:
@@ -34,7 +35,7 @@ def reason(response: str) -> str:
 
 
 def _last_box(text: str) -> str | None:
-    r"""Finds the outermost last \boxed{} or \fbox{}; a box that is all another box holds stands for it."""
+    r"""Finds the outermost last \boxed{} or \fbox{}; a box that is all another holds, but for x =, stands for it."""
     boxes: list[list[int]] = []                     # start of the command, start and end of the content; end -1: open
     open_braces: list[int | None] = []              # index into boxes, None for a brace that only groups
     for match in TOKEN.finditer(text, _first_box(text)):
@@ -50,7 +51,8 @@ def _last_box(text: str) -> str | None:
     last: list[int] | None = None
     for start, begin, end in boxes:
         inside = last is not None and last[2] >= 0 and start < last[2]
-        if last is None or not inside or not (text[last[1]:start] + text[end + 1:last[2]]).strip():
+        if last is None or not inside or (
+                NAMED.fullmatch(text, last[1], start) and not text[end + 1:last[2]].strip()):
             last = [start, begin, end]
     if last is None or last[2] < 0:
         return None

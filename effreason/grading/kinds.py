@@ -95,7 +95,8 @@ def _place(letter: str) -> int:
 
 
 def _same_words(a: str, b: str) -> bool:
-    return bool(_words(a)) and (_words(a) == _words(b) or exact(a, b) is True)
+    numbers = any(map(str.isdigit, a)) and exact(a, b) is True
+    return bool(_words(a)) and (numbers or _words(a) == _words(b))
 
 
 def _words(text: str) -> str:

@@ -16,7 +16,7 @@ TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 # Function names without their backslash, as sympy prints them; "sec" may be a unit, so some need their bracket.
 PLAIN_NAME = re.compile(
     r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
-    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det|sqrt)(?=\s*[(^{])"
+    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det|sqrt)(?=\s*[(^{])"
     r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])|(?P<lcm>lcm)(?=\s*\()"
     r"|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
 TEX_THOUSANDS = re.compile(
@@ -28,12 +28,16 @@ TWO_LETTERS = re.compile(r"[A-Za-z]{2}")
 MAX_CHARACTERS = 4_000
 
 
-MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")([^*_`'"].*?)\1""", re.DOTALL)
-CURRENCY = re.compile(r"(?<![a-zA-Z\\])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
+MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")((?:(?!\1).)+)\1""", re.DOTALL)
+CURRENCY = re.compile(r"(?<![a-zA-Z\\\d])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
                       r"|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD|Rs|Rp)\b\.?)\s*(?=\d)")
 LETTERED = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{\s*(lcm|gcd|max|min)\s*\}")
+FUNCTION = re.compile(
+    r"\\(?:text|mathrm|operatorname)\s*\{\s*((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|det)\s*\}")
+WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
 TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
+ABSOLUTE = re.compile(r"(?<![\\a-zA-Z])abs\(([^()]*)\)")
 NO_ARGUMENT = re.compile(r"(?<![\\^_}\]a-zA-Z])\{\s*\}")
 SIZED = re.compile(r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
 BAR = re.compile(r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?")
@@ -53,17 +57,18 @@ def canonical(text: str) -> str:
     text = _ascii(text).strip()
     if marked := MARKDOWN.fullmatch(text):
         text = marked[2]
-    text = LETTERED.sub(r"\\operatorname{\1}", CURRENCY.sub("", text))
+    text = ABSOLUTE.sub(r"|\1|", CURRENCY.sub("", text))
+    text = LETTERED.sub(r"\\operatorname{\1}", FUNCTION.sub(r"\\\1 ", text))
     text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
     text = re.sub(r"(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
     if r"\begin" not in text:                       # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"^([^{}\\]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})$", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}", NO_ARGUMENT.sub("", SIZED.sub("", text)))
+    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}", NO_ARGUMENT.sub(" ", SIZED.sub(" ", text)))
     text = _braced(_renamed(TOKEN.findall(text)))
     text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
-    text = BAR.sub(r"\1\\overline{\2}", UNION.sub(r"\\cup ", text))
+    text = BAR.sub(r"\1\\overline{\2}", UNION.sub(r"\\cup ", WITHOUT.sub(r"\\setminus ", text)))
     text = text[lead.end():] if (lead := LEAD.match(text)) else text
     if cycle := CYCLE.fullmatch(text):
         text = rf"{cycle[1] or cycle[4] or 0}.{cycle[2] or ''}\overline{{{cycle[3] or cycle[5]}}}"
@@ -176,6 +181,7 @@ def _with_backslash(match: re.Match[str]) -> str:
     if match["lcm"]:
         return r"\operatorname{lcm}"
     name = match["call"] or match["name"]
+    name = f"arc{name[1:]}" if name in ("asin", "acos", "atan") else name
     return f"\\{name} " if name else match[0]
 
 
@@ -187,9 +193,11 @@ def _separated(match: re.Match[str]) -> str:
 def _renamed(tokens: list[str]) -> list[str]:
     result: list[str] = []
     for place, token in enumerate(tokens):
-        if token == "$" or (token == "." and place and tokens[place - 1] in (r"\left", r"\right")):
+        if token == "." and place and tokens[place - 1] in (r"\left", r"\right"):
             continue
         new = r"\text" if token in TEXTS else RENAMED.get(token, token)
+        if not new and "".join((*result[-1:], *tokens[place + 1:place + 2])[-2:]).isdigit() and result:
+            new = " "                               # what says nothing still keeps 5\square 6 from being 56
         if new:
             result.extend([new] if len(new) < 3 or new.count("\\") == 1 and new[1:].isalpha() else TOKEN.findall(new))
     return result

@@ -14,20 +14,22 @@ MAX_ITEMS = 40
 POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")                 # a power of a power with nothing but numbers in it
 HUGE_EXPONENT = re.compile(r"\^\{?\s*[-+(]*\s*\d{5,}")
 POWER_OF_POWER = re.compile(r"\^\{?[^{}]*\d\s*\)?\s*\}?\s*\)\s*\^")   # (9^9)^(9^9)
-HUGE_FACTORIAL = re.compile(r"\d{4,}\s*\)?\s*!|\^\{?[^{}]*\}?\s*\)?\s*!|!\s*\)?\s*!")
+HUGE_FACTORIAL = re.compile(r"\d{5,}\s*\)?\s*!|\^\{?[^{}]*\}?\s*\)?\s*!|!\s*\)?\s*!")
 CIS = re.compile(
     r"\\(?:text|operatorname)\s*\{\s*cis\s*\}\s*(\([^()]*\)|\{[^{}]*\}|\\frac\{[^{}]*\}\{[^{}]*\}"
     r"|\d+(?:\.\d+)?(?:\s*\^\{\s*\\circ\s*\})?|\\?[a-zA-Z]+)")
 COMBINATIONS = re.compile(r"(?:\{\})?_\{(\d+)\}\s*C_\{(\d+)\}|(?<![a-zA-Z])C_\{(\d+)\}\^\{(\d+)\}")
+NO_VARIABLE = re.compile(r"\\(?:text|operatorname|mathbb)\s*\{[^{}]*\}|_\{[^{}]*\}|\\[a-zA-Z]+|\^\{\s*\\circ\s*\}")
 FOREIGN = re.compile(r"[\"#@?$;]|\d\s*'|[^\x00-\x7f]|[\x00-\x1f]")      # what the parser passes over: 5'6 is not 56
 LONG_DIGITS = re.compile(r"\d{120,}")
 
 # Points at which two expressions are compared: positive, where roots and logarithms are defined, then of either sign.
 POSITIVE = ("0.7390851", "1.3247179", "2.2360679", "0.5671432", "1.7724538", "3.1622776", "0.9159655", "2.6854520")
 SIGNED = ("-1.2020569", "0.6434105", "-0.3285820", "2.5029078", "-2.8077702", "1.4513692", "-0.7642236", "1.9021605")
-DIGITS = 30
-DECIMAL_TOLERANCE = 1e-6
-TOLERANCE = 1e-15
+DIGITS = 60
+DECIMAL_TOLERANCE = 1e-6            # a decimal beside what it approximates
+BOTH_DECIMAL_TOLERANCE = 1e-14      # the parser reads decimals as binary fractions
+TOLERANCE = 1e-40                   # e^{\pi\sqrt{163}} is within 3e-30 of an integer
 
 # What an answer seldom leaves unevaluated, and what can take sympy any time: it gets a part of the usual CPU time.
 HEAVY = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta|frac\{d)|\\begin|!")
@@ -63,7 +65,14 @@ def _leaf(prediction: str, gold: str) -> bool:
     prediction, gold = units.without_unit(prediction), units.without_unit(gold)
     if FOREIGN.search(prediction) or FOREIGN.search(gold):
         return False
+    p_letters, g_letters = _letters(prediction), _letters(gold)
+    if p_letters != g_letters and {*map(str.lower, p_letters)} == {*map(str.lower, g_letters)}:
+        return False                                # the parser takes x and X for one variable
     return _same(_parse(_for_sympy(prediction)), _parse(_for_sympy(gold)), "." in prediction, "." in gold)
+
+
+def _letters(text: str) -> set[str]:
+    return set(re.findall("[a-df-hj-zA-DF-HJ-Z]", NO_VARIABLE.sub("", text)))      # E and I may be constants
 
 
 def _for_sympy(text: str) -> str:
@@ -126,7 +135,32 @@ def _same(prediction, gold, prediction_decimal: bool, gold_decimal: bool) -> boo
         decided = _same_values(prediction, gold, prediction_decimal, gold_decimal)
         if decided is not None:
             return decided
+    if isinstance(prediction, sympy.Eq) and isinstance(gold, sympy.Eq):
+        decided = _same_equations(prediction, gold)
+        if decided is not None:
+            return decided
     return bool(verify(gold, prediction, timeout_seconds=None))
+
+
+def _same_equations(prediction, gold) -> bool | None:
+    """Whether one equation is the other times a number, told by its values at fixed points; None where it cannot be."""
+    import sympy
+
+    p, g = prediction.lhs - prediction.rhs, gold.lhs - gold.rhs
+    names = sorted({symbol.name for symbol in p.free_symbols | g.free_symbols})
+    if not names or len(names) > len(POSITIVE) or p.atoms(sympy.core.function.AppliedUndef):
+        return None
+    if {symbol.name for symbol in p.free_symbols} != {symbol.name for symbol in g.free_symbols}:
+        return False
+    ratios = []
+    for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], POSITIVE[5:] + POSITIVE[:5]):
+        at = {name: sympy.Float(points[place], 2 * DIGITS) for place, name in enumerate(names)}
+        top, bottom = _value(p, at), _value(g, at)
+        if top is None or bottom is None or not bottom:
+            return None
+        ratios.append(sympy.sympify(top / bottom))
+    tolerance = TOLERANCE if not (p.atoms(sympy.Float) or g.atoms(sympy.Float)) else BOTH_DECIMAL_TOLERANCE
+    return bool(ratios[0]) and all(_close(ratio, ratios[0], tolerance) for ratio in ratios[1:])
 
 
 def _undefined(side) -> bool:
@@ -149,17 +183,44 @@ def _same_values(prediction, gold, prediction_decimal: bool, gold_decimal: bool)
     functions = prediction.atoms(sympy.core.function.AppliedUndef) | gold.atoms(sympy.core.function.AppliedUndef)
     if prediction.has(*heavy) or gold.has(*heavy) or functions or len(names) > len(POSITIVE):
         return None
-    close = DECIMAL_TOLERANCE if prediction_decimal != gold_decimal and not gold.is_Integer else TOLERANCE
+    close = TOLERANCE
+    if prediction_decimal or gold_decimal:
+        approximates = prediction_decimal != gold_decimal and not gold.is_Integer
+        close = DECIMAL_TOLERANCE if approximates else BOTH_DECIMAL_TOLERANCE
+    sides = [(prediction, gold)]
+    verdicts: list[bool | None]
+    if any(_odd_roots(side) for side in sides[0]):
+        sides.append((_with_real_roots(prediction), _with_real_roots(gold)))
     if not names:
-        return _close(_value(prediction, {}), _value(gold, {}), close)
-    verdicts: list[bool | None] = []
-    for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], SIGNED, SIGNED[3:] + SIGNED[:3]):
-        # Not Rational: a rational number to a rational power sends sympy looking for factors of huge integers.
-        at = {name: sympy.Float(points[place], 2 * DIGITS) for place, name in enumerate(names)}
-        verdicts.append(_close(_value(prediction, at), _value(gold, at), close))
-        if verdicts[-1] is False and len(verdicts) < 3:
-            return False
-    return True if all(verdicts) else None
+        verdicts = [_close(_value(left, {}), _value(right, {}), close) for left, right in sides]
+        return True if any(verdicts) else verdicts[0]
+    for left, right in sides:
+        verdicts = []
+        for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], SIGNED, SIGNED[3:] + SIGNED[:3]):
+            # Not Rational: a rational number to a rational power sends sympy looking for factors of huge integers.
+            at = {name: sympy.Float(points[place], 2 * DIGITS) for place, name in enumerate(names)}
+            verdicts.append(_close(_value(left, at), _value(right, at), close))
+            if verdicts[-1] is False and len(verdicts) < 3:
+                return False
+        if all(verdicts):
+            return True
+    return None
+
+
+def _odd_roots(side):
+    import sympy
+
+    return {power for power in side.atoms(sympy.Pow)
+            if power.exp.is_Rational and power.exp.q > 1 and power.exp.q % 2 == 1
+            and (power.base.free_symbols or power.base.is_negative)}
+
+
+def _with_real_roots(side):
+    """The same with the cube root of -8 as -2, which is what it means where numbers are real."""
+    import sympy
+
+    return side.xreplace({power: sympy.sign(power.base)**power.exp.p * sympy.Abs(power.base)**power.exp
+                          for power in _odd_roots(side)})
 
 
 def _evaluated(side):

@@ -112,7 +112,7 @@ DROPPED = (
     r"\square \blacksquare \qed \ensuremath \noindent \hfill \strut \mathstrut \mathop \mathclose \mathopen "
     r"\( \) \[ \] \- \/ \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr "
 ).split()
-RENAMED |= dict.fromkeys(SPACES, " ") | dict.fromkeys(DROPPED, "")
+RENAMED |= dict.fromkeys(SPACES, " ") | dict.fromkeys((*DROPPED, "$"), "")
 TEXTS = (
     r"\bm \bold \boldsymbol \emph \hbox \mathbf \mathit \mathrm \mathsf \mathtt \mbox \pmb \text \textbf "
     r"\textit \textnormal \textrm \textsf \texttt \underline "

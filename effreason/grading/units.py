@@ -13,12 +13,13 @@ PERCENT = re.compile(
 ORDINAL = re.compile(r"(\d+)\s*(?:\^\{\s*)?(?:\\text\{\s*)?(st|nd|rd|th)\s*\}{0,2}")
 
 SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-SCALED = re.compile(r"(.*?\S)\s*(?:\\text\{\s*)?\b(" + "|".join(SCALE) + r")s?\s*(?:\}|\Z)(.*)", re.DOTALL)
+SCALED = re.compile(r"(.*?\S)\s*(?:\\text\{\s*)?\b(" + "|".join(SCALE) + r")s?(\s+[A-Za-z ]*)?\s*(?:\}|\Z)(.*)",
+                    re.DOTALL)
 # Words that change the number they stand beside.
 NO_UNIT = re.compile(
     r"\b(?:or|and|if|mod|more|less|fewer|least|most|times|plus|minus|over|under|pi|not|to|is|by|base|percent|dozen|score|"
     r"half|halves|thirds?|quarters?|fifths?|tenths?|hundredths?|thousandths?|squared|cubed|negative|below|before|after|"
-    r"factorial|root|choose|double|triple|twice|pairs?|remainder|except|a\.?m|p\.?m|AM|PM|am|pm|BC|BCE|AD|CE|"
+    r"factorial|root|choose|double|triple|twice|pairs?|remainder|except|wrong|incorrect|false|invalid|never|no|none|impossible|isn|undefined|a\.?m|p\.?m|AM|PM|am|pm|BC|BCE|AD|CE|"
     + "|".join(SCALE) + r")\b")
 SHORT = (
     "mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa Hz kHz MHz GHz THz kW MW GW kJ MJ kN MN mph "
@@ -45,8 +46,8 @@ LETTER_UNIT = re.compile(
 def without_unit(text: str) -> str:
     r"""Removes what is said after a quantity: 5\text{ cm}, 50\%, 90^{\circ}, 10 weeks; 5 million is 5\cdot 10^{6}."""
     text = notation.strip_parentheses(text)
-    if match := SCALED.fullmatch(text):
-        text = rf"{match[1]}\cdot 10^{{{SCALE[match[2]]}}}{match[3]}"
+    if (match := SCALED.fullmatch(text)) and not NO_UNIT.search(match[3] or ""):
+        text = rf"{match[1]}\cdot 10^{{{SCALE[match[2]]}}}{match[4]}"
     text = _without_ordinal(PERCENT.sub("", text))
     text = feet[1] if (feet := FEET.fullmatch(text)) else text
     if not TRIGONOMETRY.search(text):
