@@ -1,9 +1,10 @@
-"""A real checkpoint against what `transformers` computed with it once, in float32 on a CPU.
+"""Real checkpoints against what `transformers` computed with them once, in float32 on a CPU.
 
-EFFREASON_REAL names the directory that holds smollm2-135m-instruct.
+EFFREASON_REAL names the directory that holds them; those that are not there are skipped.
 """
 
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -16,30 +17,48 @@ from effreason import rollouts, update
 from effreason.lm import hf
 from effreason.records import Problem
 
-NAME = "smollm2-135m-instruct"
-REFERENCE = Path(__file__).parents[2] / "shared" / "real" / "reference" / f"{NAME}.npz"
+NAMES = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
+REFERENCES = Path(__file__).parents[2] / "shared" / "real" / "reference"
 PROMPTS = range(6)
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def directory(request):
+    if not (place := os.environ.get("EFFREASON_REAL")):
+        pytest.skip(f"EFFREASON_REAL is not set: the directory that holds {request.param}")
+    directory = Path(place) / request.param
+    if not (directory / "config.json").exists():
+        pytest.skip(f"{directory} holds no checkpoint")
+    return directory
+
+
 @pytest.fixture(scope="module")
-def reference():
-    if not REFERENCE.exists():
-        pytest.skip(f"{REFERENCE} is not there")
-    with np.load(REFERENCE) as arrays:
+def reference(directory):
+    path = REFERENCES / f"{directory.name}.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with np.load(path) as arrays:
         return dict(arrays)
 
 
 @pytest.fixture(scope="module")
-def checkpoint():
-    if not (place := os.environ.get("EFFREASON_REAL")):
-        pytest.skip(f"EFFREASON_REAL is not set: the directory that holds {NAME}")
-    directory = Path(place) / NAME
-    if not (directory / "config.json").exists():
-        pytest.skip(f"{directory} holds no checkpoint")
+def checkpoint(directory):
     config = hf.read_config(directory)
     return config, hf.load(directory, config)
+
+
+def test_prompts_are_rendered_as_transformers_did(directory, reference):
+    told = json.loads((REFERENCES / f"{directory.name}.json").read_text(encoding="utf-8"))
+    found = hf.open_pretrained(str(directory), dtype="float32", remat=False)
+    for index, prompt in enumerate(told["prompts"]):
+        messages = [{"role": "user", "content": prompt["problem"]}]
+        rendered = found.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert rendered == prompt["prompt"]
+        ids = found.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        np.testing.assert_array_equal(ids, reference[f"{index}_input_ids"])
+    assert set(found.eos_ids) >= set(told["eos_ids"])
 
 
 def test_prompt_logprobs(reference, checkpoint):
@@ -60,9 +79,10 @@ def test_greedy_tokens(reference, checkpoint):
     problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32), text="", answer="",
                         level="all") for prompt in PROMPTS]
     expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
-    sampling = rollouts.Sampling(temperature=1e-4, top_p=1.0, max_new_tokens=len(expected[0]), eos_ids=())
-    sample = rollouts.make_sampler(config, mesh(), sampling, slots=8, chunk=16)
-    responses = [response for chunk in sample(params, problems, 1, jax.random.key(0)) for response in chunk]
+    sample = rollouts.make_sampler(config, mesh(), rollouts.Sampling(temperature=1e-4, top_p=1.0, eos_ids=()),
+                                   slots=8, chunk=16)
+    responses = [response for chunk in sample(params, problems, 1, jax.random.key(0), len(expected[0]))
+                 for response in chunk]
     assert sorted(response.prompt for response in responses) == list(PROMPTS)
     for response in responses:
         np.testing.assert_array_equal(response.tokens, expected[response.prompt], err_msg=str(response.prompt))
