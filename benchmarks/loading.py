@@ -40,18 +40,20 @@ def main() -> None:
     config = read_config(directory)
     targets = sharding.tree_sharding(sharding.make_mesh(fsdp=options.devices), model.logical_axes(config))
     leaves = jax.tree.leaves(model.abstract_params(config))
-    before, started = memory("VmRSS"), time.perf_counter()
+    before, started, processed = memory("VmRSS"), time.perf_counter(), time.process_time()
     params = jax.block_until_ready(weights.load(directory, config, targets))
-    seconds, peak = time.perf_counter() - started, memory("VmHWM") - before
+    seconds, processor = time.perf_counter() - started, time.process_time() - processed
+    peak = memory("VmHWM") - before
     result = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     row = {"model": directory.name, "devices": options.devices, "parameters": result // 4, "result_bytes": result,
            "peak_bytes": peak, "overhead_bytes": peak - result, "largest_group_bytes": largest,
-           "overhead_over_largest_group": (peak - result) / largest, "seconds": seconds}
+           "overhead_over_largest_group": (peak - result) / largest, "seconds": seconds, "cpu_seconds": processor}
     if options.json:
         print(json.dumps(row))
         return
-    print(f"{row['model']}: {row['parameters']:,} parameters on {options.devices} device(s) in {seconds:.1f} s")
+    print(f"{row['model']}: {row['parameters']:,} parameters on {options.devices} device(s) in {seconds:.1f} s "
+          f"({processor:.1f} s of processor time)")
     for name, size in (("weights in float32", result), ("peak memory", peak), ("overhead", peak - result),
                        ("largest tensor group", largest)):
         print(f"  {name:22} {size / 2**20:9,.0f} MiB")

@@ -1,7 +1,10 @@
 """Weights in and out: nothing changes on the way, a shard is read by itself, and other checkpoints are refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -140,6 +143,27 @@ def test_a_shard_is_read_once_and_only_the_shard(monkeypatch):
         assert sum(elements) == total, axes             # not once for each of eight devices
         if axes.get("fsdp") == 8:                       # at most an eighth of the largest tensor at a time
             assert max(elements) == config.vocabulary * config.width // 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_loading_holds_no_second_copy(tmp_path, devices):
+    # As the benchmark measures it, in a process of its own: 150 MB of weights, 48 MB of them in one matrix.
+    entries = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+                   num_key_value_heads=8)
+    table = json.loads((FIXTURES / "llama" / "config.json").read_text()) | entries | dict(head_dim=64)
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    config = configs.read_config(tmp_path)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract_params(config))
+    weights.write(zeros, config, "bfloat16", tmp_path)
+    command = [sys.executable, "benchmarks/loading.py", "--model", str(tmp_path), "--devices", str(devices), "--json"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}, timeout=300,
+                          capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout)
+    assert row["result_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(zeros)) > 150e6
+    assert row["largest_group_bytes"] == 12 * 512 * 2048 * 4 and row["peak_bytes"] > row["result_bytes"] * 0.9
+    assert row["overhead_bytes"] < row["largest_group_bytes"], row
 
 
 def test_loaded_weights_may_be_donated():
