@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from effreason.grades import Grader
 from effreason.grading import notation, rationals
 from effreason.grading.exact import exact
+from effreason.grading.words import number
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,32 @@ def test_equal_answers(grader):
 def test_different_answers(grader):
     grades = grader.grade([boxed(prediction) for prediction, _ in DIFFERENT], [gold for _, gold in DIFFERENT])
     assert [pair for pair, grade in zip(DIFFERENT, grades, strict=True) if grade.correct] == []
+
+
+def test_more_equal_answers(grader):
+    grades = grader.grade([prediction for prediction, _ in MORE_EQUAL], [gold for _, gold in MORE_EQUAL], bare=True)
+    assert [pair for pair, grade in zip(MORE_EQUAL, grades, strict=True) if not grade.correct] == []
+
+
+def test_more_different_answers(grader):
+    grades = grader.grade([prediction for prediction, _ in MORE_DIFFERENT], [gold for _, gold in MORE_DIFFERENT],
+                          bare=True)
+    assert [pair for pair, grade in zip(MORE_DIFFERENT, grades, strict=True) if grade.correct] == []
+
+
+def test_every_reference_equals_itself(grader):
+    golds = [gold for _, gold in EQUAL + MORE_EQUAL]
+    assert [golds[row] for row in grader.check_golds(golds)] == []
+
+
+@pytest.mark.parametrize(("words", "value"), [
+    ("seven", 7), ("twenty-five", 25), ("twenty five", 25), ("one hundred", 100), ("one hundred and five", 105),
+    ("two thousand three hundred forty-one", 2341), ("three million", 3_000_000), ("negative two", -2), ("zero", 0),
+    ("twenty eleven", None), ("hundred", None), ("five six", None), ("one and two", None), ("seven apples", None),
+    ("million", None), ("", None), ("minus", None), ("two thousand three thousand", None), ("and five", None),
+])
+def test_numbers_in_words(words, value):
+    assert number(words) == value
 
 
 def test_pairs(grader):

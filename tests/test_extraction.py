@@ -22,7 +22,11 @@ from effreason.grading import extraction
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
     (r"\boxed{\left\{1\right.}", r"\left\{1\right."),                          # an escaped brace does not group
     (r"\boxed{\boxed{5}}", "5"),
-    (r"\boxed{x = \boxed{5}}", r"x = \boxed{5}"),
+    (r"\boxed{x = \boxed{5}}", "5"),
+    (r"\boxed{5 or \boxed{6}}", r"5 or \boxed{6}"),                           # one answer, and it hedges
+    ("**\\boxed{5}**", "5"), ("$$\\boxed{5}$$", "5"), ("`\\boxed{5}`", "5"), (r"\boxed{\text{(A)}}", r"\text{(A)}"),
+    ("\\boxed{\n5\n}", "5"), ("答案是 \\boxed{五}。", "五"), ("\ud800 \\boxed{5}", "5"), (r"\boxed 5", None),
+    ("\\boxed{\\begin{cases} x=1 \\\\ y=2 \\end{cases}}", "\\begin{cases} x=1 \\\\ y=2 \\end{cases}"),
     (r"\fbox{5}", "5"),
     (r"\boxed {5}", "5"),
     (r"\\boxed{5}", "5"),
@@ -61,3 +65,19 @@ def test_extract_is_linear(unit):
         extract_answer("\\boxed{" + unit * (size // len(unit)))
         times.append(time.process_time() - start)
     assert times[1] < 2.0 and times[1] < 40 * times[0] + 0.1
+
+
+def test_256_responses_of_30_kilobytes_take_less_than_50_ms():
+    responses = [("x = {1} and \\sqrt{2} " * 1500)[:30_000] + f" \\boxed{{{row}}}" for row in range(256)]
+    start = time.process_time()
+    assert [extract_answer(response) for response in responses] == [str(row) for row in range(256)]
+    assert time.process_time() - start < 0.05
+
+
+@pytest.mark.parametrize(("response", "reason"), [
+    ("5", "no box"), ("", "no box"), (r"<think>\boxed{5}</think> Done.", "no box after </think>"),
+    (r"<think>\boxed{5}", "thinking not closed"), (r"\boxed{5} \boxed{}", "last box empty or open"),
+    (r"\boxed{5", "last box empty or open"),
+])
+def test_why_there_is_no_answer(response, reason):
+    assert extract_answer(response) is None and extraction.reason(response) == reason

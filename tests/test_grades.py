@@ -1,6 +1,7 @@
 """The grader: that no answer can hurt the trainer, its workers, statuses, budgets and a function of one's own."""
 
 import concurrent.futures
+import json
 import os
 import signal
 import subprocess
@@ -208,6 +209,153 @@ def test_submit_runs_in_the_background(grader):
 def test_grade_wants_lists_of_one_length(grader):
     with pytest.raises(ValueError, match="as many golds as responses, got 2 and 1"):
         grader.grade(["a"], ["b", "c"])
+
+
+def test_submitted_calls_agree_with_one_call_and_use_all_workers(grader, monkeypatch):
+    pairs = [(boxed(rf"\sqrt{{{row * row * 11}}}+{row % 7}"), rf"{row}\sqrt{{11}}+{row % 5}") for row in range(2, 50)]
+    pairs[::5] = [(boxed(str(row)), "5") for row in range(len(pairs[::5]))]
+    busy, most, compare = [0], [0], pool.Worker.compare
+
+    def watched(worker, *arguments):
+        busy[0] += 1
+        most[0] = max(most[0], busy[0])
+        time.sleep(0.002)
+        try:
+            return compare(worker, *arguments)
+        finally:
+            busy[0] -= 1
+
+    monkeypatch.setattr(pool.Worker, "compare", watched)
+    budget = grader.budget()
+    futures = [grader.submit(*zip(*pairs[start:start + 3], strict=True), budget) for start in range(0, len(pairs), 3)]
+    beside = grader.grade([ALGEBRA[0]], [ALGEBRA[1]])                           # another thread grades meanwhile
+    submitted = [grade for future in futures for grade in future.result(timeout=60)]
+    assert beside[0].correct and most[0] == 2
+    with Grader() as another:
+        once = another.grade(*zip(*pairs, strict=True))
+    assert [(grade.correct, grade.answer) for grade in submitted] == [(grade.correct, grade.answer) for grade in once]
+    assert 0 < sum(grade.correct for grade in once) < len(once)
+
+
+def test_a_budget_runs_only_while_a_call_is_under_way(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    budget = Budget(10.0)
+    with budget as deadline:
+        assert deadline == 110.0
+        clock[0] += 3
+        with budget as other:                       # a call beside the first: the time counts once
+            assert other == 110.0
+            clock[0] += 1
+    clock[0] += 1000                                # generating, grading nothing
+    with budget as deadline:
+        assert deadline == clock[0] + 6
+        clock[0] += 6
+    with budget as deadline:
+        assert deadline == clock[0]
+
+
+def test_calls_that_share_a_budget_end_together(small):
+    budget = Budget(0.7)
+    hostile = boxed(r"\int e^{x^2}\sin(x^3)\ln(x) dx")
+    start = time.monotonic()
+    futures = [small.submit([hostile], [rf"\sqrt{{{row}}}"], budget) for row in range(2, 30)]
+    statuses = [future.result(timeout=60)[0].status for future in futures]
+    assert time.monotonic() - start < 5 and statuses[0] == "soft_timeout" and statuses[-1] == "budget"
+
+
+def test_kinds_of_golds(grader):
+    golds = [Gold("B", "choice", ("river", "bank")), Gold("5", "text"), Gold("5"), "5"]
+    grades = grader.grade([boxed("bank"), boxed("5.0"), boxed("5.0"), boxed("5.0")], golds)
+    assert [grade.correct for grade in grades] == [True, False, True, True]
+    with pytest.raises(ValueError, match="kind must be one of math, choice, text, got letter"):
+        grader.grade([boxed("B")], [Gold("B", "letter")])
+
+
+def test_bare_answers(grader):
+    grades = grader.grade(["5", "{5", "", r"\boxed{5}", "6"], ["5"] * 5, bare=True)
+    assert [grade.correct for grade in grades] == [True, False, False, True, False]
+    assert (grades[2].answer, grades[2].status) == (None, "no_answer")
+
+
+def test_every_grade_says_why(small):
+    responses = ["<think>" + boxed("5"), boxed("5"), boxed(r"\sqrt{8}"), boxed("9^{9^{9}}"), boxed("7" * 5000)]
+    reasons = [grade.reason for grade in small.grade(responses, ["5", "5", r"2\sqrt{2}", "5", "5"])]
+    assert reasons == ["thinking not closed", "decided exactly", "algebra, as before", "too large to compare",
+                       "over 4000 characters"]
+
+
+def test_hostile_text_reaches_the_log_as_json(grader):
+    for text in ("\ud800", "\x00", "\x1b[31m5", "\u202e5", "z" + "\u0301" * 3000):
+        (grade,) = grader.grade([boxed(text)], [text])
+        assert json.loads(json.dumps(grade.answer)) == grade.answer == text.strip()
+
+
+# A grader of one's own
+
+OWN = """
+import os, sys, time
+seen = []
+def ends(response, answer): return response.rstrip().endswith(answer)
+def counts(response, answer): seen.append(response); return len(seen) == 1
+def words(response, answer): return "yes"
+def fails(response, answer): raise ValueError("no such\\nunit")
+def spins(response, answer):
+    while True: pass
+def sleeps(response, answer): time.sleep(60)
+def dies(response, answer): os._exit(3)
+def eats(response, answer): return len(bytearray(8 << 30)) > 0
+def prints(response, answer): print('{"id": 1}'); return bool(os.environ["OWN_SETTING"])
+def one(response): return 1
+number = 5
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of one's own in the working directory."""
+    (tmp_path / "own_grader.py").write_text(OWN)
+    (tmp_path / "broken_grader.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OWN_SETTING", "1")
+
+
+def test_a_function_of_ones_own_gets_the_whole_response(own):
+    with Grader(workers=1, function="own_grader:ends") as grader:
+        grades = grader.grade(["it is 5", "it is 6", "\ud800" * 200_000 + "5", boxed("5")], ["5", Gold("5"), "5", "5"])
+        assert [grade.correct for grade in grades] == [True, False, True, False]
+        assert [(grade.status, grade.answer) for grade in grades] == [("function", None)] * 3 + [("function", "5")]
+        assert grader.check_golds(["", "{"]) == []
+
+
+def test_verdicts_of_a_function_are_not_kept(own):
+    with Grader(workers=1, function="own_grader:counts") as grader:
+        assert [only(grader, "same", "5").correct for _ in range(3)] == [True, False, False]
+
+
+@pytest.mark.parametrize(("name", "status", "reason"), [
+    ("words", "error", "it returned 'yes', expected True or False"), ("fails", "error", "ValueError: no such unit"),
+    ("spins", "soft_timeout", "out of processor time"), ("sleeps", "hard_kill", "stuck, worker killed"),
+    ("dies", "error", "the worker that compared it ended, twice"), ("eats", "memory", "out of memory"),
+    ("prints", "function", "by your function"),
+])
+def test_a_function_cannot_hurt_the_trainer(own, name, status, reason):
+    with Grader(workers=1, function=f"own_grader:{name}", cpu_seconds=0.3, wall_seconds=1.5) as grader:
+        grade = only(grader, "response", "5")
+        assert (grade.status, grade.reason, grade.correct) == (status, reason, name == "prints")
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("own_grader", "it must have the form module:function"), ("own_grader:nope", "own_grader has no nope"),
+    ("own_grader:number", "number cannot be called, it is of type int"),
+    ("own_grader:one", "one must take two arguments, the response and the answer"),
+    ("nowhere.grader:ends", "there is no module nowhere in .* or on Python's path"),
+    ("broken_grader:ends",
+     "importing broken_grader failed: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+])
+def test_a_function_that_cannot_be_used_is_told_at_once(own, name, reason):
+    with pytest.raises(UserError, match=f"^grade.function {name}: {reason}$"):
+        Grader(workers=1, function=name)
 
 
 def test_check_golds(grader):

@@ -77,9 +77,9 @@ def _letters(text: str) -> set[str]:
 
 def _for_sympy(text: str) -> str:
     """Adapts canonical notation to the parser: degrees become radians in a function."""
+    text = CIS.sub(_exponential, COMBINATIONS.sub(_binomial, text))
     if units.TRIGONOMETRY.search(text):
         text = _radians(text)
-    text = CIS.sub(_exponential, COMBINATIONS.sub(_binomial, text))
     text = re.sub(r"\^\{\s*\\circ\s*\}", "", text)
     text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)                   # a norm of a number is its absolute value
     text = re.sub(r"\^\{\s*\((.*)\)\s*\}", _unparenthesised, text)
