@@ -77,6 +77,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         versions = self.server.repositories.get(name)
         if self.server.down:
             return self.answer(503)
+        if name == "portal/model":
+            return self.answer(200, b"<html>Welcome to our network</html>")
         if name == "private/model" and "Authorization" in self.headers:
             return self.answer(403, X_Error_Message="You are not allowed to read this")
         if versions is None:                                # as the Hub tells those who have not logged in
@@ -222,6 +224,7 @@ def test_repositories_that_cannot_be_read(server, client):
     refused(client("gated/model"), "gated/model: its licence", f"{server.address}/gated/model", "`hf auth login`")
     refused(client("missing/model"), "missing/model: neither a directory here nor a model", "`hf auth login`")
     refused(client("private/model", HF_TOKEN="hf_secret"), "denies access (403)", "`hf auth login`")
+    refused(client("portal/model"), "portal/model: no directory here", "`hf download portal/model --local-dir DIR`")
     refused(client("good/model", "v9"), "good/model: has no branch, tag or commit 'v9'", "/commits/main")
     refused(client("good/model", "9" * 40), "has no branch, tag or commit '999")
 

@@ -14,6 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from effreason.errors import UserError
 
+# What a request may raise; ValueError is for an answer that is no JSON, such as the log-in page of a network.
+FAILURES = (OSError, ValueError, errors.HTTPError)
 TIMEOUT_SECONDS = 10.0              # for the first answer of the Hub
 WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 
@@ -65,7 +67,7 @@ def fetch(name: str, commit: str, wanted: Sequence[str]) -> Path:
         return cached
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=list(wanted)))
-    except (OSError, errors.HTTPError) as error:
+    except FAILURES as error:
         raise _explained(error, name, commit) from None
 
 
@@ -76,7 +78,7 @@ def _open_snapshot(name: str, revision: str | None, small_files: Sequence[str]) 
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=TIMEOUT_SECONDS)
         _check_listing(name, [file.rfilename for file in info.siblings or ()])
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(small_files)))
-    except (OSError, errors.HTTPError) as error:
+    except FAILURES as error:
         if cached := _cached(name, revision, small_files):
             return cached
         raise _explained(error, name, revision) from None
