@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_copies import assert_same_bits, edit, rewrite, stored
@@ -93,6 +94,16 @@ def test_the_template_of_the_training_is_the_one_that_is_found(whole, tmp_path, 
     assert hf.load_tokenizer(whole).chat_template == TEMPLATE           # the source is as it was
 
 
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 12_000], ids=["one", "sharded"])
+def test_every_tensor_keeps_its_own_dtype(copy, tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
+    rewrite(copy, lambda tensors: tensors.update({
+        name: each.astype(np.float32 if "norm" in name else ml_dtypes.bfloat16) for name, each in tensors.items()}))
+    export(copy, tmp_path / "target")
+    assert_same_bits(stored(tmp_path / "target"), stored(copy))
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_a_checkpoint_may_be_exported_over_itself(copy):
     before = stored(copy)
     export(copy, copy)
@@ -109,7 +120,7 @@ def test_a_failed_export_leaves_the_old_one_as_it_was(copy, tmp_path, monkeypatc
     export(copy, target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
 
-    def fail(params, config, dtype, directory):
+    def fail(params, config, dtype, directory, dtypes):
         (directory / "model.safetensors").write_bytes(b"half")
         raise failure
 

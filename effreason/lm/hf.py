@@ -112,7 +112,7 @@ def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
 
 def export(params: Params, config: DecoderConfig, source: Path, target: Path, *, chat_template: str | None = None,
            card: str | None = None, facts: Mapping[str, Any] | None = None) -> None:
-    """Writes a directory that `transformers` loads: weights in the source's dtype, and the source's companions.
+    """Writes a directory that `transformers` loads: weights in the source's dtypes, and the source's companions.
 
     The directory appears under its name only when it is whole: a crash or a full disk leaves the old one as it was,
     and a crash between the two renames leaves both, which `hub.standing` and the next export set right.
@@ -134,7 +134,8 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path, *,
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
         if facts is not None:
             (partial / FACTS_FILE).write_text(_json(facts), encoding="utf-8")
-        write_model(params, config, read_json(source / "config.json"), stored_dtype(source), partial)
+        write_model(params, config, read_json(source / "config.json"), stored_dtype(source), partial,
+                    weights.stored_dtypes(source))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -145,12 +146,15 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path, *,
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_model(params: Params, config: DecoderConfig, table: dict[str, Any], dtype: str, directory: Path) -> None:
-    """config.json and the weights in `dtype`; `table` is the config.json that `config` was read from."""
+def write_model(params: Params, config: DecoderConfig, table: dict[str, Any], dtype: str, directory: Path,
+                dtypes: Mapping[str, str] | None = None) -> None:
+    """config.json and the weights in `dtype`, those that `dtypes` names in another.
+
+    Args: table, the config.json that `config` was read from."""
     directory.mkdir(parents=True, exist_ok=True)
     exported = _json(configs.exported_config(table, config, dtype))
     (directory / "config.json").write_text(exported, encoding="utf-8")
-    weights.write(params, config, dtype, directory)
+    weights.write(params, config, dtype, directory, dtypes)
 
 
 def _write_template(directory: Path, template: str) -> None:

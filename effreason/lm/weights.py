@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,11 @@ def _check_tied(directory: Path, stored: dict[str, Stored]) -> None:
                         "true; set it to false")
 
 
+def stored_dtypes(directory: Path) -> dict[str, str]:
+    """The dtype that each of a checkpoint's tensors is stored in; some keep their norms in float32."""
+    return {name: STORED_DTYPES[each.kind] for name, each in _headers(directory).items() if each.kind in STORED_DTYPES}
+
+
 def stored_dtype(directory: Path) -> str:
     """The dtype the checkpoint's weights are stored in, told by the embedding: float32, bfloat16 or float16."""
     stored = _headers(directory)
@@ -260,25 +265,28 @@ def stored_dtype(directory: Path) -> str:
 # Out
 
 
-def write(params: Params, config: DecoderConfig, dtype: str, directory: Path) -> None:
-    """model.safetensors, or files of at most SHARD_BYTES with an index. Raises: OSError."""
-    itemsize = jnp.dtype(dtype).itemsize
+def write(params: Params, config: DecoderConfig, dtype: str, directory: Path,
+          dtypes: Mapping[str, str] | None = None) -> None:
+    """model.safetensors, or files of at most SHARD_BYTES with an index.
+
+    Args: dtype, of every tensor but those that dtypes names. Raises: OSError."""
+    named = dtypes or {}
     shards: list[list[tuple[Layout, Values]]] = [[]]
     filled = total = 0
     for layout, value in _in_order(params, config):
-        size = math.prod(layout.shape) * itemsize
+        size = math.prod(layout.shape) * jnp.dtype(named.get(layout.name, dtype)).itemsize
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append((layout, value))
         filled, total = filled + size, total + size
     if len(shards) == 1:
-        _write_file(directory / SINGLE_FILE, shards[0], dtype)
+        _write_file(directory / SINGLE_FILE, shards[0], dtype, named)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard, dtype)
+        _write_file(directory / name, shard, dtype, named)
         weight_map |= {layout.name: name for layout, _ in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -295,21 +303,24 @@ def _in_order(params: Params, config: DecoderConfig) -> Iterator[tuple[Layout, V
             yield parts[layer], functools.partial(params["layers"][name].__getitem__, layer)
 
 
-def _write_file(path: Path, tensors: list[tuple[Layout, Values]], dtype: str) -> None:
+def _write_file(path: Path, tensors: list[tuple[Layout, Values]], dtype: str, dtypes: Mapping[str, str]) -> None:
     """One safetensors file, tensor by tensor: the library's own writer wants all of them in memory, twice.
 
     Source: the format is 8 bytes with the header's length, a JSON header, and the values one after another."""
-    kind, numpy_dtype = {name: kind for kind, name in STORED_DTYPES.items()}[dtype], jnp.dtype(dtype)
+    kinds = {name: kind for kind, name in STORED_DTYPES.items()}
+    # The wider ones first: every value then starts at a multiple of its size.
+    planned = sorted(((dtypes.get(layout.name, dtype), layout, value) for layout, value in tensors),
+                     key=lambda each: -jnp.dtype(each[0]).itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}     # without it, older transformers refuse the file
     end = 0
-    for layout, _ in tensors:
-        start, end = end, end + math.prod(layout.shape) * numpy_dtype.itemsize
-        header[layout.name] = {"dtype": kind, "shape": layout.stored_shape, "data_offsets": (start, end)}
+    for each, layout, _ in planned:
+        start, end = end, end + math.prod(layout.shape) * jnp.dtype(each).itemsize
+        header[layout.name] = {"dtype": kinds[each], "shape": layout.stored_shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for layout, value in tensors:
+        for each, layout, value in planned:
             array = np.asarray(jax.device_get(value())).transpose(layout.order).reshape(layout.stored_shape)
             # As bytes: bfloat16 is no type that files know.
-            file.write(np.ascontiguousarray(array.astype(numpy_dtype)).reshape(-1).view(np.uint8).data)
+            file.write(np.ascontiguousarray(array.astype(jnp.dtype(each))).reshape(-1).view(np.uint8).data)
