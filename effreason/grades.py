@@ -220,24 +220,25 @@ class Grader:
         elif answer is None:
             reason = "no answer" if bare else extraction.reason(response)
         else:
-            correct, status = self._exact(answer, gold, start > deadline)
+            correct, status, reason = self._exact(answer, gold, start > deadline)
             if status == "symbolic":
                 task = Task(answer, gold.answer)
         return Grade(correct, answer, status, time.monotonic() - start, reason or REASONS[status]), task
 
-    def _exact(self, answer: str, gold: Gold, late: bool) -> tuple[bool, str]:
+    def _exact(self, answer: str, gold: Gold, late: bool) -> tuple[bool, str, str]:
+        """Correct, the status and, of an error, the reason."""
         if len(answer) > MAX_ANSWER or len(gold.answer) > MAX_ANSWER:
-            return False, "too_long"
+            return False, "too_long", ""
         if late:
-            return False, "budget"
+            return False, "budget", ""
         try:
             if gold.kind == "choice":
-                return kinds.same_choice(answer, gold), "exact"
+                return kinds.same_choice(answer, gold), "exact", ""
             if gold.kind == "text":
-                return kinds.same_text(answer, gold), "exact"
-            return self._mathematics(Task(answer, gold.answer))
-        except Exception:           # a hole in this package must not stop a training run; the status makes it seen
-            return False, "error"
+                return kinds.same_text(answer, gold), "exact", ""
+            return *self._mathematics(Task(answer, gold.answer)), ""
+        except Exception as error:  # a hole in this package must not stop a training run; the status makes it seen
+            return False, "error", functions.described(error)
 
     def _mathematics(self, task: Task) -> tuple[bool, str]:
         with self._lock:

@@ -63,8 +63,8 @@ def run(argv: Sequence[str], prog: str) -> None:
             verdicts = _verdicts(grader, _items(file, read, options.file), options.bare)
             (_print_json if options.json else _print_table)(verdicts, options.bare)
         if odd_kinds:
-            print(f"note: on {odd_kinds} lines the field kind is none of {', '.join(kinds.KINDS)}: it must be something "
-                  f"else, and all lines were graded as {options.kind}", file=sys.stderr)
+            print(f"note: on {odd_kinds} lines the field kind is none of {', '.join(kinds.KINDS)}: it must be "
+                  f"something else, and all lines were graded as {options.kind}", file=sys.stderr)
 
 
 def _parser(prog: str) -> Parser:

@@ -290,6 +290,60 @@ MORE_EQUAL = [
     (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "(1,2)"),
 ]
 
+# Calculus, matrices, plain syntax, Unicode, units.
+EQUAL_BY_ALGEBRA = [
+    (r"\frac{d}{dx} x^2", "2x"), (r"\frac{d}{dx}(x^3+x)", "3x^2+1"), (r"\frac{\partial}{\partial x}(x^2y)", "2xy"),
+    (r"\int x\,dx", "x^2/2"), (r"\int_{1}^{2} 2x dx", "3"), (r"\int_0^\pi \sin x\,dx", "2"),
+    (r"\lim_{x \to 3} x", "3"), (r"\lim_{x\to\infty}\frac1x", "0"), (r"\sum_{n=0}^{\infty}\frac{1}{2^n}", "2"),
+    (r"\prod_{k=1}^{3}k", "6"), (r"\max(1,2,3)", "3"), (r"\det\begin{pmatrix}1&2\\3&4\end{pmatrix}", "-2"),
+    (r"\operatorname{arcsinh}(0)", "0"), (r"\sinh^{-1}(0)", "0"), (r"\csc x", r"\frac{1}{\sin x}"),
+    (r"\cot x", r"1/\tan x"), (r"\log_{10}(1000)", "3"), (r"\exp(x)", "e^{x}"), (r"\|x\|", "|x|"),
+    (r"\lfloor 3.7\rfloor", "3"),
+    (r"\begin{bmatrix}1&2\end{bmatrix}+\begin{bmatrix}3&4\end{bmatrix}", r"\begin{bmatrix}4&6\end{bmatrix}"),
+    (r"2\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{bmatrix}2\\4\end{bmatrix}"),
+    (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}\begin{bmatrix}1\\1\end{bmatrix}", r"\begin{bmatrix}3\\7\end{bmatrix}"),
+    (r"128 \mod 3", "2"), (r"7\bmod 3", "1"), (r"x \times y", "xy"), (r"x \div y", r"\frac{x}{y}"),
+    (r"\frac{x}{y}\div z", r"\frac{x}{yz}"), ("a^{b^c}", "a^{(b^c)}"), (r"\sqrt[3]{x^2}", "x^{2/3}"),
+    ("x^{-1/2}", r"\frac{1}{\sqrt x}"), ("|x+1|", "|-x-1|"), (r"\sin^{2}(x)", r"(\sin x)^2"),
+    (r"\sin^{-1}(x)", r"\arcsin x"), (r"\ln(e^x)", r"\ln(e^x)"), (r"\log_a b", r"\frac{\ln b}{\ln a}"),
+    (r"\binom{n}{2}", r"\frac{n^2-n}{2}"), (r"10\%\cdot 50", "5"), (r"\frac{1}{2}\%", r"0.5\%"), (r"1.5\%", "1.5"),
+    (r"\sqrt[3]{27}+\sqrt[4]{16}", "5"), ("3!!", "3!!"), ("n!/(n-1)!", "n"), ("2x2y", "4xy"), ("x2", "2x"),
+    ("xy3", "3xy"), ("3(x+1)", "3x+3"), ("(x+1)3", "3x+3"), (r"x\left(y+z\right)", "xy+xz"),
+    (r"\left\lfloor\frac72\right\rfloor", "3"), ("a'b", "a'b"), (r"\alpha_1+\alpha_2", r"\alpha_2+\alpha_1"),
+    ("x_{1}x_2", "x_2x_1"), (r"\hat{x}+1", r"1+\hat{x}"), (r"\vec{a}+\vec{b}", r"\vec{b}+\vec{a}"),
+    (r"\mathbf{a}\cdot\mathbf{b}", r"\mathbf{a} \cdot \mathbf{b}"), (r"\overline{AB}", r"\overline{AB}"),
+    ("e^{x}e^{y}", "e^{x+y}"), ("(e^x)^2", "e^{2x}"), (r"\sqrt{a}\sqrt{b}", r"\sqrt{ab}"),
+    (r"\sqrt{4x}", r"2\sqrt{x}"), (r"\frac{x^2}{x}", "x"), (r"\frac{x^2+2x+1}{x+1}", "x+1"),
+    (r"\tan x\cos x", r"\sin x"), ("sin(x)^2+cos(x)^2", "1"), ("exp(2*x)", "e^{2x}"),
+    ("sqrt(x**2+1)", r"\sqrt{x^2+1}"), ("ln(2)/3", r"\frac{\ln 2}{3}"), ("pi/2", r"\frac{\pi}{2}"),
+    ("2*pi*r", r"2\pi r"), ("x^(2/3)", r"x^{\frac23}"), ("(x+1)/(x-1)", r"\frac{x+1}{x-1}"),
+    ("1/(2*sqrt(2))", r"\frac{\sqrt2}{4}"), ("oo", r"\infty"), ("-oo", r"-\infty"), ("[-1, oo)", r"[-1,\infty)"),
+    ("Interval(1,2)", "Interval(1,2)"), ("{1, 2}", r"\{1,2\}"), ("sqrt2", r"\sqrt2"), ("3sqrt(5)", r"3\sqrt5"),
+    ("cos(pi/3)", "1/2"), ("5*I", "5i"), ("C1*e^(-x)+C2*e^(2x)", "C_1 e^{-x}+C_2 e^{2x}"),
+    ("C_1e^{-x}+C_2xe^{-x}", "e^{-x}(C_1+C_2x)"), ("tan(x)+C", r"\tan x + C"), ("-ln|cos(x)|+C", r"-\ln|\cos x|+C"),
+    ("y = Ce^{x}", "Ce^x"), ("y(x) = e^x", "e^x"), ("x(t)=2t", "2t"), ("<1,2,3>", "(1,2,3)"),
+    ("<1,2,3>", r"\langle1,2,3\rangle"), ("i+2j", r"\mathbf{i}+2\mathbf{j}"),
+    ("x<-1 or x>1", r"(-\infty,-1)\cup(1,\infty)"), (r"x<-1 \vee x>1", r"(-\infty,-1)\cup(1,\infty)"),
+    ("|x|>1", "|x|>1"), ("x = 1; y = 2", "(1,2)"), ("1; 2; 3", "1,2,3"), ("1 2 3", "1 2 3"),
+    ("1, 2, ..., 10", r"1,2,\ldots,10"), ("1/2, 1/3", r"\frac12,\frac13"), ("p = 0.05", "0.05"),
+    ("p < 0.05", "p<0.05"), ("≈ 12.5", "12.5"), ("12.5 (approx)", "12.5"), ("x ≈ 12.5", "12.5"), ("12.50", "12.5"),
+    (".5", "0.5"), ("5.", "5"), ("0005", "5"), ("1e3", "1000"), ("1.0e-3", "0.001"), ("1 × 10^3", "1000"),
+    ("10³", "1000"), ("10⁻³", "0.001"), ("2⁵", "32"), ("√(x+1)", r"\sqrt{x+1}"), ("√50", "5√2"),
+    ("3√2/2", r"\frac{3\sqrt2}{2}"), ("(1+√5)/2", r"\frac{1+\sqrt5}{2}"), ("−½", "-0.5"), ("x₁", "x_1"),
+    ("a²b", "a^2b"), ("α", r"\alpha"), ("Δ=5", "5"), ("θ=π/4", r"\frac{\pi}{4}"), ("π/4", r"\frac{\pi}{4}"),
+    ("2π", r"2\pi"), ("x∈[1,2]", "[1,2]"), ("{x | x ≥ 2}", r"[2,\infty)"), ("∅", r"\emptyset"), ("ℝ", r"\mathbb{R}"),
+    ("f⁻¹(x)=x/2", "x/2"), ("5 km²", "5"), ("5 m³", "5"), ("5×10⁴", "50000"), ("3·4", "12"), ("∠ABC=30°", "30"),
+    ("△ABC", r"\triangle ABC"), ("1 : 2", "1:2"), ("1∶2", "1:2"), ("50％", "50"), ("（1，2）", "(1,2)"), ("x＝5", "5"),
+    ("５＋３", "8"), ("¼", "0.25"), ("5'", "5"), ("45′", "45"), (r"$\frac{1}{2}$", "0.5"), (r"\$$5$", "5"),
+    (r"$\$5$", "5"), (r"\text{\$5}", "5"), (r"5\text{\textdegree}", "5"), (r"\textdegree 5", "5 degrees"),
+    ("N = 5", "5"), ("k=5.", "5"), (r"5\ (\text{units})", "5"), ("5 [units]", "5"), (r"n = 5 \text{ terms}", "5"),
+    (r"\text{Perimeter} = 12\text{ cm}", "12"), ("Area: 12", "12"), ("12 (cm)", "12"), ("12 sq. cm", "12"),
+    ("12 cm.", "12"), ("12 meters per second", "12"), ("12 meters/second", "12"),
+    (r"12\frac{\text{m}}{\text{s}}", "12"), (r"12 \text{m/s}", "12"), (r"12 \text{N}\cdot\text{m}", "12"),
+    ("12 kg·m/s", "12"), ("12 kg m/s^2", "12"), (r"12\,\text{kJ/mol}", "12"), ("12 cm^{-1}", "12"),
+    (r"12\,^\circ\text{C}", "12"), ("285 K", "285"), ("-40 °F", "-40"),
+]
+
 # (answer, reference): not the same, however near.
 DIFFERENT = [
     ("5", "6"), ("3=5", "5"), ("x+y=5", "5"), ("2x=10", "10"), ("x=3=5", "5"), ("5 5", "55"), ("1,2", "12"),
@@ -419,6 +473,18 @@ MORE_DIFFERENT = [
     ("5 km", "5 m + 1"), ("5 + C", "5"), ("x^2+C", "x^2"), ("5+k", "5"), (r"2\pi n", r"2\pi"), (r"2k\pi", r"2\pi"),
     (r"\frac{\pi}{2}+2k\pi", r"\frac{\pi}{2}"), (r"\infty", "10^{100}"), ("DNE", "0"), ("undefined", r"\infty"),
     (r"\text{DNE}", r"\infty"), ("none", "0"), (r"\emptyset", r"\{0\}"), ("0", r"\emptyset"),
+]
+
+# What a parser that recovers from errors might read as the reference; variables, numbers that are very near.
+MISREAD = [
+    ("195°1", "1951"), (r"<\frac13", r"\frac13"), (r"\frac{40}{7}>", r"\frac{40}7"),
+    (r"\frac{9}{32}+", r"\frac{9}{32}"), ("x^2 - 2x' + 8", "x^2-2x+8"), ("64a'^6", "64a^6"),
+    (r"|\frac79", r"\frac79"), (r"k\frac{70}{39}\log", r"\frac{70}{39}"), (r"\frac{6}{11}\binom", r"\frac{6}{11}"),
+    (r"e^{\pi\sqrt{163}}", "262537412640768744"), (r"\sqrt{10^{30}+1}", "10^{15}"), (r"\cos(10^{-10})", "1"),
+    (r"m \geq 2", r"n \geq 2"), ("y=4,x=3", "(4,3)"), ("2B", "2b"), ("x>2", "y>2"), (r"(3,4\cup)", "(3,4)"),
+    (r"13i4\le0", "1340"),
+    (r"\begin{bmatrix}1&2\end{bmatrix}\begin{bmatrix}3\\4\end{bmatrix}", r"\begin{bmatrix}1&2\end{bmatrix}"),
+    ("x^{17}-3x^{11}+5x-7=0", "x=1"), ("y=x^2", "2y=x^2"), ("x-y=1", "y-x=1"),
 ]
 
 HOSTILE = [

@@ -3,7 +3,17 @@
 from fractions import Fraction
 
 import pytest
-from grading_cases import DIFFERENT, EQUAL, MORE_DIFFERENT, MORE_EQUAL, boxed, load, messy
+from grading_cases import (
+    DIFFERENT,
+    EQUAL,
+    EQUAL_BY_ALGEBRA,
+    MISREAD,
+    MORE_DIFFERENT,
+    MORE_EQUAL,
+    boxed,
+    load,
+    messy,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,15 +104,17 @@ def test_different_answers(grader):
     assert [pair for pair, grade in zip(DIFFERENT, grades, strict=True) if grade.correct] == []
 
 
-def test_more_equal_answers(grader):
-    grades = grader.grade([prediction for prediction, _ in MORE_EQUAL], [gold for _, gold in MORE_EQUAL], bare=True)
-    assert [pair for pair, grade in zip(MORE_EQUAL, grades, strict=True) if not grade.correct] == []
+@pytest.mark.parametrize("pairs", [MORE_EQUAL, EQUAL_BY_ALGEBRA], ids=["more", "algebra"])
+def test_more_equal_answers(grader, pairs):
+    grades = grader.grade([prediction for prediction, _ in pairs], [gold for _, gold in pairs], bare=True)
+    assert [pair for pair, grade in zip(pairs, grades, strict=True) if not grade.correct] == []
 
 
-def test_more_different_answers(grader):
-    grades = grader.grade([prediction for prediction, _ in MORE_DIFFERENT], [gold for _, gold in MORE_DIFFERENT],
-                          bare=True)
-    assert [pair for pair, grade in zip(MORE_DIFFERENT, grades, strict=True) if grade.correct] == []
+@pytest.mark.parametrize("pairs", [MORE_DIFFERENT, MISREAD], ids=["more", "misread"])
+def test_more_different_answers(grader, pairs):
+    grades = grader.grade([prediction for prediction, _ in pairs], [gold for _, gold in pairs], bare=True)
+    assert [pair for pair, grade in zip(pairs, grades, strict=True) if grade.correct] == []
+    assert not {grade.status for grade in grades} & {"error", "hard_kill", "soft_timeout"}
 
 
 def test_every_reference_equals_itself(grader):

@@ -24,16 +24,18 @@ SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
 CUP = re.compile(r"\\cup(?![a-zA-Z])")
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
 CLAIM = re.compile(r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|ne|mapsto|neg|not)(?![a-zA-Z])")
-MATRIX = re.compile(r"\\begin\{(?:[pb]|small)matrix\}(.*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
+MATRIX = re.compile(r"\\begin\{(?:[pb]|small)matrix\}((?:(?!\\begin).)*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
 DIGITS_APART = re.compile(r"\d\s+[\d.]")
 BASE = re.compile(r"\(?([0-9A-Z]+)\)?_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
          "twelve": 12, "sixteen": 16}
 NO_SOLUTION = {r"\emptyset", r"\{\}"}
 SUBSCRIPT = re.compile(r"_\{[^{}]*\}")
-ANGLED = re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle", re.DOTALL)
+ANGLED = re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle|<([^<>]*,[^<>]*)>", re.DOTALL)
+LABEL = re.compile(r"[A-Za-z][A-Za-z ]{2,30}:\s*(?=[\d\\(-])")                 # Area: 12
 SET_BUILDER = re.compile(
-    r"\\\{\s*(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?\\\}",
+    r"(?:\\?\{\s*)?(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?"
+    r"(?:\\?\})?",
     re.DOTALL)
 RATIO = re.compile(r"(\d+)\s*(?:\\text\{\s*to\s*\}|to)\s*(\d+)")
 SYSTEM = re.compile(
@@ -148,8 +150,9 @@ def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
 def _plain(text: str) -> str:
     r"""Words that stand for mathematics, \langle 1,2\rangle and \{x|x>2\} in their plainer form."""
     text = words.mathematics(text)
+    text = text[label.end():] if (label := LABEL.match(text)) else text
     if angled := ANGLED.fullmatch(text):
-        return f"({angled[1]})"
+        return f"({angled[1] or angled[2]})"
     if (builder := SET_BUILDER.fullmatch(text)) and intervals.RELATION.search(builder[2]):
         return builder[2].strip()
     if (system := SYSTEM.fullmatch(text)) is not None:
@@ -367,4 +370,6 @@ def _intervals(side: Bracketed) -> tuple[str, ...] | None:
     whole = f"{side.brackets[:1]}{','.join(side.elements)}{side.brackets[1:]}"
     pieces = [part for piece in ([whole] if side.brackets else side.elements) for part in _union(piece)]
     found = [intervals.interval(piece) for piece in pieces]
-    return tuple(piece for piece in found if piece) if None not in found else None
+    if any(piece is None or CUP.search(piece) or intervals.RELATION.search(piece) for piece in found):
+        return None                                 # (3,4\cup) is no interval
+    return tuple(piece for piece in found if piece)

@@ -16,7 +16,7 @@ TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 # Function names without their backslash, as sympy prints them; "sec" may be a unit, so some need their bracket.
 PLAIN_NAME = re.compile(
     r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
-    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det|sqrt)(?=\s*[(^{])"
+    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det)(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
     r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])|(?P<lcm>lcm)(?=\s*\()"
     r"|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
 TEX_THOUSANDS = re.compile(
@@ -37,6 +37,7 @@ FUNCTION = re.compile(
 WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
 TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
+CONSTANT = re.compile(r"(?<![a-zA-Z\\])C(\d)(?!\d)")                                # of integration
 ABSOLUTE = re.compile(r"(?<![\\a-zA-Z])abs\(([^()]*)\)")
 NO_ARGUMENT = re.compile(r"(?<![\\^_}\]a-zA-Z])\{\s*\}")
 SIZED = re.compile(r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
@@ -57,6 +58,7 @@ def canonical(text: str) -> str:
     text = _ascii(text).strip()
     if marked := MARKDOWN.fullmatch(text):
         text = marked[2]
+    text = CONSTANT.sub(r"C_\1", text.replace("...", r"\dots "))
     text = ABSOLUTE.sub(r"|\1|", CURRENCY.sub("", text))
     text = LETTERED.sub(r"\\operatorname{\1}", FUNCTION.sub(r"\\\1 ", text))
     text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
@@ -180,7 +182,7 @@ def _with_backslash(match: re.Match[str]) -> str:
         return r"\infty "
     if match["lcm"]:
         return r"\operatorname{lcm}"
-    name = match["call"] or match["name"]
+    name = match["call"] or match["root"] or match["name"]
     name = f"arc{name[1:]}" if name in ("asin", "acos", "atan") else name
     return f"\\{name} " if name else match[0]
 

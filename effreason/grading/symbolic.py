@@ -20,7 +20,10 @@ CIS = re.compile(
     r"|\d+(?:\.\d+)?(?:\s*\^\{\s*\\circ\s*\})?|\\?[a-zA-Z]+)")
 COMBINATIONS = re.compile(r"(?:\{\})?_\{(\d+)\}\s*C_\{(\d+)\}|(?<![a-zA-Z])C_\{(\d+)\}\^\{(\d+)\}")
 NO_VARIABLE = re.compile(r"\\(?:text|operatorname|mathbb)\s*\{[^{}]*\}|_\{[^{}]*\}|\\[a-zA-Z]+|\^\{\s*\\circ\s*\}")
-FOREIGN = re.compile(r"[\"#@?$;]|\d\s*'|[^\x00-\x7f]|[\x00-\x1f]")      # what the parser passes over: 5'6 is not 56
+# What the parser passes over in silence: 5'6 is not 56, 5^{\circ}6 neither, < 5 and 5 + are no numbers.
+FOREIGN = re.compile(
+    r"[\"#@?$;]|\d\s*'|[^\x00-\x7f]|[\x00-\x1f]|\\circ\s*\}\s*\d|^\s*[<>]|[-+/^_<>]\s*$"
+    r"|\\(?:log|ln|sin|cos|tan|lim|sum|prod|int|binom|frac|sqrt|cdot|cup|cap)\s*$")
 LONG_DIGITS = re.compile(r"\d{120,}")
 
 # Points at which two expressions are compared: positive, where roots and logarithms are defined, then of either sign.
@@ -63,7 +66,9 @@ def _leaf(prediction: str, gold: str) -> bool:
     if verdict is not None:
         return verdict
     prediction, gold = units.without_unit(prediction), units.without_unit(gold)
-    if FOREIGN.search(prediction) or FOREIGN.search(gold):
+    if FOREIGN.search(prediction) or FOREIGN.search(gold) or prediction.count("'") != gold.count("'"):
+        return False
+    if prediction.count("|") % 2 != gold.count("|") % 2:
         return False
     p_letters, g_letters = _letters(prediction), _letters(gold)
     if p_letters != g_letters and {*map(str.lower, p_letters)} == {*map(str.lower, g_letters)}:
@@ -111,7 +116,11 @@ def _parse(text: str):
 
     # Only LaTeX in the one box, its notation settled: the other extractors pick any number out of a broken answer.
     config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(boxed="last"))
-    found = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback", parsing_timeout=None)
+    try:
+        found = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback",
+                      parsing_timeout=None)
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
+        return None                                 # it builds what it reads, and 2i < 0 cannot be built
     return _with_constants(found[0]) if found else None
 
 

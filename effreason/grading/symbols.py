@@ -58,6 +58,7 @@ SYMBOLS = {
     \sum ∑
     \int ∫
     / ⁄ ∕
+    : ∶
     ^{\circ}C ℃
     ^{\circ}F ℉
     \in ∊
@@ -87,6 +88,8 @@ RENAMED = _table(r"""
     | \lvert \rvert \vert \mid
     \infty \infin
     : \colon
+    || \|
+    \mod \bmod
     ^{\circ} \degree \textdegree
     \emptyset \varnothing
     \dots \ldots \cdots \dotsc \dotsb

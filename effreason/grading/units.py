@@ -34,7 +34,9 @@ WORD_UNIT = re.compile(
     rf"((?:(?:{'|'.join(SHORT)}|(?<=[\s/-])[A-Za-z][a-z]{{2,}}|[A-Za-z][a-z]{{3,}}"     # words
     rf"|\\text\{{[^{{}}]*\}}){POWER}{JOINT}"
     rf"(?:(?:s|h|m|g|l|L|C|F|per|of|a|an)(?![a-zA-Z]){POWER}\s*)?)+)$", re.DOTALL)            # and links
-ASIDE = re.compile(r"(.*?[\d)}])\s*\(([A-Za-z][a-z]{2,}(?: [a-z]{2,})*)\)$", re.DOTALL)             # 15 (students)
+ASIDE = re.compile(                                                                                # 15 (students)
+    rf"(.*?[\d)}}])\s*[(\[]\s*(\\text\{{[^{{}}]*\}}|{'|'.join(SHORT)}|[A-Za-z][a-z]{{2,}}(?: [a-z]{{2,}})*)\s*[)\]]$",
+    re.DOTALL)
 # Units that might as well be variables.
 SYMBOL = rf"(?:{LETTERS}|{'|'.join(SHORT)}|\\text\{{[^{{}}]*\}}){POWER}"
 SYMBOLS = rf"(?:{SYMBOL}(?:\s*(?:/|\\cdot|\s)\s*{SYMBOL}){{0,3}})"
