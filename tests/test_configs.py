@@ -124,7 +124,8 @@ def test_an_exported_config_has_both_spellings(tmp_path, name):
 
 
 @pytest.mark.parametrize("entries", [
-    dict(model_type="mamba"), dict(model_type=None), dict(hidden_act="gelu"), dict(use_sliding_window=True),
+    dict(model_type="mamba"), dict(model_type=None), dict(model_type=["qwen2"]), dict(hidden_act="gelu"),
+    dict(use_sliding_window=True),
     dict(layer_types=["full_attention", "sliding_attention"]), dict(layer_types=["linear_attention"]),
     dict(mlp_bias=True), dict(pretraining_tp=2), dict(quantization_config={"bits": 4}),
     dict(compression_config={"format": "int"}), dict(partial_rotary_factor=0.5), dict(use_mrope=True),

@@ -80,7 +80,7 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", r
     Raises: UserError that names the file and the entry, for an unknown family or a feature this decoder lacks:
         it never computes something other than what the checkpoint means."""
     family = table.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{path}: model_type {_shown(family)} is not supported, expected one of {', '.join(FAMILIES)}")
     _check_features(path, table, family)
 
