@@ -119,9 +119,9 @@ def _parse(text: str):
     try:
         found = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback",
                       parsing_timeout=None)
+        return _with_constants(found[0]) if found else None
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
         return None                                 # it builds what it reads, and 2i < 0 cannot be built
-    return _with_constants(found[0]) if found else None
 
 
 def _with_constants(side):
