@@ -16,7 +16,7 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
            base: Evaluation | None) -> None:
     """Writes weights, tokenizer, template, facts and card. Raises: UserError where the disk takes no more."""
     facts = origin(inputs) | {"effreason": __version__, "step": step, "alpha": config.reward.alpha,
-                              "data": config.data.path, "seed": config.run.seed}
+                              "data": [_public(source.name) for source in inputs.problems.sources], "seed": config.run.seed}
     with disk(target):
         hf.export(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
                   chat_template=inputs.template.text, facts=facts, card=card(step, config, inputs, base, None))
@@ -24,7 +24,7 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
 
 def origin(inputs: Inputs) -> dict[str, Any]:
     """What a model was trained from: the base model's commit, and the template with its hash."""
-    return {"base_model": inputs.pretrained.name, "base_revision": inputs.pretrained.revision,
+    return {"base_model": _public(inputs.pretrained.name), "base_revision": inputs.pretrained.revision,
             "template": inputs.template.facts()}
 
 
@@ -32,12 +32,17 @@ def card(step: int, config: Config, inputs: Inputs, base: Evaluation | None, tra
     """The model card; the evaluations as far as they are there."""
     names = [source.name for source in inputs.problems.sources]
     known = [PRESETS[name].hub if name in PRESETS else name for name in names]
+    evaluated = config.evaluation.path or config.data.path
     return cards.model_card(
         base_model=inputs.pretrained.name, base_revision=inputs.pretrained.revision, alpha=config.reward.alpha,
-        # A path on the machine of the training says nothing to others, and may say too much.
-        data=", ".join(Path(name).name if Path(name).exists() else name for name in names),
+        data=", ".join(_public(name) for name in names),
         datasets=[name for name in known if name and hub.is_hub_id(name) and not Path(name).exists()],
         step=step, version=__version__, template=inputs.template.name, template_sha256=inputs.template.sha256,
         user_prompt=inputs.template.user_prompt, temperature=config.rollout.temperature, top_p=config.rollout.top_p,
         max_new_tokens=config.rollout.max_new_tokens,
-        evaluation_set=Path(config.evaluation.path or config.data.path).name, before=base, after=trained)
+        evaluation_set=", ".join(_public(name) for name in evaluated.split(",")), before=base, after=trained)
+
+
+def _public(name: str) -> str:
+    """A name for others: a path on the machine of the training says nothing to them, and may say too much."""
+    return Path(name).name if Path(name).exists() else name

@@ -100,7 +100,7 @@ class Grader:
     Raises: UserError when the function cannot be imported or called.
     """
 
-    def __init__(self, *, workers: int = 2, cpu_seconds: float = 2.0, wall_seconds: float = 8.0, memory_mb: int = 2048,
+    def __init__(self, *, workers: int = 2, cpu_seconds: float = 1.0, wall_seconds: float = 8.0, memory_mb: int = 2048,
                  step_budget_seconds: float = 30.0, cache_size: int = 65536, function: str | None = None) -> None:
         self.step_budget_seconds, self.cache_size, self.function = step_budget_seconds, cache_size, function
         if function is not None:

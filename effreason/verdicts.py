@@ -83,8 +83,8 @@ def _parser(prog: str) -> Parser:
     made.add_argument("--gold_field", metavar="NAME",
                       help=f"default gold; where it is missing, {', '.join(GOLD_FIELDS[1:])}")
     made.add_argument("--workers", metavar="N", type=_positive(int), default=2, help="processes; default 2")
-    made.add_argument("--cpu_seconds", metavar="X", type=_positive(float), default=2.0,
-                      help="processor time for one comparison; default 2")
+    made.add_argument("--cpu_seconds", metavar="X", type=_positive(float), default=1.0,
+                      help="processor time for one comparison; default 1")
     made.add_argument("--wall_seconds", metavar="X", type=_positive(float), default=8.0,
                       help="clock time for one comparison; default 8")
     return made

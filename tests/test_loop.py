@@ -481,7 +481,12 @@ def test_a_run_cannot_go_on_with_a_template_that_has_changed(finished, world, tm
 def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(finished, world):
     model = finished.directory / "model"
     facts = json.loads((model / "effreason.json").read_text())
-    assert (facts["base_model"], facts["step"], facts["alpha"]) == (str(world / "base"), 6, 0.2)
+    assert (facts["base_model"], facts["data"], facts["step"], facts["alpha"]) == ("base", ["train.jsonl"], 6, 0.2)
+    card = (model / "README.md").read_text()
+    summary = json.loads((finished.directory / "summary.json").read_text())
+    for result in (summary["base"], summary["trained"]):
+        assert f"{100 * result['accuracy']:.1f} %" in card and f"{result['tokens']:,.0f}" in card
+    assert "α = 0.2" in card and "test.jsonl" in card and str(world) not in card
     assert facts["template"]["user_prompt"] == "{problem}" and len(facts["template"]["sha256"]) == 64
     config = small_runs.config(world, finished.directory)
     trained = hf.open_pretrained(str(model), dtype="float32", remat=False)

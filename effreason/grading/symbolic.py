@@ -10,6 +10,7 @@ from effreason.grading import exact, notation, units
 MAX_CHARACTERS = 400
 MAX_DEPTH = 15
 MAX_ITEMS = 40
+MAX_BARS = 20
 
 POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")                 # a power of a power with nothing but numbers in it
 HUGE_EXPONENT = re.compile(r"\^\{?\s*[-+(]*\s*\d{5,}")
@@ -36,7 +37,7 @@ TOLERANCE = 1e-40                   # e^{\pi\sqrt{163}} is within 3e-30 of an in
 
 # What an answer seldom leaves unevaluated, and what can take sympy any time: it gets a part of the usual CPU time.
 HEAVY = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta|frac\{d)|\\begin|!")
-HEAVY_SHARE = 0.25
+HEAVY_SHARE = 0.5
 
 
 def cpu_share(prediction: str, gold: str) -> float:
@@ -51,7 +52,7 @@ def guard(text: str) -> bool:
     """
     if len(text) > MAX_CHARACTERS or LONG_DIGITS.search(text):
         return True
-    if notation.depth(text) > MAX_DEPTH or text.count(",") > MAX_ITEMS:
+    if notation.depth(text) > MAX_DEPTH or text.count(",") > MAX_ITEMS or text.count("|") > MAX_BARS:
         return True
     return any(pattern.search(text) for pattern in (POWER_OF_NUMBERS, HUGE_EXPONENT, POWER_OF_POWER, HUGE_FACTORIAL))
 

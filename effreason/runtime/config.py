@@ -108,7 +108,7 @@ class RolloutConfig(Section):
     room for the next."""
     chunk: Count = 16
     """Tokens each slot generates before finished responses are looked for."""
-    max_mismatch: Positive = 0.05
+    max_mismatch: Positive = 0.1
     """Parity gate: the run stops where the log-probs of sampled tokens by the sampler and by the trainer differ by more
     than this, in nats, on the mean over a step's tokens. Measured on short responses before the first step too."""
 
