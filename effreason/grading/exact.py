@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from effreason.grading import intervals, notation, rationals, units, words
+from effreason.grading import forms, intervals, notation, rationals, units, words
 
 # True, False, or None where neither can be said.
 Verdict = bool | None
@@ -17,9 +17,7 @@ MAX_DEPTH = 50
 LETTER = re.compile(r"[A-J]")
 CHOICE = re.compile(r"\(?([A-J])\s*(?:\)|[.:])(?=\s|$|\\text|[^\s)]).*|\(?([A-J])\)?", re.DOTALL)
 CHOICE_WORD = re.compile(r"^\s*(?:option|choice|answer)\b\s*(?:is\b)?:?", re.IGNORECASE)
-NAME = re.compile(r"(?:\\[a-zA-Z]+(?![a-zA-Z])|[a-zA-Z|:,/(){}\s.])+")
 EQUALS = re.compile(r"(?<![<>!:])=")
-MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
 CUP = re.compile(r"\\cup(?![a-zA-Z])")
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
@@ -31,16 +29,6 @@ BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eigh
          "twelve": 12, "sixteen": 16}
 NO_SOLUTION = {r"\emptyset", r"\{\}"}
 SUBSCRIPT = re.compile(r"_\{[^{}]*\}")
-ANGLED = re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle|<([^<>]*,[^<>]*)>", re.DOTALL)
-LABEL = re.compile(r"[A-Za-z][A-Za-z ]{2,30}:\s*(?=[\d\\(-])")                 # Area: 12
-SET_BUILDER = re.compile(
-    r"(?:\\?\{\s*)?(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?"
-    r"(?:\\?\})?",
-    re.DOTALL)
-RATIO = re.compile(r"(\d+)\s*(?:\\text\{\s*to\s*\}|to)\s*(\d+)")
-SYSTEM = re.compile(
-    r"(?:\\\{\s*)?\\begin\{(cases|aligned|align\*?|array)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}\s*", re.DOTALL)
-POINT = re.compile(r"[A-Z]'?\s*(?=\()")
 NAMED_VALUE = re.compile(r"[a-z]\s*=")
 CONSTANTS = ("e", "i", r"\pi", r"\infty")
 
@@ -76,7 +64,7 @@ def compare(prediction: str, gold: str, same: Leaf) -> Verdict:
     """
     if not prediction or not gold:
         return False
-    prediction, gold = _plain(prediction), _plain(gold)
+    prediction, gold = forms.plain(prediction), forms.plain(gold)
     if notation.key(prediction) == notation.key(gold):
         return True
     if {prediction, gold} <= NO_SOLUTION:
@@ -147,21 +135,6 @@ def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
     return _value(match[1]) if match else None
 
 
-def _plain(text: str) -> str:
-    r"""Words that stand for mathematics, \langle 1,2\rangle and \{x|x>2\} in their plainer form."""
-    text = words.mathematics(text)
-    text = text[label.end():] if (label := LABEL.match(text)) else text
-    if angled := ANGLED.fullmatch(text):
-        return f"({angled[1] or angled[2]})"
-    if (builder := SET_BUILDER.fullmatch(text)) and intervals.RELATION.search(builder[2]):
-        return builder[2].strip()
-    if (system := SYSTEM.fullmatch(text)) is not None:
-        rows = [row.replace("&=", "=").strip(" ,;") for row in system[2].split(r"\\") if row.strip()]
-        if len(rows) > 1 and all("=" in row and "&" not in row for row in rows):
-            return ",".join(rows)                   # x=1, y=2 one below the other
-    return f"{ratio[1]}:{ratio[2]}" if (ratio := RATIO.fullmatch(text)) else text
-
-
 def _base(name: str) -> int:
     return int(name[:6]) if name.isdigit() else BASES.get(name, 0)
 
@@ -186,23 +159,16 @@ def _without_approximation(text: str) -> str:
     if len(parts) == 1:
         return text
     first = EQUALS.split(parts[0])[-1]
-    return parts[0] if first.strip() and not is_name(first) else "=".join(part for part in parts[:2] if part)
-
-
-def is_name(text: str) -> bool:
-    r"""True for the name of a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}."""
-    text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "", re.sub(r"\[([A-Z]{2,})\]", r"\1", text))
-    text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)
-    return NAME.fullmatch(text) is not None and any(map(str.isalpha, text))
+    return parts[0] if first.strip() and not forms.is_name(first) else "=".join(part for part in parts[:2] if part)
 
 
 def _bracketed(text: str) -> Bracketed:
-    text, name = _without_point(_strip_member(text)), ""
+    text, name = forms.without_point(forms.without_member(text)), ""
     pieces = [piece for piece in notation.split_top(text, ",;") if piece] or [text]
     if len(pieces) > 1:
         return Bracketed("", tuple(piece for element in pieces for piece in _signs(element)))
     pieces = EQUALS.split(text) if "=" in text else [text]
-    if len(pieces) == 2 and is_name(pieces[0]):
+    if len(pieces) == 2 and forms.is_name(pieces[0]):
         name, text = pieces[0], pieces[1].strip()
     escaped = text.startswith(r"\{") and text.endswith(r"\}")
     begin, end = (1, len(text) - 2) if escaped else (0, len(text) - 1)
@@ -215,19 +181,6 @@ def _bracketed(text: str) -> Bracketed:
     signed = _signs(text)
     prefix = f"{name}=" if name and len(signed) == 1 else ""
     return Bracketed("", tuple(prefix + element for element in signed))
-
-
-def _without_point(text: str) -> str:
-    """P(1,2) names the point (1,2)."""
-    match = POINT.match(text)
-    rest = text[match.end():] if match else ""
-    pair = rest.endswith(")") and notation.matching(rest).get(0) == len(rest) - 1
-    return rest if pair and len(notation.split_top(rest[1:-1], ",")) > 1 else text
-
-
-def _strip_member(text: str) -> str:
-    parts = notation.split_top(text, MEMBER) if r"\in" in text else [text]
-    return parts[1] if len(parts) == 2 and is_name(parts[0]) else text
 
 
 def _signs(text: str) -> list[str]:
@@ -305,7 +258,7 @@ def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
     p_parts, g_parts = _chain(prediction), _chain(gold)
     if len(p_parts) == len(g_parts) == 1:
         return same(prediction, gold)
-    p_named, g_named = is_name(p_parts[0]), is_name(g_parts[0])
+    p_named, g_named = forms.is_name(p_parts[0]), forms.is_name(g_parts[0])
     if len(g_parts) > 1 and not g_named:            # an equation proper: only an equation can equal it
         return same(prediction, gold) if len(p_parts) == len(g_parts) else False
     if len(p_parts) > 1 and len(g_parts) > 1 and p_named and notation.key(p_parts[0]) != notation.key(g_parts[0]):
@@ -321,7 +274,7 @@ def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
 
 def _chain(text: str) -> list[str]:
     parts = [part for part in notation.split_top(text, EQUALS) if part] or [text] if "=" in text else [text]
-    swapped = len(parts) == 2 and not is_name(parts[0]) and re.fullmatch(intervals.VARIABLE, parts[1])
+    swapped = len(parts) == 2 and not forms.is_name(parts[0]) and re.fullmatch(intervals.VARIABLE, parts[1])
     return parts[::-1] if swapped and parts[1] not in CONSTANTS else parts      # 3 = x is x = 3
 
 
@@ -345,7 +298,7 @@ def _rows(body: str) -> list[list[str]]:
 
 
 def _union(text: str) -> list[str]:
-    return notation.split_top(_strip_member(text), CUP)
+    return notation.split_top(forms.without_member(text), CUP)
 
 
 def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
