@@ -48,6 +48,12 @@ def test_choices_unknown(answer, gold, right):
     assert same_choice(answer, Gold(gold, "choice")) is right
 
 
+def test_a_choice_may_speak_of_choices():
+    gold = Gold("B", "choice", ("died", "answer question", "no other choice"))
+    assert all(same_choice(answer, gold) for answer in ("(B) answer question", "answer question", "Answer: B"))
+    assert same_choice("(C) no other choice", Gold("C", "choice", gold.choices))
+
+
 def test_choices_of_one_text_are_one_choice_by_text_only():
     gold = Gold("A", "choice", ("bent", "bent", "straight"))
     assert same_choice("bent", gold) and same_choice("A", gold) and not same_choice("B", gold)

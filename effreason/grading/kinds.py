@@ -43,7 +43,7 @@ def same_choice(answer: str, gold: Gold) -> bool:
     Several letters, a letter with another's text and a letter beyond the choices are wrong.
     """
     whole, right = _plain(answer), _plain(gold.answer)
-    text = INTRODUCED.sub("", whole, count=1)
+    text = whole[introduced.end():] if (introduced := INTRODUCED.match(whole)) else whole
     wanted = _letter(right, len(gold.choices))
     if wanted is None and gold.choices:
         places = [place for place, choice in enumerate(gold.choices) if _same_words(right, choice)]
