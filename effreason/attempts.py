@@ -4,6 +4,7 @@ B = P * G rows, in the order of prompts, then samples.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,10 @@ def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
 
 def check_decided(verdicts: Sequence[Grade]) -> None:
     """Raises Undecided when the grader has left more answers undecided than can be passed over."""
-    count = sum(verdict.status in ("error", "budget") for verdict in verdicts)
-    if count > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
-        raise Undecided(f"the grader could not decide {count} of {len(verdicts)} answers in time, at most "
-                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; raise grade.step_budget_seconds or grade.workers")
+    undecided = [verdict for verdict in verdicts if verdict.status in ("error", "budget")]
+    if len(undecided) > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
+        reason, count = Counter(verdict.reason for verdict in undecided).most_common(1)[0]
+        late = undecided[0].status == "budget"
+        raise Undecided(f"the grader could not decide {len(undecided)} of {len(verdicts)} answers, at most "
+                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; {count} of them: {reason}"
+                        + ("; raise grade.step_budget_seconds or grade.workers" if late else ""))

@@ -15,8 +15,9 @@ from effreason.runtime.metrics import disk
 def export(params: model.Params, step: int, config: Config, inputs: Inputs, target: Path,
            base: Evaluation | None) -> None:
     """Writes weights, tokenizer, template, facts and card. Raises: UserError where the disk takes no more."""
-    facts = origin(inputs) | {"effreason": __version__, "step": step, "alpha": config.reward.alpha,
-                              "data": [_public(source.name) for source in inputs.problems.sources], "seed": config.run.seed}
+    facts = origin(inputs) | {"data": [_public(source.name) for source in inputs.problems.sources],
+                              "alpha": config.reward.alpha, "seed": config.run.seed, "step": step,
+                              "effreason": __version__}
     with disk(target):
         hf.export(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
                   chat_template=inputs.template.text, facts=facts, card=card(step, config, inputs, base, None))

@@ -502,14 +502,17 @@ def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(
 
 
 def graded(**counts):
-    return [Grade(False, None, status, 0.0) for status, number in counts.items() for _ in range(number)]
+    return [Grade(False, None, status, 0.0, f"for {status}") for status in counts for _ in range(counts[status])]
 
 
 def test_too_many_undecided_answers_end_the_run():
     attempts.check_decided(graded(exact=98, budget=1, error=1))
     attempts.check_decided(graded(exact=14, budget=2))           # too few to speak of a share
-    with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers in time, at most 2 %"):
+    with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers, at most 2 % are accepted; "
+                                        r"2 of them: for budget; raise grade\.step_budget_seconds"):
         attempts.check_decided(graded(exact=97, budget=2, error=1))
+    with pytest.raises(UserError, match=r"4 of them: for error$"):
+        attempts.check_decided(graded(exact=97, error=4))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

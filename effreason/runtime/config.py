@@ -119,7 +119,7 @@ class GradeConfig(Section):
 
     workers: Count = 2
     """Processes that compare answers symbolically."""
-    cpu_seconds: Positive = 2.0
+    cpu_seconds: Positive = 1.0
     """Processor time for one comparison; beyond it the answer counts as wrong."""
     wall_seconds: Positive = 8.0
     """Clock time for one comparison; beyond it the worker is replaced and the answer counts as wrong."""
@@ -297,7 +297,8 @@ class Config:
         if self.data.path != "tiny" and self.evaluation.path is None and self.evaluation.problems > 0:
             raise ValueError(
                 "evaluation.path must name held-out problems, or evaluation.problems must be 0, "
-                f"when data.path is not tiny, got evaluation.path null and evaluation.problems {self.evaluation.problems}"
+                "when data.path is not tiny, got evaluation.path null and evaluation.problems "
+                f"{self.evaluation.problems}"
             )
         if self.run.resume and self.run.directory is None:
             raise ValueError("run.directory must name the run to resume when run.resume is true, got null")
