@@ -107,7 +107,15 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
 
 @pytest.fixture(scope="module")
 def small():
-    with Grader(workers=1, cpu_seconds=0.4, wall_seconds=1.0) as grader:
+    # Clock time to spare: on a busy machine 0.4 s of processor time may take seconds.
+    with Grader(workers=1, cpu_seconds=0.4, wall_seconds=15) as grader:
+        assert only(grader, *ALGEBRA).status == "symbolic"
+        yield grader
+
+
+@pytest.fixture
+def impatient():
+    with Grader(workers=1, wall_seconds=3) as grader:
         assert only(grader, *ALGEBRA).status == "symbolic"
         yield grader
 
@@ -142,13 +150,13 @@ def test_a_dead_worker_is_replaced_and_the_answer_still_counts(small):
     assert small.stats()["died"] == 1
 
 
-def test_a_stuck_worker_is_killed_and_nothing_is_cached(small):
-    (process,) = processes(small)
+def test_a_stuck_worker_is_killed_and_nothing_is_cached(impatient):
+    (process,) = processes(impatient)
     os.kill(process.pid, signal.SIGSTOP)            # what C code that holds the interpreter looks like from outside
     start = time.monotonic()
-    assert only(small, boxed(r"\sqrt{20}"), r"2\sqrt{5}").status == "hard_kill"
-    assert time.monotonic() - start < 4 and gone(process.pid)
-    grade = only(small, boxed(r"\sqrt{20}"), r"2\sqrt{5}")
+    assert only(impatient, boxed(r"\sqrt{20}"), r"2\sqrt{5}").status == "hard_kill"
+    assert time.monotonic() - start < 10 and gone(process.pid)
+    grade = only(impatient, boxed(r"\sqrt{20}"), r"2\sqrt{5}")
     assert grade.correct and grade.status == "symbolic"
 
 
@@ -256,12 +264,12 @@ def test_a_budget_runs_only_while_a_call_is_under_way(monkeypatch):
 
 
 def test_calls_that_share_a_budget_end_together(small):
-    budget = Budget(0.7)
+    budget = Budget(4)
     hostile = boxed(r"\int e^{x^2}\sin(x^3)\ln(x) dx")
     start = time.monotonic()
     futures = [small.submit([hostile], [rf"\sqrt{{{row}}}"], budget) for row in range(2, 30)]
     statuses = [future.result(timeout=60)[0].status for future in futures]
-    assert time.monotonic() - start < 5 and statuses[0] == "soft_timeout" and statuses[-1] == "budget"
+    assert time.monotonic() - start < 20 and statuses[0] == "soft_timeout" and statuses[-1] == "budget"
 
 
 def test_kinds_of_golds(grader):
@@ -340,7 +348,8 @@ def test_verdicts_of_a_function_are_not_kept(own):
     ("prints", "function", "by your function"),
 ])
 def test_a_function_cannot_hurt_the_trainer(own, name, status, reason):
-    with Grader(workers=1, function=f"own_grader:{name}", cpu_seconds=0.3, wall_seconds=1.5) as grader:
+    with Grader(workers=1, function=f"own_grader:{name}", cpu_seconds=0.3,
+                wall_seconds=2 if name == "sleeps" else 15) as grader:
         grade = only(grader, "response", "5")
         assert (grade.status, grade.reason, grade.correct) == (status, reason, name == "prints")
 
