@@ -20,7 +20,8 @@ A run is described by sections of fields. They are read from a YAML file, and fl
 python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.alpha 0.4
 ```
 
-- Without `--config` the file is `configs/tiny.yaml`, also when only flags are given.
+- Without `--config` the file is `configs/tiny.yaml`, unless `--model.path`, `--data.path` or `--evaluation.path` names
+  something other than `tiny`: its learning rate and prompt are for that model alone. The defaults then are those below.
 - `--config` may be given more than once, anywhere; a later file overrides an earlier one. What no file and no flag sets
   has the default below.
 - `--print_config` prints the resolved configuration as YAML and exits. A run writes it into its directory.

@@ -142,7 +142,11 @@ def check_model(path: str, field: str) -> None:
         return
     from effreason.lm import hub  # a third of a second: only for a path
 
-    directory, wanted = hub.standing(Path(path)), f"{field} must be tiny, a Hugging Face directory or an id on its Hub"
+    wanted = f"{field} must be tiny, a Hugging Face directory or an id on its Hub"
+    try:
+        directory = hub.standing(Path(path))
+    except OSError as error:        # a name too long for a file
+        raise UserError(f"{wanted}, {path[:60]}...: {error.strerror}") from None
     if directory is None and Path(path).exists():
         raise UserError(f"{wanted}, {path} is a file")
     if directory is None and not hub.is_hub_id(path):

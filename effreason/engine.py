@@ -118,6 +118,7 @@ def check_model(pretrained: hf.Pretrained, config: Config, mesh: Mesh) -> None:
     """Raises UserError where the model does not fit onto the mesh, or the responses into the model."""
     check_mesh(pretrained.decoder, mesh)
     longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
-    if longest >= pretrained.max_positions:
-        raise UserError(f"rollout.max_new_tokens and evaluation.max_new_tokens must be below the model's "
-                        f"{pretrained.max_positions} positions, got {longest}")
+    if config.data.max_prompt_tokens + longest > pretrained.max_positions:
+        raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or evaluation.max_new_tokens) must be at "
+                        f"most the model's {pretrained.max_positions} positions, got {config.data.max_prompt_tokens} "
+                        f"+ {longest}")

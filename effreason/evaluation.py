@@ -15,14 +15,14 @@ from effreason.attempts import Watch, attempt, unmatched
 from effreason.engine import check_model
 from effreason.errors import UserError
 from effreason.grades import Grader
-from effreason.lm import hf, model
+from effreason.lm import hf, hub, model
 from effreason.problems import templates
 from effreason.records import Evaluation, LevelResult, Problem, Rollouts
 from effreason.rollouts import Sampling, make_sampler, step_key
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import disk, write_json
+from effreason.runtime.metrics import disk, say, write_json
 
 
 def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]) -> Evaluation:
@@ -72,22 +72,34 @@ def from_table(table: dict) -> Evaluation:
     return Evaluation(**table | {"by_level": {level: LevelResult(**row) for level, row in table["by_level"].items()}})
 
 
-def evaluate_model(config: Config, path: str, mesh: jax.sharding.Mesh, grader: Grader, watch: Watch,
-                   say: Callable[[str], None]) -> Evaluation:
-    """Evaluates one model, whose weights are given up again when this returns.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model to evaluate, but its weights, and the prompts it will read."""
 
-    Args: say, told what became of the problems."""
-    revision = config.model.revision if path == config.model.path else None
+    pretrained: hf.Pretrained
+    template: templates.Template
+
+
+def open_model(config: Config, path: str, revision: str | None, mesh: jax.sharding.Mesh) -> Opened:
+    """Opens a model and checks it. Raises: UserError."""
     pretrained = hf.open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
     check_model(pretrained, config, mesh)
     template = templates.choose(pretrained.tokenizer, config.data)
     check_template(pretrained, template, config)
-    problems, notes = prompts.load_held_out(config, pretrained.tokenizer, template,
-                                             functools.partial(unmatched, grader))
-    for note in notes:
-        say(note)
-    params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
-    return make_evaluator(config, pretrained, mesh, problems, grader)(params, watch)
+    return Opened(pretrained, template)
+
+
+def revised(config: Config, models: Sequence[str]) -> str | None:
+    """The model that model.revision is of: model.path where it is among the models, else the one on the Hub.
+
+    Raises: UserError where that leaves a choice."""
+    if config.model.revision is None or config.model.path in models:
+        return config.model.path
+    on_hub = [path for path in models if path != "tiny" and hub.standing(Path(path)) is None]
+    if len(on_hub) != 1:
+        raise UserError(f"model.revision is for one model on the Hub, got {config.model.revision} and {len(on_hub)} "
+                        "of them in models; name it in model.path too")
+    return on_hub[0]
 
 
 def check_template(pretrained: hf.Pretrained, template: templates.Template, config: Config) -> None:
@@ -95,12 +107,39 @@ def check_template(pretrained: hf.Pretrained, template: templates.Template, conf
     path = pretrained.directory / hf.FACTS_FILE
     if config.evaluation.any_template or not path.exists():
         return
-    trained = hf.read_json(path).get("template", {})
+    trained = hf.read_json(path).get("template")
+    if not isinstance(trained, dict):
+        raise UserError(f"{path}: has no table template; is it what effreason wrote?")
     if trained.get("sha256") != template.sha256:
         raise UserError(
             f"{pretrained.name}: was trained with the template {trained.get('name')} and the user prompt "
             f"{trained.get('user_prompt')!r}, the evaluation has {template.name} and {template.user_prompt!r}; set "
             "data.template and data.user_prompt as in its training, or evaluation.any_template true")
+
+
+def check_alike(opened: Sequence[Opened], config: Config) -> None:
+    """Raises UserError where models would be compared on different prompts."""
+    first, *others = opened
+    for other in [] if config.evaluation.any_template else others:
+        if other.template.sha256 != first.template.sha256:
+            raise UserError(f"{first.pretrained.name} and {other.pretrained.name} have different chat templates, and "
+                            "would be compared on different prompts; name one with data.template, or set "
+                            "evaluation.any_template true")
+
+
+def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grader: Grader, watch: Watch,
+                   tell: Callable[[str], None]) -> Evaluation:
+    """Evaluates one model, whose weights are given up again when this returns.
+
+    Args: tell, told what became of the problems, and the first prompt."""
+    pretrained, template = opened.pretrained, opened.template
+    problems, notes = prompts.load_held_out(config, pretrained.tokenizer, template,
+                                            functools.partial(unmatched, grader))
+    rendered = templates.display(templates.render(pretrained.tokenizer, template, problems[0].text))
+    for note in [*notes, f"the first prompt, by the template {template.name}:\n{rendered}"]:
+        tell(note)
+    params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
+    return make_evaluator(config, pretrained, mesh, problems, grader)(params, watch)
 
 
 def evaluate_models(config: Config, models: Sequence[str], output: Path | None) -> None:
@@ -109,12 +148,15 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     console, results, said = Console(), {}, set[str]()
 
-    def say(note: str) -> None:
-        """Once, not for every model."""
+    def say_once(note: str) -> None:
         if note not in said:
             said.add(note)
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+            say(note, console)
 
+    of_revision = revised(config, models)
+    opened = {path: open_model(config, path, config.model.revision if path == of_revision else None, mesh)
+              for path in models}
+    check_alike(list(opened.values()), config)
     with Interrupts() as interrupts, make_grader(config) as grader:
         for path in models:
             with console.status("") as status:
@@ -123,7 +165,7 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
                     interrupts.check()
                     status.update(f"{path}: {finished}/{total} responses, {tokens:,} tokens")
 
-                results[path] = evaluate_model(config, path, mesh, grader, watch, say)
+                results[path] = evaluate_model(config, opened[path], mesh, grader, watch, say_once)
     console.print(_table(results))
     if output is not None:
         with disk(output):

@@ -26,11 +26,12 @@ from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows, write_json
+from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows, say, write_json
 
 # What may differ between a run and its continuation: nothing that decides a token or a weight.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
-             "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every")
+             "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every",
+             "rollout.max_mismatch")
 
 
 def train(config: Config) -> None:
@@ -42,6 +43,8 @@ def train(config: Config) -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
+        for line in [*inputs.notes, *warnings(config)]:     # before the weights: there may be something to mend
+            say(line, Console())
         # A resumed run takes the very weights it began with, wherever the branch has moved since.
         config = dataclasses.replace(config, model=dataclasses.replace(
             config.model, revision=inputs.pretrained.revision))
@@ -74,8 +77,7 @@ def train(config: Config) -> None:
                 base = None
                 step = make_step(config, engine, inputs, reference, grader, watch)
                 evaluate = evaluation.make_evaluator(config, inputs.pretrained, mesh, inputs.held_out, grader)
-                for line in [*inputs.notes, agreement, *warnings(config)]:
-                    progress.say(line)
+                progress.say(agreement)
                 try:
                     base = evaluate_base(evaluate, reference, directory, progress, watch) if inputs.held_out else None
                     for index in range(start, config.run.steps):
@@ -147,7 +149,7 @@ def check_parity(config: Config, engine: Engine, problems: prompts.Problems, sta
         found = {name: float(value) for name, value in sharding.to_host(metrics).items()}
     parity.check(found, config, "before the first step")
     return (f"parity: sampler and trainer are {found['rollout/mismatch']:.1e} nats apart on {sampled.lengths.sum():,} "
-            f"tokens (at most {config.rollout.max_mismatch:g} accepted)")
+            f"tokens (at most {parity.limit(config):g} accepted)")
 
 
 def make_experience(config: Config, engine: Engine, state: update.TrainState, reference: model.Params,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from effreason.errors import UserError
 from effreason.runtime.config import Config
 
+LIMITS = {"bfloat16": 0.1, "float32": 0.02}     # mean gap in nats; measured ones: docs/models.md
 START_TOKENS = 32                   # response tokens of the check before the first step
 
 
@@ -16,11 +17,16 @@ class Mismatch(UserError):
     """Sampler and trainer do not run the same policy."""
 
 
+def limit(config: Config) -> float:
+    """The mean gap in nats above which a run stops."""
+    return config.rollout.max_mismatch or LIMITS[config.model.dtype]
+
+
 def check(metrics: Mapping[str, float], config: Config, when: str) -> None:
-    """Raises Mismatch where the gap is above rollout.max_mismatch; names what it may come from.
+    """Raises Mismatch where the gap is above the limit; names what it may come from.
 
     Args: metrics, with rollout/mismatch and rollout/mismatch_max in nats; when, for the message."""
-    gap, most = metrics["rollout/mismatch"], config.rollout.max_mismatch
+    gap, most = metrics["rollout/mismatch"], limit(config)
     if gap <= most:
         return
     causes = ["a temperature that only one of them applies", "positions or RoPE settings read differently",
@@ -28,5 +34,5 @@ def check(metrics: Mapping[str, float], config: Config, when: str) -> None:
     if config.model.dtype == "bfloat16":
         causes.insert(0, "bfloat16 too coarse for this model (try --model.dtype float32)")
     raise Mismatch(f"{when}: sampler and trainer give the same tokens log-probs {gap:.3g} nats apart on the mean, "
-                   f"{metrics['rollout/mismatch_max']:.3g} at most; rollout.max_mismatch is {most:g}. Likely causes: "
-                   f"{'; '.join(causes)}")
+                   f"{metrics['rollout/mismatch_max']:.3g} at most; rollout.max_mismatch allows {most:g}. "
+                   f"Likely causes: {'; '.join(causes)}")

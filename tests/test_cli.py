@@ -3,11 +3,11 @@
 import errno
 import os
 import re
+import resource
 import runpy
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -56,12 +56,13 @@ def ending(error, stand_in):
     return cli.main(["train"])
 
 
-def test_mistakes_end_in_two_seconds_before_jax_is_imported():
+def test_mistakes_end_at_once_before_jax_is_imported():
     program = ("import sys; from effreason import cli; code = cli.main(['train', '--reward.alpha', '1.5']);"
                "assert not {'jax', 'numpy', 'transformers'} & sys.modules.keys(); sys.exit(code)")
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert time.monotonic() - start < 2
+    # Processor time: on a busy machine the clock says nothing.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: reward.alpha must be in [0, 1), got 1.5\n")
 
 

@@ -47,6 +47,18 @@ def test_without_arguments_the_tiny_configuration_is_read(monkeypatch, tmp_path)
     assert config.data.user_prompt == "{problem}" and config.model.remat is False
 
 
+@pytest.mark.parametrize("flags", [["--model.path", "org/model"], ["--model.path=org/model"],
+                                   ["--evaluation.path", "math500"]])
+def test_another_model_or_data_set_is_not_given_the_settings_of_the_tiny_world(flags):
+    config = configuration.from_command_line([*flags, "--run.seed", "3"])
+    assert config.update == UpdateConfig() and config.data.user_prompt == DataConfig().user_prompt
+    assert config.run.seed == 3 and config.model.dtype == "bfloat16"
+    tiny = configuration.from_command_line(["--model.path", "tiny", "--run.seed", "3"])
+    assert tiny.data.user_prompt == "{problem}"
+    named = configuration.from_command_line(["--config", "configs/tiny.yaml", *flags])
+    assert named.data.user_prompt == "{problem}"                # a file that is asked for is read
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_valid(path):
     assert isinstance(configuration.load(path), Config)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
 
 from effreason import evaluation
+from effreason.errors import UserError
+from effreason.problems.templates import Template
 from effreason.records import Evaluation, LevelResult, Problem, Rollouts
+from effreason.runtime.config import Config
 
 
 def problem(uid, level="easy", answer="7"):
@@ -44,3 +48,27 @@ def test_a_table_of_an_evaluation_reads_back():
     result = evaluation.measure(np.array([[True], [False]]), rollouts([[[1]], [[1, 2]]], [[True], [False]]),
                                 [problem(0, "easy"), problem(1, "hard")])
     assert evaluation.from_table(json.loads(json.dumps(dataclasses.asdict(result)))) == result
+
+
+@pytest.mark.parametrize(("path", "models", "found"), [
+    ("org/base", ["org/base", "run/model/of/mine"], "org/base"), ("tiny", ["org/other", "tiny"], "tiny"),
+    ("org/base", ["org/other"], "org/other"), ("org/base", ["org/other", "a/b/c"], None)])
+def test_a_revision_belongs_to_one_model(path, models, found):
+    config = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, path=path, revision="abc"))
+    if found is None:
+        with pytest.raises(UserError, match=r"^model\.revision is for one model on the Hub, got abc and 2 of them"):
+            evaluation.revised(config, models)
+    else:
+        assert evaluation.revised(config, models) == found
+
+
+def test_models_are_not_compared_on_different_prompts():
+    def opened(name, text):
+        return evaluation.Opened(types.SimpleNamespace(name=name), Template("the checkpoint's own", text, "{problem}"))
+
+    alike = [opened("base", "a"), opened("trained", "a")]
+    evaluation.check_alike(alike, Config())
+    with pytest.raises(UserError, match="^base and other have different chat templates"):
+        evaluation.check_alike([*alike, opened("other", "b")], Config())
+    anyway = dataclasses.replace(Config(), evaluation=dataclasses.replace(Config().evaluation, any_template=True))
+    evaluation.check_alike([*alike, opened("other", "b")], anyway)

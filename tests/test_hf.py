@@ -220,12 +220,18 @@ def test_a_directory_without_a_tokenizer_is_refused(copy):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_needs_a_chat_template(tokenizer, tmp_path):
+@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", '{"a": 1}'), ("tokenizer.json", ""),
+                                            ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{")])
+def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
     directory = Path(shutil.copytree(tokenizer, tmp_path / "model"))
-    with pytest.raises(UserError, match="no chat template"):
+    assert hf.load_tokenizer(directory).eos_token_id == 1          # without a chat template: data.template may name one
+    (directory / file).write_text(text)
+    with pytest.raises(UserError) as caught:
         hf.load_tokenizer(directory)
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    assert hf.load_tokenizer(directory).eos_token_id == 1
+    assert str(caught.value).startswith(f"{directory}: tokenizer.json and") and "\n" not in str(caught.value)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer.json$"):
+        hf.load_tokenizer(directory)
 
 
 def test_open_pretrained_reads_all_that_is_not_a_weight(whole):

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from decoders import QWEN2, mesh, weights
 
-from effreason import parity
+from effreason import attempts, parity, rollouts, update
+from effreason.records import Problem
 from effreason.runtime.config import Config, ModelConfig, RolloutConfig
 
 
@@ -28,10 +31,34 @@ def test_a_larger_gap_names_its_size_and_likely_causes(dtype, first):
         parity.check(gap(0.0512, 3.25), config(dtype=dtype), "step 3")
     message = str(caught.value)
     assert message.startswith("step 3: ") and "\n" not in message
-    assert "0.0512 nats" in message and "3.25 at most" in message and "rollout.max_mismatch is 0.05" in message
+    assert "0.0512 nats" in message and "3.25 at most" in message and "rollout.max_mismatch allows 0.05" in message
     assert f"Likely causes: {first}" in message and "RoPE" in message and "template" in message
 
 
 def test_a_gap_that_is_no_number_is_a_gap():
     with pytest.raises(parity.Mismatch):
         parity.check(gap(np.nan), config(), "before the first step")
+
+
+@pytest.fixture(scope="module")
+def sampled():
+    """Responses of a random decoder at temperature 1, as the trainer gets them."""
+    problems = [Problem(uid=uid, prompt=np.arange(2 + uid, 8 + 2 * uid, dtype=np.int32), text="", answer="",
+                        level="all") for uid in range(4)]
+    target = mesh()
+    sample = rollouts.make_sampler(QWEN2, target, rollouts.Sampling(temperature=1.0, top_p=1.0, eos_ids=()), slots=16,
+                                   chunk=8)
+    with jax.set_mesh(target):
+        return update.pack(attempts.generate(sample, weights(QWEN2), problems, 4, jax.random.key(0), 24,
+                                             lambda *now: None), 1)
+
+
+@pytest.mark.parametrize(("changes", "temperature", "passes"), [
+    ({}, 1.0, True), ({}, 0.6, False), ({}, 1.5, False), ({"rope_theta": 50.0}, 1.0, False),
+    ({"norm_eps": 0.3}, 1.0, False),
+])
+def test_what_goes_wrong_in_practice_is_far_above_the_limit(sampled, changes, temperature, passes):
+    config_ = dataclasses.replace(QWEN2, **changes)
+    scored, _ = update.score_rows(config_, weights(QWEN2), sampled["tokens"], temperature=temperature, chunk=32)
+    gap_ = float(np.mean(np.abs(np.asarray(scored) - sampled["sampled"])[sampled["sampled"] != 0]))
+    assert gap_ < 1e-5 if passes else gap_ > parity.LIMITS["bfloat16"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", r
         value = default if table.get(name) is None else table[name]
         if value is None:
             raise UserError(f"{path}: has no entry {name!r}")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
             raise UserError(f"{path}: {name} must be a positive {kind.__name__}, got {_shown(value)}")
         return value
 
@@ -159,7 +160,7 @@ def _rope_kind(rope: dict[str, Any]) -> Any:
 
 
 def _positive(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise UserError(f"{path}: {name} must be a positive number, got {_shown(value)}")
     return float(value)
 

@@ -46,8 +46,10 @@ def open_pretrained(path: str, *, dtype: str, remat: bool, revision: str | None 
     Args: path, a directory, the id of a model on the Hub, whose small files are fetched, or "tiny", the reasoner that
         ships with the package; revision, a branch, tag or commit on the Hub.
     Raises: UserError that names the file, or says how to get the model."""
+    if path == "tiny" and revision is not None:
+        raise UserError(f"model.revision is for a model on the Hub, model.path is tiny, got {revision}")
     name = str(SHIPPED_REASONER) if path == "tiny" else path
-    directory, commit = hub.find(name, revision, (*COMPANIONS, weights.INDEX_FILE))
+    directory, commit = hub.find(name, revision, (*COMPANIONS, FACTS_FILE, weights.INDEX_FILE))
     table = read_json(directory / "config.json")
     decoder = parse_config(table, directory / "config.json", dtype=dtype, remat=remat)
     if commit is None:
@@ -56,9 +58,12 @@ def open_pretrained(path: str, *, dtype: str, remat: bool, revision: str | None 
     if len(tokenizer) > decoder.vocabulary:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
                         f"{decoder.vocabulary}")
-    positions = table.get("max_position_embeddings")
+    positions, ends = table.get("max_position_embeddings"), eos_ids(directory, tokenizer)
+    if max(ends) >= decoder.vocabulary:
+        raise UserError(f"{directory}: eos_token_id must be below config.json's vocab_size, {decoder.vocabulary}, got "
+                        f"{max(ends)}")
     return Pretrained(name=path, revision=commit, directory=directory, decoder=decoder, tokenizer=tokenizer,
-                      eos_ids=eos_ids(directory, tokenizer),
+                      eos_ids=ends,
                       max_positions=positions if isinstance(positions, int) and positions > 0 else sys.maxsize)
 
 
@@ -74,7 +79,9 @@ def load_weights(pretrained: Pretrained, shardings: Params | None = None) -> Par
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The directory's own fast tokenizer. Raises: UserError where there is none, or no chat template."""
+    """The directory's own fast tokenizer. Raises: UserError where there is none that can be read."""
+    if not (directory / "tokenizer.json").exists():
+        raise UserError(f"{directory}: has no tokenizer.json")
     # No notice that torch is missing: it is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # 1.6 s: only when a tokenizer is needed
@@ -82,11 +89,10 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         # Not AutoTokenizer: by the model_type it may take a class that replaces what tokenizer.json says of whitespace.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{directory}: has no tokenizer that transformers can load ({reason})") from None
-    if not tokenizer.chat_template:
-        raise UserError(f"{directory}: the tokenizer has no chat template")
+    except Exception as error:  # a damaged file meets every kind of them
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(f"{directory}: tokenizer.json and tokenizer_config.json cannot be loaded by transformers "
+                        f"({reason})") from None
     return tokenizer
 
 

@@ -37,7 +37,7 @@ def find(name: str, revision: str | None, small_files: Sequence[str]) -> tuple[P
     directory = standing(Path(name)) if name else None
     if directory is not None:
         if revision is not None:
-            raise UserError(f"{name} is a directory, a revision ({revision}) is for models on the Hub")
+            raise UserError(f"model.revision is for a model on the Hub, {name} is a directory, got {revision}")
         return directory, None
     if name and Path(name).exists():
         raise UserError(f"{name} is a file, expected a model's directory or its id on the Hugging Face Hub")

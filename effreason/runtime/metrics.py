@@ -54,6 +54,11 @@ def rate(per_second: float) -> str:
     return f"{per_second / 1e6:.1f}M"
 
 
+def say(text: str, console: Console) -> None:
+    """Prints a line as it stands, however long; above a live display where there is one."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class _Generation:
     """How far the generation of one step is, and how fast."""
 
@@ -140,7 +145,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text, self._console)
 
     def _value(self, key: str) -> float:
         return float(self._metrics.get(key, math.nan))

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,8 @@ def parser(config: type, prog: str, description: str | None = None) -> jsonargpa
     )
     made.add_argument(
         "--config", metavar="FILE", help="YAML file; a later one overrides an earlier, flags override all. "
-        "Without it: configs/tiny.yaml. The defaults below are for what the file leaves out.",
+        "Without it: configs/tiny.yaml, unless a flag names another model or data set than tiny. The defaults below "
+        "are for what the file leaves out.",
     )
     made.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and exit")
     for name, section in sections(config).items():
@@ -49,11 +50,13 @@ def parser(config: type, prog: str, description: str | None = None) -> jsonargpa
 
 
 def parse(
-    config: type[Config], parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, default: Path
+    config: type[Config], parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, default: Path,
+    made_for: Mapping[str, str],
 ) -> tuple[Config, jsonargparse.Namespace]:
     """Reads the files, then the flags; returns the configuration and all the parser took.
 
-    Args: argv the arguments, None = sys.argv; default the file read when --config names none.
+    Args: argv the arguments, None = sys.argv; default the file read when --config names none, and no flag gives a field
+        of made_for another value than it has there.
     Raises: UserError; SystemExit(0) after --help."""
     # --config first, wherever it stands: files in their order, then flags over them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -65,7 +68,7 @@ def parse(
         raise UserError(_one_line(error).removeprefix("argument ")) from None
     values = jsonargparse.Namespace()
     if not {"-h", "--help"}.intersection(flags):
-        for path in files.config or [default]:
+        for path in files.config or ([default] if _fits(flags, made_for) else []):
             values = read(config, parser, _found(path, default.parent), values)
     try:
         values = parser.parse_args(flags, values)
@@ -73,6 +76,14 @@ def parse(
         raise UserError(_explained(error, config)) from None
     values.print_config = files.print_config
     return build(config, values), values
+
+
+def _fits(flags: Sequence[str], made_for: Mapping[str, str]) -> bool:
+    """Whether no flag gives one of these fields another value."""
+    given = [flag.removeprefix("--").partition("=") for flag in flags]
+    values = [(name, value if equals else next(iter(flags[place + 1 :]), "")) for place, (name, equals, value)
+              in enumerate(given)]
+    return all(value == made_for.get(name, value) for name, value in values)
 
 
 def read(
