@@ -1,6 +1,10 @@
 """Stage 1: problems in, tokenised prompts out. Which problems a step gets is a pure function of seed and step."""
 
+import collections
 import dataclasses
+import hashlib
+import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,7 +12,7 @@ import numpy as np
 
 from effreason.errors import UserError
 from effreason.problems import cleaning, sources, templates
-from effreason.problems.sources import ONE_LEVEL, Row, Spec
+from effreason.problems.sources import ONE_LEVEL, Row, Spec, Unusable
 from effreason.problems.templates import Template
 from effreason.records import Problem
 from effreason.runtime.config import Config
@@ -30,11 +34,22 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A row of a data set that is not trained on."""
+
+    source: str                     # name of its set
+    number: int                     # of its row there, from 0
+    reason: str
+    text: str                       # of the problem, "" where it has none
+
+
+@dataclasses.dataclass(frozen=True)
 class Problems:
     """What a run trains on."""
 
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()     # lines for people: how many there are, what was left out and an example of it
+    left_out: tuple[LeftOut, ...] = ()      # all of it
 
     def __len__(self) -> int:
         return sum(len(source.problems) for source in self.sources)
@@ -46,29 +61,34 @@ def load_training(config: Config, tokenizer: Any, template: Template, unmatched:
     Args: template, as `templates.choose` gives it; unmatched, places of the problems whose answer the grader cannot
         match with itself: no response to them is ever right.
     Raises: UserError that names the field, or file and line."""
-    data, seen, notes = config.data, set[str](), list[str]()
+    data, seen = config.data, set[str]()
+    notes = [] if template.note is None else [template.note]
+    left_out: list[LeftOut] = []
     specs = sources.parse(data.path, "data.path")
     if len(specs) * ROWS_PER_SOURCE > 2**31:
         raise UserError(f"data.path must name at most {2**31 // ROWS_PER_SOURCE} data sets, got {len(specs)}")
+    _check_subset(config)
     others = list(_not_to_train_on(config))
     found = []
     for index, spec in enumerate(specs):
-        rows, missing = sources.read(spec.name, data, held_out=False, split=data.split)
-        note = _Notes(spec.name, total=len(rows) + missing)
-        note.left_out(missing, "without an answer")
+        rows, unusable = sources.read(spec.name, data, held_out=False, split=data.split)
+        note = _Notes(spec.name, total=len(rows) + len(unusable))
+        note.unusable(unusable)
         first, repeated = cleaning.duplicates(rows, seen)
-        rows = note.decided(first, repeated, rows, "that repeat an earlier one", data.duplicates)
+        rows = note.decided(first, repeated, rows, "repeats an earlier one", "that repeat an earlier one",
+                            data.duplicates)
         for name, held_out in others:
             clean, contaminated = cleaning.contaminated(rows, held_out)
-            rows = note.decided(clean, contaminated, rows, f"that are in {name}", data.contaminated)
+            rows = note.decided(clean, contaminated, rows, f"is in {name}", f"that are in {name}", data.contaminated)
         problems, too_long = _problems(rows, tokenizer, template, data.max_prompt_tokens, index)
-        note.left_out(too_long, f"with prompts of more than data.max_prompt_tokens = {data.max_prompt_tokens} tokens")
+        note.too_long(too_long, data.max_prompt_tokens)
         problems = _without_unmatched(problems, unmatched, note)
         if not problems:
             raise UserError(f"data.path: no problem of {spec.name} is left; {'; '.join(note.lines) or 'it is empty'}")
         found.append(Source(spec.name, spec.weight, tuple(problems)))
         notes += [f"{spec.name}: {len(problems):,} problems to train on", *note.lines]
-    return Problems(tuple(found), tuple(notes))
+        left_out += note.rows
+    return Problems(tuple(found), tuple(notes), tuple(left_out))
 
 
 def load_held_out(config: Config, tokenizer: Any, template: Template,
@@ -81,14 +101,14 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
     found, notes = [], []
     specs = _evaluation_specs(config)
     for index, spec in enumerate(specs):
-        rows, missing = sources.read(spec.name, data, held_out=True, split=settings.split, field="evaluation.path")
-        note = _Notes(spec.name, total=len(rows) + missing)
-        note.left_out(missing, "without an answer")
+        rows, unusable = sources.read(spec.name, data, held_out=True, split=settings.split, field="evaluation.path")
+        note = _Notes(spec.name, total=len(rows) + len(unusable))
+        note.unusable(unusable)
         if len(specs) > 1:
             rows = [dataclasses.replace(row, level=spec.name if row.level == ONE_LEVEL else f"{spec.name} {row.level}")
                     for row in rows]
         problems, too_long = _problems(rows, tokenizer, template, data.max_prompt_tokens, index, settings.problems)
-        note.left_out(too_long, f"with prompts of more than data.max_prompt_tokens = {data.max_prompt_tokens} tokens")
+        note.too_long(too_long, data.max_prompt_tokens)
         if not problems:
             raise UserError(f"evaluation.path: no problem of {spec.name} is left; {'; '.join(note.lines)}")
         if unmatched is not None and (places := unmatched(problems)):
@@ -96,6 +116,20 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
         found += problems
         notes += [f"{spec.name}: {len(problems):,} of {note.total:,} problems to evaluate on", *note.lines]
     return found, tuple(notes)
+
+
+def fingerprint(problems: Problems | Sequence[Problem]) -> str:
+    """SHA-256, in hexadecimal, of all of the problems that a run depends on: another one means other data.
+
+    Order counts; weights, levels and the text beyond the prompt's tokens do not."""
+    if isinstance(problems, Problems):
+        problems = [problem for source in problems.sources for problem in source.problems]
+    digest = hashlib.sha256()
+    for problem in problems:
+        # With the prompt's length first, no two lists of problems are the same bytes.
+        facts = [problem.uid, len(problem.prompt), problem.answer, problem.kind, problem.choices]
+        digest.update(json.dumps(facts).encode() + b"\n" + problem.prompt.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def batch(problems: Problems, size: int, seed: int, step: int, *, host: int = 0, hosts: int = 1) -> list[Problem]:
@@ -115,10 +149,11 @@ def batch(problems: Problems, size: int, seed: int, step: int, *, host: int = 0,
     for place, (pool, count) in enumerate(zip(pools, _counts(pools, size), strict=True)):
         steps = len(pool.problems) // count
         if steps == 0:
+            missing = _missing(problems, pool, everything=len(pools) == 1)
             raise UserError("rollout.prompts_per_step must be at most the number of problems, "
-                            f"{len(pool.problems)}, got {size}" if len(pools) == 1 else
+                            f"{len(pool.problems)}, got {size}{missing}" if len(pools) == 1 else
                             f"rollout.prompts_per_step = {size} takes {count} problems of {pool.name} for a step, "
-                            f"which has {len(pool.problems)}; lower its weight in data.path")
+                            f"which has {len(pool.problems)}{missing}; lower its weight in data.path")
         epoch, turn = divmod(step, steps)
         order = np.random.default_rng([seed, epoch, place]).permutation(len(pool.problems))
         chosen += [pool.problems[index] for index in order[turn * count : (turn + 1) * count]]
@@ -132,6 +167,16 @@ def _pools(problems: Problems) -> tuple[Source, ...]:
     if all(source.weight is None for source in problems.sources):
         return (Source("", None, tuple(problem for source in problems.sources for problem in source.problems)),)
     return problems.sources
+
+
+def _missing(problems: Problems, pool: Source, *, everything: bool) -> str:
+    """Why a pool is smaller than its data sets, "" where it is not."""
+    reasons = collections.Counter(row.reason for row in problems.left_out if everything or row.source == pool.name)
+    if not reasons:
+        return ""
+    count = reasons.total()
+    return (f"; {count} of {count + len(pool.problems)} were left out: "
+            + ", ".join(f"{reason} ({times})" for reason, times in reasons.most_common()))
 
 
 def _counts(pools: Sequence[Source], size: int) -> list[int]:
@@ -156,6 +201,15 @@ def _evaluation_specs(config: Config) -> tuple[Spec, ...]:
     return (Spec("tiny"),) if config.data.path == "tiny" else ()
 
 
+def _check_subset(config: Config) -> None:
+    """Raises UserError for a data.subset that no set would take: it is for those on the Hub."""
+    data, paths = config.data, {"data.path": config.data.path, "evaluation.path": config.evaluation.path,
+                                "data.exclude": config.data.exclude}
+    named = itertools.chain.from_iterable(sources.parse(path, field) for field, path in paths.items() if path)
+    if data.subset is not None and not any(sources.takes_subset(spec.name) for spec in named):
+        raise UserError(f"data.subset is for sets on the Hub by their id, and {data.path} is none, got {data.subset!r}")
+
+
 def _not_to_train_on(config: Config) -> Iterable[tuple[str, set[str]]]:
     """Names and keys of the whole of each evaluation set, and of each set of data.exclude."""
     data, split = config.data, config.evaluation.split
@@ -170,12 +224,12 @@ def _not_to_train_on(config: Config) -> Iterable[tuple[str, set[str]]]:
 
 
 def _problems(rows: Sequence[Row], tokenizer: Any, template: Template, max_tokens: int, source: int,
-              limit: int | None = None) -> tuple[list[Problem], int]:
-    """Rows as prompts, up to `limit` of them, and how many were left out because they are too long.
+              limit: int | None = None) -> tuple[list[Problem], list[Row]]:
+    """Rows as prompts, up to `limit` of them, and the rows that are too long.
 
     A long prompt is left out, never cut: a cut problem has no right answer."""
     problems: list[Problem] = []
-    too_long = 0
+    too_long: list[Row] = []
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         rendered = templates.render_all(tokenizer, template, [row.text for row in block])
@@ -183,7 +237,7 @@ def _problems(rows: Sequence[Row], tokenizer: Any, template: Template, max_token
             if len(problems) == limit:
                 return problems, too_long
             if len(prompt) > max_tokens:
-                too_long += 1
+                too_long.append(row)
                 continue
             problems.append(Problem(
                 uid=source * ROWS_PER_SOURCE + row.number, prompt=prompt, text=row.text, answer=row.answer,
@@ -194,7 +248,9 @@ def _problems(rows: Sequence[Row], tokenizer: Any, template: Template, max_token
 def _without_unmatched(problems: list[Problem], unmatched: Unmatched, note: "_Notes") -> list[Problem]:
     places = set(unmatched(problems))
     if places:
-        note.left_out(len(places), _unmatched_text([problems[place] for place in sorted(places)]))
+        found = [problems[place] for place in sorted(places)]
+        note.left_out([(problem.uid % ROWS_PER_SOURCE, problem.text) for problem in found],
+                      "has an answer that the grader cannot match with itself", _unmatched_text(found))
     return [problem for place, problem in enumerate(problems) if place not in places]
 
 
@@ -209,18 +265,37 @@ class _Notes:
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
         self.lines: list[str] = []
+        self.rows: list[LeftOut] = []
 
-    def left_out(self, count: int, which: str) -> None:
-        if count:
-            self.lines.append(f"{self.name}: left out {count:,} {which}")
+    def left_out(self, found: Sequence[tuple[int, str]], reason: str, which: str) -> None:
+        """Rows, each a number and a text. Args: reason, of one; which, of all, for the line."""
+        if found:
+            self.lines.append(f"{self.name}: left out {len(found):,} {which}")
+            self.rows += [LeftOut(self.name, number, reason, text) for number, text in found]
 
     def kept(self, count: int, which: str) -> None:
         if count:
             self.lines.append(f"{self.name}: has {count:,} {which}")
 
-    def decided(self, clean: list[Row], found: list[Row], everything: list[Row], which: str, policy: str) -> list[Row]:
+    def unusable(self, found: Sequence[Unusable]) -> None:
+        without = [row for row in found if row.reason == sources.WITHOUT_TEXT]
+        if without:
+            self.left_out([(row.number, row.text) for row in without], sources.WITHOUT_TEXT,
+                          f"without a problem's text, such as {without[0].place}")
+        self.left_out([(row.number, row.text) for row in found if row.reason == sources.WITHOUT_ANSWER],
+                      sources.WITHOUT_ANSWER, "without an answer")
+
+    def too_long(self, found: Sequence[Row], most: int) -> None:
+        self.left_out([(row.number, row.text) for row in found], "has a prompt that is too long",
+                      f"with prompts of more than data.max_prompt_tokens = {most} tokens")
+
+    def decided(self, clean: list[Row], found: list[Row], everything: list[Row], reason: str, which: str,
+                policy: str) -> list[Row]:
         """What the policy, drop or keep, leaves."""
         if found:
-            say = self.left_out if policy == "drop" else self.kept
-            say(len(found), f"{which}, such as {cleaning.example(found[0])}")
+            which = f"{which}, such as {cleaning.example(found[0])}"
+            if policy == "keep":
+                self.kept(len(found), which)
+            else:
+                self.left_out([(row.number, row.text) for row in found], reason, which)
         return clean if policy == "drop" else everything

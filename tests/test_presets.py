@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from effreason.errors import UserError
-from effreason.problems import sources
+from effreason.problems import downloads, sources
 from effreason.problems.presets import PRESETS
 from effreason.runtime.config import DataConfig
 
@@ -24,11 +24,12 @@ def hub(monkeypatch, tables):
     """Rows of the Hub by id, subset and split, without the Hub."""
     asked = []
 
-    def load(name, subset, split):
+    def load(name, subset, split, revision):
+        assert revision is None
         asked.append((name, subset, split))
         return tables[subset] if isinstance(tables, dict) else tables
 
-    monkeypatch.setattr(sources, "_load_hub", load)
+    monkeypatch.setattr(downloads, "_load", load)
     return asked
 
 
@@ -39,8 +40,8 @@ def read(name, held_out=True):
 @local
 @pytest.mark.parametrize(("name", "split"), ROWS)
 def test_local_copies_load_by_preset(name, split):
-    rows, missing = sources.read(name, DataConfig(directory=str(SHARED)), held_out=split == "test")
-    assert (len(rows), missing) == (ROWS[name, split], 0)
+    rows, unusable = sources.read(name, DataConfig(directory=str(SHARED)), held_out=split == "test")
+    assert (len(rows), unusable) == (ROWS[name, split], [])
     assert all(row.text.strip() and row.answer for row in rows)
     assert [row.number for row in rows] == list(range(len(rows)))
     if PRESETS[name].kind == "choice":
@@ -70,9 +71,11 @@ def test_gsm8k_answers_stand_behind_hashes(monkeypatch):
 
 def test_rows_without_an_answer_on_the_hub_are_counted(monkeypatch):
     hub(monkeypatch, [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": ""},
-                      {"problem": "c", "answer": None}])
-    rows, missing = sources.read("deepscaler", DataConfig(), held_out=False)
-    assert [row.text for row in rows] == ["a"] and missing == 2
+                      {"problem": "c", "answer": None}, {"problem": None, "answer": "2"}])
+    rows, unusable = sources.read("deepscaler", DataConfig(), held_out=False)
+    assert [row.text for row in rows] == ["a"]
+    assert [(row.number, row.text, row.reason) for row in unusable] == [
+        (1, "b", sources.WITHOUT_ANSWER), (2, "c", sources.WITHOUT_ANSWER), (3, "", sources.WITHOUT_TEXT)]
 
 
 @local
@@ -99,9 +102,9 @@ def test_olympiad_bench_answers_are_lists_and_contexts_stand_apart(monkeypatch):
     hub(monkeypatch, [{"question": "Find a and b.", "context": "Let a < b.", "final_answer": ["1", "2"]},
                       {"question": "Find c.", "context": None, "final_answer": ["3"]},
                       {"question": "Prove it.", "context": None, "final_answer": None}])
-    rows, missing = sources.read("olympiad_bench", DataConfig(), held_out=True)
+    rows, unusable = sources.read("olympiad_bench", DataConfig(), held_out=True)
     assert [(row.text, row.answer) for row in rows] == [("Let a < b.\nFind a and b.", "1, 2"), ("Find c.", "3")]
-    assert missing == 1
+    assert [row.text for row in unusable] == ["Prove it."]
     hub(monkeypatch, [{"question": "Find c."}])
     with pytest.raises(UserError, match="Hothan/OlympiadBench:train:0: has no field 'final_answer', found question"):
         read("olympiad_bench")
@@ -114,6 +117,32 @@ def test_olympiad_bench_answers_are_lists_and_contexts_stand_apart(monkeypatch):
 def test_what_a_preset_does_not_have(name, held_out, message):
     with pytest.raises(UserError, match=message):
         read(name, held_out)
+
+
+def test_what_is_checked_first_is_what_is_read():
+    data = DataConfig(split="dev")
+    sources.check("deepscaler,paper,math500,org/name", data, "data.exclude")
+    sources.check("deepscaler", data, "data.exclude", held_out=True)
+    sources.check("deepscaler", data, "evaluation.path", held_out=True, split="train")
+    sources.check("math500", DataConfig(), "data.path", split="test")
+    sources.check("math500", DataConfig(split="test"), "data.path")
+    for name, field, held_out in (("deepscaler", "evaluation.path", True), ("math500", "data.path", False)):
+        with pytest.raises(UserError, match=f"{name}: the set has no split to"):
+            sources.check(name, DataConfig(), field, held_out=held_out)
+    with pytest.raises(UserError, match="converted_aime: is not on the Hugging Face Hub"):
+        sources.check("converted_aime", data, "data.exclude")
+    with pytest.raises(UserError, match="data.exclude takes no weights"):
+        sources.check("deepscaler=1", data, "data.exclude")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("gsm8k@abc", "data.path: gsm8k takes no revision, got 'gsm8k@abc'; the set itself is openai/gsm8k@abc"),
+    ("tiny@abc", "data.path: tiny takes no revision, got 'tiny@abc'$"),
+    ("converted_aime@abc", "data.path: converted_aime takes no revision, got 'converted_aime@abc'$")])
+def test_a_preset_takes_no_revision(name, message):
+    for use in (lambda: read(name), lambda: sources.check(name, DataConfig(), "data.path")):
+        with pytest.raises(UserError, match=message):
+            use()
 
 
 def test_a_missing_local_copy_is_named(tmp_path):

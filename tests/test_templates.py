@@ -119,6 +119,9 @@ def test_the_hash_is_of_template_and_user_prompt(characters, tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ("{% for %}", r"t\.jinja:1: not a Jinja template"), ("a\n{{ messages[0]['content'] }", "t.jinja:2: not a Jinja"),
     ("{{ raise_exception('only two turns') }}", r"cannot be rendered \(only two turns\)"),
+    ("{{ 1/0 }}", r"t\.jinja cannot be rendered \(division by zero\)"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "t.jinja cannot be rendered .*recursion"),
+    ("{{ strftime_now('%d') }}\n{% for %}", r"t\.jinja:2: not a Jinja template"),
     ("{{ messages.nothing.more }}", "cannot be rendered"),
     ("{{ bos_token }}<｜User｜><｜Assistant｜>", "t.jinja leaves out the user's turn"),
     ("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}", "t.jinja begins with .*sentence｜> twice")])
@@ -127,6 +130,52 @@ def test_a_template_that_is_wrong_is_named_at_once(characters, tmp_path, text, m
     with pytest.raises(UserError, match=message) as caught:
         chosen(characters, str(tmp_path / "t.jinja"))
     assert "\n" not in str(caught.value)
+
+
+LLAMA = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "<s>\\n\\nToday Date: " + date_string + "\\n\\n" }}
+{%- for message in messages %}
+    {{- message['content'] + "\\n" }}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("before", ["", "\n", " \n", "  {% if true %}\n", "a\n  {% if true %}\n"])
+def test_a_template_that_writes_the_date_always_writes_the_same(characters, tmp_path, monkeypatch, before):
+    text = before + LLAMA + ("{% endif %}" if "if" in before else "")
+    (tmp_path / "t.jinja").write_text(text)
+    template = chosen(characters, str(tmp_path / "t.jinja"))
+    found = templates.render(characters, template, "1+1")
+    assert "Today Date: 26 Jul 2024" in found
+    # The rest is as it was, to the space: as by the template without today's date.
+    plain = text.replace("strftime_now is defined", "false")
+    assert found == templates.render(characters, templates.Template("plain", plain, "{problem}"), "1+1")
+    assert template.text.endswith(text) and "26" in template.facts()["text"]
+    assert template.note == (f"data.template: {tmp_path / 't.jinja'} writes the date; it always gets 26 Jul 2024, so "
+                             "that prompts stay the same")
+    (tmp_path / "exported.jinja").write_text(template.text)
+    exported = chosen(characters, str(tmp_path / "exported.jinja"))
+    assert (exported.text, exported.sha256) == (template.text, template.sha256)
+
+
+@pytest.mark.parametrize(("form", "date"), [
+    ("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26"), ("%d %B %Y", "26 July 2024"),
+    ("%A, %B %-d, %y %H:%M:%S", "Friday, July 26, 24 00:00:00")])
+def test_the_date_has_the_form_that_the_template_asks_for(characters, tmp_path, form, date):
+    (tmp_path / "t.jinja").write_text(f"{{% macro day() %}}{{{{ strftime_now('{form}') }}}}{{% endmacro %}}"
+                                      "{% for message in messages %}{{ day() }}|{{ message['content'] }}{% endfor %}")
+    assert templates.render(characters, chosen(characters, str(tmp_path / "t.jinja")), "1+1") == f"{date}|1+1"
+
+
+def test_a_template_without_a_date_is_left_as_it_is(characters):
+    template = chosen(characters)
+    assert template.text == characters.get_chat_template() and template.note is None
 
 
 def test_a_name_that_is_no_template(characters, tmp_path):

@@ -9,6 +9,22 @@ from effreason.grading.extraction import extract_answer
 OPTION = re.compile(r"^\(([A-Z])\) ?(.*)$", re.MULTILINE)
 
 
+def as_text(value: Any) -> str:
+    """A value of a data set as text.
+
+    Raises: ValueError for what is neither text nor a number, or half of a surrogate pair, which JSON can write as
+        \\ud800 and which is no character."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"must be text or a number, found {type(value).__name__}")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half of a surrogate pair, {ascii(text[error.start])}, at character {error.start + 1}, "
+                         "which is no text") from None
+    return text
+
+
 def extract(text: str, answer_from: str) -> str:
     r"""The final answer in an answer column, "" where there is none.
 
@@ -44,10 +60,13 @@ def _listed(text: str, listed: Any) -> tuple[list[str], tuple[str, ...]]:
             return [], ()
         labels, texts = list(letters), [choice for _, choice in found]
     elif isinstance(listed, dict) and {"label", "text"} <= listed.keys():
-        labels, texts = [str(label) for label in listed["label"]], list(listed["text"])
+        for name in ("label", "text"):
+            if not isinstance(listed[name], list | tuple):
+                raise ValueError(f"choices: {name} must be a list, found {type(listed[name]).__name__}")
+        labels, texts = list(listed["label"]), list(listed["text"])
     elif isinstance(listed, dict):
         # A saved table has all letters that any row has, with null for those that this one lacks.
-        labels = [str(label) for label, choice in listed.items() if choice is not None]
+        labels = [label for label, choice in listed.items() if choice is not None]
         texts = [choice for choice in listed.values() if choice is not None]
     elif isinstance(listed, list | tuple):
         labels, texts = list(string.ascii_uppercase[: len(listed)]), list(listed)
@@ -55,7 +74,14 @@ def _listed(text: str, listed: Any) -> tuple[list[str], tuple[str, ...]]:
         raise ValueError(f"choices must be a list or a table, found {type(listed).__name__}")
     if not 2 <= len(texts) <= len(string.ascii_uppercase) or len(labels) != len(texts):
         raise ValueError(f"choices must be 2 to 26 answers, each with a label, found {len(texts)} and {len(labels)}")
-    return labels, tuple(str(choice).strip() for choice in texts)
+    return [_part(label, "label") for label in labels], tuple(_part(choice, "choice").strip() for choice in texts)
+
+
+def _part(value: Any, what: str) -> str:
+    try:
+        return as_text(value)
+    except ValueError as error:
+        raise ValueError(f"choices: a {what} {error}") from None
 
 
 def _letter(value: Any, answer: str, labels: list[str], choices: tuple[str, ...]) -> str:

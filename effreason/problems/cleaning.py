@@ -7,8 +7,13 @@ from typing import Protocol, TypeVar
 
 # What two copies of a problem differ in: spacing, $ against \[, and \left(. Signs, brackets and dots stay: without them
 # 88/(4/2) is 88/4/2 and tan 225 is tan 22.5.
-SPACING = re.compile(r"\\(?:[,;:! \[\]()]|(?:q?quad|left|right)(?![a-z]))|[\s~$]")
+SPACING = re.compile(r"(?:\\(?:[,;:! \[\]()]|(?:q?quad|left|right)(?![a-z]))|[\s~$])+")
+# 2 3 is not 23. But a script is one character: \log_8 2 is \log_82.
+NUMBERS = re.compile(rf"(?<=\d)(?<![\^_]\d){SPACING.pattern}(?=\d)")
+APART = "\0"
 SINGLE = re.compile(r"([\^_])\{(\w)\}")
+RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u207f]+")      # which NFKC makes plain digits: 10\u00b2 is not 102
+LOWERED = re.compile("[\u2080-\u209c]+")
 EXAMPLE_CHARACTERS = 80
 
 
@@ -23,9 +28,12 @@ Item = TypeVar("Item", bound=Text)
 
 
 def key(text: str) -> str:
-    """What two copies of the same problem have in common: the text without case, spacing and LaTeX for spacing."""
-    plain = SPACING.sub("", unicodedata.normalize("NFKC", text).casefold())
-    return SINGLE.sub(r"\1\2", plain)
+    """What two copies of the same problem have in common: the text without case, spacing and LaTeX for spacing.
+
+    Spacing between two digits stays, as one mark."""
+    marked = LOWERED.sub(r"_{\g<0>}", RAISED.sub(r"^{\g<0>}", text))
+    plain = unicodedata.normalize("NFKC", marked).casefold()
+    return SINGLE.sub(r"\1\2", SPACING.sub("", NUMBERS.sub(APART, plain)))
 
 
 def keys(problems: Iterable[Text]) -> set[str]:

@@ -3,16 +3,16 @@
 import dataclasses
 import difflib
 import itertools
-import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from effreason.errors import UserError
-from effreason.problems import answers
+from effreason.problems import answers, downloads, files
+from effreason.problems.files import Rows
 from effreason.problems.presets import PRESETS, Preset
 from effreason.runtime.config import DataConfig
 from effreason.tiny import tasks
@@ -20,10 +20,9 @@ from effreason.tiny import tasks
 TINY_PROBLEMS = 3000                # the training set of the tiny world
 TINY_HELD_OUT = 1500                # and of its held-out problems
 ONE_LEVEL = "all"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
-SAVED = ("state.json", "dataset_dict.json")      # what tells a folder written by save_to_disk
-CONNECT_SECONDS = 10
+WITHOUT_TEXT, WITHOUT_ANSWER = "has no problem text", "has no answer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +38,20 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unusable:
+    """A row that is no problem."""
+
+    number: int                     # of its row in the source
+    place: str                      # file and line, or set and row
+    reason: str                     # WITHOUT_TEXT | WITHOUT_ANSWER
+    text: str                       # of the problem, "" where it has none
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """One of the sets that a path names."""
 
-    name: str
+    name: str                       # org/name@revision for a commit, tag or branch of a set on the Hub
     weight: float | None = None     # share of a mixture, relative to the others; None = the path gives no weights
 
 
@@ -58,7 +67,7 @@ class _Columns:
     choices_must: bool = True       # a row without them is an error
     level: str | None = None
     level_must: bool = True
-    answer_must: bool = True        # no answer (null) is an error, not a row to leave out
+    nulls: bool = False             # a null as text or answer is a row to leave out, not an error
 
 
 def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
@@ -85,49 +94,77 @@ def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
     return tuple(specs)
 
 
-def check(path: str, data: DataConfig, field: str, *, held_out: bool = False) -> None:
-    """Raises UserError for a set that is surely not there, before anything is read; the Hub is not asked."""
-    for spec in parse(path, field, weights=not held_out):
+def check(path: str, data: DataConfig, field: str, *, held_out: bool = False, split: str | None = None) -> None:
+    """Raises UserError for a set that is surely not there, before anything is read; the Hub is not asked.
+
+    Args: held_out, the part to evaluate on; split, instead of the sets' own, None = data.split for the part to train
+        on. The field data.exclude has the part to evaluate on of sets that have one, and the sets' own splits."""
+    training = not held_out and field != "data.exclude"
+    specs = parse(path, field, weights=training)
+    if field == "data.exclude":
+        split = None
+    elif training and split is None:
+        split = data.split
+    if split is not None and all(_is_file(spec.name) for spec in specs):
+        raise UserError(f"{'data' if training else 'evaluation'}.split is for sets of several splits; {field} names "
+                        f"{'a file' if len(specs) == 1 else 'files'} without, got {split!r}")
+    for spec in specs:
         if spec.name in PRESETS:
-            _local_copy(spec.name, data, held_out, data.split if not held_out else None)
+            _local_copy(spec.name, data, has_test(spec.name) if field == "data.exclude" else held_out, split)
         elif spec.name != "tiny" and not Path(spec.name).exists():
             _check_id(spec.name, field)
 
 
+def takes_subset(name: str) -> bool:
+    """A set that data.subset is for: on the Hub, by its id."""
+    return name != "tiny" and name not in PRESETS and not os.path.exists(name)
+
+
 def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = None,
-         field: str = "data.path") -> tuple[list[Row], int]:
-    """The rows of one set, and how many it has beyond those because they have no answer.
+         field: str = "data.path") -> tuple[list[Row], list[Unusable]]:
+    """The rows of one set, and those that have no problem's text or no answer.
 
     Args: name, as `parse` gives it; held_out, the part to evaluate on and not the one to train on; split, instead of
         the set's own; field, of the configuration, for messages. A preset's name comes before a path, a path before an
         id on the Hub.
     Raises: UserError that names the set, or file and line."""
     if name == "tiny":
-        return _tiny_rows(held_out), 0
+        return _tiny_rows(held_out), []
     if name in PRESETS:
         columns, rows = _preset_rows(name, data, held_out, split)
     else:
         columns = _Columns(data.problem_field, data.answer_field, data.answer_from, data.answer_kind,
                            data.choices_field, level=data.level_field)
+        usual = "test" if held_out else "train"
         if os.path.exists(name):
-            rows = _file_rows(Path(name), split, "test" if held_out else "train")
+            rows = files.file_rows(Path(name), split or usual)
         else:
             _check_id(name, field)
-            columns = dataclasses.replace(columns, answer_must=False)
-            rows = _hub_rows(name, data.subset, split or ("test" if held_out else "train"))
-    found, missing, place = [], 0, name
+            columns = dataclasses.replace(columns, nulls=True)
+            rows = downloads.hub_rows(name, data.subset, split or usual)
+    found: list[Row] = []
+    unusable: list[Unusable] = []
     for number, (place, row) in enumerate(rows):
         made = _row(number, row, columns, place)
-        if made is None:
-            missing += 1
-        else:
+        if isinstance(made, Row):
             found.append(made)
-    if not found and missing:
-        raise UserError(f"{place}: no answer in column {columns.answer!r} as data.answer_from = {columns.answer_from} "
-                        f"reads it, and so in all {missing} rows of {name}")
+        else:
+            unusable.append(made)
     if not found:
-        raise UserError(f"{name}: has no rows")
-    return found, missing
+        raise UserError(_all_unusable(name, unusable, columns))
+    return found, unusable
+
+
+def _all_unusable(name: str, unusable: Sequence[Unusable], columns: _Columns) -> str:
+    if not unusable:
+        return f"{name}: has no rows"
+    last, which = unusable[-1], f"and so in all {len(unusable)} rows of {name}"
+    if any(row.reason != last.reason for row in unusable):
+        which = f"and one or the other in all {len(unusable)} rows of {name}"
+    if last.reason == WITHOUT_TEXT:
+        return f"{last.place}: no problem in column {columns.problem!r}, {which}"
+    return (f"{last.place}: no answer in column {columns.answer!r} as data.answer_from = {columns.answer_from} reads "
+            f"it, {which}")
 
 
 def has_test(name: str) -> bool:
@@ -145,13 +182,22 @@ def _weight(number: str, what: str) -> float:
     return weight
 
 
+def _is_file(name: str) -> bool:
+    return name not in PRESETS and os.path.isfile(name)
+
+
 def _check_id(name: str, field: str) -> None:
     """A name that is no preset and no path must at least look like an id on the Hub."""
-    if HUB_ID.fullmatch(name) and not name.lower().endswith(SUFFIXES):
+    bare, at, revision = name.partition("@")
+    if at and (bare == "tiny" or bare in PRESETS):
+        hub = PRESETS[bare].hub if bare in PRESETS else None
+        raise UserError(f"{field}: {bare} takes no revision, got {name!r}"
+                        + (f"; the set itself is {hub}@{revision}" if hub else ""))
+    if HUB_ID.fullmatch(name) and not bare.lower().endswith(SUFFIXES):
         return
-    if Path(name).suffix.lower() in SUFFIXES or name.count("/") > 1 or name.startswith(("/", ".", "~")):
+    if Path(bare).suffix.lower() in SUFFIXES or bare.count("/") > 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"{field}: {name} does not exist")
-    near = difflib.get_close_matches(name.lower(), ["tiny", *PRESETS], n=1)
+    near = difflib.get_close_matches(bare.lower(), ["tiny", *PRESETS], n=1)
     raise UserError(f"{field} names {name!r}, which is no preset, no file and no id on the Hugging Face Hub; "
                     + (f"did you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}"))
 
@@ -179,41 +225,41 @@ def _local_copy(name: str, data: DataConfig, held_out: bool, split: str | None) 
 
 
 def _preset_rows(name: str, data: DataConfig, held_out: bool,
-                 split: str | None) -> tuple[_Columns, Iterator[tuple[str, dict[str, Any]]]]:
+                 split: str | None) -> tuple[_Columns, Rows]:
     preset, file = PRESETS[name], _local_copy(name, data, held_out, split)
     if file is not None:
         return _Columns("problem", "answer", "whole", preset.kind, "choices", choices_must=False,
-                        level="level", level_must=False), _jsonl_rows(file)
+                        level="level", level_must=False), files.jsonl_rows(file)
     assert preset.hub is not None
     own = preset.test if held_out else preset.train
-    rows: Iterator[tuple[str, dict[str, Any]]] = itertools.chain.from_iterable(
-        _hub_rows(preset.hub, subset, split or str(own)) for subset in preset.subsets)
+    rows: Rows = itertools.chain.from_iterable(
+        downloads.hub_rows(preset.hub, subset, split or str(own)) for subset in preset.subsets)
     return _hub_columns(preset), rows if preset.shape is None else _shaped(rows, preset)
 
 
 def _hub_columns(preset: Preset) -> _Columns:
     problem, answer = ("problem", "answer") if preset.shape else (preset.problem, preset.answer)
     return _Columns(problem, answer, preset.answer_from, preset.kind, preset.choices, level=preset.level,
-                    level_must=False, answer_must=False)
+                    level_must=False, nulls=True)
 
 
-def _shaped(rows: Iterator[tuple[str, dict[str, Any]]], preset: Preset) -> Iterator[tuple[str, dict[str, Any]]]:
+def _shaped(rows: Rows, preset: Preset) -> Rows:
     assert preset.shape is not None
     for place, row in rows:
         try:
             yield place, preset.shape(row)
         except KeyError as error:
-            raise UserError(f"{place}: has no field {error}, found {', '.join(row)}") from None
+            raise UserError(f"{place}: has no field {error}, found {_names(row)}") from None
 
 
-def _row(number: int, row: dict[str, Any], columns: _Columns, place: str) -> Row | None:
-    """The row as a problem, or None where it has no answer."""
-    text = _text(row, columns.problem, place)
-    if row.get(columns.answer, "") is None and not columns.answer_must:
-        return None
-    answer = answers.extract(_text(row, columns.answer, place), columns.answer_from)
+def _row(number: int, row: dict[str, Any], columns: _Columns, place: str) -> Row | Unusable:
+    """The row as a problem, if it is one."""
+    text = _text(row, columns.problem, place, null=columns.nulls)
+    if not text.strip():
+        return Unusable(number, place, WITHOUT_TEXT, text)
+    answer = answers.extract(_text(row, columns.answer, place, null=columns.nulls), columns.answer_from)
     if not answer:
-        return None
+        return Unusable(number, place, WITHOUT_ANSWER, text)
     level = ONE_LEVEL
     if columns.level is not None and (columns.level_must or row.get(columns.level) is not None):
         level = _text(row, columns.level, place)
@@ -222,7 +268,7 @@ def _row(number: int, row: dict[str, Any], columns: _Columns, place: str) -> Row
     listed = None
     if columns.choices is not None and (columns.choices_must or columns.choices in row):
         if columns.choices not in row:
-            raise UserError(f"{place}: has no field {columns.choices!r}, found {', '.join(row) or 'none'}")
+            raise UserError(f"{place}: has no field {columns.choices!r}, found {_names(row)}")
         listed = row[columns.choices]
     try:
         text, answer, choices = answers.choose(text, row[columns.answer], answer, listed)
@@ -231,112 +277,18 @@ def _row(number: int, row: dict[str, Any], columns: _Columns, place: str) -> Row
     return Row(number=number, text=text, answer=answer, level=level, kind="choice", choices=choices)
 
 
-def _file_rows(path: Path, split: str | None, usual: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    is_saved = path.is_dir() or path.suffix == ".parquet"
-    return _saved_rows(path, split or usual) if is_saved else _jsonl_rows(path)
-
-
-def _saved_rows(path: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a Parquet file or of a folder written by `save_to_disk`."""
-    import datasets  # half a second: only where it is needed
-
-    try:
-        saved = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{path}: cannot be read by datasets ({_one_line(error)})") from None
-    if not isinstance(saved, datasets.Dataset):
-        if split not in saved:
-            raise UserError(f"{path}: has no split {split!r}, found {', '.join(saved)}; data.split or evaluation.split "
-                            "must name one of them")
-        saved = saved[split]
-    for number, row in enumerate(saved):
-        yield f"{path}:{number}", row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a JSONL file, read here and not by `datasets`, which cannot say which line is broken."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        yield f"{path}:{number}", row
-
-
-def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a data set on the Hub."""
-    for number, row in enumerate(_load_hub(name, subset, split)):
-        yield f"{name}:{split}:{number}", row
-
-
-def _load_hub(name: str, subset: str | None, split: str) -> Sequence[dict[str, Any]]:
-    """Downloads a data set, or finds it in the cache where the Hub is switched off by HF_HUB_OFFLINE=1."""
-    import datasets
-    import huggingface_hub
-
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE
-    try:
-        revision, saved = _hub_state(name, offline)
-        if not saved:
-            return datasets.load_dataset(name, subset, split=split, revision=revision)
-        folder = datasets.load_from_disk(huggingface_hub.snapshot_download(
-            name, repo_type="dataset", revision=revision, local_files_only=offline))
-        return folder if isinstance(folder, datasets.Dataset) else folder[split]
-    except Exception as error:      # of three libraries, which have no common ancestor but this
-        raise UserError(f"{name}: {_hub_problem(error, subset, split, offline)}") from None
-
-
-def _hub_state(name: str, offline: bool) -> tuple[str | None, bool]:
-    """The commit of a data set's main branch, and whether it is a folder written by `save_to_disk`.
-
-    Asked first, and once: `datasets` tries for half a minute before it says that the Hub is out of reach."""
-    import huggingface_hub
-
-    if offline:
-        return None, any(isinstance(huggingface_hub.try_to_load_from_cache(name, mark, repo_type="dataset"), str)
-                         for mark in SAVED)
-    info = huggingface_hub.HfApi().dataset_info(name, timeout=CONNECT_SECONDS)
-    return info.sha, any(sibling.rfilename in SAVED for sibling in info.siblings or ())
-
-
-def _hub_problem(error: Exception, subset: str | None, split: str, offline: bool) -> str:
-    """What went wrong with the Hub, and what to do about it."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    message = _one_line(error)
-    if "GatedRepoError" in kinds or "gated" in message:
-        return ("is gated: accept its conditions on its page on the Hugging Face Hub, then log in (hf auth login) or "
-                "set HF_TOKEN")
-    if "RepositoryNotFoundError" in kinds:
-        return ("is no file here and not on the Hugging Face Hub, or private: check the name, or log in "
-                "(hf auth login)")
-    if "Config name is missing" in message or "BuilderConfig" in message:
-        return (f"needs data.subset{'' if subset is None else f', which has no {subset!r}'} ({message})")
-    if "Unknown split" in message or isinstance(error, KeyError):
-        return f"has no split {split!r} ({message}); data.split or evaluation.split must name one"
-    if offline:
-        return "is no file here and not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
-    if {"TransportError", "ConnectionError", "TimeoutError"} & kinds:
-        return ("is no file here, and the Hugging Face Hub cannot be reached: check the network, set HF_HUB_OFFLINE=1 "
-                "to use the cache, or name local files")
-    return f"cannot be read from the Hugging Face Hub ({message})"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _text(row: dict[str, Any], field: str, place: str) -> str:
+def _text(row: dict[str, Any], field: str, place: str, *, null: bool = False) -> str:
+    """A field as text. Args: null, whether a null is "" and not an error."""
     if field not in row:
-        raise UserError(f"{place}: has no field {field!r}, found {', '.join(row) or 'none'}")
-    value = row[field]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{place}: field {field!r} must be text or a number, found {type(value).__name__}")
-    return str(value)
+        raise UserError(f"{place}: has no field {field!r}, found {_names(row)}")
+    if null and row[field] is None:
+        return ""
+    try:
+        return answers.as_text(row[field])
+    except ValueError as error:
+        raise UserError(f"{place}: field {field!r} {error}") from None
+
+
+def _names(row: dict[str, Any]) -> str:
+    """Of a row's fields; JSON may name them by what is no Unicode."""
+    return ", ".join(row).encode("utf-8", "backslashreplace").decode() or "none"

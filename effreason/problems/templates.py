@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from effreason.errors import UserError
+from effreason.problems.files import one_line
 from effreason.runtime.config import DataConfig
 
 USER, ASSISTANT, THINK = "<｜User｜>", "<｜Assistant｜>", "<think>"
@@ -17,6 +18,13 @@ USER, ASSISTANT, THINK = "<｜User｜>", "<｜Assistant｜>", "<think>"
 R1 = "{{ bos_token }}" + USER + "{{ messages[-1]['content'] }}" + ASSISTANT
 NAMED = {"r1": R1, "r1_think": R1 + "{{ '" + THINK + "\\n' }}"}
 NEEDED = {"r1": (USER, ASSISTANT), "r1_think": (USER, ASSISTANT, THINK)}
+# Some templates, such as those of Llama 3, write today's date into the prompt. A macro of the same name hides that of
+# transformers: one date, the one that these templates have where they cannot ask. The line end behind it is trimmed.
+DATE = "26 Jul 2024"
+PARTS = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26", "%e": "26",
+         "%A": "Friday", "%a": "Fri", "%H": "00", "%M": "00", "%S": "00"}
+FIXED_DATE = ("{% macro strftime_now(format) %}{{ format"
+              + "".join(f"|replace('{part}', '{value}')" for part, value in PARTS.items()) + " }}{% endmacro %}\n")
 PROBE = "What is 12+34?"
 SHOWN_LINES, SHOWN_CHARACTERS = 20, 1000
 
@@ -34,6 +42,13 @@ class Template:
         """Of all that makes prompts of problems: two runs with the same one have the same prompts."""
         return hashlib.sha256(f"{self.text}\0{self.user_prompt}".encode()).hexdigest()
 
+    @property
+    def note(self) -> str | None:
+        """A line for people on what is not as the template's author has it."""
+        if not self.text.startswith(FIXED_DATE):
+            return None
+        return f"data.template: {self.name} writes the date; it always gets {DATE}, so that prompts stay the same"
+
     def facts(self) -> dict[str, str]:
         """What a checkpoint keeps of it."""
         return {"name": self.name, "user_prompt": self.user_prompt, "text": self.text, "sha256": self.sha256}
@@ -44,7 +59,10 @@ def choose(tokenizer: Any, data: DataConfig) -> Template:
 
     Raises: UserError where there is none, the tokenizer lacks its special tokens, it is no Jinja, it drops the problem,
         or it begins with two BOS."""
-    template = Template(*_named(tokenizer, data.template), data.user_prompt)
+    name, text = _named(tokenizer, data.template)
+    # An exported model's template has the date already.
+    dated = "strftime_now" in text and not text.startswith(FIXED_DATE)
+    template = Template(name, FIXED_DATE + text if dated else text, data.user_prompt)
     rendered = render(tokenizer, template, PROBE)
     if data.user_prompt.replace("{problem}", PROBE).strip() not in rendered:
         raise UserError(f"data.template: {template.name} leaves out the user's turn; rendered: {rendered[:200]!r}")
@@ -69,11 +87,10 @@ def render_all(tokenizer: Any, template: Template, texts: Sequence[str]) -> list
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True,
                                              chat_template=template.text)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"data.template: {template.name}:{error.lineno}: not a Jinja template ({error.message})"
-                        ) from None
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"data.template: {template.name} cannot be rendered ({' '.join(str(error).split())[:200]})"
-                        ) from None
+        line = error.lineno - template.text.startswith(FIXED_DATE)
+        raise UserError(f"data.template: {template.name}:{line}: not a Jinja template ({error.message})") from None
+    except Exception as error:      # a template may do anything: divide by zero, call itself for ever
+        raise UserError(f"data.template: {template.name} cannot be rendered ({one_line(error)})") from None
 
 
 def encode(tokenizer: Any, rendered: str) -> np.ndarray:
