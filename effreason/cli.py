@@ -159,4 +159,4 @@ def _check_data(config: Config, field: str, path: str | None, *, held_out: bool 
     if path is not None:
         from effreason.problems import sources  # brings in numpy: not for --help
 
-        sources.check(path, config.data, field, held_out=held_out)
+        sources.check(path, config.data, field, held_out=held_out, split=config.evaluation.split if held_out else None)

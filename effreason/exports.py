@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from effreason import __version__
+from effreason import __version__, prompts
 from effreason.inputs import Inputs
 from effreason.lm import cards, hf, hub, model
 from effreason.problems.presets import PRESETS
@@ -24,9 +24,10 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
 
 
 def origin(inputs: Inputs) -> dict[str, Any]:
-    """What a model was trained from: the base model's commit, and the template with its hash."""
+    """What a model was trained from: the base model's commit, the template and the problems with their hashes."""
     return {"base_model": _public(inputs.pretrained.name), "base_revision": inputs.pretrained.revision,
-            "template": inputs.template.facts()}
+            "template": inputs.template.facts(), "problems_sha256": prompts.fingerprint(inputs.problems),
+            "held_out_sha256": prompts.fingerprint(inputs.held_out)}
 
 
 def card(step: int, config: Config, inputs: Inputs, base: Evaluation | None, trained: Evaluation | None) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import shlex
 import time
 from collections import Counter
@@ -60,6 +61,7 @@ def train(config: Config) -> None:
                                 f"got {config.run.steps}")
             agreement = check_parity(config, engine, inputs.problems, state, lambda *now: interrupts.check())
             write_config(config, directory)
+            write_left_out(inputs.problems.left_out, directory)
             with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb,
                                 start_step=start, config=dataclasses.asdict(config)) as writer,
                   Progress(config.run.steps, start_step=start) as progress):
@@ -110,7 +112,7 @@ def begin(engine: Engine, saved: Checkpoints, reference: model.Params,
           inputs: Inputs) -> tuple[update.TrainState, dict[str, Any]]:
     """The newest saved state, or a first one, and the facts saved with it.
 
-    Raises: UserError where the checkpoint was trained on prompts of another template."""
+    Raises: UserError where the checkpoint was trained with another template or on other problems."""
     if saved.latest is None:
         return engine.initial_state(jax.tree.map(lambda weight: weight.copy(), reference)), {"wall_seconds": 0.0}
     state, facts = saved.restore(engine.abstract_state)
@@ -118,6 +120,11 @@ def begin(engine: Engine, saved: Checkpoints, reference: model.Params,
         raise UserError(f"data.template: the checkpoint was trained with the template {facts['template']['name']}, "
                         f"whose text has changed since (sha256 {facts['template']['sha256'][:12]}, now "
                         f"{inputs.template.sha256[:12]})")
+    now = origin(inputs)
+    for field, fact in (("data.path", "problems_sha256"), ("evaluation.path", "held_out_sha256")):
+        if facts[fact] != now[fact]:
+            raise UserError(f"{field}: the problems have changed since the checkpoint (sha256 {facts[fact][:12]}, now "
+                            f"{now[fact][:12]}); a resumed run needs the same ones")
     return state, facts
 
 
@@ -272,6 +279,13 @@ def write_config(config: Config, directory: Path) -> None:
     run = dataclasses.replace(config.run, directory=str(directory), resume=False)
     with disk(directory):
         configuration.save(dataclasses.replace(config, run=run), directory / "config.yaml")
+
+
+def write_left_out(rows: Sequence[prompts.LeftOut], directory: Path) -> None:
+    """Every row of the data that is not trained on, and why, for people to look through."""
+    text = "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    with disk(directory / "left_out.jsonl"):
+        (directory / "left_out.jsonl").write_text(text, encoding="utf-8")
 
 
 def conclude(config: Config, inputs: Inputs, directory: Path, base: Evaluation | None, trained: Evaluation | None,

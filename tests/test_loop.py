@@ -478,6 +478,28 @@ def test_a_run_cannot_go_on_with_a_template_that_has_changed(finished, world, tm
         loop.train(small_runs.config(world, tmp_path / "run", **changes))
 
 
+@pytest.mark.parametrize(("file", "field"), [("train.jsonl", "data.path"), ("test.jsonl", "evaluation.path")])
+def test_a_run_cannot_go_on_with_other_problems(finished, world, tmp_path, file, field):
+    changed = Path(shutil.copytree(world, tmp_path / "world"))
+    shutil.copytree(finished.directory, tmp_path / "run")
+    rows = (changed / file).read_text().splitlines(keepends=True)
+    (changed / file).write_text("".join([*rows[:-1], rows[-1].replace("+7", "+7+0")]))
+    changes = EVALUATED | {"run.resume": True, "run.steps": 7, field: str(changed / file)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=rf"^{field}: the problems have changed"):
+        patch.setattr(configuration, "differences", lambda *configs: [])        # the same path, as far as it can tell
+        loop.train(small_runs.config(world, tmp_path / "run", **changes))
+
+
+def test_what_is_not_trained_on_is_listed(world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    rows = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "world" / "train.jsonl").write_text("".join([*rows, rows[3], *(world / "test.jsonl").open()]))
+    loop.train(small_runs.config(tmp_path / "world", tmp_path / "run", **{"run.steps": 1, "evaluation.problems": 2}))
+    left = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").open()]
+    assert [row["number"] for row in left] == [16, *range(17, 25)]
+    assert left[0]["text"] == json.loads(rows[3])["problem"] and left[0]["reason"] != left[1]["reason"]
+
+
 def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(finished, world):
     model = finished.directory / "model"
     facts = json.loads((model / "effreason.json").read_text())
