@@ -35,6 +35,7 @@ setup(
         "huggingface_hub>=1",
         "tokenizers>=0.22",
         "datasets>=4",
+        "pyarrow>=17",
         "jinja2>=3.1",
         "jsonargparse[signatures]>=4.53",
         "PyYAML>=6",
