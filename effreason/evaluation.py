@@ -136,7 +136,8 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
     problems, notes = prompts.load_held_out(config, pretrained.tokenizer, template,
                                             functools.partial(unmatched, grader))
     rendered = templates.display(templates.render(pretrained.tokenizer, template, problems[0].text))
-    for note in [*filter(None, [template.note]), *notes, f"the first prompt, by the template {template.name}:\n{rendered}"]:
+    dated = [template.note] if template.note else []
+    for note in [*dated, *notes, f"the first prompt, by the template {template.name}:\n{rendered}"]:
         tell(note)
     params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
     return make_evaluator(config, pretrained, mesh, problems, grader)(params, watch)

@@ -50,8 +50,8 @@ class DataConfig(Section):
 
     path: str = "tiny"
     """"tiny" = generated arithmetic; a preset, such as gsm8k; the id of a data set on the Hugging Face Hub, also at a
-    commit, org/name@REVISION; a JSONL or Parquet file, or a folder saved by `datasets`. Several: gsm8k,math is one pool; gsm8k=0.3,math=0.7 a mixture, with
-    the same number of problems of each in every step."""
+    commit, org/name@REVISION; a JSONL or Parquet file, or a folder saved by `datasets`. Several: gsm8k,math is one
+    pool; gsm8k=0.3,math=0.7 a mixture, with the same number of problems of each in every step."""
     directory: str | None = None
     """Local copies of the presets, DIRECTORY/PRESET/train.jsonl and test.jsonl, read instead of the Hub; null = the Hub
     (docs/data.md has the names of the folders)."""
