@@ -22,7 +22,8 @@ from effreason.rollouts import Sampling, make_sampler, step_key
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import disk, say, write_json
+from effreason.runtime.metrics import disk, write_json
+from effreason.runtime.progress import say
 
 
 def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]) -> Evaluation:

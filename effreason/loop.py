@@ -27,7 +27,8 @@ from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import MetricsWriter, Progress, disk, read_rows, say, write_json
+from effreason.runtime.metrics import MetricsWriter, disk, read_rows, write_json
+from effreason.runtime.progress import Progress, say
 
 # What may differ between a run and its continuation: nothing that decides a token or a weight.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",

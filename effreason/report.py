@@ -17,7 +17,8 @@ from rich.table import Table
 
 from effreason.records import Evaluation
 from effreason.runtime.config import Config
-from effreason.runtime.metrics import disk, duration
+from effreason.runtime.metrics import disk
+from effreason.runtime.progress import duration
 
 # Okabe and Ito's colours: told apart with any colour vision, and in grey.
 BEFORE, AFTER, CURVE, INK, QUIET = "#999999", "#0072B2", "#56B4E9", "#222222", "#666666"

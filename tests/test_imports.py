@@ -18,7 +18,7 @@ ORDER = [
     ["runtime.parsers"],
     ["runtime.config"],
     ["records", "masks", "tiny", "grading"],
-    ["runtime.sharding", "runtime.metrics"],
+    ["runtime.sharding", "runtime.metrics", "runtime.progress"],
     ["lm.attention"],
     ["lm.model"],
     ["lm.configs", "lm.hub"],

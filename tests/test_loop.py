@@ -27,7 +27,8 @@ from effreason.lm import hf
 from effreason.problems import templates
 from effreason.records import Evaluation
 from effreason.runtime import config as configuration
-from effreason.runtime.metrics import MetricsWriter, Progress, read_rows
+from effreason.runtime.metrics import MetricsWriter, read_rows
+from effreason.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that being stopped within it is tested too
@@ -97,8 +98,8 @@ def refused(capsys, argv, command="train"):
 
 def test_the_run_directory_holds_what_was_promised(finished):
     assert {path.name for path in finished.directory.iterdir()} == {
-        "config.yaml", "base.json", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "model", "summary.json",
-        "report.png"}
+        "config.yaml", "base.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model",
+        "summary.json", "report.png"}
     assert {path.name for path in (finished.directory / "checkpoints").iterdir()} == {"3", "6"}
     assert (finished.directory / "report.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -228,7 +229,7 @@ def test_a_run_that_is_stopped_three_times_is_the_run_that_never_was(finished, w
 STOPPED = """
 import os, sys
 from effreason import cli
-from effreason.runtime.metrics import Progress
+from effreason.runtime.progress import Progress
 step = Progress.step
 def stopping(self, index, metrics):
     step(self, index, metrics)
@@ -375,8 +376,8 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
     monkeypatch.undo()
     steps = {"metrics": 1, "checkpoint": 2, "export": 2}[name]
     assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == list(range(steps))
-    assert {path.name for path in directory.iterdir()} == {"config.yaml", "metrics.jsonl", "rollouts.jsonl",
-                                                           "checkpoints", "model"}
+    assert {path.name for path in directory.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model"}
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == (2 if name == "export" else 1)
     hf.load(directory / "model", hf.read_config(directory / "model"))

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from effreason.errors import UserError
-from effreason.runtime import metrics
-from effreason.runtime.metrics import MetricsWriter, Progress, duration, rate, read_rows
+from effreason.runtime import progress
+from effreason.runtime.metrics import MetricsWriter, read_rows
+from effreason.runtime.progress import Progress, duration, rate
 
 STEP = {"rollout/accuracy": 0.913, "rollout/tokens": 87.4, "rollout/tokens_per_second": 5012.3,
         "update/tokens_per_second": 9900.0, "time/step": 2.5}
@@ -93,7 +94,7 @@ def test_live_display_keeps_within_the_terminal(width):
 
 
 PSEUDO_TERMINAL = """
-from effreason.runtime.metrics import Progress
+from effreason.runtime.progress import Progress
 with Progress(40) as progress:
     progress.say("above the bar")
     progress.rollout(143, 256, 12000)
@@ -252,15 +253,15 @@ def test_wandb_run_is_taken_up_again_on_resume(tmp_path, monkeypatch):
 
 
 def test_heavy_packages_are_imported_only_where_asked_for():
-    code = ("import sys, effreason.runtime.metrics;"
+    code = ("import sys, effreason.runtime.metrics, effreason.runtime.progress;"
             "print({'jax', 'tensorboardX', 'wandb', 'matplotlib'} & set(sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_generation_rate_stops_with_the_last_response(monkeypatch):
     now = iter([10.0, 12.0, 20.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(now))
-    generation = metrics._Generation(256, 0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    generation = progress._Generation(256, 0)
     generation.finished, generation.tokens = 100, 4_000
     assert generation.rate() == 2_000
     generation.finished = 256

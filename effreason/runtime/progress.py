@@ -1,0 +1,220 @@
+"""What a run shows while it works: a live bar on a terminal, one plain line for each step otherwise.
+
+A step is counted from 0: what is shown of step s was measured on rollouts of the policy after s updates.
+"""
+
+import collections
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+ETA_STEPS = 20                      # how many of the last steps the ETA is the median of
+LINE_WIDTH = 80                     # a plain line is kept within this
+# A plain line that would be too long takes the next form and keeps it, so that the lines below each other align.
+LINE_FORMS = (("accuracy", "  "), ("acc", "  "), ("acc", " "))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in at most six characters: 0:07, 12:34, 1h02m, 3d04h."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02}"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def rate(per_second: float) -> str:
+    """A rate in at most five characters: 850, 5,012, 12.3k, 456k, 1.2M."""
+    if not math.isfinite(per_second):
+        return "-"
+    for bound, divisor, form in ((9_999.5, 1, ",.0f"), (99_950, 1e3, ".1f"), (999_500, 1e3, ".0f")):
+        if per_second < bound:
+            return f"{per_second / divisor:{form}}" + ("k" if divisor > 1 else "")
+    return f"{per_second / 1e6:.1f}M"
+
+
+def say(text: str, console: Console) -> None:
+    """Prints a line as it stands, however long; above a live display where there is one."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Generation:
+    """How far the generation of one step is, and how fast."""
+
+    def __init__(self, total: int, tokens: int) -> None:
+        self.total, self.finished, self.tokens = total, 0, tokens
+        self.over = False
+        self._first_tokens = tokens
+        self._started = self._changed = time.monotonic()
+
+    def rate(self) -> float:
+        """Tokens per second since the first report, up to the moment all responses were there."""
+        if self.finished < self.total:
+            self._changed = time.monotonic()
+        elapsed = self._changed - self._started
+        sampled = self.tokens - self._first_tokens
+        return sampled / elapsed if sampled and elapsed else math.nan
+
+
+class Progress:
+    """A live bar on a terminal, one plain line for each step otherwise.
+
+    Args:
+        total_steps: steps of the whole run.
+        start_step: the first step of this process; > 0 after a resume.
+        console: where to print; None = standard output.
+    """
+
+    def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:
+        # FORCE_COLOR makes rich take a pipe for a terminal: colours are then wanted, a moving bar is not.
+        self._console = console or Console(force_interactive=None if os.isatty(1) else False)
+        self._total = total_steps
+        self._done = start_step
+        self._metrics: Mapping[str, float] = {}
+        self._durations: collections.deque[float] = collections.deque(maxlen=ETA_STEPS)
+        self._first = True                                  # True until a second step has ended
+        self._form = 0                                      # index into LINE_FORMS
+        self._started = self._step_started = time.monotonic()
+        self._ended: float | None = None
+        self._rollout: _Generation | None = None
+        self._live: Live | None = None
+        if self._console.is_interactive:
+            self._live = Live(self, console=self._console, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        self._started = self._step_started = time.monotonic()
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self._ended = time.monotonic()
+        if self._live is not None:
+            self._live.stop()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows that a training step has ended.
+
+        Args: step, counted from 0; metrics of this step, of which rollout/accuracy, rollout/tokens, the two
+            tokens_per_second and time/step are shown or used where they are there.
+        """
+        now = time.monotonic()
+        if len(self._durations) == 1 and self._first:
+            self._durations.clear()                         # the first step compiled: it says nothing about the others
+            self._first = False
+        self._durations.append(float(metrics.get("time/step", now - self._step_started)))
+        self._step_started = now
+        self._done = step + 1
+        self._metrics = metrics
+        if self._rollout is not None:
+            self._rollout.over = True
+        if self._live is None:
+            self.say(self._line())
+
+    def rollout(self, finished: int, total: int, tokens: int) -> None:
+        """Shows how far the generation within this step is.
+
+        Args: finished and total responses; tokens sampled since this generation began.
+        """
+        current = self._rollout
+        if current is None or current.over or finished < current.finished or total != current.total:
+            current = self._rollout = _Generation(total, tokens)
+        current.finished, current.tokens = finished, tokens
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        say(text, self._console)
+
+    def _value(self, key: str) -> float:
+        return float(self._metrics.get(key, math.nan))
+
+    def _eta(self) -> float:
+        if not self._durations:
+            return math.nan
+        return statistics.median(self._durations) * max(self._total - self._done, 0)
+
+    def _line(self) -> str:
+        line = self._line_as(*LINE_FORMS[self._form])
+        while len(line) > LINE_WIDTH and self._form + 1 < len(LINE_FORMS):
+            self._form += 1
+            line = self._line_as(*LINE_FORMS[self._form])
+        return line
+
+    def _line_as(self, accuracy: str, gap: str) -> str:
+        return gap.join((
+            _counted("step", self._done, self._total),
+            f"{accuracy} {_number(self._value('rollout/accuracy'), '.2f')}",
+            f"tokens {_number(self._value('rollout/tokens'), ',.0f'):>3}",
+            f"rollout {rate(self._value('rollout/tokens_per_second')):>5}/s",
+            f"update {rate(self._value('update/tokens_per_second')):>5}/s",
+            f"eta {duration(self._eta())}",
+        ))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # The bars stand in one column, so both rows take the width of the longer label and the longer text.
+        rows = [(_counted("step", self._done, self._total), self._done, self._total, self._step_text())]
+        if (generation := self._rollout) is not None and self._ended is None:
+            label = _counted("rollout", generation.finished, generation.total)
+            rows.append((label, generation.finished, generation.total, self._rate_text(generation)))
+        elif self._metrics:
+            rows.append(("", 0, 0, self._rate_text(None)))
+        used = max(len(row[0]) for row in rows) + max(row[3].cell_len for row in rows) + 3
+        width = min(options.max_width - used, 40)
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(no_wrap=True)
+        if width >= 4:
+            grid.add_column(width=width)
+        grid.add_column(no_wrap=True)
+        for label, completed, total, text in rows:
+            bar = ProgressBar(total=total, completed=completed, width=width, complete_style="cyan",
+                              finished_style="cyan") if total else ""
+            grid.add_row(label, *([bar] if width >= 4 else []), text)
+        yield grid
+
+    def _step_text(self) -> Text:
+        parts: list[tuple[str, str]] = []
+        if self._metrics:
+            parts += _pair("accuracy", _number(self._value("rollout/accuracy"), ".2f"))
+            parts += _pair("tokens", f"{_number(self._value('rollout/tokens'), ',.0f'):>3}")
+        if self._ended is not None:
+            parts += _pair("took", duration(self._ended - self._started))
+        elif self._durations:
+            parts += _pair("eta", duration(self._eta()))
+        else:
+            parts += _pair("elapsed", duration(time.monotonic() - self._started))
+        return Text.assemble(*parts)
+
+    def _rate_text(self, generation: _Generation | None) -> Text:
+        sampled = self._value("rollout/tokens_per_second")
+        if generation is not None and not generation.over:
+            sampled = generation.rate()
+        parts = _pair("rollout", f"{rate(sampled):>5} tok/s")
+        if self._metrics:
+            parts += _pair("update", f"{rate(self._value('update/tokens_per_second')):>5} tok/s")
+        return Text.assemble(*parts)
+
+
+def _counted(name: str, done: int, total: int) -> str:
+    return f"{name} {done:>{len(str(total))}}/{total}"
+
+
+def _number(value: float, form: str) -> str:
+    return f"{value:{form}}" if math.isfinite(value) else "-"
+
+
+def _pair(name: str, value: str) -> list[tuple[str, str]]:
+    return [(f" {name} ", "dim"), (f"{value} ", "")]
