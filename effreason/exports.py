@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from effreason import __version__, prompts
+from effreason import __version__
 from effreason.inputs import Inputs
 from effreason.lm import cards, hf, hub, model
 from effreason.problems.presets import PRESETS
@@ -26,8 +26,8 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
 def origin(inputs: Inputs) -> dict[str, Any]:
     """What a model was trained from: the base model's commit, the template and the problems with their hashes."""
     return {"base_model": _public(inputs.pretrained.name), "base_revision": inputs.pretrained.revision,
-            "template": inputs.template.facts(), "problems_sha256": prompts.fingerprint(inputs.problems),
-            "held_out_sha256": prompts.fingerprint(inputs.held_out)}
+            "template": inputs.template.facts(), "problems_sha256": inputs.problems_sha256,
+            "held_out_sha256": inputs.held_out_sha256}
 
 
 def card(step: int, config: Config, inputs: Inputs, base: Evaluation | None, trained: Evaluation | None) -> str:

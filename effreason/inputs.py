@@ -23,6 +23,8 @@ class Inputs:
     problems: prompts.Problems
     held_out: list[Problem]         # empty: no evaluation
     notes: list[str]                # what became of the data, for people
+    problems_sha256: str            # of the problems and of held_out: a resumed run needs the same ones
+    held_out_sha256: str
 
 
 def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
@@ -38,4 +40,5 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
         [], ())
     shown = templates.display(templates.render(tokenizer, template, first[0].text))
     return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
-                  notes=[*problems.notes, *more, f"the first prompt, by the template {template.name}:", shown])
+                  notes=[*problems.notes, *more, f"the first prompt, by the template {template.name}:", shown],
+                  problems_sha256=prompts.fingerprint(problems), held_out_sha256=prompts.fingerprint(held_out))
