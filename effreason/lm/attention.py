@@ -10,6 +10,13 @@ import jax
 import jax.numpy as jnp
 
 
+# How a layer's cache lies in memory, as logical axes; rows first, so that a mesh splits it by sequences.
+CACHE_LAYOUTS = {
+    "transposed": {"keys": ("batch", "kv_heads", "head_dim", "sequence"),
+                   "values": ("batch", "kv_heads", "sequence", "head_dim")},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
     """Stretches the slow rotary frequencies, so that a model trained on short contexts reads long ones.

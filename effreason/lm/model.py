@@ -37,6 +37,7 @@ class DecoderConfig:
     qkv_bias: bool = False          # Qwen2
     qk_norm: bool = False           # Qwen3
     dtype: Any = jnp.float32        # of activations; weights are kept in float32, logits are always float32
+    cache_layout: str = "transposed"    # one of attention.CACHE_LAYOUTS
     remat: bool = True              # recompute a block in the backward pass instead of keeping its activations
 
 
@@ -183,10 +184,15 @@ def unstack(config: DecoderConfig, params: Params) -> Params:
                               for layer in range(config.layers)]}
 
 
+def cache_axes(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """The logical axes of the arrays of one layer's cache."""
+    return attention.CACHE_LAYOUTS[config.cache_layout]
+
+
 def empty_cache(config: DecoderConfig, rows: int, slots: int) -> Cache:
     """A cache for `rows` sequences of at most `slots` tokens."""
-    return [{"keys": jnp.zeros((rows, config.kv_heads, config.head_dim, slots), config.dtype),
-             "values": jnp.zeros((rows, config.kv_heads, slots, config.head_dim), config.dtype)}
+    sizes = {"batch": rows, "kv_heads": config.kv_heads, "head_dim": config.head_dim, "sequence": slots}
+    return [{name: jnp.zeros([sizes[axis] for axis in axes], config.dtype) for name, axes in cache_axes(config).items()}
             for _ in range(config.layers)]
 
 
