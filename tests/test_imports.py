@@ -19,11 +19,13 @@ ORDER = [
     ["runtime.config"],
     ["records", "masks", "tiny", "grading"],
     ["runtime.sharding", "runtime.metrics", "runtime.progress"],
+    ["lm.kernels"],
     ["lm.attention"],
     ["lm.model"],
     ["lm.configs", "lm.hub"],
     ["lm.weights"],
     ["lm.hf", "lm.cards"],
+    ["sampling"],
     ["problems"],
     ["rewards", "advantages", "grades", "prompts"],
     ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts"],
@@ -35,7 +37,7 @@ ORDER = [
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer
     ["cli"],
 ]
-PACKAGES = ["", "runtime", "lm", "tiny", "problems"]    # their __init__ imports nothing: a file brings in no other
+PACKAGES = ["", "runtime", "lm", "sampling", "tiny", "problems"]  # their __init__ imports nothing, brings in no other
 STAGES = {"prompts", "rollouts", "grades", "rewards", "advantages", "update", "checkpoints"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path
