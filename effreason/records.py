@@ -24,15 +24,27 @@ class Problem:
     choices: tuple[str, ...] = ()   # of kind "choice", the answers behind A, B, C, ...; () where unknown
 
 
+# Why a response ended: its last token is EOS; it was cut off at the token limit; it was stopped as a repetition loop.
+EOS, LENGTH, LOOP = "eos", "length", "loop"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Response:
-    """One finished response, on the host."""
+    """One response, on the host."""
 
     prompt: int                     # index into the prompts that were asked for
     sample: int                     # 0..G-1
     tokens: np.ndarray              # int32[T'], through and including EOS
-    logprobs: np.ndarray            # float32[T'], log-prob of each token by the sampler, at its temperature
-    ended: bool                     # True: the last token is EOS; False: stopped at the token limit
+    logprobs: np.ndarray            # float32[T'], of each token by the model at the sampling temperature
+    sampling_logprobs: np.ndarray   # float32[T'], by the distribution it was drawn from: after top-k, top-p, min-p
+    model_logprobs: np.ndarray      # float32[T'], by the model at temperature 1
+    finish: str                     # eos | length | loop; "" while it is not finished
+    looped: bool = False            # it repeated itself; with another finish than loop: it was let go on, as an audit
+
+    @property
+    def ended(self) -> bool:
+        """True: by itself, with EOS."""
+        return self.finish == EOS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +55,14 @@ class Rollouts:
     prompt_lengths: np.ndarray      # int32[P]
     tokens: np.ndarray              # int32[P, G, T], padded on the right
     lengths: np.ndarray             # int32[P, G], tokens through EOS
-    logprobs: np.ndarray            # float32[P, G, T], 0 beyond the length
-    ended: np.ndarray               # bool[P, G], False where the response hit the token limit
+    logprobs: np.ndarray            # float32[P, G, T], Response.logprobs, 0 beyond the length
+    finish: np.ndarray              # str[P, G], eos | length | loop
+    looped: np.ndarray              # bool[P, G]
+
+    @property
+    def ended(self) -> np.ndarray:
+        """bool[P, G], False where the response was cut off."""
+        return self.finish == EOS
 
 
 @jax.tree_util.register_dataclass

@@ -1,40 +1,35 @@
 """Stage 2: the sampling engine. Prompts in, groups of responses out, each handed over as soon as it is finished.
 
-S slots hold one response each. A jitted chunk of decode steps advances all of them; between chunks the host takes the
-finished ones out and puts waiting ones in. A group's prompt is read once and its keys and values are copied into the
-slots of the group. The cache grows by buckets with the longest sequence in it.
+S slots hold one response each. A compiled chunk of decode steps advances all of them; it ends early when enough rows
+have finished for waiting ones to take their place. A prompt is read once, several at a time, and its keys and values
+are copied into the slots of its group. The cache grows by buckets with the longest sequence in it; when nothing waits
+any more, the slots are halved as their rows end (sampling/slots.py has what happens on the device).
 
 The key of every sampled token is fold_in(step key, prompt uid, sample, position): what a response will be does not
-depend on its slot, on its neighbours or on the number of devices.
+depend on its slot, on its neighbours or on the number of devices, but for the rounding of float sums.
 """
 
 import collections
 import dataclasses
-import functools
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from effreason.lm import model
 from effreason.masks import padded_length
-from effreason.records import Problem, Response, Rollouts
+from effreason.records import EOS, LENGTH, LOOP, Problem, Response, Rollouts
 from effreason.runtime import sharding
-
-
-class Sampler(Protocol):
-    """What `make_sampler` makes."""
-
-    def __call__(self, params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
-                 max_new_tokens: int) -> Iterator[list[Response]]:
-        """Yields the responses that finished in each chunk, often none."""
-        ...
-
+from effreason.sampling import slots as device
+from effreason.sampling.draws import Sampling
+LoopStopping = Any
 
 STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
+SMALLEST = 4                        # slots on each device that are not halved further: a step costs about the same
+REFILL_AT = 16                      # a chunk ends early when one slot in so many is free and something waits
 
 
 def step_key(seed: int, stream: str, step: int) -> jax.Array:
@@ -42,246 +37,325 @@ def step_key(seed: int, stream: str, step: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slots:
-    """The engine's state on the device. S slots, C cache positions."""
+class Request:
+    """One response to be made."""
 
-    cache: model.Cache
-    token: jax.Array                # int32[S], the newest token of each row: not yet in the cache
-    length: jax.Array               # int32[S], tokens in the cache, so the position of `token`
-    generated: jax.Array            # int32[S], response tokens drawn so far
-    limit: jax.Array                # int32[S], response tokens to draw at most
-    active: jax.Array               # bool[S]
-    key: jax.Array                  # key[S], of the response; folded with `generated` for each token
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """The distribution that tokens are drawn from, and when a response ends."""
-
-    temperature: float
-    top_p: float
-    eos_ids: tuple[int, ...]
+    prompt: int                     # index among the prompts; those of one index share their tokens, read once
+    tokens: np.ndarray              # int32[S'], the prompt
+    uid: int                        # with the sample and the position it makes the key of every token
+    sample: int
+    max_new_tokens: int
+    expected_tokens: float | None = None    # longest first, where it is known; never decides more than the order
+    prefix: Response | None = None  # what was drawn already: it goes on from there
 
 
-def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the smallest set of most likely tokens whose probability reaches top_p; the others get -inf.
-
-    Args: logits float32[S, V], temperature applied. Returns: float32[S, V]. Source: arXiv 1904.09751."""
-    if top_p >= 1.0:
-        return logits
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    above = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
-    kept = jnp.sum(above < top_p, axis=-1, keepdims=True)          # at least 1: nothing stands above the first
-    threshold = jnp.take_along_axis(descending, kept - 1, axis=-1)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)
+def make_requests(problems: Sequence[Problem], group_size: int, max_new_tokens: int) -> list[Request]:
+    """A group of responses to each problem."""
+    return [Request(prompt=index, tokens=problem.prompt, uid=problem.uid, sample=sample, max_new_tokens=max_new_tokens)
+            for index, problem in enumerate(problems) for sample in range(group_size)]
 
 
-def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """One token a row by inverting the cumulative distribution at one uniform number a row.
+class Sampler(Protocol):
+    """What `make_sampler` makes."""
 
-    A Gumbel draw would need a random number for every entry of the vocabulary: many times the cost.
-    Args: logits float32[S, V], -inf allowed; keys key[S]. Returns: tokens int32[S]."""
-    probabilities = jnp.exp(jax.nn.log_softmax(logits, axis=-1))
-    # A long float32 sum is rounded, and need not even rise: what has probability 0 is left out by name, not by its sum.
-    reached = jnp.where(probabilities > 0, jnp.cumsum(probabilities, axis=-1), 0.0)
-    total = jnp.max(reached, axis=-1, keepdims=True)
-    uniform = jax.vmap(jax.random.uniform)(keys)[:, None]
-    # Strictly below the total: there always is an entry that goes beyond.
-    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    return jnp.argmax(reached > target, axis=-1).astype(jnp.int32)
-
-
-def decode_chunk(params: model.Params, slots: Slots, *, config: model.DecoderConfig, sampling: Sampling,
-                 chunk: int) -> tuple[Slots, dict[str, jax.Array]]:
-    """`chunk` decode steps of all slots; rows that end inside the chunk idle until its end.
-
-    Returns: the slots, and what the host needs: tokens int32[chunk, S], logprobs float32[chunk, S], drawn
-    bool[chunk, S] (the row was active, so the token counts), active bool[S] and ended bool[S] after the chunk."""
-    eos = jnp.array(sampling.eos_ids, jnp.int32)
-
-    def step(slots: Slots, _: None) -> tuple[Slots, tuple[jax.Array, ...]]:
-        hidden, cache = model.extend(config, params, slots.token[:, None], slots.length, slots.cache)
-        logits = model.logits(params, hidden[:, 0]) / sampling.temperature
-        tokens = draw(nucleus(logits, sampling.top_p), jax.vmap(jax.random.fold_in)(slots.key, slots.generated))
-        # Of the whole distribution, not of the nucleus: this is what the trainer's scorer is to find again.
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
-        tokens = jnp.where(slots.active, tokens, slots.token)
-        advance = slots.active.astype(jnp.int32)
-        generated = slots.generated + advance
-        is_eos = jnp.any(tokens[:, None] == eos[None, :], axis=-1)
-        active = slots.active & ~is_eos & (generated < slots.limit)
-        after = dataclasses.replace(slots, cache=cache, token=tokens, length=slots.length + advance,
-                                    generated=generated, active=active)
-        return after, (tokens, logprobs, slots.active, is_eos)
-
-    slots, (tokens, logprobs, drawn, is_eos) = jax.lax.scan(step, slots, length=chunk)
-    ended = jnp.any(drawn & is_eos, axis=0)
-    return slots, {"tokens": tokens, "logprobs": logprobs, "drawn": drawn, "active": slots.active, "ended": ended}
-
-
-def prefill(params: model.Params, prompts: jax.Array, *, config: model.DecoderConfig) -> model.Cache:
-    """Keys and values of int32[R, C'] prompts, padded on the right; what stands in the padding is never seen."""
-    rows, length = prompts.shape
-    start = jnp.zeros(rows, jnp.int32)
-    return model.extend(config, params, prompts, start, model.empty_cache(config, rows, length))[1]
-
-
-def insert(slots: Slots, prompt_cache: model.Cache, rows: dict[str, jax.Array], step_key: jax.Array) -> Slots:
-    """Starts new responses in some slots.
-
-    Args: prompt_cache, from `prefill`, R prompts; rows, for each slot: source int32[S], its row of prompt_cache, -1
-        leaves the slot as it is; token int32[S], the prompt's last token; length int32[S], the prompt's tokens before
-        it; uid, sample, limit int32[S]; step_key, of the training step."""
-    fresh = rows["source"] >= 0
-
-    def copied(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        head = jax.lax.slice_in_dim(old, 0, new.shape[axis], axis=axis)
-        chosen = new[jnp.maximum(rows["source"], 0)]
-        head = jnp.where(fresh[:, None, None, None], chosen, head)
-        return jax.lax.dynamic_update_slice_in_dim(old, head, 0, axis=axis)
-
-    cache = [{"keys": copied(old["keys"], new["keys"], 3), "values": copied(old["values"], new["values"], 2)}
-             for old, new in zip(slots.cache, prompt_cache, strict=True)]
-    response_key = jax.vmap(lambda uid, sample: jax.random.fold_in(jax.random.fold_in(step_key, uid), sample))
-    key = jnp.where(fresh, response_key(rows["uid"], rows["sample"]), slots.key)
-    return Slots(cache=cache, token=jnp.where(fresh, rows["token"], slots.token),
-                 length=jnp.where(fresh, rows["length"], slots.length),
-                 generated=jnp.where(fresh, 0, slots.generated), limit=jnp.where(fresh, rows["limit"], slots.limit),
-                 active=slots.active | fresh, key=key)
-
-
-def grow(slots: Slots, *, capacity: int) -> Slots:
-    """The same slots with room for `capacity` cache positions."""
-    def padded(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, capacity - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
-
-    cache = [{"keys": padded(layer["keys"], 3), "values": padded(layer["values"], 2)} for layer in slots.cache]
-    return dataclasses.replace(slots, cache=cache)
-
-
-def empty(config: model.DecoderConfig, count: int, capacity: int) -> Slots:
-    """`count` idle slots."""
-    zeros = jnp.zeros(count, jnp.int32)
-    return Slots(cache=model.empty_cache(config, count, capacity), token=zeros, length=zeros, generated=zeros,
-                 limit=zeros, active=jnp.zeros(count, bool), key=jax.random.split(jax.random.key(0), count))
+    def __call__(self, params: model.Params, requests: Sequence[Request], key: jax.Array,
+                 sampling: Sampling) -> "Generation":
+        """Starts generating; see `Generation`."""
+        ...
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Occupant:
+class _Running:
     """What the host knows of the response in a slot."""
 
-    prompt: int
-    sample: int
+    request: Request
     length: int                     # tokens in the slot's cache at most
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
-    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    tokens: list[np.ndarray]
+    logprobs: dict[str, list[np.ndarray]]
+    generated: int
+    looped: bool = False
 
 
-def make_sampler(config: model.DecoderConfig, mesh: Mesh, sampling: Sampling, *, slots: int, chunk: int) -> Sampler:
-    """The engine with its compiled functions: sample(params, problems, group_size, key, max_new_tokens) -> iterator.
+class Generation:
+    """Responses on their way: an iterator that yields, after every chunk of decode steps, those that have finished.
 
-    Args: slots, responses in flight, rounded up to a multiple of the mesh's batch shards; chunk, decode steps between
-        two looks at what has finished.
-    The iterator yields after every chunk, an empty list where nothing finished, so that its consumer can show progress,
-    overlap other work, or stop."""
-    shards = sharding.batch_shards(mesh)
-    replicated = sharding.sharding(mesh)
-    logical = model.logical_axes(config)
-    params_target = sharding.tree_sharding(mesh, _unstacked_axes(logical, config.layers), sharding.SAMPLING_AXES)
-    layer_target: Any = {"keys": sharding.sharding(mesh, "batch", "kv_heads", "head_dim", "sequence"),
-                         "values": sharding.sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")}
-    row_target: Any = sharding.sharding(mesh, "batch")
-    target = Slots(cache=[layer_target] * config.layers, token=row_target, length=row_target, generated=row_target,
-                   limit=row_target, active=row_target, key=row_target)
+    It yields an empty list where none has, so that its consumer can show progress, overlap other work, or stop. The
+    next chunk is under way already while the consumer has the floor.
 
-    unstack = jax.jit(functools.partial(model.unstack, config), out_shardings=params_target)
-    advance = jax.jit(functools.partial(decode_chunk, config=config, sampling=sampling, chunk=chunk),
-                      out_shardings=(target, replicated), donate_argnums=1)
-    read = jax.jit(functools.partial(prefill, config=config), out_shardings=replicated)
-    start = jax.jit(insert, out_shardings=target, donate_argnums=0)
-    enlarge = jax.jit(grow, static_argnames="capacity", out_shardings=target)
-    make_empty = jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=target)
+    Attributes: tokens, drawn so far; running, waiting, finished, numbers of responses; steps, decode steps so far;
+        host_seconds, what the device waited for the host between chunks; compilations, programs compiled for it."""
 
-    def sample(params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
-               max_new_tokens: int) -> Iterator[list[Response]]:
-        queue = collections.deque((prompt, index) for prompt in range(len(problems)) for index in range(group_size))
-        count = _slot_count(slots, len(queue), shards)
-        prompt_width = padded_length(max(len(problem.prompt) for problem in problems), 16)
-        capacity = padded_length(prompt_width + chunk)
-        occupants: list[_Occupant | None] = [None] * count
-        weights, state = unstack(params), make_empty(config, count, capacity)
-        while queue or any(occupants):
-            if queue and None in occupants:
-                prompts, rows = _refill(occupants, queue, problems, prompt_width, max_new_tokens)
-                prompt_cache = read(weights, sharding.to_device(prompts, replicated))
-                state = start(state, prompt_cache, sharding.to_device(rows, replicated), key)
-            needed = chunk + max(occupant.length for occupant in occupants if occupant)
-            if needed > capacity:
-                capacity = padded_length(needed)
-                state = enlarge(state, capacity=capacity)
-            state, drawn = advance(weights, state)
-            yield _harvest(occupants, sharding.to_host(drawn))
+    def __init__(self, programs: device.Programs, params: model.Params, requests: Sequence[Request], key: jax.Array,
+                 sampling: Sampling, *, slots: int, chunk: int, positions: int | None,
+                 loops: LoopStopping | None) -> None:
+        self._programs, self._key, self._sampling, self._chunk = programs, key, sampling, chunk
+        self._positions, self._loops = positions, loops
+        self._compiled_before = programs.compiled()
+        self._queue = collections.deque(_in_order(requests))
+        self._unread = _unread(self._queue)
+        self._banks: list[_Bank] = []
+        self._slots: list[_Running | None] = [None] * _slot_count(slots, len(self._queue), programs.shards)
+        self._halted = np.zeros(len(self._slots), bool)
+        self._state: device.Slots | None = None
+        self._capacity = 0
+        self._drawn: dict[str, jax.Array] | None = None         # of the chunk under way
+        self.tokens = self.finished = self.steps = 0
+        self.host_seconds = 0.0
+        self._weights = programs.unstack(params) if self._queue else None
+        self._launch()
 
-    return sample
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[Response]:
+        if self._drawn is None:
+            raise StopIteration
+        drawn = sharding.to_host(self._drawn)
+        ready = time.perf_counter()
+        finished = self._harvest(drawn)
+        self._launch()
+        self.host_seconds += time.perf_counter() - ready
+        return finished
+
+    @property
+    def running(self) -> int:
+        """Responses in slots."""
+        return sum(row is not None for row in self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Responses that have not started."""
+        return len(self._queue)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled since it began; 0 once all shapes have been met."""
+        return self._programs.compiled() - self._compiled_before
+
+    def unfinished(self) -> list[Response]:
+        """The running responses as far as they have come, finish ""; a Request takes one up as its prefix."""
+        return [_response(row, "") for row in self._slots if row is not None]
+
+    def _launch(self) -> None:
+        """Fills free slots, makes room, and starts the next chunk; or notes that there is nothing left to do."""
+        started = self._refill()
+        if not self.running:
+            self._drawn = self._state = self._weights = None
+            return
+        if not self._queue:
+            self._shrink()
+        self._make_room(started)
+        for bank, rows in started:
+            fresh = sharding.to_device(self._fresh(bank, rows), self._programs.replicated)
+            self._state = self._programs.start(self._state, bank.cache, fresh, self._key)
+        control = sharding.to_device((np.int32(self._keep()), self._halted), (self._programs.replicated,
+                                                                              self._programs.by_rows))
+        self._state, self._drawn = self._programs.advance(self._weights, self._state, *control,
+                                                          sampling=self._sampling, chunk=self._chunk)
+        self._halted = np.zeros(len(self._slots), bool)
+
+    def _keep(self) -> int:
+        """The number of active rows at which a chunk stops early: then there is something for the host to do."""
+        running, count = self.running, len(self._slots)
+        if self._queue:
+            return max(running - max(count // REFILL_AT, 1), 0)
+        halved = count // 2 if count // 2 >= SMALLEST * self._programs.shards else 0
+        return min(halved, running - 1)
+
+    def _refill(self) -> "list[tuple[_Bank, list[int]]]":
+        """Gives free slots to waiting responses; returns the slots to start, by the bank that holds their prompts."""
+        free = [slot for slot, row in enumerate(self._slots) if row is None]
+        started: dict[int, tuple[_Bank, list[int]]] = {}
+        for slot in free[: len(self._queue)]:
+            request = self._queue.popleft()
+            bank = self._bank_of(_source(request))
+            known = _known(request)
+            self._slots[slot] = _Running(
+                request=request, length=len(known) - 1, generated=len(known) - len(request.tokens),
+                tokens=[] if request.prefix is None else [request.prefix.tokens],
+                logprobs={name: [] if request.prefix is None else [getattr(request.prefix, name)]
+                          for name in device.logprob_names(self._sampling)},
+                looped=request.prefix is not None and request.prefix.looped)
+            bank.waiting -= 1
+            started.setdefault(id(bank), (bank, []))[1].append(slot)
+        self._banks = [bank for bank in self._banks if bank.waiting]
+        return list(started.values())
+
+    def _bank_of(self, source: "_Source") -> "_Bank":
+        """The bank that holds a prompt; if there is none yet, it is read, with the next ones of about its length."""
+        for bank in self._banks:
+            if source in bank.rows:
+                return bank
+        unread = self._unread[_width(len(source.known))]
+        taken = [unread.popleft() for _ in range(min(len(unread), device.BANK))]
+        # A single one is read alone; for other numbers, reading empty rows costs less than compiling for each.
+        prompts = np.zeros((1 if len(taken) == 1 else device.BANK, _width(len(source.known))), np.int32)
+        for row, (each, _) in enumerate(taken):
+            # The last token stays out: the first decode step reads it, and draws from what it predicts.
+            prompts[row, : len(each.known) - 1] = each.known[:-1]
+        cache = self._programs.read(self._weights, sharding.to_device(prompts, self._programs.replicated))
+        bank = _Bank(cache=cache, rows={each: row for row, (each, _) in enumerate(taken)},
+                     waiting=sum(count for _, count in taken))
+        self._banks.append(bank)
+        return bank
+
+    def _make_room(self, started: "list[tuple[_Bank, list[int]]]") -> None:
+        """Makes or grows the cache, so that the next chunk and the new prompts fit."""
+        longest = max(row.length for row in self._slots if row is not None)
+        needed = padded_length(longest + self._chunk)
+        if self._positions is not None:                 # no sequence gets longer than that
+            needed = min(needed, max(self._positions, longest + 1))
+        needed = max([needed, *(bank.width for bank, _ in started)])
+        if self._state is None:
+            self._state = self._programs.empty(count=len(self._slots), capacity=needed)
+        elif needed > self._capacity:
+            self._state = self._programs.grow(self._state, capacity=needed)
+        self._capacity = max(needed, self._capacity)
+
+    def _fresh(self, bank: "_Bank", rows: list[int]) -> device.Fresh:
+        """Where and how the responses in these slots start."""
+        table = {field.name: np.zeros(len(self._slots), np.int32) for field in dataclasses.fields(device.Fresh)
+                 if field.name != "count"}
+        for index, slot in enumerate(rows):
+            row = self._slots[slot]
+            assert row is not None
+            request, source = row.request, _source(row.request)
+            values = {"slot": slot, "source": bank.rows[source], "token": source.known[-1], "length": row.length,
+                      "generated": row.generated, "limit": request.max_new_tokens, "uid": request.uid,
+                      "sample": request.sample}
+            for name, value in values.items():
+                table[name][index] = value
+        return device.Fresh(count=np.int32(len(rows)), **table)
+
+    def _harvest(self, drawn: dict[str, np.ndarray]) -> list[Response]:
+        """Appends a chunk's tokens to the responses in their slots, and takes out those that are finished."""
+        finished = []
+        self.steps += int(drawn["steps"])
+        counts, active = drawn["count"].tolist(), drawn["active"].tolist()
+        for slot, row in enumerate(self._slots):
+            if row is None:
+                continue
+            count = counts[slot]
+            row.tokens.append(drawn["tokens"][:count, slot])
+            for name, arrays in row.logprobs.items():
+                arrays.append(drawn[name][:count, slot])
+            row.length += count
+            row.generated += count
+            self.tokens += count
+            finish = None if active[slot] else EOS if row.tokens[-1][-1] in self._sampling.eos_ids else LENGTH
+            if finish is not None:
+                finished.append(_response(row, finish))
+                self._slots[slot] = None
+        self.finished += len(finished)
+        return finished
+
+    def _shrink(self) -> None:
+        """Halves the slots while half of them, on every device, are enough."""
+        shards, here = self._programs.shards, len(self._slots) // self._programs.shards
+        busy = [[slot for slot in range(first, first + here) if self._slots[slot] is not None]
+                for first in range(0, len(self._slots), here)]
+        kept = here
+        while kept // 2 >= SMALLEST and kept % 2 == 0 and max(len(slots) for slots in busy) <= kept // 2:
+            kept //= 2
+        if kept == here or self._state is None:
+            return
+        chosen = []
+        for shard in range(shards):
+            idle = [slot for slot in range(shard * here, (shard + 1) * here) if self._slots[slot] is None]
+            chosen.append((busy[shard] + idle)[:kept])
+        rows = np.array([[slot - shard * here for slot in slots] for shard, slots in enumerate(chosen)], np.int32)
+        self._state = self._programs.shrink(self._state, sharding.to_device(rows.reshape(-1), self._programs.by_rows))
+        self._slots = [self._slots[slot] for slots in chosen for slot in slots]
+        self._halted = np.array([self._halted[slot] for slots in chosen for slot in slots])
 
 
-def _unstacked_axes(logical: Any, layers: int) -> Any:
-    layer = jax.tree.map(lambda axes: axes[1:], logical["layers"], is_leaf=lambda node: isinstance(node, tuple))
-    return logical | {"layers": [layer] * layers}
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Tokens to read before a response can go on; equal ones are read once."""
+
+    name: tuple[int, ...]           # the prompt, and the sample where the response has a prefix of its own
+    known: np.ndarray = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass
+class _Bank:
+    """Prompts on the device, whose responses have not all started."""
+
+    cache: Any
+    rows: dict[_Source, int]
+    waiting: int                    # responses that will still start from it
+
+    @property
+    def width(self) -> int:
+        """Positions of a row."""
+        return max(_width(len(source.known)) for source in self.rows)
+
+
+def _known(request: Request) -> np.ndarray:
+    return request.tokens if request.prefix is None else np.concatenate([request.tokens, request.prefix.tokens])
+
+
+def _source(request: Request) -> _Source:
+    own = () if request.prefix is None else (request.sample,)
+    return _Source((request.prompt, *own), _known(request))
+
+
+def _width(length: int) -> int:
+    """The power of two, at least 16, that a prompt is padded to."""
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def _in_order(requests: Sequence[Request]) -> list[Request]:
+    """Longest expected first, those of which nothing is known before them; the samples of a prompt stay together."""
+    known: dict[int, list[float]] = collections.defaultdict(list)
+    for request in requests:
+        known[request.prompt].append(float("inf") if request.expected_tokens is None else request.expected_tokens)
+    places = {prompt: place for place, prompt in enumerate(known)}
+    return sorted(requests, key=lambda request: (-sum(known[request.prompt]) / len(known[request.prompt]),
+                                                 places[request.prompt]))
+
+
+def _unread(queue: Sequence[Request]) -> dict[int, collections.deque[tuple[_Source, int]]]:
+    """What is to be read, by padded length, in the order in which it will be needed, with how many need it."""
+    counts = collections.Counter(_source(request) for request in queue)
+    unread: dict[int, collections.deque[tuple[_Source, int]]] = collections.defaultdict(collections.deque)
+    for source, count in counts.items():
+        unread[_width(len(source.known))].append((source, count))
+    return unread
 
 
 def _slot_count(most: int, responses: int, shards: int) -> int:
-    """`most`, or for fewer responses a power of two, so that they share functions; a multiple of the shards."""
+    """`most`, or for fewer responses a power of two, so that they share programs; a multiple of the shards."""
     count = min(most, 1 << max(responses - 1, 0).bit_length())
     return -(-count // shards) * shards
 
 
-def _refill(occupants: list[_Occupant | None], queue: collections.deque[tuple[int, int]], problems: Sequence[Problem],
-            prompt_width: int, limit: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Moves waiting responses into free slots; returns the prompts to read, each once, and `insert`'s rows."""
-    count = len(occupants)
-    rows = {name: np.zeros(count, np.int32) for name in ("token", "length", "uid", "sample")}
-    rows |= {"source": np.full(count, -1, np.int32), "limit": np.full(count, limit, np.int32)}
-    sources: dict[int, int] = {}
-    for slot in range(count):
-        if occupants[slot] is not None or not queue:
-            continue
-        prompt, sample = queue.popleft()
-        problem = problems[prompt]
-        rows["source"][slot] = sources.setdefault(prompt, len(sources))
-        rows["token"][slot] = problem.prompt[-1]
-        rows["length"][slot] = len(problem.prompt) - 1
-        rows["uid"][slot], rows["sample"][slot] = problem.uid, sample
-        occupants[slot] = _Occupant(prompt=prompt, sample=sample, length=len(problem.prompt) - 1)
-    # 4, 16, 64, ... rows: reading some empty ones costs less than compiling for every count.
-    height = 4
-    while height < len(sources):
-        height *= 4
-    tokens = np.zeros((height, prompt_width), np.int32)
-    for prompt, row in sources.items():
-        # The last token stays out: the first decode step reads it, and draws from what it predicts.
-        tokens[row, : len(problems[prompt].prompt) - 1] = problems[prompt].prompt[:-1]
-    return tokens, rows
+def _response(row: _Running, finish: str) -> Response:
+    """A response from the pieces that the chunks have left."""
+    def joined(pieces: list[np.ndarray], dtype: Any) -> np.ndarray:
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+
+    logprobs = {name: joined(pieces, np.float32) for name, pieces in row.logprobs.items()}
+    alike = {name: logprobs.get(name, logprobs["logprobs"]) for name in ("sampling_logprobs", "model_logprobs")}
+    return Response(prompt=row.request.prompt, sample=row.request.sample, tokens=joined(row.tokens, np.int32),
+                    finish=finish, looped=row.looped, **logprobs | alike)
 
 
-def _harvest(occupants: list[_Occupant | None], drawn: dict[str, np.ndarray]) -> list[Response]:
-    """Appends a chunk's tokens to the responses in their slots, and takes out those that are finished."""
-    finished = []
-    for slot, occupant in enumerate(occupants):
-        if occupant is None:
-            continue
-        count = int(drawn["drawn"][:, slot].sum())      # a row is active up to some step and idle from there on
-        occupant.tokens.append(drawn["tokens"][:count, slot])
-        occupant.logprobs.append(drawn["logprobs"][:count, slot])
-        occupant.length += count
-        if not drawn["active"][slot]:
-            finished.append(Response(prompt=occupant.prompt, sample=occupant.sample,
-                                     tokens=np.concatenate(occupant.tokens),
-                                     logprobs=np.concatenate(occupant.logprobs), ended=bool(drawn["ended"][slot])))
-            occupants[slot] = None
-    return finished
+def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int, positions: int | None = None,
+                 loops: LoopStopping | None = None) -> Sampler:
+    """The engine with its compiled functions.
+
+    Args: slots, responses in flight, rounded up to a multiple of the mesh's batch shards; chunk, decode steps between
+        two looks at what has finished, at most; positions, that no sequence exceeds: the largest cache; loops, where
+        responses that only repeat themselves are to be stopped."""
+    programs = device.make_programs(config, mesh)
+
+    def sample(params: model.Params, requests: Sequence[Request], key: jax.Array, sampling: Sampling) -> Generation:
+        return Generation(programs, params, requests, key, sampling, slots=slots, chunk=chunk, positions=positions,
+                          loops=loops)
+
+    return sample
 
 
 def collect(problems: Sequence[Problem], responses: Sequence[Response], group_size: int) -> Rollouts:
@@ -294,14 +368,14 @@ def collect(problems: Sequence[Problem], responses: Sequence[Response], group_si
     shape = (len(problems), group_size)
     longest = max(len(response.tokens) for response in responses)
     tokens, logprobs = np.zeros((*shape, longest), np.int32), np.zeros((*shape, longest), np.float32)
-    lengths, ended = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    lengths, looped, finish = np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape, LENGTH)
     for response in responses:
         at, length = (response.prompt, response.sample), len(response.tokens)
         tokens[at][:length], logprobs[at][:length] = response.tokens, response.logprobs
-        lengths[at], ended[at] = length, response.ended
+        lengths[at], finish[at], looped[at] = length, response.finish, response.looped
     prompt_lengths = np.array([len(problem.prompt) for problem in problems], np.int32)
     prompts = np.zeros((len(problems), prompt_lengths.max()), np.int32)
     for row, problem in enumerate(problems):
         prompts[row, : prompt_lengths[row]] = problem.prompt
     return Rollouts(prompts=prompts, prompt_lengths=prompt_lengths, tokens=tokens, lengths=lengths, logprobs=logprobs,
-                    ended=ended)
+                    finish=finish, looped=looped)

@@ -29,6 +29,7 @@ AXES: dict[str, Any] = {
     "vocab": "tensor",
     "norm": None,
     "layers": None,
+    "bank": None,                   # prompts that wait for a slot: every device of a row may need them
 }
 
 # While sampling, weights are read once for every token: gathered over fsdp beforehand, they cost no collective there.

@@ -1,0 +1,227 @@
+"""The engine's state on the device and the functions that change it: read prompts, start, decode, grow, shrink.
+
+S slots hold one response each; R prompts stand in a bank until all their responses have started; C cache positions.
+Slots are split over the mesh's batch axes, heads over tensor: nothing here moves a cache from one device to another.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from effreason.lm import model
+from effreason.runtime import sharding
+from effreason.sampling import draws
+
+BANK = 8                            # prompts read at once, and rows of a bank
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """S responses on their way."""
+
+    cache: model.Cache
+    token: jax.Array                # int32[S], the newest token of each row: not yet in the cache
+    length: jax.Array               # int32[S], tokens in the cache, so the position of `token`
+    generated: jax.Array            # int32[S], response tokens drawn so far
+    limit: jax.Array                # int32[S], response tokens to draw at most
+    active: jax.Array               # bool[S]
+    key: jax.Array                  # key[S], of the response; folded with `generated` for each token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fresh:
+    """Responses to start; the first `count` of S rows are meant."""
+
+    count: jax.Array                # int32[]
+    slot: jax.Array                 # int32[S], where to
+    source: jax.Array               # int32[S], the row of the bank
+    token: jax.Array                # int32[S], the last token known: of the prompt, or of what was drawn before
+    length: jax.Array               # int32[S], tokens before it
+    generated: jax.Array            # int32[S], response tokens known
+    limit: jax.Array                # int32[S]
+    uid: jax.Array                  # int32[S], of the problem
+    sample: jax.Array               # int32[S]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The engine's functions, compiled once for each combination of shapes they meet."""
+
+    unstack: Callable[..., Any]     # params -> weights as the decoder reads them token by token
+    read: Callable[..., Any]        # (weights, int32[rows, W]) -> bank
+    start: Callable[..., Any]       # (slots, bank, fresh, step key) -> slots
+    advance: Callable[..., Any]     # (weights, slots, keep, halted, sampling=, chunk=) -> (slots, what was drawn)
+    grow: Callable[..., Any]        # (slots, capacity=) -> slots
+    shrink: Callable[..., Any]      # (slots, rows) -> slots
+    empty: Callable[..., Any]       # (count=, capacity=) -> slots
+    shards: int                     # ways in which the slots are split
+    replicated: Any                 # sharding of what the host hands over
+    by_rows: Any                    # sharding of [S]
+
+    def compiled(self) -> int:
+        """How many programs have been compiled so far."""
+        made: list[Any] = [self.unstack, self.read, self.start, self.advance, self.grow, self.shrink, self.empty]
+        return sum(program._cache_size() for program in made)
+
+
+def logprob_names(sampling: draws.Sampling) -> list[str]:
+    """The log-probs of draws.Drawn that differ from one another under this sampling; `logprobs` stands for the rest."""
+    narrowed = sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0
+    return ["logprobs", *["sampling_logprobs"] * narrowed, *["model_logprobs"] * (sampling.temperature not in (0, 1))]
+
+
+def decode(weights: model.Params, slots: Slots, keep: jax.Array, halted: jax.Array, *, config: model.DecoderConfig,
+           sampling: draws.Sampling, chunk: int) -> tuple[Slots, dict[str, jax.Array]]:
+    """At most `chunk` decode steps of all slots; rows that end idle until it is over.
+
+    Args: keep int32[], stops as soon as no more rows than this are active; halted bool[S], rows to give up first.
+    Returns: the slots, and what the host needs: `tokens` int32[chunk, S] and their log-probs float32[chunk, S], of
+        which the first `count` int32[S] of each row are meant; `active` bool[S]; `steps` int32[]."""
+    eos = jnp.array(sampling.eos_ids, jnp.int32)
+    rows = slots.token.shape[0]
+    before = slots.generated
+    slots = dataclasses.replace(slots, active=slots.active & ~halted)
+    outputs = {"tokens": jnp.zeros((chunk, rows), jnp.int32)} | {
+        name: jnp.zeros((chunk, rows), jnp.float32) for name in logprob_names(sampling)}
+
+    def unfinished(carry: tuple[Any, ...]) -> jax.Array:
+        step, slots, _ = carry
+        return (step < chunk) & (jnp.sum(slots.active) > keep)
+
+    def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, slots, outputs = carry
+        hidden, cache = model.extend(config, weights, slots.token[:, None], slots.length, slots.cache)
+        logits = model.logits(weights, hidden[:, 0])
+        drawn = draws.draw(logits, jax.vmap(jax.random.fold_in)(slots.key, slots.generated), sampling)
+        outputs = {name: jax.lax.dynamic_update_index_in_dim(output, getattr(drawn, name), step, 0)
+                   for name, output in outputs.items()}
+        ahead = slots.active.astype(jnp.int32)
+        generated = slots.generated + ahead
+        ended = jnp.any(drawn.tokens[:, None] == eos[None, :], axis=-1)
+        after = dataclasses.replace(
+            slots, cache=cache, token=jnp.where(slots.active, drawn.tokens, slots.token), length=slots.length + ahead,
+            generated=generated, active=slots.active & ~ended & (generated < slots.limit))
+        return step + 1, after, outputs
+
+    steps, slots, outputs = jax.lax.while_loop(unfinished, advance, (jnp.zeros((), jnp.int32), slots, outputs))
+    return slots, outputs | {"count": slots.generated - before, "active": slots.active, "steps": steps}
+
+
+def read(weights: model.Params, prompts: jax.Array, *, config: model.DecoderConfig) -> model.Cache:
+    """Keys and values of int32[rows, W] prompts, padded on the right; what stands in the padding is never seen.
+
+    Returns: a bank of R rows, the prompts' first."""
+    rows, length = prompts.shape
+    start = jnp.zeros(rows, jnp.int32)
+    cache = model.extend(config, weights, prompts, start, model.empty_cache(config, rows, length))[1]
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, BANK - rows)] + [(0, 0)] * (x.ndim - 1)), cache)
+
+
+def start(slots: Slots, bank: model.Cache, fresh: Fresh, step_key: jax.Array, *, mesh: Mesh,
+          specs: dict[str, PartitionSpec]) -> Slots:
+    """Puts responses into free slots: keys and values of their prompt from the bank, and where they stand.
+
+    Each device writes the rows that are its own, one after another: a scatter over the slots would gather the cache."""
+    of_bank = {name: PartitionSpec(None, *spec[1:]) for name, spec in specs.items()}
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=([specs] * len(bank), [of_bank] * len(bank), PartitionSpec()),
+                       out_specs=[specs] * len(bank), check_vma=False)
+    def copied(cache: model.Cache, bank: model.Cache, fresh: Fresh) -> model.Cache:
+        here = jax.tree.leaves(cache)[0].shape[0]
+        first = here * jax.lax.axis_index(sharding.AXES["batch"])
+
+        def one(index: jax.Array, cache: model.Cache) -> model.Cache:
+            slot = fresh.slot[index] - first
+            ours = (slot >= 0) & (slot < here)
+            at = jnp.clip(slot, 0, here - 1)
+
+            def written(old: jax.Array, new: jax.Array) -> jax.Array:
+                corner = (at,) + (0,) * (old.ndim - 1)
+                chosen = jax.lax.dynamic_index_in_dim(new, fresh.source[index], 0)
+                kept = jax.lax.dynamic_slice(old, corner, chosen.shape)
+                return jax.lax.dynamic_update_slice(old, jnp.where(ours, chosen, kept), corner)
+
+            return jax.tree.map(written, cache, bank)
+
+        return jax.lax.fori_loop(0, fresh.count, one, cache)
+
+    rows = slots.token.shape[0]
+    at = jnp.where(jnp.arange(rows) < fresh.count, fresh.slot, rows)       # beyond the last slot: dropped
+    # Which row of `fresh` a slot takes, or none: a comparison instead of a scatter keeps the rows where they are.
+    matches = at[None, :] == jnp.arange(rows)[:, None]
+    is_fresh, row = jnp.any(matches, axis=1), jnp.argmax(matches, axis=1)
+
+    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(is_fresh, new[row], old)
+
+    key = jax.vmap(lambda uid, sample: jax.random.fold_in(jax.random.fold_in(step_key, uid), sample))
+    return Slots(cache=copied(slots.cache, bank, fresh), token=chosen(fresh.token, slots.token),
+                 length=chosen(fresh.length, slots.length), generated=chosen(fresh.generated, slots.generated),
+                 limit=chosen(fresh.limit, slots.limit), active=slots.active | is_fresh,
+                 key=jnp.where(is_fresh, key(fresh.uid, fresh.sample)[row], slots.key))
+
+
+def grow(slots: Slots, *, axes: dict[str, int], capacity: int) -> Slots:
+    """The same slots with room for `capacity` cache positions. Args: axes, the sequence axis of each array."""
+    def padded(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, capacity - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
+
+    cache = [{name: padded(array, axes[name]) for name, array in layer.items()} for layer in slots.cache]
+    return dataclasses.replace(slots, cache=cache)
+
+
+def shrink(slots: Slots, rows: jax.Array, *, mesh: Mesh, targets: Slots) -> Slots:
+    """Keeps some of the slots: rows int32[kept], on each device places among its own slots."""
+    specs = jax.tree.map(lambda target: target.spec, targets)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, sharding.spec("batch")), out_specs=specs,
+                       check_vma=False)
+    def taken(slots: Slots, rows: jax.Array) -> Slots:
+        return jax.tree.map(lambda x: x[rows], slots)
+
+    return taken(slots, rows)
+
+
+def empty(*, config: model.DecoderConfig, count: int, capacity: int) -> Slots:
+    """`count` idle slots."""
+    zeros = jnp.zeros(count, jnp.int32)
+    return Slots(cache=model.empty_cache(config, count, capacity), token=zeros, length=zeros, generated=zeros,
+                 limit=zeros, active=jnp.zeros(count, bool), key=jax.random.split(jax.random.key(0), count))
+
+
+def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
+    """The functions with their shardings; nothing is compiled before its first call."""
+    axes = model.cache_axes(config)
+    replicated, by_rows = sharding.sharding(mesh), sharding.sharding(mesh, "batch")
+    layer = {name: sharding.sharding(mesh, *names) for name, names in axes.items()}
+    of_bank = {name: sharding.sharding(mesh, "bank", *names[1:]) for name, names in axes.items()}
+    rows: Any = by_rows
+    targets = Slots(cache=[layer] * config.layers, token=rows, length=rows, generated=rows, limit=rows, active=rows,
+                    key=rows)
+    specs = {name: sharding.spec(*names) for name, names in axes.items()}
+    sequence = {name: names.index("sequence") for name, names in axes.items()}
+    weights = sharding.tree_sharding(mesh, _unstacked_axes(config), sharding.SAMPLING_AXES)
+    return Programs(
+        unstack=jax.jit(functools.partial(model.unstack, config), out_shardings=weights),
+        read=jax.jit(functools.partial(read, config=config), out_shardings=[of_bank] * config.layers),
+        start=jax.jit(functools.partial(start, mesh=mesh, specs=specs), out_shardings=targets, donate_argnums=0),
+        advance=jax.jit(functools.partial(decode, config=config), static_argnames=("sampling", "chunk"),
+                        out_shardings=(targets, replicated), donate_argnums=1),
+        grow=jax.jit(functools.partial(grow, axes=sequence), static_argnames="capacity", out_shardings=targets),
+        shrink=jax.jit(functools.partial(shrink, mesh=mesh, targets=targets), out_shardings=targets),
+        empty=jax.jit(functools.partial(empty, config=config), static_argnames=("count", "capacity"),
+                      out_shardings=targets),
+        shards=sharding.batch_shards(mesh), replicated=replicated, by_rows=by_rows)
+
+
+def _unstacked_axes(config: model.DecoderConfig) -> Any:
+    logical = model.logical_axes(config)
+    layer = jax.tree.map(lambda axes: axes[1:], logical["layers"], is_leaf=lambda node: isinstance(node, tuple))
+    return logical | {"layers": [layer] * config.layers}
