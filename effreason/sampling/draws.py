@@ -61,7 +61,8 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Drawn:
     blocks = _blocks(logits)
     block_peaks = jnp.max(blocks, axis=-1)
     peak = jnp.max(block_peaks, axis=-1)
-    model_total = jnp.sum(_block_sums(blocks, peak, 1.0), axis=-1)
+    model_sums = _block_sums(blocks, peak, 1.0)
+    model_total = jnp.sum(model_sums, axis=-1)
 
     if sampling.temperature == 0.0:
         block = jnp.argmax(block_peaks, axis=-1)
@@ -71,13 +72,12 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Drawn:
                      sampling_logprobs=jnp.zeros_like(model_logprobs), model_logprobs=model_logprobs)
 
     threshold = filter_threshold(blocks, peak, sampling)
-    sums = _block_sums(blocks, peak, sampling.temperature, threshold)
-    total = model_total if sampling.temperature == 1.0 else jnp.sum(_block_sums(blocks, peak, sampling.temperature), -1)
-    kept_total = total if threshold is None else jnp.sum(sums, axis=-1)
+    sums = model_sums if sampling.temperature == 1.0 else _block_sums(blocks, peak, sampling.temperature)
+    kept_sums = sums if threshold is None else _block_sums(blocks, peak, sampling.temperature, threshold)
 
     # A number for each level: what is left of one number after the choice of a block has too few bits for its tokens.
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _invert(sums, uniform[:, 0])
+    block = _invert(kept_sums, uniform[:, 0])
     inside = _row(blocks, block)
     # Relative to the block's own most likely token: in a block of unlikely ones the weights would all be rounded to 0.
     weights = _weights(inside, jnp.max(inside, axis=-1), sampling.temperature, threshold)
@@ -85,8 +85,9 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Drawn:
 
     behind_peak = _row(inside, position) - peak
     logprobs = behind_peak * (1.0 / sampling.temperature)
-    return Drawn(tokens=_token(blocks, block, position), logprobs=logprobs - jnp.log(total),
-                 sampling_logprobs=logprobs - jnp.log(kept_total), model_logprobs=behind_peak - jnp.log(model_total))
+    return Drawn(tokens=_token(blocks, block, position), logprobs=logprobs - jnp.log(jnp.sum(sums, axis=-1)),
+                 sampling_logprobs=logprobs - jnp.log(jnp.sum(kept_sums, axis=-1)),
+                 model_logprobs=behind_peak - jnp.log(model_total))
 
 
 def filter_threshold(blocks: jax.Array, peak: jax.Array, sampling: Sampling) -> jax.Array | None:
@@ -121,7 +122,10 @@ def _reaching(blocks: jax.Array, measure: jax.Array, target: jax.Array, peak: ja
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     bounds = _ordered(jnp.full_like(peak, -jnp.inf)), _ordered(peak) + 1
-    return _from_ordered(jax.lax.fori_loop(0, 32, halve, bounds)[0])
+    least = _from_ordered(jax.lax.fori_loop(0, 32, halve, bounds)[0])
+    # Where comparisons take denormal numbers for 0, it may have ended at one of them instead of at 0.
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.where(jnp.abs(least) < tiny, -tiny, least)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
