@@ -23,7 +23,7 @@ from effreason.sampling.draws import Sampling
 pytestmark = pytest.mark.usefixtures("strict")
 
 ALMOST_ONE = np.float32(1 - 2**-24)         # the largest number below 1
-VOCABULARIES = [1, 2, 24, 37, 5003, 32000]  # 37 in one block; 5003, a prime, filled up; the others in blocks that fit
+VOCABULARIES = [1, 24, 37, 5003, 32000]  # 37 in one block; 5003, a prime, filled up; the others in blocks that fit
 
 
 def sampling(temperature=1.0, **filters):
@@ -188,8 +188,8 @@ def test_a_row_without_a_distribution_spoils_no_other_row(setting, fill):
 
 
 @pytest.mark.parametrize("setting", [
-    sampling(), sampling(0.6), sampling(1.7), sampling(top_k=7), sampling(top_p=0.8), sampling(min_p=0.05),
-    sampling(0.7, top_k=50, top_p=0.9, min_p=0.01)], ids=str)
+    sampling(), sampling(0.6), sampling(top_k=7), sampling(1.7, top_p=0.8), sampling(0.7, top_p=0.9, min_p=0.01),
+], ids=str)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_logprobs_of_the_three_kinds_are_those_of_float64(vocabulary, setting):
     logits = uneven(8, vocabulary, seed=vocabulary) + 20
