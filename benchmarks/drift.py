@@ -21,6 +21,7 @@ from effreason import rollouts, update
 from effreason.lm import hf, model
 from effreason.records import Problem, Response
 from effreason.runtime import sharding
+from effreason.sampling.draws import Sampling
 
 QUESTIONS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
@@ -47,9 +48,9 @@ def prompts(tokenizer) -> list[Problem]:
 def sample(decoder: model.DecoderConfig, params: model.Params, problems: list[Problem], temperature: float,
            tokens: int) -> list[Response]:
     """One response to each prompt, in their order, none ended by an EOS."""
-    sampling = rollouts.Sampling(temperature=temperature, top_p=1.0, eos_ids=())
-    sampler = rollouts.make_sampler(decoder, sharding.make_mesh(), sampling, slots=len(problems), chunk=16)
-    chunks = sampler(params, problems, 1, jax.random.key(0), tokens)
+    sampling = Sampling(temperature=temperature, eos_ids=())
+    sampler = rollouts.make_sampler(decoder, sharding.make_mesh(), slots=len(problems), chunk=16)
+    chunks = sampler(params, rollouts.make_requests(problems, 1, tokens), jax.random.key(0), sampling)
     return sorted((response for chunk in chunks for response in chunk), key=lambda response: response.prompt)
 
 

@@ -18,6 +18,7 @@ from effreason.problems import templates
 from effreason.rewards import length_rewards
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
+from effreason.sampling.draws import Sampling
 from effreason.tiny import tasks, traces
 
 PROBLEMS, GROUP_SIZE = 600, 8
@@ -33,12 +34,14 @@ def main() -> None:
     template = templates.choose(tiny.tokenizer, config.data)
     problems, _ = prompts.load_held_out(config, tiny.tokenizer, template)
     params = hf.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
-    sampling = rollouts.Sampling(temperature=1.0, top_p=1.0, eos_ids=tiny.eos_ids)
-    sampler = rollouts.make_sampler(tiny.decoder, mesh, sampling, slots=256, chunk=16)
+    sampling = Sampling(temperature=1.0, eos_ids=tiny.eos_ids)
+    sampler = rollouts.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)
+    key = rollouts.step_key(0, "evaluation", 1)
     with evaluation.make_grader(config) as grader:
         tried = attempts.attempt(
-            sampler, params, problems, GROUP_SIZE, rollouts.step_key(0, "evaluation", 1), config.rollout.max_new_tokens,
-            tokenizer=tiny.tokenizer, grader=grader, require_eos=True, watch=lambda finished, total, tokens: None)
+            lambda requests: sampler(params, requests, key, sampling), problems, GROUP_SIZE,
+            config.rollout.max_new_tokens, tokenizer=tiny.tokenizer, grader=grader, require_eos=True,
+            watch=lambda now: None)
     texts, correct, sampled = tried.texts, tried.correct, tried.rollouts
     direct = np.array([text.startswith("</think>") for text in texts]).reshape(correct.shape)
     fewest = np.array([fewest_tokens(tiny.tokenizer, task) for task, _ in zip(

@@ -5,25 +5,26 @@ B = P * G rows, in the order of prompts, then samples.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
-import jax
 import numpy as np
 
-from effreason.errors import UserError
+from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade, Grader
 from effreason.grading.kinds import Gold
-from effreason.lm import model
 from effreason.records import Problem, Response, Rollouts
-from effreason.rollouts import Sampler, collect
+from effreason.rollouts import Generation, Request, collect, make_requests
+from effreason.runtime.progress import Headway
 
 GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seconds
 UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide, ...
 UNDECIDED_FEW = 2                   # ... beyond so many, which say nothing of a share
 
-Watch = Callable[[int, int, int], None]     # finished responses, all responses, tokens so far
+Watch = Callable[[Headway], None]           # called after every chunk; stops a generation by raising
+Start = Callable[[Sequence[Request]], Generation]       # a sampler with its weights, key and distribution
 
 
 class Undecided(UserError):
@@ -39,37 +40,51 @@ class Attempts:
     correct: np.ndarray             # bool[P, G]: the verdict, and that the response ended where EOS is required
     verdicts: list[Grade]           # B, on the text alone
     grading_seconds: float          # that grading took beyond the generation
+    generation: Generation          # over; for its counters
 
 
-def generate(sampler: Sampler, params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
-             max_new_tokens: int, watch: Watch,
-             submit: Callable[[list[Response]], None] = lambda finished: None) -> Rollouts:
-    """Runs the sampler to its end.
+def generate(start: Start, requests: Sequence[Request], watch: Watch, *,
+             submit: Callable[[list[Response]], None] = lambda finished: None,
+             keep: Callable[[list[Response]], None] = lambda responses: None) -> tuple[list[Response], Generation]:
+    """Runs a sampler to its end; the responses in the order in which they ended.
 
-    Args: watch, called after every chunk, may raise to stop it; submit, given the responses of each chunk."""
+    Args: watch, called after every chunk, may raise to stop it; submit, given the responses of each chunk; keep, given
+        all responses, finished and not, when it is stopped by a signal."""
     responses: list[Response] = []
-    tokens, total = 0, len(problems) * group_size
-    watch(0, total, 0)
-    for finished in sampler(params, problems, group_size, key, max_new_tokens):
-        responses += finished
-        tokens += sum(len(response.tokens) for response in finished)
-        if finished:
-            submit(finished)
-        watch(len(responses), total, tokens)
-    return collect(problems, responses, group_size)
+    generation = start(requests)
+
+    def report() -> None:
+        watch(Headway(finished=len(responses), total=len(requests), running=generation.running,
+                      waiting=generation.waiting, tokens=generation.tokens))
+
+    try:
+        report()
+        for finished in generation:
+            responses += finished
+            if finished:
+                submit(finished)
+            report()
+    except Interrupted:
+        keep(responses + generation.unfinished())
+        raise
+    return responses, generation
 
 
-def attempt(sampler: Sampler, params: model.Params, problems: Sequence[Problem], group_size: int, key: jax.Array,
-            max_new_tokens: int, *, tokenizer: Any, grader: Grader, require_eos: bool, watch: Watch) -> Attempts:
+def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_tokens: int, *, tokenizer: Any,
+            grader: Grader, require_eos: bool, watch: Watch, expected: Mapping[int, float] = MappingProxyType({}),
+            drawn: Sequence[Response] = (),
+            keep: Callable[[list[Response]], None] = lambda responses: None) -> Attempts:
     """Samples and grades a group of responses to each problem.
 
-    Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds.
+    Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds; expected, tokens
+        by uid, where something is known of a problem's responses; drawn, what an interrupted generation had kept, which
+        is not drawn again; keep, given the same when this one is interrupted.
     Raises: Undecided when too many answers stay undecided: they would count as wrong for no fault of the model."""
     texts: dict[tuple[int, int], str] = {}
     waiting: list[tuple[list[tuple[int, int]], Any]] = []
     budgets = [grader.budget() for _ in range(0, len(problems) * group_size, GRADED_AT_ONCE)]
 
-    def submit(finished: list[Response]) -> None:
+    def submit(finished: Sequence[Response]) -> None:
         budget = budgets[len(texts) // GRADED_AT_ONCE]
         names = [(response.prompt, response.sample) for response in finished]
         decoded = tokenizer.batch_decode([response.tokens for response in finished], skip_special_tokens=True)
@@ -79,7 +94,12 @@ def attempt(sampler: Sampler, params: model.Params, problems: Sequence[Problem],
         whole = ["<think>" * problem.opens_thinking + text for problem, text in zip(asked, decoded, strict=True)]
         waiting.append((names, grader.submit(whole, [gold(problem) for problem in asked], budget)))
 
-    rollouts = generate(sampler, params, problems, group_size, key, max_new_tokens, watch, submit)
+    before = [response for response in drawn if response.finish]
+    if before:
+        submit(before)
+    requests = remaining(make_requests(problems, group_size, max_new_tokens, expected), drawn)
+    responses, generation = generate(start, requests, watch, submit=submit, keep=lambda now: keep([*before, *now]))
+    rollouts = collect(problems, [*before, *responses], group_size)
     generated = time.monotonic()
     graded = {name: grade for names, grades in waiting
               for name, grade in zip(names, grades.result(), strict=True)}
@@ -89,7 +109,20 @@ def attempt(sampler: Sampler, params: model.Params, problems: Sequence[Problem],
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
     return Attempts(rollouts=rollouts, texts=[texts[row] for row in rows], verdicts=verdicts,
                     correct=correct & rollouts.ended if require_eos else correct,
-                    grading_seconds=time.monotonic() - generated)
+                    grading_seconds=time.monotonic() - generated, generation=generation)
+
+
+def remaining(requests: Sequence[Request], drawn: Sequence[Response]) -> list[Request]:
+    """What is left to do of some requests when these responses, finished or begun, are there already."""
+    known = {(response.prompt, response.sample): response for response in drawn}
+    left = []
+    for request in requests:
+        response = known.get((request.prompt, request.sample))
+        if response is None or not response.finish:
+            # One that was given a slot, and drew nothing, simply starts.
+            prefix = response if response is not None and len(response.tokens) else None
+            left.append(replace(request, prefix=prefix))
+    return left
 
 
 def gold(problem: Problem) -> Gold:

@@ -14,6 +14,9 @@ from effreason.lm import hf, model
 from effreason.records import Experience
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
+from effreason.sampling import memory
+from effreason.sampling.draws import Sampling
+from effreason.sampling.loops import LoopStopping
 from effreason.update import TrainState
 
 
@@ -21,7 +24,8 @@ from effreason.update import TrainState
 class Engine:
     """What one step calls, in the order in which it calls them."""
 
-    sample: rollouts.Sampler
+    sampler: rollouts.Sampler
+    sampling: Sampling                      # the distribution of the rollouts
     score: Callable[[model.Params, jax.Array], jax.Array]                           # log-probs float32[B, N]
     credit: Callable[..., tuple[Experience, jax.Array, dict[str, jax.Array]]]       # and rewards[P, G], metrics
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -71,7 +75,6 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
     Raises: UserError where the mesh cannot split the model or the batch evenly."""
     decoder, settings, learning = pretrained.decoder, config.rollout, config.update
     check_divisible(config, decoder, mesh)
-    sampling = rollouts.Sampling(temperature=settings.temperature, top_p=settings.top_p, eos_ids=pretrained.eos_ids)
     loss = update.LossConfig(
         clip_ratio=learning.clip_ratio, aggregation=learning.aggregation, temperature=settings.temperature,
         kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
@@ -85,7 +88,9 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
     rows = settings.prompts_per_step * settings.group_size
     row, replicated = sharding.sharding(mesh, "batch", "sequence"), sharding.sharding(mesh)
     return Engine(
-        sample=rollouts.make_sampler(decoder, mesh, sampling, slots=settings.slots, chunk=settings.chunk),
+        sampler=make_sampler(config, decoder, mesh),
+        sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+                          min_p=settings.min_p, eos_ids=pretrained.eos_ids),
         score=update.make_scorer(decoder, mesh, loss, micro_batches=rows // learning.rows_per_micro_batch),
         credit=jax.jit(functools.partial(credit, config=config), out_shardings=(row, replicated, replicated)),
         update=update.make_update(
@@ -94,6 +99,18 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
         initial_state=initial,
         abstract_state=checkpoints.abstract(jax.eval_shape(initial, model.abstract_params(decoder)), targets),
         params_sharding=targets.params, rows_sharding=row, replicated=replicated)
+
+
+def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> rollouts.Sampler:
+    """The sampling engine of a run, for rollouts and evaluations alike."""
+    layout = config.rollout.cache_layout
+    if layout == "auto":
+        layout = "transposed"
+    decoder = dataclasses.replace(decoder, cache_layout=layout)
+    loops = LoopStopping(window=config.loops.window, longest_period=config.loops.longest_period,
+                         audit_share=config.loops.audit_share) if config.loops.stop else None
+    return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh), chunk=config.rollout.chunk,
+                                 positions=memory.positions(config), loops=loops)
 
 
 def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:

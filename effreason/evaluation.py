@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,18 +13,19 @@ from rich.table import Table
 
 from effreason import prompts
 from effreason.attempts import Watch, attempt, unmatched
-from effreason.engine import check_model
+from effreason.engine import check_model, make_sampler
 from effreason.errors import UserError
 from effreason.grades import Grader
 from effreason.lm import hf, hub, model
 from effreason.problems import templates
 from effreason.records import Evaluation, LevelResult, Problem, Rollouts
-from effreason.rollouts import Sampling, make_sampler, step_key
+from effreason.rollouts import Sampler, step_key
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
 from effreason.runtime.metrics import disk, write_json
-from effreason.runtime.progress import say
+from effreason.runtime.progress import Headway, rate, say
+from effreason.sampling.draws import Sampling
 
 
 def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]) -> Evaluation:
@@ -41,18 +43,18 @@ def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]
                       samples=correct.shape[1], by_level=by_level)
 
 
-def make_evaluator(config: Config, pretrained: hf.Pretrained, mesh: jax.sharding.Mesh, problems: Sequence[Problem],
+def make_evaluator(config: Config, pretrained: hf.Pretrained, sampler: Sampler, problems: Sequence[Problem],
                    grader: Grader) -> Callable[[model.Params, Watch], Evaluation]:
     """evaluate(params, watch) -> Evaluation on the same problems, drawn with the same keys each time.
 
     Common random numbers: two models differ by what they are, less by luck."""
     settings = config.evaluation
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, eos_ids=pretrained.eos_ids)
-    sampler = make_sampler(pretrained.decoder, mesh, sampling, slots=config.rollout.slots, chunk=config.rollout.chunk)
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+                        min_p=settings.min_p, eos_ids=pretrained.eos_ids)
     key = step_key(config.run.seed, "evaluation", 0)
 
     def evaluate(params: model.Params, watch: Watch) -> Evaluation:
-        tried = attempt(sampler, params, problems, settings.samples, key,
+        tried = attempt(lambda requests: sampler(params, requests, key, sampling), problems, settings.samples,
                         settings.max_new_tokens or config.rollout.max_new_tokens, tokenizer=pretrained.tokenizer,
                         grader=grader, require_eos=config.grade.require_eos, watch=watch)
         return measure(tried.correct, tried.rollouts, problems)
@@ -141,7 +143,8 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
     for note in [*dated, *notes, f"the first prompt, by the template {template.name}:\n{rendered}"]:
         tell(note)
     params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
-    return make_evaluator(config, pretrained, mesh, problems, grader)(params, watch)
+    sampler = make_sampler(config, pretrained.decoder, mesh)
+    return make_evaluator(config, pretrained, sampler, problems, grader)(params, watch)
 
 
 def evaluate_models(config: Config, models: Sequence[str], output: Path | None) -> None:
@@ -162,10 +165,12 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
     with Interrupts() as interrupts, make_grader(config) as grader:
         for path in models:
             with console.status("") as status:
+                started = time.monotonic()
 
-                def watch(finished: int, total: int, tokens: int, path: str = path) -> None:
+                def watch(now: Headway, path: str = path, started: float = started) -> None:
                     interrupts.check()
-                    status.update(f"{path}: {finished}/{total} responses, {tokens:,} tokens")
+                    status.update(f"{path}: {now.finished}/{now.total} responses, {now.running} running, "
+                                  f"{rate(now.tokens / (time.monotonic() - started))} tokens/s")
 
                 results[path] = evaluate_model(config, opened[path], mesh, grader, watch, say_once)
     console.print(_table(results))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import shlex
 import time
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from effreason import attempts, evaluation, parity, prompts, report, rollouts, update
+from effreason import attempts, evaluation, parity, prompts, report, rollouts, unfinished, update
 from effreason.checkpoints import Checkpoints
 from effreason.engine import Engine, make_engine
 from effreason.errors import Interrupted, UserError
@@ -22,18 +23,19 @@ from effreason.exports import card, export, origin
 from effreason.grades import Grader
 from effreason.inputs import Inputs, open_inputs
 from effreason.lm import hf, model
-from effreason.records import Evaluation, Experience, Problem, Rollouts
+from effreason.records import LOOP, Evaluation, Experience, Problem, Rollouts
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
 from effreason.runtime.metrics import MetricsWriter, disk, read_rows, write_json
-from effreason.runtime.progress import Progress, say
+from effreason.runtime.progress import Headway, Progress, say
+from effreason.sampling import memory
 
-# What may differ between a run and its continuation: nothing that decides a token or a weight.
+# What may differ between a run and its continuation: nothing that decides a token or a weight, but for rounding.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
              "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every",
-             "rollout.max_mismatch")
+             "rollout.max_mismatch", "rollout.slots", "rollout.memory_gib", "rollout.chunk", "rollout.cache_layout")
 
 
 def train(config: Config) -> None:
@@ -45,7 +47,8 @@ def train(config: Config) -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
-        for line in [*inputs.notes, *warnings(config)]:     # before the weights: there may be something to mend
+        sampler = memory.describe(config, inputs.pretrained.decoder, mesh)
+        for line in [*inputs.notes, sampler, *warnings(config)]:    # before the weights: there may be something to mend
             say(line, Console())
         # A resumed run takes the very weights it began with, wherever the branch has moved since.
         config = dataclasses.replace(config, model=dataclasses.replace(
@@ -60,26 +63,27 @@ def train(config: Config) -> None:
             if start > config.run.steps:
                 raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, "
                                 f"got {config.run.steps}")
-            agreement = check_parity(config, engine, inputs.problems, state, lambda *now: interrupts.check())
+            agreement = check_parity(config, engine, inputs.problems, state, lambda now: interrupts.check())
             write_config(config, directory)
             write_left_out(inputs.problems.left_out, directory)
             with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb,
                                 start_step=start, config=dataclasses.asdict(config)) as writer,
                   Progress(config.run.steps, start_step=start) as progress):
 
-                def watch(finished: int, total: int, tokens: int) -> None:
+                def watch(now: Headway) -> None:
                     interrupts.check()
-                    progress.rollout(finished, total, tokens)
+                    progress.rollout(now)
 
                 def save(state: update.TrainState) -> None:
                     step = int(sharding.to_host(state.step))
-                    facts = origin(inputs) | {"wall_seconds": time.monotonic() - started}
+                    facts = origin(inputs) | {"wall_seconds": time.monotonic() - started, "lengths": lengths}
                     saved.save(step, state, facts=facts)
                     export(state.params, step, config, inputs, directory / "model", base)
 
                 base = None
-                step = make_step(config, engine, inputs, reference, grader, watch)
-                evaluate = evaluation.make_evaluator(config, inputs.pretrained, mesh, inputs.held_out, grader)
+                lengths = {int(uid): tokens for uid, tokens in facts["lengths"].items()}
+                step = make_step(config, engine, inputs, reference, grader, watch, lengths, directory)
+                evaluate = evaluation.make_evaluator(config, inputs.pretrained, engine.sampler, inputs.held_out, grader)
                 progress.say(agreement)
                 try:
                     base = evaluate_base(evaluate, reference, directory, progress, watch) if inputs.held_out else None
@@ -115,7 +119,8 @@ def begin(engine: Engine, saved: Checkpoints, reference: model.Params,
 
     Raises: UserError where the checkpoint was trained with another template or on other problems."""
     if saved.latest is None:
-        return engine.initial_state(jax.tree.map(lambda weight: weight.copy(), reference)), {"wall_seconds": 0.0}
+        return engine.initial_state(jax.tree.map(lambda weight: weight.copy(), reference)), {
+            "wall_seconds": 0.0, "lengths": {}}
     state, facts = saved.restore(engine.abstract_state)
     if facts["template"]["sha256"] != inputs.template.sha256:
         raise UserError(f"data.template: the checkpoint was trained with the template {facts['template']['name']}, "
@@ -136,8 +141,8 @@ def warnings(config: Config) -> list[str]:
         lines.append("warning: advantage.group_std takes reward.alpha out of groups that are all correct")
     if config.advantage.whiten:
         lines.append("warning: advantage.whiten pulls on length even at reward.alpha 0: run that control too")
-    if config.rollout.top_p < 1:
-        lines.append("warning: rollout.top_p below 1 samples from less than the policy that is updated")
+    if config.rollout.top_p < 1 or config.rollout.top_k is not None or config.rollout.min_p > 0:
+        lines.append("warning: rollout.top_p, top_k and min_p sample from less than the policy that is updated")
     return lines
 
 
@@ -150,8 +155,11 @@ def check_parity(config: Config, engine: Engine, problems: prompts.Problems, sta
     batch = prompts.batch(problems, settings.prompts_per_step, config.run.seed, 0)
     key = rollouts.step_key(config.run.seed, "parity", 0)
     with jax.transfer_guard("disallow"):
-        sampled = attempts.generate(engine.sample, state.params, batch, settings.group_size, key,
-                                    min(parity.START_TOKENS, settings.max_new_tokens), watch)
+        requests = rollouts.make_requests(batch, settings.group_size,
+                                          min(parity.START_TOKENS, settings.max_new_tokens))
+        responses, _ = attempts.generate(
+            lambda requests: engine.sampler(state.params, requests, key, engine.sampling), requests, watch)
+        sampled = rollouts.collect(batch, responses, settings.group_size)
         wrong = np.zeros(sampled.lengths.shape, bool)
         _, _, metrics = make_experience(config, engine, state, state.params, sampled, wrong)
         found = {name: float(value) for name, value in sharding.to_host(metrics).items()}
@@ -173,11 +181,13 @@ def make_experience(config: Config, engine: Engine, state: update.TrainState, re
 
 
 def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.Params, grader: Grader,
-              watch: attempts.Watch):
+              watch: attempts.Watch, lengths: dict[int, float], directory: Path):
     """step(state, index) -> (state, metrics, samples): the seven stages in order.
 
-    The state passed in is donated to the update, the last stage: what fails or stops before it leaves it whole."""
-    settings = config.rollout
+    The state passed in is donated to the update, the last stage: what fails or stops before it leaves it whole.
+    Args: lengths, mean tokens by uid when a problem was sampled last, kept up to date; directory, of the run, where the
+        responses of a step that is stopped are kept."""
+    settings, path = config.rollout, directory / unfinished.FILE
 
     def step(state: update.TrainState, index: int) -> tuple[update.TrainState, dict[str, float], list[dict[str, Any]]]:
         began = time.monotonic()
@@ -186,8 +196,10 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
         key = rollouts.step_key(config.run.seed, "train", index)
         with jax.transfer_guard("disallow"):
             tried = attempts.attempt(
-                engine.sample, state.params, batch, settings.group_size, key, settings.max_new_tokens,
-                tokenizer=inputs.pretrained.tokenizer, grader=grader, require_eos=config.grade.require_eos, watch=watch)
+                lambda requests: engine.sampler(state.params, requests, key, engine.sampling), batch,
+                settings.group_size, settings.max_new_tokens, tokenizer=inputs.pretrained.tokenizer, grader=grader,
+                require_eos=config.grade.require_eos, watch=watch, expected=lengths,
+                drawn=unfinished.load(path, index), keep=functools.partial(unfinished.save, path, index))
         graded = time.monotonic()
 
         with jax.transfer_guard("disallow"):
@@ -201,7 +213,11 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
             updated = {f"update/{name}": float(value) for name, value in sharding.to_host(changed).items()}
         ended = time.monotonic()
 
+        path.unlink(missing_ok=True)
+
         sampled, count = tried.rollouts, int(tried.rollouts.lengths.sum())
+        lengths.update((problem.uid, float(mean)) for problem, mean in zip(
+            batch, sampled.lengths.mean(axis=1), strict=True))
         rollout_seconds, update_seconds = graded - began - tried.grading_seconds, ended - graded
         metrics = credited | updated | {
             "reward/alpha": config.reward.alpha,
@@ -209,6 +225,7 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
             "rollout/tokens": float(sampled.lengths.mean()),
             "rollout/truncated": float(1.0 - sampled.ended.mean()),
             "rollout/tokens_per_second": count / rollout_seconds,
+            **engine_metrics(tried, rollout_seconds),
             "update/tokens_per_second": count / update_seconds,
             "time/rollout": rollout_seconds, "time/grade": tried.grading_seconds,
             "time/update": update_seconds, "time/step": ended - began}
@@ -222,6 +239,21 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
     return step
 
 
+def engine_metrics(tried: attempts.Attempts, seconds: float) -> dict[str, float]:
+    """How well the sampler was used, and which responses repeated themselves."""
+    generation, sampled = tried.generation, tried.rollouts
+    metrics = {"rollout/occupancy": generation.tokens / max(generation.slot_steps, 1),
+               "rollout/host_share": generation.host_seconds / seconds,
+               "rollout/compilations": float(generation.compilations)}
+    if sampled.looped.any():
+        audited = sampled.looped & (sampled.finish != LOOP)
+        metrics |= {"rollout/loops": float(sampled.looped.mean()),
+                    "rollout/loops_stopped": float((sampled.finish == LOOP).mean())}
+        if audited.any():
+            metrics["rollout/loops_recovered"] = float(sampled.ended[audited].mean())
+    return metrics
+
+
 def describe(row: int, batch: Sequence[Problem], tried: attempts.Attempts, reward: np.ndarray) -> dict[str, Any]:
     """One rollout for people to read."""
     sampled, verdict = tried.rollouts, tried.verdicts[row]
@@ -230,7 +262,7 @@ def describe(row: int, batch: Sequence[Problem], tried: attempts.Attempts, rewar
     return {"uid": problem.uid, "sample": at[1], "level": problem.level, "problem": problem.text,
             "reference_answer": problem.answer, "response": tried.texts[row], "answer": verdict.answer,
             "status": verdict.status, "correct": bool(tried.correct[at]), "reward": float(reward[at]),
-            "tokens": int(sampled.lengths[at]), "ended": bool(sampled.ended[at])}
+            "tokens": int(sampled.lengths[at]), "finish": str(sampled.finish[at])}
 
 
 def evaluate_base(evaluate: Any, reference: model.Params, directory: Path, progress: Progress,

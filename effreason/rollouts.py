@@ -12,7 +12,8 @@ depend on its slot, on its neighbours or on the number of devices, but for the r
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import jax
@@ -25,7 +26,7 @@ from effreason.records import EOS, LENGTH, LOOP, Problem, Response, Rollouts
 from effreason.runtime import sharding
 from effreason.sampling import slots as device
 from effreason.sampling.draws import Sampling
-LoopStopping = Any
+from effreason.sampling.loops import LoopStopping
 
 STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
 SMALLEST = 4                        # slots on each device that are not halved further: a step costs about the same
@@ -50,9 +51,11 @@ class Request:
     prefix: Response | None = None  # what was drawn already: it goes on from there
 
 
-def make_requests(problems: Sequence[Problem], group_size: int, max_new_tokens: int) -> list[Request]:
-    """A group of responses to each problem."""
-    return [Request(prompt=index, tokens=problem.prompt, uid=problem.uid, sample=sample, max_new_tokens=max_new_tokens)
+def make_requests(problems: Sequence[Problem], group_size: int, max_new_tokens: int,
+                  expected: Mapping[int, float] = MappingProxyType({})) -> list[Request]:
+    """A group of responses to each problem. Args: expected, tokens by uid, of those of which something is known."""
+    return [Request(prompt=index, tokens=problem.prompt, uid=problem.uid, sample=sample, max_new_tokens=max_new_tokens,
+                    expected_tokens=expected.get(problem.uid))
             for index, problem in enumerate(problems) for sample in range(group_size)]
 
 
@@ -78,13 +81,14 @@ class _Running:
 
 
 class Generation:
-    """Responses on their way: an iterator that yields, after every chunk of decode steps, those that have finished.
+    """Responses on their way: an iterator that yields, after each chunk of decode steps, those that have finished.
 
     It yields an empty list where none has, so that its consumer can show progress, overlap other work, or stop. The
     next chunk is under way already while the consumer has the floor.
 
     Attributes: tokens, drawn so far; running, waiting, finished, numbers of responses; steps, decode steps so far;
-        host_seconds, what the device waited for the host between chunks; compilations, programs compiled for it."""
+        slot_steps, these times the slots there were; host_seconds, what the device waited for the host between chunks;
+        compilations, programs compiled for it."""
 
     def __init__(self, programs: device.Programs, params: model.Params, requests: Sequence[Request], key: jax.Array,
                  sampling: Sampling, *, slots: int, chunk: int, positions: int | None,
@@ -100,7 +104,7 @@ class Generation:
         self._state: device.Slots | None = None
         self._capacity = 0
         self._drawn: dict[str, jax.Array] | None = None         # of the chunk under way
-        self.tokens = self.finished = self.steps = 0
+        self.tokens = self.finished = self.steps = self.slot_steps = 0
         self.host_seconds = 0.0
         self._weights = programs.unstack(params) if self._queue else None
         self._launch()
@@ -177,6 +181,7 @@ class Generation:
                 logprobs={name: [] if request.prefix is None else [getattr(request.prefix, name)]
                           for name in device.logprob_names(self._sampling)},
                 looped=request.prefix is not None and request.prefix.looped)
+            self._halted[slot] = False
             bank.waiting -= 1
             started.setdefault(id(bank), (bank, []))[1].append(slot)
         self._banks = [bank for bank in self._banks if bank.waiting]
@@ -205,12 +210,14 @@ class Generation:
         longest = max(row.length for row in self._slots if row is not None)
         needed = padded_length(longest + self._chunk)
         if self._positions is not None:                 # no sequence gets longer than that
-            needed = min(needed, max(self._positions, longest + 1))
+            needed = min(needed, -(-max(self._positions, longest + 1) // 64) * 64)
         needed = max([needed, *(bank.width for bank, _ in started)])
         if self._state is None:
             self._state = self._programs.empty(count=len(self._slots), capacity=needed)
         elif needed > self._capacity:
-            self._state = self._programs.grow(self._state, capacity=needed)
+            # Layer by layer: the old and the new cache never stand side by side.
+            for index, layer in enumerate(self._state.cache):
+                self._state.cache[index] = self._programs.grow(layer, capacity=needed)
         self._capacity = max(needed, self._capacity)
 
     def _fresh(self, bank: "_Bank", rows: list[int]) -> device.Fresh:
@@ -226,12 +233,14 @@ class Generation:
                       "sample": request.sample}
             for name, value in values.items():
                 table[name][index] = value
-        return device.Fresh(count=np.int32(len(rows)), **table)
+        whole: Any = table | {"count": np.int32(len(rows))}
+        return device.Fresh(**whole)
 
     def _harvest(self, drawn: dict[str, np.ndarray]) -> list[Response]:
         """Appends a chunk's tokens to the responses in their slots, and takes out those that are finished."""
         finished = []
         self.steps += int(drawn["steps"])
+        self.slot_steps += int(drawn["steps"]) * len(self._slots)
         counts, active = drawn["count"].tolist(), drawn["active"].tolist()
         for slot, row in enumerate(self._slots):
             if row is None:
@@ -244,11 +253,23 @@ class Generation:
             row.generated += count
             self.tokens += count
             finish = None if active[slot] else EOS if row.tokens[-1][-1] in self._sampling.eos_ids else LENGTH
+            cut = self._cut(row, count)
+            if cut is not None:
+                self._halted[slot] = finish is None     # the device does not know yet
+                finish = LOOP
             if finish is not None:
-                finished.append(_response(row, finish))
+                finished.append(_response(row, finish, cut))
                 self._slots[slot] = None
         self.finished += len(finished)
         return finished
+
+    def _cut(self, row: "_Running", count: int) -> int | None:
+        """The length to stop a response at because it only repeats itself since then. Args: count, its new tokens."""
+        if self._loops is None or row.looped or not count:
+            return None
+        cut = self._loops.cut(row.tokens, row.generated, count)
+        row.looped = cut is not None
+        return None if self._loops.audited(row.request.uid, row.request.sample) else cut
 
     def _shrink(self) -> None:
         """Halves the slots while half of them, on every device, are enough."""
@@ -331,10 +352,10 @@ def _slot_count(most: int, responses: int, shards: int) -> int:
     return -(-count // shards) * shards
 
 
-def _response(row: _Running, finish: str) -> Response:
-    """A response from the pieces that the chunks have left."""
+def _response(row: _Running, finish: str, length: int | None = None) -> Response:
+    """A response from the pieces that the chunks have left, cut at a length where one is given."""
     def joined(pieces: list[np.ndarray], dtype: Any) -> np.ndarray:
-        return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+        return (np.concatenate(pieces) if pieces else np.zeros(0, dtype))[:length]
 
     logprobs = {name: joined(pieces, np.float32) for name, pieces in row.logprobs.items()}
     alike = {name: logprobs.get(name, logprobs["logprobs"]) for name in ("sampling_logprobs", "model_logprobs")}

@@ -1,14 +1,17 @@
 """Sampling and grading together: every response is graded once, under its own problem, while others are generated."""
 
 import concurrent.futures
+import dataclasses
 
 import numpy as np
 import pytest
 
 from effreason import attempts
+from effreason.errors import Interrupted
 from effreason.grades import Grade, Grader
 from effreason.grading.kinds import Gold
 from effreason.records import Problem, Response
+from effreason.rollouts import make_requests
 from effreason.tiny import tokenizer
 
 TOKENS = tokenizer.build()
@@ -19,17 +22,35 @@ def problem(uid, answer="7", **changes):
                    **changes)
 
 
-def response(prompt, sample, text, ended=True):
-    ids = TOKENS(text, add_special_tokens=False)["input_ids"] + [TOKENS.eos_token_id] * ended
-    return Response(prompt=prompt, sample=sample, tokens=np.array(ids, np.int32),
-                    logprobs=np.zeros(len(ids), np.float32), ended=ended)
+def response(prompt, sample, text, finish="eos"):
+    ids = TOKENS(text, add_special_tokens=False)["input_ids"] + [TOKENS.eos_token_id] * (finish == "eos")
+    zeros = np.zeros(len(ids), np.float32)
+    return Response(prompt=prompt, sample=sample, tokens=np.array(ids, np.int32), logprobs=zeros,
+                    sampling_logprobs=zeros, model_logprobs=zeros, finish=finish)
 
 
-def playing(*chunks):
-    """A sampler that yields these chunks of responses."""
-    def sampler(params, problems, group_size, key, max_new_tokens):
-        yield from chunks
-    return sampler
+class Played:
+    """A generation that yields these chunks of responses."""
+
+    def __init__(self, requests, chunks, begun=()):
+        self.requests, self.waiting, self.running, self.tokens = requests, len(requests), 0, 0
+        self.chunks, self.begun = iter(chunks), list(begun)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        finished = next(self.chunks)
+        self.waiting -= len(finished)
+        self.tokens += sum(len(response.tokens) for response in finished)
+        return finished
+
+    def unfinished(self):
+        return self.begun
+
+
+def playing(*chunks, begun=()):
+    return lambda requests: Played(requests, chunks, begun)
 
 
 class Right:
@@ -48,12 +69,12 @@ class Right:
         return made
 
 
-def attempted(sampler, problems, group_size, grader, require_eos=True, watch=lambda *now: None):
-    return attempts.attempt(sampler, None, problems, group_size, None, 40, tokenizer=TOKENS, grader=grader,
-                            require_eos=require_eos, watch=watch)
+def attempted(start, problems, group_size, grader, require_eos=True, watch=lambda now: None, **settings):
+    return attempts.attempt(start, problems, group_size, 40, tokenizer=TOKENS, grader=grader, require_eos=require_eos,
+                            watch=watch, **settings)
 
 
-CHUNKS = ([response(1, 0, "1+1"), response(0, 1, "7+7")], [], [response(1, 1, "7", ended=False)],
+CHUNKS = ([response(1, 0, "1+1"), response(0, 1, "7+7")], [], [response(1, 1, "7", "length")],
           [response(0, 0, "9")])
 
 
@@ -74,13 +95,12 @@ def test_verdicts_stand_beside_their_responses_whatever_the_order(require_eos, c
 def test_responses_are_submitted_before_the_generation_is_over():
     grader, seen = Right(), []
 
-    def sampler(params, problems, group_size, key, max_new_tokens):
-        assert max_new_tokens == 40
+    def chunks():
         for chunk in CHUNKS:
             yield chunk
             seen.append(len(grader.calls))
 
-    attempted(sampler, [problem(0), problem(1)], 2, grader)
+    attempted(lambda requests: Played(requests, chunks()), [problem(0), problem(1)], 2, grader)
     assert seen == [1, 1, 2, 3]
 
 
@@ -102,29 +122,67 @@ def test_a_real_grader_and_an_unclosed_thought():
 
 
 def test_texts_keep_the_think_tags_and_lose_eos():
-    tried = attempted(playing([response(0, 0, "3+4</think>\\boxed{7}"), response(0, 1, "9", ended=False)]),
+    tried = attempted(playing([response(0, 0, "3+4</think>\\boxed{7}"), response(0, 1, "9", "length")]),
                       [problem(0)], 2, Right())
     assert tried.texts == ["3+4</think>\\boxed{7}", "9"]
 
 
 def test_generate_watches_every_chunk():
     seen = []
-    rollouts = attempts.generate(playing(*CHUNKS), None, [problem(0), problem(1)], 2, None, 40,
-                                 lambda *now: seen.append(now))
-    assert seen == [(0, 4, 0), (2, 4, 8), (2, 4, 8), (3, 4, 9), (4, 4, 11)]
-    np.testing.assert_array_equal(rollouts.lengths, [[2, 4], [4, 1]])
+    requests = make_requests([problem(0), problem(1)], 2, 40)
+    responses, generation = attempts.generate(playing(*CHUNKS), requests, seen.append)
+    assert [(now.finished, now.total, now.waiting, now.tokens) for now in seen] == [
+        (0, 4, 4, 0), (2, 4, 2, 8), (2, 4, 2, 8), (3, 4, 1, 9), (4, 4, 0, 11)]
+    assert [(response.prompt, response.sample) for response in responses] == [(1, 0), (0, 1), (1, 1), (0, 0)]
+    assert generation.requests == requests
 
 
 def test_generate_stops_when_the_watch_raises():
-    def sampler(*arguments):
+    def chunks():
         yield []
         raise AssertionError("went on")
 
-    def watch(finished, total, tokens):
-        raise KeyboardInterrupt
+    def watch(now):
+        if now.tokens == 0:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        attempts.generate(sampler, None, [problem(0)], 2, None, 40, watch)
+        attempts.generate(lambda requests: Played(requests, chunks()), make_requests([problem(0)], 2, 40), watch)
+
+
+def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn_later():
+    problems, kept = [problem(0, "3"), problem(1, "4")], []
+    begun = [dataclasses.replace(response(0, 0, "7", "length"), finish=""),
+             dataclasses.replace(response(1, 1, "", "length"), finish="")]
+
+    def watch(now):
+        if now.finished == 2:
+            raise Interrupted(15, "stopped")
+
+    with pytest.raises(Interrupted):
+        attempted(playing(*CHUNKS, begun=begun), problems, 2, Right(), watch=watch, keep=kept.extend)
+    assert [(each.prompt, each.sample, each.finish) for each in kept] == [
+        (1, 0, "eos"), (0, 1, "eos"), (0, 0, ""), (1, 1, "")]
+
+    grader, asked = Right(), []
+
+    def start(requests):
+        asked.extend(requests)
+        return Played(requests, CHUNKS[1:])
+
+    tried = attempted(start, problems, 2, grader, drawn=kept)
+    assert [(request.prompt, request.sample) for request in asked] == [(0, 0), (1, 1)]
+    assert asked[0].prefix is begun[0] and asked[1].prefix is None      # what has drawn nothing simply starts
+    assert tried.texts == ["9", "7+7", "1+1", "7"]
+    assert sum(len(call) for call in grader.calls) == 4
+
+    # Interrupted again, it keeps all of it.
+    kept_again = []
+    with pytest.raises(Interrupted):
+        attempted(playing([response(0, 0, "9")], [], begun=begun[1:]), problems, 2, Right(), drawn=kept,
+                  watch=lambda now: watch(dataclasses.replace(now, finished=now.finished + 1)), keep=kept_again.extend)
+    assert sorted((each.prompt, each.sample, each.finish) for each in kept_again) == [
+        (0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"), (1, 1, "")]
 
 
 def test_answers_that_stay_undecided_stop_the_run():

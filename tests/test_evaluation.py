@@ -28,7 +28,8 @@ def rollouts(tokens, ended):
             padded[prompt, sample, : len(row)] = row
     lengths = np.array([[len(row) for row in group] for group in tokens], np.int32)
     return Rollouts(prompts=np.zeros((shape[0], 1), np.int32), prompt_lengths=np.ones(shape[0], np.int32),
-                    tokens=padded, lengths=lengths, logprobs=np.zeros(padded.shape, np.float32), ended=np.array(ended))
+                    tokens=padded, lengths=lengths, logprobs=np.zeros(padded.shape, np.float32),
+                    finish=np.where(ended, "eos", "length"), looped=np.zeros(shape, bool))
 
 
 def test_measure_by_hand():

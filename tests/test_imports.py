@@ -29,7 +29,7 @@ ORDER = [
     ["problems"],
     ["rewards", "advantages", "grades", "prompts"],
     ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts"],
-    ["engine", "attempts", "parity"],
+    ["engine", "attempts", "parity", "unfinished"],
     ["evaluation", "report", "runtime.plan"],
     ["inputs"],
     ["exports"],

@@ -145,7 +145,7 @@ def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
     assert [row["step"] for row in samples] == [step for step in range(6) for _ in range(4)]
     assert any(row["correct"] for row in samples) and not all(row["correct"] for row in samples)
     for row in samples:
-        assert row["correct"] == (row["answer"] == row["reference_answer"] and row["ended"])
+        assert row["correct"] == (row["answer"] == row["reference_answer"] and (row["finish"] == "eos"))
         assert (row["reward"] > 0) == row["correct"]
         assert 1 <= row["tokens"] <= 40
 
@@ -182,7 +182,7 @@ def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path, 
 
 
 def stop_at(monkeypatch, where, signum=signal.SIGTERM):
-    """Sends a signal once: after a number of steps, or in the evaluation before or between."""
+    """Sends a signal once: after a number of steps, in the evaluation before or between, or within the fifth step."""
     step, rollout = Progress.step, Progress.rollout
     sent = []
 
@@ -195,18 +195,20 @@ def stop_at(monkeypatch, where, signum=signal.SIGTERM):
         if index + 1 == where:
             send()
 
-    def stopping_rollout(self, finished, total, tokens):
-        rollout(self, finished, total, tokens)
-        if total == 8 and where == ("between" if self._done else "before"):
+    def stopping_rollout(self, now):
+        rollout(self, now)
+        if now.total == 8 and where == ("between" if self._done else "before"):
+            send()
+        if now.total == 16 and where == "within" and self._done == 4 and 0 < now.finished < 16:
             send()
 
     monkeypatch.setattr(Progress, "step", stopping_step)
     monkeypatch.setattr(Progress, "rollout", stopping_rollout)
 
 
-def test_a_run_that_is_stopped_three_times_is_the_run_that_never_was(finished, world, tmp_path):
+def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, world, tmp_path):
     directory = tmp_path / "run"
-    for where, done in (("before", 0), ("between", 3), (5, 5)):
+    for where, done in (("before", 0), ("between", 3), ("within", 4), (5, 5)):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
             stop_at(patch, where, signal.SIGINT if where == "between" else signal.SIGTERM)
             loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": done > 0}))
@@ -218,6 +220,7 @@ def test_a_run_that_is_stopped_three_times_is_the_run_that_never_was(finished, w
         assert len([row for row in lasting(directory) if "rollout/tokens" in row]) == done
         assert (directory / "model" / "model.safetensors").exists()
         assert not (directory / "summary.json").exists()
+        assert (directory / "unfinished.npz").exists() == (where == "within")
     with contextlib.redirect_stdout(None):
         assert cli.main(["train", "--config", str(directory / "config.yaml"), "--run.resume", "true"]) == 0
     assert_same_run(finished, directory)

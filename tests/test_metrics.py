@@ -17,7 +17,7 @@ from rich.console import Console
 from effreason.errors import UserError
 from effreason.runtime import progress
 from effreason.runtime.metrics import MetricsWriter, read_rows
-from effreason.runtime.progress import Progress, duration, rate
+from effreason.runtime.progress import Headway, Progress, duration, rate
 
 STEP = {"rollout/accuracy": 0.913, "rollout/tokens": 87.4, "rollout/tokens_per_second": 5012.3,
         "update/tokens_per_second": 9900.0, "time/step": 2.5}
@@ -28,12 +28,17 @@ def writer(directory, *, start_step=0, tensorboard=False, wandb=False):
                          config={"run": {"seed": 0}})
 
 
+def headway(finished, tokens=0):
+    return Headway(finished=finished, total=256, running=min(64, 256 - finished), waiting=max(192 - finished, 0),
+                   tokens=tokens)
+
+
 def plain_lines(total_steps, start_step, rows):
     console = Console(file=io.StringIO(), width=80)
     with Progress(total_steps, start_step=start_step, console=console) as progress:
         for step, row in enumerate(rows, start=start_step):
-            progress.rollout(0, 256, 0)
-            progress.rollout(256, 256, 22_000)
+            progress.rollout(headway(0))
+            progress.rollout(headway(256, 22_000))
             progress.step(step, row)
     return console.file.getvalue().splitlines()
 
@@ -85,8 +90,8 @@ def test_say_prints_text_as_it_is():
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_live_display_keeps_within_the_terminal(width):
     progress = Progress(40, console=Console(file=io.StringIO(), width=width))
-    for call in (lambda: None, lambda: progress.rollout(0, 256, 0), lambda: progress.rollout(143, 256, 12_000),
-                 lambda: progress.step(0, STEP), lambda: progress.rollout(3, 256, 100)):
+    for call in (lambda: None, lambda: progress.rollout(headway(0)), lambda: progress.rollout(headway(143, 12_000)),
+                 lambda: progress.step(0, STEP), lambda: progress.rollout(headway(3, 100))):
         call()
         lines = Console(width=width).render_lines(progress, pad=False)
         assert 1 <= len(lines) <= 2
@@ -94,10 +99,10 @@ def test_live_display_keeps_within_the_terminal(width):
 
 
 PSEUDO_TERMINAL = """
-from effreason.runtime.progress import Progress
+from effreason.runtime.progress import Headway, Progress
 with Progress(40) as progress:
     progress.say("above the bar")
-    progress.rollout(143, 256, 12000)
+    progress.rollout(Headway(finished=143, total=256, running=64, waiting=49, tokens=12000))
     progress.step(6, {"rollout/accuracy": 0.91, "rollout/tokens": 87.0, "time/step": 2.5})
 """
 
@@ -261,8 +266,8 @@ def test_heavy_packages_are_imported_only_where_asked_for():
 def test_generation_rate_stops_with_the_last_response(monkeypatch):
     now = iter([10.0, 12.0, 20.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    generation = progress._Generation(256, 0)
-    generation.finished, generation.tokens = 100, 4_000
+    generation = progress._Generation(headway(0))
+    generation.headway = headway(100, 4_000)
     assert generation.rate() == 2_000
-    generation.finished = 256
+    generation.headway = headway(256, 4_000)
     assert generation.rate() == 2_000

@@ -10,6 +10,7 @@ from decoders import QWEN2, mesh, weights
 from effreason import attempts, parity, rollouts, update
 from effreason.records import Problem
 from effreason.runtime.config import Config, ModelConfig, RolloutConfig
+from effreason.sampling.draws import Sampling
 
 
 def config(most=0.05, dtype="float32"):
@@ -46,11 +47,13 @@ def sampled():
     problems = [Problem(uid=uid, prompt=np.arange(2 + uid, 8 + 2 * uid, dtype=np.int32), text="", answer="",
                         level="all") for uid in range(4)]
     target = mesh()
-    sample = rollouts.make_sampler(QWEN2, target, rollouts.Sampling(temperature=1.0, top_p=1.0, eos_ids=()), slots=16,
-                                   chunk=8)
+    sampler = rollouts.make_sampler(QWEN2, target, slots=16, chunk=8)
+    sampling = Sampling(temperature=1.0, eos_ids=())
     with jax.set_mesh(target):
-        return update.pack(attempts.generate(sample, weights(QWEN2), problems, 4, jax.random.key(0), 24,
-                                             lambda *now: None), 1)
+        responses, _ = attempts.generate(
+            lambda requests: sampler(weights(QWEN2), requests, jax.random.key(0), sampling),
+            rollouts.make_requests(problems, 4, 24), lambda now: None)
+    return update.pack(rollouts.collect(problems, responses, 4), 1)
 
 
 @pytest.mark.parametrize(("changes", "temperature", "passes"), [

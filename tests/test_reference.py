@@ -16,6 +16,7 @@ from decoders import mesh
 from effreason import rollouts, update
 from effreason.lm import hf
 from effreason.records import Problem
+from effreason.sampling.draws import Sampling
 
 NAMES = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
 REFERENCES = Path(__file__).parents[2] / "shared" / "real" / "reference"
@@ -74,14 +75,13 @@ def test_prompt_logprobs(reference, checkpoint):
 
 
 def test_greedy_tokens(reference, checkpoint):
-    # The sampler at a temperature that leaves no choice: the smallest margin is 0.013, 130 after the division.
     config, params = checkpoint
     problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32), text="", answer="",
                         level="all") for prompt in PROMPTS]
     expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
-    sample = rollouts.make_sampler(config, mesh(), rollouts.Sampling(temperature=1e-4, top_p=1.0, eos_ids=()),
-                                   slots=8, chunk=16)
-    responses = [response for chunk in sample(params, problems, 1, jax.random.key(0), len(expected[0]))
+    sample = rollouts.make_sampler(config, mesh(), slots=8, chunk=16)
+    requests = rollouts.make_requests(problems, 1, len(expected[0]))
+    responses = [response for chunk in sample(params, requests, jax.random.key(0), Sampling(temperature=0, eos_ids=()))
                  for response in chunk]
     assert sorted(response.prompt for response in responses) == list(PROMPTS)
     for response in responses:

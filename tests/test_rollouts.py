@@ -1,27 +1,27 @@
 """The sampling engine: against the full forward pass, against itself in other arrangements, and by distribution."""
 
+import dataclasses
 import functools
 import logging
 import re
 
-import hypothesis.extra.numpy as arrays
-import hypothesis.strategies as some
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import QWEN2, VOCABULARY, mesh, place, weights
-from hypothesis import given
 
-from effreason import rollouts
+from effreason import attempts, rollouts
 from effreason.lm import model
 from effreason.records import Problem, Response
 from effreason.runtime import sharding
+from effreason.sampling.draws import Sampling
+from effreason.sampling.loops import LoopStopping
 
 EOS = (3, 18)
 LIMIT = 24
+ANY = Sampling(temperature=1.0, eos_ids=EOS)
+ENDLESS = Sampling(temperature=1.0, eos_ids=())
 GROUP = 4
-ALMOST_ONE = np.float32(1 - 2**-24)          # the largest number that a float32 uniform draw gives
 MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2)}
 
 
@@ -35,21 +35,26 @@ PROBLEMS = [problem(uid, length) for uid, length in [(31, 1), (7, 2), (2_000_000
 
 
 @functools.cache
-def sampler(shape=(), *, slots=8, chunk=4, **changes):
-    sampling = dict(temperature=1.0, top_p=1.0, eos_ids=EOS) | changes
+def sampler(shape=(), *, slots=8, chunk=4, **settings):
     target = mesh(**dict(shape))
-    return target, rollouts.make_sampler(QWEN2, target, rollouts.Sampling(**sampling), slots=slots, chunk=chunk)
+    return target, rollouts.make_sampler(QWEN2, target, slots=slots, chunk=chunk, **settings)
 
 
-def sampled(problems=PROBLEMS, group_size=GROUP, seed=0, max_new_tokens=LIMIT, **settings):
-    """{(uid, sample): response}"""
+def generation(requests, *, seed=0, sampling=ANY, **settings):
     target, sample = sampler(**settings)
-    chunks = sample(place(QWEN2, weights(QWEN2), target), problems, group_size, jax.random.key(seed),
-                    max_new_tokens)
-    responses = [response for chunk in chunks for response in chunk]
+    return sample(place(QWEN2, weights(QWEN2), target), requests, jax.random.key(seed), sampling)
+
+
+def named(responses, problems):
+    """{(uid, sample): response}"""
     by_name = {(problems[response.prompt].uid, response.sample): response for response in responses}
     assert len(by_name) == len(responses)
     return by_name
+
+
+def sampled(problems=PROBLEMS, group_size=GROUP, max_new_tokens=LIMIT, expected=None, **settings):
+    requests = rollouts.make_requests(problems, group_size, max_new_tokens, expected or {})
+    return named([response for chunk in generation(requests, **settings) for response in chunk], problems)
 
 
 @jax.jit
@@ -112,32 +117,49 @@ def test_recorded_logprobs_are_those_of_the_full_forward_pass(baseline):
 
 def test_a_cache_that_grows_past_its_bucket_loses_nothing():
     # The prompt of 20 starts in a cache of 64; with 60 tokens more it needs the next bucket, 96. No EOS: all are cut.
-    responses = sampled(problems=PROBLEMS[3:], eos_ids=(), max_new_tokens=60, chunk=16)
+    responses = sampled(problems=PROBLEMS[3:], sampling=ENDLESS, max_new_tokens=60, chunk=16)
     assert all(len(response.tokens) == 60 and not response.ended for response in responses.values())
     assert_logprobs_are_the_forward_pass(responses, PROBLEMS[3:])
 
 
-def test_a_temperature_near_zero_takes_the_most_likely_token():
-    responses = sampled(temperature=1e-4)
+def test_greedy_takes_the_most_likely_token():
+    responses = sampled(sampling=Sampling(temperature=0.0, eos_ids=EOS))
     for problem_ in PROBLEMS:
         for sample in range(GROUP):
             response = responses[problem_.uid, sample]
             np.testing.assert_array_equal(response.tokens, predictions(problem_, response).argmax(axis=-1))
+            np.testing.assert_array_equal(response.sampling_logprobs, 0.0)
 
 
-def test_tokens_come_from_the_nucleus_and_their_logprobs_from_the_whole_distribution():
-    responses = sampled(temperature=0.7, top_p=0.8)
+def test_logprobs_of_three_kinds():
+    responses = sampled(sampling=Sampling(temperature=0.7, top_p=0.8, eos_ids=EOS))
     assert_logprobs_are_the_forward_pass(responses, PROBLEMS, temperature=0.7)
     for problem_ in PROBLEMS:
         response = responses[problem_.uid, 0]
-        kept = rollouts.nucleus(jnp.asarray(predictions(problem_, response)) / 0.7, 0.8)
-        assert np.isfinite(np.take_along_axis(np.asarray(kept), response.tokens[:, None], axis=-1)).all()
+        logits = predictions(problem_, response)
+        place_ = response.tokens[:, None]
+        np.testing.assert_allclose(response.model_logprobs, np.take_along_axis(log_softmax(logits), place_, -1)[:, 0],
+                                   atol=2e-5)
+        tempered = log_softmax(logits / 0.7)
+        for row, token in enumerate(response.tokens):
+            order = np.argsort(-tempered[row])
+            mass = np.cumsum(np.exp(tempered[row][order]))
+            kept = order[: np.searchsorted(mass, 0.8) + 1]
+            assert token in kept
+            expected = tempered[row, token] - np.log(np.exp(tempered[row][kept]).sum())
+            assert response.sampling_logprobs[row] == pytest.approx(expected, abs=2e-5)
+
+
+def test_without_filters_at_temperature_one_the_three_kinds_are_one(baseline):
+    for response in baseline.values():
+        np.testing.assert_array_equal(response.logprobs, response.sampling_logprobs)
+        np.testing.assert_array_equal(response.logprobs, response.model_logprobs)
 
 
 def test_a_shorter_limit_cuts_the_same_responses_and_compiles_nothing(baseline, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         cut = sampled(max_new_tokens=5)
-    assert "jit(decode_chunk)" not in caplog.text
+    assert "jit(decode)" not in caplog.text
     for name, response in cut.items():
         np.testing.assert_array_equal(response.tokens, baseline[name].tokens[:5])
         assert response.ended == (baseline[name].ended and len(baseline[name].tokens) <= 5)
@@ -151,6 +173,12 @@ def test_a_response_does_not_depend_on_slots_or_chunk(baseline, arrangement):
 def test_a_response_does_not_depend_on_the_other_prompts_or_the_group_size(baseline):
     assert_same(sampled(problems=PROBLEMS[::-1]), baseline)
     assert_same(sampled(problems=PROBLEMS[1:4], group_size=3), baseline)
+
+
+def test_a_response_does_not_depend_on_the_order():
+    baseline = sampled(max_new_tokens=48)
+    expected = {problem.uid: float(place) for place, problem in enumerate(PROBLEMS)}
+    assert_same(sampled(max_new_tokens=48, expected=expected), baseline)
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
@@ -168,19 +196,19 @@ def test_samples_of_a_prompt_and_steps_differ(baseline):
 @pytest.mark.parametrize("limit", [1, LIMIT])
 def test_eos_as_the_first_token_is_a_response_of_length_one(limit):
     # At a limit of 1 the last token allowed is EOS: ended, not cut.
-    responses = sampled(eos_ids=tuple(range(VOCABULARY)), max_new_tokens=limit)
+    responses = sampled(sampling=Sampling(temperature=1.0, eos_ids=tuple(range(VOCABULARY))), max_new_tokens=limit)
     assert all(len(response.tokens) == 1 and response.ended for response in responses.values())
 
 
 def test_an_iterator_yields_after_every_chunk_and_may_be_dropped():
-    target, sample = sampler()
-    before = jax.sharding.get_abstract_mesh()
-    chunks = sample(place(QWEN2, weights(QWEN2), target), PROBLEMS[:1], GROUP, jax.random.key(0), LIMIT)
+    chunks = generation(rollouts.make_requests(PROBLEMS, GROUP, LIMIT))
+    before = chunks.running, chunks.waiting
+    assert before == (8, 12)
     first = next(chunks)
     assert all(isinstance(response, Response) for response in first)
-    assert jax.sharding.get_abstract_mesh() == before           # what the consumer runs meanwhile sees its own mesh
-    chunks.close()
-    assert jax.sharding.get_abstract_mesh() == before
+    assert chunks.finished == len(first) and chunks.running == 8 and chunks.waiting == 12 - len(first)
+    assert 0 < chunks.tokens <= 8 * 4 and 0 < chunks.steps <= 4
+    del chunks
 
 
 @pytest.mark.parametrize("shape", [{}, MESHES["all"]], ids=["one device", "eight devices"])
@@ -188,107 +216,178 @@ def test_host_and_device_meet_only_where_they_say_so(shape):
     target, sample = sampler(tuple(shape.items()))
     params, key = place(QWEN2, weights(QWEN2), target), jax.device_put(jax.random.key(0), sharding.sharding(target))
     with jax.transfer_guard("disallow"):
-        assert sum(len(chunk) for chunk in sample(params, PROBLEMS, GROUP, key, LIMIT)) == GROUP * len(PROBLEMS)
+        requests = rollouts.make_requests(PROBLEMS, GROUP, LIMIT)
+        assert sum(len(chunk) for chunk in sample(params, requests, key, ANY)) == GROUP * len(PROBLEMS)
 
 
-def test_ragged_batches_share_compiled_functions(caplog):
-    sampler.cache_clear()
-    slots = 8
+def ragged(seed):
+    """Five prompts of random lengths, four responses each with limits of their own."""
+    generator = np.random.default_rng(seed)
+    problems = [problem(seed * 10 + row, length) for row, length in enumerate(generator.integers(1, 33, 5))]
+    return [dataclasses.replace(request, max_new_tokens=int(generator.integers(1, 90)))
+            for request in rollouts.make_requests(problems, GROUP, 1)]
+
+
+def test_twenty_ragged_batches_compile_nothing_after_the_warm_up(caplog):
+    settings = dict(slots=8, chunk=8, positions=32 + 90)
+    for seed in range(100, 130):                                # every width of prompts meets every size of the cache
+        for _ in generation(ragged(seed), **settings):
+            pass
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        for seed in range(3):
-            lengths = np.random.default_rng(seed).permutation([3, 5, 9, 12, 16])
-            sampled([problem(seed * 10 + row, length) for row, length in enumerate(lengths)], seed=seed, slots=slots)
-    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-    assert compiled.count("decode_chunk") == 1
-    # The number of prompts read at once is rounded up to 4 or 16. `insert` may have been compiled by another sampler.
-    assert 1 <= compiled.count("prefill") <= 2
-    assert compiled.count("insert") <= 2
+        for seed in range(20):
+            chunks = generation(ragged(seed), seed=seed, **settings)
+            assert sum(len(finished) for finished in chunks) == 5 * GROUP
+            assert chunks.compilations == 0
+    assert not re.findall(r"Compiling jit\((decode|read|start|grow|shrink|empty)\)", caplog.text)
 
 
-# draw and nucleus
+def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
+    rows, make_programs = [], rollouts.device.make_programs
+
+    class Spy:
+        """A compiled function that writes down what it is called with."""
+
+        def __init__(self, function):
+            self.function, self._cache_size = function, function._cache_size
+
+        def __call__(self, weights, prompts):
+            rows.append(prompts.shape)
+            return self.function(weights, prompts)
+
+    def spied(*arguments):
+        programs = make_programs(*arguments)
+        return dataclasses.replace(programs, read=Spy(programs.read))
+
+    monkeypatch.setattr(rollouts.device, "make_programs", spied)
+    sample = rollouts.make_sampler(QWEN2, mesh(), slots=3, chunk=4)
+    problems = [problem(uid, 5) for uid in range(9)]
+    requests = rollouts.make_requests(problems, GROUP, 9)
+    assert sum(len(each) for each in sample(weights(QWEN2), requests, jax.random.key(0), ANY)) == 36
+    assert rows == [(8, 16), (1, 16)]                           # 36 responses through 3 slots
 
 
-def test_draw_follows_the_softmax():
-    logits = jnp.array([1.0, -jnp.inf, 0.0, 2.0, -3.0, 1.5, -jnp.inf, 0.5])
-    rows = 20_000
-    keys = jax.random.split(jax.random.key(0), rows)
-    tokens = jax.jit(rollouts.draw)(jnp.broadcast_to(logits, (rows, 8)), keys)
-    expected = np.exp(log_softmax(np.asarray(logits)))
-    counts = np.bincount(tokens, minlength=8)
-    assert counts[expected == 0].sum() == 0
-    possible = expected > 0
-    chi_square = np.sum((counts - rows * expected)[possible] ** 2 / (rows * expected[possible]))
-    assert chi_square < 20.5                                    # 5 degrees of freedom: 1 in 1,000
+def test_slots_are_halved_in_the_tail_and_lose_nothing():
+    problems = [problem(uid, 6) for uid in range(4)]
+    limits = [60 if request.sample == 0 and request.prompt == 2 else 7 + request.sample
+              for request in rollouts.make_requests(problems, 8, 1)]
+    requests = [dataclasses.replace(request, max_new_tokens=limit) for request, limit in zip(
+        rollouts.make_requests(problems, 8, 1), limits, strict=True)]
+    chunks = generation(requests, slots=32, sampling=ENDLESS)
+    sizes, responses = [], []
+    for finished in chunks:
+        responses += finished
+        sizes.append(chunks.slot_steps)
+    assert chunks.slot_steps < 32 * chunks.steps / 2            # most steps were made with few slots
+    in_order = sorted(responses, key=lambda response: (response.prompt, response.sample))
+    assert [len(response.tokens) for response in in_order] == limits
+    few = named([response for finished in generation(requests, slots=4, sampling=ENDLESS) for response in finished],
+                problems)
+    assert_same(named(responses, problems), few)
 
 
-@functools.cache
-def drawn_at():
-    """draw with the uniform number given instead of drawn."""
-    def at(logits, uniform):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax.random, "uniform", lambda key: uniform[0])
-            return rollouts.draw(logits, jax.random.split(jax.random.key(0), len(logits)))
-
-    return jax.jit(at)
+def test_requests_of_one_prompt_may_have_limits_of_their_own(baseline):
+    requests = [dataclasses.replace(request, max_new_tokens=1 + 3 * request.sample)
+                for request in rollouts.make_requests(PROBLEMS, GROUP, LIMIT)]
+    responses = named([response for chunk in generation(requests) for response in chunk], PROBLEMS)
+    for (uid, sample), response in responses.items():
+        np.testing.assert_array_equal(response.tokens, baseline[uid, sample].tokens[: 1 + 3 * sample])
+        assert response.finish == ("eos" if response.tokens[-1] in EOS else "length")
 
 
-@given(arrays.arrays(np.float32, 37, elements=some.one_of(
-           some.just(np.float32(-np.inf)), some.floats(-100, 100, width=32))).filter(lambda row: row.max() > -np.inf),
-       some.one_of(some.just(np.float32(0)), some.just(ALMOST_ONE), some.floats(0, float(ALMOST_ONE), width=32)))
-def test_draw_never_takes_what_is_impossible(row, uniform):
-    tokens = drawn_at()(row[None], np.full(1, uniform, np.float32))
-    assert 0 <= tokens[0] < len(row) and row[tokens[0]] > -np.inf
+def test_the_longest_expected_comes_first_and_what_is_unknown_before_it():
+    expected = {PROBLEMS[0].uid: 5.0, PROBLEMS[1].uid: 50.0, PROBLEMS[3].uid: 9.0, PROBLEMS[4].uid: 50.0}
+    chunks = generation(rollouts.make_requests(PROBLEMS, 2, LIMIT, expected), slots=10)
+    order = [row.prompt for row in chunks.unfinished()]
+    assert order == [2, 2, 1, 1, 4, 4, 3, 3, 0, 0]
 
 
-def test_draw_never_takes_what_is_impossible_in_a_large_vocabulary():
-    # Sums of thousands of float32 are rounded: a draw close to 1 must still find an entry that can be drawn.
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        row = generator.standard_normal(5_000).astype(np.float32)
-        row[generator.random(5_000) < 0.5] = -np.inf
-        row[-1_000:] = -np.inf
-        for uniform in (0.0, 0.25, 0.5, 1 - 2**-20, ALMOST_ONE):
-            tokens = drawn_at()(row[None], np.full(1, uniform, np.float32))
-            assert tokens[0] < 5_000 and row[tokens[0]] > -np.inf
+def test_nothing_to_do_is_over_at_once():
+    assert list(generation([])) == []
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [
-    (1.0, [0, 1, 2, 3]), (0.97, [0, 1, 2, 3]), (0.9, [0, 1, 2]), (0.79, [0, 1]), (0.6, [0, 1]), (0.45, [1]),
-    (1e-6, [1]),
-])
-def test_nucleus_keeps_the_smallest_set_that_reaches_top_p(top_p, kept):
-    logits = jnp.log(jnp.array([[0.3, 0.5, 0.15, 0.05]])) + 7.0
-    expected = np.where(np.isin(np.arange(4), kept), logits[0], -np.inf)
-    np.testing.assert_array_equal(rollouts.nucleus(logits, top_p)[0], expected)
+def test_replay_one_response_by_its_name(baseline):
+    """A step is named by its key, a response by uid and sample: alone in the engine it is the same."""
+    for problem_ in PROBLEMS[1:3]:
+        request = rollouts.Request(prompt=0, tokens=problem_.prompt, uid=problem_.uid, sample=2, max_new_tokens=LIMIT)
+        (response,) = [response for chunk in generation([request]) for response in chunk]
+        assert_same({(problem_.uid, 2): response}, baseline)
 
 
-@given(arrays.arrays(np.float32, (3, 11), elements=some.floats(-20, 20, width=32)), some.floats(0.01, 0.999))
-def test_nucleus_reaches_top_p_and_would_not_without_its_least(logits, top_p):
-    kept = np.isfinite(np.asarray(rollouts.nucleus(jnp.asarray(logits), top_p)))
-    probabilities = np.exp(log_softmax(logits))
-    for row in range(3):
-        inside = probabilities[row][kept[row]]
-        assert inside.size and inside.min() >= probabilities[row][~kept[row]].max(initial=0.0) - 1e-7
-        assert inside.sum() >= top_p - 1e-5
-        least = inside[inside <= inside.min() * (1 + 1e-6)]         # ties with the least come in together
-        assert inside.sum() - least.sum() < top_p + 1e-5
+# interrupted generations
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [{}, MESHES["all"]], ids=["one device", "eight devices"])
+def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(chunks, shape):
+    shape = tuple(shape.items())
+    requests = rollouts.make_requests(PROBLEMS, GROUP, LIMIT)
+    expected = sampled(shape=shape)
+    first = generation(requests, shape=shape)
+    before = [response for _ in range(chunks) for response in next(first)]
+    begun = first.unfinished()
+    assert len(begun) == 8 and all(response.finish == "" for response in begun)
+    left = attempts.remaining(requests, [*before, *begun])
+    assert len(left) == len(requests) - len(before)
+    second = generation(left, shape=shape)
+    after = [response for finished in second for response in finished]
+    assert_same(named([*before, *after], PROBLEMS), expected)
+    drawn_before = sum(len(response.tokens) for response in [*before, *begun])
+    assert second.tokens == sum(len(response.tokens) for response in expected.values()) - drawn_before
+
+
+# loops
+
+
+def periodic(shape=()):
+    """Greedy responses of a random decoder end up repeating themselves."""
+    return dict(shape=shape, sampling=Sampling(temperature=0.0, eos_ids=()), max_new_tokens=80, group_size=2)
+
+
+STOPPING = LoopStopping(window=16, longest_period=8, grid=4)
+
+
+def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots():
+    whole = sampled(**periodic())
+    cut = sampled(**periodic(), loops=STOPPING)
+    looped = [name for name, response in cut.items() if response.finish == "loop"]
+    assert looped                                               # else this test would say nothing
+    for name, response in cut.items():
+        length = len(response.tokens)
+        np.testing.assert_array_equal(response.tokens, whole[name].tokens[:length])
+        assert response.looped == (response.finish == "loop") and len(response.logprobs) == length
+        assert length % 4 == 0 if response.looped else length == 80
+    for arrangement in (dict(chunk=7), dict(slots=2), dict(slots=64, chunk=32)):
+        assert_same(sampled(**periodic(), loops=STOPPING, **arrangement), cut)
+
+
+def test_audited_loops_go_on_and_are_marked():
+    cut = sampled(**periodic(), loops=STOPPING)
+    audited = sampled(**periodic(), loops=dataclasses.replace(STOPPING, audit_share=1.0))
+    assert all(response.finish == "length" and len(response.tokens) == 80 for response in audited.values())
+    assert {name for name, response in audited.items() if response.looped} == {
+        name for name, response in cut.items() if response.looped}
 
 
 # collect
 
 
-def response(prompt, sample, length, ended=True):
+def response(prompt, sample, length, finish="eos", looped=False):
     tokens = np.arange(1, length + 1, dtype=np.int32) + 10 * prompt + 5 * sample
-    return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=-tokens.astype(np.float32), ended=ended)
+    logprobs = -tokens.astype(np.float32)
+    return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=logprobs, sampling_logprobs=logprobs,
+                    model_logprobs=logprobs, finish=finish, looped=looped)
 
 
 def test_collect_puts_each_response_in_its_place():
-    responses = [response(1, 0, 3), response(0, 1, 1), response(1, 1, 2, ended=False), response(0, 0, 2)]
+    responses = [response(1, 0, 3), response(0, 1, 1), response(1, 1, 2, "length"),
+                 response(0, 0, 2, "loop", looped=True)]
     found = rollouts.collect([problem(1, 2), problem(2, 4)], responses, 2)
     np.testing.assert_array_equal(found.prompt_lengths, [2, 4])
     np.testing.assert_array_equal(found.prompts[0], [*problem(1, 2).prompt, 0, 0])
     np.testing.assert_array_equal(found.lengths, [[2, 1], [3, 2]])
-    np.testing.assert_array_equal(found.ended, [[True, True], [True, False]])
+    np.testing.assert_array_equal(found.ended, [[False, True], [True, False]])
+    np.testing.assert_array_equal(found.finish, [["loop", "eos"], ["eos", "length"]])
+    np.testing.assert_array_equal(found.looped, [[True, False], [False, False]])
     np.testing.assert_array_equal(found.tokens, [[[1, 2, 0], [6, 0, 0]], [[11, 12, 13], [16, 17, 0]]])
     np.testing.assert_array_equal(found.logprobs, -found.tokens)
 

@@ -230,7 +230,8 @@ def rollouts_of(prompt_lengths, lengths):
     return Rollouts(
         prompts=np.where(np.arange(prompt_lengths.max()) < prompt_lengths[:, None], prompt, -1).astype(np.int32),
         prompt_lengths=prompt_lengths, tokens=np.where(at < lengths[..., None], response, -1).astype(np.int32),
-        lengths=lengths, logprobs=np.zeros((*lengths.shape, lengths.max()), np.float32), ended=lengths > 0)
+        lengths=lengths, logprobs=np.zeros((*lengths.shape, lengths.max()), np.float32),
+        finish=np.full(lengths.shape, "eos"), looped=np.zeros(lengths.shape, bool))
 
 
 def test_pack_lays_prompt_and_response_in_one_line():

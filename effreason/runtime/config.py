@@ -26,6 +26,7 @@ Positive = Annotated[float, Bound("> 0 and finite", lambda x: 0 < x < math.inf)]
 NonNegative = Annotated[float, Bound(">= 0 and finite", lambda x: 0 <= x < math.inf)]
 Fraction = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]
 Share = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
+Closed = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
 Template = Annotated[str, Bound('holding "{problem}"', lambda text: "{problem}" in text)]
 
 
@@ -103,15 +104,38 @@ class RolloutConfig(Section):
     """Sampling temperature; the method assumes 1."""
     top_p: Share = 1.0
     """Nucleus sampling: the smallest set of tokens with this probability; 1 = all, as the method assumes."""
-    slots: Count = 64
+    top_k: Count | None = None
+    """Only this many of the most likely tokens; null = all, as the method assumes."""
+    min_p: Closed = 0.0
+    """Only tokens at least this likely, relative to the most likely one; 0 = all, as the method assumes."""
+    slots: Count | None = None
     """Responses generated at the same time, rounded up to a multiple of mesh.data x mesh.fsdp; a finished one makes
-    room for the next."""
+    room for the next. null = as many as rollout.memory_gib holds at their longest, at most those of a step."""
+    memory_gib: Positive | None = None
+    """Memory for the keys and values of all slots, in GiB on all devices together; null = what the weights, the
+    optimiser and a reserve of a tenth leave."""
+    cache_layout: Literal["auto", "transposed", "heads_first", "sequence_first", "paged", "cudnn"] = "auto"
+    """How keys and values lie in memory; auto = the fastest one known for the device."""
     chunk: Count = 16
-    """Tokens each slot generates before finished responses are looked for."""
+    """Tokens each slot generates, at most, before finished responses are looked for."""
     max_mismatch: Positive | None = None
     """Parity gate: the run stops where the log-probs of sampled tokens by the sampler and by the trainer differ by more
     than this, in nats, on the mean over a step's tokens. Measured on short responses before the first step too.
     null = 0.1 in bfloat16, 0.02 in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopsConfig(Section):
+    """Responses that repeat themselves word for word until the token limit."""
+
+    stop: bool = False
+    """Stop them; they count as wrong, like any response that was cut off, and their length ends where they are cut."""
+    window: Count = 512
+    """A response loops when its last tokens, so many, are one block of tokens over and over."""
+    longest_period: Count = 128
+    """Tokens in that block, at most; half of loops.window at most."""
+    audit_share: Closed = 0.05
+    """Share of the loops that are let go on all the same; rollout/loops_recovered says how many of these found out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +233,14 @@ class EvaluationConfig(Section):
     """Problems to evaluate on, the first of each set; 0 = no evaluation."""
     samples: Count = 1
     """Responses to each problem; accuracy is the mean over them."""
-    temperature: Positive = 1.0
-    """Sampling temperature."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature; 0 = greedy."""
     top_p: Share = 1.0
     """Nucleus sampling, as rollout.top_p."""
+    top_k: Count | None = None
+    """As rollout.top_k."""
+    min_p: Closed = 0.0
+    """As rollout.min_p."""
     every: Natural = 0
     """Steps between evaluations in training; 0 = only before the first step and after the last."""
     max_new_tokens: Count | None = None
@@ -276,6 +304,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    loops: LoopsConfig = LoopsConfig()
     grade: GradeConfig = GradeConfig()
     reward: RewardConfig = RewardConfig()
     advantage: AdvantageConfig = AdvantageConfig()
@@ -295,6 +324,9 @@ class Config:
                 f"update.updates_per_batch, got {rollout.prompts_per_step} * {rollout.group_size} and "
                 f"{update.rows_per_micro_batch} * {update.updates_per_batch}"
             )
+        if self.loops.window < 2 * self.loops.longest_period:
+            raise ValueError("loops.window must be at least twice loops.longest_period, "
+                             f"got {self.loops.window} and {self.loops.longest_period}")
         if self.data.choices_field is not None and self.data.answer_kind != "choice":
             raise ValueError("data.answer_kind must be choice where data.choices_field names a column, "
                              f"got {self.data.answer_kind}")

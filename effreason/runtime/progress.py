@@ -4,6 +4,7 @@ A step is counted from 0: what is shown of step s was measured on rollouts of th
 """
 
 import collections
+import dataclasses
 import math
 import os
 import statistics
@@ -51,21 +52,32 @@ def say(text: str, console: Console) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Headway:
+    """How far a generation is, for people to watch."""
+
+    finished: int                   # responses
+    total: int
+    running: int                    # in slots
+    waiting: int                    # not started
+    tokens: int                     # drawn since it began, of running responses too
+
+
 class _Generation:
     """How far the generation of one step is, and how fast."""
 
-    def __init__(self, total: int, tokens: int) -> None:
-        self.total, self.finished, self.tokens = total, 0, tokens
+    def __init__(self, headway: Headway) -> None:
+        self.headway = headway
         self.over = False
-        self._first_tokens = tokens
+        self._first_tokens = headway.tokens
         self._started = self._changed = time.monotonic()
 
     def rate(self) -> float:
         """Tokens per second since the first report, up to the moment all responses were there."""
-        if self.finished < self.total:
+        if self.headway.finished < self.headway.total:
             self._changed = time.monotonic()
         elapsed = self._changed - self._started
-        sampled = self.tokens - self._first_tokens
+        sampled = self.headway.tokens - self._first_tokens
         return sampled / elapsed if sampled and elapsed else math.nan
 
 
@@ -125,15 +137,13 @@ class Progress:
         if self._live is None:
             self.say(self._line())
 
-    def rollout(self, finished: int, total: int, tokens: int) -> None:
-        """Shows how far the generation within this step is.
-
-        Args: finished and total responses; tokens sampled since this generation began.
-        """
+    def rollout(self, headway: Headway) -> None:
+        """Shows how far the generation within this step is."""
         current = self._rollout
-        if current is None or current.over or finished < current.finished or total != current.total:
-            current = self._rollout = _Generation(total, tokens)
-        current.finished, current.tokens = finished, tokens
+        if (current is None or current.over or headway.finished < current.headway.finished
+                or headway.total != current.headway.total):
+            current = self._rollout = _Generation(headway)
+        current.headway = headway
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -168,8 +178,9 @@ class Progress:
         # The bars stand in one column, so both rows take the width of the longer label and the longer text.
         rows = [(_counted("step", self._done, self._total), self._done, self._total, self._step_text())]
         if (generation := self._rollout) is not None and self._ended is None:
-            label = _counted("rollout", generation.finished, generation.total)
-            rows.append((label, generation.finished, generation.total, self._rate_text(generation)))
+            headway = generation.headway
+            label = _counted("rollout", headway.finished, headway.total)
+            rows.append((label, headway.finished, headway.total, self._rate_text(generation)))
         elif self._metrics:
             rows.append(("", 0, 0, self._rate_text(None)))
         used = max(len(row[0]) for row in rows) + max(row[3].cell_len for row in rows) + 3
@@ -201,7 +212,9 @@ class Progress:
     def _rate_text(self, generation: _Generation | None) -> Text:
         sampled = self._value("rollout/tokens_per_second")
         if generation is not None and not generation.over:
-            sampled = generation.rate()
+            headway = generation.headway
+            return Text.assemble(*_pair("rollout", f"{rate(generation.rate()):>5} tok/s"),
+                                 *_pair("running", f"{headway.running}"), *_pair("waiting", f"{headway.waiting}"))
         parts = _pair("rollout", f"{rate(sampled):>5} tok/s")
         if self._metrics:
             parts += _pair("update", f"{rate(self._value('update/tokens_per_second')):>5} tok/s")

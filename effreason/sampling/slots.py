@@ -58,7 +58,7 @@ class Programs:
     read: Callable[..., Any]        # (weights, int32[rows, W]) -> bank
     start: Callable[..., Any]       # (slots, bank, fresh, step key) -> slots
     advance: Callable[..., Any]     # (weights, slots, keep, halted, sampling=, chunk=) -> (slots, what was drawn)
-    grow: Callable[..., Any]        # (slots, capacity=) -> slots
+    grow: Callable[..., Any]        # (a layer's cache, capacity=) -> the same, larger
     shrink: Callable[..., Any]      # (slots, rows) -> slots
     empty: Callable[..., Any]       # (count=, capacity=) -> slots
     shards: int                     # ways in which the slots are split
@@ -168,13 +168,12 @@ def start(slots: Slots, bank: model.Cache, fresh: Fresh, step_key: jax.Array, *,
                  key=jnp.where(is_fresh, key(fresh.uid, fresh.sample)[row], slots.key))
 
 
-def grow(slots: Slots, *, axes: dict[str, int], capacity: int) -> Slots:
-    """The same slots with room for `capacity` cache positions. Args: axes, the sequence axis of each array."""
+def grow(layer: dict[str, jax.Array], *, axes: dict[str, int], capacity: int) -> dict[str, jax.Array]:
+    """One layer's cache with room for `capacity` positions. Args: axes, the sequence axis of each array."""
     def padded(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, capacity - x.shape[axis] if at == axis else 0) for at in range(x.ndim)])
 
-    cache = [{name: padded(array, axes[name]) for name, array in layer.items()} for layer in slots.cache]
-    return dataclasses.replace(slots, cache=cache)
+    return {name: padded(array, axes[name]) for name, array in layer.items()}
 
 
 def shrink(slots: Slots, rows: jax.Array, *, mesh: Mesh, targets: Slots) -> Slots:
@@ -200,7 +199,7 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
     """The functions with their shardings; nothing is compiled before its first call."""
     axes = model.cache_axes(config)
     replicated, by_rows = sharding.sharding(mesh), sharding.sharding(mesh, "batch")
-    layer = {name: sharding.sharding(mesh, *names) for name, names in axes.items()}
+    layer: Any = {name: sharding.sharding(mesh, *names) for name, names in axes.items()}
     of_bank = {name: sharding.sharding(mesh, "bank", *names[1:]) for name, names in axes.items()}
     rows: Any = by_rows
     targets = Slots(cache=[layer] * config.layers, token=rows, length=rows, generated=rows, limit=rows, active=rows,
@@ -214,7 +213,7 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
         start=jax.jit(functools.partial(start, mesh=mesh, specs=specs), out_shardings=targets, donate_argnums=0),
         advance=jax.jit(functools.partial(decode, config=config), static_argnames=("sampling", "chunk"),
                         out_shardings=(targets, replicated), donate_argnums=1),
-        grow=jax.jit(functools.partial(grow, axes=sequence), static_argnames="capacity", out_shardings=targets),
+        grow=jax.jit(functools.partial(grow, axes=sequence), static_argnames="capacity", out_shardings=layer),
         shrink=jax.jit(functools.partial(shrink, mesh=mesh, targets=targets), out_shardings=targets),
         empty=jax.jit(functools.partial(empty, config=config), static_argnames=("count", "capacity"),
                       out_shardings=targets),
