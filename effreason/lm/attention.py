@@ -1,20 +1,61 @@
-"""Attention and rotary positions, as plain array functions.
+"""Attention, rotary positions and the key/value cache, as plain array functions.
 
 B rows, T query positions, S cache slots, H query heads, K key/value heads, R = H / K, h head width.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from effreason.lm import kernels
 
-# How a layer's cache lies in memory, as logical axes; rows first, so that a mesh splits it by sequences.
-CACHE_LAYOUTS = {
-    "transposed": {"keys": ("batch", "kv_heads", "head_dim", "sequence"),
-                   "values": ("batch", "kv_heads", "sequence", "head_dim")},
+LayerCache = dict[str, jax.Array]   # "keys" and "values" of one layer
+
+_SEQUENCE_FIRST = ("batch", "sequence", "kv_heads", "head_dim")
+_HEADS_FIRST = ("batch", "kv_heads", "sequence", "head_dim")
+_SEQUENCE_LAST = ("batch", "kv_heads", "head_dim", "sequence")
+_LETTERS = {"batch": "b", "kv_heads": "k", "sequence": "s", "head_dim": "h"}
+
+# How a layer's cache lies in memory, as logical axes: rows first, so that a mesh splits it by sequences, and each
+# array in the order in which a decode step reads it on some machine (`choose_layout`).
+CACHE_LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "transposed": {"keys": _SEQUENCE_LAST, "values": _HEADS_FIRST},
+    "sequence_last": {"keys": _SEQUENCE_LAST, "values": _SEQUENCE_LAST},
+    "paged": {"keys": _HEADS_FIRST, "values": _HEADS_FIRST},
+    "cudnn": {"keys": _SEQUENCE_FIRST, "values": _SEQUENCE_FIRST},
 }
+
+
+def choose_layout(platform: str, head_dim: int, dtype: Any, context: int = 1) -> str:
+    """The cache layout that a decode step is fastest in.
+
+    A kernel where the machine has one and the model fits it. Else XLA: a CPU reads keys fastest along the sequence and
+    values along the head; a TPU pads the last axis to 128, so a narrow head must not be last.
+    Args: platform, of a device: "cpu", "gpu" or "tpu"; dtype, of the cache; context, parts a sequence is split into."""
+    kernel = {"tpu": "paged", "gpu": "cudnn"}.get(platform)
+    if kernel and not misfit(kernel, platform, head_dim, dtype, context):
+        return kernel
+    return "sequence_last" if platform == "tpu" else "transposed"
+
+
+def misfit(layout: str, platform: str, head_dim: int, dtype: Any, context: int = 1) -> str | None:
+    """Why the kernel of a layout cannot serve this model on this machine, in words for a user; None where it can."""
+    name = jnp.dtype(dtype).name
+    if layout == "paged":
+        facts = [("platform", platform, platform == "tpu", "tpu"), ("dtype", name, name == "bfloat16", "bfloat16"),
+                 ("head_dim", head_dim, head_dim % 128 == 0, "a multiple of 128")]
+    elif layout == "cudnn":
+        facts = [("platform", platform, platform == "gpu", "gpu"),
+                 ("dtype", name, name in ("bfloat16", "float16"), "bfloat16 or float16"),
+                 ("head_dim", head_dim, head_dim <= 128 and head_dim % 8 == 0, "a multiple of 8, at most 128")]
+    else:
+        return None
+    facts.append(("mesh.context", context, context == 1, "1"))
+    return next((f"{fact} is {found}, the {layout} kernel expects {expected}" for fact, found, fits, expected in facts
+                 if not fits), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +100,43 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
-def cached_attention(query: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
-    """Attends to the cache slots 0 .. position of each query.
+def write_cache(cache: LayerCache, key: jax.Array, value: jax.Array, start: jax.Array, layout: str) -> LayerCache:
+    """The cache with T more tokens in each row, written in place where the cache is donated.
 
-    Args: query [B, T, H, h]; keys [B, K, h, S], transposed: a decode step then reads them in the order in which they
-        lie, several times faster on a CPU; values [B, K, S, h]; positions int32[B, T].
+    Args: key, value [B, T, K, h]; start int32[B], the slot of each row's first new token."""
+    new = {"keys": key, "values": value}
+    axes = CACHE_LAYOUTS[layout]
+    new = {name: x.transpose([_SEQUENCE_FIRST.index(axis) for axis in axes[name]]) for name, x in new.items()}
+    if layout == "paged" and key.shape[1] == 1:
+        return kernels.paged_write(cache, new, start)
+
+    def written(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        # A vmapped dynamic_update_slice, split over rows, needs no collective; a scatter by row number would.
+        return jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis - 1))(
+            old, new, start)
+
+    return {name: written(cache[name], new[name], axes[name].index("sequence")) for name in cache}
+
+
+def cached_attention(query: jax.Array, cache: LayerCache, positions: jax.Array, layout: str) -> jax.Array:
+    """Attends to the cache slots 0 .. position of each query; the others may hold any finite number.
+
+    Args: query [B, T, H, h]; positions int32[B, T]. A kernel reads a decode step, T = 1; XLA everything else.
     Returns: [B, T, H, h]; softmax in float32."""
     rows, length, heads, head_dim = query.shape
-    kv_heads, slots = keys.shape[1], keys.shape[3]
+    if length == 1 and layout == "paged":
+        return kernels.paged_attention(query, cache["keys"], cache["values"], positions[:, 0] + 1)
+    if length == 1 and layout == "cudnn":
+        return kernels.cudnn_attention(query, cache["keys"], cache["values"], positions[:, 0] + 1)
+    keys, values = ("".join(_LETTERS[axis] for axis in CACHE_LAYOUTS[layout][name]) for name in ("keys", "values"))
+    kv_heads, slots = (cache["values"].shape[values.index(letter)] for letter in "ks")
     grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(rows, kv_heads, -1, head_dim)             # [B, K, R * T, h]
-    scores = jnp.einsum("bkqh,bkhs->bkqs", grouped, keys, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    scores = jnp.einsum(f"bkqh,{keys}->bkqs", grouped, cache["keys"], preferred_element_type=jnp.float32)
     visible = jnp.arange(slots)[None, None, :] <= positions[:, :, None]  # [B, T, S]
     visible = jnp.tile(visible, (1, heads // kv_heads, 1))[:, None]      # [B, 1, R * T, S]
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkqs,bksh->bkqh", weights, values)
+    scores = jnp.where(visible, scores / math.sqrt(head_dim), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    mixed = jnp.einsum(f"bkqs,{values}->bkqh", weights, cache["values"])
     mixed = mixed.reshape(rows, kv_heads, heads // kv_heads, length, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)

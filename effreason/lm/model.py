@@ -16,7 +16,7 @@ from effreason.lm import attention
 from effreason.runtime.sharding import constrain
 
 Params = dict[str, Any]             # {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if untied}
-Cache = list[dict[str, jax.Array]]  # a layer: {"keys": [B, K, h, S], "values": [B, K, S, h]}
+Cache = list[attention.LayerCache]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,16 +83,12 @@ class Block(nn.Module):
         return constrain(x, "batch", "sequence", "width"), None
 
     def extend(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array,
-               cache: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+               cache: attention.LayerCache) -> tuple[jax.Array, attention.LayerCache]:
         """x [B, T, D] at positions int32[B, T], behind what the cache holds; returns x and the cache with T more."""
         query, key, value = self.project(x, rope)
-        # A vmapped dynamic_update_slice writes in place and, sharded over rows, needs no collective; a scatter would.
-        write = jax.vmap(lambda old, new, at, axis: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis),
-                         in_axes=(0, 0, 0, None))
-        keys = write(cache["keys"], key.transpose(0, 2, 3, 1), positions[:, 0], 2)
-        values = write(cache["values"], value.transpose(0, 2, 1, 3), positions[:, 0], 1)
-        x = self.finish(x, attention.cached_attention(query, keys, values, positions))
-        return x, {"keys": keys, "values": values}
+        layout = self.config.cache_layout
+        cache = attention.write_cache(cache, key, value, positions[:, 0], layout)
+        return self.finish(x, attention.cached_attention(query, cache, positions, layout)), cache
 
     def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         c, dtype = self.config, x.dtype
