@@ -242,9 +242,9 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
 def engine_metrics(tried: attempts.Attempts, seconds: float) -> dict[str, float]:
     """How well the sampler was used, and which responses repeated themselves."""
     generation, sampled = tried.generation, tried.rollouts
-    metrics = {"rollout/occupancy": generation.tokens / max(generation.slot_steps, 1),
-               "rollout/host_share": generation.host_seconds / seconds,
-               "rollout/compilations": float(generation.compilations)}
+    metrics = {"engine/occupancy": generation.tokens / max(generation.slot_steps, 1),
+               "engine/host_share": generation.host_seconds / seconds,
+               "engine/compilations": float(generation.compilations)}
     if sampled.looped.any():
         audited = sampled.looped & (sampled.finish != LOOP)
         metrics |= {"rollout/loops": float(sampled.looped.mean()),
