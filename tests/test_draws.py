@@ -141,6 +141,18 @@ def test_the_draw_never_takes_what_is_impossible(row, first, second, setting):
     assert np.isfinite(found.logprobs[0]) and np.isfinite(found.sampling_logprobs[0])
 
 
+def test_a_long_sum_that_rises_where_nothing_is_added_finds_no_entry_there():
+    generator = np.random.default_rng(0)
+    weights = generator.random((1_000, 1187)).astype(np.float32) ** 8        # 1187 tokens: a block of 151,936 in 128
+    weights[generator.random(weights.shape) < 0.5] = 0
+    weights[:, 0] = 1
+    reached = np.asarray(jax.jit(lambda weights: jnp.cumsum(weights, axis=-1))(weights))
+    row, place = np.nonzero((np.diff(reached, axis=-1) > 0) & (weights[:, 1:] == 0))
+    middle = (reached[row, place].astype(np.float64) + reached[row, place + 1]) / 2
+    found = jax.jit(draws._invert)(weights[row], (middle / reached[row].max(axis=-1)).astype(np.float32))
+    assert (weights[row, found] > 0).all()
+
+
 def test_the_draw_never_takes_what_is_impossible_in_a_large_vocabulary():
     # Sums of thousands of float32 are rounded: a draw close to 1 must still find an entry that can be drawn.
     generator = np.random.default_rng(0)

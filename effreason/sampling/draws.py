@@ -79,7 +79,7 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Drawn:
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = _invert(kept_sums, uniform[:, 0])
     inside = _row(blocks, block)
-    # Relative to the block's own most likely token: in a block of unlikely ones the weights would all be rounded to 0.
+    # Relative to the block's own most likely token: in a block of unlikely ones all weights might be rounded to 0.
     weights = _weights(inside, jnp.max(inside, axis=-1), sampling.temperature, threshold)
     position = _invert(weights, uniform[:, 1])
 
@@ -168,12 +168,12 @@ def _block_sums(blocks: jax.Array, peak: jax.Array, temperature: float,
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The entry at which the cumulative sum goes beyond a share of the total; never one of weight 0.
 
-    Args: weights float32[S, n], one in each row above 0; uniform float32[S] in [0, 1). Returns: int32[S]."""
-    # A long float32 sum is rounded, and need not even rise: what has weight 0 is left out by name, not by its sum.
+    Args: weights float32[S, n], the largest of each row at least 1; uniform float32[S] in [0, 1 - 2**-24].
+    Returns: int32[S]."""
+    # A long float32 sum is rounded, and may rise or fall where nothing is added: what has weight 0 is left out by name.
     reached = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
-    total = jnp.max(reached, axis=-1)
-    # Strictly below the total: there always is an entry that goes beyond.
-    target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
+    # A number up to 1 - 2**-24 times a total of at least 1 rounds to less than the total: some entry goes beyond it.
+    target = uniform * jnp.max(reached, axis=-1)
     return jnp.argmax(reached > target[:, None], axis=-1)
 
 
