@@ -20,13 +20,13 @@ from effreason.errors import UserError
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run directory."""
+    """The newest `keep` checkpoints of a run directory; with keep None it only reads: the run may be going on."""
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: Path, *, keep: int | None) -> None:
         self._directory = directory.absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self._directory, preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True)
+            cleanup_tmp_directories=keep is not None)
 
     def __enter__(self) -> Self:
         return self
@@ -58,11 +58,17 @@ class Checkpoints:
             raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be written ({_reason(error)}); "
                             f"the newest whole one is {self._newest_whole()}") from error
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, put onto its shardings, and the facts saved with it.
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, the newest last."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-        Args: abstract_state, ShapeDtypeStructs with shardings. Raises: UserError for a checkpoint that does not fit."""
-        step = self.latest
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """A state, put onto its shardings, and the facts saved with it.
+
+        Args: abstract_state, ShapeDtypeStructs with shardings; step, of which checkpoint, None = the newest.
+        Raises: UserError for a checkpoint that does not fit."""
+        step = self.latest if step is None else step
         try:
             with _quiet():
                 loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})

@@ -1,4 +1,4 @@
-"""The command line: `effreason train` and `evaluate`, the same as train.py and evaluate.py, and `effreason grade`.
+"""The command line: `effreason train` and `evaluate`, the same as train.py and evaluate.py, and smaller commands.
 
 The configuration and the files it names are checked before anything that imports jax.
 """
@@ -19,6 +19,8 @@ commands:
   train      train a model to reason in fewer tokens
   evaluate   measure accuracy and tokens of models on held-out problems
   grade      say which responses of a file are correct, and why
+  generate   responses to a prompt, shown as they grow, or to a file of prompts
+  replay     generate one response of a training run again
 
 `effreason COMMAND --help` lists the options.
 """
@@ -27,7 +29,7 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns: the exit code."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "evaluate": evaluate, "grade": grade}
+    commands = {"train": train, "evaluate": evaluate, "grade": grade, "generate": generate, "replay": replay}
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -52,10 +54,32 @@ def grade(argv: Sequence[str] | None = None, prog: str = "effreason grade") -> i
     return _guarded(lambda: _grade(argv, prog))
 
 
+def generate(argv: Sequence[str] | None = None, prog: str = "effreason generate") -> int:
+    """Generates responses to prompts. Returns: the exit code."""
+    return _guarded(lambda: _generate(argv, prog))
+
+
+def replay(argv: Sequence[str] | None = None, prog: str = "effreason replay") -> int:
+    """Generates one response of a run again. Returns: the exit code."""
+    return _guarded(lambda: _replay(argv, prog))
+
+
 def _grade(argv: Sequence[str] | None, prog: str) -> None:
     from effreason import verdicts
 
     verdicts.run(sys.argv[1:] if argv is None else argv, prog)
+
+
+def _generate(argv: Sequence[str] | None, prog: str) -> None:
+    from effreason import completions
+
+    completions.run(sys.argv[1:] if argv is None else argv, prog)
+
+
+def _replay(argv: Sequence[str] | None, prog: str) -> None:
+    from effreason import replays
+
+    replays.run(sys.argv[1:] if argv is None else argv, prog)
 
 
 def _train(argv: Sequence[str] | None, prog: str) -> None:

@@ -16,11 +16,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from effreason.errors import UserError
 from effreason.grades import REASONS, Gold, Grade, Grader
 from effreason.grading import kinds
+from effreason.runtime.arguments import Parser
 
 CHUNK = 512                         # lines graded at once
 RESPONSE_FIELDS = ("response", "pred", "prediction", "completion")      # the first is the name, others stand in for it
@@ -38,13 +39,6 @@ class Item:
     response: str
     gold: Gold
     known_kind: bool                # False: its kind is none of ours
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are the user's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -68,8 +62,8 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 
 def _parser(prog: str) -> Parser:
-    made = Parser(prog=prog, allow_abbrev=False, description="Grade the responses of a file against their golds, the "
-                  "reference answers, and print every verdict with its reason. Exit code 0 whatever the verdicts.")
+    made = Parser(prog, "Grade the responses of a file against their golds, the reference answers, and print every "
+                  "verdict with its reason. Exit code 0 whatever the verdicts.")
     made.add_argument("file", metavar="FILE.jsonl", help="objects with a response and a gold, one a line; - for stdin")
     made.add_argument("--json", action="store_true", help="print one object a line: line, correct, answer, gold, "
                       "status, reason, seconds; nothing else on stdout")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "effreason"
 # no line of their own; those may import one another. "" is effreason/__init__.py.
 ORDER = [
     ["", "errors"],
-    ["runtime.settings"],
+    ["runtime.settings", "runtime.arguments"],
     ["runtime.parsers"],
     ["runtime.config"],
     ["records", "masks", "tiny", "grading"],
@@ -33,7 +33,7 @@ ORDER = [
     ["evaluation", "report", "runtime.plan"],
     ["inputs"],
     ["exports"],
-    ["loop"],
+    ["loop", "replays"],
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer
     ["cli"],
 ]

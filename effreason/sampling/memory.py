@@ -53,20 +53,29 @@ def device_bytes(mesh: Mesh) -> float:
 def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> int:
     """Responses generated at the same time: rollout.slots, or as many as the memory holds at their longest.
 
-    At most those of a step, a power of two times the mesh's batch shards."""
+    All those of a step where they fit, else a power of two times the mesh's batch shards."""
     if config.rollout.slots is not None:
         return config.rollout.slots
     shards = sharding.batch_shards(mesh)
     wanted = config.rollout.prompts_per_step * config.rollout.group_size
     held = budget_bytes(config, decoder, mesh) / slot_bytes(decoder, positions(config))
-    count = max(min(held, wanted), min(FEWEST, wanted)) / shards
-    return shards << max(math.floor(math.log2(max(count, 1))), 0)
+    if held >= wanted:
+        return -(-wanted // shards) * shards
+    return shards << math.floor(math.log2(max(max(held, FEWEST) / shards, 1)))
 
 
 def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> str:
     """One line for people: slots, their size and the memory they may take."""
     count, longest = slots(config, decoder, mesh), positions(config)
-    size = count * slot_bytes(decoder, longest)
-    return (f"sampler: {count} slots of at most {longest:,} positions, {size / GIB:.2g} GiB of keys and values"
-            + (f" of {budget_bytes(config, decoder, mesh) / GIB:.3g}" if config.rollout.slots is None else ""))
+    room = f" of {size(budget_bytes(config, decoder, mesh))}" if config.rollout.slots is None else ""
+    return (f"sampler: {count} slots of at most {longest:,} positions, "
+            f"{size(count * slot_bytes(decoder, longest))}{room} for keys and values")
 
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them: 812 KiB, 4.1 MiB, 12 GiB."""
+    for unit in ("KiB", "MiB"):
+        count /= 1024
+        if count < 1000:
+            return f"{count:.{0 if count >= 10 else 1}f} {unit}"
+    return f"{count / 1024:.{0 if count >= 10240 else 1}f} GiB"
