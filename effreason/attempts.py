@@ -112,6 +112,11 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
                     grading_seconds=time.monotonic() - generated, generation=generation)
 
 
+def mean_lengths(problems: Sequence[Problem], rollouts: Rollouts) -> dict[int, float]:
+    """Mean response tokens of each problem, by uid: what to expect of it the next time."""
+    return {problem.uid: float(mean) for problem, mean in zip(problems, rollouts.lengths.mean(axis=1), strict=True)}
+
+
 def remaining(requests: Sequence[Request], drawn: Sequence[Response]) -> list[Request]:
     """What is left to do of some requests when these responses, finished or begun, are there already."""
     known = {(response.prompt, response.sample): response for response in drawn}

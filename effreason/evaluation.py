@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from effreason import prompts
-from effreason.attempts import Watch, attempt, unmatched
+from effreason.attempts import Watch, attempt, mean_lengths, unmatched
 from effreason.engine import check_model, make_sampler
 from effreason.errors import UserError
 from effreason.grades import Grader
@@ -26,6 +26,9 @@ from effreason.runtime.interrupts import Interrupts
 from effreason.runtime.metrics import disk, write_json
 from effreason.runtime.progress import Headway, rate, say
 from effreason.sampling.draws import Sampling
+
+# (params, watch, tokens expected by uid) -> the result, and the mean tokens of each problem by uid
+Evaluate = Callable[[model.Params, Watch, Mapping[int, float]], tuple[Evaluation, dict[int, float]]]
 
 
 def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]) -> Evaluation:
@@ -44,8 +47,8 @@ def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]
 
 
 def make_evaluator(config: Config, pretrained: hf.Pretrained, sampler: Sampler, problems: Sequence[Problem],
-                   grader: Grader) -> Callable[[model.Params, Watch], Evaluation]:
-    """evaluate(params, watch) -> Evaluation on the same problems, drawn with the same keys each time.
+                   grader: Grader) -> Evaluate:
+    """evaluate(params, watch, expected) on the same problems, drawn with the same keys each time.
 
     Common random numbers: two models differ by what they are, less by luck."""
     settings = config.evaluation
@@ -53,11 +56,12 @@ def make_evaluator(config: Config, pretrained: hf.Pretrained, sampler: Sampler, 
                         min_p=settings.min_p, eos_ids=pretrained.eos_ids)
     key = step_key(config.run.seed, "evaluation", 0)
 
-    def evaluate(params: model.Params, watch: Watch) -> Evaluation:
+    def evaluate(params: model.Params, watch: Watch,
+                 expected: Mapping[int, float]) -> tuple[Evaluation, dict[int, float]]:
         tried = attempt(lambda requests: sampler(params, requests, key, sampling), problems, settings.samples,
                         settings.max_new_tokens or config.rollout.max_new_tokens, tokenizer=pretrained.tokenizer,
-                        grader=grader, require_eos=config.grade.require_eos, watch=watch)
-        return measure(tried.correct, tried.rollouts, problems)
+                        grader=grader, require_eos=config.grade.require_eos, watch=watch, expected=expected)
+        return measure(tried.correct, tried.rollouts, problems), mean_lengths(problems, tried.rollouts)
 
     return evaluate
 
@@ -144,7 +148,7 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
         tell(note)
     params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
     sampler = make_sampler(config, pretrained.decoder, mesh)
-    return make_evaluator(config, pretrained, sampler, problems, grader)(params, watch)
+    return make_evaluator(config, pretrained, sampler, problems, grader)(params, watch, {})[0]
 
 
 def evaluate_models(config: Config, models: Sequence[str], output: Path | None) -> None:

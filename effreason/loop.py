@@ -86,11 +86,13 @@ def train(config: Config) -> None:
                 evaluate = evaluation.make_evaluator(config, inputs.pretrained, engine.sampler, inputs.held_out, grader)
                 progress.say(agreement)
                 try:
-                    base = evaluate_base(evaluate, reference, directory, progress, watch) if inputs.held_out else None
+                    known: dict[int, float] = {}
+                    if inputs.held_out:
+                        base, known = evaluate_base(evaluate, reference, directory, progress, watch)
                     for index in range(start, config.run.steps):
                         # Before the step, in a row of its own: when this is stopped, a resumed run begins with it.
                         if inputs.held_out and config.evaluation.every and index % config.evaluation.every == 0 < index:
-                            result = evaluate(state.params, watch)
+                            result, _ = evaluate(state.params, watch, known)
                             writer.write(index, {"evaluation/accuracy": result.accuracy,
                                                  "evaluation/tokens": result.tokens})
                         state, metrics, samples = step(state, index)
@@ -100,7 +102,7 @@ def train(config: Config) -> None:
                         if (index + 1) % config.checkpoint.every == 0 or index + 1 == config.run.steps:
                             save(state)
                         interrupts.check()
-                    trained = evaluate(state.params, watch) if inputs.held_out else None
+                    trained = evaluate(state.params, watch, known)[0] if inputs.held_out else None
                 except (attempts.Undecided, parity.Mismatch):
                     save(state)
                     raise
@@ -216,8 +218,7 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
         path.unlink(missing_ok=True)
 
         sampled, count = tried.rollouts, int(tried.rollouts.lengths.sum())
-        lengths.update((problem.uid, float(mean)) for problem, mean in zip(
-            batch, sampled.lengths.mean(axis=1), strict=True))
+        lengths.update(attempts.mean_lengths(batch, sampled))
         rollout_seconds, update_seconds = graded - began - tried.grading_seconds, ended - graded
         metrics = credited | updated | {
             "reward/alpha": config.reward.alpha,
@@ -265,16 +266,18 @@ def describe(row: int, batch: Sequence[Problem], tried: attempts.Attempts, rewar
             "tokens": int(sampled.lengths[at]), "finish": str(sampled.finish[at])}
 
 
-def evaluate_base(evaluate: Any, reference: model.Params, directory: Path, progress: Progress,
-                  watch: attempts.Watch) -> Evaluation:
-    """The model before training; kept in the run directory, so that a resumed run does not sample it again."""
+def evaluate_base(evaluate: evaluation.Evaluate, reference: model.Params, directory: Path, progress: Progress,
+                  watch: attempts.Watch) -> tuple[Evaluation, dict[int, float]]:
+    """The model before training and its tokens by uid; kept in the run directory, so that a resumed run does not sample
+    it again."""
     path = directory / "base.json"
     if path.exists():
-        return evaluation.from_table(hf.read_json(path))
+        table = hf.read_json(path)
+        return evaluation.from_table(table["result"]), {int(uid): tokens for uid, tokens in table["lengths"].items()}
     progress.say("evaluating the model before training")
-    base = evaluate(reference, watch)
-    write_json(path, dataclasses.asdict(base))
-    return base
+    base, lengths = evaluate(reference, watch, {})
+    write_json(path, {"result": dataclasses.asdict(base), "lengths": lengths})
+    return base, lengths
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:

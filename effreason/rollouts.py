@@ -106,8 +106,9 @@ class Generation:
         self._drawn: dict[str, jax.Array] | None = None         # of the chunk under way
         self.tokens = self.finished = self.steps = self.slot_steps = 0
         self.host_seconds = 0.0
-        self._weights = programs.unstack(params) if self._queue else None
-        self._launch()
+        with jax.set_mesh(programs.mesh):
+            self._weights = programs.unstack(params) if self._queue else None
+            self._launch()
 
     def __iter__(self) -> Self:
         return self
@@ -118,7 +119,8 @@ class Generation:
         drawn = sharding.to_host(self._drawn)
         ready = time.perf_counter()
         finished = self._harvest(drawn)
-        self._launch()
+        with jax.set_mesh(self._programs.mesh):         # kernels ask for it; the consumer keeps its own
+            self._launch()
         self.host_seconds += time.perf_counter() - ready
         return finished
 

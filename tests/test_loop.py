@@ -419,10 +419,11 @@ def test_a_base_evaluation_that_cannot_be_written_leaves_nothing_half(tmp_path):
     result = Evaluation(accuracy=0.5, tokens=3.0, truncated=0.0, problems=1, samples=1, by_level={})
     progress = types.SimpleNamespace(say=lambda text: None)
     with full_disk(), pytest.raises(UserError, match=r"base\.json: cannot be written"):
-        loop.evaluate_base(lambda params, watch: result, None, tmp_path, progress, None)
+        loop.evaluate_base(lambda *given: (result, {7: 3.0}), None, tmp_path, progress, None)
     assert not list(tmp_path.iterdir())
-    assert loop.evaluate_base(lambda params, watch: result, None, tmp_path, progress, None) == result
-    assert loop.evaluate_base(None, None, tmp_path, progress, None) == result       # read, not sampled again
+    found = loop.evaluate_base(lambda *given: (result, {7: 3.0}), None, tmp_path, progress, None)
+    assert found == (result, {7: 3.0})
+    assert loop.evaluate_base(None, None, tmp_path, progress, None) == found        # read, not sampled again
 
 
 # Checks within a step

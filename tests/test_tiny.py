@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from effreason import evaluation, prompts
+from effreason.engine import make_sampler
 from effreason.lm import hf
 from effreason.problems import templates
 from effreason.runtime import config as configuration
@@ -119,6 +120,8 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 1_500_000
     problems, _ = prompts.load_held_out(config, tiny.tokenizer, templates.choose(tiny.tokenizer, config.data))
     with evaluation.make_grader(config) as grader:
-        found = evaluation.make_evaluator(config, tiny, mesh, problems, grader)(params, lambda *now: None)
+        sampler = make_sampler(config, tiny.decoder, mesh)
+        evaluate = evaluation.make_evaluator(config, tiny, sampler, problems, grader)
+        found, _ = evaluate(params, lambda now: None, {})
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses
     assert found.by_level["easy"].tokens > 3 * 20               # 20 tokens write every step once

@@ -61,6 +61,7 @@ class Programs:
     grow: Callable[..., Any]        # (a layer's cache, capacity=) -> the same, larger
     shrink: Callable[..., Any]      # (slots, rows) -> slots
     empty: Callable[..., Any]       # (count=, capacity=) -> slots
+    mesh: Mesh
     shards: int                     # ways in which the slots are split
     replicated: Any                 # sharding of what the host hands over
     by_rows: Any                    # sharding of [S]
@@ -217,7 +218,7 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
         shrink=jax.jit(functools.partial(shrink, mesh=mesh, targets=targets), out_shardings=targets),
         empty=jax.jit(functools.partial(empty, config=config), static_argnames=("count", "capacity"),
                       out_shardings=targets),
-        shards=sharding.batch_shards(mesh), replicated=replicated, by_rows=by_rows)
+        mesh=mesh, shards=sharding.batch_shards(mesh), replicated=replicated, by_rows=by_rows)
 
 
 def _unstacked_axes(config: model.DecoderConfig) -> Any:
