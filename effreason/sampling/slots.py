@@ -18,6 +18,7 @@ from effreason.runtime import sharding
 from effreason.sampling import draws
 
 BANK = 8                            # prompts read at once, and rows of a bank
+HEAD_FIRST = 32                     # rows up to which it pays, on a CPU, to have the head as the left factor
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +79,22 @@ def logprob_names(sampling: draws.Sampling) -> list[str]:
     return ["logprobs", *["sampling_logprobs"] * narrowed, *["model_logprobs"] * (sampling.temperature not in (0, 1))]
 
 
+def logits(weights: model.Params, hidden: jax.Array) -> jax.Array:
+    """float32[S, V] for hidden states [S, D]."""
+    def head_first(head: jax.Array, hidden: jax.Array) -> jax.Array:
+        # With few rows a CPU is bound by reading the head, and as the right factor it would be rearranged each time.
+        product = jnp.einsum("vd,sd->vs", head, hidden, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(product).T      # without the barrier it is the other product again
+
+    def plain(head: jax.Array, hidden: jax.Array) -> jax.Array:
+        return jnp.einsum("vd,sd->sv", head, hidden, preferred_element_type=jnp.float32)
+
+    head = model.head(weights).astype(hidden.dtype)
+    if hidden.shape[0] > HEAD_FIRST:
+        return plain(head, hidden)
+    return jax.lax.platform_dependent(head, hidden, cpu=head_first, default=plain)
+
+
 def decode(weights: model.Params, slots: Slots, keep: jax.Array, halted: jax.Array, *, config: model.DecoderConfig,
            sampling: draws.Sampling, chunk: int) -> tuple[Slots, dict[str, jax.Array]]:
     """At most `chunk` decode steps of all slots; rows that end idle until it is over.
@@ -99,8 +116,7 @@ def decode(weights: model.Params, slots: Slots, keep: jax.Array, halted: jax.Arr
     def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, slots, outputs = carry
         hidden, cache = model.extend(config, weights, slots.token[:, None], slots.length, slots.cache)
-        logits = model.logits(weights, hidden[:, 0])
-        drawn = draws.draw(logits, jax.vmap(jax.random.fold_in)(slots.key, slots.generated), sampling)
+        drawn = draws.draw(logits(weights, hidden[:, 0]), jax.vmap(jax.random.fold_in)(slots.key, slots.generated), sampling)
         outputs = {name: jax.lax.dynamic_update_index_in_dim(output, getattr(drawn, name), step, 0)
                    for name, output in outputs.items()}
         ahead = slots.active.astype(jnp.int32)
