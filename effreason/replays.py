@@ -33,6 +33,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory}: expected the directory of a run, found no config.yaml in it")
     config = configuration.load(directory / "config.yaml")
+    if options.step < 0:
+        raise UserError(f"--step must be >= 0, got {options.step}")
     if not 0 <= options.sample < config.rollout.group_size:
         raise UserError(f"--sample must be in [0, {config.rollout.group_size - 1}], got {options.sample}")
     sharding.use_compilation_cache()

@@ -178,6 +178,40 @@ def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path, 
     assert "Held-out problems" in capsys.readouterr().out
 
 
+# Replay
+
+
+def test_a_response_is_replayed_by_its_name_from_a_checkpoint_or_the_base(finished, capsys):
+    rows = read_rows(finished.directory / "rollouts.jsonl")
+    for row in [next(row for row in rows if row["step"] == step) for step in (0, 3)]:
+        name = ["--step", str(row["step"]), "--uid", str(row["uid"]), "--sample", str(row["sample"])]
+        assert cli.main(["replay", str(finished.directory), *name, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["as_logged"] is True
+        assert (found["text"], len(found["tokens"]), found["finish"]) == (
+            row["response"], row["tokens"], row["finish"])
+    assert cli.main(["replay", str(finished.directory), *name]) == 0
+    shown = capsys.readouterr().out
+    assert row["response"] in shown and "the same text as in rollouts.jsonl" in shown
+
+
+@pytest.mark.parametrize(("argv", "error"), [
+    (["--step", "0", "--uid", "99999"], "--uid must be a problem of step 0: "),
+    (["--step", "1", "--uid", "UID"], "--step must be one whose weights are there, 0, 3, 6 in "),
+    (["--step", "0", "--uid", "1", "--sample", "4"], "--sample must be in [0, 3], got 4"),
+    (["--step", "-1", "--uid", "1"], "--step must be >= 0, got -1"),
+])
+def test_what_cannot_be_replayed_is_one_line(finished, capsys, argv, error):
+    uid = next(row["uid"] for row in read_rows(finished.directory / "rollouts.jsonl") if row["step"] == 1)
+    argv = [str(uid) if part == "UID" else part for part in argv]
+    assert refused(capsys, [str(finished.directory), *argv], "replay").startswith(error)
+
+
+def test_a_replay_of_no_run_is_one_line(tmp_path, capsys):
+    error = refused(capsys, [str(tmp_path), "--step", "0", "--uid", "1"], "replay")
+    assert error == f"{tmp_path}: expected the directory of a run, found no config.yaml in it"
+
+
 # Stopping and going on
 
 
