@@ -95,6 +95,8 @@ class Generation:
                  loops: LoopStopping | None) -> None:
         self._programs, self._key, self._sampling, self._chunk = programs, key, sampling, chunk
         self._positions, self._loops = positions, loops
+        # A cache of a sixteenth of the largest costs little to read, and spares the smaller sizes their compilation.
+        self._smallest = max(64, 1 << max((positions or 0) // 16, 1).bit_length() - 1)
         self._compiled_before = programs.compiled()
         self._queue = collections.deque(_in_order(requests))
         self._unread = _unread(self._queue)
@@ -210,7 +212,7 @@ class Generation:
     def _make_room(self, started: "list[tuple[_Bank, list[int]]]") -> None:
         """Makes or grows the cache, so that the next chunk and the new prompts fit."""
         longest = max(row.length for row in self._slots if row is not None)
-        needed = padded_length(longest + self._chunk)
+        needed = padded_length(longest + self._chunk, self._smallest)
         if self._positions is not None:                 # no sequence gets longer than that
             needed = min(needed, -(-max(self._positions, longest + 1) // 64) * 64)
         needed = max([needed, *(bank.width for bank, _ in started)])
@@ -288,7 +290,11 @@ class Generation:
             idle = [slot for slot in range(shard * here, (shard + 1) * here) if self._slots[slot] is None]
             chosen.append((busy[shard] + idle)[:kept])
         rows = np.array([[slot - shard * here for slot in slots] for shard, slots in enumerate(chosen)], np.int32)
-        self._state = self._programs.shrink(self._state, sharding.to_device(rows.reshape(-1), self._programs.by_rows))
+        kept_rows = sharding.to_device(rows.reshape(-1), self._programs.by_rows)
+        layers, alone = self._state.cache, dataclasses.replace(self._state, cache=[])
+        for index, layer in enumerate(layers):          # one by one, as in growing
+            layers[index] = self._programs.shrink(layer, kept_rows)
+        self._state = dataclasses.replace(self._programs.narrow(alone, kept_rows), cache=layers)
         self._slots = [self._slots[slot] for slots in chosen for slot in slots]
         self._halted = np.array([self._halted[slot] for slots in chosen for slot in slots])
 

@@ -60,7 +60,8 @@ class Programs:
     start: Callable[..., Any]       # (slots, bank, fresh, step key) -> slots
     advance: Callable[..., Any]     # (weights, slots, keep, halted, sampling=, chunk=) -> (slots, what was drawn)
     grow: Callable[..., Any]        # (a layer's cache, capacity=) -> the same, larger
-    shrink: Callable[..., Any]      # (slots, rows) -> slots
+    shrink: Callable[..., Any]      # (a layer's cache, rows) -> the same of these rows
+    narrow: Callable[..., Any]      # (slots without a cache, rows) -> the same of these rows
     empty: Callable[..., Any]       # (count=, capacity=) -> slots
     mesh: Mesh
     shards: int                     # ways in which the slots are split
@@ -69,7 +70,8 @@ class Programs:
 
     def compiled(self) -> int:
         """How many programs have been compiled so far."""
-        made: list[Any] = [self.unstack, self.read, self.start, self.advance, self.grow, self.shrink, self.empty]
+        made: list[Any] = [self.unstack, self.read, self.start, self.advance, self.grow, self.shrink, self.narrow,
+                            self.empty]
         return sum(program._cache_size() for program in made)
 
 
@@ -116,7 +118,8 @@ def decode(weights: model.Params, slots: Slots, keep: jax.Array, halted: jax.Arr
     def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, slots, outputs = carry
         hidden, cache = model.extend(config, weights, slots.token[:, None], slots.length, slots.cache)
-        drawn = draws.draw(logits(weights, hidden[:, 0]), jax.vmap(jax.random.fold_in)(slots.key, slots.generated), sampling)
+        keys = jax.vmap(jax.random.fold_in)(slots.key, slots.generated)
+        drawn = draws.draw(logits(weights, hidden[:, 0]), keys, sampling)
         outputs = {name: jax.lax.dynamic_update_index_in_dim(output, getattr(drawn, name), step, 0)
                    for name, output in outputs.items()}
         ahead = slots.active.astype(jnp.int32)
@@ -193,16 +196,16 @@ def grow(layer: dict[str, jax.Array], *, axes: dict[str, int], capacity: int) ->
     return {name: padded(array, axes[name]) for name, array in layer.items()}
 
 
-def shrink(slots: Slots, rows: jax.Array, *, mesh: Mesh, targets: Slots) -> Slots:
-    """Keeps some of the slots: rows int32[kept], on each device places among its own slots."""
+def some_of(tree: Any, rows: jax.Array, *, mesh: Mesh, targets: Any) -> Any:
+    """Some rows of arrays [S, ...]. Args: rows int32[kept], on each device places among its own; targets, shardings."""
     specs = jax.tree.map(lambda target: target.spec, targets)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, sharding.spec("batch")), out_specs=specs,
                        check_vma=False)
-    def taken(slots: Slots, rows: jax.Array) -> Slots:
-        return jax.tree.map(lambda x: x[rows], slots)
+    def taken(tree: Any, rows: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x[rows], tree)
 
-    return taken(slots, rows)
+    return taken(tree, rows)
 
 
 def empty(*, config: model.DecoderConfig, count: int, capacity: int) -> Slots:
@@ -221,6 +224,7 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
     rows: Any = by_rows
     targets = Slots(cache=[layer] * config.layers, token=rows, length=rows, generated=rows, limit=rows, active=rows,
                     key=rows)
+    alone = dataclasses.replace(targets, cache=[])
     specs = {name: sharding.spec(*names) for name, names in axes.items()}
     sequence = {name: names.index("sequence") for name, names in axes.items()}
     weights = sharding.tree_sharding(mesh, _unstacked_axes(config), sharding.SAMPLING_AXES)
@@ -231,7 +235,8 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
         advance=jax.jit(functools.partial(decode, config=config), static_argnames=("sampling", "chunk"),
                         out_shardings=(targets, replicated), donate_argnums=1),
         grow=jax.jit(functools.partial(grow, axes=sequence), static_argnames="capacity", out_shardings=layer),
-        shrink=jax.jit(functools.partial(shrink, mesh=mesh, targets=targets), out_shardings=targets),
+        shrink=jax.jit(functools.partial(some_of, mesh=mesh, targets=layer), out_shardings=layer),
+        narrow=jax.jit(functools.partial(some_of, mesh=mesh, targets=alone), out_shardings=alone),
         empty=jax.jit(functools.partial(empty, config=config), static_argnames=("count", "capacity"),
                       out_shardings=targets),
         mesh=mesh, shards=sharding.batch_shards(mesh), replicated=replicated, by_rows=by_rows)
