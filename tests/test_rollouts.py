@@ -186,6 +186,29 @@ def test_eight_devices_sample_what_one_does(baseline, shape):
     assert_same(sampled(shape=tuple(shape.items())), baseline)
 
 
+def test_no_cache_moves_between_devices():
+    target = mesh(**MESHES["all"])
+    config = dataclasses.replace(QWEN2, layers=1)
+    programs, rows, capacity = rollouts.device.make_programs(config, target), 16, 4096
+    with jax.set_mesh(target):
+        params = programs.unstack(place(config, weights(config), target))
+        state = programs.empty(count=rows, capacity=capacity)
+        bank = programs.read(params, np.zeros((8, 64), np.int32))
+        fresh = rollouts.device.Fresh(count=np.int32(3), **dict.fromkeys(
+            ("slot", "source", "token", "length", "generated", "limit", "uid", "sample"), np.zeros(rows, np.int32)))
+        halted, kept = np.zeros(rows, bool), np.zeros(rows // 2, np.int32)
+        lowered = [programs.advance.lower(params, state, np.int32(0), halted, sampling=ANY, chunk=4),
+                   programs.start.lower(state, bank, fresh, jax.random.key(0)),
+                   programs.grow.lower(state.cache[0], capacity=2 * capacity),
+                   programs.shrink.lower(state.cache[0], kept)]
+    of_a_device = rows * config.kv_heads * config.head_dim * capacity // 8
+    all_moved = [re.findall(r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-reduce|all-to-all|collective-permute)\(",
+                            program.compile().as_text()) for program in lowered]
+    assert all_moved[0]                                         # the products over heads and vocabulary are summed
+    assert all(np.prod([int(size) for size in shape.split(",") if size]) < of_a_device / 8
+               for moved in all_moved for shape in moved)
+
+
 def test_samples_of_a_prompt_and_steps_differ(baseline):
     first, second = baseline[0, 0].tokens, baseline[0, 1].tokens
     assert len(first) != len(second) or (first != second).any()
