@@ -24,6 +24,7 @@ _LETTERS = {"batch": "b", "kv_heads": "k", "sequence": "s", "head_dim": "h"}
 CACHE_LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "transposed": {"keys": _SEQUENCE_LAST, "values": _HEADS_FIRST},
     "sequence_last": {"keys": _SEQUENCE_LAST, "values": _SEQUENCE_LAST},
+    "sequence_first": {"keys": _SEQUENCE_FIRST, "values": _SEQUENCE_FIRST},
     "paged": {"keys": _HEADS_FIRST, "values": _HEADS_FIRST},
     "cudnn": {"keys": _SEQUENCE_FIRST, "values": _SEQUENCE_FIRST},
 }
