@@ -103,7 +103,7 @@ def test_a_tile_written_by_the_kernel_keeps_its_other_slots():
 
 @pytest.mark.parametrize("layout", BY_XLA)
 def test_a_donated_cache_is_written_in_place(layout):
-    config = dataclasses.replace(QWEN2, cache_layout=layout)
+    config = dataclasses.replace(QWEN2, cache_layout=layout, layers=4)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def steps(unstacked, cache):
@@ -114,13 +114,15 @@ def test_a_donated_cache_is_written_in_place(layout):
 
         return jax.lax.scan(step, (jnp.asarray(LENGTHS), cache), length=STEPS)
 
-    unstacked = model.unstack(config, jax.tree.map(jnp.asarray, weights(QWEN2)))
+    params = weights(dataclasses.replace(QWEN2, layers=4))
+    unstacked = model.unstack(config, jax.tree.map(jnp.asarray, params))
     cache = model.empty_cache(config, ROWS, 1024)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)]
-    one = max(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     (_, cache), _ = steps(unstacked, cache)
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)] == places
-    assert steps.lower(unstacked, cache).compile().memory_analysis().temp_size_in_bytes < 2 * one
+    # One layer may be rearranged to be read (a CPU does it where the sequence comes first), never all of them.
+    assert steps.lower(unstacked, cache).compile().memory_analysis().temp_size_in_bytes < whole / 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
