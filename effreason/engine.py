@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from effreason import advantages, checkpoints, masks, rewards, rollouts, update
 from effreason.errors import UserError
-from effreason.lm import attention, hf, model
+from effreason.lm import hf, model
 from effreason.records import Experience
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
@@ -103,16 +103,11 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
 
 def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> rollouts.Sampler:
     """The sampling engine of a run, for rollouts and evaluations alike."""
-    platform, layout = mesh.devices.flat[0].platform, str(config.rollout.cache_layout)
-    if layout == "auto":
-        layout = attention.choose_layout(platform, decoder.head_dim, decoder.dtype, mesh.shape["context"])
-    elif reason := attention.misfit(layout, platform, decoder.head_dim, decoder.dtype, mesh.shape["context"]):
-        raise UserError(f"rollout.cache_layout {layout} does not fit: {reason}")
-    decoder = dataclasses.replace(decoder, cache_layout=layout)
     loops = LoopStopping(window=config.loops.window, longest_period=config.loops.longest_period,
                          audit_share=config.loops.audit_share) if config.loops.stop else None
     return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh), chunk=config.rollout.chunk,
-                                 positions=memory.positions(config), loops=loops)
+                                 positions=memory.positions(config), loops=loops,
+                                 cache_layout=config.rollout.cache_layout)
 
 
 def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:

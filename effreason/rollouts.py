@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from effreason.lm import model
+from effreason.errors import UserError
+from effreason.lm import attention, model
 from effreason.masks import padded_length
 from effreason.records import EOS, LENGTH, LOOP, Problem, Response, Rollouts
 from effreason.runtime import sharding
@@ -372,13 +373,19 @@ def _response(row: _Running, finish: str, length: int | None = None) -> Response
 
 
 def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int, positions: int | None = None,
-                 loops: LoopStopping | None = None) -> Sampler:
+                 loops: LoopStopping | None = None, cache_layout: str = "auto") -> Sampler:
     """The engine with its compiled functions.
 
     Args: slots, responses in flight, rounded up to a multiple of the mesh's batch shards; chunk, decode steps between
         two looks at what has finished, at most; positions, that no sequence exceeds: the largest cache; loops, where
-        responses that only repeat themselves are to be stopped."""
-    programs = device.make_programs(config, mesh)
+        responses that only repeat themselves are to be stopped; cache_layout, one of attention.CACHE_LAYOUTS, or auto.
+    Raises: UserError where the cache layout does not fit the device or the model."""
+    platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
+    if cache_layout == "auto":
+        cache_layout = attention.choose_layout(platform, config.head_dim, config.dtype, context)
+    elif reason := attention.misfit(cache_layout, platform, config.head_dim, config.dtype, context):
+        raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")
+    programs = device.make_programs(dataclasses.replace(config, cache_layout=cache_layout), mesh)
 
     def sample(params: model.Params, requests: Sequence[Request], key: jax.Array, sampling: Sampling) -> Generation:
         return Generation(programs, params, requests, key, sampling, slots=slots, chunk=chunk, positions=positions,

@@ -11,6 +11,7 @@ import pytest
 from decoders import QWEN2, VOCABULARY, mesh, place, weights
 
 from effreason import attempts, rollouts
+from effreason.errors import UserError
 from effreason.lm import model
 from effreason.records import Problem, Response
 from effreason.runtime import sharding
@@ -421,3 +422,13 @@ def test_collect_complains_about_an_incomplete_step(broken):
     responses = [response(prompt, sample, 2) for prompt in range(2) for sample in range(2)]
     with pytest.raises(ValueError, match="2 x 2 responses"):
         rollouts.collect([problem(1, 2), problem(2, 4)], broken(responses), 2)
+
+
+def test_a_cache_layout_that_does_not_fit_is_one_line_before_anything_is_compiled():
+    with pytest.raises(UserError, match="rollout.cache_layout cudnn does not fit: platform is cpu, the cudnn kernel"):
+        rollouts.make_sampler(QWEN2, mesh(), slots=8, chunk=4, cache_layout="cudnn")
+
+
+@pytest.mark.parametrize("layout", ["sequence_first", "sequence_last"])
+def test_the_layout_of_the_cache_changes_no_token(baseline, layout):
+    assert_same(sampled(cache_layout=layout), baseline)
