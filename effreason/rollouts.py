@@ -383,6 +383,11 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
     platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
     if cache_layout == "auto":
         cache_layout = attention.choose_layout(platform, config.head_dim, config.dtype, context)
+        if cache_layout in attention.KERNELS:
+            with jax.set_mesh(mesh):
+                sizes = dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim)
+                if not attention.works(cache_layout, rows=sharding.batch_shards(mesh), dtype=config.dtype, **sizes):
+                    cache_layout = attention.WITHOUT_KERNEL[platform]
     elif reason := attention.misfit(cache_layout, platform, config.head_dim, config.dtype, context):
         raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")
     programs = device.make_programs(dataclasses.replace(config, cache_layout=cache_layout), mesh)

@@ -187,3 +187,22 @@ def test_blocks_of_the_paged_kernel_divide_every_bucket():
     assert [kernels.block_size(slots) for slots in (64, 96, 384, 4096, 6144)] == [64, 32, 128, 512, 512]
     with pytest.raises(ValueError, match="40 slots, expected a multiple of 16"):
         kernels.block_size(40)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_kernel_is_tried_before_it_is_trusted(layout):
+    assert attention.works(layout, rows=4, heads=4, kv_heads=2, head_dim=128, dtype=jnp.bfloat16)
+
+
+def raising(*arguments):
+    raise RuntimeError("no such engine")
+
+
+def wrong(query, *cache):
+    return query * 2
+
+
+@pytest.mark.parametrize("broken", [raising, wrong])
+def test_a_kernel_that_does_not_work_is_not_chosen(monkeypatch, broken):
+    monkeypatch.setattr(kernels, "cudnn_attention", broken)
+    assert not attention.works("cudnn", rows=4, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16)

@@ -30,6 +30,39 @@ CACHE_LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+KERNELS = ("paged", "cudnn")        # layouts in which a decode step is read by a kernel
+WITHOUT_KERNEL = {"cpu": "transposed", "gpu": "transposed", "tpu": "sequence_last"}
+TRIED_SLOTS, TOLERANCE = 128, 0.05  # of a kernel's trial: its cache, and what bfloat16 may differ by
+
+
+def works(layout: str, *, rows: int, heads: int, kv_heads: int, head_dim: int, dtype: Any) -> bool:
+    """Whether a decode step in this layout compiles on this machine and gives what XLA gives; tried on a small cache.
+
+    Drivers and libraries differ between machines: a kernel that one of them lacks is to be found out before a run.
+    Args: rows, of the trial: a multiple of the mesh's batch shards."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (rows, 1, heads, head_dim), dtype)
+    key, value = (jax.random.normal(each, (rows, TRIED_SLOTS, kv_heads, head_dim), dtype) for each in keys[1:])
+    last = jnp.arange(rows) * 37 % TRIED_SLOTS
+
+    def attended(query: jax.Array, key: jax.Array, value: jax.Array, last: jax.Array) -> jax.Array:
+        sizes = {"batch": rows, "kv_heads": kv_heads, "sequence": TRIED_SLOTS, "head_dim": head_dim}
+        cache = {name: jnp.zeros([sizes[axis] for axis in axes], dtype) for name, axes in CACHE_LAYOUTS[layout].items()}
+        cache = write_cache(cache, key, value, jnp.zeros(rows, jnp.int32), layout)
+        at = last[:, None, None, None]
+        new_key, new_value = (jnp.take_along_axis(x, at, axis=1) for x in (key, value))
+        cache = write_cache(cache, new_key, new_value, last, layout)    # as a decode step writes, what stands there
+        kernel = cached_attention(query, cache, last[:, None], layout)
+        # Two queries of a row are XLA's.
+        expected = cached_attention(jnp.repeat(query, 2, axis=1), cache, jnp.repeat(last[:, None], 2, axis=1), layout)
+        return jnp.max(jnp.abs(kernel.astype(jnp.float32) - expected[:, :1].astype(jnp.float32)))
+
+    try:
+        return bool(jax.jit(attended)(query, key, value, last) <= TOLERANCE)
+    except Exception:       # whatever compilers and drivers raise: this kernel is not to be had
+        return False
+
+
 def choose_layout(platform: str, head_dim: int, dtype: Any, context: int = 1) -> str:
     """The cache layout that a decode step is fastest in.
 
@@ -39,7 +72,7 @@ def choose_layout(platform: str, head_dim: int, dtype: Any, context: int = 1) ->
     kernel = {"tpu": "paged", "gpu": "cudnn"}.get(platform)
     if kernel and not misfit(kernel, platform, head_dim, dtype, context):
         return kernel
-    return "sequence_last" if platform == "tpu" else "transposed"
+    return WITHOUT_KERNEL[platform]
 
 
 def misfit(layout: str, platform: str, head_dim: int, dtype: Any, context: int = 1) -> str | None:
