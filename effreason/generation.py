@@ -1,5 +1,6 @@
 """Responses to prompts, for programs of your own: one function round the sampling engine, and text as it grows."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from effreason.runtime import sharding
 from effreason.sampling.draws import Sampling
 
 UNSETTLED = "\ufffd"                # what decoders put for bytes that are no character, or not yet
+BYTE = re.compile("<0x[0-9A-F]{2}>")   # a token that is one byte
 WINDOW, CONTEXT = 128, 16           # tokens decoded again at each look, and how many stay when older ones are let go
 
 
@@ -93,13 +95,14 @@ class TextStream:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
         self._start = 0                 # tokens before this one are not looked at any more
         self._shown = 0                 # characters behind `_start` that have been returned
 
     def more(self, tokens: np.ndarray, *, over: bool) -> str:
         """What has been added to the text. Args: tokens int32[T'], all so far; over, there will be no more."""
         end = len(tokens)
-        while not over and end > self._start and self._is_byte(tokens[end - 1]):
+        while not over and end > self._start and self._is_open(int(tokens[end - 1])):
             end -= 1
         text = decode(self._tokenizer, tokens[self._start : end])
         settled = text if over else text.rstrip(UNSETTLED)
@@ -111,9 +114,10 @@ class TextStream:
                 self._start, self._shown = end - CONTEXT, len(kept)
         return added
 
-    def _is_byte(self, token: np.integer) -> bool:
-        name = self._tokenizer.convert_ids_to_tokens(int(token))
-        return name is not None and len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+    def _is_open(self, token: int) -> bool:
+        """Whether a run of bytes may go on behind it: it is one, or it leaves no text."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return BYTE.fullmatch(name or "") is not None or token in self._special
 
 
 def decode(tokenizer: Any, tokens: np.ndarray) -> str:

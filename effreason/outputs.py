@@ -81,7 +81,7 @@ class Reader:
                 raise UserError(f"{question.place}: messages need a chat template; --template names one")
             # With the BOS that the tokenizer puts first, unless it stands there.
             has_bos = tokenizer.bos_token is not None and question.text.startswith(tokenizer.bos_token)
-            return tokenizer(question.text, add_special_tokens=not has_bos)["input_ids"]
+            return tokenizer(question.text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
         messages = question.messages or [{"role": "user", "content": question.text or ""}]
         try:
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -89,7 +89,7 @@ class Reader:
         except Exception as error:      # a template may refuse a role, or do anything else
             raise UserError(f"{question.place}: the template {self.template.name} cannot be rendered "
                             f"({one_line(error)})") from None
-        return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @dataclass(frozen=True, kw_only=True)
