@@ -29,9 +29,9 @@ ORDER = [
     ["problems"],
     ["rewards", "advantages", "grades", "prompts"],
     ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts"],
-    ["engine", "attempts", "parity", "unfinished"],
-    ["evaluation", "report", "runtime.plan"],
-    ["inputs"],
+    ["engine", "attempts", "parity", "generation", "unfinished"],
+    ["evaluation", "report", "runtime.plan", "outputs"],
+    ["inputs", "completions"],
     ["exports"],
     ["loop", "replays"],
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer
