@@ -9,20 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from effreason.errors import UserError
 from effreason.problems import questions
 from effreason.problems.questions import Question
+from effreason.runtime.arguments import Parser
 
 STREAM_CHUNK, FILE_CHUNK = 2, 16    # decode steps between two looks: text is to flow, a file to be done soon
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are the user's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -39,7 +33,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     reader = outputs.open_reader(options)
     asked = None if prompts is None else [reader.read(prompt) for prompt in prompts]
     with contextlib.suppress(BrokenPipeError):
-        session = outputs.load(reader, chunk=options.chunk or (FILE_CHUNK if whole else STREAM_CHUNK))
+        chunk = options.chunk or (FILE_CHUNK if whole else STREAM_CHUNK)
+        session = outputs.load(reader, asked if whole else None, chunk=chunk)
         if asked is None:
             outputs.converse(session)
         elif whole:
@@ -49,9 +44,9 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 
 def _parser(prog: str) -> Parser:
-    made = Parser(prog=prog, allow_abbrev=False, description="Generate responses to a prompt, shown while they grow, "
-                  "or to a file of prompts. Without --prompt and --prompts, the prompt is standard input; on a "
-                  "terminal each line typed is one, until an empty one.")
+    made = Parser(prog, "Generate responses to a prompt, shown while they grow, or to a file of prompts. Without "
+                  "--prompt and --prompts, the prompt is standard input; on a terminal each line typed is one, until "
+                  "an empty one.")
     made.add_argument("--model", metavar="DIR", required=True,
                       help="a Hugging Face directory, the id of a model on the Hub, or tiny")
     made.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")

@@ -38,6 +38,7 @@ from effreason.runtime.metrics import disk
 from effreason.runtime.progress import rate, say
 from effreason.sampling.draws import Sampling
 
+STREAM_CACHE = 2048                 # positions of the first cache of a stream: no pause to compile a larger one
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")         # all but tabs and line ends: they could do anything
 
 
@@ -130,14 +131,16 @@ def open_reader(options: argparse.Namespace) -> Reader:
     return Reader(options=options, pretrained=pretrained, template=template, console=console)
 
 
-def load(reader: Reader, *, chunk: int) -> Session:
-    """Reads the weights. Raises: UserError."""
+def load(reader: Reader, asked: Sequence[Asked] | None, *, chunk: int) -> Session:
+    """Reads the weights. Args: asked, all prompts where they are known and are not streamed. Raises: UserError."""
     sharding.use_compilation_cache()
     mesh, options, pretrained = sharding.make_mesh(data=-1), reader.options, reader.pretrained
     with _line(reader.console, "reading the weights"):
         params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
-    sampler = rollouts.make_sampler(pretrained.decoder, mesh, slots=options.slots, chunk=chunk,
-                                    positions=pretrained.max_positions)
+    longest = pretrained.max_positions if asked is None else max(
+        len(each.tokens) + each.max_new_tokens for each in asked)
+    sampler = rollouts.make_sampler(pretrained.decoder, mesh, slots=options.slots, chunk=chunk, positions=longest,
+                                    smallest=STREAM_CACHE if asked is None else None)
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
                         min_p=options.min_p, eos_ids=pretrained.eos_ids)
     return Session(reader=reader, sampler=sampler, params=params, sampling=sampling)

@@ -93,11 +93,10 @@ class Generation:
 
     def __init__(self, programs: device.Programs, params: model.Params, requests: Sequence[Request], key: jax.Array,
                  sampling: Sampling, *, slots: int, chunk: int, positions: int | None,
-                 loops: LoopStopping | None) -> None:
+                 smallest: int, loops: LoopStopping | None) -> None:
         self._programs, self._key, self._sampling, self._chunk = programs, key, sampling, chunk
         self._positions, self._loops = positions, loops
-        # A cache of a sixteenth of the largest costs little to read, and spares the smaller sizes their compilation.
-        self._smallest = max(64, 1 << max((positions or 0) // 16, 1).bit_length() - 1)
+        self._smallest = smallest
         self._compiled_before = programs.compiled()
         self._queue = collections.deque(_in_order(requests))
         self._unread = _unread(self._queue)
@@ -373,12 +372,15 @@ def _response(row: _Running, finish: str, length: int | None = None) -> Response
 
 
 def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int, positions: int | None = None,
-                 loops: LoopStopping | None = None, cache_layout: str = "auto") -> Sampler:
+                 smallest: int | None = None, loops: LoopStopping | None = None,
+                 cache_layout: str = "auto") -> Sampler:
     """The engine with its compiled functions.
 
     Args: slots, responses in flight, rounded up to a multiple of the mesh's batch shards; chunk, decode steps between
-        two looks at what has finished, at most; positions, that no sequence exceeds: the largest cache; loops, where
-        responses that only repeat themselves are to be stopped; cache_layout, one of attention.CACHE_LAYOUTS, or auto.
+        two looks at what has finished, at most; positions, that no sequence exceeds: the largest cache; smallest, a
+        power of two, the positions of the first one: sizes between the two are compiled when they are first met; loops,
+        where responses that only repeat themselves are to be stopped; cache_layout, one of attention.CACHE_LAYOUTS, or
+        auto.
     Raises: UserError where the cache layout does not fit the device or the model."""
     platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
     if cache_layout == "auto":
@@ -390,11 +392,13 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
                     cache_layout = attention.WITHOUT_KERNEL[platform]
     elif reason := attention.misfit(cache_layout, platform, config.head_dim, config.dtype, context):
         raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")
+    # A sixteenth of the largest costs little to read, and spares the smaller sizes their compilation.
+    first = smallest or min(max(64, 1 << max((positions or 0) // 16, 1).bit_length() - 1), 2048)
     programs = device.make_programs(dataclasses.replace(config, cache_layout=cache_layout), mesh)
 
     def sample(params: model.Params, requests: Sequence[Request], key: jax.Array, sampling: Sampling) -> Generation:
         return Generation(programs, params, requests, key, sampling, slots=slots, chunk=chunk, positions=positions,
-                          loops=loops)
+                          smallest=first, loops=loops)
 
     return sample
 

@@ -164,7 +164,8 @@ def test_commands(capsys):
     assert cli.main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "error: the command must be one of train, evaluate, grade, got trian\n"
+    assert capsys.readouterr().err == (
+        "error: the command must be one of train, evaluate, grade, generate, replay, got trian\n")
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -114,7 +114,7 @@ class RolloutConfig(Section):
     memory_gib: Positive | None = None
     """Memory for the keys and values of all slots, in GiB on all devices together; null = what the weights, the
     optimiser and a reserve of a tenth leave."""
-    cache_layout: Literal["auto", "transposed", "sequence_first", "sequence_last", "cudnn", "paged"] = "auto"
+    cache_layout: Literal["auto", "transposed", "sequence_last", "cudnn", "paged"] = "auto"
     """How keys and values lie in memory, and what reads them: cudnn, in bfloat16 on a GPU; paged, a kernel in bfloat16
     on a TPU, heads of a multiple of 128; the others by XLA anywhere. auto = the best one that fits device and model."""
     chunk: Count = 16
