@@ -157,9 +157,9 @@ class Generation:
         for bank, rows in started:
             fresh = sharding.to_device(self._fresh(bank, rows), self._programs.replicated)
             self._state = self._programs.start(self._state, bank.cache, fresh, self._key)
-        control = sharding.to_device((np.int32(self._keep()), self._halted), (self._programs.replicated,
-                                                                              self._programs.by_rows))
-        self._state, self._drawn = self._programs.advance(self._weights, self._state, *control,
+        control = np.concatenate([[self._keep()], self._halted]).astype(np.int32)
+        control = sharding.to_device(control, self._programs.replicated)
+        self._state, self._drawn = self._programs.advance(self._weights, self._state, control,
                                                           sampling=self._sampling, chunk=self._chunk)
         self._halted = np.zeros(len(self._slots), bool)
 
@@ -224,10 +224,9 @@ class Generation:
                 self._state.cache[index] = self._programs.grow(layer, capacity=needed)
         self._capacity = max(needed, self._capacity)
 
-    def _fresh(self, bank: "_Bank", rows: list[int]) -> device.Fresh:
-        """Where and how the responses in these slots start."""
-        table = {field.name: np.zeros(len(self._slots), np.int32) for field in dataclasses.fields(device.Fresh)
-                 if field.name != "count"}
+    def _fresh(self, bank: "_Bank", rows: list[int]) -> np.ndarray:
+        """Where and how the responses in these slots start: see device.FRESH."""
+        table = np.full((len(device.FRESH), len(self._slots)), -1, np.int32)
         for index, slot in enumerate(rows):
             row = self._slots[slot]
             assert row is not None
@@ -235,10 +234,8 @@ class Generation:
             values = {"slot": slot, "source": bank.rows[source], "token": source.known[-1], "length": row.length,
                       "generated": row.generated, "limit": request.max_new_tokens, "uid": request.uid,
                       "sample": request.sample}
-            for name, value in values.items():
-                table[name][index] = value
-        whole: Any = table | {"count": np.int32(len(rows))}
-        return device.Fresh(**whole)
+            table[:, index] = [values[name] for name in device.FRESH]
+        return table
 
     def _harvest(self, drawn: dict[str, np.ndarray]) -> list[Response]:
         """Appends a chunk's tokens to the responses in their slots, and takes out those that are finished."""

@@ -195,10 +195,9 @@ def test_no_cache_moves_between_devices():
         params = programs.unstack(place(config, weights(config), target))
         state = programs.empty(count=rows, capacity=capacity)
         bank = programs.read(params, np.zeros((8, 64), np.int32))
-        fresh = rollouts.device.Fresh(count=np.int32(3), **dict.fromkeys(
-            ("slot", "source", "token", "length", "generated", "limit", "uid", "sample"), np.zeros(rows, np.int32)))
-        halted, kept = np.zeros(rows, bool), np.zeros(rows // 2, np.int32)
-        lowered = [programs.advance.lower(params, state, np.int32(0), halted, sampling=ANY, chunk=4),
+        fresh, kept = np.zeros((len(rollouts.device.FRESH), rows), np.int32), np.zeros(rows // 2, np.int32)
+        control = np.zeros(1 + rows, np.int32)
+        lowered = [programs.advance.lower(params, state, control, sampling=ANY, chunk=4),
                    programs.start.lower(state, bank, fresh, jax.random.key(0)),
                    programs.grow.lower(state.cache[0], capacity=2 * capacity),
                    programs.shrink.lower(state.cache[0], kept)]

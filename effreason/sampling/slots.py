@@ -35,20 +35,14 @@ class Slots:
     key: jax.Array                  # key[S], of the response; folded with `generated` for each token
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fresh:
-    """Responses to start; the first `count` of S rows are meant."""
-
-    count: jax.Array                # int32[]
-    slot: jax.Array                 # int32[S], where to
-    source: jax.Array               # int32[S], the row of the bank
-    token: jax.Array                # int32[S], the last token known: of the prompt, or of what was drawn before
-    length: jax.Array               # int32[S], tokens before it
-    generated: jax.Array            # int32[S], response tokens known
-    limit: jax.Array                # int32[S]
-    uid: jax.Array                  # int32[S], of the problem
-    sample: jax.Array               # int32[S]
+# Responses to start, as rows of one int32[8, S] array: one transfer from the host instead of eight.
+FRESH = ("slot",                    # where to; -1: nothing more follows
+         "source",                  # the row of the bank
+         "token",                   # the last token known: of the prompt, or of what was drawn before
+         "length",                  # tokens before it
+         "generated",               # response tokens known
+         "limit",                   # response tokens to draw at most
+         "uid", "sample")           # of the problem, and which of its responses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +52,7 @@ class Programs:
     unstack: Callable[..., Any]     # params -> weights as the decoder reads them token by token
     read: Callable[..., Any]        # (weights, int32[rows, W]) -> bank
     start: Callable[..., Any]       # (slots, bank, fresh, step key) -> slots
-    advance: Callable[..., Any]     # (weights, slots, keep, halted, sampling=, chunk=) -> (slots, what was drawn)
+    advance: Callable[..., Any]     # (weights, slots, control, sampling=, chunk=) -> (slots, what was drawn)
     grow: Callable[..., Any]        # (a layer's cache, capacity=) -> the same, larger
     shrink: Callable[..., Any]      # (a layer's cache, rows) -> the same of these rows
     narrow: Callable[..., Any]      # (slots without a cache, rows) -> the same of these rows
@@ -97,16 +91,18 @@ def logits(weights: model.Params, hidden: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(head, hidden, cpu=head_first, default=plain)
 
 
-def decode(weights: model.Params, slots: Slots, keep: jax.Array, halted: jax.Array, *, config: model.DecoderConfig,
+def decode(weights: model.Params, slots: Slots, control: jax.Array, *, config: model.DecoderConfig,
            sampling: draws.Sampling, chunk: int) -> tuple[Slots, dict[str, jax.Array]]:
     """At most `chunk` decode steps of all slots; rows that end idle until it is over.
 
-    Args: keep int32[], stops as soon as no more rows than this are active; halted bool[S], rows to give up first.
+    Args: control int32[1 + S]: it stops as soon as no more rows than control[0] are active; rows whose entry behind
+        that is not 0 are given up first.
     Returns: the slots, and what the host needs: `tokens` int32[chunk, S] and their log-probs float32[chunk, S], of
         which the first `count` int32[S] of each row are meant; `active` bool[S]; `steps` int32[]."""
     eos = jnp.array(sampling.eos_ids, jnp.int32)
     rows = slots.token.shape[0]
     before = slots.generated
+    keep, halted = control[0], control[1:] != 0
     slots = dataclasses.replace(slots, active=slots.active & ~halted)
     outputs = {"tokens": jnp.zeros((chunk, rows), jnp.int32)} | {
         name: jnp.zeros((chunk, rows), jnp.float32) for name in logprob_names(sampling)}
@@ -144,48 +140,50 @@ def read(weights: model.Params, prompts: jax.Array, *, config: model.DecoderConf
     return jax.tree.map(lambda x: jnp.pad(x, [(0, BANK - rows)] + [(0, 0)] * (x.ndim - 1)), cache)
 
 
-def start(slots: Slots, bank: model.Cache, fresh: Fresh, step_key: jax.Array, *, mesh: Mesh,
+def start(slots: Slots, bank: model.Cache, fresh: jax.Array, step_key: jax.Array, *, mesh: Mesh,
           specs: dict[str, PartitionSpec]) -> Slots:
     """Puts responses into free slots: keys and values of their prompt from the bank, and where they stand.
 
-    Each device writes the rows that are its own, one after another: a scatter over the slots would gather the cache."""
+    Args: fresh int32[8, S], rows as FRESH names them; step_key, of the training step. Each device writes the rows that
+        are its own, one after another: a scatter over the slots would gather the cache."""
     of_bank = {name: PartitionSpec(None, *spec[1:]) for name, spec in specs.items()}
+    new = dict(zip(FRESH, fresh, strict=True))
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=([specs] * len(bank), [of_bank] * len(bank), PartitionSpec()),
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=([specs] * len(bank), [of_bank] * len(bank),
+                                                             (PartitionSpec(), PartitionSpec())),
                        out_specs=[specs] * len(bank), check_vma=False)
-    def copied(cache: model.Cache, bank: model.Cache, fresh: Fresh) -> model.Cache:
+    def copied(cache: model.Cache, bank: model.Cache, where: tuple[jax.Array, jax.Array]) -> model.Cache:
+        to, source = where
         here = jax.tree.leaves(cache)[0].shape[0]
         first = here * jax.lax.axis_index(sharding.AXES["batch"])
 
         def one(index: jax.Array, cache: model.Cache) -> model.Cache:
-            slot = fresh.slot[index] - first
+            slot = to[index] - first
             ours = (slot >= 0) & (slot < here)
             at = jnp.clip(slot, 0, here - 1)
 
             def written(old: jax.Array, new: jax.Array) -> jax.Array:
                 corner = (at,) + (0,) * (old.ndim - 1)
-                chosen = jax.lax.dynamic_index_in_dim(new, fresh.source[index], 0)
+                chosen = jax.lax.dynamic_index_in_dim(new, source[index], 0)
                 kept = jax.lax.dynamic_slice(old, corner, chosen.shape)
                 return jax.lax.dynamic_update_slice(old, jnp.where(ours, chosen, kept), corner)
 
             return jax.tree.map(written, cache, bank)
 
-        return jax.lax.fori_loop(0, fresh.count, one, cache)
+        return jax.lax.fori_loop(0, jnp.sum(to >= 0), one, cache)
 
-    rows = slots.token.shape[0]
-    at = jnp.where(jnp.arange(rows) < fresh.count, fresh.slot, rows)       # beyond the last slot: dropped
     # Which row of `fresh` a slot takes, or none: a comparison instead of a scatter keeps the rows where they are.
-    matches = at[None, :] == jnp.arange(rows)[:, None]
+    matches = new["slot"][None, :] == jnp.arange(slots.token.shape[0])[:, None]
     is_fresh, row = jnp.any(matches, axis=1), jnp.argmax(matches, axis=1)
 
-    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(is_fresh, new[row], old)
+    def chosen(name: str) -> jax.Array:
+        return jnp.where(is_fresh, new[name][row], getattr(slots, name))
 
     key = jax.vmap(lambda uid, sample: jax.random.fold_in(jax.random.fold_in(step_key, uid), sample))
-    return Slots(cache=copied(slots.cache, bank, fresh), token=chosen(fresh.token, slots.token),
-                 length=chosen(fresh.length, slots.length), generated=chosen(fresh.generated, slots.generated),
-                 limit=chosen(fresh.limit, slots.limit), active=slots.active | is_fresh,
-                 key=jnp.where(is_fresh, key(fresh.uid, fresh.sample)[row], slots.key))
+    return Slots(cache=copied(slots.cache, bank, (new["slot"], new["source"])), token=chosen("token"),
+                 length=chosen("length"), generated=chosen("generated"), limit=chosen("limit"),
+                 active=slots.active | is_fresh,
+                 key=jnp.where(is_fresh, key(new["uid"], new["sample"])[row], slots.key))
 
 
 def grow(layer: dict[str, jax.Array], *, axes: dict[str, int], capacity: int) -> dict[str, jax.Array]:
