@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from effreason import rollouts
 from effreason.lm import attention, hf, model
-from effreason.sampling import draws
+from effreason.sampling import draws, slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,13 +101,13 @@ def make_static(config: model.DecoderConfig, params: model.Params, mesh: Mesh, w
         sampling = draws.Sampling(temperature=0.0 if greedy else 1.0, eos_ids=())
         pieces = Pieces(prepare=jax.jit(functools.partial(model.unstack, config)),
                         extend=functools.partial(model.extend, config),
-                        empty_cache=functools.partial(model.empty_cache, config),
+                        empty_cache=functools.partial(model.empty_cache, config), logits=slots.logits,
                         draw=lambda logits, key: draws.draw(logits, jax.random.split(key, logits.shape[0]),
                                                             sampling).tokens)
     else:
         pieces = Pieces(prepare=jax.jit(functools.partial(plain_layers, config)),
                         extend=functools.partial(plain_extend, config),
-                        empty_cache=functools.partial(plain_cache, config),
+                        empty_cache=functools.partial(plain_cache, config), logits=model.logits,
                         draw=lambda logits, key: (jnp.argmax(logits, -1) if greedy else
                                                   jax.random.categorical(key, logits)).astype(jnp.int32))
     batch: Any = jax.jit(functools.partial(generate_batch, pieces=pieces, longest=workload.longest))
@@ -133,6 +133,7 @@ class Pieces:
     prepare: Any                    # params -> weights, jitted
     extend: Callable[..., Any]      # (weights, int32[B, T], start int32[B], cache) -> hidden [B, T, D], cache
     empty_cache: Callable[..., Any]  # (rows, positions) -> cache
+    logits: Callable[..., jax.Array]    # (weights, [B, D]) -> float32[B, V]
     draw: Callable[..., jax.Array]  # (logits float32[B, V], key) -> int32[B]
 
 
@@ -142,7 +143,7 @@ def generate_batch(weights: model.Params, prompts: jax.Array, limits: jax.Array,
     rows, length = prompts.shape
 
     def drawn(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        return pieces.draw(model.logits(weights, hidden[:, -1]), jax.random.fold_in(key, step))
+        return pieces.draw(pieces.logits(weights, hidden[:, -1]), jax.random.fold_in(key, step))
 
     def unfinished(carry: tuple[Any, ...]) -> jax.Array:
         return jnp.any(carry[0] < limits)

@@ -79,12 +79,19 @@ def products(config: model.DecoderConfig, weights: dict[str, Any], x: jax.Array,
             x = x + (x @ layer["query"] + mixed) @ layer["output"]
             x = x + ((x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
             x = x / (1.0 + jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))      # finite for ever
-        logits = jnp.einsum("bd,vd->bv", x, weights["head"])
+        logits = slots.logits(weights, x)
         # Carried, and the next step depends on one of them: the product can neither be dropped nor cut down.
         x, logits = jax.lax.optimization_barrier((x, logits))
         return x + 1e-6 * logits[:, :1], logits
 
     return jax.lax.fori_loop(0, steps, step, (x, jnp.zeros((x.shape[0], config.vocabulary), x.dtype)))
+
+
+def make_products(config: model.DecoderConfig, params: model.Params, batch: int) -> Callable[..., float]:
+    """What measures the seconds that the matrix products of one decode step take, as the median of some repeats."""
+    weights, x = product_weights(config, params), jax.random.normal(jax.random.key(1), (batch, config.width))
+    run = jax.jit(functools.partial(products, config, steps=20))
+    return lambda repeats=3: median_seconds(run, weights, x, repeats=repeats) / 20
 
 
 def matrix_entries(config: model.DecoderConfig) -> int:
@@ -96,12 +103,9 @@ def matrix_entries(config: model.DecoderConfig) -> int:
 def roofline(config: model.DecoderConfig, params: model.Params, workload: Workload, repeats: int) -> dict[str, Any]:
     """The limits of this machine, and what they allow a decode step of this model and workload at most."""
     flops, bandwidth = matmul_flops(3 * repeats), memory_bandwidth(repeats)
-    weights = product_weights(config, params)
-    run = jax.jit(functools.partial(products, config), static_argnames="steps")
     rates = {}
     for batch in BATCHES:
-        x = jax.random.normal(jax.random.key(1), (batch, config.width))
-        seconds = median_seconds(functools.partial(run, steps=20), weights, x, repeats=repeats + 2) / 20
+        seconds = make_products(config, params, batch)(repeats + 2)
         rates[str(batch)] = {"ms": 1e3 * seconds, "tokens_per_second": batch / seconds,
                              "flops": 2 * batch * matrix_entries(config) / seconds}
     # Of rows on their way, the average one has half of its response in the cache.
@@ -152,7 +156,7 @@ def group_prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
 def step_seconds(programs: slots.Programs, weights: Any, *, rows: int, positions: int, steps: int,
                  repeats: int) -> float:
     """One decode step of so many slots at the end of a cache of so many positions; the median of runs of `steps`."""
-    keep, halted = jax.device_put((np.int32(0), np.zeros(rows, bool)), (programs.replicated, programs.by_rows))
+    control = jax.device_put(np.zeros(1 + rows, np.int32), programs.replicated)     # no early end, no row given up
     state, times = programs.empty(count=rows, capacity=positions), []
     for _ in range(repeats + 1):
         there = {"length": np.full(rows, positions - steps, np.int32), "generated": np.zeros(rows, np.int32),
@@ -160,7 +164,7 @@ def step_seconds(programs: slots.Programs, weights: Any, *, rows: int, positions
         state = dataclasses.replace(state, **jax.device_put(there, programs.by_rows))
         jax.block_until_ready(state)
         started = time.perf_counter()
-        state, drawn = programs.advance(weights, state, keep, halted, sampling=DRAWN, chunk=steps)
+        state, drawn = programs.advance(weights, state, control, sampling=DRAWN, chunk=steps)
         jax.block_until_ready(drawn)
         times.append((time.perf_counter() - started) / steps)
     return statistics.median(times[1:])

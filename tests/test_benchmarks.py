@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import decoders
+import jax
 import numpy as np
 import pytest
 
@@ -39,6 +40,18 @@ def test_a_static_batch_gives_the_tokens_of_the_engine(benchmark, engine):
     theirs = baselines.ENGINES[engine](config, params, mesh, workload, greedy=True).generate(workload, 0)
     assert [len(row) for row in theirs] == workload.limits.tolist()
     np.testing.assert_array_equal(np.concatenate(ours), np.concatenate(theirs))
+
+
+def test_a_decode_step_is_timed_and_a_rollout_taken_apart(benchmark):
+    pieces, baselines, mesh = benchmark("rollout_pieces"), benchmark("rollout_baselines"), sharding.make_mesh(data=-1)
+    row = pieces.accelerator(decoders.QWEN2, mesh, rows=8, context=64, steps=4, repeats=1)
+    matrices = pieces.product_weights(decoders.QWEN2, decoders.weights(decoders.QWEN2))
+    assert row["weight_bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(matrices))
+    assert row["step_ms"] > 0 and 0 < row["bandwidth_fraction"] < 1
+    workload = baselines.Workload(prompts=np.zeros((2, 6), np.int32), samples=8, limits=np.full(16, 9, np.int32),
+                                  longest=9, rows=8)
+    rows = pieces.profile(decoders.QWEN2, decoders.weights(decoders.QWEN2), mesh, workload, chunk=4)
+    assert sum(row["steps"] for row in rows) >= 18 and all(row["seconds"] > 0 for row in rows)
 
 
 def test_targets_are_judged_by_their_figures(benchmark):
