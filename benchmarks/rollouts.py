@@ -169,15 +169,15 @@ def print_runs(runs: Sequence[Row]) -> None:
 def print_parts(part: Row) -> None:
     roofline, name = part["roofline"], part["model"]
     print(f"{name}: greedy tokens as ours: "
-          + (", ".join(f"{kind} {100 * share:.1f} %" for kind, share in part["greedy_agreement"].items()) or "-"))
+          + (", ".join(f"{kind} {100 * share:.4g} %" for kind, share in part["greedy_agreement"].items()) or "-"))
     bandwidth = roofline["bandwidth"]
-    print(f"Products of 1024 x 1024 matrices: {roofline['matmul_flops'] / 1e9:,.0f} GFLOP/s. Memory: "
-          f"{bandwidth['read'] / 1e9:.1f} GB/s read, {bandwidth['copied'] / 1e9:.1f} GB/s copied.")
-    print("A step takes t >= max((bytes of weights + live cache) / bandwidth, 2 N B / FLOP/s)\n"
-          f"  = max(({roofline['weight_bytes'] / 1e6:.1f} + {roofline['cache_bytes'] / 1e6:.1f}) MB / "
+    print(f"1024 x 1024 matrices: {roofline['matmul_flops'] / 1e9:,.0f} GFLOP/s; memory: "
+          f"{bandwidth['read'] / 1e9:.1f} GB/s read, {bandwidth['copied'] / 1e9:.1f} GB/s copied")
+    print("A step: t >= max((bytes of weights + live cache) / bandwidth, 2 N B / FLOP/s)\n"
+          f"= max(({roofline['weight_bytes'] / 1e6:.1f} + {roofline['cache_bytes'] / 1e6:.1f}) MB / "
           f"{max(bandwidth.values()) / 1e9:.1f} GB/s, 2 x {roofline['entries'] / 1e6:.2f} M x {roofline['rows']} / "
           f"{roofline['matmul_flops'] / 1e9:,.0f} GFLOP/s)\n"
-          f"  = max({roofline['limit_ms']['bytes']:.2f}, {roofline['limit_ms']['flops']:.2f}) ms: at most "
+          f"= max({roofline['limit_ms']['bytes']:.2f}, {roofline['limit_ms']['flops']:.2f}) ms: at most "
           f"{1e3 * roofline['rows'] / max(roofline['limit_ms'].values()):,.0f} tokens/s for W1\n")
     print_table([f"{name}, products alone: batch", "ms/step", "tokens/s", "GFLOP/s"],
                 [[batch, f"{rate['ms']:.2f}", f"{rate['tokens_per_second']:,.0f}", f"{rate['flops'] / 1e9:,.0f}"]
