@@ -201,7 +201,7 @@ def profile(config: model.DecoderConfig, params: model.Params, mesh: Mesh, workl
             started, steps = time.perf_counter(), 0
             generation = sampler(params, make_requests(workload), jax.random.key(0), DRAWN)
             while generation.running:
-                total = totals[len(generation._slots), generation._capacity]
+                total = totals[generation.slots, generation.capacity]
                 next(generation)
                 ended = time.perf_counter()
                 total.update({"chunks": 1, "steps": generation.steps - steps, "seconds": ended - started})

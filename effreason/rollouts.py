@@ -31,7 +31,7 @@ from effreason.sampling.loops import LoopStopping
 
 STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
 SMALLEST = 4                        # slots on each device that are not halved further: a step costs about the same
-REFILL_AT = 16                      # a chunk ends early when one slot in so many is free and something waits
+REFILL_AT = 8                       # a chunk ends early when one slot in so many is free and something waits
 
 
 def step_key(seed: int, stream: str, step: int) -> jax.Array:
@@ -87,9 +87,9 @@ class Generation:
     It yields an empty list where none has, so that its consumer can show progress, overlap other work, or stop. The
     next chunk is under way already while the consumer has the floor.
 
-    Attributes: tokens, drawn so far; running, waiting, finished, numbers of responses; steps, decode steps so far;
-        slot_steps, these times the slots there were; host_seconds, what the device waited for the host between chunks;
-        compilations, programs compiled for it."""
+    Attributes: tokens, drawn so far; running, waiting, finished, numbers of responses; slots, and capacity, the cache
+        positions of each; steps, decode steps so far; slot_steps, these times the slots there were; host_seconds, from
+        the end of a chunk to the start of the next; compilations, programs compiled for it."""
 
     def __init__(self, programs: device.Programs, params: model.Params, requests: Sequence[Request], key: jax.Array,
                  sampling: Sampling, *, slots: int, chunk: int, positions: int | None,
@@ -104,7 +104,7 @@ class Generation:
         self._slots: list[_Running | None] = [None] * _slot_count(slots, len(self._queue), programs.shards)
         self._halted = np.zeros(len(self._slots), bool)
         self._state: device.Slots | None = None
-        self._capacity = 0
+        self.capacity = 0
         self._drawn: dict[str, jax.Array] | None = None         # of the chunk under way
         self.tokens = self.finished = self.steps = self.slot_steps = 0
         self.host_seconds = 0.0
@@ -125,6 +125,11 @@ class Generation:
             self._launch()
         self.host_seconds += time.perf_counter() - ready
         return finished
+
+    @property
+    def slots(self) -> int:
+        """Slots there are now: fewer in the tail."""
+        return len(self._slots)
 
     @property
     def running(self) -> int:
@@ -218,11 +223,11 @@ class Generation:
         needed = max([needed, *(bank.width for bank, _ in started)])
         if self._state is None:
             self._state = self._programs.empty(count=len(self._slots), capacity=needed)
-        elif needed > self._capacity:
+        elif needed > self.capacity:
             # Layer by layer: the old and the new cache never stand side by side.
             for index, layer in enumerate(self._state.cache):
                 self._state.cache[index] = self._programs.grow(layer, capacity=needed)
-        self._capacity = max(needed, self._capacity)
+        self.capacity = max(needed, self.capacity)
 
     def _fresh(self, bank: "_Bank", rows: list[int]) -> np.ndarray:
         """Where and how the responses in these slots start: see device.FRESH."""
