@@ -95,8 +95,8 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
         waiting.append((names, grader.submit(whole, [gold(problem) for problem in asked], budget)))
 
     before = [response for response in drawn if response.finish]
-    if before:
-        submit(before)
+    for first in range(0, len(before), GRADED_AT_ONCE):
+        submit(before[first : first + GRADED_AT_ONCE])
     requests = remaining(make_requests(problems, group_size, max_new_tokens, expected), drawn)
     responses, generation = generate(start, requests, watch, submit=submit, keep=lambda now: keep([*before, *now]))
     rollouts = collect(problems, [*before, *responses], group_size)

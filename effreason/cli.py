@@ -120,7 +120,7 @@ def _guarded(command: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except FloatingPointError as error:
-        print(f"error: {error}; the checkpoints before it are whole", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {_reason(error)}", file=sys.stderr)

@@ -70,7 +70,7 @@ def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, to
 
 
 def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine:
-    """Builds everything a training step needs; nothing is compiled before its first call.
+    """Builds everything a training step needs; but for the trial of a kernel nothing is compiled before its first call.
 
     Raises: UserError where the mesh cannot split the model or the batch evenly."""
     decoder, settings, learning = pretrained.decoder, config.rollout, config.update
@@ -101,13 +101,14 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
         params_sharding=targets.params, rows_sharding=row, replicated=replicated)
 
 
-def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> rollouts.Sampler:
-    """The sampling engine of a run, for rollouts and evaluations alike."""
+def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                 copies: int = memory.TRAINING) -> rollouts.Sampler:
+    """The sampling engine of a run, for rollouts and evaluations alike. Args: copies, of the weights beside its own."""
     loops = LoopStopping(window=config.loops.window, longest_period=config.loops.longest_period,
                          audit_share=config.loops.audit_share) if config.loops.stop else None
-    return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh), chunk=config.rollout.chunk,
-                                 positions=memory.positions(config), loops=loops,
-                                 cache_layout=config.rollout.cache_layout)
+    settings = config.rollout
+    return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh, copies), chunk=settings.chunk,
+                                 positions=memory.positions(config), loops=loops, cache_layout=settings.cache_layout)
 
 
 def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:

@@ -25,6 +25,7 @@ from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
 from effreason.runtime.metrics import disk, write_json
 from effreason.runtime.progress import Headway, rate, say
+from effreason.sampling import memory
 from effreason.sampling.draws import Sampling
 
 # (params, watch, tokens expected by uid) -> the result, and the mean tokens of each problem by uid
@@ -144,10 +145,11 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
                                             functools.partial(unmatched, grader))
     rendered = templates.display(templates.render(pretrained.tokenizer, template, problems[0].text))
     dated = [template.note] if template.note else []
-    for note in [*dated, *notes, f"the first prompt, by the template {template.name}:\n{rendered}"]:
+    sampler_note = memory.describe(config, pretrained.decoder, mesh, memory.EVALUATION)
+    for note in [*dated, *notes, sampler_note, f"the first prompt, by the template {template.name}:\n{rendered}"]:
         tell(note)
     params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
-    sampler = make_sampler(config, pretrained.decoder, mesh)
+    sampler = make_sampler(config, pretrained.decoder, mesh, memory.EVALUATION)
     return make_evaluator(config, pretrained, sampler, problems, grader)(params, watch, {})[0]
 
 

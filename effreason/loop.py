@@ -81,7 +81,7 @@ def train(config: Config) -> None:
                     export(state.params, step, config, inputs, directory / "model", base)
 
                 base = None
-                lengths = {int(uid): tokens for uid, tokens in facts["lengths"].items()}
+                lengths = {int(uid): tokens for uid, tokens in facts.get("lengths", {}).items()}
                 step = make_step(config, engine, inputs, reference, grader, watch, lengths, directory)
                 evaluate = evaluation.make_evaluator(config, inputs.pretrained, engine.sampler, inputs.held_out, grader)
                 progress.say(agreement)
@@ -225,7 +225,7 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
             "rollout/accuracy": float(tried.correct.mean()),
             "rollout/tokens": float(sampled.lengths.mean()),
             "rollout/truncated": float(1.0 - sampled.ended.mean()),
-            "rollout/tokens_per_second": count / rollout_seconds,
+            "rollout/tokens_per_second": tried.generation.tokens / rollout_seconds,
             **engine_metrics(tried, rollout_seconds),
             "update/tokens_per_second": count / update_seconds,
             "time/rollout": rollout_seconds, "time/grade": tried.grading_seconds,
@@ -273,6 +273,8 @@ def evaluate_base(evaluate: evaluation.Evaluate, reference: model.Params, direct
     path = directory / "base.json"
     if path.exists():
         table = hf.read_json(path)
+        if "result" not in table:           # of an earlier version
+            table = {"result": table, "lengths": {}}
         return evaluation.from_table(table["result"]), {int(uid): tokens for uid, tokens in table["lengths"].items()}
     progress.say("evaluating the model before training")
     base, lengths = evaluate(reference, watch, {})
@@ -284,7 +286,7 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
     """Raises FloatingPointError naming what has become NaN or infinite; nothing is saved after that."""
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"step {step}: non-finite {', '.join(bad)}")
+        raise FloatingPointError(f"step {step}: non-finite {', '.join(bad)}; the checkpoints before it are whole")
 
 
 def open_run(config: Config) -> Path:

@@ -92,7 +92,7 @@ class Evaluation:
 
     accuracy: float                 # share of right answers, 0..1, mean over samples, then problems
     tokens: float                   # mean response tokens through EOS
-    truncated: float                # share of responses stopped at the token limit
+    truncated: float                # share of responses that were cut off, at the token limit or as loops
     problems: int
     samples: int                    # for each problem
     by_level: dict[str, LevelResult]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from effreason import prompts, rollouts
 from effreason.checkpoints import Checkpoints
@@ -38,7 +39,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     if not 0 <= options.sample < config.rollout.group_size:
         raise UserError(f"--sample must be in [0, {config.rollout.group_size - 1}], got {options.sample}")
     sharding.use_compilation_cache()
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = _mesh(config)
     with jax.set_mesh(mesh), make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
         batch = prompts.batch(inputs.problems, config.rollout.prompts_per_step, config.run.seed, options.step)
@@ -52,15 +53,15 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 def replay(engine: Engine, params: model.Params, problem: Problem, config: Config, step: int,
            sample: int) -> Response:
-    """One response of a training step, alone in the engine.
+    """One response of a training step.
 
-    Args: params, of the policy after `step` updates."""
+    All slots generate it: products of another number of rows are rounded otherwise, and in bfloat16 that parts two
+    responses soon. Args: params, of the policy after `step` updates."""
     request = rollouts.Request(prompt=0, tokens=problem.prompt, uid=problem.uid, sample=sample,
                                max_new_tokens=config.rollout.max_new_tokens)
     key = rollouts.step_key(config.run.seed, "train", step)
-    (response,) = [response for finished in engine.sampler(params, [request], key, engine.sampling)
-                   for response in finished]
-    return response
+    alike = [request] * (config.rollout.prompts_per_step * config.rollout.group_size)
+    return next(response for finished in engine.sampler(params, alike, key, engine.sampling) for response in finished)
 
 
 def _parser(prog: str) -> Parser:
@@ -72,6 +73,14 @@ def _parser(prog: str) -> Parser:
     made.add_argument("--sample", metavar="I", type=int, default=0, help="which of its responses; default 0")
     made.add_argument("--json", action="store_true", help="print one object with token ids and log-probs")
     return made
+
+
+def _mesh(config: Config) -> Mesh:
+    """The run's mesh, or with other devices than the run had, one that splits the slots alone."""
+    try:
+        return sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    except UserError:
+        return sharding.make_mesh(data=-1)
 
 
 def _asked_for(batch: Sequence[Problem], uid: int, step: int) -> Problem:

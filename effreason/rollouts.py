@@ -12,8 +12,7 @@ depend on its slot, on its neighbours or on the number of devices, but for the r
 import collections
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import jax
@@ -28,6 +27,8 @@ from effreason.runtime import sharding
 from effreason.sampling import slots as device
 from effreason.sampling.draws import Sampling
 from effreason.sampling.loops import LoopStopping
+from effreason.sampling.requests import Bank, Library, Request, Source, check, in_order
+from effreason.sampling.requests import make_requests as make_requests
 
 STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
 SMALLEST = 4                        # slots on each device that are not halved further: a step costs about the same
@@ -37,27 +38,6 @@ REFILL_AT = 8                       # a chunk ends early when one slot in so man
 def step_key(seed: int, stream: str, step: int) -> jax.Array:
     """The key under which all responses of a step are drawn. Streams never share a key."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """One response to be made."""
-
-    prompt: int                     # index among the prompts; those of one index share their tokens, read once
-    tokens: np.ndarray              # int32[S'], the prompt
-    uid: int                        # with the sample and the position it makes the key of every token
-    sample: int
-    max_new_tokens: int
-    expected_tokens: float | None = None    # longest first, where it is known; never decides more than the order
-    prefix: Response | None = None  # what was drawn already: it goes on from there
-
-
-def make_requests(problems: Sequence[Problem], group_size: int, max_new_tokens: int,
-                  expected: Mapping[int, float] = MappingProxyType({})) -> list[Request]:
-    """A group of responses to each problem. Args: expected, tokens by uid, of those of which something is known."""
-    return [Request(prompt=index, tokens=problem.prompt, uid=problem.uid, sample=sample, max_new_tokens=max_new_tokens,
-                    expected_tokens=expected.get(problem.uid))
-            for index, problem in enumerate(problems) for sample in range(group_size)]
 
 
 class Sampler(Protocol):
@@ -95,13 +75,14 @@ class Generation:
                  sampling: Sampling, *, slots: int, chunk: int, positions: int | None,
                  smallest: int, loops: LoopStopping | None) -> None:
         self._programs, self._key, self._sampling, self._chunk = programs, key, sampling, chunk
-        self._positions, self._loops = positions, loops
-        self._smallest = smallest
+        self._smallest, self._loops = smallest, loops
         self._compiled_before = programs.compiled()
-        self._queue = collections.deque(_in_order(requests))
-        self._unread = _unread(self._queue)
-        self._banks: list[_Bank] = []
+        check(requests, positions)
+        # Multiples that divide evenly whatever reads or splits the cache.
+        self._most = None if positions is None else -(-positions // (unit := 64 if positions <= 1024 else 512)) * unit
+        self._queue = collections.deque(in_order(requests))
         self._slots: list[_Running | None] = [None] * _slot_count(slots, len(self._queue), programs.shards)
+        self._library = Library(self._queue, self._most, len(self._slots))
         self._halted = np.zeros(len(self._slots), bool)
         self._state: device.Slots | None = None
         self.capacity = 0
@@ -147,8 +128,9 @@ class Generation:
         return self._programs.compiled() - self._compiled_before
 
     def unfinished(self) -> list[Response]:
-        """The running responses as far as they have come, finish ""; a Request takes one up as its prefix."""
-        return [_response(row, "") for row in self._slots if row is not None]
+        """What has been begun, as far as it has come, finish ""; a Request takes one up as its prefix."""
+        return [*(_response(row, "") for row in self._slots if row is not None),
+                *(request.prefix for request in self._queue if request.prefix is not None)]
 
     def _launch(self) -> None:
         """Fills free slots, makes room, and starts the next chunk; or notes that there is nothing left to do."""
@@ -160,8 +142,14 @@ class Generation:
             self._shrink()
         self._make_room(started)
         for bank, rows in started:
+            if bank.cache is None:
+                prompts = sharding.to_device(bank.prompts(), self._programs.replicated)
+                bank.cache = self._programs.read(self._weights, prompts)
             fresh = sharding.to_device(self._fresh(bank, rows), self._programs.replicated)
             self._state = self._programs.start(self._state, bank.cache, fresh, self._key)
+            if not bank.waiting:        # at once: of long prefixes there may be many
+                bank.cache = None
+        self._library.forget()
         control = np.concatenate([[self._keep()], self._halted]).astype(np.int32)
         control = sharding.to_device(control, self._programs.replicated)
         self._state, self._drawn = self._programs.advance(self._weights, self._state, control,
@@ -173,19 +161,21 @@ class Generation:
         running, count = self.running, len(self._slots)
         if self._queue:
             return max(running - max(count // REFILL_AT, 1), 0)
-        halved = count // 2 if count // 2 >= SMALLEST * self._programs.shards else 0
-        return min(halved, running - 1)
+        half = -(-count // self._programs.shards // 2)      # of each device
+        return min(half * self._programs.shards if half >= SMALLEST else 0, running - 1)
 
-    def _refill(self) -> "list[tuple[_Bank, list[int]]]":
+    def _refill(self) -> list[tuple[Bank, list[int]]]:
         """Gives free slots to waiting responses; returns the slots to start, by the bank that holds their prompts."""
+        # Dealt out over the devices: they shrink together, as the busiest of them allows.
+        here = len(self._slots) // self._programs.shards
         free = [slot for slot, row in enumerate(self._slots) if row is None]
-        started: dict[int, tuple[_Bank, list[int]]] = {}
+        free.sort(key=lambda slot: (slot % here, slot))
+        started: dict[int, tuple[Bank, list[int]]] = {}
         for slot in free[: len(self._queue)]:
             request = self._queue.popleft()
-            bank = self._bank_of(_source(request))
-            known = _known(request)
+            bank, known = self._library.bank_of(Source.of(request)), len(request.known)
             self._slots[slot] = _Running(
-                request=request, length=len(known) - 1, generated=len(known) - len(request.tokens),
+                request=request, length=known - 1, generated=known - len(request.tokens),
                 tokens=[] if request.prefix is None else [request.prefix.tokens],
                 logprobs={name: [] if request.prefix is None else [getattr(request.prefix, name)]
                           for name in device.logprob_names(self._sampling)},
@@ -193,34 +183,15 @@ class Generation:
             self._halted[slot] = False
             bank.waiting -= 1
             started.setdefault(id(bank), (bank, []))[1].append(slot)
-        self._banks = [bank for bank in self._banks if bank.waiting]
         return list(started.values())
 
-    def _bank_of(self, source: "_Source") -> "_Bank":
-        """The bank that holds a prompt; if there is none yet, it is read, with the next ones of about its length."""
-        for bank in self._banks:
-            if source in bank.rows:
-                return bank
-        unread = self._unread[_width(len(source.known))]
-        taken = [unread.popleft() for _ in range(min(len(unread), device.BANK))]
-        # A single one is read alone; for other numbers, reading empty rows costs less than compiling for each.
-        prompts = np.zeros((1 if len(taken) == 1 else device.BANK, _width(len(source.known))), np.int32)
-        for row, (each, _) in enumerate(taken):
-            # The last token stays out: the first decode step reads it, and draws from what it predicts.
-            prompts[row, : len(each.known) - 1] = each.known[:-1]
-        cache = self._programs.read(self._weights, sharding.to_device(prompts, self._programs.replicated))
-        bank = _Bank(cache=cache, rows={each: row for row, (each, _) in enumerate(taken)},
-                     waiting=sum(count for _, count in taken))
-        self._banks.append(bank)
-        return bank
-
-    def _make_room(self, started: "list[tuple[_Bank, list[int]]]") -> None:
+    def _make_room(self, started: list[tuple[Bank, list[int]]]) -> None:
         """Makes or grows the cache, so that the next chunk and the new prompts fit."""
         longest = max(row.length for row in self._slots if row is not None)
-        needed = padded_length(longest + self._chunk, self._smallest)
-        if self._positions is not None:                 # no sequence gets longer than that
-            needed = min(needed, -(-max(self._positions, longest + 1) // 64) * 64)
-        needed = max([needed, *(bank.width for bank, _ in started)])
+        # One more: a row that has ended stands behind its last token until the others have, and writes there.
+        needed = padded_length(max([longest + self._chunk + 1, *(bank.width for bank, _ in started)]), self._smallest)
+        if self._most is not None:                      # no sequence gets longer than that
+            needed = min(needed, self._most)
         if self._state is None:
             self._state = self._programs.empty(count=len(self._slots), capacity=needed)
         elif needed > self.capacity:
@@ -229,13 +200,13 @@ class Generation:
                 self._state.cache[index] = self._programs.grow(layer, capacity=needed)
         self.capacity = max(needed, self.capacity)
 
-    def _fresh(self, bank: "_Bank", rows: list[int]) -> np.ndarray:
+    def _fresh(self, bank: Bank, rows: list[int]) -> np.ndarray:
         """Where and how the responses in these slots start: see device.FRESH."""
         table = np.full((len(device.FRESH), len(self._slots)), -1, np.int32)
         for index, slot in enumerate(rows):
             row = self._slots[slot]
             assert row is not None
-            request, source = row.request, _source(row.request)
+            request, source = row.request, Source.of(row.request)
             values = {"slot": slot, "source": bank.rows[source], "token": source.known[-1], "length": row.length,
                       "generated": row.generated, "limit": request.max_new_tokens, "uid": request.uid,
                       "sample": request.sample}
@@ -248,10 +219,15 @@ class Generation:
         self.steps += int(drawn["steps"])
         self.slot_steps += int(drawn["steps"]) * len(self._slots)
         counts, active = drawn["count"].tolist(), drawn["active"].tolist()
+        finite = np.isfinite(drawn["logprobs"]).all()       # of rows that idle too, whose numbers say nothing
         for slot, row in enumerate(self._slots):
             if row is None:
                 continue
             count = counts[slot]
+            if not (finite or np.isfinite(drawn["logprobs"][:count, slot]).all()):
+                raise FloatingPointError(
+                    f"uid {row.request.uid}, sample {row.request.sample}: after {row.generated} tokens of the response "
+                    "the model gives no finite log-prob")
             row.tokens.append(drawn["tokens"][:count, slot])
             for name, arrays in row.logprobs.items():
                 arrays.append(drawn[name][:count, slot])
@@ -283,8 +259,8 @@ class Generation:
         busy = [[slot for slot in range(first, first + here) if self._slots[slot] is not None]
                 for first in range(0, len(self._slots), here)]
         kept = here
-        while kept // 2 >= SMALLEST and kept % 2 == 0 and max(len(slots) for slots in busy) <= kept // 2:
-            kept //= 2
+        while (half := -(-kept // 2)) >= SMALLEST and half < kept and max(len(slots) for slots in busy) <= half:
+            kept = half
         if kept == here or self._state is None:
             return
         chosen = []
@@ -299,61 +275,6 @@ class Generation:
         self._state = dataclasses.replace(self._programs.narrow(alone, kept_rows), cache=layers)
         self._slots = [self._slots[slot] for slots in chosen for slot in slots]
         self._halted = np.array([self._halted[slot] for slots in chosen for slot in slots])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Tokens to read before a response can go on; equal ones are read once."""
-
-    name: tuple[int, ...]           # the prompt, and the sample where the response has a prefix of its own
-    known: np.ndarray = dataclasses.field(compare=False)
-
-
-@dataclasses.dataclass
-class _Bank:
-    """Prompts on the device, whose responses have not all started."""
-
-    cache: Any
-    rows: dict[_Source, int]
-    waiting: int                    # responses that will still start from it
-
-    @property
-    def width(self) -> int:
-        """Positions of a row."""
-        return max(_width(len(source.known)) for source in self.rows)
-
-
-def _known(request: Request) -> np.ndarray:
-    return request.tokens if request.prefix is None else np.concatenate([request.tokens, request.prefix.tokens])
-
-
-def _source(request: Request) -> _Source:
-    own = () if request.prefix is None else (request.sample,)
-    return _Source((request.prompt, *own), _known(request))
-
-
-def _width(length: int) -> int:
-    """The power of two, at least 16, that a prompt is padded to."""
-    return max(16, 1 << (length - 1).bit_length())
-
-
-def _in_order(requests: Sequence[Request]) -> list[Request]:
-    """Longest expected first, those of which nothing is known before them; the samples of a prompt stay together."""
-    known: dict[int, list[float]] = collections.defaultdict(list)
-    for request in requests:
-        known[request.prompt].append(float("inf") if request.expected_tokens is None else request.expected_tokens)
-    places = {prompt: place for place, prompt in enumerate(known)}
-    return sorted(requests, key=lambda request: (-sum(known[request.prompt]) / len(known[request.prompt]),
-                                                 places[request.prompt]))
-
-
-def _unread(queue: Sequence[Request]) -> dict[int, collections.deque[tuple[_Source, int]]]:
-    """What is to be read, by padded length, in the order in which it will be needed, with how many need it."""
-    counts = collections.Counter(_source(request) for request in queue)
-    unread: dict[int, collections.deque[tuple[_Source, int]]] = collections.defaultdict(collections.deque)
-    for source, count in counts.items():
-        unread[_width(len(source.known))].append((source, count))
-    return unread
 
 
 def _slot_count(most: int, responses: int, shards: int) -> int:

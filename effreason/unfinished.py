@@ -1,6 +1,6 @@
 """A step's responses at the moment a signal stopped it: a resumed run finishes them, and draws none of them again."""
 
-import zipfile
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ def save(path: Path, step: int, responses: Sequence[Response]) -> None:
         with disk(path):
             with partial.open("wb") as file:
                 np.savez(file, **table)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -53,9 +55,9 @@ def load(path: Path, step: int) -> list[Response]:
                          finish=str(table["finish"][row]), looped=bool(table["looped"][row]),
                          **{name: arrays[row] for name, arrays in pieces.items()})
                 for row in range(len(table["length"]))]
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it to generate step {step} from its beginning"
-                        ) from error
+    except Exception as error:      # what a damaged archive raises depends on where it is damaged
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); remove it to generate step {step} "
+                        "from its beginning") from error
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:

@@ -53,13 +53,14 @@ def test_longer_evaluations_count():
 def test_the_state_comes_before_the_cache(monkeypatch):
     target, weights = mesh(), sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(LARGE)))
     monkeypatch.setattr(memory, "device_bytes", lambda mesh: 20 * GIB)
-    found = memory.budget_bytes(config(), LARGE, target)
+    found = memory.budget_bytes(config(), LARGE, target, 5)
     assert found == pytest.approx(18 * GIB - 5 * 4 * weights - 2 * weights)
     # Over fsdp the state is split and the sampler's copy is not.
-    spread = memory.budget_bytes(config(), LARGE, mesh(fsdp=4))
+    spread = memory.budget_bytes(config(), LARGE, mesh(fsdp=4), 5)
     assert spread == pytest.approx(18 * GIB - 5 * 4 * weights - 4 * 2 * weights)
+    assert memory.budget_bytes(config(), LARGE, target, memory.EVALUATION) == found + 4 * 4 * weights
     monkeypatch.setattr(memory, "device_bytes", lambda mesh: 0)
-    assert memory.budget_bytes(config(), LARGE, target) == 0
+    assert memory.budget_bytes(config(), LARGE, target, 5) == 0
 
 
 def test_the_memory_of_this_host_is_a_size():

@@ -23,7 +23,7 @@ LIMIT = 24
 ANY = Sampling(temperature=1.0, eos_ids=EOS)
 ENDLESS = Sampling(temperature=1.0, eos_ids=())
 GROUP = 4
-MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2)}
+MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context": dict(data=2, tensor=2, context=2)}
 
 
 def problem(uid, length):
@@ -286,7 +286,7 @@ def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
     problems = [problem(uid, 5) for uid in range(9)]
     requests = rollouts.make_requests(problems, GROUP, 9)
     assert sum(len(each) for each in sample(weights(QWEN2), requests, jax.random.key(0), ANY)) == 36
-    assert rows == [(8, 16), (1, 16)]                           # 36 responses through 3 slots
+    assert rows == [(3, 16)] * 3                                # as many at once as there are slots
 
 
 def test_slots_are_halved_in_the_tail_and_lose_nothing():
@@ -328,6 +328,74 @@ def test_nothing_to_do_is_over_at_once():
     assert list(generation([])) == []
 
 
+def test_with_the_slots_fixed_a_response_is_the_same_bit_for_bit():
+    """4 slots are never halved. In bfloat16, where the least difference in rounding parts two responses."""
+    config = dataclasses.replace(QWEN2, dtype=jax.numpy.bfloat16)
+    requests = rollouts.make_requests(PROBLEMS, GROUP, LIMIT)
+
+    def drawn(requests, chunk):
+        sample = rollouts.make_sampler(config, mesh(), slots=4, chunk=chunk)
+        return named([response for finished in sample(weights(config), requests, jax.random.key(0), ANY)
+                      for response in finished], PROBLEMS)
+
+    whole = drawn(requests, 4)
+    for found in (drawn(requests[::-1], 4), drawn(requests, 7), drawn(requests[6:14], 4), drawn(requests[:4], 16)):
+        for name, response in found.items():
+            np.testing.assert_array_equal(response.tokens, whole[name].tokens)
+            np.testing.assert_array_equal(response.logprobs, whole[name].logprobs)
+
+
+def test_reading_long_prompts_takes_memory_in_proportion_to_them():
+    config = dataclasses.replace(QWEN2, layers=1)
+    programs = rollouts.device.make_programs(config, mesh())
+    params = programs.unstack(weights(config))
+
+    def temporary(width):
+        prompts = jax.ShapeDtypeStruct((1, width), np.int32)
+        return programs.read.lower(params, prompts).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(16384) < 3 * temporary(8192)
+
+
+def test_a_number_that_is_none_ends_the_generation_and_names_the_response():
+    params = weights(QWEN2)
+    broken = params | {"embedding": params["embedding"].copy()}
+    broken["embedding"][5] = np.nan
+    target, sample = sampler()
+    problems = [dataclasses.replace(PROBLEMS[0], prompt=np.array([2, 5, 7], np.int32))]
+    with pytest.raises(FloatingPointError, match="uid 31, sample 0: after 0 tokens of the response the model gives no"):
+        for _ in sample(place(QWEN2, broken, target), rollouts.make_requests(problems, 2, 9), jax.random.key(0), ANY):
+            pass
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(max_new_tokens=0), "max_new_tokens must be above the 0 drawn already, got 0"),
+    (dict(tokens=np.zeros(0, np.int32)), "the prompt must have at least 1 token, got 0"),
+    (dict(max_new_tokens=64), r"at most 64 positions, got 9 \+ 64"),
+])
+def test_what_cannot_be_served_is_refused_before_anything_is_drawn(changes, message):
+    request = dataclasses.replace(rollouts.make_requests(PROBLEMS[2:3], 1, LIMIT)[0], **changes)
+    with pytest.raises(ValueError, match=message):
+        generation([request], positions=64)
+
+
+def test_an_odd_number_of_slots_is_halved_too():
+    requests = [dataclasses.replace(request, max_new_tokens=60 if request.sample == 0 else 4)
+                for request in rollouts.make_requests(PROBLEMS[:1], 25, 1)]
+    chunks = generation(requests, slots=25, sampling=ENDLESS)
+    assert sum(len(finished) for finished in chunks) == 25
+    assert chunks.slot_steps < 25 * 10 + 7 * 60 and chunks.slots == 4
+
+
+def test_the_longest_are_dealt_out_over_the_devices():
+    target, sample = sampler((("data", 8),), slots=16)
+    requests = rollouts.make_requests([problem(uid, 4) for uid in range(16)], 1, LIMIT,
+                                      {uid: 100.0 - uid for uid in range(16)})
+    chunks = sample(place(QWEN2, weights(QWEN2), target), requests, jax.random.key(0), ANY)
+    by_device = np.array([response.prompt for response in chunks.unfinished()]).reshape(8, 2)
+    np.testing.assert_array_equal(by_device, [[device, device + 8] for device in range(8)])
+
+
 def test_replay_one_response_by_its_name(baseline):
     """A step is named by its key, a response by uid and sample: alone in the engine it is the same."""
     for problem_ in PROBLEMS[1:3]:
@@ -354,6 +422,9 @@ def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(c
     second = generation(left, shape=shape)
     after = [response for finished in second for response in finished]
     assert_same(named([*before, *after], PROBLEMS), expected)
+    # Stopped again at once, in fewer slots: what has not started again is kept as well.
+    kept = generation(left, shape=shape, slots=2).unfinished()
+    assert sum(len(response.tokens) for response in kept) == sum(len(response.tokens) for response in begun)
     drawn_before = sum(len(response.tokens) for response in [*before, *begun])
     assert second.tokens == sum(len(response.tokens) for response in expected.values()) - drawn_before
 

@@ -43,9 +43,12 @@ def test_another_step_and_no_file_have_nothing(tmp_path):
 def test_a_damaged_file_is_one_line_that_says_what_to_do(tmp_path):
     path = tmp_path / "unfinished.npz"
     unfinished.save(path, 7, KEPT)
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"unfinished.npz: cannot be read .*; remove it to generate step 7"):
-        unfinished.load(path, 7)
+    whole = path.read_bytes()
+    flipped = bytes(byte ^ 255 if 40 <= place < 60 else byte for place, byte in enumerate(whole))
+    for damaged in (whole[:300], b"", flipped, b"not an archive"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"unfinished.npz: cannot be read .*; remove it to generate step 7"):
+            unfinished.load(path, 7)
     np.savez(path.open("wb"), step=np.int64(7))
     with pytest.raises(UserError, match="cannot be read"):
         unfinished.load(path, 7)

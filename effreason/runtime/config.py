@@ -136,7 +136,8 @@ class LoopsConfig(Section):
     longest_period: Count = 128
     """Tokens in that block, at most; half of loops.window at most."""
     audit_share: Closed = 0.05
-    """Share of the loops that are let go on all the same; rollout/loops_recovered says how many of these found out."""
+    """Share of the loops that are let go on all the same; rollout/loops_recovered says how many of these ended
+    by themselves."""
 
 
 @dataclasses.dataclass(frozen=True)

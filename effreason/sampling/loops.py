@@ -49,7 +49,7 @@ class LoopStopping:
         return None
 
     def audited(self, *name: int) -> bool:
-        """Whether the response of this name (integers, such as step, uid and sample) is let go on though it loops."""
+        """Whether the response of this name (integers, such as uid and sample) is let go on though it loops."""
         return _fraction(name) < self.audit_share
 
 

@@ -14,8 +14,8 @@ from effreason.runtime.config import Config
 GIB = 2**30
 RESERVE = 0.1                       # of the devices' memory, for prompts being read, logits and whatever else
 FEWEST = 8                          # slots that are worth trying, whatever the estimate says
-# Of all weights: the policy, the reference, two moments of the optimiser and a gradient, all in float32.
-STATE_COPIES = 5
+# Of all weights in float32: in training the policy, the reference, two moments of the optimiser and a gradient.
+TRAINING, EVALUATION = 5, 1
 
 
 def positions(config: Config) -> int:
@@ -28,14 +28,16 @@ def slot_bytes(decoder: model.DecoderConfig, positions: int) -> int:
     return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * positions * jnp.dtype(decoder.dtype).itemsize
 
 
-def budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> float:
-    """Memory for the keys and values of all slots, on all devices together."""
+def budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh, copies: int) -> float:
+    """Memory for the keys and values of all slots, on all devices together.
+
+    Args: copies, float32 ones of the weights that lie beside them and beside the sampler's own."""
     if config.rollout.memory_gib is not None:
         return config.rollout.memory_gib * GIB
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))
     # The state is split over fsdp and tensor, the sampler's copy of the weights over tensor alone.
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    state = STATE_COPIES * 4 * weights * mesh.size / shards
+    state = copies * 4 * weights * mesh.size / shards
     copy = jnp.dtype(decoder.dtype).itemsize * weights * mesh.size / mesh.shape["tensor"]
     return max(device_bytes(mesh) * (1 - RESERVE) - state - copy, 0.0)
 
@@ -50,7 +52,7 @@ def device_bytes(mesh: Mesh) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
-def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> int:
+def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh, copies: int = TRAINING) -> int:
     """Responses generated at the same time: rollout.slots, or as many as the memory holds at their longest.
 
     All those of a step where they fit, else a power of two times the mesh's batch shards."""
@@ -58,16 +60,16 @@ def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> int:
         return config.rollout.slots
     shards = sharding.batch_shards(mesh)
     wanted = config.rollout.prompts_per_step * config.rollout.group_size
-    held = budget_bytes(config, decoder, mesh) / slot_bytes(decoder, positions(config))
+    held = budget_bytes(config, decoder, mesh, copies) / slot_bytes(decoder, positions(config))
     if held >= wanted:
         return -(-wanted // shards) * shards
     return shards << math.floor(math.log2(max(max(held, FEWEST) / shards, 1)))
 
 
-def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> str:
+def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, copies: int = TRAINING) -> str:
     """One line for people: slots, their size and the memory they may take."""
-    count, longest = slots(config, decoder, mesh), positions(config)
-    room = f" of {size(budget_bytes(config, decoder, mesh))}" if config.rollout.slots is None else ""
+    count, longest = slots(config, decoder, mesh, copies), positions(config)
+    room = f" of {size(budget_bytes(config, decoder, mesh, copies))}" if config.rollout.slots is None else ""
     return (f"sampler: {count} slots of at most {longest:,} positions, "
             f"{size(count * slot_bytes(decoder, longest))}{room} for keys and values")
 

@@ -6,18 +6,19 @@ Slots are split over the mesh's batch axes, heads over tensor: nothing here move
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effreason.lm import model
 from effreason.runtime import sharding
 from effreason.sampling import draws
 
-BANK = 8                            # prompts read at once, and rows of a bank
+PIECE, PIECE_SCORES = 512, 2**22     # positions read at once, and scores of a head that they may have together
 HEAD_FIRST = 32                     # rows up to which it pays, on a CPU, to have the head as the left factor
 
 
@@ -131,23 +132,42 @@ def decode(weights: model.Params, slots: Slots, control: jax.Array, *, config: m
 
 
 def read(weights: model.Params, prompts: jax.Array, *, config: model.DecoderConfig) -> model.Cache:
-    """Keys and values of int32[rows, W] prompts, padded on the right; what stands in the padding is never seen.
+    """Keys and values of int32[R, W] prompts, padded on the right; what stands in the padding is never seen.
 
-    Returns: a bank of R rows, the prompts' first."""
-    rows, length = prompts.shape
-    start = jnp.zeros(rows, jnp.int32)
-    cache = model.extend(config, weights, prompts, start, model.empty_cache(config, rows, length))[1]
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, BANK - rows)] + [(0, 0)] * (x.ndim - 1)), cache)
+    Piece by piece: the scores of all positions against all others would be W times W for each head."""
+    rows, width = prompts.shape
+    piece = min(math.gcd(width, PIECE), max(PIECE_SCORES // (rows * width), 16))
+    piece = math.gcd(width, 1 << piece.bit_length() - 1)
+
+    def one(index: jax.Array, cache: model.Cache) -> model.Cache:
+        first = index * piece
+        tokens = jax.lax.dynamic_slice_in_dim(prompts, first, piece, axis=1)
+        return model.extend(config, weights, tokens, jnp.full(rows, first, jnp.int32), cache)[1]
+
+    cache = model.empty_cache(config, rows, width)
+    if piece == width:
+        return one(jnp.zeros((), jnp.int32), cache)
+    return jax.lax.fori_loop(0, width // piece, one, cache)
 
 
 def start(slots: Slots, bank: model.Cache, fresh: jax.Array, step_key: jax.Array, *, mesh: Mesh,
-          specs: dict[str, PartitionSpec]) -> Slots:
+          layout: dict[str, tuple[str, ...]]) -> Slots:
     """Puts responses into free slots: keys and values of their prompt from the bank, and where they stand.
 
     Args: fresh int32[8, S], rows as FRESH names them; step_key, of the training step. Each device writes the rows that
         are its own, one after another: a scatter over the slots would gather the cache."""
-    of_bank = {name: PartitionSpec(None, *spec[1:]) for name, spec in specs.items()}
+    parts = mesh.shape["context"]
+    of_bank = {name: bank_spec(axes) for name, axes in layout.items()}
+    specs = {name: sharding.spec(*axes) for name, axes in layout.items()}
     new = dict(zip(FRESH, fresh, strict=True))
+
+    def ours_of(new: jax.Array, old: jax.Array, axis: int) -> jax.Array:
+        """The positions of the bank that this device holds: all, unless sequences are split."""
+        if parts == 1:
+            return new
+        size = old.shape[axis]
+        padding = [(0, max(parts * size - new.shape[axis], 0) if at == axis else 0) for at in range(new.ndim)]
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(new, padding), jax.lax.axis_index("context") * size, size, axis)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=([specs] * len(bank), [of_bank] * len(bank),
                                                              (PartitionSpec(), PartitionSpec())),
@@ -156,6 +176,8 @@ def start(slots: Slots, bank: model.Cache, fresh: jax.Array, step_key: jax.Array
         to, source = where
         here = jax.tree.leaves(cache)[0].shape[0]
         first = here * jax.lax.axis_index(sharding.AXES["batch"])
+        bank = [{name: ours_of(prompts[name], old, layout[name].index("sequence")) for name, old in layer.items()}
+                for prompts, layer in zip(bank, cache, strict=True)]
 
         def one(index: jax.Array, cache: model.Cache) -> model.Cache:
             slot = to[index] - first
@@ -184,6 +206,11 @@ def start(slots: Slots, bank: model.Cache, fresh: jax.Array, step_key: jax.Array
                  length=chosen("length"), generated=chosen("generated"), limit=chosen("limit"),
                  active=slots.active | is_fresh,
                  key=jnp.where(is_fresh, key(new["uid"], new["sample"])[row], slots.key))
+
+
+def bank_spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """Of prompts that wait for a slot: whole on every device that may need them, but for the heads."""
+    return sharding.spec(*("bank" if axis in ("batch", "sequence") else axis for axis in axes))
 
 
 def grow(layer: dict[str, jax.Array], *, axes: dict[str, int], capacity: int) -> dict[str, jax.Array]:
@@ -218,18 +245,17 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
     axes = model.cache_axes(config)
     replicated, by_rows = sharding.sharding(mesh), sharding.sharding(mesh, "batch")
     layer: Any = {name: sharding.sharding(mesh, *names) for name, names in axes.items()}
-    of_bank = {name: sharding.sharding(mesh, "bank", *names[1:]) for name, names in axes.items()}
+    of_bank = {name: NamedSharding(mesh, bank_spec(names)) for name, names in axes.items()}
     rows: Any = by_rows
     targets = Slots(cache=[layer] * config.layers, token=rows, length=rows, generated=rows, limit=rows, active=rows,
                     key=rows)
     alone = dataclasses.replace(targets, cache=[])
-    specs = {name: sharding.spec(*names) for name, names in axes.items()}
     sequence = {name: names.index("sequence") for name, names in axes.items()}
     weights = sharding.tree_sharding(mesh, _unstacked_axes(config), sharding.SAMPLING_AXES)
     return Programs(
         unstack=jax.jit(functools.partial(model.unstack, config), out_shardings=weights),
         read=jax.jit(functools.partial(read, config=config), out_shardings=[of_bank] * config.layers),
-        start=jax.jit(functools.partial(start, mesh=mesh, specs=specs), out_shardings=targets, donate_argnums=0),
+        start=jax.jit(functools.partial(start, mesh=mesh, layout=axes), out_shardings=targets, donate_argnums=0),
         advance=jax.jit(functools.partial(decode, config=config), static_argnames=("sampling", "chunk"),
                         out_shardings=(targets, replicated), donate_argnums=1),
         grow=jax.jit(functools.partial(grow, axes=sequence), static_argnames="capacity", out_shardings=layer),
