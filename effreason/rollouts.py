@@ -31,7 +31,7 @@ from effreason.sampling.requests import Bank, Library, Request, Source, check, i
 from effreason.sampling.requests import make_requests as make_requests
 
 STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
-SMALLEST = 4                        # slots on each device that are not halved further: a step costs about the same
+SMALLEST = 8                        # slots on each device that are not halved further: a step costs about the same
 REFILL_AT = 8                       # a chunk ends early when one slot in so many is free and something waits
 
 
@@ -315,8 +315,8 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
                     cache_layout = attention.WITHOUT_KERNEL[platform]
     elif reason := attention.misfit(cache_layout, platform, config.head_dim, config.dtype, context):
         raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")
-    # A sixteenth of the largest costs little to read, and spares the smaller sizes their compilation.
-    first = smallest or min(max(64, 1 << max((positions or 0) // 16, 1).bit_length() - 1), 2048)
+    # A quarter of the largest costs little to read, and spares the smaller sizes their compilation.
+    first = smallest or min(max(64, 1 << max((positions or 0) // 4, 1).bit_length() - 1), 2048)
     programs = device.make_programs(dataclasses.replace(config, cache_layout=cache_layout), mesh)
 
     def sample(params: model.Params, requests: Sequence[Request], key: jax.Array, sampling: Sampling) -> Generation:
