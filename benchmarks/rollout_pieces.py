@@ -21,6 +21,7 @@ from rollout_baselines import Workload, make_requests
 from effreason import rollouts
 from effreason.lm import model
 from effreason.sampling import draws, memory, slots
+from effreason.sampling.requests import READ_ROWS
 
 DRAWN = draws.Sampling(temperature=1.0, eos_ids=())
 BATCHES = (64, 32, 16, 8, 4)
@@ -125,9 +126,9 @@ def prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh, repea
     with jax.set_mesh(mesh):
         weights = programs.unstack(params)
         for length in (64, 1024):
-            prompts = jax.device_put(np.zeros((slots.BANK, length), np.int32), programs.replicated)
-            rates[f"{slots.BANK} x {length}"] = prompts.size / median_seconds(programs.read, weights, prompts,
-                                                                              repeats=repeats)
+            prompts = jax.device_put(np.zeros((READ_ROWS, length), np.int32), programs.replicated)
+            rates[f"{READ_ROWS} x {length}"] = prompts.size / median_seconds(programs.read, weights, prompts,
+                                                                             repeats=repeats)
     return rates
 
 
