@@ -7,16 +7,17 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from effreason.errors import UserError
 from effreason.problems import questions
 from effreason.problems.questions import Question
-from effreason.runtime.arguments import Parser
+from effreason.runtime.arguments import Parser, bounded
 
 STREAM_CHUNK, FILE_CHUNK = 2, 16    # decode steps between two looks: text is to flow, a file to be done soon
+
+_count = bounded("positive integer", int, lambda n: 0 < n < 2**31)
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -61,17 +62,17 @@ def _parser(prog: str) -> Parser:
     wrapped.add_argument("--template", metavar="NAME", help="chat template: r1, r1_think or a file with a Jinja "
                          "template; default the model's own")
     wrapped.add_argument("--raw", action="store_true", help="no chat template: the model continues the text")
-    made.add_argument("--temperature", metavar="X", type=_number("number >= 0", float, lambda x: 0 <= x < 1e6),
+    made.add_argument("--temperature", metavar="X", type=bounded("number >= 0", float, lambda x: 0 <= x < 1e6),
                       default=1.0, help="default 1; 0 = always the most likely token")
-    made.add_argument("--top-p", metavar="X", type=_number("number in (0, 1]", float, lambda x: 0 < x <= 1),
+    made.add_argument("--top-p", metavar="X", type=bounded("number in (0, 1]", float, lambda x: 0 < x <= 1),
                       default=1.0, help="only the most likely tokens that together reach this probability")
     made.add_argument("--top-k", metavar="N", type=_count, help="only so many of the most likely tokens")
-    made.add_argument("--min-p", metavar="X", type=_number("number in [0, 1]", float, lambda x: 0 <= x <= 1),
+    made.add_argument("--min-p", metavar="X", type=bounded("number in [0, 1]", float, lambda x: 0 <= x <= 1),
                       default=0.0, help="only tokens at least this likely, relative to the most likely one")
     made.add_argument("--max-new-tokens", metavar="N", type=_count, help="tokens of a response at most; default "
                       f"{questions.NEW_TOKENS:,}, or what the prompt leaves of the model's positions")
     made.add_argument("--samples", metavar="N", type=_count, default=1, help="responses to each prompt; default 1")
-    made.add_argument("--seed", metavar="N", type=_number("integer in [0, 2147483647]", int, lambda n: 0 <= n < 2**31),
+    made.add_argument("--seed", metavar="N", type=bounded("integer in [0, 2147483647]", int, lambda n: 0 <= n < 2**31),
                       default=0, help="default 0")
     made.add_argument("--slots", metavar="N", type=_count, default=64, help="responses in flight; default 64")
     made.add_argument("--chunk", metavar="N", type=_count, help="tokens of each response between two looks at what "
@@ -80,20 +81,6 @@ def _parser(prog: str) -> Parser:
                       "text, logprobs, model_logprobs, finish, prompt_tokens; nothing else on stdout")
     made.add_argument("--output", metavar="FILE.jsonl", help="write these objects to a new file instead")
     return made
-
-
-def _number(name: str, number: type, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        value = number(text)
-        if not fits(value):
-            raise ValueError
-        return value
-
-    read.__name__ = name            # argparse: "invalid NAME value"
-    return read
-
-
-_count = _number("positive integer", int, lambda n: 0 < n < 2**31)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -54,6 +54,7 @@ class _Running:
     """What the host knows of the response in a slot."""
 
     request: Request
+    source: Source                  # what was read for it
     length: int                     # tokens in the slot's cache at most
     tokens: list[np.ndarray]
     logprobs: dict[str, list[np.ndarray]]
@@ -78,8 +79,7 @@ class Generation:
         self._smallest, self._loops = smallest, loops
         self._compiled_before = programs.compiled()
         check(requests, positions)
-        # Multiples that divide evenly whatever reads or splits the cache.
-        self._most = None if positions is None else -(-positions // (unit := 64 if positions <= 1024 else 512)) * unit
+        self._most = None if positions is None else _whole_units(positions)
         self._queue = collections.deque(in_order(requests))
         self._slots: list[_Running | None] = [None] * _slot_count(slots, len(self._queue), programs.shards)
         self._library = Library(self._queue, self._most, len(self._slots))
@@ -173,9 +173,10 @@ class Generation:
         started: dict[int, tuple[Bank, list[int]]] = {}
         for slot in free[: len(self._queue)]:
             request = self._queue.popleft()
-            bank, known = self._library.bank_of(Source.of(request)), len(request.known)
+            source = Source.of(request)
+            bank, known = self._library.bank_of(source), len(source.known)
             self._slots[slot] = _Running(
-                request=request, length=known - 1, generated=known - len(request.tokens),
+                request=request, source=source, length=known - 1, generated=known - len(request.tokens),
                 tokens=[] if request.prefix is None else [request.prefix.tokens],
                 logprobs={name: [] if request.prefix is None else [getattr(request.prefix, name)]
                           for name in device.logprob_names(self._sampling)},
@@ -206,7 +207,7 @@ class Generation:
         for index, slot in enumerate(rows):
             row = self._slots[slot]
             assert row is not None
-            request, source = row.request, Source.of(row.request)
+            request, source = row.request, row.source
             values = {"slot": slot, "source": bank.rows[source], "token": source.known[-1], "length": row.length,
                       "generated": row.generated, "limit": request.max_new_tokens, "uid": request.uid,
                       "sample": request.sample}
@@ -251,7 +252,7 @@ class Generation:
             return None
         cut = self._loops.cut(row.tokens, row.generated, count)
         row.looped = cut is not None
-        return None if self._loops.audited(row.request.uid, row.request.sample) else cut
+        return None if cut is None or self._loops.audited(row.request.uid, row.request.sample) else cut
 
     def _shrink(self) -> None:
         """Halves the slots while half of them, on every device, are enough."""
@@ -275,6 +276,12 @@ class Generation:
         self._state = dataclasses.replace(self._programs.narrow(alone, kept_rows), cache=layers)
         self._slots = [self._slots[slot] for slots in chosen for slot in slots]
         self._halted = np.array([self._halted[slot] for slots in chosen for slot in slots])
+
+
+def _whole_units(positions: int) -> int:
+    """As many positions or a few more: a multiple that divides evenly whatever reads or splits the cache."""
+    unit = 64 if positions <= 1024 else 512
+    return -(-positions // unit) * unit
 
 
 def _slot_count(most: int, responses: int, shards: int) -> int:

@@ -21,7 +21,7 @@ from typing import IO, Any
 from effreason.errors import UserError
 from effreason.grades import REASONS, Gold, Grade, Grader
 from effreason.grading import kinds
-from effreason.runtime.arguments import Parser
+from effreason.runtime.arguments import Parser, bounded
 
 CHUNK = 512                         # lines graded at once
 RESPONSE_FIELDS = ("response", "pred", "prediction", "completion")      # the first is the name, others stand in for it
@@ -29,6 +29,9 @@ GOLD_FIELDS = ("gold", "answer", "target")
 WIDTHS = {"line": 5, "verdict": 7, "answer": 16, "gold": 12, "status": 12}
 WIDTH = 80
 NO_BUDGET_SECONDS = 86400.0         # a file may take its time
+
+_count = bounded("positive integer", int, lambda value: 0 < value < 1e6)
+_seconds = bounded("positive number", float, lambda value: 0 < value < 1e6)
 
 
 @dataclass(frozen=True)
@@ -76,23 +79,12 @@ def _parser(prog: str) -> Parser:
                       help=f"default response; where it is missing, {', '.join(RESPONSE_FIELDS[1:])}")
     made.add_argument("--gold_field", metavar="NAME",
                       help=f"default gold; where it is missing, {', '.join(GOLD_FIELDS[1:])}")
-    made.add_argument("--workers", metavar="N", type=_positive(int), default=2, help="processes; default 2")
-    made.add_argument("--cpu_seconds", metavar="X", type=_positive(float), default=1.0,
+    made.add_argument("--workers", metavar="N", type=_count, default=2, help="processes; default 2")
+    made.add_argument("--cpu_seconds", metavar="X", type=_seconds, default=1.0,
                       help="processor time for one comparison; default 1")
-    made.add_argument("--wall_seconds", metavar="X", type=_positive(float), default=8.0,
+    made.add_argument("--wall_seconds", metavar="X", type=_seconds, default=8.0,
                       help="clock time for one comparison; default 8")
     return made
-
-
-def _positive(number: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        value = number(text)
-        if not 0 < value < 1e6:
-            raise ValueError
-        return value
-
-    read.__name__ = {int: "positive integer", float: "positive number"}[number]
-    return read
 
 
 @contextlib.contextmanager

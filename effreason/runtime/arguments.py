@@ -1,7 +1,8 @@
 """The command lines that are not a configuration: argparse, with errors that are the user's."""
 
 import argparse
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from effreason.errors import UserError
 
@@ -14,3 +15,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message.removeprefix("argument "))
+
+
+def bounded(name: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What argparse reads a bounded number with. Args: name, for its message: "invalid NAME value"."""
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise ValueError
+        return value
+
+    read.__name__ = name
+    return read
