@@ -7,6 +7,7 @@ Nothing here imports jax: mistakes show at once.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,8 @@ NonNegative = Annotated[float, Bound(">= 0 and finite", lambda x: 0 <= x < math.
 Fraction = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]
 Share = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
 Closed = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
+Address = Annotated[str, Bound("host:port", lambda text: re.fullmatch(r"\S+:\d{1,5}", text) is not None)]
+HeartbeatSeconds = Annotated[int, Bound("in [5, 3600]", lambda n: 5 <= n <= 3600)]
 Template = Annotated[str, Bound('holding "{problem}"', lambda text: "{problem}" in text)]
 
 
@@ -41,8 +44,13 @@ class ModelConfig(Section):
     """Branch, tag or commit of a model on the Hub; null = its main branch. The commit is written into the run."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Numbers the forward and backward passes compute in; the weights the optimiser holds are float32."""
-    remat: bool = True
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    attention: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
+    """What attends over whole sequences in training: splash, a kernel for TPUs; cudnn, in bfloat16 on a GPU, which
+    gives each sequence a row of its own; blockwise, anywhere and in little memory; xla, anywhere, for short rows.
+    auto = the best one that fits device and model."""
+    remat: Literal["full", "attention", "none"] = "full"
+    """What the backward pass computes once more to save memory: each layer in full, all of it but its attention, or
+    none of it; full costs about a third more time than none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +195,8 @@ class KLConfig(Section):
     """reward = a penalty on each token's reward (k1), loss = a term of the loss (k3), none = neither."""
     coefficient: NonNegative = 0.001
     """Weight of the penalty or term."""
+    offload_reference: bool = False
+    """Keep the reference's weights in the host's memory, and fetch them for each step's scoring."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +225,13 @@ class UpdateConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Loss: mean over all response tokens of an update, or over responses of the mean over each one's tokens."""
     rows_per_micro_batch: Count = 8
-    """Responses in one forward and backward pass: memory against speed, the loss stays the same."""
-    logprob_chunk: Count = 512
-    """Positions whose log-probs over the vocabulary are held at a time: memory against speed."""
+    """Rows in one forward and backward pass: memory against speed, the loss stays the same. A row is as wide as the
+    step's longest sequence, and holds as many sequences as fit into it."""
+    vocabulary_tile: Count = 2048
+    """Entries of the vocabulary whose log-probs are held at a time, for all positions of a micro-batch: memory against
+    speed."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's moments in the host's memory, and fetch them for each update."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +288,26 @@ class MeshConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig(Section):
+    """Training on several hosts: one process on each, all with the same configuration (docs/multi-host.md)."""
+
+    mode: Literal["none", "auto", "manual"] = "none"
+    """none = this process alone; auto = JAX finds the others, in a TPU pod slice, SLURM, Open MPI or Kubernetes;
+    manual = by the fields below."""
+    coordinator_address: Address | None = None
+    """manual: host:port of process 0, where the others meet; null = JAX_COORDINATOR_ADDRESS."""
+    processes: Count | None = None
+    """How many processes there are; any other number found is an error. null = JAX_NUM_PROCESSES; in auto without that,
+    whatever JAX finds."""
+    process_id: Natural | None = None
+    """manual: this one among them, from 0; null = JAX_PROCESS_ID, so that one file serves all hosts."""
+    initialization_timeout_seconds: Count = 300
+    """A process that has not come by then ends the others."""
+    heartbeat_timeout_seconds: HeartbeatSeconds = 30
+    """A process that has not been heard of for so long is lost, and ends the others."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig(Section):
     """What a run writes besides metrics.jsonl."""
 
@@ -315,16 +349,16 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
         rollout, update = self.rollout, self.update
-        if rollout.prompts_per_step * rollout.group_size % (update.rows_per_micro_batch * update.updates_per_batch):
+        if rollout.prompts_per_step * rollout.group_size % update.updates_per_batch:
             raise ValueError(
-                "rollout.prompts_per_step * rollout.group_size must be divisible by update.rows_per_micro_batch * "
-                f"update.updates_per_batch, got {rollout.prompts_per_step} * {rollout.group_size} and "
-                f"{update.rows_per_micro_batch} * {update.updates_per_batch}"
+                "rollout.prompts_per_step * rollout.group_size must be divisible by update.updates_per_batch, got "
+                f"{rollout.prompts_per_step} * {rollout.group_size} and {update.updates_per_batch}"
             )
         if self.loops.window < 2 * self.loops.longest_period:
             raise ValueError("loops.window must be at least twice loops.longest_period, "
