@@ -1,0 +1,157 @@
+"""The machines a plan can be made for: what one chip has, how chips are joined, and the names of both on a command line.
+
+Peak figures are the makers'; what a program reaches of them is an input of the estimate (estimates.Efficiency).
+Nothing here imports jax.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+from effreason.errors import UserError
+
+GIB = 2**30
+DEFAULT_SHAPES = "tpu:v5e:4x4, tpu:v5p:2x2x4, tpu:v6e:4x4, gpu:h100:8, gpu:h200:2x8, cpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One accelerator, as its maker describes it."""
+
+    name: str                       # as people write it
+    hbm_bytes: float                # that a program may use
+    flops: float                    # a second, dense products in bfloat16
+    hbm_bandwidth: float            # bytes a second
+    link_bandwidth: float           # bytes a second, one way: of one torus link (TPU), of all NVLinks (GPU)
+    network_bandwidth: float        # bytes a second, one way, for each chip, between nodes (GPU) or slices (TPU)
+    host_bandwidth: float           # bytes a second between the chip and its host's memory
+    watts: float                    # of the chip under load, without its host and cooling
+    chips_per_host: int
+    axes: int = 1                   # of the torus; 1 = all to all inside a node
+    wraps_at: int = 0               # a torus axis of a multiple of so many chips is a ring, else a line
+    most: int = 0                   # chips that one interconnect joins
+
+
+# TPU: cloud.google.com/tpu/docs/v5e, v5p, v6e (HBM, FLOP/s, bandwidths); what a program may use of the HBM is what the
+# compiler itself says when one does not fit. A link's one-way rate and rings: jax-ml.github.io/scaling-book/tpus.
+# Google publishes no power for these chips; TPU v4 draws 170 W on the mean (arXiv 2304.01433). The figures here are
+# round guesses in proportion: give your own with --watts.
+# GPU: NVIDIA's data sheets of the SXM modules (dense bfloat16, half the figure "with sparsity"; NVLink is there counted
+# both ways); one 400 Gb/s adapter a GPU, 200 Gb/s for the A100; of the HBM, the 92 % that a run is started with.
+CHIPS = {
+    "tpu:v5e": Chip(name="TPU v5e", hbm_bytes=15.75 * GIB, flops=197e12, hbm_bandwidth=819e9, link_bandwidth=45e9,
+                    network_bandwidth=6.25e9, host_bandwidth=15e9, watts=200, chips_per_host=4, axes=2, wraps_at=16,
+                    most=256),
+    "tpu:v5p": Chip(name="TPU v5p", hbm_bytes=95.74 * GIB, flops=459e12, hbm_bandwidth=2765e9, link_bandwidth=90e9,
+                    network_bandwidth=6.25e9, host_bandwidth=15e9, watts=400, chips_per_host=4, axes=3, wraps_at=4,
+                    most=8960),
+    "tpu:v6e": Chip(name="TPU v6e", hbm_bytes=31.25 * GIB, flops=918e12, hbm_bandwidth=1640e9, link_bandwidth=90e9,
+                    network_bandwidth=12.5e9, host_bandwidth=15e9, watts=300, chips_per_host=4, axes=2, wraps_at=16,
+                    most=256),
+    "gpu:a100": Chip(name="A100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=312e12, hbm_bandwidth=2039e9,
+                     link_bandwidth=300e9, network_bandwidth=25e9, host_bandwidth=25e9, watts=400, chips_per_host=8,
+                     most=8),
+    "gpu:h100": Chip(name="H100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=989e12, hbm_bandwidth=3350e9,
+                     link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, watts=700, chips_per_host=8,
+                     most=8),
+    "gpu:h200": Chip(name="H200 141 GB", hbm_bytes=0.92 * 139 * GIB, flops=989e12, hbm_bandwidth=4800e9,
+                     link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, watts=700, chips_per_host=8,
+                     most=8),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """Chips joined to a machine."""
+
+    text: str                       # as given on the command line
+    kind: str                       # tpu | gpu | cpu
+    chip: Chip
+    shape: tuple[int, ...]          # of the torus; (nodes, GPUs in each); (devices,) of a CPU
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def topology(self) -> str:
+        """The name by which libtpu knows it."""
+        return f"{self.text.split(':')[1]}:{'x'.join(map(str, self.shape))}"
+
+    def bandwidth(self, group: int, stride: int = 1) -> float:
+        """Bytes a second that one chip sends in a collective over a group of chips.
+
+        A group that one axis of the torus holds is taken for a ring (or line) on it, a larger one to use all axes; GPUs
+        of one node use its links, those of several the network, through all adapters of a node where the group holds
+        whole nodes. Args: stride, between neighbours of the group."""
+        if group <= 1 or self.kind == "cpu":
+            return math.inf if group <= 1 else self.chip.link_bandwidth
+        if self.kind == "gpu":
+            node = self.shape[-1]
+            if group * stride <= node:
+                return self.chip.link_bandwidth
+            inside = max(node // stride, 1)             # of the group, on one node
+            return min(self.chip.link_bandwidth, inside * self.chip.network_bandwidth)
+        used, joined = 0.0, 1
+        for size in sorted(self.shape, reverse=True):
+            if size > 1 and joined < group:
+                ring = 2 if size % self.chip.wraps_at == 0 else 1
+                used, joined = used + ring * self.chip.link_bandwidth, joined * size
+        return used
+
+
+def parse(text: str) -> Target:
+    """A target from its name: tpu:v5e:4x4, gpu:h100:8, gpu:h100:2x8 (nodes x GPUs), cpu, cpu:8 (virtual devices).
+
+    Raises: UserError."""
+    family, _, rest = text.partition(":")
+    if family == "cpu":
+        if rest and not re.fullmatch(r"[1-9]\d{0,3}", rest):
+            raise UserError(f"--chips {text}: expected cpu or cpu:N with a number of virtual devices, found {rest!r}")
+        return cpu(int(rest or 1))
+    name, _, size = rest.partition(":")
+    chip = CHIPS.get(f"{family}:{name}")
+    if chip is None:
+        raise UserError(f"--chips {text}: expected cpu or one of {', '.join(CHIPS)} with a size, such as "
+                        f"{DEFAULT_SHAPES}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        example = {"tpu": "4x4" if chip.axes == 2 else "2x2x4", "gpu": "8 or 2x8"}[family]
+        raise UserError(f"--chips {text}: expected a size behind {family}:{name}, such as {example}, found {size!r}")
+    shape = tuple(map(int, size.split("x")))
+    target = Target(text=text, kind=family, chip=chip, shape=shape)
+    (_check_tpu if family == "tpu" else _check_gpu)(target)
+    return target
+
+
+def _check_tpu(target: Target) -> None:
+    chip, shape = target.chip, target.shape
+    if len(shape) != chip.axes:
+        example = "x".join(["4"] * chip.axes)
+        raise UserError(f"--chips {target.text}: a {chip.name} slice has {chip.axes} axes, such as {example}, found "
+                        f"{len(shape)}")
+    if target.chips > chip.most:
+        raise UserError(f"--chips {target.text}: a {chip.name} slice has at most {chip.most:,} chips, found "
+                        f"{target.chips:,}")
+    if target.chips > 1 and any(size % 2 for size in shape[:2]):
+        raise UserError(f"--chips {target.text}: a host holds 2x2 chips, so the first two sizes must be even (or all 1), "
+                        f"found {'x'.join(map(str, shape))}")
+
+
+def _check_gpu(target: Target) -> None:
+    if len(target.shape) > 2:
+        raise UserError(f"--chips {target.text}: expected GPUs or NODESxGPUS, found {len(target.shape)} numbers")
+    if target.shape[-1] > target.chip.most:
+        raise UserError(f"--chips {target.text}: a node holds at most {target.chip.most} GPUs, found "
+                        f"{target.shape[-1]}; several nodes are NODESxGPUS, such as 2x8")
+
+
+def cpu(devices: int) -> Target:
+    """This machine; virtual devices share it. Its rates are coarse: only the memory and the counts mean something."""
+    cores = os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2   # the other half is for the rest of a run
+    chip = Chip(name="this machine's CPU" if devices == 1 else f"1/{devices} of this machine's CPU",
+                hbm_bytes=memory / devices, flops=40e9 * cores / devices, hbm_bandwidth=20e9 / devices,
+                link_bandwidth=5e9 / devices, network_bandwidth=1e9, host_bandwidth=10e9 / devices,
+                watts=10 * cores / devices, chips_per_host=devices, most=devices)
+    return Target(text="cpu" if devices == 1 else f"cpu:{devices}", kind="cpu", chip=chip, shape=(devices,))

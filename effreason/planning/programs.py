@@ -1,0 +1,250 @@
+"""The functions of a run, compiled ahead of time for chips that need not be here, and what the compiler says of them."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+
+from effreason import engine
+from effreason.errors import UserError
+from effreason.lm import attention, model
+from effreason.planning import costs
+from effreason.planning.chips import GIB, Target
+from effreason.planning.costs import Cost
+from effreason.planning.workloads import Workload
+from effreason.runtime import sharding
+from effreason.runtime.config import Config
+from effreason.sampling import memory, requests, slots
+from effreason.sampling.draws import Sampling
+
+EOS = (0,)                          # which token ends a response changes nothing of what is compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One function of a run with the shapes it is called with."""
+
+    name: str
+    per: str                        # what one call is for
+    lower: Callable[[], Any]        # traces it: a jax.stages.Lowered
+    trips: float                    # how often a loop runs whose length depends on the data
+    calls: float                    # of one training step; of decode: 0, its calls follow from the lengths
+    divide: float                   # what one call is for is this part of a run of the program
+    beside_bytes: float             # in HBM while it runs, beyond its own arguments and results
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler says of a program, for one device."""
+
+    own_bytes: float                # of HBM: arguments, results that are no arguments, temporaries, code
+    cost: Cost | None               # of one call; None: it did not fit, own_bytes is what it would have needed
+
+
+def make_mesh(config: Config, target: Target) -> Mesh:
+    """The configuration's mesh over the target's devices, which for a TPU are only described. Raises: UserError."""
+    shape = mesh_shape(config, target.chips)
+    if target.kind == "cpu":
+        devices = jax.devices("cpu")[: target.chips]
+        if len(devices) < target.chips:
+            raise UserError(f"--chips {target.text}: JAX has {len(devices)} CPU devices already, expected "
+                            f"{target.chips}; set XLA_FLAGS=--xla_force_host_platform_device_count={target.chips}")
+    else:
+        devices = _described(target)
+    return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
+    """Sizes of the mesh axes on so many chips. Raises: UserError where they do not multiply to them."""
+    mesh = config.mesh
+    others = mesh.fsdp * mesh.tensor * mesh.context
+    data = max(chips // others, 1) if mesh.data == -1 else mesh.data
+    if data * others != chips:
+        raise UserError(f"mesh: data {data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} x context {mesh.context} = "
+                        f"{data * others}, --chips has {chips}; --fit finds a mesh")
+    return data, mesh.fsdp, mesh.tensor, mesh.context
+
+
+def _described(target: Target) -> Any:
+    """The devices of a TPU slice that need not exist. Raises: UserError where libtpu is missing or knows no such one."""
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
+    try:
+        with quiet():
+            return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options).devices
+    except Exception as error:          # JAX, libtpu and the loader of libraries each raise their own
+        reason = " ".join(str(error).split())
+        raise UserError(f"--chips {target.text}: libtpu cannot describe it ({reason[:160]})") from None
+
+
+def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Mesh) -> int:
+    """Responses in flight: as the run would choose on chips with this much memory."""
+    settings = config.rollout
+    if settings.slots is None and settings.memory_gib is None:
+        weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))
+        itemsize, tensor = jnp.dtype(decoder.dtype).itemsize, mesh.shape["tensor"]
+        beside = memory.training(config) / mesh.shape["fsdp"] + itemsize
+        left = target.chip.hbm_bytes * (1 - memory.RESERVE) - beside * weights / tensor
+        settings = dataclasses.replace(settings, memory_gib=max(left * mesh.size / GIB, 1e-6))
+    shards = sharding.batch_shards(mesh)
+    count = memory.slots(dataclasses.replace(config, rollout=settings), decoder, mesh, memory.training(config))
+    return -(-count // shards) * shards
+
+
+def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slots_count: int,
+                  workload: Workload) -> dict[str, Program]:
+    """Every function of a training step, in the order in which a step calls them; nothing is compiled yet."""
+    learning = engine.make_learning(config, decoder, mesh)
+    packed = engine.abstract_packed(config, learning, width=workload.width, micro_batches=workload.micro_batches)
+    experience = engine.abstract_experience(packed)
+    state, reference = learning.abstract_state, learning.abstract_reference
+    updates, responses = config.update.updates_per_batch, len(workload.lengths)
+    one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=learning.replicated)
+
+    sampler = slots.make_programs(dataclasses.replace(decoder, cache_layout=_layout(config, decoder, mesh)), mesh)
+    capacity = _whole(memory.positions(config))
+    width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
+    height = max(min(slots_count, requests.READ_ROWS, requests.READ_TOKENS // width), 1)
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sampler.replicated)
+
+    weights = sampler.unstack.eval_shape(state.params)
+    bank = sampler.read.eval_shape(weights, integers(height, width))
+    running = sampler.empty.eval_shape(count=slots_count, capacity=capacity)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sampler.replicated)
+    settings, chunk = config.rollout, config.rollout.chunk
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+                        min_p=settings.min_p, eos_ids=EOS)
+    sizes = {name: device_bytes(tree) for name, tree in (
+        ("params", state.params), ("optimizer", state.optimizer), ("reference", reference), ("weights", weights),
+        ("slots", running), ("bank", bank), ("experience", experience))}
+
+    def beside(*names: str) -> float:
+        return sum(sizes[name] for name in names)
+
+    banks = -(-settings.prompts_per_step // height)
+    found = [
+        Program(name="unstack", per="a step", calls=1, beside_bytes=beside("optimizer", "reference"),
+                lower=lambda: sampler.unstack.lower(state.params), trips=1, divide=1),
+        Program(name="read", per=f"{height} prompts", calls=banks, trips=1, divide=1,
+                beside_bytes=beside("params", "optimizer", "reference", "slots"),
+                lower=lambda: sampler.read.lower(weights, integers(height, width))),
+        Program(name="start", per="a slot", calls=responses, trips=height, divide=height,
+                beside_bytes=beside("params", "optimizer", "reference", "weights"),
+                lower=lambda: sampler.start.lower(running, bank, integers(len(slots.FRESH), slots_count), key)),
+        Program(name="decode", per="a token each", calls=0, trips=chunk, divide=chunk,
+                beside_bytes=beside("params", "optimizer", "reference", "bank"),
+                lower=lambda: sampler.advance.lower(weights, running, integers(1 + slots_count), sampling=sampling,
+                                                    chunk=chunk)),
+        Program(name="score", per="a step", calls=1, trips=workload.micro_batches, divide=1,
+                beside_bytes=beside("optimizer", "reference"),
+                lower=lambda: learning.score.lower(state.params, packed)),
+        Program(name="score_reference", per="a step", calls=int(config.kl.form != "none"),
+                trips=workload.micro_batches, divide=1, beside_bytes=beside("params", "optimizer"),
+                lower=lambda: learning.score_reference.lower(reference, packed)),
+        Program(name="gradients", per="an update", calls=updates, trips=workload.micro_batches, divide=1,
+                beside_bytes=beside("optimizer", "reference"),
+                lower=lambda: learning.gradients.lower(state.params, experience, packed.counts, one)),
+        Program(name="apply", per="an update", calls=updates, trips=1, divide=1,
+                beside_bytes=beside("reference", "experience"),
+                lower=lambda: learning.apply.lower(state, state.params, one)),
+    ]
+    return {program.name: program for program in found}
+
+
+def _layout(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> str:
+    """The cache layout of the run; whether its kernel works can only be tried on the machine itself."""
+    wanted, platform, context = config.rollout.cache_layout, mesh.devices.flat[0].platform, mesh.shape["context"]
+    if wanted == "auto":
+        return attention.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
+    if reason := attention.misfit(wanted, platform, decoder.head_dim, decoder.dtype, context):
+        raise UserError(f"rollout.cache_layout {wanted} does not fit: {reason}")
+    return wanted
+
+
+def _whole(positions: int) -> int:
+    """Cache positions of the longest sequences, as the engine rounds them."""
+    unit = 64 if positions <= 1024 else 512
+    return -(-positions // unit) * unit
+
+
+def device_bytes(tree: Any) -> float:
+    """What one device holds of a tree of shapes with shardings, in its own memory."""
+    found = 0.0
+    for leaf in jax.tree.leaves(tree):
+        placed = leaf.sharding
+        if placed is None or placed.memory_kind == "pinned_host":
+            continue
+        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize
+        found += math.prod(placed.shard_shape(leaf.shape)) * itemsize
+    return found
+
+
+def compile_program(program: Program, mesh: Mesh) -> Compiled:
+    """Compiles one program and reads what the compiler says of it."""
+    with jax.set_mesh(mesh), quiet():
+        lowered = program.lower()
+        try:
+            compiled = lowered.compile()
+        except Exception as error:
+            needed = too_large(str(error))
+            if needed is None:
+                raise
+            return Compiled(own_bytes=needed, cost=None)
+    stats = compiled.memory_analysis()
+    own = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+           + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
+    return Compiled(own_bytes=own, cost=costs.read(compiled.as_text(), trips=program.trips) * (1 / program.divide))
+
+
+def too_large(message: str) -> float | None:
+    """Bytes of HBM that a program needs, from the compiler's refusal; None where it failed for another reason."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    if found := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
+        return float(found[1]) * units[found[2]]
+    if found := re.search(r"size=(\d+)\) would exceed memory", message):
+        return float(found[1])
+    return math.inf
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what libraries write to the file of standard error from the terminal: libtpu looks for machines that are
+    not there and says so in capital letters."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:                     # there is no standard error
+        yield
+        return
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@functools.cache
+def flops_per_token(decoder: model.DecoderConfig) -> float:
+    """FLOPs of the products with weights that one token needs in a forward pass."""
+    params = model.abstract_params(decoder)
+    products = sum(math.prod(leaf.shape) for name, leaf in params["layers"].items() if len(leaf.shape) > 2
+                   and not name.endswith("bias"))
+    return 2.0 * (products + decoder.vocabulary * decoder.width)

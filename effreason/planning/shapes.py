@@ -1,0 +1,53 @@
+"""The shape of the model a plan is for: from a shipped table, a directory or the Hub's config.json; never its weights."""
+
+from pathlib import Path
+from typing import Any
+
+from effreason.errors import UserError
+from effreason.lm import configs, hf, hub
+from effreason.lm.model import DecoderConfig
+from effreason.runtime.config import Config
+
+_QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+          "max_position_embeddings": 131072, "tie_word_embeddings": False}
+_QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+          "rope_theta": 1000000.0, "max_position_embeddings": 40960, "vocab_size": 151936}
+
+# What the config.json of the recipes' models says of their shape: a plan for them needs neither network nor files.
+SHIPPED: dict[str, dict[str, Any]] = {
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN2 | {
+        "vocab_size": 151936, "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "intermediate_size": 8960},
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN2 | {
+        "vocab_size": 152064, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "intermediate_size": 18944},
+    "Qwen/Qwen3-1.7B": _QWEN3 | {
+        "num_hidden_layers": 28, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 6144,
+        "tie_word_embeddings": True},
+    "Qwen/Qwen3-8B": _QWEN3 | {
+        "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 12288,
+        "tie_word_embeddings": False},
+}
+
+
+def open_decoder(config: Config) -> tuple[DecoderConfig, int]:
+    """The decoder of model.path and the positions it was made for. Raises: UserError."""
+    name = config.model.path
+    if name in SHIPPED and not Path(name).exists():
+        table, path = SHIPPED[name], Path(name) / "config.json"
+    else:
+        directory = hf.SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
+        path = directory / "config.json"
+        table = configs.read_json(path)
+    return configs.parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat), int(
+        table.get("max_position_embeddings") or 0)
+
+
+def _directory(name: str, revision: str | None) -> Path:
+    try:
+        return hub.find(name, revision, ("config.json",))[0]
+    except UserError as error:
+        if not hub.is_hub_id(name) or Path(name).exists():
+            raise
+        raise UserError(f"{error}; a plan needs its config.json alone, and has that of {', '.join(SHIPPED)} itself"
+                        ) from None
