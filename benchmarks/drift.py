@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effreason import rollouts, update
+from effreason import packing, rollouts, update
 from effreason.lm import hf, model
 from effreason.records import Problem, Response
 from effreason.runtime import sharding
@@ -59,11 +59,9 @@ def score(decoder: model.DecoderConfig, params: model.Params, problems: list[Pro
     """The trainer's log-probs of each prompt, from its second token, and of each response."""
     lines = [np.concatenate([problem.prompt, response.tokens])
              for problem, response in zip(problems, responses, strict=True)]
-    rows = np.zeros((len(lines), max(map(len, lines))), np.int32)
-    for row, line in zip(rows, lines, strict=True):
-        row[: len(line)] = line
-    scored = jax.jit(functools.partial(update.score_rows, decoder, temperature=1.0, chunk=64))(params, rows)[0]
-    return [(row[1 : len(problem.prompt)], row[len(problem.prompt) : len(line)])
+    score = jax.jit(functools.partial(update.score_rows, decoder, temperature=1.0, tile=2048))
+    scored = score(params, packing.one_a_row(lines))[0]
+    return [(row[: len(problem.prompt) - 1], row[len(problem.prompt) - 1 : len(line) - 1])
             for row, problem, line in zip(np.asarray(scored), problems, lines, strict=True)]
 
 
@@ -81,7 +79,7 @@ def agreed(one: Response, other: Response) -> int:
 
 def measure(path: str, tokens: int) -> dict:
     """All figures of one model."""
-    pretrained = hf.open_pretrained(path, dtype="float32", remat=False)
+    pretrained = hf.open_pretrained(path, dtype="float32")
     params, problems = hf.load_weights(pretrained), prompts(pretrained.tokenizer)
     decoders = {dtype: dataclasses.replace(pretrained.decoder, dtype=jnp.dtype(dtype)) for dtype in DTYPES}
     greedy = {dtype: sample(decoder, params, problems, GREEDY, tokens) for dtype, decoder in decoders.items()}

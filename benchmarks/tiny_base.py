@@ -30,7 +30,7 @@ def main() -> None:
     path = parser.parse_args().model
     sharding.use_compilation_cache()
     config, mesh = configuration.load(configuration.shipped() / "tiny.yaml"), sharding.make_mesh(data=-1)
-    tiny = hf.open_pretrained(path, dtype=config.model.dtype, remat=False)
+    tiny = hf.open_pretrained(path, dtype=config.model.dtype)
     template = templates.choose(tiny.tokenizer, config.data)
     problems, _ = prompts.load_held_out(config, tiny.tokenizer, template)
     params = hf.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))

@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from effreason import advantages, checkpoints, masks, rewards, rollouts, update
+from effreason import advantages, checkpoints, rewards, rollouts, update
 from effreason.errors import UserError
-from effreason.lm import hf, model
-from effreason.records import Experience
+from effreason.lm import causal, hf, model
+from effreason.masks import padded_length
+from effreason.records import Experience, Packed, Rows
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.sampling import memory
@@ -21,34 +24,60 @@ from effreason.update import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What a step does with its responses, in order, and where it all lies."""
+
+    score: Callable[[model.Params, Packed], jax.Array]      # log-probs float32[B, T] by the policy
+    score_reference: Callable[[model.Params, Packed], jax.Array]                # by the reference
+    credit: Callable[..., tuple[tuple[Experience, ...], jax.Array, dict[str, jax.Array]]]
+    gradients: Callable[..., tuple[model.Params, dict[str, jax.Array]]]         # of one optimiser update
+    apply: Callable[..., tuple[TrainState, jax.Array]]
+    initial_state: Callable[[model.Params], TrainState]
+    as_reference: Callable[[model.Params], model.Params]    # float32 weights -> what score_reference reads
+    abstract_state: TrainState              # shapes, dtypes and shardings
+    abstract_reference: model.Params
+    params_sharding: model.Params
+    packed_sharding: Packed                 # a prefix of its tree
+    replicated: NamedSharding
+    alone: bool                             # each sequence has a row of its own
+    updates: int                            # optimiser updates of a step
+
+    def update(self, state: TrainState, experience: tuple[Experience, ...],
+               packed: Packed) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+        """One optimiser update after another; the state passed in is donated.
+
+        Returns: the state, its `step` one higher, and the float32[] metrics of each update."""
+        measured = []
+        for which in range(self.updates):
+            last = which + 1 == self.updates
+            index, steps = sharding.to_device((np.int32(which), np.int32(last)), self.replicated)
+            slopes, metrics = self.gradients(state.params, experience, packed.counts, index)
+            state, norm = self.apply(state, slopes, steps)
+            measured.append(metrics | {"grad_norm": norm})
+        return state, measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What one step calls, in the order in which it calls them."""
+    """The sampler of a run and what learns from it."""
 
     sampler: rollouts.Sampler
     sampling: Sampling                      # the distribution of the rollouts
-    score: Callable[[model.Params, jax.Array], jax.Array]                           # log-probs float32[B, N]
-    credit: Callable[..., tuple[Experience, jax.Array, dict[str, jax.Array]]]       # and rewards[P, G], metrics
-    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    initial_state: Callable[[model.Params], TrainState]
-    abstract_state: TrainState              # shapes, dtypes and shardings
-    params_sharding: model.Params
-    rows_sharding: NamedSharding            # of [B, N]
-    replicated: NamedSharding
+    learning: Learning
 
 
-def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, tokens: jax.Array, sampled: jax.Array,
-           old: jax.Array, reference: jax.Array, *,
-           config: Config) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
+def credit(correct: jax.Array, lengths: jax.Array, sampled: jax.Array, old: jax.Array, reference: jax.Array,
+           packed: Packed, *, config: Config) -> tuple[tuple[Experience, ...], jax.Array, dict[str, jax.Array]]:
     """From verdicts to what each token is worth: reward, baseline, KL penalty, and the options.
 
-    Args: correct bool[P, G]; lengths int32[P, G]; prompt_lengths int32[B]; tokens int32[B, N]; the sampler's, old and
-        reference log-probs float32[B, N].
-    Returns: the experience; the rewards float32[P, G]; metrics."""
+    Args: correct bool[P, G]; lengths int32[P, G]; the sampler's, old and reference log-probs float32[B, T]; packed, the
+        rows that hold these responses.
+    Returns: the experience, of each group of rows; the rewards float32[P, G]; metrics."""
     reward = rewards.length_rewards(correct, lengths, alpha=config.reward.alpha)
     advantage = advantages.leave_one_out(reward)
     if config.advantage.group_std:
         advantage = advantages.group_std(advantage, reward)
-    mask = masks.response_mask(prompt_lengths, lengths.reshape(-1), tokens.shape[1])
+    mask = jnp.arange(old.shape[1])[None, :] < lengths.reshape(-1, 1)
     token_advantages = jnp.where(mask, advantage.reshape(-1, 1), 0.0)
     drift = jnp.where(mask, old - reference, 0.0)
     if config.kl.form == "reward":
@@ -58,8 +87,11 @@ def credit(correct: jax.Array, lengths: jax.Array, prompt_lengths: jax.Array, to
     if config.update.importance_cap is not None:
         # Last: it weighs the gradient of a token, whatever the token is worth.
         token_advantages *= advantages.truncated_importance(old, sampled, mask, config.update.importance_cap)
-    experience = Experience(tokens=tokens, mask=mask, advantages=token_advantages, old_logprobs=old,
-                            reference_logprobs=reference)
+    weights = update.token_weights(mask, config.update.aggregation, config.update.updates_per_batch)
+    of_tokens = {"weights": weights, "advantages": token_advantages, "old_logprobs": old,
+                 "reference_logprobs": reference}
+    experience = tuple(Experience(rows=rows, **{name: update.laid_out(values, rows)
+                                                for name, values in of_tokens.items()}) for rows in packed.groups)
     spread = jnp.max(reward, axis=-1) > jnp.min(reward, axis=-1)
     tokens_credited = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)
@@ -73,41 +105,88 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine
     """Builds everything a training step needs; but for the trial of a kernel nothing is compiled before its first call.
 
     Raises: UserError where the mesh cannot split the model or the batch evenly."""
-    decoder, settings, learning = pretrained.decoder, config.rollout, config.update
+    settings = config.rollout
+    return Engine(
+        sampler=make_sampler(config, pretrained.decoder, mesh, memory.training(config)),
+        sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+                          min_p=settings.min_p, eos_ids=pretrained.eos_ids),
+        learning=make_learning(config, pretrained.decoder, mesh))
+
+
+def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> Learning:
+    """All of a step but its sampling; of a mesh of devices that are only described, too.
+
+    Raises: UserError where the mesh cannot split the model or the batch evenly, or an attention does not fit it."""
+    learning = config.update
     check_divisible(config, decoder, mesh)
+    decoder = dataclasses.replace(decoder, attention=choose_attention(config, decoder, mesh))
     loss = update.LossConfig(
-        clip_ratio=learning.clip_ratio, aggregation=learning.aggregation, temperature=settings.temperature,
+        clip_ratio=learning.clip_ratio, temperature=config.rollout.temperature,
         kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
-        logprob_chunk=learning.logprob_chunk)
+        vocabulary_tile=learning.vocabulary_tile)
     optimizer = update.make_optimizer(
         learning_rate=learning.learning_rate, beta1=learning.beta1, beta2=learning.beta2,
         weight_decay=learning.weight_decay, max_grad_norm=learning.max_grad_norm,
         warmup_updates=learning.warmup_updates)
-    targets = update.state_sharding(decoder, optimizer, mesh)
+    targets = update.state_sharding(decoder, optimizer, mesh, offload=learning.offload_optimizer)
+    reference = sharding.offloaded(targets.params) if config.kl.offload_reference else targets.params
     initial = update.make_initial_state(optimizer, targets)
-    rows = settings.prompts_per_step * settings.group_size
-    row, replicated = sharding.sharding(mesh, "batch", "sequence"), sharding.sharding(mesh)
-    return Engine(
-        sampler=make_sampler(config, decoder, mesh),
-        sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-                          min_p=settings.min_p, eos_ids=pretrained.eos_ids),
-        score=update.make_scorer(decoder, mesh, loss, micro_batches=rows // learning.rows_per_micro_batch),
-        credit=jax.jit(functools.partial(credit, config=config), out_shardings=(row, replicated, replicated)),
-        update=update.make_update(
-            decoder, mesh, loss, optimizer, targets, updates=learning.updates_per_batch,
-            micro_batches=rows // learning.updates_per_batch // learning.rows_per_micro_batch),
-        initial_state=initial,
-        abstract_state=checkpoints.abstract(jax.eval_shape(initial, model.abstract_params(decoder)), targets),
-        params_sharding=targets.params, rows_sharding=row, replicated=replicated)
+    packed, replicated = update.packed_sharding(mesh), sharding.sharding(mesh)
+    as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder), out_shardings=reference)
+    params = model.abstract_params(decoder)
+    return Learning(
+        score=update.make_scorer(decoder, mesh, loss, params=targets.params),
+        score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
+        credit=jax.jit(functools.partial(credit, config=config),
+                       out_shardings=(packed.groups, replicated, replicated)),
+        gradients=update.make_gradients(decoder, mesh, loss, targets), apply=update.make_apply(optimizer, mesh, targets),
+        initial_state=initial, as_reference=as_reference,
+        abstract_state=checkpoints.abstract(jax.eval_shape(initial, params), targets),
+        abstract_reference=checkpoints.abstract(jax.eval_shape(as_reference, params), reference),
+        params_sharding=targets.params, packed_sharding=packed, replicated=replicated,
+        alone=causal.one_sequence_per_row(decoder.attention), updates=learning.updates_per_batch)
+
+
+def abstract_packed(config: Config, learning: Learning, *, width: int, micro_batches: int) -> Packed:
+    """Shapes and shardings of a step's packed rows, one group of them, to compile for ahead of time.
+
+    Args: width, N; micro_batches, M, that there is room for."""
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        target = learning.packed_sharding.groups if len(shape) == 4 else learning.replicated
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=target)
+
+    responses = config.rollout.prompts_per_step * config.rollout.group_size
+    rows: Any = array(learning.updates, micro_batches, config.update.rows_per_micro_batch, width)
+    group = Rows(tokens=rows, targets=rows, positions=rows, segments=rows, sources=rows)
+    places: Any = array(responses, padded_length(config.rollout.max_new_tokens))
+    counts: Any = array(learning.updates)
+    return Packed(groups=(group,), counts=(counts,), places=places)
+
+
+def abstract_experience(packed: Packed) -> tuple[Experience, ...]:
+    """Shapes and shardings of the experience of such rows."""
+    def of_group(rows: Rows) -> Experience:
+        values: Any = jax.ShapeDtypeStruct(rows.tokens.shape, jnp.float32, sharding=rows.tokens.sharding)
+        return Experience(rows=rows, weights=values, advantages=values, old_logprobs=values, reference_logprobs=values)
+
+    return tuple(of_group(rows) for rows in packed.groups)
+
+
+def choose_attention(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> str:
+    """The attention of the training passes: model.attention, or the best one that fits."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    return causal.choose_attention(mesh.devices.flat[0].platform, head_dim=decoder.head_dim, dtype=decoder.dtype,
+                                   length=memory.positions(config))
 
 
 def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
-                 copies: int = memory.TRAINING) -> rollouts.Sampler:
-    """The sampling engine of a run, for rollouts and evaluations alike. Args: copies, of the weights beside its own."""
+                 weight_bytes: int) -> rollouts.Sampler:
+    """The sampling engine of a run, for rollouts and evaluations alike. Args: weight_bytes, as in memory.slots."""
     loops = LoopStopping(window=config.loops.window, longest_period=config.loops.longest_period,
                          audit_share=config.loops.audit_share) if config.loops.stop else None
     settings = config.rollout
-    return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh, copies), chunk=settings.chunk,
+    return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh, weight_bytes), chunk=settings.chunk,
                                  positions=memory.positions(config), loops=loops, cache_layout=settings.cache_layout)
 
 

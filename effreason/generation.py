@@ -33,7 +33,7 @@ def generate(params: model.Params, prompts: Sequence[Sequence[int] | np.ndarray]
     >>> from effreason.generation import generate
     >>> from effreason.lm import hf
     >>> from effreason.sampling.draws import Sampling
-    >>> tiny = hf.open_pretrained("tiny", dtype="float32", remat=False)
+    >>> tiny = hf.open_pretrained("tiny", dtype="float32")
     >>> prompt = tiny.tokenizer("<｜begin▁of▁sentence｜><｜User｜>(47+9)%10<｜Assistant｜><think>\n")["input_ids"]
     >>> greedy = Sampling(temperature=0.0, eos_ids=tiny.eos_ids)
     >>> [[response]] = generate(hf.load_weights(tiny), [prompt], config=tiny.decoder, sampling=greedy,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from effreason import attempts, evaluation, parity, prompts, report, rollouts, unfinished, update
+from effreason import attempts, evaluation, packing, parity, prompts, report, rollouts, unfinished, update
 from effreason.checkpoints import Checkpoints
 from effreason.engine import Engine, make_engine
 from effreason.errors import Interrupted, UserError
@@ -23,7 +23,7 @@ from effreason.exports import card, export, origin
 from effreason.grades import Grader
 from effreason.inputs import Inputs, open_inputs
 from effreason.lm import hf, model
-from effreason.records import LOOP, Evaluation, Experience, Problem, Rollouts
+from effreason.records import LOOP, Evaluation, Experience, Packed, Problem, Rollouts
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
@@ -47,7 +47,7 @@ def train(config: Config) -> None:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
-        sampler = memory.describe(config, inputs.pretrained.decoder, mesh)
+        sampler = memory.describe(config, inputs.pretrained.decoder, mesh, memory.training(config))
         for line in [*inputs.notes, sampler, *warnings(config)]:    # before the weights: there may be something to mend
             say(line, Console())
         # A resumed run takes the very weights it began with, wherever the branch has moved since.
@@ -55,15 +55,18 @@ def train(config: Config) -> None:
             config.model, revision=inputs.pretrained.revision))
         engine = make_engine(config, inputs.pretrained, mesh)
         directory = open_run(config)
-        reference = hf.load_weights(inputs.pretrained, engine.params_sharding)
+        weights = hf.load_weights(inputs.pretrained, engine.learning.params_sharding)
+        reference = engine.learning.as_reference(weights)
         with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
-            state, facts = begin(engine, saved, reference, inputs)
+            state, facts = begin(engine, saved, weights, inputs)
+            del weights
             started -= facts["wall_seconds"]        # those of the processes before a resume count too
             start = int(sharding.to_host(state.step))
             if start > config.run.steps:
                 raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, "
                                 f"got {config.run.steps}")
-            agreement = check_parity(config, engine, inputs.problems, state, lambda now: interrupts.check())
+            agreement = check_parity(config, engine, inputs.problems, state, reference,
+                                     lambda now: interrupts.check())
             write_config(config, directory)
             write_left_out(inputs.problems.left_out, directory)
             with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb,
@@ -88,7 +91,9 @@ def train(config: Config) -> None:
                 try:
                     known: dict[int, float] = {}
                     if inputs.held_out:
-                        base, known = evaluate_base(evaluate, reference, directory, progress, watch)
+                        original = jax.device_put(reference, engine.learning.params_sharding)
+                        base, known = evaluate_base(evaluate, original, directory, progress, watch)
+                        del original
                     for index in range(start, config.run.steps):
                         # Before the step, in a row of its own: when this is stopped, a resumed run begins with it.
                         if inputs.held_out and config.evaluation.every and index % config.evaluation.every == 0 < index:
@@ -115,15 +120,16 @@ def train(config: Config) -> None:
     conclude(config, inputs, directory, base, trained, time.monotonic() - started)
 
 
-def begin(engine: Engine, saved: Checkpoints, reference: model.Params,
+def begin(engine: Engine, saved: Checkpoints, weights: model.Params,
           inputs: Inputs) -> tuple[update.TrainState, dict[str, Any]]:
     """The newest saved state, or a first one, and the facts saved with it.
 
     Raises: UserError where the checkpoint was trained with another template or on other problems."""
     if saved.latest is None:
-        return engine.initial_state(jax.tree.map(lambda weight: weight.copy(), reference)), {
+        # A copy: in float32 the reference may be these very arrays, and the state is donated at each update.
+        return engine.learning.initial_state(jax.tree.map(lambda weight: weight.copy(), weights)), {
             "wall_seconds": 0.0, "lengths": {}}
-    state, facts = saved.restore(engine.abstract_state)
+    state, facts = saved.restore(engine.learning.abstract_state)
     if facts["template"]["sha256"] != inputs.template.sha256:
         raise UserError(f"data.template: the checkpoint was trained with the template {facts['template']['name']}, "
                         f"whose text has changed since (sha256 {facts['template']['sha256'][:12]}, now "
@@ -149,7 +155,7 @@ def warnings(config: Config) -> list[str]:
 
 
 def check_parity(config: Config, engine: Engine, problems: prompts.Problems, state: update.TrainState,
-                 watch: attempts.Watch) -> str:
+                 reference: model.Params, watch: attempts.Watch) -> str:
     """Samples a few tokens for the first step's problems and scores them; returns the line that says what was found.
 
     Raises: parity.Mismatch."""
@@ -163,23 +169,44 @@ def check_parity(config: Config, engine: Engine, problems: prompts.Problems, sta
             lambda requests: engine.sampler(state.params, requests, key, engine.sampling), requests, watch)
         sampled = rollouts.collect(batch, responses, settings.group_size)
         wrong = np.zeros(sampled.lengths.shape, bool)
-        _, _, metrics = make_experience(config, engine, state, state.params, sampled, wrong)
-        found = {name: float(value) for name, value in sharding.to_host(metrics).items()}
+        found = measured(make_experience(config, engine, state, reference, sampled, wrong).metrics)
     parity.check(found, config, "before the first step")
     return (f"parity: sampler and trainer are {found['rollout/mismatch']:.1e} nats apart on {sampled.lengths.sum():,} "
             f"tokens (at most {parity.limit(config):g} accepted)")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A step's responses, packed and credited, on the devices."""
+
+    packed: Packed
+    experience: tuple[Experience, ...]
+    rewards: jax.Array              # float32[P, G]
+    metrics: dict[str, jax.Array]
+    fill: float                     # share of the rows' positions that hold a token
+
+
 def make_experience(config: Config, engine: Engine, state: update.TrainState, reference: model.Params,
-                    sampled: Rollouts, correct: np.ndarray) -> tuple[Experience, jax.Array, dict[str, jax.Array]]:
-    """Stages 4 and 5, on the device: what the update learns from, the rewards and metrics."""
-    packed = update.pack(sampled, config.mesh.context)
-    tokens, logprobs = sharding.to_device((packed["tokens"], packed["sampled"]), engine.rows_sharding)
-    verdict, lengths, prompt_lengths = sharding.to_device(
-        (correct, sampled.lengths, packed["prompt_lengths"]), engine.replicated)
-    old = engine.score(state.params, tokens)
-    fixed = engine.score(reference, tokens) if config.kl.form != "none" else old
-    return engine.credit(verdict, lengths, prompt_lengths, tokens, logprobs, old, fixed)
+                    sampled: Rollouts, correct: np.ndarray) -> Batch:
+    """Stages 4 and 5, on the device: rewards and advantages, and the rows the update learns from."""
+    learning = engine.learning
+    laid = packing.pack(sampled, rows=config.update.rows_per_micro_batch, updates=learning.updates,
+                        context=config.mesh.context, alone=learning.alone)
+    packed = Packed(groups=sharding.to_device(laid.groups, learning.packed_sharding.groups),
+                    counts=sharding.to_device(laid.counts, learning.replicated),
+                    places=sharding.to_device(laid.places, learning.replicated))
+    logprobs = packing.in_line(sampled.logprobs, laid.places.shape[1])
+    verdict, lengths, logprobs = sharding.to_device((correct, sampled.lengths, logprobs), learning.replicated)
+    old = learning.score(state.params, packed)
+    fixed = learning.score_reference(reference, packed) if config.kl.form != "none" else old
+    experience, reward, metrics = learning.credit(verdict, lengths, logprobs, old, fixed, packed)
+    return Batch(packed=packed, experience=experience, rewards=reward, metrics=metrics, fill=packing.fill(laid))
+
+
+def measured(*metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Metrics on the host; of several updates their means."""
+    found = sharding.to_host(metrics)
+    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
 
 def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.Params, grader: Grader,
@@ -205,14 +232,12 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
         graded = time.monotonic()
 
         with jax.transfer_guard("disallow"):
-            experience, reward, measured = make_experience(config, engine, state, reference, tried.rollouts,
-                                                           tried.correct)
-            reward, measured = sharding.to_host((reward, measured))
-            credited = {name: float(value) for name, value in measured.items()}
+            rows = make_experience(config, engine, state, reference, tried.rollouts, tried.correct)
+            reward, credited = sharding.to_host(rows.rewards), measured(rows.metrics)
             check_finite(credited, index)
             parity.check(credited, config, f"step {index}")
-            state, changed = engine.update(state, experience)
-            updated = {f"update/{name}": float(value) for name, value in sharding.to_host(changed).items()}
+            state, changed = engine.learning.update(state, rows.experience, rows.packed)
+            updated = {f"update/{name}": value for name, value in measured(*changed).items()}
         ended = time.monotonic()
 
         path.unlink(missing_ok=True)
@@ -228,6 +253,7 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
             "rollout/tokens_per_second": tried.generation.tokens / rollout_seconds,
             **engine_metrics(tried, rollout_seconds),
             "update/tokens_per_second": count / update_seconds,
+            "update/fill": rows.fill,
             "time/rollout": rollout_seconds, "time/grade": tried.grading_seconds,
             "time/update": update_seconds, "time/step": ended - began}
         statuses = Counter(verdict.status for verdict in tried.verdicts)

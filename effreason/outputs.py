@@ -115,7 +115,7 @@ def open_reader(options: argparse.Namespace) -> Reader:
     console = Console(stderr=True, force_interactive=None if os.isatty(2) else False)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     try:
-        pretrained = hf.open_pretrained(options.model, revision=options.revision, dtype=dtype, remat=False)
+        pretrained = hf.open_pretrained(options.model, revision=options.revision, dtype=dtype)
         template = None
         if options.template is not None or (pretrained.tokenizer.chat_template and not options.raw):
             data = DataConfig(template=options.template, user_prompt="{problem}")

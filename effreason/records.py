@@ -1,7 +1,7 @@
 """What passes between the stages.
 
 Axis letters, used in every docstring: P prompts, G responses for each prompt (the group), S prompt slots, T response
-slots, B = P * G rows, N = S + T, D width, V vocabulary, L layers, K key/value heads, H query heads.
+slots, B = P * G responses, R rows of N positions, D width, V vocabulary, L layers, K key/value heads, H query heads.
 """
 
 import dataclasses
@@ -67,14 +67,47 @@ class Rollouts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experience:
-    """Rows the update learns from: prompt, response and padding in one line."""
+class Rows:
+    """Sequences, prompt and response, packed into rows of N positions: what the trainer reads.
 
-    tokens: jax.Array               # int32[B, N], prompt then response then padding
-    mask: jax.Array                 # bool[B, N], True where a response token stands (through EOS)
-    advantages: jax.Array           # float32[B, N], for each response token, KL penalty included
-    old_logprobs: jax.Array         # float32[B, N], of each token given what stands before it, by the sampling policy
-    reference_logprobs: jax.Array   # float32[B, N], the same by the frozen reference
+    What is scored at a position is the token that follows it, so nothing depends on where in the row its successor is.
+    """
+
+    tokens: jax.Array               # int32[..., R, N]
+    targets: jax.Array              # int32[..., R, N], the token that follows in the sequence; 0 behind the last one
+    positions: jax.Array            # int32[..., R, N], of each token in its sequence
+    segments: jax.Array             # int32[..., R, N], which sequence of the row, from 1; 0 = padding
+    sources: jax.Array              # int32[..., R, N], which of the B * T response tokens the target is; B * T = none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A step's responses as rows: U optimiser updates, M micro-batches of R rows.
+
+    Rows of one group have one width; there are several groups where rows hold one sequence each."""
+
+    groups: tuple[Rows, ...]        # [U, M, R, N]
+    counts: tuple[jax.Array, ...]   # int32[U] for each group: micro-batches that hold something
+    places: jax.Array               # int32[B, T], where all groups' positions in line have each response token; behind
+                                    # the last of them where there is none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Rows with what each target is worth: what the update learns from."""
+
+    rows: Rows
+    weights: jax.Array              # float32[..., R, N], how much the target counts in the loss; 0 = no response token
+    advantages: jax.Array           # float32[..., R, N], KL penalty included
+    old_logprobs: jax.Array         # float32[..., R, N], of the target by the policy before the update
+    reference_logprobs: jax.Array   # float32[..., R, N], by the frozen reference
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool[..., R, N], True where the target is a response token."""
+        return self.weights > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

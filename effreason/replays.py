@@ -94,13 +94,13 @@ def _asked_for(batch: Sequence[Problem], uid: int, step: int) -> Problem:
 def _policy(engine: Engine, pretrained: hf.Pretrained, directory: Path, step: int) -> model.Params:
     """The weights after `step` updates. Raises: UserError where they are not there any more."""
     if step == 0:
-        return hf.load_weights(pretrained, engine.params_sharding)
+        return hf.load_weights(pretrained, engine.learning.params_sharding)
     with Checkpoints(directory / "checkpoints", keep=None) as saved:
         if step not in saved.steps:
             kept = ", ".join(map(str, [0, *saved.steps]))
             raise UserError(f"--step must be one whose weights are there, {kept} in {directory / 'checkpoints'}; "
                             f"got {step}; a run keeps more of them with checkpoint.every and checkpoint.keep")
-        return saved.restore(engine.abstract_state, step)[0].params
+        return saved.restore(engine.learning.abstract_state, step)[0].params
 
 
 def _as_logged(directory: Path, options: Any, text: str) -> bool | None:

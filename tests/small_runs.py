@@ -52,7 +52,7 @@ def write_problems(path, count, first=0):
 def overrides(world, directory, **changes):
     """Dotted settings of a short run on `world`, a directory with the model and the problems."""
     return {
-        "model.path": str(world / "base"), "model.dtype": "float32", "model.remat": False,
+        "model.path": str(world / "base"), "model.dtype": "float32", "model.remat": "none",
         "data.path": str(world / "train.jsonl"), "data.level_field": "level", "data.user_prompt": "{problem}",
         "rollout.prompts_per_step": 4, "rollout.group_size": 4, "rollout.max_new_tokens": 40, "rollout.slots": 16,
         "rollout.chunk": 8,

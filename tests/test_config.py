@@ -44,7 +44,7 @@ def test_without_arguments_the_tiny_configuration_is_read(monkeypatch, tmp_path)
     config = configuration.from_command_line([])
     assert config.model.path == config.data.path == "tiny"
     assert config == configuration.load(ROOT / "configs" / "tiny.yaml")
-    assert config.data.user_prompt == "{problem}" and config.model.remat is False
+    assert config.data.user_prompt == "{problem}" and config.model.remat == "none"
 
 
 @pytest.mark.parametrize("flags", [["--model.path", "org/model"], ["--model.path=org/model"],
@@ -104,10 +104,10 @@ def test_values_of_every_kind_from_flags():
 
 def test_values_of_every_kind_from_a_file(tmp_path):
     path = write(tmp_path / "a.yaml", "run: {directory: null, resume: false}\nevaluation: {max_new_tokens: 9}\n"
-                                      "kl: {form: loss, coefficient: 0}\nmodel: {remat: no}\n")
+                                      "kl: {form: loss, coefficient: 0}\nmodel: {remat: none}\n")
     config = configuration.load(path)
     assert config.run.directory is None and config.evaluation.max_new_tokens == 9
-    assert config.kl == KLConfig(form="loss", coefficient=0) and config.model.remat is False
+    assert config.kl == KLConfig(form="loss", coefficient=0) and config.model.remat == "none"
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path):
@@ -130,9 +130,8 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
     ("--mesh.data 0", "mesh.data must be -1 or >= 1, got 0"),
     ("--evaluation.max_new_tokens 0", "evaluation.max_new_tokens must be >= 1, got 0"),
     ("--data.user_prompt Solve", "data.user_prompt must be text holding \"{problem}\", got 'Solve'"),
-    ("--update.rows_per_micro_batch 48",
-     "rollout.prompts_per_step * rollout.group_size must be divisible by update.rows_per_micro_batch * "
-     "update.updates_per_batch, got 16 * 8 and 48 * 1"),
+    ("--update.updates_per_batch 3",
+     "rollout.prompts_per_step * rollout.group_size must be divisible by update.updates_per_batch, got 16 * 8 and 3"),
     ("--data.path train.jsonl",
      "evaluation.path must name held-out problems, or evaluation.problems must be 0, when data.path "
      "is not tiny, got evaluation.path null and evaluation.problems 600"),

@@ -193,7 +193,7 @@ def test_a_file_that_is_no_table(copy, spoil, expected):
 
 
 def test_the_dtype_is_the_one_asked_for():
-    config = configs.read_config(FIXTURES / "llama", dtype="bfloat16", remat=False)
-    assert config.dtype == "bfloat16" and not config.remat
-    assert dataclasses.replace(config, dtype=jax.numpy.dtype("float32"), remat=True) == configs.read_config(
+    config = configs.read_config(FIXTURES / "llama", dtype="bfloat16", remat="none")
+    assert config.dtype == "bfloat16" and config.remat == "none"
+    assert dataclasses.replace(config, dtype=jax.numpy.dtype("float32"), remat="full") == configs.read_config(
         FIXTURES / "llama")

@@ -13,13 +13,13 @@ from decoders import QWEN2, mesh
 
 from effreason import engine
 from effreason.errors import UserError
+from effreason.records import Packed, Rows
 from effreason.runtime.config import AdvantageConfig, Config, KLConfig, MeshConfig, RewardConfig, UpdateConfig
 
 PROMPTS, GROUP, POSITIONS = 5, 4, 16
 # A mixed group, all right, all wrong, one right, all right and equally long.
 CORRECT = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]], bool)
 LENGTHS = np.array([[3, 9, 1, 6], [2, 5, 7, 9], [4, 1, 8, 2], [6, 3, 5, 9], [4, 4, 4, 4]], np.int32)
-PROMPT_LENGTHS = np.repeat(np.array([3, 1, 7, 4, 2], np.int32), GROUP)
 
 
 def settings(form="none", coefficient=0.05, alpha=0.3, whiten=False, group_std=False, importance_cap=None):
@@ -47,16 +47,26 @@ def sampled():
 
 def mask_in_numpy(lengths=LENGTHS):
     mask = np.zeros((PROMPTS * GROUP, POSITIONS), bool)
-    for row, (start, count) in enumerate(zip(PROMPT_LENGTHS, lengths.ravel(), strict=True)):
-        mask[row, start : start + count] = True
+    for row, count in enumerate(lengths.ravel()):
+        mask[row, :count] = True
     return mask
 
 
+def one_a_row():
+    """Rows that hold the responses as they are: [U, M, R, N] = [1, 1, B, T], all else left out."""
+    sources = np.arange(PROMPTS * GROUP * POSITIONS, dtype=np.int32).reshape(1, 1, -1, POSITIONS)
+    return Packed(groups=(Rows(tokens=None, targets=None, positions=None, segments=None, sources=sources),),
+                  counts=(np.ones(1, np.int32),), places=None)
+
+
 def credited(config, correct=CORRECT, lengths=LENGTHS):
-    tokens = np.zeros((PROMPTS * GROUP, POSITIONS), np.int32)
     step = jax.jit(functools.partial(engine.credit, config=config))
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        return jax.device_get(step(correct, lengths, PROMPT_LENGTHS, tokens, sampled(), *logprobs()))
+        found, reward, metrics = jax.device_get(step(correct, lengths, sampled(), *logprobs(), one_a_row()))
+    rows = ("weights", "advantages", "old_logprobs", "reference_logprobs")
+    experience = types.SimpleNamespace(**{name: getattr(found[0], name)[0, 0] for name in rows})
+    experience.mask = experience.weights > 0
+    return experience, reward, metrics
 
 
 def oracle(config):
@@ -160,9 +170,10 @@ def test_a_mesh_that_fits_gives_an_engine_with_every_array_placed(axes):
     target = mesh(**axes)
     pretrained = types.SimpleNamespace(decoder=QWEN2, eos_ids=(1,))
     made = engine.make_engine(dataclasses.replace(Config(), mesh=MeshConfig(**axes)), pretrained, target)
-    for leaf in jax.tree.leaves(made.abstract_state):
+    state = made.learning.abstract_state
+    for leaf in jax.tree.leaves(state):
         assert leaf.sharding.mesh == target
-    assert made.abstract_state.step.sharding.is_fully_replicated
-    weights, moments = made.abstract_state.params, made.abstract_state.optimizer[1][0].mu
-    assert jax.tree.map(lambda leaf: leaf.sharding, weights) == made.params_sharding
-    assert jax.tree.map(lambda leaf: leaf.sharding, moments) == made.params_sharding
+    assert state.step.sharding.is_fully_replicated
+    weights, moments = state.params, state.optimizer[1][0].mu
+    assert jax.tree.map(lambda leaf: leaf.sharding, weights) == made.learning.params_sharding
+    assert jax.tree.map(lambda leaf: leaf.sharding, moments) == made.learning.params_sharding

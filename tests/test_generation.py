@@ -237,7 +237,7 @@ def printed(capsys, *argv):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return hf.open_pretrained("tiny", dtype="float32", remat=False)
+    return hf.open_pretrained("tiny", dtype="float32")
 
 
 @pytest.fixture

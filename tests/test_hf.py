@@ -166,7 +166,7 @@ def test_an_export_killed_at_a_rename_loses_no_model(whole, tmp_path, monkeypatc
             patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
             export(whole, target, lambda leaf: leaf + 1)        # killed before the old one is swept away
     # Before the first rename the old model stands, behind it the new one, wherever it is.
-    found = hf.open_pretrained(str(target), dtype="float32", remat=False)
+    found = hf.open_pretrained(str(target), dtype="float32", remat="none")
     added = np.asarray(hf.load_weights(found)["final_norm"]) - stored(whole)["model.norm.weight"]
     np.testing.assert_allclose(added, min(renames, 1), atol=1e-6)
     export(whole, target, lambda leaf: leaf + 2)
@@ -236,15 +236,15 @@ def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
 
 def test_open_pretrained_reads_all_that_is_not_a_weight(whole):
     edit(whole, "generation_config.json", eos_token_id=[2])
-    found = hf.open_pretrained(str(whole), dtype="bfloat16", remat=False)
+    found = hf.open_pretrained(str(whole), dtype="bfloat16", remat="none")
     assert found.eos_ids == (1, 2) and found.directory == whole and found.max_positions == 64
     assert (found.name, found.revision) == (str(whole), None)
     # transformers has a class of its own for model_type qwen2, which would not split at spaces here.
     assert found.tokenizer.encode("w3 w71") == [3, 71]
-    assert found.decoder == hf.read_config(whole, dtype="bfloat16", remat=False)
+    assert found.decoder == hf.read_config(whole, dtype="bfloat16", remat="none")
     edit(whole, vocab_size=40)
     with pytest.raises(UserError, match="72 tokens, config.json's vocab_size is 40"):
-        hf.open_pretrained(str(whole), dtype="float32", remat=True)
+        hf.open_pretrained(str(whole), dtype="float32", remat="full")
 
 
 def test_a_padded_vocabulary_is_no_mistake(whole):
@@ -254,16 +254,16 @@ def test_a_padded_vocabulary_is_no_mistake(whole):
 
     rewrite(whole, pad)
     edit(whole, vocab_size=80)
-    found = hf.open_pretrained(str(whole), dtype="float32", remat=True)
+    found = hf.open_pretrained(str(whole), dtype="float32", remat="full")
     assert len(found.tokenizer) == 72 and hf.load_weights(found)["embedding"].shape == (80, 32)
 
 
 def test_weights_are_missed_when_the_model_is_opened(whole):
     (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled by PyTorch"):
-        hf.open_pretrained(str(whole), dtype="float32", remat=True)
+        hf.open_pretrained(str(whole), dtype="float32", remat="full")
 
 
 def test_the_shipped_reasoner_is_called_tiny():
-    found = hf.open_pretrained("tiny", dtype="float32", remat=True)
+    found = hf.open_pretrained("tiny", dtype="float32", remat="full")
     assert (found.name, found.revision, found.directory) == ("tiny", None, hf.SHIPPED_REASONER)

@@ -204,7 +204,7 @@ def test_a_model_is_opened_and_loaded(server, client, tmp_path):
     answer = client.run("""
 import json
 from effreason.lm import hf
-found = hf.open_pretrained("good/sharded", dtype="float32", remat=False, revision="main")
+found = hf.open_pretrained("good/sharded", dtype="float32", revision="main")
 opened = sorted(file.name for file in found.directory.iterdir())
 params = hf.load_weights(found)
 print(json.dumps([found.name, found.revision, opened, str(found.directory), float(params["head"].sum())]))

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from effreason import attempts, cli, evaluation, loop, parity, update
+from effreason import attempts, cli, evaluation, loop, packing, parity
 from effreason.checkpoints import Checkpoints
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade
@@ -48,16 +48,16 @@ def world(tmp_path_factory):
 def finished(world, tmp_path_factory):
     """An uninterrupted run: its directory, its engine, and the widths of the rows it was given."""
     directory, engines, widths = tmp_path_factory.mktemp("finished") / "run", [], set()
-    make_engine, pack = loop.make_engine, update.pack
+    make_engine, pack = loop.make_engine, packing.pack
 
-    def noted_pack(*arguments):
-        packed = pack(*arguments)
-        widths.add(packed["tokens"].shape)
+    def noted_pack(*arguments, **settings):
+        packed = pack(*arguments, **settings)
+        widths.add((packed.groups[0].tokens.shape, packed.places.shape))
         return packed
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
-        patch.setattr(update, "pack", noted_pack)
+        patch.setattr(packing, "pack", noted_pack)
         loop.train(small_runs.config(world, directory, **EVALUATED))
     return types.SimpleNamespace(directory=directory, engine=engines[0], widths=widths)
 
@@ -71,7 +71,7 @@ def lasting(directory):
 
 def state_in(finished, directory):
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
-        return jax.device_get(saved.restore(finished.engine.abstract_state)[0])
+        return jax.device_get(saved.restore(finished.engine.learning.abstract_state)[0])
 
 
 def assert_same_run(finished, directory):
@@ -162,8 +162,10 @@ def test_the_exported_model_loads_and_has_learned(finished, world):
 
 
 def test_the_update_is_compiled_once_for_each_width_of_rows(finished):
-    engine, count = finished.engine, len(finished.widths)
-    assert (engine.update._cache_size(), engine.score._cache_size(), engine.credit._cache_size()) == (count,) * 3
+    learning, count = finished.engine.learning, len(finished.widths)
+    assert (learning.score._cache_size(), learning.credit._cache_size()) == (count, count)
+    assert learning.gradients._cache_size() == len({rows for rows, _ in finished.widths})
+    assert learning.apply._cache_size() == 1
 
 
 def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path, capsys):
@@ -469,13 +471,14 @@ def wrong_scores(monkeypatch, after):
 
     def made(*arguments):
         engine = make_engine(*arguments)
+        learning = engine.learning
 
-        def score(params, tokens):
-            calls.append(tokens.shape)
+        def score(params, packed):
+            calls.append(packed.places.shape)
             with jax.transfer_guard("allow"):
-                return engine.score(params, tokens) * (1.5 if len(calls) > after else 1.0)
+                return learning.score(params, packed) * (1.5 if len(calls) > after else 1.0)
 
-        return dataclasses.replace(engine, score=score)
+        return dataclasses.replace(engine, learning=dataclasses.replace(learning, score=score))
 
     monkeypatch.setattr(loop, "make_engine", made)
 
@@ -489,8 +492,8 @@ def test_a_trainer_that_scores_another_policy_than_was_sampled_never_starts(worl
 
 
 def test_a_trainer_that_begins_to_disagree_stops_and_keeps_what_it_has(world, tmp_path, monkeypatch):
-    # Two scores for the check at the start and for each step: policy and reference. The fourth step is the first wrong.
-    wrong_scores(monkeypatch, after=2 + 3 * 2)
+    # One score for the check at the start, one for each step. The fourth step is the first wrong one.
+    wrong_scores(monkeypatch, after=1 + 3)
     with pytest.raises(parity.Mismatch, match="^step 3: sampler and trainer"):
         loop.train(small_runs.config(world, tmp_path / "run", **{"kl.form": "reward", "checkpoint.every": 6}))
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as saved:
@@ -550,7 +553,7 @@ def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(
     assert "α = 0.2" in card and "test.jsonl" in card and str(world) not in card
     assert facts["template"]["user_prompt"] == "{problem}" and len(facts["template"]["sha256"]) == 64
     config = small_runs.config(world, finished.directory)
-    trained = hf.open_pretrained(str(model), dtype="float32", remat=False)
+    trained = hf.open_pretrained(str(model), dtype="float32")
     evaluation.check_template(trained, templates.choose(trained.tokenizer, config.data), config)
     data = dataclasses.replace(config.data, user_prompt="Think. {problem}")
     other = templates.choose(trained.tokenizer, data)
@@ -558,7 +561,7 @@ def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(
         evaluation.check_template(trained, other, config)
     anyway = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, any_template=True))
     evaluation.check_template(trained, other, anyway)
-    base = hf.open_pretrained(str(world / "base"), dtype="float32", remat=False)
+    base = hf.open_pretrained(str(world / "base"), dtype="float32")
     evaluation.check_template(base, other, config)              # trained by nobody here: any prompt will do
 
 

@@ -7,7 +7,15 @@ import pytest
 from decoders import QWEN2, mesh
 
 from effreason.lm import model
-from effreason.runtime.config import Config, DataConfig, EvaluationConfig, RolloutConfig
+from effreason.runtime.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    KLConfig,
+    ModelConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
 from effreason.sampling import memory
 
 GIB = 2**30
@@ -31,18 +39,18 @@ def test_a_slot_by_hand():
 
 @pytest.mark.parametrize(("gib", "slots"), [(7.0, 64), (6.9, 32), (13.9, 64), (28.0, 256), (1000.0, 256), (0.1, 8)])
 def test_as_many_as_fit_all_of_a_step_or_a_power_of_two(gib, slots):
-    assert memory.slots(config(memory_gib=gib), LARGE, mesh()) == slots
+    assert memory.slots(config(memory_gib=gib), LARGE, mesh(), 20) == slots
 
 
 def test_what_the_configuration_says_is_what_there_is():
-    assert memory.slots(config(slots=48), LARGE, mesh()) == 48
-    assert "48 slots of at most 4,096 positions" in memory.describe(config(slots=48), LARGE, mesh())
+    assert memory.slots(config(slots=48), LARGE, mesh(), 20) == 48
+    assert "48 slots of at most 4,096 positions" in memory.describe(config(slots=48), LARGE, mesh(), 20)
 
 
 def test_a_mesh_gets_a_power_of_two_for_each_of_its_shards():
     target = mesh(data=2, fsdp=2, tensor=2)
-    assert memory.slots(config(memory_gib=7.0), LARGE, target) == 64
-    assert memory.slots(config(memory_gib=28.0, prompts_per_step=3), LARGE, target) == 24
+    assert memory.slots(config(memory_gib=7.0), LARGE, target, 20) == 64
+    assert memory.slots(config(memory_gib=28.0, prompts_per_step=3), LARGE, target, 20) == 24
 
 
 def test_longer_evaluations_count():
@@ -53,14 +61,24 @@ def test_longer_evaluations_count():
 def test_the_state_comes_before_the_cache(monkeypatch):
     target, weights = mesh(), sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(LARGE)))
     monkeypatch.setattr(memory, "device_bytes", lambda mesh: 20 * GIB)
-    found = memory.budget_bytes(config(), LARGE, target, 5)
-    assert found == pytest.approx(18 * GIB - 5 * 4 * weights - 2 * weights)
+    found = memory.budget_bytes(config(), LARGE, target, 20)
+    assert found == pytest.approx(18 * GIB - 20 * weights - 2 * weights)
     # Over fsdp the state is split and the sampler's copy is not.
-    spread = memory.budget_bytes(config(), LARGE, mesh(fsdp=4), 5)
-    assert spread == pytest.approx(18 * GIB - 5 * 4 * weights - 4 * 2 * weights)
-    assert memory.budget_bytes(config(), LARGE, target, memory.EVALUATION) == found + 4 * 4 * weights
+    spread = memory.budget_bytes(config(), LARGE, mesh(fsdp=4), 20)
+    assert spread == pytest.approx(18 * GIB - 20 * weights - 4 * 2 * weights)
+    assert memory.budget_bytes(config(), LARGE, target, memory.EVALUATION) == found + 16 * weights
     monkeypatch.setattr(memory, "device_bytes", lambda mesh: 0)
-    assert memory.budget_bytes(config(), LARGE, target, 5) == 0
+    assert memory.budget_bytes(config(), LARGE, target, 20) == 0
+
+
+def test_what_training_holds_for_each_weight():
+    in_bfloat16 = dataclasses.replace(config(), model=ModelConfig(dtype="bfloat16"))
+    in_float32 = dataclasses.replace(config(), model=ModelConfig(dtype="float32"))
+    # The policy and a gradient, two moments, and the reference.
+    assert memory.training(in_bfloat16) == 4 + 4 + 8 + 2 and memory.training(in_float32) == 4 + 4 + 8 + 4
+    elsewhere = dataclasses.replace(in_bfloat16, kl=KLConfig(offload_reference=True),
+                                    update=UpdateConfig(offload_optimizer=True))
+    assert memory.training(elsewhere) == 4 + 4
 
 
 def test_the_memory_of_this_host_is_a_size():

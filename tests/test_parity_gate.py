@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from decoders import QWEN2, mesh, weights
 
-from effreason import attempts, parity, rollouts, update
+from effreason import attempts, packing, parity, rollouts, update
 from effreason.records import Problem
 from effreason.runtime.config import Config, ModelConfig, RolloutConfig
 from effreason.sampling.draws import Sampling
@@ -53,7 +53,7 @@ def sampled():
         responses, _ = attempts.generate(
             lambda requests: sampler(weights(QWEN2), requests, jax.random.key(0), sampling),
             rollouts.make_requests(problems, 4, 24), lambda now: None)
-    return update.pack(rollouts.collect(problems, responses, 4), 1)
+    return rollouts.collect(problems, responses, 4)
 
 
 @pytest.mark.parametrize(("changes", "temperature", "passes"), [
@@ -62,6 +62,9 @@ def sampled():
 ])
 def test_what_goes_wrong_in_practice_is_far_above_the_limit(sampled, changes, temperature, passes):
     config_ = dataclasses.replace(QWEN2, **changes)
-    scored, _ = update.score_rows(config_, weights(QWEN2), sampled["tokens"], temperature=temperature, chunk=32)
-    gap_ = float(np.mean(np.abs(np.asarray(scored) - sampled["sampled"])[sampled["sampled"] != 0]))
+    packed = packing.pack(sampled, rows=4)
+    rows = jax.tree.map(lambda x: x[0].reshape(-1, x.shape[-1]), packed.groups[0])
+    scored, _ = update.score_rows(config_, weights(QWEN2), rows, temperature=temperature, tile=32)
+    drawn = update.laid_out(packing.in_line(sampled.logprobs, packed.places.shape[1]), rows)
+    gap_ = float(np.mean(np.abs(scored - drawn), where=np.asarray(drawn) != 0))
     assert gap_ < 1e-5 if passes else gap_ > parity.LIMITS["bfloat16"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from decoders import mesh
 
-from effreason import rollouts, update
+from effreason import packing, rollouts, update
 from effreason.lm import hf
 from effreason.records import Problem
 from effreason.sampling.draws import Sampling
@@ -52,7 +52,7 @@ def checkpoint(directory):
 
 def test_prompts_are_rendered_as_transformers_did(directory, reference):
     told = json.loads((REFERENCES / f"{directory.name}.json").read_text(encoding="utf-8"))
-    found = hf.open_pretrained(str(directory), dtype="float32", remat=False)
+    found = hf.open_pretrained(str(directory), dtype="float32")
     for index, prompt in enumerate(told["prompts"]):
         messages = [{"role": "user", "content": prompt["problem"]}]
         rendered = found.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -65,13 +65,10 @@ def test_prompts_are_rendered_as_transformers_did(directory, reference):
 def test_prompt_logprobs(reference, checkpoint):
     config, params = checkpoint
     prompts = [reference[f"{prompt}_input_ids"] for prompt in PROMPTS]
-    rows = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, chunk=32))
-    logprobs = np.asarray(score(params, rows)[0])
+    score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, tile=4096))
+    logprobs = np.asarray(score(params, packing.one_a_row(prompts))[0])
     for index, (found, prompt) in enumerate(zip(logprobs, prompts, strict=True)):
-        np.testing.assert_allclose(found[1 : len(prompt)], reference[f"{index}_prompt_logprobs"], rtol=0, atol=1e-3)
+        np.testing.assert_allclose(found[: len(prompt) - 1], reference[f"{index}_prompt_logprobs"], rtol=0, atol=1e-3)
 
 
 def test_greedy_tokens(reference, checkpoint):

@@ -15,6 +15,7 @@ from effreason.problems import templates
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import DataConfig
+from effreason.sampling import memory
 from effreason.tiny import build, tasks, tokenizer, traces
 
 TEMPLATE = templates.choose(tokenizer.build(), DataConfig(user_prompt="{problem}"))
@@ -115,12 +116,12 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
     config = configuration.load(configuration.shipped() / "tiny.yaml")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, problems=120))
     mesh = sharding.make_mesh(data=-1)
-    tiny = hf.open_pretrained("tiny", dtype="float32", remat=False)
+    tiny = hf.open_pretrained("tiny", dtype="float32")
     params = hf.load(tiny.directory, tiny.decoder)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 1_500_000
     problems, _ = prompts.load_held_out(config, tiny.tokenizer, templates.choose(tiny.tokenizer, config.data))
     with evaluation.make_grader(config) as grader:
-        sampler = make_sampler(config, tiny.decoder, mesh)
+        sampler = make_sampler(config, tiny.decoder, mesh, memory.EVALUATION)
         evaluate = evaluation.make_evaluator(config, tiny, sampler, problems, grader)
         found, _ = evaluate(params, lambda now: None, {})
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses

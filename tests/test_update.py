@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +13,33 @@ import optax
 import pytest
 from decoders import QWEN2, QWEN3, VOCABULARY, mesh, place, weights
 
-from effreason import update
-from effreason.lm import model
+from effreason import engine, loop, packing, update
+from effreason.lm import causal, model
 from effreason.masks import response_mask
-from effreason.records import Experience, Rollouts
+from effreason.records import Experience, Rollouts, Rows
 from effreason.runtime import sharding
+from effreason.runtime.config import (
+    Config,
+    DataConfig,
+    KLConfig,
+    MeshConfig,
+    ModelConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
 
 ROWS, PROMPTS, LENGTHS = 8, [3, 1, 7, 5, 2, 4, 6, 3], [9, 1, 5, 0, 12, 8, 2, 7]
-LOSS = update.LossConfig(clip_ratio=0.2, aggregation="token_mean", kl_loss_coefficient=0.05, temperature=0.8,
-                         logprob_chunk=64)
-MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context": dict(fsdp=4, context=2)}
+LOSS = update.LossConfig(clip_ratio=0.2, kl_loss_coefficient=0.05, temperature=0.8, vocabulary_tile=64)
+# Every way to split eight devices over the four axes that divides the rows, the positions and the decoder.
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4)
+          if math.prod(shape) == 8 and shape[2] <= QWEN2.kv_heads]
+MESHES = {"x".join(map(str, shape)): dict(zip(sharding.MESH_AXES, shape, strict=True)) for shape in SHAPES}
 
 
 @functools.cache
-def experience(positions=24):
-    """Rows whose ratios lie on both sides of the clip; one response is empty; rubbish stands outside the responses."""
+def table(positions=24):
+    """One sequence a row, as tokens stand: ratios lie on both sides of the clip; one response is empty; rubbish stands
+    outside the responses."""
     generator = np.random.default_rng(1)
     real = 24
 
@@ -37,9 +51,37 @@ def experience(positions=24):
     logprobs = np.asarray(score_naively(QWEN2, weights(QWEN2), tokens, LOSS.temperature)[0])
     old, reference = (logprobs + generator.normal(0, 0.2, mask.shape).astype(np.float32) for _ in range(2))
     advantages = np.where(mask, generator.standard_normal(mask.shape), 0).astype(np.float32)
-    return Experience(tokens=padded(tokens, 5), mask=padded(mask, False), advantages=padded(advantages, 0),
-                      old_logprobs=padded(np.where(mask, old, -500.0).astype(np.float32), 400.0),
-                      reference_logprobs=padded(np.where(mask, reference, 500.0).astype(np.float32), -400.0))
+    return types.SimpleNamespace(
+        tokens=padded(tokens, 5), mask=padded(mask, False), advantages=padded(advantages, 0),
+        old_logprobs=padded(np.where(mask, old, -500.0).astype(np.float32), 400.0),
+        reference_logprobs=padded(np.where(mask, reference, 500.0).astype(np.float32), -400.0))
+
+
+def experience(positions=24, aggregation="token_mean"):
+    """The table where its tokens are targets: one position earlier. [B, N]"""
+    e, ends = table(positions), np.add(PROMPTS, LENGTHS)[:, None]
+
+    def ahead(x):
+        return np.pad(x[:, 1:], ((0, 0), (0, 1)))
+
+    at = np.broadcast_to(np.arange(positions, dtype=np.int32), e.tokens.shape)
+    token_weights = np.asarray(update.token_weights(e.mask, aggregation))
+    return Experience(
+        rows=Rows(tokens=e.tokens, targets=ahead(e.tokens), positions=at, segments=(at < ends).astype(np.int32),
+                  sources=np.zeros_like(at)),
+        weights=ahead(token_weights), advantages=ahead(e.advantages), old_logprobs=ahead(e.old_logprobs),
+        reference_logprobs=ahead(e.reference_logprobs))
+
+
+def in_micro_batches(tree, count, updates=1):
+    """Rows [B, N] as [U, M, R, N]; row b goes to update b % U."""
+    return jax.tree.map(lambda x: x.reshape(-1, updates, x.shape[1]).swapaxes(0, 1).reshape(
+        updates, count, -1, x.shape[1]), tree)
+
+
+def zigzagged(tree, context):
+    """Columns in the order that `context` shards work on."""
+    return jax.tree.map(lambda x: x[..., causal.zigzag(x.shape[-1], context)], tree)
 
 
 def score_naively(config, params, tokens, temperature):
@@ -50,18 +92,29 @@ def score_naively(config, params, tokens, temperature):
     return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in (chosen, entropy))
 
 
-def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2):
-    """One step of plain gradient descent at rate 1: params less gradients, on the host, and the metrics."""
+def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2, aggregation="token_mean", spare=0):
+    """One step of plain gradient descent at rate 1: params less gradients, on the host, and the metrics.
+
+    Args: spare, empty micro-batches that there is room for."""
     target, optimizer = mesh(**dict(shape)), optax.sgd(1.0)
     targets = update.state_sharding(config, optimizer, target)
+    rows = in_micro_batches(experience(positions, aggregation), micro_batches)
+    rows = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=3), rows)
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(config, weights(config), target))
-        step = update.make_update(config, target, loss, optimizer, targets, micro_batches=micro_batches)
-        rows = sharding.to_device(experience(positions), sharding.sharding(target, "batch", "sequence"))
+        gradients = update.make_gradients(config, target, loss, targets)
+        apply = update.make_apply(optimizer, target, targets)
+        rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
+                                  sharding.sharding(target, *update.ROW_AXES))
+        counts, which, steps = sharding.to_device((np.full(1, micro_batches, np.int32), np.int32(0), np.int32(1)),
+                                                  sharding.sharding(target))
         with jax.transfer_guard("disallow"):
-            state, metrics = step(state, rows)
+            slopes, metrics = gradients(state.params, (rows,), (counts,), which)
+            assert jax.tree.map(lambda leaf: leaf.sharding, slopes) == targets.params
+            state, norm = apply(state, slopes, steps)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
-        return sharding.to_host((state.params, metrics))
+        assert state.step == 1
+        return sharding.to_host((state.params, metrics | {"grad_norm": norm}))
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +147,19 @@ def loss_in_numpy(logprobs, e, weights, clip_ratio, coefficient):
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
 def test_policy_loss_is_the_oracle(aggregation, coefficient):
-    e = experience()
+    e = experience(aggregation=aggregation)
     logprobs = np.where(e.mask, e.old_logprobs, 0) + np.random.default_rng(2).normal(0, 0.3, e.mask.shape)
     logprobs = logprobs.astype(np.float32)
-    weights = np.asarray(update.token_weights(e.mask, aggregation))
-    loss, sums = update.policy_loss(jnp.asarray(logprobs), e, weights, clip_ratio=0.2, kl_loss_coefficient=coefficient)
-    expected, kl, clip_share = loss_in_numpy(logprobs, e, weights, 0.2, coefficient)
+    loss, sums = update.policy_loss(jnp.asarray(logprobs), e, clip_ratio=0.2, kl_loss_coefficient=coefficient)
+    expected, kl, clip_share = loss_in_numpy(logprobs, e, e.weights, 0.2, coefficient)
     assert 0.05 < clip_share < 0.95
     np.testing.assert_allclose([loss, sums["kl"], sums["clip_share"]], [expected, kl, clip_share], rtol=1e-5, atol=1e-6)
 
 
 def one_token(ratio, advantage):
     one = jnp.ones((1, 1))
-    return Experience(tokens=one.astype(int), mask=one > 0, advantages=advantage * one, old_logprobs=0 * one - 1,
-                      reference_logprobs=0 * one - 1), jnp.log(ratio) * one - 1, one
+    return Experience(rows=None, weights=one, advantages=advantage * one, old_logprobs=0 * one - 1,
+                      reference_logprobs=0 * one - 1), jnp.log(ratio) * one - 1
 
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "slope", "clipped"), [
@@ -118,36 +170,36 @@ def one_token(ratio, advantage):
     (0.5, -2.0, 1.6, 0.0, 1),
 ])
 def test_clip_by_hand(ratio, advantage, loss, slope, clipped):
-    e, logprobs, one = one_token(ratio, advantage)
+    e, logprobs = one_token(ratio, advantage)
     value, gradient = jax.value_and_grad(lambda logprobs: update.policy_loss(
-        logprobs, e, one, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(logprobs)
+        logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(logprobs)
     np.testing.assert_allclose([value, gradient[0, 0]], [loss, slope], rtol=1e-6)
-    sums = update.policy_loss(logprobs, e, one, clip_ratio=0.2, kl_loss_coefficient=0.0)[1]
+    sums = update.policy_loss(logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0)[1]
     assert sums["clip_share"] == clipped
 
 
 def test_k3_by_hand():
     # pi / reference = 2: d = -log 2, k3 = 1/2 + log 2 - 1; its slope is 1 - exp(d) = 1/2.
-    e, logprobs, one = one_token(2.0, 0.0)
+    e, logprobs = one_token(2.0, 0.0)
     (value, sums), gradient = jax.value_and_grad(functools.partial(
-        update.policy_loss, experience=e, weights=one, clip_ratio=0.2, kl_loss_coefficient=3.0), has_aux=True)(logprobs)
+        update.policy_loss, experience=e, clip_ratio=0.2, kl_loss_coefficient=3.0), has_aux=True)(logprobs)
     np.testing.assert_allclose([sums["kl"], value], [math.log(2) - 0.5, 3 * (math.log(2) - 0.5)], rtol=1e-6)
     np.testing.assert_allclose(gradient, 1.5, rtol=1e-6)
 
 
 def test_the_gradient_at_ratio_one_is_reinforce():
-    e, weights = experience(), update.token_weights(experience().mask, "token_mean")
-    gradient = jax.grad(lambda logprobs: update.policy_loss(logprobs, e, weights, clip_ratio=0.2,
-                                                            kl_loss_coefficient=0.0)[0])(jnp.asarray(e.old_logprobs))
-    np.testing.assert_allclose(gradient, -weights * e.advantages, rtol=1e-6)
+    e = experience()
+    gradient = jax.grad(lambda logprobs: update.policy_loss(logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(
+        jnp.asarray(e.old_logprobs))
+    np.testing.assert_allclose(gradient, -e.weights * e.advantages, rtol=1e-6)
 
 
 def test_what_stands_outside_the_responses_is_nothing_to_the_loss():
-    e, weights = experience(), update.token_weights(experience().mask, "token_mean")
+    e = experience()
     for outside in (-1e4, 1e4):             # exp overflows: inf * 0 would be nan, in the value or in the gradient
         logprobs = jnp.where(e.mask, e.old_logprobs, outside)
         value, gradient = jax.value_and_grad(lambda logprobs: update.policy_loss(
-            logprobs, e, weights, clip_ratio=0.2, kl_loss_coefficient=0.1)[0])(logprobs)
+            logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.1)[0])(logprobs)
         assert np.isfinite(value) and np.isfinite(gradient).all() and not gradient[~e.mask].any()
 
 
@@ -161,107 +213,62 @@ def test_token_weights():
         assert not np.asarray(update.token_weights(np.zeros((2, 3), bool), name)).any()     # no response at all: no nan
 
 
+def test_token_weights_of_each_update_sum_to_one():
+    mask = np.arange(9) < np.array([[9], [2], [4], [1], [0], [6]])
+    for name in ("token_mean", "sequence_mean"):
+        both = np.asarray(update.token_weights(mask, name, updates=2))
+        for which in range(2):
+            np.testing.assert_allclose(both[which::2], update.token_weights(mask[which::2], name), rtol=1e-6)
+            np.testing.assert_allclose(both[which::2].sum(), 1, rtol=1e-6)
+
+
 # Log-probs
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 23, 64])
-def test_chunks_change_neither_logprobs_nor_gradients(chunk):
-    generator = np.random.default_rng(3)
-    hidden = generator.standard_normal((3, 23, 16), dtype=np.float32)
-    head = generator.standard_normal((VOCABULARY, 16), dtype=np.float32)
-    targets = generator.integers(0, VOCABULARY, (3, 23)).astype(np.int32)
-    pull = generator.standard_normal((3, 23), dtype=np.float32)
-
-    def naive(hidden, head):
-        table = jax.nn.log_softmax(jnp.einsum("bnd,vd->bnv", hidden, head) / 0.7, axis=-1)
-        chosen = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
-        return chosen, -jnp.sum(jnp.exp(table) * table, axis=-1)
-
-    def chunked(hidden, head):
-        return update.token_logprobs(hidden, head, targets, temperature=0.7, chunk=chunk)
-
-    def gradients(score):
-        return jax.jit(jax.grad(lambda *args: jnp.sum(pull * score(*args)[0]), argnums=(0, 1)))(hidden, head)
-
-    assert_same(jax.jit(chunked)(hidden, head), naive(hidden, head), atol=1e-5)
-    assert_same(gradients(chunked), gradients(naive), rtol=1e-4, atol=1e-5)
-
-
-def test_entropy_of_known_distributions():
-    # Scores all alike: log V. One far above the rest: 0.
-    head = np.zeros((4, 2), np.float32)
-    head[0, 1] = 1_000.0
-    hidden = np.array([[[1, 0], [0, 1]]], np.float32)
-    logprobs, entropy = update.token_logprobs(hidden, head, np.zeros((1, 2), np.int32), temperature=1.0, chunk=8)
-    np.testing.assert_allclose(entropy, [[math.log(4), 0]], atol=1e-6)
-    np.testing.assert_allclose(logprobs, [[-math.log(4), 0]], atol=1e-6)
-
-
 @pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["untied", "tied"])
-@pytest.mark.parametrize("chunk", [7, 64])
-def test_score_rows_is_the_naive_score(config, chunk):
-    tokens = experience().tokens
-    score = jax.jit(functools.partial(update.score_rows, config, temperature=0.8, chunk=chunk))
-    found = score(weights(config), tokens)
-    assert_same(found, score_naively(config, weights(config), tokens, 0.8), atol=1e-5)
-    assert not found[0][:, 0].any()
+@pytest.mark.parametrize("tile", [7, 64])
+def test_score_rows_is_the_naive_score(config, tile):
+    rows = experience().rows
+    found = jax.jit(functools.partial(update.score_rows, config, temperature=0.8, tile=tile))(weights(config), rows)
+    inside = (rows.segments[:, 1:] > 0)
+    for one, other in zip(found, score_naively(config, weights(config), rows.tokens, 0.8), strict=True):
+        np.testing.assert_allclose(np.where(inside, one[:, :-1], 0), np.where(inside, other[:, 1:], 0), rtol=1e-5,
+                                   atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [{}, MESHES["all"], MESHES["context"]], ids=["one device", "all", "context"])
-def test_scorer_gives_every_row_its_own_scores(shape):
-    target = mesh(**shape)
+PACKING = {"rows": dict(rows=4), "one a row": dict(rows=4, alone=True), "two updates": dict(rows=4, updates=2)}
+
+
+@pytest.mark.parametrize("settings", PACKING.values(), ids=PACKING.keys())
+@pytest.mark.parametrize("shape", [{}, dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, context=2)],
+                         ids=["one device", "all", "context"])
+def test_scorer_gives_every_response_its_own_scores(shape, settings):
+    # Prompts and responses as the sampler leaves them, scored packed; against each sequence alone, unpacked.
+    generator, target = np.random.default_rng(5), mesh(**shape)
+    lengths, starts = generator.integers(1, 50, (3, 4)).astype(np.int32), np.array([4, 17, 9], np.int32)
+    rollouts = Rollouts(
+        prompts=generator.integers(0, VOCABULARY, (3, 17)).astype(np.int32), prompt_lengths=starts, lengths=lengths,
+        tokens=generator.integers(0, VOCABULARY, (3, 4, 50)).astype(np.int32), logprobs=np.zeros((3, 4, 50)),
+        finish=np.full((3, 4), "eos"), looped=np.zeros((3, 4), bool))
+    packed = packing.pack(rollouts, context=target.shape["context"], **settings)
     with jax.set_mesh(target):
-        score = update.make_scorer(QWEN2, target, LOSS, micro_batches=2)
-        found = score(place(QWEN2, weights(QWEN2), target), experience().tokens)
-    expected = score_naively(QWEN2, weights(QWEN2), experience().tokens, LOSS.temperature)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-# Rows
-
-
-def rollouts_of(prompt_lengths, lengths):
-    """Tokens that say where they belong: 100 p + position in prompts, 1000 (p + 1) + 100 g + position in responses."""
-    prompt_lengths, lengths = np.array(prompt_lengths, np.int32), np.array(lengths, np.int32)
-    prompts, group_size = lengths.shape
-    prompt = 100 * np.arange(prompts)[:, None] + np.arange(prompt_lengths.max())
-    at = np.arange(lengths.max())
-    response = 1000 * (1 + np.arange(prompts)[:, None, None]) + 100 * np.arange(group_size)[None, :, None] + at
-    return Rollouts(
-        prompts=np.where(np.arange(prompt_lengths.max()) < prompt_lengths[:, None], prompt, -1).astype(np.int32),
-        prompt_lengths=prompt_lengths, tokens=np.where(at < lengths[..., None], response, -1).astype(np.int32),
-        lengths=lengths, logprobs=np.zeros((*lengths.shape, lengths.max()), np.float32),
-        finish=np.full(lengths.shape, "eos"), looped=np.zeros(lengths.shape, bool))
-
-
-def test_pack_lays_prompt_and_response_in_one_line():
-    packed = update.pack(rollouts_of([2, 3], [[3, 1], [2, 4]]), 1)
-    np.testing.assert_array_equal(packed["tokens"][:, :8], [
-        [0, 1, 1000, 1001, 1002, 0, 0, 0],
-        [0, 1, 1100, 0, 0, 0, 0, 0],
-        [100, 101, 102, 2000, 2001, 0, 0, 0],
-        [100, 101, 102, 2100, 2101, 2102, 2103, 0],
-    ])
-    assert not packed["tokens"][:, 8:].any() and packed["tokens"].dtype == np.int32
-    np.testing.assert_array_equal(packed["prompt_lengths"], [2, 2, 3, 3])
-    np.testing.assert_array_equal(packed["lengths"], [3, 1, 2, 4])
-    mask = np.asarray(response_mask(packed["prompt_lengths"], packed["lengths"], packed["tokens"].shape[1]))
-    np.testing.assert_array_equal(mask, packed["tokens"] >= 1000)
-
-
-@pytest.mark.parametrize(("prompt", "response", "multiple", "expected"), [
-    (4, 60, 1, 64), (4, 61, 1, 96), (4, 60, 7, 70), (90, 6, 8, 96),
-])
-def test_pack_rounds_rows_up_to_few_lengths(prompt, response, multiple, expected):
-    assert update.pack(rollouts_of([prompt], [[response, 1]]), multiple)["tokens"].shape == (2, expected)
+        placed = place(QWEN2, weights(QWEN2), target)
+        score = update.make_scorer(QWEN2, target, LOSS, params=jax.tree.map(lambda leaf: leaf.sharding, placed))
+        found = np.asarray(score(placed, packed))
+    for row, (prompt, sample) in enumerate(itertools.product(range(3), range(4))):
+        start, length = starts[prompt], lengths[prompt, sample]
+        sequence = np.concatenate([rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]])
+        expected = score_naively(QWEN2, weights(QWEN2), sequence[None], LOSS.temperature)[0][0, start:]
+        np.testing.assert_allclose(found[row, :length], expected, rtol=1e-5, atol=2e-5)
+        assert not found[row, length:].any()
 
 
 # The step
 
 
 def test_the_step_follows_the_gradient_of_the_whole_batch(baseline):
-    # The loss written down once more, for all rows at once, without chunks, micro-batches or remat.
-    e, config = experience(), dataclasses.replace(QWEN2, remat=False)
+    # The loss written down once more, for all rows at once, without tiles, micro-batches or remat.
+    e, config = table(), dataclasses.replace(QWEN2, remat="none")
 
     def whole(params):
         logprobs, entropy = score_naively(config, params, jnp.asarray(e.tokens), LOSS.temperature)
@@ -283,22 +290,91 @@ def test_the_step_follows_the_gradient_of_the_whole_batch(baseline):
 def test_micro_batches_change_nothing(baseline):
     # Two of them are the baseline, which is compared with the whole batch above.
     assert_same(one_step(micro_batches=4), baseline)
+    assert_same(one_step(micro_batches=1, spare=3), baseline)       # what is not counted is not read
 
 
 def test_micro_batches_change_nothing_under_sequence_mean():
     # Rows of one micro-batch have other lengths than those of the next: a mean within each would differ.
-    loss = dataclasses.replace(LOSS, aggregation="sequence_mean")
-    assert_same(one_step(micro_batches=4, loss=loss), one_step(micro_batches=1, loss=loss))
+    assert_same(one_step(micro_batches=4, aggregation="sequence_mean"),
+                one_step(micro_batches=1, aggregation="sequence_mean"))
 
 
-def test_padding_and_chunks_change_nothing(baseline):
-    assert_same(one_step(positions=40, loss=dataclasses.replace(LOSS, logprob_chunk=16)), baseline)
+def test_padding_and_tiles_change_nothing(baseline):
+    assert_same(one_step(positions=40, loss=dataclasses.replace(LOSS, vocabulary_tile=7)), baseline)
+
+
+@pytest.mark.parametrize("changes", [dict(remat="attention"), dict(remat="none"), dict(attention="blockwise")], ids=str)
+def test_what_is_kept_and_how_it_attends_change_nothing(baseline, changes):
+    assert_same(one_step(config=dataclasses.replace(QWEN2, **changes)), baseline)
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
 def test_eight_devices_step_as_one_does(baseline, shape):
-    micro_batches = 1 if shape.get("data", 1) * shape.get("fsdp", 1) == 8 else 2
-    assert_same(one_step(shape=tuple(shape.items()), micro_batches=micro_batches), baseline, rtol=2e-5)
+    micro_batches = 1 if shape["data"] * shape["fsdp"] == 8 else 2
+    assert_same(one_step(shape=tuple(shape.items()), micro_batches=micro_batches, positions=32), baseline, rtol=2e-5)
+
+
+def rollouts_of_the_table():
+    """The table's sequences as the sampler leaves them: 4 prompts of 2 responses each."""
+    e, starts = table(), np.array(PROMPTS)
+    starts = np.repeat(starts[::2], 2)
+    lengths = np.array(LENGTHS).clip(1)
+    tokens = np.zeros((ROWS, lengths.max()), np.int32)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tokens[row, :length] = e.tokens[row, start : start + length]
+    return Rollouts(prompts=e.tokens[::2, : starts.max()], prompt_lengths=starts[::2].astype(np.int32),
+                    tokens=tokens.reshape(4, 2, -1), lengths=lengths.reshape(4, 2).astype(np.int32),
+                    logprobs=np.zeros((4, 2, lengths.max()), np.float32), finish=np.full((4, 2), "eos"),
+                    looped=np.zeros((4, 2), bool))
+
+
+def learnt(settings, shape=(), offload=False, **changes):
+    """State and metrics after one whole learning step of a small configuration, and the log-probs it found."""
+    config = Config(model=ModelConfig(dtype="float32"), rollout=RolloutConfig(
+        prompts_per_step=4, group_size=2, max_new_tokens=16), kl=KLConfig(offload_reference=offload),
+        update=UpdateConfig(learning_rate=1e-2, warmup_updates=0, offload_optimizer=offload, **settings),
+        mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8))
+    target = mesh(**dict(shape))
+    learning = engine.make_learning(config, dataclasses.replace(QWEN2, **changes), target)
+    rollouts = rollouts_of_the_table()
+    with jax.set_mesh(target):
+        params = place(QWEN2, weights(QWEN2), target)
+        reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.1, params))
+        state = learning.initial_state(params)
+        batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference, rollouts,
+                                     np.arange(8).reshape(4, 2) % 3 > 0)
+        assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
+            lambda leaf: leaf.sharding, learning.abstract_reference)
+        state, metrics = learning.update(state, batch.experience, batch.packed)
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+            lambda leaf: leaf.sharding, learning.abstract_state)
+        return sharding.to_host((state.params, metrics, batch.metrics))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(rows_per_micro_batch=1), dict(rows_per_micro_batch=8), dict(vocabulary_tile=5)], ids=str)
+def test_a_learning_step_does_not_depend_on_how_it_is_cut(changes):
+    assert_same(learnt(dict(rows_per_micro_batch=2) | changes), learnt(dict(rows_per_micro_batch=2)), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [dict(data=2, fsdp=2, tensor=2), dict(data=2, fsdp=2, context=2)], ids=str)
+def test_a_learning_step_on_eight_devices_is_that_on_one(shape):
+    settings = dict(rows_per_micro_batch=4, updates_per_batch=2)
+    assert_same(learnt(settings, tuple(shape.items())), learnt(settings), atol=1e-4)
+
+
+def test_offloading_changes_where_things_are_and_nothing_else():
+    settings, shape = dict(rows_per_micro_batch=4, updates_per_batch=2), (("fsdp", 2),)
+    jax.tree.map(np.testing.assert_array_equal, learnt(settings, shape, offload=True), learnt(settings, shape))
+
+
+def test_two_updates_follow_one_another_on_halves_of_the_responses():
+    params, metrics, _ = learnt(dict(rows_per_micro_batch=2, updates_per_batch=2))
+    assert len(metrics) == 2 and metrics[0]["clip_share"] == 0
+    assert metrics[1]["clip_share"] > 0         # the first update has moved the policy away from its old log-probs
+    once = learnt(dict(rows_per_micro_batch=2))[0]
+    assert any(np.abs(one - other).max() > 1e-3
+               for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(once), strict=True))
 
 
 def test_a_step_compiles_once_and_takes_the_old_state_over():
@@ -309,36 +385,18 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     assert moments == targets.params                            # the moments live beside their weights
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
-        step = update.make_update(QWEN2, target, LOSS, optimizer, targets, micro_batches=2)
-        for number in range(3):
+        gradients = update.make_gradients(QWEN2, target, LOSS, targets)
+        apply = update.make_apply(optimizer, target, targets)
+        for count in (2, 1, 2):                                 # with less to learn from, too
             before = state
-            rows = sharding.to_device(experience(), sharding.sharding(target, "batch", "sequence"))
-            state, metrics = step(state, rows)
+            rows = sharding.to_device(in_micro_batches(experience(), 2), sharding.sharding(target, *update.ROW_AXES))
+            slopes, metrics = gradients(state.params, (rows,), (np.full(1, count, np.int32),), np.int32(0))
+            state, _ = apply(state, slopes, np.int32(1))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
             assert all(np.isfinite(value) for value in sharding.to_host(metrics).values())
-            assert state.step == number + 1
-    assert step._cache_size() == 1
+    assert state.step == 3 and gradients._cache_size() == apply._cache_size() == 1
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
-
-
-def test_updates_of_one_batch_are_steps_on_its_parts():
-    target, optimizer = mesh(), optax.sgd(0.5)
-    targets = update.state_sharding(QWEN2, optimizer, target)
-    with jax.set_mesh(target):
-        def fresh():
-            return update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
-
-        both = update.make_update(QWEN2, target, LOSS, optimizer, targets, micro_batches=1, updates=2)
-        together, metrics = both(fresh(), experience())
-        one = update.make_update(QWEN2, target, LOSS, optimizer, targets, micro_batches=1)
-        state, seen = fresh(), []
-        for part in range(2):
-            state, each = one(state, jax.tree.map(lambda rows, part=part: rows[part::2], experience()))
-            seen.append(each)
-    assert_same(sharding.to_host(together.params), sharding.to_host(state.params))
-    assert_same(metrics, jax.tree.map(lambda first, second: (first + second) / 2, *seen))
-    assert together.step == 1 and state.step == 2
 
 
 # The optimiser

@@ -69,13 +69,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def read_config(directory: Path, *, dtype: str = "float32", remat: bool = True) -> DecoderConfig:
+def read_config(directory: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:
     """The decoder that a directory's config.json describes."""
     path = directory / "config.json"
     return parse_config(read_json(path), path, dtype=dtype, remat=remat)
 
 
-def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", remat: bool = True) -> DecoderConfig:
+def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:
     """The decoder that the table of a config.json describes, in both its old and its new spelling.
 
     Raises: UserError that names the file and the entry, for an unknown family or a feature this decoder lacks:

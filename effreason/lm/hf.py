@@ -40,7 +40,7 @@ class Pretrained:
     max_positions: int              # longest sequence the model was made for
 
 
-def open_pretrained(path: str, *, dtype: str, remat: bool, revision: str | None = None) -> Pretrained:
+def open_pretrained(path: str, *, dtype: str, remat: str = "full", revision: str | None = None) -> Pretrained:
     """Reads config, tokenizer and EOS ids, and sees that there are weights.
 
     Args: path, a directory, the id of a model on the Hub, whose small files are fetched, or "tiny", the reasoner that

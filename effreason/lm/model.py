@@ -11,12 +11,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from effreason.lm import attention
+from effreason.lm import attention, causal
 from effreason.runtime.sharding import constrain
 
 Params = dict[str, Any]             # {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if untied}
 Cache = list[attention.LayerCache]
+
+
+ATTENTION = "attention"             # the name under which a block's attention can be kept
+# What a block keeps for the backward pass: nothing but its input, its attention too, or everything.
+REMAT: dict[str, Any] = {"full": jax.checkpoint_policies.nothing_saveable,
+                         "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION), "none": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,8 @@ class DecoderConfig:
     qk_norm: bool = False           # Qwen3
     dtype: Any = jnp.float32        # of activations; weights are kept in float32, logits are always float32
     cache_layout: str = "transposed"    # one of attention.CACHE_LAYOUTS
-    remat: bool = True              # recompute a block in the backward pass instead of keeping its activations
+    attention: str = "xla"          # one of causal.IMPLEMENTATIONS, of whole sequences in training
+    remat: str = "full"             # one of REMAT: what a block keeps for the backward pass
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -76,10 +84,12 @@ class Block(nn.Module):
         self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
         self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        """x [B, N, D] -> [B, N, D], causal over N; the None is what nn.scan stacks: nothing."""
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array],
+                 segments: jax.Array | None) -> tuple[jax.Array, None]:
+        """x [B, N, D] -> [B, N, D], causal within each segment; the None is what nn.scan stacks: nothing."""
         query, key, value = self.project(x, rope)
-        x = self.finish(x, attention.causal_attention(query, key, value))
+        mixed = causal.causal_attention(query, key, value, segments, implementation=self.config.attention)
+        x = self.finish(x, checkpoint_name(mixed, ATTENTION))
         return constrain(x, "batch", "sequence", "width"), None
 
     def extend(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array,
@@ -113,23 +123,23 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens int32[B, N] to the final hidden states [B, N, D], through layers stacked on a leading axis."""
+    """Tokens, positions and segments int32[B, N] to the final hidden states [B, N, D]; layers are stacked."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
         c, normal = self.config, nn.initializers.normal(0.02)
         table = nn.with_logical_partitioning(normal, ("vocab", "embed"))
         embedding: Any = self.param("embedding", table, (c.vocabulary, c.width), jnp.float32)
         if not c.tied:
             self.param("head", table, (c.vocabulary, c.width), jnp.float32)   # read by `logits` and the scorer
         x = constrain(embedding.astype(c.dtype)[tokens], "batch", "sequence", "width")
-        rope = _rope(c, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        policy = REMAT[c.remat]
+        block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
                          length=c.layers, metadata_params={nn.PARTITION_NAME: "layers"})
-        x, _ = layers(c, name="layers")(x, rope)
+        x, _ = layers(c, name="layers")(x, _rope(c, positions), segments)
         norm: Any = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
                           (c.width,), jnp.float32)
         return rms_norm(x, norm, c.norm_eps)
@@ -142,7 +152,8 @@ def _rope(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.A
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
     """Random float32 weights: normal(0.02), ones for norms, zeros for biases."""
-    return nn.meta.unbox(Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+    one = jnp.zeros((1, 1), jnp.int32)
+    return nn.meta.unbox(Decoder(config).init(key, one, one, None))["params"]
 
 
 def abstract_params(config: DecoderConfig) -> Params:
@@ -152,15 +163,22 @@ def abstract_params(config: DecoderConfig) -> Params:
 
 def logical_axes(config: DecoderConfig) -> Params:
     """The logical axis names of every weight, as tuples in the tree of the weights."""
-    boxed = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    one = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), one, one, None))
     return jax.tree.map(tuple, nn.get_partition_spec(boxed)["params"],
                         is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
 
-def forward(config: DecoderConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """Final hidden states [B, N, D] of int32[B, N] tokens, causal; padding must stand behind, it is never masked."""
+def forward(config: DecoderConfig, params: Params, tokens: jax.Array, positions: jax.Array | None = None,
+            segments: jax.Array | None = None) -> jax.Array:
+    """Final hidden states [B, N, D] of int32[B, N] tokens, causal.
+
+    Args: positions int32[B, N] of each token in its sequence; segments int32[B, N], which sequence of the row, 0 =
+        padding. Without them a row is one sequence, and padding behind it."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     decoder: Any = Decoder(config)
-    return decoder.apply({"params": params}, tokens)
+    return decoder.apply({"params": params}, tokens, positions, segments)
 
 
 def head(params: Params) -> jax.Array:

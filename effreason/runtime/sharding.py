@@ -29,6 +29,8 @@ AXES: dict[str, Any] = {
     "vocab": "tensor",
     "norm": None,
     "layers": None,
+    "updates": None,                # of a step; and the micro-batches of an update
+    "micro_batches": None,
     "bank": None,                   # prompts that wait for a slot: every device of a row may need them
 }
 
@@ -81,6 +83,16 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def offloaded(shardings: Any) -> Any:
+    """The same shards in the memory of the hosts."""
+    return jax.tree.map(lambda each: each.with_memory_kind("pinned_host"), shardings)
+
+
+def fetched(shardings: Any) -> Any:
+    """The same shards in the memory of the devices."""
+    return jax.tree.map(lambda each: NamedSharding(each.mesh, each.spec), shardings)
 
 
 def batch_shards(mesh: Mesh) -> int:

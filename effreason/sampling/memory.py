@@ -14,8 +14,16 @@ from effreason.runtime.config import Config
 GIB = 2**30
 RESERVE = 0.1                       # of the devices' memory, for prompts being read, logits and whatever else
 FEWEST = 8                          # slots that are worth trying, whatever the estimate says
-# Of all weights in float32: in training the policy, the reference, two moments of the optimiser and a gradient.
-TRAINING, EVALUATION = 5, 1
+EVALUATION = 4                      # bytes for each weight beside the sampler's own copy: they are loaded in float32
+
+
+def training(config: Config) -> int:
+    """Bytes on the devices for each weight in training, beside the sampler's own copy.
+
+    The policy and a gradient in float32, the optimiser's two moments, and the reference in the dtype of the blocks."""
+    moments = 0 if config.update.offload_optimizer else 8
+    reference = 0 if config.kl.offload_reference else jnp.dtype(config.model.dtype).itemsize
+    return 8 + moments + reference
 
 
 def positions(config: Config) -> int:
@@ -28,16 +36,16 @@ def slot_bytes(decoder: model.DecoderConfig, positions: int) -> int:
     return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * positions * jnp.dtype(decoder.dtype).itemsize
 
 
-def budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh, copies: int) -> float:
+def budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> float:
     """Memory for the keys and values of all slots, on all devices together.
 
-    Args: copies, float32 ones of the weights that lie beside them and beside the sampler's own."""
+    Args: weight_bytes, taken for each weight by what lies beside them and beside the sampler's copy."""
     if config.rollout.memory_gib is not None:
         return config.rollout.memory_gib * GIB
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))
     # The state is split over fsdp and tensor, the sampler's copy of the weights over tensor alone.
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    state = copies * 4 * weights * mesh.size / shards
+    state = weight_bytes * weights * mesh.size / shards
     copy = jnp.dtype(decoder.dtype).itemsize * weights * mesh.size / mesh.shape["tensor"]
     return max(device_bytes(mesh) * (1 - RESERVE) - state - copy, 0.0)
 
@@ -52,7 +60,7 @@ def device_bytes(mesh: Mesh) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
-def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh, copies: int = TRAINING) -> int:
+def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:
     """Responses generated at the same time: rollout.slots, or as many as the memory holds at their longest.
 
     All those of a step where they fit, else a power of two times the mesh's batch shards."""
@@ -60,16 +68,16 @@ def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh, copies: int 
         return config.rollout.slots
     shards = sharding.batch_shards(mesh)
     wanted = config.rollout.prompts_per_step * config.rollout.group_size
-    held = budget_bytes(config, decoder, mesh, copies) / slot_bytes(decoder, positions(config))
+    held = budget_bytes(config, decoder, mesh, weight_bytes) / slot_bytes(decoder, positions(config))
     if held >= wanted:
         return -(-wanted // shards) * shards
     return shards << math.floor(math.log2(max(max(held, FEWEST) / shards, 1)))
 
 
-def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, copies: int = TRAINING) -> str:
+def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> str:
     """One line for people: slots, their size and the memory they may take."""
-    count, longest = slots(config, decoder, mesh, copies), positions(config)
-    room = f" of {size(budget_bytes(config, decoder, mesh, copies))}" if config.rollout.slots is None else ""
+    count, longest = slots(config, decoder, mesh, weight_bytes), positions(config)
+    room = f" of {size(budget_bytes(config, decoder, mesh, weight_bytes))}" if config.rollout.slots is None else ""
     return (f"sampler: {count} slots of at most {longest:,} positions, "
             f"{size(count * slot_bytes(decoder, longest))}{room} for keys and values")
 

@@ -99,7 +99,7 @@ def build(output: Path, *, seed: int, steps: int, learning_rate: float) -> None:
     tokens = tokenizer.build()
     table = CONFIG | {"vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id,
                       "eos_token_id": tokens.eos_token_id}
-    config = hf.parse_config(table, output / "config.json", remat=False)
+    config = hf.parse_config(table, output / "config.json")
 
     def encode(problem: str, trace: str) -> tuple[list[int], list[int]]:
         rendered = tokens.apply_chat_template([{"role": "user", "content": problem}], tokenize=False,
