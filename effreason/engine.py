@@ -139,7 +139,8 @@ def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> L
         score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
         credit=jax.jit(functools.partial(credit, config=config),
                        out_shardings=(packed.groups, replicated, replicated)),
-        gradients=update.make_gradients(decoder, mesh, loss, targets), apply=update.make_apply(optimizer, mesh, targets),
+        gradients=update.make_gradients(decoder, mesh, loss, targets),
+        apply=update.make_apply(optimizer, mesh, targets),
         initial_state=initial, as_reference=as_reference,
         abstract_state=checkpoints.abstract(jax.eval_shape(initial, params), targets),
         abstract_reference=checkpoints.abstract(jax.eval_shape(as_reference, params), reference),
@@ -186,8 +187,9 @@ def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     loops = LoopStopping(window=config.loops.window, longest_period=config.loops.longest_period,
                          audit_share=config.loops.audit_share) if config.loops.stop else None
     settings = config.rollout
-    return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh, weight_bytes), chunk=settings.chunk,
-                                 positions=memory.positions(config), loops=loops, cache_layout=settings.cache_layout)
+    return rollouts.make_sampler(decoder, mesh, slots=memory.slots(config, decoder, mesh, weight_bytes),
+                                 chunk=settings.chunk, positions=memory.positions(config), loops=loops,
+                                 cache_layout=settings.cache_layout)
 
 
 def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:
