@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# One machine with several GPUs: one process drives all of them. docs/launch/single-node.md
+#
+#   RUN=runs/r1 launch/single_node.sh [--section.field VALUE ...]
+#
+# The same command begins a run and goes on with it.
+set -euo pipefail
+
+CONFIG=${CONFIG:-configs/r1_distill_1p5b.yaml}
+RUN=${RUN:-runs/r1_distill_1p5b}        # on a disk that outlives the machine, if it may be taken away
+FSDP=${FSDP:-$(nvidia-smi --list-gpus | wc -l)}     # GPUs that share the weights and the optimiser's state
+EFFREASON=${EFFREASON:-effreason}       # the command, where it is not on the PATH
+
+# JAX takes three quarters of a GPU's memory for itself if nothing else is said.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+
+resume=false
+if [[ -e $RUN/config.yaml ]]; then
+    resume=true
+fi
+exec "$EFFREASON" train --config "$CONFIG" --mesh.data -1 --mesh.fsdp "$FSDP" \
+    --run.directory "$RUN" --run.resume "$resume" "$@"
