@@ -21,6 +21,7 @@ commands:
   grade      say which responses of a file are correct, and why
   generate   responses to a prompt, shown as they grow, or to a file of prompts
   replay     generate one response of a training run again
+  plan       what a run needs on a machine: memory, time, energy, money
 
 `effreason COMMAND --help` lists the options.
 """
@@ -29,7 +30,8 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns: the exit code."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "evaluate": evaluate, "grade": grade, "generate": generate, "replay": replay}
+    commands = {"train": train, "evaluate": evaluate, "grade": grade, "generate": generate, "replay": replay,
+                "plan": plan}
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -62,6 +64,17 @@ def generate(argv: Sequence[str] | None = None, prog: str = "effreason generate"
 def replay(argv: Sequence[str] | None = None, prog: str = "effreason replay") -> int:
     """Generates one response of a run again. Returns: the exit code."""
     return _guarded(lambda: _replay(argv, prog))
+
+
+def plan(argv: Sequence[str] | None = None, prog: str = "effreason plan") -> int:
+    """Says what a run needs on a machine. Returns: the exit code; SystemExit(1) where it does not fit."""
+    return _guarded(lambda: _plan(argv, prog))
+
+
+def _plan(argv: Sequence[str] | None, prog: str) -> None:
+    from effreason.planning import commands
+
+    commands.run(argv, prog)
 
 
 def _grade(argv: Sequence[str] | None, prog: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -13,12 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from effreason import engine
 from effreason.errors import UserError
 from effreason.lm import attention, model
-from effreason.planning import costs
+from effreason.planning import costs, shapes
 from effreason.planning.chips import GIB, Target
 from effreason.planning.costs import Cost
 from effreason.planning.workloads import Workload
@@ -88,11 +87,11 @@ def _described(target: Target) -> Any:
         raise UserError(f"--chips {target.text}: libtpu cannot describe it ({reason[:160]})") from None
 
 
-def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Mesh) -> int:
+def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Mesh | AbstractMesh) -> int:
     """Responses in flight: as the run would choose on chips with this much memory."""
     settings = config.rollout
     if settings.slots is None and settings.memory_gib is None:
-        weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))
+        weights = shapes.weight_count(decoder)
         itemsize, tensor = jnp.dtype(decoder.dtype).itemsize, mesh.shape["tensor"]
         beside = memory.training(config) / mesh.shape["fsdp"] + itemsize
         left = target.chip.hbm_bytes * (1 - memory.RESERVE) - beside * weights / tensor
@@ -106,14 +105,14 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
                   workload: Workload) -> dict[str, Program]:
     """Every function of a training step, in the order in which a step calls them; nothing is compiled yet."""
     learning = engine.make_learning(config, decoder, mesh)
-    packed = engine.abstract_packed(config, learning, width=workload.width, micro_batches=workload.micro_batches)
+    packed = engine.abstract_packed(config, learning, width=workload.width, micro_batches=math.ceil(workload.micro_batches))
     experience = engine.abstract_experience(packed)
     state, reference = learning.abstract_state, learning.abstract_reference
     updates, responses = config.update.updates_per_batch, len(workload.lengths)
     one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=learning.replicated)
 
     sampler = slots.make_programs(dataclasses.replace(decoder, cache_layout=_layout(config, decoder, mesh)), mesh)
-    capacity = _whole(memory.positions(config))
+    capacity = cache_positions(config)
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots_count, requests.READ_ROWS, requests.READ_TOKENS // width), 1)
 
@@ -145,7 +144,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
         Program(name="start", per="a slot", calls=responses, trips=height, divide=height,
                 beside_bytes=beside("params", "optimizer", "reference", "weights"),
                 lower=lambda: sampler.start.lower(running, bank, integers(len(slots.FRESH), slots_count), key)),
-        Program(name="decode", per="a token each", calls=0, trips=chunk, divide=chunk,
+        Program(name="decode", per="a token", calls=0, trips=chunk, divide=chunk,
                 beside_bytes=beside("params", "optimizer", "reference", "bank"),
                 lower=lambda: sampler.advance.lower(weights, running, integers(1 + slots_count), sampling=sampling,
                                                     chunk=chunk)),
@@ -175,8 +174,9 @@ def _layout(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> str:
     return wanted
 
 
-def _whole(positions: int) -> int:
+def cache_positions(config: Config) -> int:
     """Cache positions of the longest sequences, as the engine rounds them."""
+    positions = memory.positions(config)
     unit = 64 if positions <= 1024 else 512
     return -(-positions // unit) * unit
 
@@ -239,12 +239,3 @@ def quiet() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-
-
-@functools.cache
-def flops_per_token(decoder: model.DecoderConfig) -> float:
-    """FLOPs of the products with weights that one token needs in a forward pass."""
-    params = model.abstract_params(decoder)
-    products = sum(math.prod(leaf.shape) for name, leaf in params["layers"].items() if len(leaf.shape) > 2
-                   and not name.endswith("bias"))
-    return 2.0 * (products + decoder.vocabulary * decoder.width)

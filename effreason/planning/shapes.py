@@ -1,10 +1,15 @@
 """The shape of the model a plan is for: from a shipped table, a directory or the Hub's config.json; never its weights."""
 
+import dataclasses
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from effreason.errors import UserError
-from effreason.lm import configs, hf, hub
+from effreason.lm import configs, hf, hub, model
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
 
@@ -51,3 +56,13 @@ def _directory(name: str, revision: str | None) -> Path:
             raise
         raise UserError(f"{error}; a plan needs its config.json alone, and has that of {', '.join(SHIPPED)} itself"
                         ) from None
+
+
+def weight_count(decoder: DecoderConfig) -> int:
+    """Numbers in all weights."""
+    return _weight_count(dataclasses.replace(decoder, remat="full", attention="xla", cache_layout="transposed"))
+
+
+@functools.cache
+def _weight_count(decoder: DecoderConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))

@@ -25,7 +25,7 @@ class Workload:
     lengths: np.ndarray             # int64[B], response tokens
     prompt_tokens: int              # of every prompt
     width: int                      # N, positions of a packed row
-    micro_batches: int              # of each optimiser update
+    micro_batches: float            # of each optimiser update, of that width
     rows: int                       # R, of a micro-batch
     fill: float                     # share of the positions computed on that hold a token
 
@@ -57,17 +57,24 @@ def row_width(config: Config, longest: int) -> int:
     return -(-padded_length(longest) // shards) * shards
 
 
-def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS) -> Workload:
-    """The step of a configuration, with rows as wide as the longest response there can be."""
+def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS,
+                  alone: bool = False) -> Workload:
+    """The step of a configuration, with rows as wide as the longest response there can be.
+
+    Args: alone, each sequence has a row of its own, of the whole width, half or a quarter of it."""
     settings, update = config.rollout, config.update
     drawn = lengths(settings.prompts_per_step * settings.group_size, mean_tokens, settings.max_new_tokens)
     sizes = drawn + prompt_tokens
-    width = row_width(config, config.data.max_prompt_tokens + settings.max_new_tokens)
-    laid = [packing.first_fit(sizes, range(first, len(sizes), update.updates_per_batch), width)
-            for first in range(update.updates_per_batch)]
-    count = max(-(-len(bins) // update.rows_per_micro_batch) for bins in laid)
-    computed = count * update.rows_per_micro_batch * width * update.updates_per_batch
-    return Workload(lengths=drawn, prompt_tokens=prompt_tokens, width=width, micro_batches=count,
+    widest = row_width(config, config.data.max_prompt_tokens + settings.max_new_tokens)
+    widths = [widest // 4, widest // 2, widest] if alone and widest % 8 == 0 else [widest]
+    count = 0.0
+    for narrower, width in zip([0, *widths], widths, strict=False):
+        laid = [packing.first_fit(sizes, [at for at in range(first, len(sizes), update.updates_per_batch)
+                                          if narrower < sizes[at] <= width], 0 if alone else width)
+                for first in range(update.updates_per_batch)]
+        count += max(-(-len(bins) // update.rows_per_micro_batch) for bins in laid) * width / widest
+    computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
+    return Workload(lengths=drawn, prompt_tokens=prompt_tokens, width=widest, micro_batches=count,
                     rows=update.rows_per_micro_batch, fill=float(sizes.sum() / computed))
 
 

@@ -1,0 +1,169 @@
+"""The command `effreason plan`: what a configuration needs on a machine that need not be here.
+
+Options are checked here, before anything that imports jax: what it compiles for is decided by variables that JAX reads
+when it is first imported.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from effreason.errors import UserError
+from effreason.planning import chips
+from effreason.planning.chips import Target
+from effreason.runtime import config as configuration
+from effreason.runtime import parsers
+from effreason.runtime.config import Config
+
+MEAN_TOKENS = 4044.0                # of the 7B model of the paper on MATH-500 before training (arXiv 2502.04463)
+# Of a training step, in the order of their calls.
+FUNCTIONS = ("unstack", "read", "start", "decode", "score", "score_reference", "gradients", "apply")
+
+
+def run(argv: Sequence[str] | None, prog: str) -> None:
+    """Plans and prints. Raises: UserError; SystemExit(0) after --help, SystemExit(1) for what does not fit."""
+    parser = _parser(prog)
+    config, options = configuration.parse(parser, argv)
+    target = _target(options.chips, config)
+    numbers = _numbers(options, config)
+    wanted = _wanted(options)
+    _check_output(options)
+    _prepare(target)
+    from effreason.planning import fits, plans, shapes, tables
+    from effreason.planning.estimates import Efficiency
+
+    decoder, _ = shapes.open_decoder(config)
+    inputs = plans.Inputs(
+        mean_tokens=numbers["mean_tokens"], prompt_tokens=int(numbers["prompt_tokens"]),
+        efficiency=Efficiency(compute=numbers["compute_efficiency"], memory=numbers["memory_efficiency"],
+                              interconnect=numbers["link_efficiency"]),
+        price=options.price_per_chip_hour, watts=options.watts)
+    begun = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - begun:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+    if options.fit:
+        plan = fits.search(config, decoder, target, inputs, say=say)
+    else:
+        plan = plans.make_plan(config, decoder, target, inputs, wanted=wanted or FUNCTIONS, say=say)
+    print(json.dumps(_finite(tables.as_json(plan)), indent=2) if options.json else tables.render(plan))
+    if options.fit and plan.all_fit:
+        _write(plan.config, options, say)
+    if not plan.all_fit:
+        raise SystemExit(1)
+
+
+def _parser(prog: str) -> jsonargparse.ArgumentParser:
+    made = parsers.parser(Config, prog, "Say what a configuration needs on a machine, before it is rented: memory, time, "
+                          "energy and money. Nothing runs and no weights are read. The exit code is 0 where all fits, 1 "
+                          "where it does not.")
+    made.add_argument("--chips", type=str, metavar="TARGET", help=f"the machine: {chips.DEFAULT_SHAPES}")
+    made.add_argument("--functions", type=str, metavar="NAMES", help="only these, such as gradients,decode")
+    made.add_argument("--json", action="store_true", help="print one JSON object")
+    made.add_argument("--fit", action="store_true", help="search mesh, slots, micro-batch, remat and offload for the "
+                      "fastest plan that fits")
+    made.add_argument("--output", type=str, metavar="FILE", help="with --fit: write the configuration it found")
+    made.add_argument("--mean-tokens", type=float | None, metavar="X", help="mean length of a response; default "
+                      f"{MEAN_TOKENS:,.0f}, at most half of rollout.max_new_tokens")
+    made.add_argument("--prompt-tokens", type=float | None, metavar="X",
+                      help="mean length of a prompt; default 128, at most data.max_prompt_tokens")
+    made.add_argument("--price-per-chip-hour", type=float | None, metavar="X", help="in any currency; default none")
+    made.add_argument("--watts", type=float | None, metavar="X", help="power of one chip; default by a table")
+    made.add_argument("--compute-efficiency", type=float, default=0.5, metavar="X",
+                      help="share of the peak FLOP/s that products reach; default 0.5")
+    made.add_argument("--memory-efficiency", type=float, default=0.6, metavar="X",
+                      help="share of the HBM bandwidth that is reached; default 0.6")
+    made.add_argument("--link-efficiency", type=float, default=0.7, metavar="X",
+                      help="share of the links' bandwidth that is reached; default 0.7")
+    return made
+
+
+def _target(text: str | None, config: Config) -> Target:
+    if text is None:
+        raise UserError(f"--chips must name the machine to plan for, such as {chips.DEFAULT_SHAPES}")
+    target = chips.parse(text)
+    if text == "cpu":                   # as many virtual devices as the mesh asks for
+        mesh = config.mesh
+        return chips.cpu(max(mesh.data, 1) * mesh.fsdp * mesh.tensor * mesh.context)
+    return target
+
+
+def _numbers(options: Any, config: Config) -> dict[str, float]:
+    """The inputs that are numbers. Raises: UserError."""
+    longest, prompt = config.rollout.max_new_tokens, config.data.max_prompt_tokens
+    found = {"mean_tokens": min(MEAN_TOKENS, longest / 2) if options.mean_tokens is None else options.mean_tokens,
+             "prompt_tokens": min(128, prompt) if options.prompt_tokens is None else options.prompt_tokens}
+    for name, most in (("mean_tokens", longest), ("prompt_tokens", prompt)):
+        if not 1 <= found[name] <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be in [1, {most}], got {found[name]:g}")
+    for name in ("compute_efficiency", "memory_efficiency", "link_efficiency"):
+        found[name] = getattr(options, name)
+        if not 0 < found[name] <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must be in (0, 1], got {found[name]:g}")
+    for name in ("price_per_chip_hour", "watts"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be >= 0 and finite, got {value:g}")
+    return found
+
+
+def _wanted(options: Any) -> list[str]:
+    names = [] if options.functions is None else [name.strip() for name in options.functions.split(",")]
+    for name in names:
+        if name not in FUNCTIONS:
+            raise UserError(f"--functions must be of {', '.join(FUNCTIONS)}, got {name!r}")
+    if names and options.fit:
+        raise UserError("--functions and --fit exclude each other: a plan that fits has all of them")
+    return names
+
+
+def _check_output(options: Any) -> None:
+    if options.output is None:
+        return
+    path = Path(options.output)
+    if not options.fit:
+        raise UserError("--output is for --fit: it writes the configuration that was found")
+    if path.exists():
+        raise UserError(f"--output: {path} exists already, nothing is overwritten")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output: cannot write into the directory {path.parent}")
+
+
+def _prepare(target: Target) -> None:
+    """Sets what JAX and libtpu read when they are first imported. Raises: UserError where libtpu is missing."""
+    os.environ["JAX_PLATFORMS"] = "cpu"     # nothing runs, and no accelerator of this machine is taken
+    if target.kind == "tpu":
+        if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+            raise UserError(f"--chips {target.text}: needs libtpu, which compiles for TPUs on any Linux machine: "
+                            'pip install "effreason[tpu]"')
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")    # nobody else here is using a TPU through it
+    if target.kind == "cpu" and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        flag = f"--xla_force_host_platform_device_count={target.chips}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
+def _write(config: Config, options: Any, say: Any) -> None:
+    if options.output is None:
+        return
+    with Path(options.output).open("x", encoding="utf-8") as file:
+        file.write(configuration.to_yaml(config))
+    say(f"written: {options.output}")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null where a number is none."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
