@@ -75,8 +75,8 @@ class Sizes:
         return 2.0 * products * PAIRS[self.attention] * pairs * c.heads * c.head_dim / self.tensor
 
 
-def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int, int, int], *, slots: int, capacity: int, workload: Workload, attention: str,
-                   live_share: float) -> dict[str, Function]:
+def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int, int, int], *, slots: int,
+                   capacity: int, workload: Workload, attention: str, live_share: float) -> dict[str, Function]:
     """Every function of a training step, by formula."""
     sizes = Sizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2], context=shape[3],
                   attention=attention, remat=decoder.remat)
@@ -135,6 +135,7 @@ def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tup
     c, s, trips, updates = sizes.decoder, sizes.itemsize, workload.micro_batches, config.update.updates_per_batch
     rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
     tokens, pairs = rows * workload.width / sizes.context, rows * workload.width**2 / sizes.context
+    pairs *= workload.pair_batches / trips              # of rows that are narrower
     layers, head = 2.0 * tokens * sizes.products / sizes.tensor, 2.0 * tokens * sizes.table / sizes.tensor
     activation = tokens * c.width * s
     keys = 2 * rows * workload.width * c.kv_heads * c.head_dim * s / sizes.tensor

@@ -1,4 +1,4 @@
-"""The machines a plan can be made for: what one chip has, how chips are joined, and the names of both on a command line.
+"""The machines a plan can be made for: what one chip has, how chips are joined, and how both are named.
 
 Peak figures are the makers'; what a program reaches of them is an input of the estimate (estimates.Efficiency).
 Nothing here imports jax.
@@ -134,8 +134,8 @@ def _check_tpu(target: Target) -> None:
         raise UserError(f"--chips {target.text}: a {chip.name} slice has at most {chip.most:,} chips, found "
                         f"{target.chips:,}")
     if target.chips > 1 and any(size % 2 for size in shape[:2]):
-        raise UserError(f"--chips {target.text}: a host holds 2x2 chips, so the first two sizes must be even (or all 1), "
-                        f"found {'x'.join(map(str, shape))}")
+        raise UserError(f"--chips {target.text}: a host holds 2x2 chips, so the first two sizes must be even (or all "
+                        f"1), found {'x'.join(map(str, shape))}")
 
 
 def _check_gpu(target: Target) -> None:

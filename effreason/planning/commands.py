@@ -63,9 +63,9 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
 
 
 def _parser(prog: str) -> jsonargparse.ArgumentParser:
-    made = parsers.parser(Config, prog, "Say what a configuration needs on a machine, before it is rented: memory, time, "
-                          "energy and money. Nothing runs and no weights are read. The exit code is 0 where all fits, 1 "
-                          "where it does not.")
+    made = parsers.parser(Config, prog, "Say what a configuration needs on a machine, before it is rented: memory, "
+                          "time, energy and money. Nothing runs and no weights are read. The exit code is 0 where all "
+                          "fits, 1 where it does not.")
     made.add_argument("--chips", type=str, metavar="TARGET", help=f"the machine: {chips.DEFAULT_SHAPES}")
     made.add_argument("--functions", type=str, metavar="NAMES", help="only these, such as gradients,decode")
     made.add_argument("--json", action="store_true", help="print one JSON object")

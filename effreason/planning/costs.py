@@ -1,8 +1,8 @@
 """What one device does in a compiled program: FLOPs, bytes moved, collectives, calls of kernels; loops multiplied out.
 
 XLA's own cost analysis counts the body of a loop once, whatever its length, and a kernel not at all. Here a loop counts
-as often as it runs, an array in on-chip memory costs no traffic, and kernels are listed with the shapes they were called
-with, for others to say what they cost.
+as often as it runs, an array in on-chip memory costs no traffic, and kernels are listed with the shapes they were
+called with, for others to say what they cost.
 """
 
 import dataclasses
@@ -146,7 +146,8 @@ class _Counter:
         if target is None or not target[1].startswith(KERNELS):
             return Cost()               # the compiler's own: buffers, the beginnings and ends of collectives
         path = re.search(r'op_name="([^"]*)"', each.attributes)
-        return Cost(kernels=(Kernel(path[1] if path else each.name, self._operands(computation, each), each.arrays, 1),))
+        name = path[1] if path else each.name
+        return Cost(kernels=(Kernel(name, self._operands(computation, each), each.arrays, 1),))
 
     def _collectives(self, computation: Computation, each: Instruction, seen: set[tuple[str, str]]) -> list[Cost]:
         """Those that an instruction is or, on a TPU, holds in its fusion: begun, carried on and ended in three."""

@@ -16,7 +16,7 @@ from effreason.planning.costs import Cost, Kernel
 from effreason.planning.workloads import Workload, generate
 from effreason.runtime.config import Config
 
-COMPUTE, MEMORY, INTERCONNECT, HOST = "compute", "memory", "interconnect", "host"
+COMPUTE, MEMORY, LINKS, HOST = "compute", "memory", "links", "host"
 TILE = 16                           # positions that lm.kernels.paged_write reads and puts back for one
 
 
@@ -90,7 +90,7 @@ def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float,
     links = sum(each.bytes / target.bandwidth(each.group) for each in cost.collectives if each.group > 1)
     times = {COMPUTE: cost.flops / (chip.flops * efficiency.compute),
              MEMORY: cost.bytes / (chip.hbm_bandwidth * efficiency.memory),
-             INTERCONNECT: links / efficiency.interconnect, HOST: cost.host_bytes / chip.host_bandwidth}
+             LINKS: links / efficiency.interconnect, HOST: cost.host_bytes / chip.host_bandwidth}
     limit = max(times, key=times.__getitem__)
     return times[limit], limit
 
@@ -138,15 +138,16 @@ def decode_seconds(decode: Function, machine: Machine, *, slots: int, capacity: 
 
     The weights are read whatever the slots; all else of a step goes with them, and the cache with what is live in it.
     Args: slots and capacity, that decode was compiled with; weights_bytes, read by one chip in each step."""
-    assert decode.cost is not None
-    idle, full = with_kernels(decode.cost, 0.0), with_kernels(decode.cost, 1.0)
+    cost = decode.cost
+    assert cost is not None
+    idle, full = with_kernels(cost, 0.0), with_kernels(cost, 1.0)
     kept = min(weights_bytes, idle.bytes)
 
     def seconds(now: int, live: float) -> float:
         share, read = now / slots, live / (slots * capacity)
         flops = idle.flops * share + (full.flops - idle.flops) * read
         moved = kept + (idle.bytes - kept) * share + (full.bytes - idle.bytes) * read
-        sent = tuple(dataclasses.replace(each, bytes=each.bytes * share) for each in decode.cost.collectives)
+        sent = tuple(dataclasses.replace(each, bytes=each.bytes * share) for each in cost.collectives)
         return machine.seconds(Cost(flops=flops, bytes=moved, collectives=sent))
 
     return generate(lengths, prompt_tokens=prompt_tokens, slots=slots, shards=machine.batch_shards,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
@@ -65,11 +66,11 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
     Raises: UserError where the mesh fits neither the chips nor the model."""
     compiled = target.kind != "gpu" if compiled is None else compiled
     shape = programs.mesh_shape(config, target.chips)
-    mesh = programs.make_mesh(config, target) if compiled else AbstractMesh(shape, sharding.MESH_AXES)
+    mesh: Any = programs.make_mesh(config, target) if compiled else AbstractMesh(shape, sharding.MESH_AXES)
     engine.check_divisible(config, decoder, mesh)
     slots = programs.slot_count(config, decoder, target, mesh)
     capacity = programs.cache_positions(config)
-    attention = config.model.attention
+    attention: str = config.model.attention
     if attention == "auto":
         attention = causal.choose_attention(target.kind, head_dim=decoder.head_dim, dtype=decoder.dtype,
                                             length=memory.positions(config), context=shape[3])

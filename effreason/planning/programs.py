@@ -1,4 +1,4 @@
-"""The functions of a run, compiled ahead of time for chips that need not be here, and what the compiler says of them."""
+"""The functions of a run, compiled ahead of time for chips that need not be here, and what the compiler says."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 from effreason import engine
 from effreason.errors import UserError
@@ -75,7 +75,7 @@ def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
 
 
 def _described(target: Target) -> Any:
-    """The devices of a TPU slice that need not exist. Raises: UserError where libtpu is missing or knows no such one."""
+    """The devices of a TPU slice that need not exist. Raises: UserError where libtpu knows no such slice."""
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
@@ -87,8 +87,8 @@ def _described(target: Target) -> Any:
         raise UserError(f"--chips {target.text}: libtpu cannot describe it ({reason[:160]})") from None
 
 
-def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Mesh | AbstractMesh) -> int:
-    """Responses in flight: as the run would choose on chips with this much memory."""
+def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Any) -> int:
+    """Responses in flight: as the run would choose on chips with this much memory. Args: mesh, or an abstract one."""
     settings = config.rollout
     if settings.slots is None and settings.memory_gib is None:
         weights = shapes.weight_count(decoder)
@@ -104,14 +104,15 @@ def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mes
 def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slots_count: int,
                   workload: Workload) -> dict[str, Program]:
     """Every function of a training step, in the order in which a step calls them; nothing is compiled yet."""
-    learning = engine.make_learning(config, decoder, mesh)
-    packed = engine.abstract_packed(config, learning, width=workload.width, micro_batches=math.ceil(workload.micro_batches))
+    learning: Any = engine.make_learning(config, decoder, mesh)
+    packed = engine.abstract_packed(config, learning, width=workload.width,
+                                    micro_batches=math.ceil(workload.micro_batches))
     experience = engine.abstract_experience(packed)
     state, reference = learning.abstract_state, learning.abstract_reference
     updates, responses = config.update.updates_per_batch, len(workload.lengths)
     one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=learning.replicated)
 
-    sampler = slots.make_programs(dataclasses.replace(decoder, cache_layout=_layout(config, decoder, mesh)), mesh)
+    sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=_layout(config, decoder, mesh)), mesh)
     capacity = cache_positions(config)
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots_count, requests.READ_ROWS, requests.READ_TOKENS // width), 1)

@@ -107,7 +107,8 @@ class Module:
 def parse(text: str) -> Module:
     """The text of a compiled program. Raises: ValueError where it has no entry."""
     computations: dict[str, Computation] = {}
-    entry, name, instructions = "", "", {}
+    entry = name = ""
+    instructions: dict[str, Instruction] = {}
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
             name, instructions = _NAME.search(line)[1], {}      # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The shape of the model a plan is for: from a shipped table, a directory or the Hub's config.json; never its weights."""
+"""The shape of the model a plan is for: from a shipped table, a directory or the Hub; never its weights."""
 
 import dataclasses
 import functools

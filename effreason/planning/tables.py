@@ -85,17 +85,17 @@ def _legend(plan: Plan) -> list[str]:
             "temporaries, code; beside: GiB of what else is there then. moved: bytes in HBM,",
             "sent: bytes over links. time: the longest of FLOPs, moved, sent at "
             f"{efficiency.compute:.0%}, {efficiency.memory:.0%},",
-            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which. Kernels, which XLA does not count, are in",
-            f"by formula; a decode step reads {plan.workload.prompt_tokens + _live(plan):,.0f} live positions a slot."]
+            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which. Kernels, which XLA does not count, are",
+            f"in by formula; a decode step reads {_live(plan):,.0f} live positions a slot."]
 
 
 def _live(plan: Plan) -> float:
     drawn = plan.workload.lengths.astype(float)
-    return float((drawn**2).sum() / (2 * drawn.sum()))
+    return plan.workload.prompt_tokens + float((drawn**2).sum() / (2 * drawn.sum()))
 
 
 def _collectives(plan: Plan) -> list[str]:
-    lines = []
+    lines: list[tuple[str, str]] = []
     for each in plan.functions.values():
         found = [one for one in (each.cost.collectives if each.cost else ()) if one.group > 1 and one.bytes >= 1e6]
         for one in sorted(found, key=lambda one: -one.bytes):

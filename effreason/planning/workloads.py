@@ -26,6 +26,7 @@ class Workload:
     prompt_tokens: int              # of every prompt
     width: int                      # N, positions of a packed row
     micro_batches: float            # of each optimiser update, of that width
+    pair_batches: float             # the same where the cost goes with the square of the width
     rows: int                       # R, of a micro-batch
     fill: float                     # share of the positions computed on that hold a token
 
@@ -67,14 +68,15 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
     sizes = drawn + prompt_tokens
     widest = row_width(config, config.data.max_prompt_tokens + settings.max_new_tokens)
     widths = [widest // 4, widest // 2, widest] if alone and widest % 8 == 0 else [widest]
-    count = 0.0
+    count = pairs = 0.0
     for narrower, width in zip([0, *widths], widths, strict=False):
         laid = [packing.first_fit(sizes, [at for at in range(first, len(sizes), update.updates_per_batch)
                                           if narrower < sizes[at] <= width], 0 if alone else width)
                 for first in range(update.updates_per_batch)]
-        count += max(-(-len(bins) // update.rows_per_micro_batch) for bins in laid) * width / widest
+        needed = max(-(-len(bins) // update.rows_per_micro_batch) for bins in laid)
+        count, pairs = count + needed * width / widest, pairs + needed * (width / widest) ** 2
     computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
-    return Workload(lengths=drawn, prompt_tokens=prompt_tokens, width=widest, micro_batches=count,
+    return Workload(lengths=drawn, prompt_tokens=prompt_tokens, width=widest, micro_batches=count, pair_batches=pairs,
                     rows=update.rows_per_micro_batch, fill=float(sizes.sum() / computed))
 
 
