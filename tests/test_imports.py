@@ -14,9 +14,10 @@ PACKAGE = ROOT / "effreason"
 # no line of their own; those may import one another. "" is effreason/__init__.py.
 ORDER = [
     ["", "errors"],
-    ["runtime.settings", "runtime.arguments"],
+    ["runtime.settings", "runtime.arguments", "runtime.last_words"],
     ["runtime.parsers"],
     ["runtime.config"],
+    ["runtime.processes"],
     ["records", "masks", "tiny", "grading"],
     ["runtime.sharding", "runtime.metrics", "runtime.progress"],
     ["lm.kernels"],

@@ -1,0 +1,383 @@
+"""Several processes, one on each host, that run the same program on the same data and make the same decisions.
+
+What could differ between hosts (a clock, a file that is there, a signal, a grader's time limit) is decided by one
+process for all, or gathered from all, through the store of JAX's coordination service: host data, a few kB at a time.
+In one process all of this costs nothing and changes nothing.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # the store has no public name; orbax reaches it in the same way
+from rich.console import Console
+
+from effreason.errors import UserError
+from effreason.runtime import last_words
+from effreason.runtime.config import DistributedConfig
+
+T = TypeVar("T")
+PREFIX = "effreason"
+ENVIRONMENT = {"coordinator_address": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES",
+               "process_id": "JAX_PROCESS_ID"}
+# Where launchers say how many they have started: to train in each of them alone is never what was meant.
+LAUNCHED = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+WAIT_MILLISECONDS = 1000            # for a value, before Python looks whether a signal has come
+POLL_SECONDS = 0.5                  # between two looks at whether a process has been told to stop
+LEAVE_SECONDS = 10.0                # that a process which has failed waits for the others to fail with it
+BROKEN_SECONDS = 20                 # beyond the heartbeat timeout, until JAX has said who is lost
+# Errors of JAX that no other process has caused.
+OWN_FAILURES = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+
+
+def count() -> int:
+    """How many processes there are."""
+    return 1 if _group is None else len(_group.hosts)
+
+
+def index() -> int:
+    """Which of them this one is."""
+    return 0 if _group is None else _group.index
+
+
+def first() -> bool:
+    """Whether this is process 0: the one that writes and speaks."""
+    return index() == 0
+
+
+def console() -> Console:
+    """Where a run speaks to people: standard output, of process 0 alone."""
+    return Console() if first() else Console(quiet=True, force_interactive=False)
+
+
+def decided(name: str, make: Callable[[], T]) -> T:
+    """What `make` gives in process 0, in all of them; an error there is raised in all of them.
+
+    Args: name, of the decision; make, gives what JSON can hold, and is called in process 0 alone."""
+    if _group is None:
+        return make()
+    return _group.exchange(name, make, among=1)[0]
+
+
+def gathered(name: str, make: Callable[[], T]) -> list[T]:
+    """What `make` gives in each process, in their order; an error in one is raised in all of them."""
+    if _group is None:
+        return [make()]
+    return _group.exchange(name, make, among=count())
+
+
+def check_same(facts: dict[str, str]) -> None:
+    """Raises UserError, in all processes, where one has other facts than process 0."""
+    reference, *others = gathered("facts", lambda: facts)
+    for number, found in enumerate(others, start=1):
+        for name, value in reference.items():
+            if found.get(name) != value:
+                raise UserError(f"{name}: process {number}{_on(number)} has {found.get(name)}, process 0{_on(0)} has "
+                                f"{value}; all must have the same")
+
+
+def check_shared(directory: Path, field: str) -> None:
+    """Raises UserError unless all processes see what process 0 writes into a directory."""
+    if _group is None:
+        return
+    token = directory / decided("token", lambda: f".shared-{os.getpid()}-{time.time_ns()}")
+    decided("shared directory", lambda: token.write_text(""))
+    seen = gathered("sight of it", lambda: appears(token.exists))
+    if first():
+        token.unlink(missing_ok=True)
+    if not all(seen):
+        blind = ", ".join(f"process {number}{_on(number)}" for number, sees in enumerate(seen) if not sees)
+        raise UserError(f"{field}: must be on a disk that all hosts share, {blind} cannot see what process 0 wrote to "
+                        f"{directory}")
+
+
+def appears(seen: Callable[[], bool], seconds: float = 15.0) -> bool:
+    """Whether something that another host wrote can be seen: on a network disk some seconds later."""
+    deadline = time.monotonic() + seconds
+    while not (found := seen()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def agreed_stop(received: int | None) -> int | None:
+    """The signal at which all processes stop at this very call, whichever of them it came to; None to go on.
+
+    Every process makes the same calls in the same order. Args: received, a signal that has come to this one."""
+    return received if _group is None else _group.stops.reached(received)
+
+
+def advise(text: str) -> None:
+    """What the last line of this process is to say when another one is lost: what to do then."""
+    if _group is not None:
+        _group.tell(after=text)
+
+
+def run(settings: DistributedConfig, command: Callable[[], int]) -> int:
+    """Meets the other processes, runs a command and parts from them.
+
+    Returns: its exit code; where the others do not end too, the process ends here.
+    Raises: UserError where the processes are not those of the configuration."""
+    if settings.mode == "none":
+        check_alone(settings)
+        return command()
+    global _group
+    _group = _meet(settings)
+    try:
+        code = command()
+    except Exception as error:
+        # Where a collective has failed, another process is lost: JAX is about to end this one too, and to say which.
+        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN_FAILURES):
+            time.sleep(settings.heartbeat_timeout_seconds + BROKEN_SECONDS)
+        traceback.print_exc()
+        code = 1
+    _group.leave(code)
+    _group = None
+    return code
+
+
+def check_alone(settings: DistributedConfig) -> None:
+    """Raises UserError where something says that there are more processes than this one."""
+    said = {"distributed.processes": settings.processes or 1}
+    said |= {name: int(os.environ.get(name) or 1) for name in LAUNCHED if (os.environ.get(name) or "1").isdigit()}
+    for name, number in said.items():
+        if number > 1:
+            raise UserError(f"distributed.mode is none, but {name} says that there are {number} processes: each would "
+                            "train for itself; set distributed.mode to auto or manual")
+
+
+def resolve(settings: DistributedConfig) -> dict[str, Any]:
+    """Address, number of processes and number of this one, from the fields or the environment.
+
+    Raises: UserError for what is missing, or said twice and not the same."""
+    found: dict[str, Any] = {}
+    for field, variable in ENVIRONMENT.items():
+        stated, text = getattr(settings, field), os.environ.get(variable)
+        if text is not None and field != "coordinator_address" and not text.isdigit():
+            raise UserError(f"{variable} must be a whole number, got {text!r}")
+        here = text if text is None or field == "coordinator_address" else int(text)
+        if stated is not None and here is not None and stated != here:
+            raise UserError(f"distributed.{field} is {stated}, but {variable} is {here}")
+        found[field] = here if stated is None else stated
+    if settings.mode == "auto":
+        return found
+    for field, variable in ENVIRONMENT.items():
+        if found[field] is None:
+            raise UserError(f"distributed.{field} must be given where distributed.mode is manual, or {variable}")
+    if found["process_id"] >= found["processes"]:
+        raise UserError(f"distributed.process_id must be below distributed.processes, {found['processes']}, got "
+                        f"{found['process_id']}")
+    return found
+
+
+class Stops(threading.Thread):
+    """Agrees on where to stop: at the first check that no process has passed when all have heard of the signal."""
+
+    def __init__(self, client: Any, index: int, count: int) -> None:
+        super().__init__(name="stops", daemon=True)
+        self._client, self._index, self._count = client, index, count
+        self._lock = threading.Lock()       # held from when this process says where it is until all have said so
+        self._checks = 0
+        self._received: int | None = None
+        self._agreed: tuple[int, int] | None = None       # the check, the signal
+        self._over = threading.Event()
+
+    def reached(self, received: int | None) -> int | None:
+        """See agreed_stop."""
+        self._received = self._received or received
+        with self._lock:
+            self._checks += 1
+            return self._agreed[1] if self._agreed and self._checks >= self._agreed[0] else None
+
+    def run(self) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):       # a process is lost: that ends this one anyway
+            while not self._over.wait(POLL_SECONDS):
+                if signals := self._client.key_value_dir_get_bytes(f"{PREFIX}/signal/"):
+                    self._agree(int(signals[0][1]))
+                    return
+                if self._received is not None:
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):   # another one was first
+                        self._client.key_value_set_bytes(f"{PREFIX}/signal/first", str(self._received).encode())
+
+    def _agree(self, number: int) -> None:
+        with self._lock:
+            self._client.key_value_set_bytes(f"{PREFIX}/checks/{self._index}", str(self._checks).encode())
+            places: list[tuple[str, bytes]] = []
+            while len(places) < self._count and not self._over.wait(0.05):
+                places = self._client.key_value_dir_get_bytes(f"{PREFIX}/checks/")
+            self._agreed = max(int(place) for _, place in places) + 1, number
+
+    def close(self) -> None:
+        """Ends the thread; JAX's client must not be used any more after that."""
+        self._over.set()
+        self.join()
+
+
+class Group:
+    """The processes that have met, as one of them sees it."""
+
+    stops: Stops
+
+    def __init__(self, client: Any, index: int, words: "Words") -> None:
+        self.index, self.hosts = index, [""]
+        self._client, self._words = client, words
+        self._number = 0                    # of exchanges so far, the same in all processes
+        self._keys: list[tuple[int, str]] = []
+
+    def greet(self, processes: int) -> None:
+        """Learns who the others are. Raises: UserError where they expect another number of processes."""
+        own = [processes, socket.gethostname()]
+        self._client.key_value_set_bytes(f"{PREFIX}/hosts/{self.index}", json.dumps(own).encode())
+        self.hosts = []
+        for number in range(processes):
+            expected, name = json.loads(self._get(f"{PREFIX}/hosts/{number}"))
+            if expected != processes:
+                raise UserError(f"distributed.processes: expected {processes}, found {expected} in process {number} "
+                                f"on {name}")
+            self.hosts.append(name)
+        self.tell(hosts=self.hosts)
+        if jax.process_count() != processes:
+            raise UserError(f"distributed.processes: expected {processes}, found {jax.process_count()}, by JAX")
+        self.stops = Stops(self._client, self.index, processes)
+        self.stops.start()
+
+    def tell(self, **table: Any) -> None:
+        """What the last line needs to know."""
+        self._words.tell(table)
+
+    def exchange(self, name: str, make: Callable[[], Any], among: int) -> list[Any]:
+        """The values of the first `among` processes, in all of them. Raises: UserError where one of these failed."""
+        self._number += 1
+        failure: Exception | None = None
+        if self.index < among:
+            try:
+                outcome = {"value": make()}
+            except Exception as error:
+                failure, outcome = error, {"error": str(error) if isinstance(error, UserError) else
+                                           f"process {self.index}{_on(self.index)}: {type(error).__name__}: {error}"}
+            key = f"{PREFIX}/values/{self._number}/{self.index}"
+            self._client.key_value_set_bytes(key, zlib.compress(json.dumps([name, outcome]).encode(), 1))
+            self._keys.append((self._number, key))
+        values = []
+        for number in range(among):
+            theirs, outcome = json.loads(zlib.decompress(self._get(f"{PREFIX}/values/{self._number}/{number}")))
+            if theirs != name:
+                raise RuntimeError(f"process {number} asks for {theirs!r} where process {self.index} asks for {name!r}")
+            if "error" in outcome:
+                raise failure if failure is not None and number == self.index else UserError(outcome["error"])
+            values.append(outcome["value"])
+        if among == len(self.hosts):        # all are here, so nobody needs what was exchanged before
+            for _, key in [each for each in self._keys if each[0] < self._number]:
+                self._client.key_value_delete(key)
+            self._keys = [each for each in self._keys if each[0] == self._number]
+        return values
+
+    def leave(self, code: int) -> None:
+        """Parts from the others when all are done; where they do not fail with this one, it ends the process."""
+        self._client.key_value_set_bytes(f"{PREFIX}/ended/{self.index}", str(code).encode())
+        together = True
+        deadline = None if code == 0 else time.monotonic() + LEAVE_SECONDS
+        for number in range(len(self.hosts)):
+            together = together and self._get(f"{PREFIX}/ended/{number}", deadline) is not None
+        self.stops.close()
+        self.tell(quiet=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if together:
+            try:
+                jax.distributed.shutdown()
+            except jax.errors.JaxRuntimeError:
+                together = False
+        self._words.close()
+        if not together:                    # what JAX does at exit would wait for the others
+            os._exit(code)
+
+    def _get(self, key: str, deadline: float | None = None) -> Any:
+        """A value of the store, once it is there; None after the deadline. A process that is lost ends this one."""
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                return self._client.blocking_key_value_get_bytes(key, WAIT_MILLISECONDS)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+        return None
+
+
+class Words:
+    """Standard error, read by a process of its own that speaks for this one when JAX aborts it: see last_words."""
+
+    def __init__(self) -> None:
+        sys.stderr.flush()
+        self._own = os.dup(2)
+        self._relay = subprocess.Popen([sys.executable, "-I", last_words.__file__], stdin=subprocess.PIPE,
+                                       stdout=subprocess.DEVNULL, stderr=self._own)
+        assert self._relay.stdin is not None
+        os.dup2(self._relay.stdin.fileno(), 2)
+        self._relay.stdin.close()
+
+    def tell(self, table: dict[str, Any]) -> None:
+        """Hands over what the last line needs to know."""
+        sys.stderr.flush()
+        os.write(2, last_words.CONTROL + json.dumps(table).encode() + b"\n")
+
+    def close(self) -> None:
+        """Standard error is itself again, when all that was written is passed on."""
+        sys.stderr.flush()
+        os.dup2(self._own, 2)
+        os.close(self._own)
+        self._relay.wait()
+
+
+_group: Group | None = None
+
+
+def _meet(settings: DistributedConfig) -> Group:
+    """Starts JAX's distributed runtime, which nothing may have touched yet. Raises: UserError."""
+    found = resolve(settings)
+    # A host that is lost would have all others write their memory to disk.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    words = Words()
+    seconds = settings.initialization_timeout_seconds
+    place = "" if settings.mode == "auto" else f", this is process {found['process_id']}; they meet at " + str(
+        found["coordinator_address"])
+    number = f" {found['processes']}" if found["processes"] else ""
+    words.tell({"missing": f"distributed: not all{number} processes were there within {seconds} s{place}"})
+    try:
+        # Orbax would ask JAX's own service for signals too, with other counts of checks than ours.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            **({} if settings.mode == "auto" else {
+                "coordinator_address": found["coordinator_address"], "num_processes": found["processes"],
+                "process_id": found["process_id"], "cluster_detection_method": "deactivate"}),
+            initialization_timeout=seconds, heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
+            shutdown_timeout_seconds=int(LEAVE_SECONDS))
+        group = Group(distributed.global_state.client, distributed.global_state.process_id, words)
+        words.tell({"after": "start all of them again"})
+        group.greet(found["processes"] or distributed.global_state.num_processes)
+        return group
+    except (ValueError, TypeError, RuntimeError, UserError) as error:       # JAX's own errors are RuntimeErrors
+        words.tell({"quiet": True})
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+        distributed.global_state.client = None      # or JAX would try again at exit
+        words.close()
+        if isinstance(error, UserError):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"distributed.mode {settings.mode}: JAX cannot start: {reason}") from None
+
+
+def _on(number: int) -> str:
+    """Where a process runs, for people."""
+    return f" on {_group.hosts[number]}" if _group is not None and number < len(_group.hosts) else ""
