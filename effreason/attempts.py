@@ -6,7 +6,7 @@ B = P * G rows, in the order of prompts, then samples.
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from effreason.grades import Grade, Grader
 from effreason.grading.kinds import Gold
 from effreason.records import Problem, Response, Rollouts
 from effreason.rollouts import Generation, Request, collect, make_requests
+from effreason.runtime import processes
 from effreason.runtime.progress import Headway
 
 GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seconds
@@ -76,6 +77,7 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
             keep: Callable[[list[Response]], None] = lambda responses: None) -> Attempts:
     """Samples and grades a group of responses to each problem.
 
+    With several processes each grades a share of the responses, and all get all verdicts.
     Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds; expected, tokens
         by uid, where something is known of a problem's responses; drawn, what an interrupted generation had kept, which
         is not drawn again; keep, given the same when this one is interrupted.
@@ -89,10 +91,13 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
         names = [(response.prompt, response.sample) for response in finished]
         decoded = tokenizer.batch_decode([response.tokens for response in finished], skip_special_tokens=True)
         texts.update(zip(names, decoded, strict=True))
-        asked = [problems[prompt] for prompt, _ in names]
+        shared = [(name, text) for name, text in zip(names, decoded, strict=True)
+                  if sum(name) % processes.count() == processes.index()]
+        asked = [problems[prompt] for (prompt, _), _ in shared]
         # Where the prompt has opened the thinking, a response that never closes it has no answer.
-        whole = ["<think>" * problem.opens_thinking + text for problem, text in zip(asked, decoded, strict=True)]
-        waiting.append((names, grader.submit(whole, [gold(problem) for problem in asked], budget)))
+        whole = ["<think>" * problem.opens_thinking + text for problem, (_, text) in zip(asked, shared, strict=True)]
+        waiting.append(([name for name, _ in shared],
+                        grader.submit(whole, [gold(problem) for problem in asked], budget)))
 
     before = [response for response in drawn if response.finish]
     for first in range(0, len(before), GRADED_AT_ONCE):
@@ -101,8 +106,8 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
     responses, generation = generate(start, requests, watch, submit=submit, keep=lambda now: keep([*before, *now]))
     rollouts = collect(problems, [*before, *responses], group_size)
     generated = time.monotonic()
-    graded = {name: grade for names, grades in waiting
-              for name, grade in zip(names, grades.result(), strict=True)}
+    graded = together(lambda: {name: grade for names, grades in waiting
+                               for name, grade in zip(names, grades.result(), strict=True)})
     rows = sorted(graded)           # prompt by prompt: `collect` has checked that all are there
     verdicts = [graded[row] for row in rows]
     check_decided(verdicts)
@@ -110,6 +115,15 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
     return Attempts(rollouts=rollouts, texts=[texts[row] for row in rows], verdicts=verdicts,
                     correct=correct & rollouts.ended if require_eos else correct,
                     grading_seconds=time.monotonic() - generated, generation=generation)
+
+
+def together(graded: Callable[[], dict[tuple[int, int], Grade]]) -> dict[tuple[int, int], Grade]:
+    """What each process has graded, in all of them; an error in one is raised in all of them."""
+    if processes.count() == 1:
+        return graded()
+    shares: list[list[Any]] = processes.gathered(
+        "verdicts", lambda: [[*name, asdict(grade)] for name, grade in graded().items()])
+    return {(prompt, sample): Grade(**table) for share in shares for prompt, sample, table in share}
 
 
 def mean_lengths(problems: Sequence[Problem], rollouts: Rollouts) -> dict[int, float]:
@@ -137,7 +151,8 @@ def gold(problem: Problem) -> Gold:
 
 def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
     """The places of problems whose reference answer the grader cannot match with itself: no response is ever right."""
-    return grader.check_golds([gold(problem) for problem in problems])
+    # By one process: what takes too long on one host may not on another.
+    return processes.decided("reference answers", lambda: grader.check_golds([gold(problem) for problem in problems]))
 
 
 def check_decided(verdicts: Sequence[Grade]) -> None:

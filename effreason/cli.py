@@ -95,16 +95,17 @@ def _replay(argv: Sequence[str] | None, prog: str) -> None:
     replays.run(sys.argv[1:] if argv is None else argv, prog)
 
 
-def _train(argv: Sequence[str] | None, prog: str) -> None:
+def _train(argv: Sequence[str] | None, prog: str) -> int:
     parser = parsers.parser(Config, prog, "Train a model to reason in fewer tokens.")
     config, _ = configuration.parse(parser, argv)
     check_training(config)
     from effreason import loop
+    from effreason.runtime import processes
 
-    loop.train(config)
+    return processes.run(config.distributed, lambda: _guarded(lambda: loop.train(config)))
 
 
-def _evaluate(argv: Sequence[str] | None, prog: str) -> None:
+def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
     parser = parsers.parser(Config, prog, "Measure accuracy and tokens of models on held-out problems.")
     parser.add_argument(
         "--models", metavar="DIR", nargs="+", type=str,
@@ -115,19 +116,23 @@ def _evaluate(argv: Sequence[str] | None, prog: str) -> None:
     models = values.models or [config.model.path]
     check_evaluation(config, models)
     from effreason import evaluation
+    from effreason.runtime import processes
 
-    evaluation.evaluate_models(config, models, Path(values.output) if values.output else None)
+    output = Path(values.output) if values.output else None
+    return processes.run(config.distributed,
+                         lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output)))
 
 
-def _guarded(command: Callable[[], None]) -> int:
+def _guarded(command: Callable[[], int | None]) -> int:
     """Runs a command; what the user can put right, a signal and a full disk end it with one line."""
     try:
-        command()
+        return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(stop.message, file=sys.stderr)
+        if stop.message:            # one of several processes says it for all
+            print(stop.message, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

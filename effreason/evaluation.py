@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from effreason import prompts
@@ -20,7 +19,8 @@ from effreason.lm import hf, hub, model
 from effreason.problems import templates
 from effreason.records import Evaluation, LevelResult, Problem, Rollouts
 from effreason.rollouts import Sampler, step_key
-from effreason.runtime import sharding
+from effreason.runtime import config as configuration
+from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
 from effreason.runtime.metrics import disk, write_json
@@ -157,7 +157,7 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
     """Evaluates each model on the same problems; prints a table and writes output/results.json where asked."""
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    console, results, said = Console(), {}, set[str]()
+    console, results, said = processes.console(), {}, set[str]()
 
     def say_once(note: str) -> None:
         if note not in said:
@@ -168,6 +168,8 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
     opened = {path: open_model(config, path, config.model.revision if path == of_revision else None, mesh)
               for path in models}
     check_alike(list(opened.values()), config)
+    processes.check_same(configuration.facts(config) | {
+        f"the template of {path}": each.template.sha256 for path, each in opened.items()})
     with Interrupts() as interrupts, make_grader(config) as grader:
         for path in models:
             with console.status("") as status:
@@ -180,7 +182,7 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
 
                 results[path] = evaluate_model(config, opened[path], mesh, grader, watch, say_once)
     console.print(_table(results))
-    if output is not None:
+    if output is not None and processes.first():
         with disk(output):
             output.mkdir(parents=True, exist_ok=True)
         write_json(output / "results.json", {path: dataclasses.asdict(result) for path, result in results.items()})

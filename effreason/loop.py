@@ -25,16 +25,16 @@ from effreason.inputs import Inputs, open_inputs
 from effreason.lm import hf, model
 from effreason.records import LOOP, Evaluation, Experience, Packed, Problem, Rollouts
 from effreason.runtime import config as configuration
-from effreason.runtime import sharding
+from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import MetricsWriter, disk, read_rows, write_json
+from effreason.runtime.metrics import MetricsWriter, Unwritten, disk, read_rows, write_json
 from effreason.runtime.progress import Headway, Progress, say
 from effreason.sampling import memory
 
 # What may differ between a run and its continuation: nothing that decides a token or a weight, but for rounding.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
-             "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every",
+             "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every", "distributed.",
              "rollout.max_mismatch", "rollout.slots", "rollout.memory_gib", "rollout.chunk", "rollout.cache_layout")
 
 
@@ -49,12 +49,15 @@ def train(config: Config) -> None:
         inputs = open_inputs(config, mesh, grader)
         sampler = memory.describe(config, inputs.pretrained.decoder, mesh, memory.training(config))
         for line in [*inputs.notes, sampler, *warnings(config)]:    # before the weights: there may be something to mend
-            say(line, Console())
+            say(line, processes.console())
+        processes.check_same(configuration.facts(config) | {
+            name: json.dumps(fact) for name, fact in origin(inputs).items()} | {"the version of JAX": jax.__version__})
         # A resumed run takes the very weights it began with, wherever the branch has moved since.
         config = dataclasses.replace(config, model=dataclasses.replace(
             config.model, revision=inputs.pretrained.revision))
-        engine = make_engine(config, inputs.pretrained, mesh)
+        engine = make_engine(config, inputs.pretrained, mesh, longest_prompt(inputs.problems))
         directory = open_run(config)
+        processes.advise(f"start all of them again, or, once there is a checkpoint, {resume(directory)}")
         weights = hf.load_weights(inputs.pretrained, engine.learning.params_sharding)
         reference = engine.learning.as_reference(weights)
         with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
@@ -67,11 +70,12 @@ def train(config: Config) -> None:
                                 f"got {config.run.steps}")
             agreement = check_parity(config, engine, inputs.problems, state, reference,
                                      lambda now: interrupts.check())
-            write_config(config, directory)
-            write_left_out(inputs.problems.left_out, directory)
-            with (MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb,
-                                start_step=start, config=dataclasses.asdict(config)) as writer,
-                  Progress(config.run.steps, start_step=start) as progress):
+            if processes.first():
+                write_config(config, directory)
+                write_left_out(inputs.problems.left_out, directory)
+            with (open_metrics(config, directory, start) as writer,
+                  Progress(config.run.steps, start_step=start,
+                           console=None if processes.first() else processes.console()) as progress):
 
                 def watch(now: Headway) -> None:
                     interrupts.check()
@@ -114,10 +118,22 @@ def train(config: Config) -> None:
                 except Interrupted as stop:
                     save(state)
                     done = int(sharding.to_host(state.step))
-                    path = shlex.quote(str(directory / "config.yaml"))
                     raise Interrupted(stop.signum, f"{stop.message} after step {done} of {config.run.steps}, saved; go "
-                                      f"on with: python train.py --config {path} --run.resume true") from None
-    conclude(config, inputs, directory, base, trained, time.monotonic() - started)
+                                      f"on with: {resume(directory)}" if processes.first() else "") from None
+    if processes.first():
+        conclude(config, inputs, directory, base, trained, time.monotonic() - started)
+
+
+def resume(directory: Path) -> str:
+    """The command that goes on with a run."""
+    where = " on every host" if processes.count() > 1 else ""
+    return f"python train.py --config {shlex.quote(str(directory / 'config.yaml'))} --run.resume true{where}"
+
+
+def open_metrics(config: Config, directory: Path, start_step: int) -> MetricsWriter | Unwritten:
+    """What writes the metrics: nothing, but in process 0."""
+    return MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb, start_step=start_step,
+                         config=dataclasses.asdict(config)) if processes.first() else Unwritten()
 
 
 def begin(engine: Engine, saved: Checkpoints, weights: model.Params,
@@ -125,11 +141,12 @@ def begin(engine: Engine, saved: Checkpoints, weights: model.Params,
     """The newest saved state, or a first one, and the facts saved with it.
 
     Raises: UserError where the checkpoint was trained with another template or on other problems."""
-    if saved.latest is None:
+    latest = processes.decided("newest checkpoint", lambda: saved.latest)
+    if latest is None:
         # A copy: in float32 the reference may be these very arrays, and the state is donated at each update.
         return engine.learning.initial_state(jax.tree.map(lambda weight: weight.copy(), weights)), {
             "wall_seconds": 0.0, "lengths": {}}
-    state, facts = saved.restore(engine.learning.abstract_state)
+    state, facts = saved.restore(engine.learning.abstract_state, latest)
     if facts["template"]["sha256"] != inputs.template.sha256:
         raise UserError(f"data.template: the checkpoint was trained with the template {facts['template']['name']}, "
                         f"whose text has changed since (sha256 {facts['template']['sha256'][:12]}, now "
@@ -140,6 +157,11 @@ def begin(engine: Engine, saved: Checkpoints, weights: model.Params,
             raise UserError(f"{field}: the problems have changed since the checkpoint (sha256 {facts[fact][:12]}, now "
                             f"{now[fact][:12]}); a resumed run needs the same ones")
     return state, facts
+
+
+def longest_prompt(problems: prompts.Problems) -> int:
+    """In tokens, of all that is trained on: what the rows must have room for."""
+    return max(len(problem.prompt) for source in problems.sources for problem in source.problems)
 
 
 def warnings(config: Config) -> list[str]:
@@ -190,8 +212,7 @@ def make_experience(config: Config, engine: Engine, state: update.TrainState, re
                     sampled: Rollouts, correct: np.ndarray) -> Batch:
     """Stages 4 and 5, on the device: rewards and advantages, and the rows the update learns from."""
     learning = engine.learning
-    laid = packing.pack(sampled, rows=config.update.rows_per_micro_batch, updates=learning.updates,
-                        context=config.mesh.context, alone=learning.alone)
+    laid = learning.pack(sampled)
     packed = Packed(groups=sharding.to_device(laid.groups, learning.packed_sharding.groups),
                     counts=sharding.to_device(laid.counts, learning.replicated),
                     places=sharding.to_device(laid.places, learning.replicated))
@@ -240,7 +261,8 @@ def make_step(config: Config, engine: Engine, inputs: Inputs, reference: model.P
             updated = {f"update/{name}": value for name, value in measured(*changed).items()}
         ended = time.monotonic()
 
-        path.unlink(missing_ok=True)
+        if processes.first():
+            path.unlink(missing_ok=True)
 
         sampled, count = tried.rollouts, int(tried.rollouts.lengths.sum())
         lengths.update(attempts.mean_lengths(batch, sampled))
@@ -297,14 +319,15 @@ def evaluate_base(evaluate: evaluation.Evaluate, reference: model.Params, direct
     """The model before training and its tokens by uid; kept in the run directory, so that a resumed run does not sample
     it again."""
     path = directory / "base.json"
-    if path.exists():
-        table = hf.read_json(path)
+    table = processes.decided("base.json", lambda: hf.read_json(path) if path.exists() else None)
+    if table is not None:
         if "result" not in table:           # of an earlier version
             table = {"result": table, "lengths": {}}
         return evaluation.from_table(table["result"]), {int(uid): tokens for uid, tokens in table["lengths"].items()}
     progress.say("evaluating the model before training")
     base, lengths = evaluate(reference, watch, {})
-    write_json(path, {"result": dataclasses.asdict(base), "lengths": lengths})
+    if processes.first():
+        write_json(path, {"result": dataclasses.asdict(base), "lengths": lengths})
     return base, lengths
 
 
@@ -316,7 +339,14 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
 
 
 def open_run(config: Config) -> Path:
-    """The run directory.
+    """The run directory, which all processes must see. Raises: UserError."""
+    directory = Path(processes.decided("run directory", lambda: str(make_directory(config))))
+    processes.check_shared(directory, "run.directory")
+    return directory
+
+
+def make_directory(config: Config) -> Path:
+    """The run directory, as process 0 finds or makes it.
 
     Raises: UserError for a directory that holds another run, or a resume that would not be the same run."""
     named = config.run.directory
@@ -341,8 +371,9 @@ def open_run(config: Config) -> Path:
 def write_config(config: Config, directory: Path) -> None:
     """The resolved configuration, from which the run can be resumed wherever the command is given."""
     run = dataclasses.replace(config.run, directory=str(directory), resume=False)
+    everywhere = dataclasses.replace(config.distributed, process_id=None)       # that one is a host's own
     with disk(directory):
-        configuration.save(dataclasses.replace(config, run=run), directory / "config.yaml")
+        configuration.save(dataclasses.replace(config, run=run, distributed=everywhere), directory / "config.yaml")
 
 
 def write_left_out(rows: Sequence[prompts.LeftOut], directory: Path) -> None:

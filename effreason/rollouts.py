@@ -23,7 +23,7 @@ from effreason.errors import UserError
 from effreason.lm import attention, model
 from effreason.masks import padded_length
 from effreason.records import EOS, LENGTH, LOOP, Problem, Response, Rollouts
-from effreason.runtime import sharding
+from effreason.runtime import processes, sharding
 from effreason.sampling import slots as device
 from effreason.sampling.draws import Sampling
 from effreason.sampling.loops import LoopStopping
@@ -318,7 +318,8 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
         if cache_layout in attention.KERNELS:
             with jax.set_mesh(mesh):
                 sizes = dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim)
-                if not attention.works(cache_layout, rows=sharding.batch_shards(mesh), dtype=config.dtype, **sizes):
+                works = attention.works(cache_layout, rows=sharding.batch_shards(mesh), dtype=config.dtype, **sizes)
+                if not all(processes.gathered("trial of a kernel", lambda: works)):
                     cache_layout = attention.WITHOUT_KERNEL[platform]
     elif reason := attention.misfit(cache_layout, platform, config.head_dim, config.dtype, context):
         raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")

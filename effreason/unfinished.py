@@ -1,5 +1,6 @@
 """A step's responses at the moment a signal stopped it: a resumed run finishes them, and draws none of them again."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from effreason.errors import UserError
 from effreason.records import Response
+from effreason.runtime import processes
 from effreason.runtime.metrics import disk
 
 FILE = "unfinished.npz"             # in the run directory
@@ -16,7 +18,11 @@ LOGPROBS = ("logprobs", "sampling_logprobs", "model_logprobs")
 
 
 def save(path: Path, step: int, responses: Sequence[Response]) -> None:
-    """Writes finished and begun responses of a step, as a whole or not at all. Raises: UserError for a full disk."""
+    """Writes finished and begun responses of a step, as a whole or not at all. Raises: UserError for a full disk.
+
+    Process 0 alone writes: all have the same."""
+    if not processes.first():
+        return
     table: dict[str, Any] = {
         "step": np.int64(step),
         "prompt": np.array([response.prompt for response in responses], np.int32),
@@ -41,9 +47,14 @@ def save(path: Path, step: int, responses: Sequence[Response]) -> None:
 def load(path: Path, step: int) -> list[Response]:
     """What was saved of this step; nothing where there is no file, or one of another step.
 
+    With several processes it is process 0 that says whether there is a file, and which.
     Raises: UserError for a damaged file."""
-    if not path.exists():
+    wanted = processes.decided("unfinished responses", lambda: digest(path))
+    if wanted is None:
         return []
+    if not processes.first() and not processes.appears(lambda: digest(path) == wanted):
+        raise UserError(f"{path}: process {processes.index()} does not see the file that process 0 has; the disk must "
+                        "be one that all hosts share")
     try:
         with np.load(path, allow_pickle=False) as file:
             table = {name: file[name] for name in file.files}
@@ -58,6 +69,11 @@ def load(path: Path, step: int) -> list[Response]:
     except Exception as error:      # what a damaged archive raises depends on where it is damaged
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); remove it to generate step {step} "
                         "from its beginning") from error
+
+
+def digest(path: Path) -> str | None:
+    """The hash of a file; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from effreason.lm import configs, hub, weights
 from effreason.lm.configs import FAMILIES, parse_config, read_config, read_json
 from effreason.lm.model import DecoderConfig, Params
 from effreason.lm.weights import load, stored_dtype
+from effreason.runtime import processes
 
 __all__ = ["FAMILIES", "FACTS_FILE", "SHIPPED_REASONER", "Pretrained", "eos_ids", "export", "load", "load_tokenizer",
            "load_weights", "open_pretrained", "parse_config", "read_config", "read_json", "stored_dtype", "write_model"]
@@ -125,6 +126,9 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path, *,
     Args: source, the directory the model came from; chat_template, the one it was trained with, in place of the
         source's; card, the text of README.md; facts, the table of effreason.json.
     Raises: OSError."""
+    if not processes.first():       # its part is to hand over its shards of the weights
+        weights.write(params, config, stored_dtype(source), None, weights.stored_dtypes(source))
+        return
     partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old"))
     if not target.exists() and (survivor := hub.standing(target)):
         survivor.rename(target)

@@ -22,6 +22,7 @@ import safetensors
 from effreason.errors import UserError
 from effreason.lm.configs import read_json
 from effreason.lm.model import DecoderConfig, Params, abstract_params
+from effreason.runtime import sharding
 
 Values = Callable[[], Any]          # gives one tensor's values
 
@@ -265,11 +266,13 @@ def stored_dtype(directory: Path) -> str:
 # Out
 
 
-def write(params: Params, config: DecoderConfig, dtype: str, directory: Path,
+def write(params: Params, config: DecoderConfig, dtype: str, directory: Path | None,
           dtypes: Mapping[str, str] | None = None) -> None:
     """model.safetensors, or files of at most SHARD_BYTES with an index.
 
-    Args: dtype, of every tensor but those that dtypes names. Raises: OSError."""
+    With several processes all call it: each tensor is gathered from them, one after another.
+    Args: dtype, of every tensor but those that dtypes names; directory, None where another process writes.
+    Raises: OSError."""
     named = dtypes or {}
     shards: list[list[tuple[Layout, Values]]] = [[]]
     filled = total = 0
@@ -280,6 +283,10 @@ def write(params: Params, config: DecoderConfig, dtype: str, directory: Path,
             filled = 0
         shards[-1].append((layout, value))
         filled, total = filled + size, total + size
+    if directory is None:
+        for _, _, value in (each for shard in shards for each in _planned(shard, dtype, named)):
+            jax.block_until_ready(sharding.whole(value()))
+        return
     if len(shards) == 1:
         _write_file(directory / SINGLE_FILE, shards[0], dtype, named)
         return
@@ -303,14 +310,19 @@ def _in_order(params: Params, config: DecoderConfig) -> Iterator[tuple[Layout, V
             yield parts[layer], functools.partial(params["layers"][name].__getitem__, layer)
 
 
+def _planned(tensors: list[tuple[Layout, Values]], dtype: str,
+             dtypes: Mapping[str, str]) -> list[tuple[str, Layout, Values]]:
+    """A file's tensors with their dtypes, the wider ones first: every value then starts at a multiple of its size."""
+    return sorted(((dtypes.get(layout.name, dtype), layout, value) for layout, value in tensors),
+                  key=lambda each: -jnp.dtype(each[0]).itemsize)
+
+
 def _write_file(path: Path, tensors: list[tuple[Layout, Values]], dtype: str, dtypes: Mapping[str, str]) -> None:
     """One safetensors file, tensor by tensor: the library's own writer wants all of them in memory, twice.
 
     Source: the format is 8 bytes with the header's length, a JSON header, and the values one after another."""
     kinds = {name: kind for kind, name in STORED_DTYPES.items()}
-    # The wider ones first: every value then starts at a multiple of its size.
-    planned = sorted(((dtypes.get(layout.name, dtype), layout, value) for layout, value in tensors),
-                     key=lambda each: -jnp.dtype(each[0]).itemsize)
+    planned = _planned(tensors, dtype, dtypes)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}     # without it, older transformers refuse the file
     end = 0
     for each, layout, _ in planned:
@@ -321,6 +333,6 @@ def _write_file(path: Path, tensors: list[tuple[Layout, Values]], dtype: str, dt
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for each, layout, value in planned:
-            array = np.asarray(jax.device_get(value())).transpose(layout.order).reshape(layout.stored_shape)
+            array = sharding.to_host(value()).transpose(layout.order).reshape(layout.stored_shape)
             # As bytes: bfloat16 is no type that files know.
             file.write(np.ascontiguousarray(array.astype(jnp.dtype(each))).reshape(-1).view(np.uint8).data)

@@ -426,6 +426,12 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
     partial.replace(path)
 
 
+def facts(config: Config) -> dict[str, str]:
+    """Each field as text, but for what is a host's own: with several processes all have the same."""
+    return {setting.field: written(getattr(getattr(config, setting.section), setting.name))
+            for setting in all_settings(Config) if setting.section != "distributed"}
+
+
 def differences(a: Config, b: Config) -> list[str]:
     """The fields that differ, each as "field: a -> b"."""
     found = []

@@ -5,6 +5,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from effreason.errors import Interrupted
+from effreason.runtime import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -24,9 +25,11 @@ class Interrupts:
         self._restore()
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come; to be called where stopping is safe."""
-        if self._received is not None:
-            raise Interrupted(self._received, f"stopped by {signal.Signals(self._received).name}")
+        """Raises Interrupted if a signal has come; to be called where stopping is safe.
+
+        With several processes all stop at the same call, whichever of them the signal has come to."""
+        if (number := processes.agreed_stop(self._received)) is not None:
+            raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number

@@ -75,6 +75,23 @@ class MetricsWriter:
         self.close()
 
 
+class Unwritten:
+    """What the other processes have for a MetricsWriter: process 0 alone writes."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes nothing."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        pass
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file of MetricsWriter, without a last line that a crash cut off; [] where there is no file."""
     return [row for _, row in _lines(path)] if path.exists() else []

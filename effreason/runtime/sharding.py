@@ -4,6 +4,7 @@ Every array in the program is named by logical axes ("batch", "heads", ...); thi
 them. A name that is not in the table is a KeyError, so a misspelt axis never means "replicated".
 """
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -42,8 +43,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
     """A mesh over all devices of all processes; data = -1 takes what the other axes leave.
 
     Raises: UserError when the axes do not multiply to the number of devices."""
-    if jax.process_count() > 1:
-        raise UserError(f"mesh: {jax.process_count()} processes; this version trains in one process on all its devices")
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(f"distributed.mode is none, but JAX found {jax.process_count()} processes; set it to auto")
     count = jax.device_count()
     others = fsdp * tensor * context
     if data == -1:
@@ -101,10 +102,37 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def to_device(tree: Any, shardings: Any) -> Any:
-    """Host arrays onto the mesh: one of the two named crossings between host and device."""
-    return jax.device_put(tree, shardings)
+    """Host arrays onto the mesh: one of the two named crossings between host and device.
+
+    With several processes each has the whole of every array, and puts its own shards onto its own devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def placed(leaf: Any, target: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, target)
+        value = np.asarray(leaf)
+        # device_put would compare the values of all processes: a collective at each crossing.
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback(value.shape, target, value.__getitem__)
+
+    return jax.tree.map(placed, tree, jax.tree.broadcast(shardings, tree))
 
 
 def to_host(tree: Any) -> Any:
-    """Device arrays to NumPy: the other one."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    """Device arrays to NumPy: the other one. With several processes all call it, and each gets the whole arrays."""
+    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(whole, tree)))
+
+
+def whole(leaf: Any) -> Any:
+    """An array that this process can read: itself, or where other processes hold parts of it, gathered from them."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return leaf
+    assert isinstance(leaf.sharding, NamedSharding)
+    return make_gather(leaf.sharding.mesh)(leaf)
+
+
+@functools.cache
+def make_gather(mesh: Mesh) -> Any:
+    """gather(array) -> the same, whole on every device."""
+    return jax.jit(lambda array: array, out_shardings=sharding(mesh))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from effreason.lm import model
-from effreason.runtime import sharding
+from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 
 GIB = 2**30
@@ -51,13 +51,15 @@ def budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weigh
 
 
 def device_bytes(mesh: Mesh) -> float:
-    """Memory of all devices of a mesh; virtual devices of one host share its memory."""
-    device = mesh.devices.flat[0]
+    """Memory of all devices of a mesh, as the host with the least has it; virtual devices share that of their host."""
+    device = mesh.local_devices[0]
     statistics = device.memory_stats() if device.platform != "cpu" else None
     if statistics is not None and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] * mesh.size
+        bytes_limit = statistics["bytes_limit"]
+        return min(processes.gathered("memory of a device", lambda: bytes_limit)) * mesh.size
     # Half of the host's: graders, data and whatever else runs there want theirs.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    return min(processes.gathered("memory of a host", lambda: here)) * processes.count()
 
 
 def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:
