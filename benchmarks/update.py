@@ -167,12 +167,14 @@ def judge(rows: Sequence[Row]) -> list[Row]:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    print_table(["batch", "engine", "tokens/s", "ours is", "s", "cpu s", "first", "peak GB", "of matmul"],
+    print_table(["batch", "engine", "tokens/s", "ours is", "s", "cpu s", "peak GB", "of matmul"],
                 [[row["batch"], row["engine"], f"{row['tokens_per_second']:,.0f}",
                   f"{row['ours_is_faster']:.2f} x" if "ours_is_faster" in row else "-",
                   f"{statistics.median(row['seconds']):.2f}", f"{statistics.median(row['cpu_seconds']):.2f}",
-                  f"{row['first_seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}",
-                  f"{100 * row['matmul_share']:.0f} %"] for row in rows])
+                  f"{row['peak_bytes'] / 1e9:.2f}", f"{100 * row['matmul_share']:.0f} %"] for row in rows])
+    print_table(["micro-batches", "engine", "rows", "filled with tokens", "first step s"],
+                [[row["batch"], row["engine"], f"{row['rows']}", f"{100 * row['fill']:.0f} %",
+                  f"{row['first_seconds']:.1f}"] for row in rows])
 
 
 def compare(options: argparse.Namespace) -> Row:
@@ -185,8 +187,6 @@ def compare(options: argparse.Namespace) -> Row:
               f"{len(os.sched_getaffinity(0))} cores, load {loads[0]:.1f} before, {loads[1]:.1f} at the end")
         print(f"best product of squares: {rows[0]['best_matmul_flops'] / 1e9:,.0f} GFLOP/s\n")
         print_rows(rows)
-        print_table(["micro-batches of", "engine", "rows", "filled with tokens"],
-                    [[row["batch"], row["engine"], f"{row['rows']}", f"{100 * row['fill']:.0f} %"] for row in rows])
         if targets:
             print_table(["target", "figure", "bound", "met"],
                         [[row["target"], f"{row['figure']:.3g}", f">= {row['bound']:g}", "yes" if row["met"] else "no"]

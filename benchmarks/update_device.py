@@ -18,12 +18,13 @@ from rollout_pieces import matmul_flops, matrix_entries, memory_bandwidth
 
 from effreason import engine, rollouts
 from effreason.lm import model
+from effreason.planning import chips
 from effreason.sampling import draws, memory
 
 VOCABULARIES = (37984, 75968, 151936)
-# Dense bfloat16 operations a second of one chip, by a part of its name: the makers' data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v6": 918e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12,
-         "TPU v4": 275e12}
+# What chips call themselves, and what a plan calls them.
+NAMES = {"H200": "gpu:h200", "H100": "gpu:h100", "A100": "gpu:a100", "TPU v6": "tpu:v6e", "TPU v5 lite": "tpu:v5e",
+         "TPU v5": "tpu:v5p"}
 
 
 def scoring_memory(config: model.DecoderConfig, mesh: Mesh, *, tokens: int = 32768, rows: int = 1,
@@ -79,7 +80,8 @@ def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: i
         times["rollout"].append(sampled - started)
         times["learning"].append(time.perf_counter() - sampled)
     seconds = {name: statistics.median(each[1:]) for name, each in times.items()}
-    peak = peak or next((rate for name, rate in PEAKS.items() if name in device.device_kind), None)
+    known = next((chips.CHIPS[chip].flops for name, chip in NAMES.items() if name in device.device_kind), None)
+    peak = peak or known
     work = steps.flops(config, batch)
     weights = matrix_entries(config) * jnp.dtype(config.dtype).itemsize
     cache = workload.rows * memory.slot_bytes(config, 1) * (prompt + response / 2)

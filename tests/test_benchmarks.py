@@ -1,13 +1,20 @@
-"""The rollout benchmark: its baselines compute what the engine computes, its verdicts follow its figures."""
+"""The benchmarks: their baselines compute what the engine computes, their verdicts follow their figures."""
 
+import dataclasses
 import importlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import decoders
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from effreason.lm import hf
 from effreason.runtime import sharding
 
 
@@ -63,3 +70,86 @@ def test_targets_are_judged_by_their_figures(benchmark):
                     run("transformers", 100.0)], [])
     assert [(row["figure"], row["met"]) for row in judged] == [(8.0, True), (8.0, False), (0.06, False), (0, True)]
     assert judge([run("static", 100.0)], []) == []
+
+
+def tiny_batch(steps):
+    """Two groups of ragged responses, the first of them with right and wrong ones."""
+    batch = steps.make_batch("ragged", decoders.VOCABULARY, sequences=16, prompt=5, response=12, longest=20)
+    return dataclasses.replace(batch, correct=np.arange(16).reshape(2, 8) % 3 == 0)
+
+
+def test_what_a_step_must_compute_is_counted_by_hand(benchmark):
+    steps = benchmark("update_steps")
+    batch = steps.make_batch("fixed", decoders.VOCABULARY, sequences=2, prompt=3, response=4)
+    layer = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24                # query, key, value, output; gate, up, down
+    products = 2 * (2 * layer * 2 * 7 + 24 * 16 * 2 * 4)        # 2 layers, 2 sequences of 7; the head, 4 times each
+    attention = 4 * 4 * 4 * 2 * 2 * (7 * 8 // 2)                # scores and mixtures, 4 heads of 4, 2 layers
+    assert steps.flops(decoders.QWEN2, batch) == 5 * (products + attention)
+
+
+@pytest.mark.parity
+def test_our_learning_step_changes_the_weights_as_the_one_in_torch_does(benchmark, monkeypatch, tmp_path):
+    pytest.importorskip("torch", reason="the extra `parity` brings torch")
+    steps, baselines = benchmark("update_steps"), benchmark("rollout_baselines")
+    config, batch = decoders.QWEN2, tiny_batch(steps)
+    monkeypatch.setattr(steps, "RATE", 1e-2)
+    start = jax.tree.map(jax.numpy.asarray, decoders.weights(config))
+    hf.write_model(start, config, baselines.config_table(config), "float32", tmp_path / "start")
+    theirs = steps.make_torch(config, batch, rows=4, directory=tmp_path / "start")
+    ours = steps.make_ours(config, batch, decoders.mesh(), rows=2, remat="none", params=start)
+    for learner in (ours, theirs):
+        learner.step()
+    hf.write_model(ours.policy(), config, baselines.config_table(config), "float32", tmp_path / "end")
+    before, found = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
+    expected = {name: weight.detach().numpy() for name, weight in theirs.policy().state_dict().items()}
+    assert found.keys() == expected.keys()
+    apart, moved = (np.concatenate([np.abs(found[name] - other[name]).ravel() for name in found])
+                    for other in (expected, before))
+    # Adam's first step is the rate times the gradient's sign: where that is next to nothing, rounding decides.
+    assert np.mean(moved > 0.9e-2) > 0.8 and np.mean(apart < 1e-4) > 0.995
+
+
+def test_memory_of_scoring_is_read_from_compiled_programs(benchmark):
+    (row,) = benchmark("update_device").scoring_memory(decoders.QWEN2, decoders.mesh(), tokens=64, vocabularies=(48,))
+    assert row["logits_bytes"] == 4 * 64 * 48
+    assert 0 < row["scoring_bytes"] < row["gradient_bytes"]
+
+
+def test_a_whole_step_is_measured_on_any_device(benchmark):
+    device = benchmark("update_device")
+    row = device.rl_step(decoders.QWEN2, decoders.mesh(), prompts=2, samples=4, prompt=5, response=8, rows=4,
+                         remat="full", chunk=4, repeats=1, peak=1e12)
+    assert row["tokens"] == 64 and row["decode_steps"] == 8 and row["sequences"] == 8
+    assert row["mfu"] == pytest.approx(row["flops"] / row["learning_seconds"] / 1e12)
+    assert min(row["decode_bytes_per_second"], row["copy_bandwidth"], row["of_matmul"]) > 0
+
+
+def test_the_update_benchmark_measures_an_engine_in_a_process_of_its_own():
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "update.py"), "--engines", "ours",
+               "--model", "M2", "--batches", "ragged", "--sequences", "8", "--response", "16", "--repeats", "2",
+               "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
+                          env=os.environ | {"XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (row,) = result["rows"]
+    assert row["batch"] == "ragged" and len(row["seconds"]) == len(row["matmul_flops"]) == 2 and row["rows"] == 8
+    # Policy, reference, gradient and two moments at least: 5 times 0.8 million weights.
+    assert row["peak_bytes"] > 5 * 4 * 0.8e6
+    assert 0 < row["matmul_share"] < 1 and 0 < row["fill"] <= 1
+
+
+def test_the_update_benchmark_judges_by_medians_of_one_run(benchmark, capsys):
+    update = benchmark("update")
+
+    def row(engine, seconds, batch="fixed"):
+        return {"engine": engine, "batch": batch, "seconds": seconds, "flops": 6e9, "matmul_flops": [4e9, 5e9],
+                "tokens_per_second": 8192 / sorted(seconds)[1], "cpu_seconds": seconds, "first_seconds": 200.0,
+                "peak_bytes": 3 * 2**30, "rows": 8, "fill": 0.9}
+
+    rows = [row("ours", [2.0, 1.0, 9.0]), row("torch", [5.0, 3.0, 4.0]), row("torch", [5.0, 3.0, 4.0], "ragged")]
+    targets = update.judge(rows)
+    assert [(each["figure"], each["met"]) for each in targets] == [(0.6, True), (2.0, False)]
+    assert rows[1]["ours_is_faster"] == 2.0 and "ours_is_faster" not in rows[2]
+    update.print_rows(rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
