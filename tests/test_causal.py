@@ -21,6 +21,7 @@ from effreason.lm import attention, causal
 from effreason.runtime import sharding
 
 PLAIN = ["xla", "blockwise"]
+SPLASH = splash_attention_kernel.make_splash_mha
 SHAPES = [(1, 1, 1, 4), (7, 2, 2, 4), (24, 4, 2, 8), (37, 6, 2, 4)]     # N, H, K, h
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context": 2}, {"data": 2, "context": 4},
           {"context": 8}]
@@ -33,8 +34,7 @@ def small_blocks():
         patch.setattr(causal, "BLOCK", 8)
         patch.setattr(causal, "XLA_PIECE", 5)
         patch.setattr(causal, "SPLASH_BLOCK", 128)
-        interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
-        patch.setattr(splash_attention_kernel, "make_splash_mha", interpreted)
+        patch.setattr(splash_attention_kernel, "make_splash_mha", functools.partial(SPLASH, interpret=True))
         yield
 
 
@@ -95,12 +95,12 @@ def test_packed_rows_are_numpys(implementation, shape, lengths):
     check(compiled(implementation)(*given, segments), oracle(*given, segments))
 
 
-SPLASH_SEGMENTS = np.stack([packed([100, 41, 70], 256), packed([256], 256), packed([3, 200], 256), packed([], 256)])
+SPLASH_SEGMENTS = np.stack([packed([100, 41, 70], 256), packed([3, 253], 256)])
 
 
 @pytest.mark.parametrize("shape", [None, {"tensor": 2, "fsdp": 2}, {"context": 2, "data": 2}], ids=str)
 def test_splash_is_numpys(shape):
-    given = arrays(4, 256, 4, 2, 64)
+    given = arrays(2, 256, 4, 2, 64)
     expected = oracle(*given, SPLASH_SEGMENTS)
     if shape is None:
         check(jax.jit(functools.partial(attend, "splash"))(*given, SPLASH_SEGMENTS), expected)
@@ -201,7 +201,7 @@ def test_blockwise_leaves_out_what_is_not_seen(monkeypatch):
 def kernels_for_a_tpu(monkeypatch):
     """Splash as it is, in its own blocks."""
     monkeypatch.setattr(causal, "SPLASH_BLOCK", 512)
-    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", splash_attention_kernel.make_splash_mha.func)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", SPLASH)
 
 
 @pytest.mark.parametrize("shape", [{}, {"context": 2, "tensor": 2}], ids=str)
