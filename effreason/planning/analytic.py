@@ -20,7 +20,7 @@ from effreason.runtime.config import Config
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "xla": (2, 4), "blockwise": (2, 6)}
 # Pairs that are computed, of all N * N: kernels leave out what is above the diagonal by blocks, XLA by eighths.
 PAIRS = {"splash": 0.5, "cudnn": 0.5, "xla": 9 / 16, "blockwise": 0.5}
-BLOCK_ARRAYS = 6, 10                # arrays of F and of D a token that a block's backward pass holds at once
+BLOCK_ARRAYS = 9, 14                # arrays of F and of D a token that a block's backward pass holds at once
 FORWARD_ARRAYS = 3, 5               # the same of a forward pass alone
 
 
@@ -70,9 +70,11 @@ class Sizes:
     def attention_flops(self, pairs: float, backward: bool) -> float:
         """Of one chip, for pairs of positions in one layer's whole row before the diagonal is thought of."""
         forward, back = ATTENTION_PRODUCTS[self.attention]
+        # In zig-zag order XLA's own attention masks instead of leaving out.
+        computed = 1.0 if self.attention == "xla" and self.context > 1 else PAIRS[self.attention]
         products = forward * (1 + (backward and self.remat == "full")) + back * backward
         c = self.decoder
-        return 2.0 * products * PAIRS[self.attention] * pairs * c.heads * c.head_dim / self.tensor
+        return 2.0 * products * computed * pairs * c.heads * c.head_dim / self.tensor
 
 
 def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int, int, int], *, slots: int,
@@ -162,7 +164,7 @@ def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tup
     tile = 4 * tokens * min(config.update.vocabulary_tile, c.vocabulary / sizes.tensor)
     table = sizes.table / sizes.tensor
     rows_bytes = updates * trips * tokens * 4
-    kept = {"full": 1.0, "attention": 1.0 + c.heads * c.head_dim / sizes.tensor / c.width,
+    kept = {"full": 2.0, "attention": 2.0 + c.heads * c.head_dim / sizes.tensor / c.width,
             "none": 12.0 + 5 * width_f / c.width}[sizes.remat] * c.layers * activation
 
     def working(arrays: tuple[int, int]) -> float:

@@ -12,7 +12,6 @@ from effreason.runtime.config import Config
 
 MARGIN = 0.9                        # of the memory, that a plan by formula may take
 COMPILED, MOST = 2, 6               # plans that fit to choose from, and plans compiled in search of them
-LANES = 128                         # positions: a row is split over context in whole multiples of it
 
 
 def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Inputs, *,
@@ -22,12 +21,16 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Input
     What it may change: mesh, rollout.slots, update.rows_per_micro_batch, model.remat and what is kept on the host.
     Raises: UserError where no mesh splits the model over so many chips."""
     found: list[tuple[Plan, DecoderConfig]] = []
-    for candidate in candidates(config, decoder, target.chips):
+    for candidate in candidates(config, decoder, target):
         shaped = dataclasses.replace(decoder, remat=candidate.model.remat)
         try:
-            found.append((plans.make_plan(candidate, shaped, target, inputs, compiled=False), shaped))
+            for moved in on_the_host(candidate):
+                plan = plans.make_plan(moved, shaped, target, inputs, compiled=False, give_up=True)
+                if _by_formula(plan):
+                    break               # what is fetched from the host only costs time
         except UserError:               # an attention or a layout of the cache that this mesh has not
             continue
+        found.append((plan, shaped))
     if not found:
         raise UserError(f"--chips {target.text}: no mesh of {target.chips} chips divides this model; its heads, "
                         "key/value heads, feed-forward width, vocabulary and width must be divisible by their axes")
@@ -47,9 +50,11 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Input
         one.hbm_bytes for one in each.functions.values()))
 
 
-def candidates(config: Config, decoder: DecoderConfig, chips: int) -> Iterator[Config]:
-    """Every configuration that is considered."""
-    for data, fsdp, tensor, context in meshes(decoder, chips):
+def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterator[Config]:
+    """Every configuration that is considered, but for what could be kept on the host."""
+    for data, fsdp, tensor, context in meshes(decoder, target.chips):
+        if target.kind == "gpu" and context > 1:        # cuDNN's attention has no context axis
+            continue
         shards, responses = data * fsdp, config.rollout.prompts_per_step * config.rollout.group_size
         rows = [shards * each for each in (1, 2, 4) if each == 1 or shards * each <= responses]
         slots = sorted({-(-min(responses, most) // shards) * shards for most in (
@@ -57,15 +62,19 @@ def candidates(config: Config, decoder: DecoderConfig, chips: int) -> Iterator[C
         for micro_batch in rows:
             for count in slots:
                 for remat in ("full", "attention", "none"):
-                    for reference, optimizer in ((False, False), (True, False), (True, True)):
-                        yield dataclasses.replace(
-                            config, mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor,
-                                                             context=context),
-                            model=dataclasses.replace(config.model, remat=remat),
-                            rollout=dataclasses.replace(config.rollout, slots=count),
-                            kl=dataclasses.replace(config.kl, offload_reference=reference),
-                            update=dataclasses.replace(config.update, rows_per_micro_batch=micro_batch,
-                                                       offload_optimizer=optimizer))
+                    yield dataclasses.replace(
+                        config, mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor,
+                                                         context=context),
+                        model=dataclasses.replace(config.model, remat=remat),
+                        rollout=dataclasses.replace(config.rollout, slots=count),
+                        update=dataclasses.replace(config.update, rows_per_micro_batch=micro_batch))
+
+
+def on_the_host(config: Config) -> Iterator[Config]:
+    """With nothing in the host's memory, with the reference, with the reference and the optimiser's moments."""
+    for reference, optimizer in ((False, False), (True, False), (True, True)):
+        yield dataclasses.replace(config, kl=dataclasses.replace(config.kl, offload_reference=reference),
+                                  update=dataclasses.replace(config.update, offload_optimizer=optimizer))
 
 
 def meshes(decoder: DecoderConfig, chips: int) -> Iterator[tuple[int, int, int, int]]:

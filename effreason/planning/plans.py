@@ -61,8 +61,8 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
               give_up: bool = False, say: Callable[[str], None] = lambda line: None) -> Plan:
     """Compiles the functions for the target, or works them out by formula, and estimates the run.
 
-    Args: wanted, functions, None = all; compiled, None = for all targets but GPUs; give_up, compile nothing more behind
-        a function that does not fit, the likely ones first; say, is told what is being compiled.
+    Args: wanted, functions, None = all; compiled, None = for all targets but GPUs; give_up, do nothing more once a
+        function does not fit, and begin with the likely ones; say, is told what is being compiled.
     Raises: UserError where the mesh fits neither the chips nor the model."""
     compiled = target.kind != "gpu" if compiled is None else compiled
     shape = programs.mesh_shape(config, target.chips)
@@ -87,10 +87,12 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
     sizes = analytic.Sizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2], context=shape[3],
                            attention=attention, remat=decoder.remat)
     read = sizes.weights - (0 if decoder.tied else sizes.table)     # of the embedding a step reads a few rows
-    run = estimates.make_run(config, functions, workload, machine, slots=slots, capacity=capacity,
-                             weights_bytes=sizes.itemsize * read / shape[2],
-                             flops_per_token=2.0 * (sizes.products + sizes.table), smallest=SMALLEST,
-                             price=inputs.price, watts=inputs.watts)
+    run = None
+    if not give_up or all(fits(each, target) for each in functions.values()):
+        run = estimates.make_run(config, functions, workload, machine, slots=slots, capacity=capacity,
+                                 weights_bytes=sizes.itemsize * read / shape[2],
+                                 flops_per_token=2.0 * (sizes.products + sizes.table), smallest=SMALLEST,
+                                 price=inputs.price, watts=inputs.watts)
     return Plan(config=config, decoder=decoder, target=target, shape=shape, inputs=inputs, workload=workload,
                 slots=slots, capacity=capacity, functions=functions, run=run)
 

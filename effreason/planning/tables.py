@@ -26,9 +26,9 @@ def scaled(value: float, digits: int = 3) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them: 12 us, 3.4 ms, 2.5 s, 41 min, 12 h."""
-    for size, unit in ((3600 * 3, "h"), (180, "min"), (1, "s"), (1e-3, "ms")):
-        if seconds >= size:
-            return f"{_digits(seconds / {'h': 3600, 'min': 60, 's': 1, 'ms': 1e-3}[unit])} {unit}"
+    for least, size, unit in ((3 * 3600, 3600, "h"), (180, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
+        if seconds >= least:
+            return f"{_digits(seconds / size)} {unit}"
     return f"{_digits(seconds * 1e6)} us"
 
 
@@ -36,9 +36,9 @@ def _digits(value: float, digits: int = 3) -> str:
     """Three digits that mean something, without an exponent."""
     if value == 0:
         return "0"
-    behind = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
-    text = f"{value:.{min(behind, 2)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text and behind > 1 else text
+    behind = min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 2)
+    text = f"{value:.{behind}f}"
+    return text.rstrip("0").rstrip(".") if behind else text
 
 
 def render(plan: Plan) -> str:

@@ -5,6 +5,7 @@ the mean, a few many times as long, which is what reasoning models give on probl
 """
 
 import dataclasses
+import functools
 import heapq
 import math
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Workload:
         return int(self.lengths.sum())
 
 
+@functools.cache
 def lengths(count: int, mean: float, most: int) -> np.ndarray:
     """int64[count] response lengths with this mean, in no order: quantiles of an exponential cut off at `most`.
 
