@@ -22,7 +22,7 @@ from effreason.runtime.sharding import AXES, spec
 
 IMPLEMENTATIONS = ("xla", "blockwise", "splash", "cudnn")
 SAVED = "attention"     # the name under which a rematerialisation policy finds what a backward pass needs of the result
-XLA_LENGTH = 2048       # positions, up to which whole rows of scores are held
+XLA_LENGTH = 1024       # positions, up to which whole rows of scores are held: longer ones cost more than tiles
 XLA_PIECE, XLA_PIECES = 64, 8           # queries that see the same keys: at least so many, and at most so many parts
 BLOCK = 256             # positions: the side of a tile of scores
 SPLASH_BLOCK, LANES = 512, 128          # the same on a TPU, at most and at least
