@@ -31,7 +31,7 @@ python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.al
 - `evaluate.py` takes the same fields, and `--models DIR [DIR ...]` (default: `model.path`) and `--output DIR`.
 
 Fields must also agree: `rollout.prompts_per_step * rollout.group_size` is divisible by
-`update.rows_per_micro_batch * update.updates_per_batch`; where `data.path` is not tiny, `evaluation.path` names a
+`update.updates_per_batch`; where `data.path` is not tiny, `evaluation.path` names a
 set too or `evaluation.problems` is 0; `run.resume` needs `run.directory`.
 """
 HEADER = "| field | type | default | meaning |\n|---|---|---|---|\n"

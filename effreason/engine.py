@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from effreason import advantages, checkpoints, rewards, rollouts, update
+from effreason import advantages, checkpoints, packing, rewards, rollouts, update
 from effreason.errors import UserError
 from effreason.lm import causal, hf, model
-from effreason.masks import padded_length
-from effreason.records import Experience, Packed, Rows
+from effreason.records import Experience, Packed, Rollouts, Rows
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.sampling import memory
@@ -39,7 +38,7 @@ class Learning:
     params_sharding: model.Params
     packed_sharding: Packed                 # a prefix of its tree
     replicated: NamedSharding
-    alone: bool                             # each sequence has a row of its own
+    pack: Callable[[Rollouts], Packed]      # on the host
     updates: int                            # optimiser updates of a step
 
     def update(self, state: TrainState, experience: tuple[Experience, ...],
@@ -101,25 +100,30 @@ def credit(correct: jax.Array, lengths: jax.Array, sampled: jax.Array, old: jax.
                                 "rollout/mismatch_max": jnp.max(gap)}
 
 
-def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh) -> Engine:
+def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh, longest_prompt: int | None = None) -> Engine:
     """Builds everything a training step needs; but for the trial of a kernel nothing is compiled before its first call.
 
+    Args: longest_prompt, tokens; None = data.max_prompt_tokens.
     Raises: UserError where the mesh cannot split the model or the batch evenly."""
     settings = config.rollout
     return Engine(
         sampler=make_sampler(config, pretrained.decoder, mesh, memory.training(config)),
         sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
                           min_p=settings.min_p, eos_ids=pretrained.eos_ids),
-        learning=make_learning(config, pretrained.decoder, mesh))
+        learning=make_learning(config, pretrained.decoder, mesh, longest_prompt))
 
 
-def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> Learning:
+def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                  longest_prompt: int | None = None) -> Learning:
     """All of a step but its sampling; of a mesh of devices that are only described, too.
 
+    Args: longest_prompt, tokens; None = data.max_prompt_tokens.
     Raises: UserError where the mesh cannot split the model or the batch evenly, or an attention does not fit it."""
     learning = config.update
     check_divisible(config, decoder, mesh)
-    decoder = dataclasses.replace(decoder, attention=choose_attention(config, decoder, mesh))
+    context, slots = mesh.shape["context"], config.rollout.max_new_tokens
+    width = packing.row_width((longest_prompt or config.data.max_prompt_tokens) + slots, context)
+    decoder = dataclasses.replace(decoder, attention=choose_attention(config, decoder, mesh, width))
     loss = update.LossConfig(
         clip_ratio=learning.clip_ratio, temperature=config.rollout.temperature,
         kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
@@ -145,7 +149,11 @@ def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> L
         abstract_state=checkpoints.abstract(jax.eval_shape(initial, params), targets),
         abstract_reference=checkpoints.abstract(jax.eval_shape(as_reference, params), reference),
         params_sharding=targets.params, packed_sharding=packed, replicated=replicated,
-        alone=causal.one_sequence_per_row(decoder.attention), updates=learning.updates_per_batch)
+        pack=functools.partial(
+            packing.pack, rows=learning.rows_per_micro_batch, updates=learning.updates_per_batch, context=context,
+            width=width, slots=slots,
+            alone=causal.one_sequence_per_row(decoder.attention)),
+        updates=learning.updates_per_batch)
 
 
 def abstract_packed(config: Config, learning: Learning, *, width: int, micro_batches: int) -> Packed:
@@ -159,7 +167,7 @@ def abstract_packed(config: Config, learning: Learning, *, width: int, micro_bat
     responses = config.rollout.prompts_per_step * config.rollout.group_size
     rows: Any = array(learning.updates, micro_batches, config.update.rows_per_micro_batch, width)
     group = Rows(tokens=rows, targets=rows, positions=rows, segments=rows, sources=rows)
-    places: Any = array(responses, padded_length(config.rollout.max_new_tokens))
+    places: Any = array(responses, config.rollout.max_new_tokens)
     counts: Any = array(learning.updates)
     return Packed(groups=(group,), counts=(counts,), places=places)
 
@@ -173,12 +181,17 @@ def abstract_experience(packed: Packed) -> tuple[Experience, ...]:
     return tuple(of_group(rows) for rows in packed.groups)
 
 
-def choose_attention(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> str:
-    """The attention of the training passes: model.attention, or the best one that fits."""
-    if config.model.attention != "auto":
-        return config.model.attention
-    return causal.choose_attention(mesh.devices.flat[0].platform, head_dim=decoder.head_dim, dtype=decoder.dtype,
-                                   length=memory.positions(config))
+def choose_attention(config: Config, decoder: model.DecoderConfig, mesh: Mesh, width: int) -> str:
+    """The attention of the training passes: model.attention, or the best one that fits.
+
+    Args: width, positions of a row. Raises: UserError where it does not fit."""
+    platform, chosen = mesh.devices.flat[0].platform, config.model.attention
+    facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=mesh.shape["context"])
+    if chosen == "auto":
+        return causal.choose_attention(platform, **facts)
+    if reason := causal.misfit(chosen, platform, **facts):
+        raise UserError(f"model.attention {chosen} does not fit: {reason}")
+    return chosen
 
 
 def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,

@@ -1,7 +1,8 @@
 """Log-probs of given tokens over a large vocabulary, a tile of it at a time: [N, V] scores never stand in memory.
 
 N positions, D width, V vocabulary. Forward: one pass over the tiles with a running log-sum-exp. Backward: each tile's
-scores once more, and from them its rows of the head's gradient, written once, and its part of the hidden states'.
+scores once more, and from them its rows of the head's gradient, written once, and its part of the hidden states'. A
+vocabulary of one tile keeps its scores instead.
 """
 
 import functools
@@ -56,10 +57,10 @@ def _score(scale: float, tile: int, axis: str | None, hidden: jax.Array, head: j
 
 
 def _forward(scale: float, tile: int, axis: str | None, hidden: jax.Array, head: jax.Array,
-             targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+             targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         most, total, weighted, chosen = carry
-        scores, column = _scores(scale, tile, index, hidden, head)
+        scores, column = (kept, jnp.arange(tile)) if is_whole else _scores(scale, tile, index, hidden, head)
         higher = jnp.maximum(most, jnp.max(scores, axis=-1))
         shrink, terms = jnp.exp(most - higher), jnp.exp(scores - higher[:, None])
         # A comparison and a sum instead of a gather: it splits over the vocabulary, and only one entry is not 0.
@@ -68,6 +69,8 @@ def _forward(scale: float, tile: int, axis: str | None, hidden: jax.Array, head:
                 weighted * shrink + jnp.sum(jnp.where(terms > 0, terms * scores, 0.0), axis=-1),
                 chosen + jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1))
 
+    is_whole = tile == head.shape[0]
+    kept: Any = _scores(scale, tile, jnp.zeros((), jnp.int32), hidden, head)[0] if is_whole else None
     # Made of the hidden states, so that on a mesh they are each device's own, as what is added to them.
     nothing = jnp.zeros_like(hidden, jnp.float32, shape=hidden.shape[:1]) + 0.0 * hidden[:, 0].astype(jnp.float32)
     most, total, weighted, chosen = _tiles(head, tile, add, (nothing - 1e30, nothing, nothing, nothing))
@@ -77,17 +80,17 @@ def _forward(scale: float, tile: int, axis: str | None, hidden: jax.Array, head:
         total, weighted, chosen = jax.lax.psum((total * shrink, weighted * shrink, chosen), axis)
         most = highest
     normalizer = most + jnp.log(total)
-    return (chosen - normalizer, normalizer - weighted / total), (hidden, head, targets, normalizer)
+    return (chosen - normalizer, normalizer - weighted / total), (hidden, head, targets, normalizer, kept)
 
 
-def _backward(scale: float, tile: int, axis: str | None, kept: tuple[jax.Array, ...],
+def _backward(scale: float, tile: int, axis: str | None, kept: tuple[Any, ...],
               pulls: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, None]:
-    hidden, head, targets, normalizer = kept
+    hidden, head, targets, normalizer, whole = kept
     pull = pulls[0][:, None]
 
     def add(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         to_hidden, to_head = carry
-        scores, column = _scores(scale, tile, index, hidden, head)
+        scores, column = (whole, jnp.arange(tile)) if whole is not None else _scores(scale, tile, index, hidden, head)
         is_target = (column[None, :] == targets[:, None]).astype(jnp.float32)
         slope = (pull * (is_target - jnp.exp(scores - normalizer[:, None])) * scale).astype(hidden.dtype)
         start = _start(tile, index, head)

@@ -1,59 +1,62 @@
 """Stage 6, on the host: responses of very different lengths as rows of one width, with little padding.
 
-U optimiser updates, M micro-batches of R rows, N positions of a row, B = P * G responses, T response tokens at most,
-rounded up.
+U optimiser updates, M micro-batches of R rows, N positions of a row, B = P * G responses, T response tokens at most.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from effreason.lm.causal import zigzag
-from effreason.masks import padded_length
 from effreason.records import Packed, Rollouts, Rows
 
-FEWEST = 4                          # micro-batches that there is room for: fewer shapes to compile
+FIELDS = ("tokens", "targets", "positions", "segments")     # of a row; 0 in its padding
 
 
-def pack(rollouts: Rollouts, *, rows: int, updates: int = 1, context: int = 1, alone: bool = False) -> Packed:
+def row_width(longest: int, context: int = 1) -> int:
+    """N for sequences of at most so many positions, rounded up for kernels and for the context axis twice."""
+    unit = math.lcm(32 if longest <= 1024 else 512, 2 * context)
+    return -(-longest // unit) * unit
+
+
+def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1, context: int = 1,
+         alone: bool = False) -> Packed:
     """Lays prompts and responses into rows; response b belongs to optimiser update b % U.
 
-    The rows are as wide as the longest sequence, rounded up, and each is filled with the longest sequences that still
-    fit (first fit, decreasing). There is room for a round number of micro-batches; how many hold something is data.
-    Args: rows, R; updates, U; context, of the mesh: columns are in the order that shares causal work out evenly; alone,
-        one sequence a row, with widths that halve, for attention that knows lengths but no segments."""
-    prompts = [rollouts.prompts[prompt, :length] for prompt, length in enumerate(rollouts.prompt_lengths)]
-    lengths = rollouts.lengths.reshape(-1)
-    group_size, slots = rollouts.tokens.shape[1], padded_length(rollouts.tokens.shape[2])
-    starts = np.repeat(rollouts.prompt_lengths, group_size)
-    sizes = starts + lengths
-    widest = -(-padded_length(int(sizes.max())) // (2 * context)) * 2 * context
+    Each row is filled with the longest sequences that still fit (first fit, decreasing). There is room for the worst
+    case, so that all steps of a run have the same shapes; how many micro-batches hold something is data.
+    Args: rows, R; width, N, of at least the longest sequence; slots, T; updates, U; context, of the mesh: columns are
+        in the order that shares causal work out evenly; alone, one sequence a row, in rows of N, N / 2 and N / 4, for
+        attention that knows lengths but no segments."""
+    group_size, lengths = rollouts.tokens.shape[1], rollouts.lengths.reshape(-1)
+    sizes, none = np.repeat(rollouts.prompt_lengths, group_size) + lengths, lengths.size * slots
     shares = [np.arange(update, len(sizes), updates) for update in range(updates)]
-    widths = _halving(widest, int(sizes.min()), context) if alone else [widest]
-    places = np.full((len(sizes), slots), -1, np.int32)
-    groups, counts, offset = [], [], 0
+    widths = [size for size in (width // 4, width // 2) if alone and width % (8 * context) == 0] + [width]
+    shape = (updates, -(-max(map(len, shares)) // rows), rows)
+    places: Any = np.full((lengths.size, slots), len(widths) * math.prod(shape) * width, np.int32)
+    groups: list[Rows] = []
+    counts: list[Any] = []
+    offset = 0
     for narrower, width in zip([0, *widths], widths, strict=False):
-        laid = [first_fit(sizes, [b for b in share if narrower < sizes[b] <= width], 0 if alone else width)
-                for share in shares]
-        needed = [-(-len(bins) // rows) for bins in laid]
-        shape = (updates, padded_length(max(needed), FEWEST), rows, width)
-        table = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segments")}
-        table["sources"] = np.full(shape, lengths.size * slots, np.int32)
+        table: dict[str, Any] = {name: np.zeros((*shape, width), np.int32) for name in FIELDS} | {
+            "sources": np.full((*shape, width), none, np.int32)}
         flat = {name: array.reshape(updates, -1, width) for name, array in table.items()}
-        order = zigzag(width, context)
-        column = np.argsort(order)
-        for update, bins in enumerate(laid):
+        column = np.argsort(zigzag(width, context))
+        count = np.zeros(updates, np.int32)
+        for update, share in enumerate(shares):
+            bins = first_fit(sizes, [int(b) for b in share if narrower < sizes[b] <= width], 0 if alone else width)
+            count[update] = -(-len(bins) // rows)
             for row, members in enumerate(bins):
-                laid_out = _line(rollouts, prompts, members, width, slots, lengths.size * slots)
-                for name, values in laid_out.items():
-                    flat[name][update, row] = values[order]
-                here = np.flatnonzero(laid_out["sources"] < lengths.size * slots)
-                places.reshape(-1)[laid_out["sources"][here]] = (
-                    offset + (update * flat["tokens"].shape[1] + row) * width + column[here])
+                for name, values in _row(rollouts, members, width, slots).items():
+                    flat[name][update, row, column] = values
+        here = np.flatnonzero(table["sources"] < none)
+        places.reshape(-1)[table["sources"].reshape(-1)[here]] = offset + here
         groups.append(Rows(**table))
-        counts.append(np.array(needed, np.int32))
-        offset += table["tokens"].size
-    return Packed(groups=tuple(groups), counts=tuple(counts), places=np.where(places < 0, offset, places))
+        counts.append(count)
+        offset += math.prod(shape) * width
+    return Packed(groups=tuple(groups), counts=tuple(counts), places=np.minimum(places, offset))
 
 
 def first_fit(sizes: np.ndarray, members: Iterable[int], width: int) -> list[list[int]]:
@@ -84,23 +87,13 @@ def fill(packed: Packed) -> float:
     return sum(int((rows.segments > 0).sum()) for rows in packed.groups) / computed
 
 
-def _halving(widest: int, shortest: int, context: int) -> list[int]:
-    """The widest, its half and its quarter, as far as something is that short and the context axis divides them."""
-    widths = [widest]
-    while len(widths) < 3 and widths[0] % (4 * context) == 0 and widths[0] // 2 >= shortest:
-        widths.insert(0, widths[0] // 2)
-    return widths
-
-
-def _line(rollouts: Rollouts, prompts: Sequence[np.ndarray], members: Sequence[int], width: int, slots: int,
-          none: int) -> dict[str, np.ndarray]:
-    """One row, in order. Args: members, its sequences; slots, T; none, the source of what is no response token."""
-    sequences, sources = [], np.full(width, none, np.int32)
-    end = 0
+def _row(rollouts: Rollouts, members: Sequence[int], width: int, slots: int) -> dict[str, np.ndarray]:
+    """One row, in order, with the sources of its targets. Args: members, the responses in it; slots, T."""
+    sequences, sources, end = [], np.full(width, rollouts.lengths.size * slots, np.int32), 0
     for member in members:
         prompt, sample = divmod(member, rollouts.tokens.shape[1])
-        length = int(rollouts.lengths[prompt, sample])
-        sequences.append(np.concatenate([prompts[prompt], rollouts.tokens[prompt, sample, :length]]))
+        start, length = rollouts.prompt_lengths[prompt], rollouts.lengths[prompt, sample]
+        sequences.append(np.concatenate([rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]]))
         end += len(sequences[-1])
         # A response token is the target of the position before it.
         sources[end - 1 - length : end - 1] = member * slots + np.arange(length)
@@ -109,7 +102,7 @@ def _line(rollouts: Rollouts, prompts: Sequence[np.ndarray], members: Sequence[i
 
 def line(sequences: Iterable[np.ndarray], width: int) -> dict[str, np.ndarray]:
     """Sequences one behind the other: tokens, targets, positions and segments int32[width]."""
-    laid = {name: np.zeros(width, np.int32) for name in ("tokens", "targets", "positions", "segments")}
+    laid = {name: np.zeros(width, np.int32) for name in FIELDS}
     start = 0
     for segment, sequence in enumerate(sequences, start=1):
         end = start + len(sequence)
@@ -125,5 +118,5 @@ def one_a_row(sequences: Sequence[np.ndarray]) -> Rows:
     """Sequences int32[...] in a row each, [R, N], to be scored outside of training."""
     width = max(map(len, sequences))
     lines = [line([sequence], width) for sequence in sequences]
-    table = {name: np.stack([each[name] for each in lines]) for name in lines[0]}
+    table: dict[str, Any] = {name: np.stack([each[name] for each in lines]) for name in lines[0]}
     return Rows(**table, sources=np.zeros_like(table["tokens"]))

@@ -52,7 +52,7 @@ def finished(world, tmp_path_factory):
 
     def noted_pack(*arguments, **settings):
         packed = pack(*arguments, **settings)
-        widths.add((packed.groups[0].tokens.shape, packed.places.shape))
+        widths.add(packed.groups[0].tokens.shape)
         return packed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -161,11 +161,11 @@ def test_the_exported_model_loads_and_has_learned(finished, world):
     assert len(hf.load_tokenizer(finished.directory / "model")) == len(hf.load_tokenizer(world / "base"))
 
 
-def test_the_update_is_compiled_once_for_each_width_of_rows(finished):
-    learning, count = finished.engine.learning, len(finished.widths)
-    assert (learning.score._cache_size(), learning.credit._cache_size()) == (count, count)
-    assert learning.gradients._cache_size() == len({rows for rows, _ in finished.widths})
-    assert learning.apply._cache_size() == 1
+def test_a_run_compiles_each_function_of_its_learning_once(finished):
+    learning = finished.engine.learning
+    assert len(finished.widths) == 1
+    programs = (learning.score, learning.score_reference, learning.credit, learning.gradients, learning.apply)
+    assert [program._cache_size() for program in programs] == [1] * 5
 
 
 def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path, capsys):

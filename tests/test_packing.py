@@ -36,9 +36,9 @@ def in_row_order(packed, context):
 
 
 def test_two_sequences_share_a_row():
-    packed = packing.pack(rollouts_of([2, 3], [[50, 30], [20, 27]]), rows=1)
+    packed = packing.pack(rollouts_of([2, 3], [[50, 30], [20, 27]]), rows=1, width=64, slots=60)
     (rows,), (count,) = packed.groups, packed.counts
-    assert rows.tokens.shape == (1, packing.FEWEST, 1, 64) and count.tolist() == [3]
+    assert rows.tokens.shape == (1, 4, 1, 64) and count.tolist() == [3]
     # 52 and 32 + 30 in 64 positions, then 23: the longest first, each where it fits first.
     np.testing.assert_array_equal(rows.segments[0, :3, 0, [0, 51, 52, 63]].T,
                                   [[1, 1, 0, 0], [1, 2, 2, 0], [1, 0, 0, 0]])
@@ -47,7 +47,7 @@ def test_two_sequences_share_a_row():
         100, 101, 102, 2100, 2101]
     assert second["targets"][:3].tolist() == [1, 1100, 1101] and second["targets"][[31, 61]].tolist() == [0, 0]
     assert second["positions"][[0, 31, 32, 61]].tolist() == [0, 31, 0, 29]
-    assert second["sources"][[0, 1, 30, 31]].tolist() == [4 * 64, 64, 64 + 29, 4 * 64]     # T = 64: response b at 64 b
+    assert second["sources"][[0, 1, 30, 31]].tolist() == [4 * 60, 60, 60 + 29, 4 * 60]     # T = 60: response b at 60 b
     assert not rows.tokens[0, 3].any() and packing.fill(packed) == pytest.approx((52 + 32 + 30 + 23) / (3 * 64))
 
 
@@ -56,7 +56,8 @@ def test_two_sequences_share_a_row():
                   st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.booleans())
 def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updates, context, alone):
     rollouts = rollouts_of([prompt for prompt, _ in groups], [[max(n, 1) for n in each] for _, each in groups])
-    packed = packing.pack(rollouts, rows=rows, updates=updates, context=context, alone=alone)
+    width, slots = packing.row_width(130, context), 95
+    packed = packing.pack(rollouts, rows=rows, width=width, slots=slots, updates=updates, context=context, alone=alone)
     none, seen = rollouts.lengths.size * packed.places.shape[1], []
     for table, counts in zip(in_row_order(packed, context), packed.counts, strict=True):
         for which in range(updates):
@@ -87,7 +88,7 @@ def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updat
 @pytest.mark.parametrize(("context", "alone"), [(1, False), (4, False), (1, True)])
 def test_places_find_what_sources_laid_out(context, alone):
     rollouts = rollouts_of([3, 9, 2], [[70, 5, 1, 33], [8, 8, 90, 2], [4, 60, 31, 12]])
-    packed = packing.pack(rollouts, rows=2, updates=2, context=context, alone=alone)
+    packed = packing.pack(rollouts, rows=2, width=128, slots=90, updates=2, context=context, alone=alone)
     assert len(packed.groups) == (3 if alone else 1)
     mask = np.arange(packed.places.shape[1]) < rollouts.lengths.reshape(-1, 1)
     values = np.where(mask, np.random.default_rng(0).standard_normal(mask.shape), 0).astype(np.float32)
@@ -97,17 +98,26 @@ def test_places_find_what_sources_laid_out(context, alone):
     np.testing.assert_array_equal(line[packed.places], values)
 
 
-@pytest.mark.parametrize(("prompt", "response", "context", "width"), [(4, 60, 1, 64), (4, 61, 1, 96), (90, 6, 8, 96)])
-def test_rows_have_few_widths(prompt, response, context, width):
-    packed = packing.pack(rollouts_of([prompt], [[response, 1]]), rows=1, context=context)
-    assert packed.groups[0].tokens.shape[-1] == width
+@pytest.mark.parametrize(("longest", "context", "width"), [
+    (64, 1, 64), (65, 1, 96), (96, 8, 96), (65, 64, 128), (1024, 1, 1024), (1025, 1, 1536), (32_512, 4, 32_768)])
+def test_the_width_of_rows(longest, context, width):
+    assert packing.row_width(longest, context) == width
+
+
+def test_every_step_of_a_run_has_the_same_shapes():
+    settings = dict(rows=2, width=128, slots=100, updates=2)
+    few = packing.pack(rollouts_of([1, 1], [[1, 1], [1, 1]]), **settings)
+    many = packing.pack(rollouts_of([28, 3], [[100, 90], [70, 99]]), **settings)
+    assert jax.tree.map(np.shape, few) == jax.tree.map(np.shape, many)
+    assert few.counts[0].tolist() == [1, 1] and many.counts[0].tolist() == [1, 1]
+    assert packing.fill(few) < 0.05 and packing.fill(many) > 0.8
 
 
 def test_ragged_responses_fill_their_rows():
     lengths = np.random.default_rng(0).exponential(96, (16, 8)).clip(1, 500).astype(int)
-    packed = packing.pack(rollouts_of([20] * 16, lengths), rows=4)
-    assert packing.fill(packed) > 0.85
-    assert packing.fill(packing.pack(rollouts_of([20] * 16, lengths), rows=4, alone=True)) > 0.45
+    settings = dict(rows=4, width=packing.row_width(520), slots=500)
+    assert packing.fill(packing.pack(rollouts_of([20] * 16, lengths), **settings)) > 0.9
+    assert packing.fill(packing.pack(rollouts_of([20] * 16, lengths), **settings, alone=True)) > 0.45
 
 
 def test_values_in_line():

@@ -62,7 +62,7 @@ def sampled():
 ])
 def test_what_goes_wrong_in_practice_is_far_above_the_limit(sampled, changes, temperature, passes):
     config_ = dataclasses.replace(QWEN2, **changes)
-    packed = packing.pack(sampled, rows=4)
+    packed = packing.pack(sampled, rows=4, width=64, slots=24)
     rows = jax.tree.map(lambda x: x[0].reshape(-1, x.shape[-1]), packed.groups[0])
     scored, _ = update.score_rows(config_, weights(QWEN2), rows, temperature=temperature, tile=32)
     drawn = update.laid_out(packing.in_line(sampled.logprobs, packed.places.shape[1]), rows)

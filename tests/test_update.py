@@ -236,7 +236,7 @@ def test_score_rows_is_the_naive_score(config, tile):
                                    atol=1e-5)
 
 
-PACKING = {"rows": dict(rows=4), "one a row": dict(rows=4, alone=True), "two updates": dict(rows=4, updates=2)}
+PACKING = {"rows": dict(), "one a row": dict(alone=True), "two updates": dict(updates=2)}
 
 
 @pytest.mark.parametrize("settings", PACKING.values(), ids=PACKING.keys())
@@ -250,7 +250,7 @@ def test_scorer_gives_every_response_its_own_scores(shape, settings):
         prompts=generator.integers(0, VOCABULARY, (3, 17)).astype(np.int32), prompt_lengths=starts, lengths=lengths,
         tokens=generator.integers(0, VOCABULARY, (3, 4, 50)).astype(np.int32), logprobs=np.zeros((3, 4, 50)),
         finish=np.full((3, 4), "eos"), looped=np.zeros((3, 4), bool))
-    packed = packing.pack(rollouts, context=target.shape["context"], **settings)
+    packed = packing.pack(rollouts, rows=4, width=96, slots=50, context=target.shape["context"], **settings)
     with jax.set_mesh(target):
         placed = place(QWEN2, weights(QWEN2), target)
         score = update.make_scorer(QWEN2, target, LOSS, params=jax.tree.map(lambda leaf: leaf.sharding, placed))

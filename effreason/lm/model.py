@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from effreason.lm import attention, causal
 from effreason.runtime.sharding import constrain
@@ -20,10 +19,9 @@ Params = dict[str, Any]             # {"embedding", "layers": {name: [L, ...]}, 
 Cache = list[attention.LayerCache]
 
 
-ATTENTION = "attention"             # the name under which a block's attention can be kept
 # What a block keeps for the backward pass: nothing but its input, its attention too, or everything.
 REMAT: dict[str, Any] = {"full": jax.checkpoint_policies.nothing_saveable,
-                         "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION), "none": None}
+                         "attention": jax.checkpoint_policies.save_only_these_names(causal.SAVED), "none": None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ class Block(nn.Module):
         """x [B, N, D] -> [B, N, D], causal within each segment; the None is what nn.scan stacks: nothing."""
         query, key, value = self.project(x, rope)
         mixed = causal.causal_attention(query, key, value, segments, implementation=self.config.attention)
-        x = self.finish(x, checkpoint_name(mixed, ATTENTION))
+        x = self.finish(x, mixed)
         return constrain(x, "batch", "sequence", "width"), None
 
     def extend(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array,

@@ -229,7 +229,7 @@ class UpdateConfig(Section):
     step's longest sequence, and holds as many sequences as fit into it."""
     vocabulary_tile: Count = 2048
     """Entries of the vocabulary whose log-probs are held at a time, for all positions of a micro-batch: memory against
-    speed."""
+    speed. As many as the vocabulary has, or more: all of them, and the backward pass need not compute them again."""
     offload_optimizer: bool = False
     """Keep the optimiser's moments in the host's memory, and fetch them for each update."""
 
