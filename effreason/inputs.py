@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
 
+import jax
 from jax.sharding import Mesh
 
 from effreason import attempts, prompts
@@ -25,6 +27,27 @@ class Inputs:
     notes: list[str]                # what became of the data, for people
     problems_sha256: str            # of the problems and of held_out: a resumed run needs the same ones
     held_out_sha256: str
+
+
+def in_common(inputs: Inputs) -> dict[str, str]:
+    """What several processes must have in common beside the configuration, by names for people."""
+    return {"the version of JAX": jax.__version__,
+            "model.path": model_fingerprint(inputs.pretrained),
+            "the chat template": inputs.template.sha256[:12],
+            "the problems of data.path": inputs.problems_sha256[:12],
+            "the problems of evaluation.path": inputs.held_out_sha256[:12]}
+
+
+def model_fingerprint(pretrained: hf.Pretrained) -> str:
+    """The commit of a model on the Hub; of a directory a hash of its JSON files and the sizes of its weights' files."""
+    if pretrained.revision is not None:
+        return pretrained.revision
+    digest = hashlib.sha256()
+    for path in sorted(pretrained.directory.glob("*.safetensors")) + sorted(pretrained.directory.glob("*.json")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:

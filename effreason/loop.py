@@ -21,7 +21,7 @@ from effreason.engine import Engine, make_engine
 from effreason.errors import Interrupted, UserError
 from effreason.exports import card, export, origin
 from effreason.grades import Grader
-from effreason.inputs import Inputs, open_inputs
+from effreason.inputs import Inputs, in_common, open_inputs
 from effreason.lm import hf, model
 from effreason.records import LOOP, Evaluation, Experience, Packed, Problem, Rollouts
 from effreason.runtime import config as configuration
@@ -50,8 +50,7 @@ def train(config: Config) -> None:
         sampler = memory.describe(config, inputs.pretrained.decoder, mesh, memory.training(config))
         for line in [*inputs.notes, sampler, *warnings(config)]:    # before the weights: there may be something to mend
             say(line, processes.console())
-        processes.check_same(configuration.facts(config) | {
-            name: json.dumps(fact) for name, fact in origin(inputs).items()} | {"the version of JAX": jax.__version__})
+        processes.check_same(configuration.facts(config) | in_common(inputs))
         # A resumed run takes the very weights it began with, wherever the branch has moved since.
         config = dataclasses.replace(config, model=dataclasses.replace(
             config.model, revision=inputs.pretrained.revision))

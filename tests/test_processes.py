@@ -243,6 +243,7 @@ TOLD = b'\0{"hosts": ["a", "b", "c", "d"], "after": "start again"}\n'
 
 @pytest.mark.parametrize(("written", "passed_on"), [
     (b"one\ntwo", b"one\ntwo"),
+    (b"[external/gloo/gloo/transport/tcp/debug_logger.cc:25] ERROR failed to connect\n[1] two\n", b"[1] two\n"),
     (b"50 %\r75 %", b"50 %\r75 %"),
     (TOLD + b"before\n" + SILENT, b"before\nerror: process 1 on b, process 3 on d are lost; this process ends too: "
                                   b"start again\n"),
@@ -251,7 +252,7 @@ TOLD = b'\0{"hosts": ["a", "b", "c", "d"], "after": "start again"}\n'
     (TOLD + b'\0{"quiet": true}\n' + CLOSED, b""),
     (SILENT.splitlines(keepends=True)[0] + b"more\n", SILENT.splitlines(keepends=True)[0] + b"more\n"),
     (b"Error of my own\nF-score 1\n", b"Error of my own\nF-score 1\n"),
-], ids=["lines", "bar", "silent", "closed", "never", "quiet", "not fatal", "ours"])
+], ids=["lines", "chatter", "bar", "silent", "closed", "never", "quiet", "not fatal", "ours"])
 def test_the_last_words_are_one_line(written, passed_on):
     child = subprocess.run([sys.executable, "-I", last_words.__file__], input=written, capture_output=True, timeout=60)
     assert (child.stderr, child.stdout, child.returncode) == (passed_on, b"", 0)

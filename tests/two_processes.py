@@ -94,7 +94,7 @@ def together(directory):
 
 def lost(which, signal_number, busy):
     """One process is gone while the other waits, in a collective or for a value."""
-    collective()
+    sharding.to_host(collective())
     if processes.index() == int(which):
         os.kill(os.getpid(), int(signal_number))
     while True:

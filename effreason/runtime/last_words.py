@@ -16,7 +16,8 @@ from typing import Any
 
 CONTROL = b"\0"
 NATIVE = re.compile(rb"[EFWI]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination_service\w*|client)\.(cc|h):\d+\]")
-STARTS = (CONTROL, b"E", b"F", b"W", b"I")
+CHATTER = re.compile(rb"\[external/\S*gloo/\S+\] ")      # connections between CPUs, one line for each attempt
+STARTS = (CONTROL, b"[", b"E", b"F", b"W", b"I")
 HELD_SECONDS = 5.0                  # what the runtime says of others is kept back so long: it may be about to abort
 SILENT = re.compile(r"unhealthy \(stopped sending heartbeats\):\s*((?:[^\n]*\d\n)+)")
 FIRST = re.compile(r"first task at the barrier: \S*?(\d+)\.")
@@ -84,6 +85,8 @@ class Relay:
     def _line(self, line: bytes) -> None:
         if line.startswith(CONTROL):
             self._table |= json.loads(line[len(CONTROL):])
+        elif CHATTER.match(line):
+            return
         elif self._held or NATIVE.match(line):
             self._held += line
             self._fatal |= NATIVE.match(line) is not None and line.startswith(b"F")
