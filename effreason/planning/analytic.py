@@ -120,16 +120,16 @@ def _held(config: Config, sizes: Sizes, *, slots: int, capacity: int) -> dict[st
     }
 
 
-def _gathered(sizes: Sizes, weights: float) -> Collective:
+def _gathered(sizes: Sizes, weights: float, count: float = 1) -> Collective:
     """The gathering of split weights over fsdp, in the compute dtype."""
     sent = sizes.itemsize * weights / sizes.tensor * (sizes.fsdp - 1) / sizes.fsdp
-    return Collective("all-gather", sizes.fsdp, 1, sent)
+    return Collective("all-gather", sizes.fsdp, count, sent)
 
 
-def _summed(group: int, size: float, kind: str = "all-reduce") -> Collective:
-    """A sum over a group of so many bytes a chip."""
+def _summed(group: int, size: float, kind: str = "all-reduce", count: float = 1) -> Collective:
+    """Sums over a group, of so many bytes a chip all together."""
     factor = 2 if kind == "all-reduce" else 1
-    return Collective(kind, group, 1, factor * size * (group - 1) / group)
+    return Collective(kind, group, count, factor * size * (group - 1) / group)
 
 
 def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tuple[float, Cost]]:
@@ -144,8 +144,9 @@ def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tup
 
     def passes(count: float) -> list[Collective]:
         """Collectives of so many passes over the layers: weights, sums over tensor, keys and values over context."""
-        found = [_gathered(sizes, sizes.products), _summed(sizes.tensor, 2 * c.layers * activation),
-                 _summed(sizes.context, c.layers * keys, "all-gather")]
+        found = [_gathered(sizes, sizes.products, 7 * c.layers),
+                 _summed(sizes.tensor, 2 * c.layers * activation, count=2 * c.layers),
+                 _summed(sizes.context, c.layers * keys, "all-gather", 2 * c.layers)]
         return [dataclasses.replace(each, count=each.count * count, bytes=each.bytes * count) for each in found]
 
     ends = [_gathered(sizes, 2 * sizes.table)]          # embedding and head
@@ -196,7 +197,7 @@ def _sampling(config: Config, sizes: Sizes, held: dict[str, float], *, slots: in
     height = max(min(slots, 8, 8192 // width), 1)
     here = slots / (sizes.data * sizes.fsdp)
     live = live_share * capacity / sizes.context * here             # positions on one chip
-    sums = _summed(sizes.tensor, 2 * c.layers * c.width * s * here)
+    sums = _summed(sizes.tensor, 2 * c.layers * c.width * s * here, count=2 * c.layers)
     read = height * width
     logits = 4 * here * c.vocabulary / sizes.tensor
     without_embedding = held["weights"] - (0 if c.tied else s * sizes.table / sizes.tensor)

@@ -26,6 +26,7 @@ class Chip:
     link_bandwidth: float           # bytes a second, one way: of one torus link (TPU), of all NVLinks (GPU)
     network_bandwidth: float        # bytes a second, one way, for each chip, between nodes (GPU) or slices (TPU)
     host_bandwidth: float           # bytes a second between the chip and its host's memory
+    latency: float                  # seconds until a collective has begun to move something
     watts: float                    # of the chip under load, without its host and cooling
     chips_per_host: int
     axes: int = 1                   # of the torus; 1 = all to all inside a node
@@ -37,27 +38,31 @@ class Chip:
 # compiler itself says when one does not fit. A link's one-way rate and rings: jax-ml.github.io/scaling-book/tpus.
 # Google publishes no power for these chips; TPU v4 draws 170 W on the mean (arXiv 2304.01433). The figures here are
 # round guesses in proportion: give your own with --watts.
+# Latencies are round figures of the order of what is measured: a few microseconds, ten through NCCL.
 # GPU: NVIDIA's data sheets of the SXM modules (dense bfloat16, half the figure "with sparsity"; NVLink is there counted
 # both ways); one 400 Gb/s adapter a GPU, 200 Gb/s for the A100; of the HBM, the 92 % that a run is started with.
 CHIPS = {
-    "tpu:v5e": Chip(name="TPU v5e", hbm_bytes=15.75 * GIB, flops=197e12, hbm_bandwidth=819e9, link_bandwidth=45e9,
-                    network_bandwidth=6.25e9, host_bandwidth=15e9, watts=200, chips_per_host=4, axes=2, wraps_at=16,
-                    most=256),
-    "tpu:v5p": Chip(name="TPU v5p", hbm_bytes=95.74 * GIB, flops=459e12, hbm_bandwidth=2765e9, link_bandwidth=90e9,
-                    network_bandwidth=6.25e9, host_bandwidth=15e9, watts=400, chips_per_host=4, axes=3, wraps_at=4,
-                    most=8960),
-    "tpu:v6e": Chip(name="TPU v6e", hbm_bytes=31.25 * GIB, flops=918e12, hbm_bandwidth=1640e9, link_bandwidth=90e9,
-                    network_bandwidth=12.5e9, host_bandwidth=15e9, watts=300, chips_per_host=4, axes=2, wraps_at=16,
-                    most=256),
-    "gpu:a100": Chip(name="A100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=312e12, hbm_bandwidth=2039e9,
-                     link_bandwidth=300e9, network_bandwidth=25e9, host_bandwidth=25e9, watts=400, chips_per_host=8,
-                     most=8),
-    "gpu:h100": Chip(name="H100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=989e12, hbm_bandwidth=3350e9,
-                     link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, watts=700, chips_per_host=8,
-                     most=8),
-    "gpu:h200": Chip(name="H200 141 GB", hbm_bytes=0.92 * 139 * GIB, flops=989e12, hbm_bandwidth=4800e9,
-                     link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, watts=700, chips_per_host=8,
-                     most=8),
+    "tpu:v5e": Chip(
+        name="TPU v5e", hbm_bytes=15.75 * GIB, flops=197e12, hbm_bandwidth=819e9, link_bandwidth=45e9,
+        network_bandwidth=6.25e9, host_bandwidth=15e9, latency=3e-6, watts=200, chips_per_host=4, axes=2, wraps_at=16,
+        most=256),
+    "tpu:v5p": Chip(
+        name="TPU v5p", hbm_bytes=95.74 * GIB, flops=459e12, hbm_bandwidth=2765e9, link_bandwidth=90e9,
+        network_bandwidth=6.25e9, host_bandwidth=15e9, latency=3e-6, watts=400, chips_per_host=4, axes=3, wraps_at=4,
+        most=8960),
+    "tpu:v6e": Chip(
+        name="TPU v6e", hbm_bytes=31.25 * GIB, flops=918e12, hbm_bandwidth=1640e9, link_bandwidth=90e9,
+        network_bandwidth=12.5e9, host_bandwidth=15e9, latency=3e-6, watts=300, chips_per_host=4, axes=2, wraps_at=16,
+        most=256),
+    "gpu:a100": Chip(
+        name="A100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=312e12, hbm_bandwidth=2039e9, link_bandwidth=300e9,
+        network_bandwidth=25e9, host_bandwidth=25e9, latency=10e-6, watts=400, chips_per_host=8, most=8),
+    "gpu:h100": Chip(
+        name="H100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=989e12, hbm_bandwidth=3350e9, link_bandwidth=450e9,
+        network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6, watts=700, chips_per_host=8, most=8),
+    "gpu:h200": Chip(
+        name="H200 141 GB", hbm_bytes=0.92 * 139 * GIB, flops=989e12, hbm_bandwidth=4800e9, link_bandwidth=450e9,
+        network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6, watts=700, chips_per_host=8, most=8),
 }
 
 
@@ -153,5 +158,5 @@ def cpu(devices: int) -> Target:
     chip = Chip(name="this machine's CPU" if devices == 1 else f"1/{devices} of this machine's CPU",
                 hbm_bytes=memory / devices, flops=40e9 * cores / devices, hbm_bandwidth=20e9 / devices,
                 link_bandwidth=5e9 / devices, network_bandwidth=1e9, host_bandwidth=10e9 / devices,
-                watts=10 * cores / devices, chips_per_host=devices, most=devices)
+                latency=50e-6, watts=10 * cores / devices, chips_per_host=devices, most=devices)
     return Target(text="cpu" if devices == 1 else f"cpu:{devices}", kind="cpu", chip=chip, shape=(devices,))

@@ -36,7 +36,7 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
     numbers = _numbers(options, config)
     wanted = _wanted(options)
     _check_output(options)
-    _prepare(target)
+    _prepare(target, compiles=not options.analytic)
     from effreason.planning import fits, plans, shapes, tables
     from effreason.planning.estimates import Efficiency
 
@@ -54,7 +54,8 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
     if options.fit:
         plan = fits.search(config, decoder, target, inputs, say=say)
     else:
-        plan = plans.make_plan(config, decoder, target, inputs, wanted=wanted or FUNCTIONS, say=say)
+        plan = plans.make_plan(config, decoder, target, inputs, wanted=wanted or FUNCTIONS, say=say,
+                               compiled=False if options.analytic else None)
     print(json.dumps(_finite(tables.as_json(plan)), indent=2) if options.json else tables.render(plan))
     if options.fit and plan.all_fit:
         _write(plan.config, options, say)
@@ -68,6 +69,8 @@ def _parser(prog: str) -> jsonargparse.ArgumentParser:
                           "fits, 1 where it does not.")
     made.add_argument("--chips", type=str, metavar="TARGET", help=f"the machine: {chips.DEFAULT_SHAPES}")
     made.add_argument("--functions", type=str, metavar="NAMES", help="only these, such as gradients,decode")
+    made.add_argument("--analytic", action="store_true", help="by formula, in a second, where it would compile; "
+                      "for GPUs always so")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     made.add_argument("--fit", action="store_true", help="search mesh, slots, micro-batch, remat and offload for the "
                       "fastest plan that fits")
@@ -121,6 +124,8 @@ def _wanted(options: Any) -> list[str]:
     for name in names:
         if name not in FUNCTIONS:
             raise UserError(f"--functions must be of {', '.join(FUNCTIONS)}, got {name!r}")
+    if options.analytic and options.fit:
+        raise UserError("--analytic and --fit exclude each other: --fit compiles what it recommends")
     if names and options.fit:
         raise UserError("--functions and --fit exclude each other: a plan that fits has all of them")
     return names
@@ -138,10 +143,10 @@ def _check_output(options: Any) -> None:
         raise UserError(f"--output: cannot write into the directory {path.parent}")
 
 
-def _prepare(target: Target) -> None:
+def _prepare(target: Target, *, compiles: bool) -> None:
     """Sets what JAX and libtpu read when they are first imported. Raises: UserError where libtpu is missing."""
     os.environ["JAX_PLATFORMS"] = "cpu"     # nothing runs, and no accelerator of this machine is taken
-    if target.kind == "tpu":
+    if target.kind == "tpu" and compiles:
         if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
             raise UserError(f"--chips {target.text}: needs libtpu, which compiles for TPUs on any Linux machine: "
                             'pip install "effreason[tpu]"')

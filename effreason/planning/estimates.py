@@ -87,10 +87,12 @@ class Run:
 def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float, str]:
     """Seconds of one call, and which of the four it waits for."""
     chip = target.chip
-    links = sum(each.bytes / target.bandwidth(each.group) for each in cost.collectives if each.group > 1)
+    crossing = [each for each in cost.collectives if each.group > 1]
+    links = sum(each.bytes / target.bandwidth(each.group) for each in crossing) / efficiency.interconnect
+    links += sum(each.count for each in crossing) * chip.latency
     times = {COMPUTE: cost.flops / (chip.flops * efficiency.compute),
              MEMORY: cost.bytes / (chip.hbm_bandwidth * efficiency.memory),
-             LINKS: links / efficiency.interconnect, HOST: cost.host_bytes / chip.host_bandwidth}
+             LINKS: links, HOST: cost.host_bytes / chip.host_bandwidth}
     limit = max(times, key=times.__getitem__)
     return times[limit], limit
 

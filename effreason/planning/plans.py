@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 
 from effreason import engine
 from effreason.lm import causal
+from effreason.lm.attention import KERNELS
 from effreason.lm.model import DecoderConfig
 from effreason.planning import analytic, estimates, programs, workloads
 from effreason.planning.chips import Target
@@ -43,6 +44,7 @@ class Plan:
     workload: Workload
     slots: int
     capacity: int                   # cache positions of each
+    live: float                     # of these, that a decode step reads on the mean
     functions: dict[str, Function]
     run: Run | None
 
@@ -76,7 +78,9 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
                                             length=memory.positions(config), context=shape[3])
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens, prompt_tokens=inputs.prompt_tokens,
                                        alone=causal.one_sequence_per_row(attention))
-    live_share = estimates.live_share(workload, capacity)
+    # Without a kernel all of a cache is read, whatever is live in it.
+    kernel = programs.cache_layout(config, decoder, target.kind, shape[3]) in KERNELS
+    live_share = estimates.live_share(workload, capacity) if kernel else 1.0
     if compiled:
         functions = _compile(config, decoder, mesh, target, slots, workload, live_share, wanted, say, give_up)
     else:
@@ -94,7 +98,7 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
                                  flops_per_token=2.0 * (sizes.products + sizes.table), smallest=SMALLEST,
                                  price=inputs.price, watts=inputs.watts)
     return Plan(config=config, decoder=decoder, target=target, shape=shape, inputs=inputs, workload=workload,
-                slots=slots, capacity=capacity, functions=functions, run=run)
+                slots=slots, capacity=capacity, live=live_share * capacity, functions=functions, run=run)
 
 
 def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, target: Target, slots: int,

@@ -112,7 +112,8 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     updates, responses = config.update.updates_per_batch, len(workload.lengths)
     one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=learning.replicated)
 
-    sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=_layout(config, decoder, mesh)), mesh)
+    sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=cache_layout(
+        config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])), mesh)
     capacity = cache_positions(config)
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots_count, requests.READ_ROWS, requests.READ_TOKENS // width), 1)
@@ -165,9 +166,9 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     return {program.name: program for program in found}
 
 
-def _layout(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> str:
+def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, context: int) -> str:
     """The cache layout of the run; whether its kernel works can only be tried on the machine itself."""
-    wanted, platform, context = config.rollout.cache_layout, mesh.devices.flat[0].platform, mesh.shape["context"]
+    wanted: str = config.rollout.cache_layout
     if wanted == "auto":
         return attention.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
     if reason := attention.misfit(wanted, platform, decoder.head_dim, decoder.dtype, context):

@@ -10,7 +10,7 @@ from effreason.planning.plans import Plan, fits
 from effreason.runtime.sharding import MESH_AXES
 
 HEAD = ("function", "for", "own", "beside", "FLOPs", "moved", "sent", "time", "limit", "fits")
-WIDTHS = (15, 9, 6, 6, 6, 6, 6, 7, 7, 4)
+WIDTHS = (15, 9, 6, 6, 5, 5, 5, 7, 7, 4)
 
 
 def scaled(value: float, digits: int = 3) -> str:
@@ -56,9 +56,10 @@ def _heading(plan: Plan) -> list[str]:
     options += ["reference on the host"] * settings.kl.offload_reference
     options += ["optimiser on the host"] * settings.update.offload_optimizer
     return [f"{settings.model.path} on {plan.target.text}",
-            f"{plan.target.chips:,} x {chip.name}, {chip.hbm_bytes / GIB:.1f} GiB each; mesh {mesh}",
+            f"{plan.target.chips:,} x {chip.name}, {chip.hbm_bytes / GIB:.2f} GiB each",
+            f"mesh: {mesh}; {'; '.join(options)}",
             f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} rows of {workload.width:,} in a "
-            "micro-batch", "; ".join(options)]
+            "micro-batch"]
 
 
 def _row(cells: tuple[str, ...]) -> str:
@@ -86,12 +87,7 @@ def _legend(plan: Plan) -> list[str]:
             "sent: bytes over links. time: the longest of FLOPs, moved, sent at "
             f"{efficiency.compute:.0%}, {efficiency.memory:.0%},",
             f"{efficiency.interconnect:.0%} of the chip's rates; limit: which. Kernels, which XLA does not count, are",
-            f"in by formula; a decode step reads {_live(plan):,.0f} live positions a slot."]
-
-
-def _live(plan: Plan) -> float:
-    drawn = plan.workload.lengths.astype(float)
-    return plan.workload.prompt_tokens + float((drawn**2).sum() / (2 * drawn.sum()))
+            f"in by formula; a decode step reads {plan.live:,.0f} positions of a slot."]
 
 
 def _collectives(plan: Plan) -> list[str]:
