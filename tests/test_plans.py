@@ -199,8 +199,7 @@ def test_a_plan_for_gpus_is_by_formula_and_says_so(capsys):
 
 
 def test_what_does_not_fit_ends_with_1(capsys):
-    argv = ["--config", "configs/r1_distill_1p5b.yaml", "--chips", "gpu:h100:1", "--mesh.fsdp", "1", "--rollout.slots",
-            "256"]
+    argv = ["--config", "configs/r1_distill_7b.yaml", "--chips", "gpu:h100:1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
     text = planned_by_command(capsys, argv, code=1)
     assert "DOES NOT FIT" in text and " NO" in text
 
@@ -260,7 +259,7 @@ def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path):
                                        "--output", str(path)])
     found = configuration.load(path)
     mesh = found.mesh
-    assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8 and f"mesh data {mesh.data} x" in text
+    assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8 and f"mesh: data {mesh.data} x" in text
     assert found.update.rows_per_micro_batch % (mesh.data * mesh.fsdp) == 0
     again = planned_by_command(capsys, ["--config", str(path), "--chips", "gpu:h100:8"])
     assert again.splitlines()[1:] == text.splitlines()[1:]
@@ -298,8 +297,9 @@ def test_a_roofline_waits_for_the_slowest():
     chip = target.chip
     assert roofline(Cost(flops=chip.flops, bytes=chip.hbm_bandwidth / 10), target, efficiency) == (2.0, "compute")
     assert roofline(Cost(flops=chip.flops / 10, bytes=chip.hbm_bandwidth * 6), target, efficiency)[1] == "memory"
-    sent = Collective("all-gather", 16, 1, 0.7 * 2 * chip.link_bandwidth)
-    assert roofline(Cost(collectives=(sent,)), target, efficiency) == (pytest.approx(1.0), "links")
+    sent = Collective("all-gather", 16, 1000, 0.7 * 2 * chip.link_bandwidth)
+    found = roofline(Cost(collectives=(sent,)), target, efficiency)
+    assert found == (pytest.approx(1 + 1000 * chip.latency), "links")
     assert roofline(Cost(host_bytes=chip.host_bandwidth), target, efficiency) == (1.0, "host")
 
 
