@@ -10,9 +10,9 @@ responses of exponential lengths around 128, at most 512, which torch pads and w
 
 Each engine is in a process of its own, whose memory is its own: the most it ever held, compilation included, above what
 it held when everything was imported but no weight was there. The engines take turns, so that all meet the same load;
-medians. Rates of matrix products: float32 squares of 1,024 and 2,048, measured in both libraries right behind each
-step, and the best of all is what the steps are measured by. How a step's operations are counted says
-update_steps.flops: only what any engine must compute. torch gets the micro-batch that suits it best, found beforehand.
+medians. Both get the micro-batch that suits them best, found beforehand. Rates of matrix products: float32 squares of
+1,024 and 2,048, measured in both libraries right behind each step; the best of all is what the steps are measured by.
+How the operations of a step are counted says update_steps.flops: only what any engine must compute.
 """
 
 import argparse
@@ -258,7 +258,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--response", type=int, default=256, help="tokens; ragged: twice the mean")
     parser.add_argument("--torch-rows", type=numbers(), default=[4, 8, 16, 32], metavar="N,N",
                         help="rows of a micro-batch to choose from")
-    parser.add_argument("--ours-rows", type=numbers(), default=[8], metavar="N,N", help="for ours")
+    parser.add_argument("--ours-rows", type=numbers(), default=[4, 8], metavar="N,N",
+                        help="the same for ours; --gpu: the first")
     parser.add_argument("--remat", choices=REMATS, default="none", help="ours: what backward computes again")
     parser.add_argument("--scoring", action="store_true", help="memory by the size of the vocabulary, nothing else")
     parser.add_argument("--gpu", action="store_true", help="one RL step on an accelerator, nothing else")

@@ -62,7 +62,8 @@ def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: i
                         samples=samples, limits=np.full(prompts * samples, response, np.int32), longest=response,
                         rows=prompts * samples)
     batch = steps.Batch(prompts=workload.prompts, responses=np.zeros((workload.rows, response), np.int32),
-                        lengths=workload.limits, correct=random.random((prompts, samples)) < 0.5)
+                        lengths=workload.limits, correct=random.random((prompts, samples)) < 0.5,
+                        longest=response)
     learner = steps.make_ours(config, batch, mesh, rows=rows, remat=remat, dtype=dtype)
     sampler = rollouts.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions,
                                     cache_layout="auto")

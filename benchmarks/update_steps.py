@@ -40,6 +40,7 @@ class Batch:
     responses: np.ndarray           # int32[B, T], 0 behind the ends
     lengths: np.ndarray             # int32[B]
     correct: np.ndarray             # bool[P, G]
+    longest: int                    # tokens that a response could have had
 
     @property
     def tokens(self) -> int:
@@ -68,13 +69,16 @@ def make_batch(kind: str, vocabulary: int, *, sequences: int = 32, prompt: int =
     """`fixed`: all responses of `response` tokens. `ragged`: exponential lengths around half of it, 8 .. `longest`."""
     random = np.random.default_rng(0)
     lengths = np.full(sequences, response, np.int32)
-    if kind == "ragged":
+    if kind == "fixed":
+        longest = response
+    else:
         lengths = np.clip(random.exponential(response / 2, sequences).round(), 8, longest).astype(np.int32)
     responses = random.integers(0, vocabulary, (sequences, int(lengths.max()))).astype(np.int32)
     responses[np.arange(responses.shape[1]) >= lengths[:, None]] = 0
     samples = math.gcd(SAMPLES, sequences)
     return Batch(prompts=random.integers(0, vocabulary, (sequences // samples, prompt)).astype(np.int32),
-                 responses=responses, lengths=lengths, correct=random.random((sequences // samples, samples)) < 0.5)
+                 responses=responses, lengths=lengths, correct=random.random((sequences // samples, samples)) < 0.5,
+                 longest=longest)
 
 
 def to_rollouts(batch: Batch) -> Rollouts:
@@ -107,7 +111,9 @@ def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str, dtyp
     made = Config()
     return dataclasses.replace(
         made, model=dataclasses.replace(made.model, dtype=dtype, remat=remat),
-        rollout=dataclasses.replace(made.rollout, prompts_per_step=prompts, group_size=samples),
+        data=dataclasses.replace(made.data, max_prompt_tokens=batch.prompts.shape[1]),
+        rollout=dataclasses.replace(made.rollout, prompts_per_step=prompts, group_size=samples,
+                                    max_new_tokens=batch.longest),
         reward=dataclasses.replace(made.reward, alpha=0.0),
         kl=dataclasses.replace(made.kl, form="loss", coefficient=KL),
         update=dataclasses.replace(made.update, learning_rate=RATE, beta1=BETAS[0], beta2=BETAS[1], warmup_updates=0,

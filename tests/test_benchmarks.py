@@ -126,14 +126,14 @@ def test_a_whole_step_is_measured_on_any_device(benchmark):
 
 def test_the_update_benchmark_measures_an_engine_in_a_process_of_its_own():
     command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "update.py"), "--engines", "ours",
-               "--model", "M2", "--batches", "ragged", "--sequences", "8", "--response", "16", "--repeats", "2",
-               "--json"]
+               "--model", "M2", "--batches", "fixed", "--sequences", "8", "--response", "16", "--repeats", "2",
+               "--ours-rows", "8", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
                           env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     (row,) = result["rows"]
-    assert row["batch"] == "ragged" and len(row["seconds"]) == len(row["matmul_flops"]) == 2 and row["rows"] == 8
+    assert row["batch"] == "fixed" and len(row["seconds"]) == len(row["matmul_flops"]) == 2 and row["rows"] == 8
     # Policy, reference, gradient and two moments at least: 5 times 0.8 million weights.
     assert row["peak_bytes"] > 5 * 4 * 0.8e6
     assert 0 < row["matmul_share"] < 1 and 0 < row["fill"] <= 1
