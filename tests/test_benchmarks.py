@@ -124,6 +124,7 @@ def test_a_whole_step_is_measured_on_any_device(benchmark):
     assert min(row["decode_bytes_per_second"], row["copy_bandwidth"], row["of_matmul"]) > 0
 
 
+@pytest.mark.slow
 def test_the_update_benchmark_measures_an_engine_in_a_process_of_its_own():
     command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "update.py"), "--engines", "ours",
                "--model", "M2", "--batches", "fixed", "--sequences", "8", "--response", "16", "--repeats", "2",
