@@ -164,7 +164,7 @@ def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tup
                 collectives=tuple(passes(2 + again) + ends + gradients))
     tile = 4 * tokens * min(config.update.vocabulary_tile, c.vocabulary / sizes.tensor)
     table = sizes.table / sizes.tensor
-    rows_bytes = updates * trips * tokens * 4
+    rows_bytes = updates * workload.room * tokens * 4
     kept = {"full": 2.0, "attention": 2.0 + c.heads * c.head_dim / sizes.tensor / c.width,
             "none": 12.0 + 5 * width_f / c.width}[sizes.remat] * c.layers * activation
 

@@ -24,7 +24,7 @@ class Chip:
     flops: float                    # a second, dense products in bfloat16
     hbm_bandwidth: float            # bytes a second
     link_bandwidth: float           # bytes a second, one way: of one torus link (TPU), of all NVLinks (GPU)
-    network_bandwidth: float        # bytes a second, one way, for each chip, between nodes (GPU) or slices (TPU)
+    network_bandwidth: float = 0.0  # bytes a second, one way, for each GPU, between nodes
     host_bandwidth: float           # bytes a second between the chip and its host's memory
     latency: float                  # seconds until a collective has begun to move something
     watts: float                    # of the chip under load, without its host and cooling
@@ -44,15 +44,15 @@ class Chip:
 CHIPS = {
     "tpu:v5e": Chip(
         name="TPU v5e", hbm_bytes=15.75 * GIB, flops=197e12, hbm_bandwidth=819e9, link_bandwidth=45e9,
-        network_bandwidth=6.25e9, host_bandwidth=15e9, latency=3e-6, watts=200, chips_per_host=4, axes=2, wraps_at=16,
+        host_bandwidth=15e9, latency=3e-6, watts=200, chips_per_host=4, axes=2, wraps_at=16,
         most=256),
     "tpu:v5p": Chip(
         name="TPU v5p", hbm_bytes=95.74 * GIB, flops=459e12, hbm_bandwidth=2765e9, link_bandwidth=90e9,
-        network_bandwidth=6.25e9, host_bandwidth=15e9, latency=3e-6, watts=400, chips_per_host=4, axes=3, wraps_at=4,
+        host_bandwidth=15e9, latency=3e-6, watts=400, chips_per_host=4, axes=3, wraps_at=4,
         most=8960),
     "tpu:v6e": Chip(
         name="TPU v6e", hbm_bytes=31.25 * GIB, flops=918e12, hbm_bandwidth=1640e9, link_bandwidth=90e9,
-        network_bandwidth=12.5e9, host_bandwidth=15e9, latency=3e-6, watts=300, chips_per_host=4, axes=2, wraps_at=16,
+        host_bandwidth=15e9, latency=3e-6, watts=300, chips_per_host=4, axes=2, wraps_at=16,
         most=256),
     "gpu:a100": Chip(
         name="A100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=312e12, hbm_bandwidth=2039e9, link_bandwidth=300e9,
@@ -78,6 +78,10 @@ class Target:
     @property
     def chips(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def hosts(self) -> int:
+        return -(-self.chips // self.chip.chips_per_host)
 
     @property
     def topology(self) -> str:
@@ -157,6 +161,6 @@ def cpu(devices: int) -> Target:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2   # the other half is for the rest of a run
     chip = Chip(name="this machine's CPU" if devices == 1 else f"1/{devices} of this machine's CPU",
                 hbm_bytes=memory / devices, flops=40e9 * cores / devices, hbm_bandwidth=20e9 / devices,
-                link_bandwidth=5e9 / devices, network_bandwidth=1e9, host_bandwidth=10e9 / devices,
+                link_bandwidth=5e9 / devices, host_bandwidth=10e9 / devices,
                 latency=50e-6, watts=10 * cores / devices, chips_per_host=devices, most=devices)
     return Target(text="cpu" if devices == 1 else f"cpu:{devices}", kind="cpu", chip=chip, shape=(devices,))

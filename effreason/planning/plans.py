@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from effreason import engine
+from effreason import engine, packing
 from effreason.lm import causal
 from effreason.lm.attention import KERNELS
 from effreason.lm.model import DecoderConfig
@@ -18,7 +18,6 @@ from effreason.planning.workloads import Workload
 from effreason.rollouts import SMALLEST
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
-from effreason.sampling import memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,8 +73,9 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
     capacity = programs.cache_positions(config)
     attention: str = config.model.attention
     if attention == "auto":
-        attention = causal.choose_attention(target.kind, head_dim=decoder.head_dim, dtype=decoder.dtype,
-                                            length=memory.positions(config), context=shape[3])
+        width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])
+        attention = causal.choose_attention(target.kind, head_dim=decoder.head_dim, dtype=decoder.dtype, length=width,
+                                            context=shape[3])
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens, prompt_tokens=inputs.prompt_tokens,
                                        alone=causal.one_sequence_per_row(attention))
     # Without a kernel all of a cache is read, whatever is live in it.

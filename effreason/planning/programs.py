@@ -105,8 +105,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
                   workload: Workload) -> dict[str, Program]:
     """Every function of a training step, in the order in which a step calls them; nothing is compiled yet."""
     learning: Any = engine.make_learning(config, decoder, mesh)
-    packed = engine.abstract_packed(config, learning, width=workload.width,
-                                    micro_batches=math.ceil(workload.micro_batches))
+    packed = engine.abstract_packed(config, learning, width=workload.width, micro_batches=workload.room)
     experience = engine.abstract_experience(packed)
     state, reference = learning.abstract_state, learning.abstract_reference
     updates, responses = config.update.updates_per_batch, len(workload.lengths)

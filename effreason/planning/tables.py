@@ -55,8 +55,9 @@ def _heading(plan: Plan) -> list[str]:
     options = [f"remat {settings.model.remat}"]
     options += ["reference on the host"] * settings.kl.offload_reference
     options += ["optimiser on the host"] * settings.update.offload_optimizer
+    hosts = f"on {plan.target.hosts:,} host{'s' * (plan.target.hosts > 1)}"
     return [f"{settings.model.path} on {plan.target.text}",
-            f"{plan.target.chips:,} x {chip.name}, {chip.hbm_bytes / GIB:.2f} GiB each",
+            f"{plan.target.chips:,} x {chip.name} {hosts}, {chip.hbm_bytes / GIB:.2f} GiB each",
             f"mesh: {mesh}; {'; '.join(options)}",
             f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} rows of {workload.width:,} in a "
             "micro-batch"]

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 
 from effreason import packing
-from effreason.masks import padded_length
 from effreason.runtime.config import Config
 
 PROMPT_TOKENS = 128                 # of a problem with its template, unless it is said otherwise
@@ -28,6 +27,7 @@ class Workload:
     width: int                      # N, positions of a packed row
     micro_batches: float            # of each optimiser update, of that width
     pair_batches: float             # the same where the cost goes with the square of the width
+    room: int                       # micro-batches of each update that there is room for: one response a row
     rows: int                       # R, of a micro-batch
     fill: float                     # share of the positions computed on that hold a token
 
@@ -54,12 +54,6 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(spread(high)).astype(np.int64)
 
 
-def row_width(config: Config, longest: int) -> int:
-    """Positions of a packed row whose longest sequence has so many: as packing.pack rounds them."""
-    shards = 2 * config.mesh.context
-    return -(-padded_length(longest) // shards) * shards
-
-
 def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS,
                   alone: bool = False) -> Workload:
     """The step of a configuration, with rows as wide as the longest response there can be.
@@ -68,8 +62,9 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
     settings, update = config.rollout, config.update
     drawn = lengths(settings.prompts_per_step * settings.group_size, mean_tokens, settings.max_new_tokens)
     sizes = drawn + prompt_tokens
-    widest = row_width(config, config.data.max_prompt_tokens + settings.max_new_tokens)
-    widths = [widest // 4, widest // 2, widest] if alone and widest % 8 == 0 else [widest]
+    context = config.mesh.context
+    widest = packing.row_width(config.data.max_prompt_tokens + settings.max_new_tokens, context)
+    widths = [size for size in (widest // 4, widest // 2) if alone and widest % (8 * context) == 0] + [widest]
     count = pairs = 0.0
     for narrower, width in zip([0, *widths], widths, strict=False):
         laid = [packing.first_fit(sizes, [at for at in range(first, len(sizes), update.updates_per_batch)
@@ -78,8 +73,10 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
         needed = max(-(-len(bins) // update.rows_per_micro_batch) for bins in laid)
         count, pairs = count + needed * width / widest, pairs + needed * (width / widest) ** 2
     computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
+    room = -(-len(range(0, len(sizes), update.updates_per_batch)) // update.rows_per_micro_batch)
     return Workload(lengths=drawn, prompt_tokens=prompt_tokens, width=widest, micro_batches=count, pair_batches=pairs,
-                    rows=update.rows_per_micro_batch, fill=float(sizes.sum() / computed))
+                    room=room, rows=update.rows_per_micro_batch,
+                    fill=float(sizes.sum() / computed))
 
 
 def generate(lengths: np.ndarray, *, prompt_tokens: int, slots: int, shards: int, smallest: int,
