@@ -45,7 +45,7 @@ def on(config, data=1, fsdp=1, tensor=1, context=1, remat="full"):
 
 
 def planned(config, target, **options):
-    decoder, _ = shapes.open_decoder(config)
+    decoder = shapes.open_decoder(config)
     return plans.make_plan(config, decoder, chips.parse(target), INPUTS, **options)
 
 
@@ -115,8 +115,7 @@ def test_a_compiled_plan(whole):
     assert run.chip_hours == pytest.approx(8 * run.hours) and run.money is None
 
 
-def test_flops_are_those_of_the_shape(whole, config):
-    decoder, _ = shapes.open_decoder(config)
+def test_flops_are_those_of_the_shape(whole):
     weights = 2 * 64 * (4 * 16 * 2 + 2 * 16 * 2 + 3 * 256) + 2048 * 64
     per_slot = 2 * weights / 2                          # split over tensor; 16 slots over 4
     attention = 4 * whole.capacity * 4 * 16 * 2 / 2     # XLA attends to the whole cache
@@ -149,7 +148,7 @@ def test_what_is_on_the_host_is_not_on_the_chip(config):
                                kl=dataclasses.replace(config.kl, offload_reference=True))
     here, there = (planned(on(each, fsdp=2), "cpu:2", wanted=("decode",)).functions["decode"]
                    for each in (config, away))
-    moments_and_reference = (8 + 4) * shapes.weight_count(shapes.open_decoder(config)[0]) / 2
+    moments_and_reference = (8 + 4) * shapes.weight_count(shapes.open_decoder(config)) / 2
     assert here.beside_bytes - there.beside_bytes == pytest.approx(moments_and_reference, rel=0.01)
 
 
@@ -215,12 +214,22 @@ def test_what_does_not_fit_ends_with_1(capsys):
     (["--chips", "cpu", "--fit", "--output", "setup.py"], "setup.py exists already"),
     (["--chips", "gpu:h100:8", "--mesh.fsdp", "3"], "= 6, --chips has 8; --fit finds a mesh"),
     (["--chips", "gpu:h100:8", "--mesh.tensor", "8"], "mesh.tensor must divide the model's"),
+    (["--chips", "gpu:h100:8", "--config", "configs/qwen3_8b.yaml", "--rollout.max_new_tokens", "64000"],
+     "must be at most the model's 40960 positions, got 64512"),
     (["--chips", "cpu", "--model.path", "nowhere/at-all", "--evaluation.problems", "0"], "nowhere/at-all"),
 ])
 def test_mistakes_are_one_line(capsys, monkeypatch, argv, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = planned_by_command(capsys, argv, code=2)
     assert found.startswith("error: ") and found.count("\n") == 1 and message in found
+
+
+def test_without_libtpu_the_error_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    found = planned_by_command(capsys, ["--chips", "tpu:v5e:4x4"], code=2)
+    assert found == ("error: --chips tpu:v5e:4x4: needs libtpu, which compiles for TPUs on any Linux machine: "
+                     'pip install "effreason[tpu]"\n')
 
 
 def test_a_mistake_is_found_before_jax_is_imported():
@@ -234,7 +243,7 @@ def test_a_mistake_is_found_before_jax_is_imported():
 
 
 def test_meshes_divide_the_model(config):
-    decoder, _ = shapes.open_decoder(config)
+    decoder = shapes.open_decoder(config)
     found = list(fits.meshes(decoder, 8))
     assert all(math.prod(mesh) == 8 for mesh in found) and len(set(found)) == len(found)
     assert (8, 1, 1, 1) in found and (1, 2, 2, 2) in found
@@ -242,7 +251,7 @@ def test_meshes_divide_the_model(config):
 
 
 def test_the_search_finds_what_fits_into_little_memory(config):
-    decoder, _ = shapes.open_decoder(config)
+    decoder = shapes.open_decoder(config)
     target = chips.parse("cpu:4")
     tight = dataclasses.replace(target, chip=dataclasses.replace(target.chip, hbm_bytes=12e6))
     as_it_is = plans.make_plan(on(config, data=4), decoder, tight, INPUTS, wanted=("gradients", "apply"))
@@ -272,9 +281,8 @@ def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path):
     ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.777), ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.616),
     ("Qwen/Qwen3-1.7B", 1.721), ("Qwen/Qwen3-8B", 8.191)])
 def test_the_shipped_shapes_have_as_many_weights_as_their_models(config, name, billions):
-    decoder, positions = shapes.open_decoder(dataclasses.replace(config, model=dataclasses.replace(
-        config.model, path=name)))
-    assert shapes.weight_count(decoder) / 1e9 == pytest.approx(billions, abs=1e-3) and positions >= 32768
+    decoder = shapes.open_decoder(dataclasses.replace(config, model=dataclasses.replace(config.model, path=name)))
+    assert shapes.weight_count(decoder) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (12.345, "12.3"), (2.449e12, "2.45T"), (999.96e9, "1T"),

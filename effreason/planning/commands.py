@@ -40,7 +40,7 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
     from effreason.planning import fits, plans, shapes, tables
     from effreason.planning.estimates import Efficiency
 
-    decoder, _ = shapes.open_decoder(config)
+    decoder = shapes.open_decoder(config)
     inputs = plans.Inputs(
         mean_tokens=numbers["mean_tokens"], prompt_tokens=int(numbers["prompt_tokens"]),
         efficiency=Efficiency(compute=numbers["compute_efficiency"], memory=numbers["memory_efficiency"],

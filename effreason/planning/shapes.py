@@ -12,6 +12,7 @@ from effreason.errors import UserError
 from effreason.lm import configs, hf, hub, model
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
+from effreason.sampling import memory
 
 _QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
           "max_position_embeddings": 131072, "tie_word_embeddings": False}
@@ -35,8 +36,8 @@ SHIPPED: dict[str, dict[str, Any]] = {
 }
 
 
-def open_decoder(config: Config) -> tuple[DecoderConfig, int]:
-    """The decoder of model.path and the positions it was made for. Raises: UserError."""
+def open_decoder(config: Config) -> DecoderConfig:
+    """The decoder of model.path. Raises: UserError, also where a run's sequences are longer than it was made for."""
     name = config.model.path
     if name in SHIPPED and not Path(name).exists():
         table, path = SHIPPED[name], Path(name) / "config.json"
@@ -44,8 +45,12 @@ def open_decoder(config: Config) -> tuple[DecoderConfig, int]:
         directory = hf.SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
         path = directory / "config.json"
         table = configs.read_json(path)
-    return configs.parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat), int(
-        table.get("max_position_embeddings") or 0)
+    decoder = configs.parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)
+    most, longest = table.get("max_position_embeddings"), memory.positions(config)
+    if isinstance(most, int) and 0 < most < longest:
+        raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or evaluation.max_new_tokens) must be at "
+                        f"most the model's {most} positions, got {longest}")
+    return decoder
 
 
 def _directory(name: str, revision: str | None) -> Path:
