@@ -8,7 +8,7 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-configs/r1_distill_1p5b.yaml}
 RUN=${RUN:-runs/r1_distill_1p5b}        # on a disk that outlives the machine, if it may be taken away
-FSDP=${FSDP:-$(nvidia-smi --list-gpus | wc -l)}     # GPUs that share the weights and the optimiser's state
+GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}     # they share the weights, the optimiser's state and the batch
 EFFREASON=${EFFREASON:-effreason}       # the command, where it is not on the PATH
 
 # JAX takes three quarters of a GPU's memory for itself if nothing else is said.
@@ -18,5 +18,5 @@ resume=false
 if [[ -e $RUN/config.yaml ]]; then
     resume=true
 fi
-exec "$EFFREASON" train --config "$CONFIG" --mesh.data -1 --mesh.fsdp "$FSDP" \
-    --run.directory "$RUN" --run.resume "$resume" "$@"
+exec "$EFFREASON" train --config "$CONFIG" --mesh.data 1 --mesh.fsdp "$GPUS" --mesh.tensor 1 \
+    --update.rows_per_micro_batch "$GPUS" --run.directory "$RUN" --run.resume "$resume" "$@"

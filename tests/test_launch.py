@@ -122,7 +122,8 @@ def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path):
         return parsed(done.stdout, tmp_path)
 
     config = launch()
-    assert (config.mesh.data, config.mesh.fsdp, config.distributed.mode, config.reward.alpha) == (-1, 4, "none", 0.3)
+    assert (config.distributed.mode, config.reward.alpha, config.update.rows_per_micro_batch) == ("none", 0.3, 4)
+    assert config.mesh == configuration.MeshConfig(data=1, fsdp=4)
     assert config.run.directory == str(run) and not config.run.resume
     assert config.model.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     run.mkdir()
@@ -194,7 +195,9 @@ def test_a_pod_knows_which_process_it_is(stand_ins, tmp_path, monkeypatch):
     done = stand_ins(container["command"], {"effreason": PRINT}, **environment)
     assert done.returncode == 0, done.stderr
     config = parsed(done.stdout, tmp_path)
-    assert config.mesh.fsdp == container["resources"]["limits"]["nvidia.com/gpu"] and not config.run.resume
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert config.mesh == configuration.MeshConfig(data=-1, fsdp=gpus) and not config.run.resume
+    assert config.update.rows_per_micro_batch == 2 * gpus
     for name, value in environment.items():
         if name.startswith("JAX_"):
             monkeypatch.setenv(name, value)
@@ -226,7 +229,8 @@ def test_a_tpu_slice_runs_the_same_command_on_every_host(stand_ins, tmp_path):
 
     config = launch("false", "--data.user_prompt", "So: {problem}, isn't it?")
     assert config.data.user_prompt == "So: {problem}, isn't it?"
-    assert (config.distributed.mode, config.distributed.processes, config.mesh.fsdp) == ("auto", 4, 16)
+    assert (config.distributed.mode, config.distributed.processes) == ("auto", 4)
+    assert config.mesh == configuration.load(ROOT / "configs" / "r1_distill_1p5b.yaml").mesh
     run = home / "shared" / "runs" / "r1_distill_1p5b"
     assert config.run.directory == str(run) and not config.run.resume
     run.mkdir(parents=True)
