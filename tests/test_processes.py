@@ -69,15 +69,25 @@ def test_decisions_crossings_and_a_signal_to_one_process(tmp_path):
     assert lines(err) == ["stopped by SIGINT"] and not lines(second_err)
 
 
-@pytest.mark.parametrize(("which", "busy"), [(1, "collective"), (1, "value"), (0, "collective")])
-def test_a_process_that_is_killed_ends_the_other_with_one_line(which, busy):
-    started_at = time.monotonic()
-    results = both("lost", which, signal.SIGKILL.value, busy)
-    assert time.monotonic() - started_at < SECONDS
+def check_killed(which, busy, **environment):
+    """Kills a process; the other must end within a minute, with one line."""
+    results = both("lost", which, signal.SIGKILL.value, busy, **environment)
     assert results[which][0] == -signal.SIGKILL
+    last = next(line for line in results[which][1].splitlines() if line.startswith("ends at"))
+    assert time.time() - float(last.split()[-1]) < 60
     code, _, err = results[1 - which]
     assert code != 0 and lines(err) == [f"error: process {which} on {socket.gethostname()} is lost; this process ends "
                                         "too: start all of them again"], err
+
+
+@pytest.mark.parametrize(("which", "busy"), [(1, "collective"), (1, "value"), (0, "collective")])
+def test_a_process_that_is_killed_ends_the_other_with_one_line(which, busy):
+    check_killed(which, busy)
+
+
+@pytest.mark.slow
+def test_by_default_it_ends_within_a_minute():
+    check_killed(1, "collective", HEARTBEAT=str(DistributedConfig().heartbeat_timeout_seconds))
 
 
 def test_an_error_in_one_process_ends_the_other():

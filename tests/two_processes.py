@@ -96,6 +96,7 @@ def lost(which, signal_number, busy):
     """One process is gone while the other waits, in a collective or for a value."""
     sharding.to_host(collective())
     if processes.index() == int(which):
+        print("ends at", time.time(), flush=True)
         os.kill(os.getpid(), int(signal_number))
     while True:
         if busy == "collective":
@@ -134,7 +135,7 @@ def main():
         return cli.train(rest)
     settings = configuration.DistributedConfig(
         mode="manual", initialization_timeout_seconds=int(os.environ.get("INITIALIZATION", 60)),
-        heartbeat_timeout_seconds=5)
+        heartbeat_timeout_seconds=int(os.environ.get("HEARTBEAT", 5)))
     command = {"together": together, "lost": lost, "failed": failed}[scenario]
     return cli._guarded(lambda: processes.run(settings, lambda: cli._guarded(lambda: command(*rest))))
 
