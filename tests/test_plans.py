@@ -239,6 +239,23 @@ def test_a_mistake_is_found_before_jax_is_imported():
     assert done.returncode == 2 and done.stderr.startswith("error: --chips tpu:v5e:5")
 
 
+@pytest.mark.parametrize(("name", "target", "rate"), [
+    ("r1_distill_1p5b", "tpu:v5e:4x4", 5e-6), ("r1_distill_7b", "tpu:v5p:2x2x4", 2e-6),
+    ("qwen3_1p7b", "tpu:v5e:4x4", 5e-6), ("qwen3_8b", "tpu:v5p:2x2x4", 2e-6)])
+def test_the_recipes_are_the_papers_and_fit(capsys, name, target, rate):
+    config = configuration.load(f"configs/{name}.yaml")
+    rollout, update = config.rollout, config.update
+    assert (rollout.prompts_per_step, rollout.group_size, rollout.max_new_tokens, config.run.steps) == (
+        32, 8, 32000, 100)
+    assert (update.learning_rate, update.beta1, update.beta2, update.weight_decay, update.max_grad_norm,
+            update.warmup_updates, update.updates_per_batch) == (rate, 0.9, 0.95, 0.0, 1.0, 6, 2)
+    assert (config.kl.form, config.kl.coefficient, rollout.temperature, config.model.dtype) == (
+        "reward", 0.001, 1.0, "bfloat16")
+    assert (config.data.max_prompt_tokens, config.data.path, config.evaluation.temperature) == (512, "paper", 0.6)
+    text = planned_by_command(capsys, ["--config", f"configs/{name}.yaml", "--chips", target, "--analytic"])
+    assert "\nfits: " in text and max(map(len, text.splitlines())) <= 80
+
+
 # The search
 
 
