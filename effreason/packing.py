@@ -17,7 +17,7 @@ FIELDS = ("tokens", "targets", "positions", "segments")     # of a row; 0 in its
 
 def row_width(longest: int, context: int = 1) -> int:
     """N for sequences of at most so many positions, rounded up for kernels and for the context axis twice."""
-    unit = math.lcm(32 if longest <= 1024 else 512, 2 * context)
+    unit = math.lcm(32, 2 * context) if longest <= 1024 else 512 * context
     return -(-longest // unit) * unit
 
 
