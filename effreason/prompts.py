@@ -132,18 +132,14 @@ def fingerprint(problems: Problems | Sequence[Problem]) -> str:
     return digest.hexdigest()
 
 
-def batch(problems: Problems, size: int, seed: int, step: int, *, host: int = 0, hosts: int = 1) -> list[Problem]:
+def batch(problems: Problems, size: int, seed: int, step: int) -> list[Problem]:
     """The problems of a training step: each once an epoch of its source, in an order of (seed, source, epoch) alone.
 
     Sources with weights have the same whole number of problems in every step; those without are one pool. An epoch's
     remainder of fewer problems than a step takes is left out, so that no problem comes twice in one step: two groups of
     the same problem would be the same responses.
 
-    Args: size, problems of a step on all hosts; host of hosts gets every hosts-th of them.
-    Returns: size // hosts problems. Raises: UserError for fewer problems than a step takes, for a weight that gives
-        none, for a size that hosts do not divide."""
-    if size % hosts:
-        raise UserError(f"rollout.prompts_per_step must be divisible by the number of hosts, {hosts}, got {size}")
+    Raises: UserError for fewer problems than a step takes, for a weight that gives none."""
     pools = _pools(problems)
     chosen = []
     for place, (pool, count) in enumerate(zip(pools, _counts(pools, size), strict=True)):
@@ -158,9 +154,9 @@ def batch(problems: Problems, size: int, seed: int, step: int, *, host: int = 0,
         order = np.random.default_rng([seed, epoch, place]).permutation(len(pool.problems))
         chosen += [pool.problems[index] for index in order[turn * count : (turn + 1) * count]]
     if len(pools) > 1:
-        # Mixed, so that each of several updates of a step, and each host, has its share of every source.
+        # Mixed, so that each of several updates of a step has its share of every source.
         chosen = [chosen[index] for index in np.random.default_rng([seed, step, len(pools)]).permutation(size)]
-    return chosen[host::hosts]
+    return chosen
 
 
 def _pools(problems: Problems) -> tuple[Source, ...]:

@@ -291,17 +291,6 @@ def test_a_weight_that_gives_no_problem_and_a_source_too_small_for_a_step_are_er
         prompts.batch(prompts.Problems((numbered(99, "a", 1.0), numbered(3, "b", 1.0))), 8, 0, 0)
 
 
-@pytest.mark.parametrize("weights", [(None, None), (0.5, 0.5)])
-def test_hosts_have_disjoint_parts_of_the_step(weights):
-    problems = prompts.Problems((numbered(40, "a", weights[0]), numbered(40, "b", weights[1], 1)))
-    whole = uids(problems, 12, 1, 3)
-    parts = [uids(problems, 12, 1, 3, host=host, hosts=4) for host in range(4)]
-    assert sorted(uid for part in parts for uid in part) == sorted(whole)
-    assert {len(part) for part in parts} == {3}
-    with pytest.raises(UserError, match="divisible by the number of hosts, 5, got 12"):
-        prompts.batch(problems, 12, 1, 3, host=0, hosts=5)
-
-
 def test_weights_come_from_the_path(tmp_path, characters):
     first = write(tmp_path / "a.jsonl", texts("1", "2", "3"))
     second = write(tmp_path / "b.jsonl", texts("4", "5"))
