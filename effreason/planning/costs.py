@@ -299,13 +299,26 @@ def _collective_kind(opcode: str) -> str | None:
 
 
 def _group_size(attributes: str, partitions: int) -> int:
-    """Devices of one group: {{0,1},{2,3}}, [8,2]<=[16], or axes of a mesh: mesh['a'=2,'b'=8] {'b'}."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+    """Devices of one group: {{0,1},{2,3}}, [8,2]<=[16], axes of a mesh: mesh['a'=2,'b'=8] {'b'}, or pairs in a ring."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        return _cycle(re.findall(r"(\d+),(\d+)", found[1]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(found[1].split(","))
     return partitions
+
+
+def _cycle(pairs: list[tuple[str, str]]) -> int:
+    """Devices that hand something round, the first one's ring. Args: pairs of a sender and who it sends to."""
+    targets = dict(pairs)
+    first = at = pairs[0][0]
+    for count in range(1, len(pairs) + 1):
+        at = targets.get(at, first)
+        if at == first:
+            return count
+    return len(pairs)
