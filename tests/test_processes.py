@@ -172,6 +172,16 @@ def test_two_processes_train_as_one_does(world, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(world, alone):
+    (code, out, err), (other, second_out, _) = both(
+        "evaluate", *arguments(world, world / "unused", "manual"), "--output", world / "evaluated")
+    assert (code, other) == (0, 0), err
+    result = json.loads((world / "evaluated" / "results.json").read_text())[str(world / "base")]
+    assert result == json.loads((alone / "base.json").read_text())["result"]
+    assert "Held-out problems" in out and "Held-out" not in second_out
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_both_and_the_run_goes_on(world, alone):
     directory = world / "stopped"
     results = both("stopped", *arguments(world, directory, "manual"))

@@ -128,8 +128,8 @@ def slowed_after_a_signal():
 
 def main():
     scenario, *rest = sys.argv[1:]
-    if scenario == "train":
-        return cli.train(rest)
+    if scenario in ("train", "evaluate"):
+        return {"train": cli.train, "evaluate": cli.evaluate}[scenario](rest)
     if scenario == "stopped":
         slowed_after_a_signal()
         return cli.train(rest)
