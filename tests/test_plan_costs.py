@@ -186,7 +186,8 @@ ENTRY %main (p: bf16[64,8]) -> bf16[1024,8] {
     ("replica_groups=[4,4]<=[4,4]T(1,0)", 4), ("replica_groups=mesh['a'=2,'b'=8] {'b'}", 8),
     ("replica_groups=mesh['a'=2,'b'=8] {'a','b'}", 16), ("replica_groups={}", 16),
     ("replica_groups=mesh['a'=2,'b'=8], device_ids=(0,2,4,1) {'a'}", 2),
-    ("source_target_pairs={{0,1},{1,2},{2,0},{3,4},{4,5},{5,3}}", 3)])
+    ("source_target_pairs={{0,1},{1,2},{2,0},{3,4},{4,5},{5,3}}", 3), ("source_target_pairs={{0,0},{1,2},{2,1}}", 2),
+    ("source_target_pairs={{0,1},{1,2}}", 3)])
 def test_a_collective_begun_and_ended_in_two_fusions_counts_once(groups, size):
     (found,) = costs.read(ASYNC.replace("GROUPS", groups)).collectives
     assert (found.kind, found.group, found.count) == ("all-gather", size, 2)

@@ -314,11 +314,12 @@ def _group_size(attributes: str, partitions: int) -> int:
 
 
 def _cycle(pairs: list[tuple[str, str]]) -> int:
-    """Devices that hand something round, the first one's ring. Args: pairs of a sender and who it sends to."""
-    targets = dict(pairs)
-    first = at = pairs[0][0]
-    for count in range(1, len(pairs) + 1):
-        at = targets.get(at, first)
-        if at == first:
-            return count
-    return len(pairs)
+    """Devices that hand something round, in the longest ring. Args: pairs of a sender and who it sends to."""
+    targets, longest, seen = dict(pairs), 1, set[str]()
+    for first in targets:
+        at, count = first, 0
+        while at in targets and at not in seen:
+            seen.add(at)
+            at, count = targets[at], count + 1
+        longest = max(longest, count + (at not in targets))     # a row of devices ends with one that sends nothing
+    return longest
