@@ -100,9 +100,9 @@ def _train(argv: Sequence[str] | None, prog: str) -> int:
     config, _ = configuration.parse(parser, argv)
     check_training(config)
     from effreason import loop
-    from effreason.runtime import processes
+    from effreason.runtime import meetings
 
-    return processes.run(config.distributed, lambda: _guarded(lambda: loop.train(config)))
+    return meetings.run(config.distributed, lambda: _guarded(lambda: loop.train(config)))
 
 
 def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
@@ -116,10 +116,10 @@ def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
     models = values.models or [config.model.path]
     check_evaluation(config, models)
     from effreason import evaluation
-    from effreason.runtime import processes
+    from effreason.runtime import meetings
 
     output = Path(values.output) if values.output else None
-    return processes.run(config.distributed,
+    return meetings.run(config.distributed,
                          lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output)))
 
 

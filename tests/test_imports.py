@@ -18,6 +18,7 @@ ORDER = [
     ["runtime.parsers"],
     ["runtime.config"],
     ["runtime.processes"],
+    ["runtime.meetings"],
     ["records", "masks", "tiny", "grading"],
     ["runtime.sharding", "runtime.metrics", "runtime.progress"],
     ["lm.kernels"],

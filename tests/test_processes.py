@@ -15,7 +15,7 @@ import small_runs
 from safetensors.numpy import load_file
 
 from effreason.errors import UserError
-from effreason.runtime import last_words, processes
+from effreason.runtime import last_words, meetings, processes
 from effreason.runtime.config import DistributedConfig
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +206,7 @@ def test_one_process_decides_for_itself():
     assert processes.decided("it", lambda: marker) is marker and processes.gathered("it", lambda: marker) == [marker]
     assert processes.agreed_stop(None) is None and processes.agreed_stop(15) == 15
     processes.check_same({"a": "b"})
-    assert processes.run(DistributedConfig(), lambda: 7) == 7
+    assert meetings.run(DistributedConfig(), lambda: 7) == 7
 
 
 @pytest.mark.parametrize(("variable", "text"), [("JAX_NUM_PROCESSES", "2"), ("SLURM_STEP_NUM_TASKS", "16"),
@@ -214,7 +214,7 @@ def test_one_process_decides_for_itself():
 def test_lone_hosts_are_an_error(monkeypatch, variable, text):
     monkeypatch.setenv(variable, text)
     with pytest.raises(UserError, match=f"distributed.mode is none, but {variable} says that there are {text} proc"):
-        processes.run(DistributedConfig(), lambda: 0)
+        meetings.run(DistributedConfig(), lambda: 0)
 
 
 @pytest.mark.parametrize(("fields", "environment", "message"), [
@@ -226,18 +226,18 @@ def test_lone_hosts_are_an_error(monkeypatch, variable, text):
      "distributed.process_id is 1, but JAX_PROCESS_ID is 0"),
 ])
 def test_what_is_missing_or_said_twice_is_an_error(monkeypatch, fields, environment, message):
-    for name in processes.ENVIRONMENT.values():
+    for name in meetings.ENVIRONMENT.values():
         monkeypatch.delenv(name, raising=False)
     for name, text in environment.items():
         monkeypatch.setenv(name, text)
     with pytest.raises(UserError, match=message):
-        processes.resolve(DistributedConfig(mode="manual", **fields))
+        meetings.resolve(DistributedConfig(mode="manual", **fields))
 
 
 def test_fields_come_from_the_environment(monkeypatch):
-    for name, text in zip(processes.ENVIRONMENT.values(), ("host:8476", "4", "3"), strict=True):
+    for name, text in zip(meetings.ENVIRONMENT.values(), ("host:8476", "4", "3"), strict=True):
         monkeypatch.setenv(name, text)
-    assert processes.resolve(DistributedConfig(mode="manual", processes=4)) == {
+    assert meetings.resolve(DistributedConfig(mode="manual", processes=4)) == {
         "coordinator_address": "host:8476", "processes": 4, "process_id": 3}
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from effreason import cli
 from effreason.errors import Interrupted, UserError
 from effreason.runtime import config as configuration
-from effreason.runtime import processes, sharding
+from effreason.runtime import meetings, processes, sharding
 from effreason.runtime.interrupts import Interrupts
 
 SIGNALLED_AT = 5                    # the check before which a signal comes to process 1
@@ -137,7 +137,7 @@ def main():
         mode="manual", initialization_timeout_seconds=int(os.environ.get("INITIALIZATION", 60)),
         heartbeat_timeout_seconds=int(os.environ.get("HEARTBEAT", 5)))
     command = {"together": together, "lost": lost, "failed": failed}[scenario]
-    return cli._guarded(lambda: processes.run(settings, lambda: cli._guarded(lambda: command(*rest))))
+    return cli._guarded(lambda: meetings.run(settings, lambda: cli._guarded(lambda: command(*rest))))
 
 
 if __name__ == "__main__":

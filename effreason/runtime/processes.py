@@ -8,38 +8,26 @@ In one process all of this costs nothing and changes nothing.
 import contextlib
 import json
 import os
-import resource
 import socket
-import subprocess
 import sys
 import threading
 import time
-import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the store has no public name; orbax reaches it in the same way
 from rich.console import Console
 
 from effreason.errors import UserError
-from effreason.runtime import last_words
-from effreason.runtime.config import DistributedConfig
+from effreason.runtime.last_words import Words
 
 T = TypeVar("T")
 PREFIX = "effreason"
-ENVIRONMENT = {"coordinator_address": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES",
-               "process_id": "JAX_PROCESS_ID"}
-# Where launchers say how many they have started: to train in each of them alone is never what was meant.
-LAUNCHED = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 WAIT_MILLISECONDS = 1000            # for a value, before Python looks whether a signal has come
 POLL_SECONDS = 0.5                  # between two looks at whether a process has been told to stop
 LEAVE_SECONDS = 10.0                # that a process which has failed waits for the others to fail with it
-BROKEN_SECONDS = 20                 # beyond the heartbeat timeout, until JAX has said who is lost
-# Errors of JAX that no other process has caused.
-OWN_FAILURES = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
 def count() -> int:
@@ -118,67 +106,24 @@ def agreed_stop(received: int | None) -> int | None:
     return received if _group is None else _group.stops.reached(received)
 
 
+def enter(group: "Group") -> None:
+    """From now on this process is one of several."""
+    global _group
+    _group = group
+
+
+def leave(code: int) -> None:
+    """Parts from the others; see Group.leave."""
+    global _group
+    if _group is not None:
+        _group.leave(code)
+    _group = None
+
+
 def advise(text: str) -> None:
     """What the last line of this process is to say when another one is lost: what to do then."""
     if _group is not None:
         _group.tell(after=text)
-
-
-def run(settings: DistributedConfig, command: Callable[[], int]) -> int:
-    """Meets the other processes, runs a command and parts from them.
-
-    Returns: its exit code; where the others do not end too, the process ends here.
-    Raises: UserError where the processes are not those of the configuration."""
-    if settings.mode == "none":
-        check_alone(settings)
-        return command()
-    global _group
-    _group = _meet(settings)
-    try:
-        code = command()
-    except Exception as error:
-        # Where a collective has failed, another process is lost: JAX is about to end this one too, and to say which.
-        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN_FAILURES):
-            time.sleep(settings.heartbeat_timeout_seconds + BROKEN_SECONDS)
-        traceback.print_exc()
-        code = 1
-    _group.leave(code)
-    _group = None
-    return code
-
-
-def check_alone(settings: DistributedConfig) -> None:
-    """Raises UserError where something says that there are more processes than this one."""
-    said = {"distributed.processes": settings.processes or 1}
-    said |= {name: int(os.environ.get(name) or 1) for name in LAUNCHED if (os.environ.get(name) or "1").isdigit()}
-    for name, number in said.items():
-        if number > 1:
-            raise UserError(f"distributed.mode is none, but {name} says that there are {number} processes: each would "
-                            "train for itself; set distributed.mode to auto or manual")
-
-
-def resolve(settings: DistributedConfig) -> dict[str, Any]:
-    """Address, number of processes and number of this one, from the fields or the environment.
-
-    Raises: UserError for what is missing, or said twice and not the same."""
-    found: dict[str, Any] = {}
-    for field, variable in ENVIRONMENT.items():
-        stated, text = getattr(settings, field), os.environ.get(variable)
-        if text is not None and field != "coordinator_address" and not text.isdigit():
-            raise UserError(f"{variable} must be a whole number, got {text!r}")
-        here = text if text is None or field == "coordinator_address" else int(text)
-        if stated is not None and here is not None and stated != here:
-            raise UserError(f"distributed.{field} is {stated}, but {variable} is {here}")
-        found[field] = here if stated is None else stated
-    if settings.mode == "auto":
-        return found
-    for field, variable in ENVIRONMENT.items():
-        if found[field] is None:
-            raise UserError(f"distributed.{field} must be given where distributed.mode is manual, or {variable}")
-    if found["process_id"] >= found["processes"]:
-        raise UserError(f"distributed.process_id must be below distributed.processes, {found['processes']}, got "
-                        f"{found['process_id']}")
-    return found
 
 
 class Stops(threading.Thread):
@@ -229,7 +174,7 @@ class Group:
 
     stops: Stops
 
-    def __init__(self, client: Any, index: int, words: "Words") -> None:
+    def __init__(self, client: Any, index: int, words: Words) -> None:
         self.index, self.hosts = index, [""]
         self._client, self._words = client, words
         self._number = 0                    # of exchanges so far, the same in all processes
@@ -314,68 +259,7 @@ class Group:
         return None
 
 
-class Words:
-    """Standard error, read by a process of its own that speaks for this one when JAX aborts it: see last_words."""
-
-    def __init__(self) -> None:
-        sys.stderr.flush()
-        self._own = os.dup(2)
-        self._relay = subprocess.Popen([sys.executable, "-I", last_words.__file__], stdin=subprocess.PIPE,
-                                       stdout=subprocess.DEVNULL, stderr=self._own)
-        assert self._relay.stdin is not None
-        os.dup2(self._relay.stdin.fileno(), 2)
-        self._relay.stdin.close()
-
-    def tell(self, table: dict[str, Any]) -> None:
-        """Hands over what the last line needs to know."""
-        sys.stderr.flush()
-        os.write(2, last_words.CONTROL + json.dumps(table).encode() + b"\n")
-
-    def close(self) -> None:
-        """Standard error is itself again, when all that was written is passed on."""
-        sys.stderr.flush()
-        os.dup2(self._own, 2)
-        os.close(self._own)
-        self._relay.wait()
-
-
 _group: Group | None = None
-
-
-def _meet(settings: DistributedConfig) -> Group:
-    """Starts JAX's distributed runtime, which nothing may have touched yet. Raises: UserError."""
-    found = resolve(settings)
-    # A host that is lost would have all others write their memory to disk.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    words = Words()
-    seconds = settings.initialization_timeout_seconds
-    place = "" if settings.mode == "auto" else f", this is process {found['process_id']}; they meet at " + str(
-        found["coordinator_address"])
-    number = f" {found['processes']}" if found["processes"] else ""
-    words.tell({"missing": f"distributed: not all{number} processes were there within {seconds} s{place}"})
-    try:
-        # Orbax would ask JAX's own service for signals too, with other counts of checks than ours.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            **({} if settings.mode == "auto" else {
-                "coordinator_address": found["coordinator_address"], "num_processes": found["processes"],
-                "process_id": found["process_id"], "cluster_detection_method": "deactivate"}),
-            initialization_timeout=seconds, heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
-            shutdown_timeout_seconds=int(LEAVE_SECONDS))
-        group = Group(distributed.global_state.client, distributed.global_state.process_id, words)
-        words.tell({"after": "start all of them again"})
-        group.greet(found["processes"] or distributed.global_state.num_processes)
-        return group
-    except (ValueError, TypeError, RuntimeError, UserError) as error:       # JAX's own errors are RuntimeErrors
-        words.tell({"quiet": True})
-        with contextlib.suppress(RuntimeError):
-            jax.distributed.shutdown()
-        distributed.global_state.client = None      # or JAX would try again at exit
-        words.close()
-        if isinstance(error, UserError):
-            raise
-        reason = next(iter(str(error).splitlines()), "")
-        raise UserError(f"distributed.mode {settings.mode}: JAX cannot start: {reason}") from None
 
 
 def _on(number: int) -> str:
