@@ -157,7 +157,7 @@ def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
 
 
 def abstract_packed(config: Config, learning: Learning, *, width: int, micro_batches: int) -> Packed:
-    """Shapes and shardings of a step's packed rows, one group of them, to compile for ahead of time.
+    """Shapes and shardings of a step's packed rows, the widest group of them: the one that decides what must fit.
 
     Args: width, N; micro_batches, M, that there is room for."""
     def array(*shape: int) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ import numpy as np
 from effreason.lm.causal import zigzag
 from effreason.records import Packed, Rollouts, Rows
 
+LONG = 4096                         # positions of a row whose attention costs about as much as its products
 FIELDS = ("tokens", "targets", "positions", "segments")     # of a row; 0 in its padding
 
 
@@ -21,58 +22,81 @@ def row_width(longest: int, context: int = 1) -> int:
     return -(-longest // unit) * unit
 
 
+def row_widths(width: int, context: int = 1, alone: bool = False) -> list[int]:
+    """N, and for long rows its half and its quarter: attention in a row costs the row's square, whatever is in it."""
+    if (alone or width >= LONG) and width % (8 * context) == 0:
+        return [width, width // 2, width // 4]
+    return [width]
+
+
 def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1, context: int = 1,
          alone: bool = False) -> Packed:
     """Lays prompts and responses into rows; response b belongs to optimiser update b % U.
 
-    Each row is filled with the longest sequences that still fit (first fit, decreasing). There is room for the worst
-    case, so that all steps of a run have the same shapes; how many micro-batches hold something is data.
+    There is room for the worst case, so that all steps of a run have the same shapes; how many micro-batches hold
+    something is data.
     Args: rows, R; width, N, of at least the longest sequence; slots, T; updates, U; context, of the mesh: columns are
-        in the order that shares causal work out evenly; alone, one sequence a row, in rows of N, N / 2 and N / 4, for
-        attention that knows lengths but no segments."""
+        in the order that shares causal work out evenly; alone, one sequence a row, for attention that knows lengths but
+        no segments."""
     group_size, lengths = rollouts.tokens.shape[1], rollouts.lengths.reshape(-1)
     sizes, none = np.repeat(rollouts.prompt_lengths, group_size) + lengths, lengths.size * slots
-    shares = [np.arange(update, len(sizes), updates) for update in range(updates)]
-    widths = [size for size in (width // 4, width // 2) if alone and width % (8 * context) == 0] + [width]
-    shape = (updates, -(-max(map(len, shares)) // rows), rows)
-    places: Any = np.full((lengths.size, slots), len(widths) * math.prod(shape) * width, np.int32)
+    shares = [range(update, len(sizes), updates) for update in range(updates)]
+    widths = row_widths(width, context, alone)
+    laid = [layout(sizes, share, widths, rows, alone) for share in shares]
+    shape = (updates, -(-len(shares[0]) // rows), rows)
+    places: Any = np.full((lengths.size, slots), math.prod(shape) * sum(widths), np.int32)
     groups: list[Rows] = []
     counts: list[Any] = []
     offset = 0
-    for narrower, width in zip([0, *widths], widths, strict=False):
+    for group, width in enumerate(widths):
         table: dict[str, Any] = {name: np.zeros((*shape, width), np.int32) for name in FIELDS} | {
             "sources": np.full((*shape, width), none, np.int32)}
         flat = {name: array.reshape(updates, -1, width) for name, array in table.items()}
         column = np.argsort(zigzag(width, context))
-        count = np.zeros(updates, np.int32)
-        for update, share in enumerate(shares):
-            bins = first_fit(sizes, [int(b) for b in share if narrower < sizes[b] <= width], 0 if alone else width)
-            count[update] = -(-len(bins) // rows)
-            for row, members in enumerate(bins):
+        for update in range(updates):
+            for row, members in enumerate(laid[update][group]):
                 for name, values in _row(rollouts, members, width, slots).items():
                     flat[name][update, row, column] = values
         here = np.flatnonzero(table["sources"] < none)
         places.reshape(-1)[table["sources"].reshape(-1)[here]] = offset + here
         groups.append(Rows(**table))
-        counts.append(count)
+        counts.append(np.array([len(each[group]) // rows for each in laid], np.int32))
         offset += math.prod(shape) * width
-    return Packed(groups=tuple(groups), counts=tuple(counts), places=np.minimum(places, offset))
+    return Packed(groups=tuple(groups), counts=tuple(counts), places=places)
 
 
-def first_fit(sizes: np.ndarray, members: Iterable[int], width: int) -> list[list[int]]:
-    """Members in bins of at most `width`, each where it fits first, the largest first. Args: width, 0 = one a bin."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for member in sorted(members, key=lambda each: (-sizes[each], each)):
-        size = int(sizes[member])
-        at = next((index for index, left in enumerate(room) if left >= size), None) if width else None
-        if at is None:
-            bins.append([member])
-            room.append(width - size)
-        else:
-            bins[at].append(member)
-            room[at] -= size
-    return bins
+def layout(sizes: np.ndarray, members: Iterable[int], widths: Sequence[int], rows: int,
+           alone: bool = False) -> list[list[list[int]]]:
+    """Which members share a row: for each width its rows, some of them empty, as many as fill micro-batches.
+
+    A member goes to the narrowest width that holds it, the longest first, each where it fits first; but what room is
+    left in wider rows, which are computed anyway, is filled before narrower ones are begun.
+    Args: sizes int[B], of all sequences; widths, descending; rows, R; alone, one member a row."""
+    left = sorted(members, key=lambda member: (-int(sizes[member]), member))
+    laid = []
+    for width, narrower in zip(widths, [*widths[1:], 0], strict=True):
+        bins: list[list[int]] = []
+        room: list[int] = []
+
+        def fits(member: int, bins: list[list[int]] = bins, room: list[int] = room) -> bool:
+            size = int(sizes[member])
+            at = next((index for index, free in enumerate(room) if free >= size), None)
+            if at is not None:
+                bins[at].append(member)
+                room[at] = 0 if alone else room[at] - size
+            return at is not None
+
+        for member in [each for each in left if sizes[each] > narrower]:
+            if not fits(member):
+                bins.append([])
+                room.append(width)
+                fits(member)
+        spare = -len(bins) % rows
+        bins += [[] for _ in range(spare)]
+        room += [width] * spare
+        left = [each for each in left if sizes[each] <= narrower and not fits(each)]
+        laid.append(bins)
+    return laid
 
 
 def in_line(values: np.ndarray, slots: int) -> np.ndarray:

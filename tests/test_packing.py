@@ -121,6 +121,31 @@ def test_ragged_responses_fill_their_rows():
     assert packing.fill(packing.pack(rollouts_of([20] * 16, lengths), **settings, alone=True)) > 0.45
 
 
+def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
+    assert packing.row_widths(32_768) == [32_768, 16_384, 8_192] and packing.row_widths(2_048) == [2_048]
+    assert packing.row_widths(320, alone=True) == [320, 160, 80]
+    sizes = np.array([30, 12, 11, 9, 7, 5, 3, 3, 2])
+    # 30 takes a row of 32 and the second row of the micro-batch is computed with it: 12, 11, 9 fill it, 2 the first.
+    # 7 and 5 then stand in rows of 8, one more of which takes the 3s.
+    assert packing.layout(sizes, range(9), [32, 16, 8], rows=2) == [
+        [[0, 8], [1, 2, 3]], [], [[4], [5, 6], [7], []]]
+    assert packing.layout(sizes[4:], range(5), [32, 16, 8], rows=2) == [[], [], [[0], [1, 2], [3, 4], []]]
+    assert packing.layout(sizes, range(9), [32, 16, 8], rows=2, alone=True) == [
+        [[0], [1]], [[2], [3]], [[4], [5], [6], [7], [8], []]]
+
+
+def test_ragged_reasoning_fills_few_wide_rows():
+    # 128 responses around 5,000 tokens on 16 rows of 32k: two micro-batches of 0.5M positions in rows of one width.
+    sizes = np.random.default_rng(0).exponential(4_700, 128).clip(200, 32_000).astype(int)
+    laid = packing.layout(sizes, range(128), packing.row_widths(32_768), rows=16)
+    computed = sum(len(bins) * width for bins, width in zip(laid, packing.row_widths(32_768), strict=True))
+    assert sizes.sum() < computed < 1.35 * sizes.sum() and len(laid[0]) == 16
+    members = sorted(member for bins in laid for each in bins for member in each)
+    assert members == list(range(128))
+    assert all(sizes[each].sum() <= width for bins, width in zip(laid, packing.row_widths(32_768), strict=True)
+               for each in bins)
+
+
 def test_values_in_line():
     values = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
     np.testing.assert_array_equal(packing.in_line(values, 4), np.pad(values.reshape(4, 3), ((0, 0), (0, 1))))

@@ -64,13 +64,12 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
     sizes = drawn + prompt_tokens
     context = config.mesh.context
     widest = packing.row_width(config.data.max_prompt_tokens + settings.max_new_tokens, context)
-    widths = [size for size in (widest // 4, widest // 2) if alone and widest % (8 * context) == 0] + [widest]
+    widths = packing.row_widths(widest, context, alone)
+    laid = [packing.layout(sizes, range(first, len(sizes), update.updates_per_batch), widths,
+                           update.rows_per_micro_batch, alone) for first in range(update.updates_per_batch)]
     count = pairs = 0.0
-    for narrower, width in zip([0, *widths], widths, strict=False):
-        laid = [packing.first_fit(sizes, [at for at in range(first, len(sizes), update.updates_per_batch)
-                                          if narrower < sizes[at] <= width], 0 if alone else width)
-                for first in range(update.updates_per_batch)]
-        needed = max(-(-len(bins) // update.rows_per_micro_batch) for bins in laid)
+    for group, width in enumerate(widths):
+        needed = max(len(bins[group]) for bins in laid) / update.rows_per_micro_batch
         count, pairs = count + needed * width / widest, pairs + needed * (width / widest) ** 2
     computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
     room = -(-len(range(0, len(sizes), update.updates_per_batch)) // update.rows_per_micro_batch)
