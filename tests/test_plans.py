@@ -331,8 +331,10 @@ def test_a_roofline_waits_for_the_slowest():
 # TPUs, without one
 
 
-def test_a_tpu_slice_of_several_hosts(model):
+def test_a_tpu_slice_of_several_hosts(tmp_path):
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; pip install effreason[tpu]")
+    model = str(tmp_path)               # heads that Splash and the paged kernel take
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"head_dim": 128}))
     program = f"""
 import sys
 from effreason import cli
@@ -343,6 +345,10 @@ sys.exit(cli.main(["plan", "--model.path", {model!r}, *{FLAGS!r}, "--model.dtype
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
-    assert table["fits"] and table["chip_count"] == 16 and table["functions"]["gradients"]["flops"] > 0
+    assert table["fits"] and table["chip_count"] == 16 and table["mesh"]["fsdp"] == 16
+    # Of a layer's attention alone, below the diagonal, so many: the kernel's are among them.
+    rows, updates = table["row_positions"], table["micro_batches"]
+    assert table["functions"]["gradients"]["flops"] > 2 * updates * 11 * 2 * rows**2 / 2 * 4 * 128
+    assert 0 < table["functions"]["decode"]["bytes"] < 1e8
     # Nothing of libtpu's own: only the progress.
     assert all(line.startswith("[") for line in done.stderr.splitlines())

@@ -41,6 +41,7 @@ class Function:
     cost: Cost | None               # of one call, without kernels; None: it is too large to be compiled
     source: str                     # compiled | analytic
     live_share: float = 1.0         # of the cache's positions, that a decode step reads
+    pair_share: float = 1.0         # of the pairs of rows as wide as those it was compiled with: some are narrower
 
     @property
     def hbm_bytes(self) -> float:
@@ -50,7 +51,7 @@ class Function:
     @property
     def whole_cost(self) -> Cost | None:
         """The cost of one call with that of its kernels."""
-        return None if self.cost is None else with_kernels(self.cost, self.live_share)
+        return None if self.cost is None else with_kernels(self.cost, self.live_share, self.pair_share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,17 +98,17 @@ def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float,
     return times[limit], limit
 
 
-def kernel_cost(kernel: Kernel, live_share: float) -> Cost:
+def kernel_cost(kernel: Kernel, live_share: float, pair_share: float = 1.0) -> Cost:
     """What one call of a kernel costs, by its shapes: XLA says nothing of it.
 
     Splash leaves out the blocks above the diagonal, whatever the segments; its backward pass computes the scores again
     in each of its two kernels. Paged attention fetches what is live of the cache.
-    Args: live_share, of the cache's positions."""
+    Args: live_share, of the cache's positions; pair_share, of the pairs of a row, on the mean over narrower ones."""
     path, operands = kernel.name, kernel.operands
     if "splash" in path:
         query, key = [array for array in operands if len(array.dimensions) >= 3 and array.dtype in ("bf16", "f32")][:2]
         products = 4 if "dkv" in path else 3 if "dq" in path else 2
-        pairs = math.prod(query.dimensions[:-1]) * key.dimensions[-2] / 2
+        pairs = math.prod(query.dimensions[:-1]) * key.dimensions[-2] / 2 * pair_share
         return Cost(flops=2.0 * products * pairs * query.dimensions[-1], bytes=kernel.bytes)
     if "paged_attention" in path:
         cache = [array for array in operands if len(array.dimensions) == 4][-2:]
@@ -122,9 +123,9 @@ def kernel_cost(kernel: Kernel, live_share: float) -> Cost:
     return Cost(bytes=kernel.bytes)
 
 
-def with_kernels(cost: Cost, live_share: float = 1.0) -> Cost:
+def with_kernels(cost: Cost, live_share: float = 1.0, pair_share: float = 1.0) -> Cost:
     """The cost with that of the kernels put in."""
-    known = costs.total(kernel_cost(each, live_share) * each.count for each in cost.kernels)
+    known = costs.total(kernel_cost(each, live_share, pair_share) * each.count for each in cost.kernels)
     return dataclasses.replace(cost, kernels=(), flops=cost.flops + known.flops, bytes=cost.bytes + known.bytes)
 
 

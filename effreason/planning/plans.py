@@ -113,7 +113,8 @@ def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, ta
         found = programs.compile_program(program, mesh)
         functions[program.name] = Function(
             name=program.name, per=program.per, calls=program.calls, own_bytes=found.own_bytes,
-            beside_bytes=program.beside_bytes, cost=found.cost, source="compiled", live_share=live_share)
+            beside_bytes=program.beside_bytes, cost=found.cost, source="compiled", live_share=live_share,
+            pair_share=workload.pair_batches / workload.micro_batches)
         if give_up and not fits(functions[program.name], target):
             break
     return {program.name: functions[program.name] for program in chosen if program.name in functions}

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from effreason import engine
@@ -60,7 +61,12 @@ def make_mesh(config: Config, target: Target) -> Mesh:
                             f"{target.chips}; set XLA_FLAGS=--xla_force_host_platform_device_count={target.chips}")
     else:
         devices = _described(target)
-    return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    types = (AxisType.Auto,) * len(shape)
+    try:
+        return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:         # an axis of the mesh is no product of axes of the torus: a part of one
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(arranged, sharding.MESH_AXES, axis_types=types)
 
 
 def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
