@@ -120,7 +120,7 @@ def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
 
     output = Path(values.output) if values.output else None
     return meetings.run(config.distributed,
-                         lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output)))
+                        lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output)))
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
