@@ -106,9 +106,10 @@ def flops(config: DecoderConfig, batch: Batch) -> float:
 
 
 def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str, dtype: str = "float32") -> Config:
-    """The configuration of the step, as a run would have it."""
+    """The configuration of the step, as a run would have it: where nothing is computed again, no scores either."""
     prompts, samples = batch.correct.shape
     made = Config()
+    tile = config.vocabulary if remat == "none" else made.update.vocabulary_tile
     return dataclasses.replace(
         made, model=dataclasses.replace(made.model, dtype=dtype, remat=remat),
         data=dataclasses.replace(made.data, max_prompt_tokens=batch.prompts.shape[1]),
@@ -117,7 +118,8 @@ def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str, dtyp
         reward=dataclasses.replace(made.reward, alpha=0.0),
         kl=dataclasses.replace(made.kl, form="loss", coefficient=KL),
         update=dataclasses.replace(made.update, learning_rate=RATE, beta1=BETAS[0], beta2=BETAS[1], warmup_updates=0,
-                                   clip_ratio=CLIP, max_grad_norm=NORM, rows_per_micro_batch=rows))
+                                   clip_ratio=CLIP, max_grad_norm=NORM, rows_per_micro_batch=rows,
+                                   vocabulary_tile=tile))
 
 
 def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, remat: str, dtype: str = "float32",

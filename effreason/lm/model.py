@@ -135,8 +135,10 @@ class Decoder(nn.Module):
         x = constrain(embedding.astype(c.dtype)[tokens], "batch", "sequence", "width")
         policy = REMAT[c.remat]
         block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
+        # A loop would copy all that is kept for the backward pass into stacks, and out of them again.
+        unroll = c.layers if policy is None else 1
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                         length=c.layers, metadata_params={nn.PARTITION_NAME: "layers"})
+                         length=c.layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"})
         x, _ = layers(c, name="layers")(x, _rope(c, positions), segments)
         norm: Any = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
                           (c.width,), jnp.float32)

@@ -50,7 +50,7 @@ class ModelConfig(Section):
     auto = the best one that fits device and model."""
     remat: Literal["full", "attention", "none"] = "full"
     """What the backward pass computes once more to save memory: each layer in full, all of it but its attention, or
-    none of it; full costs about a third more time than none."""
+    none of it, for small models. full costs about a third more time than none."""
 
 
 @dataclasses.dataclass(frozen=True)
