@@ -79,7 +79,7 @@ class Generation:
         self._smallest, self._loops = smallest, loops
         self._compiled_before = programs.compiled()
         check(requests, positions)
-        self._most = None if positions is None else _whole_units(positions)
+        self._most = None if positions is None else cache_positions(positions)
         self._queue = collections.deque(in_order(requests))
         self._slots: list[_Running | None] = [None] * _slot_count(slots, len(self._queue), programs.shards)
         self._library = Library(self._queue, self._most, len(self._slots))
@@ -278,7 +278,7 @@ class Generation:
         self._halted = np.array([self._halted[slot] for slots in chosen for slot in slots])
 
 
-def _whole_units(positions: int) -> int:
+def cache_positions(positions: int) -> int:
     """As many positions or a few more: a multiple that divides evenly whatever reads or splits the cache."""
     unit = 64 if positions <= 1024 else 512
     return -(-positions // unit) * unit

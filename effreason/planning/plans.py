@@ -15,9 +15,10 @@ from effreason.planning import analytic, estimates, programs, workloads
 from effreason.planning.chips import Target
 from effreason.planning.estimates import Efficiency, Function, Machine, Run
 from effreason.planning.workloads import Workload
-from effreason.rollouts import SMALLEST
+from effreason.rollouts import SMALLEST, cache_positions
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
+from effreason.sampling import memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
     mesh: Any = programs.make_mesh(config, target) if compiled else AbstractMesh(shape, sharding.MESH_AXES)
     engine.check_divisible(config, decoder, mesh)
     slots = programs.slot_count(config, decoder, target, mesh)
-    capacity = programs.cache_positions(config)
+    capacity = cache_positions(memory.positions(config))
     attention: str = config.model.attention
     if attention == "auto":
         width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])

@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-from effreason import engine
+from effreason import engine, rollouts
 from effreason.errors import UserError
 from effreason.lm import attention, model
 from effreason.planning import costs, shapes
@@ -61,12 +60,7 @@ def make_mesh(config: Config, target: Target) -> Mesh:
                             f"{target.chips}; set XLA_FLAGS=--xla_force_host_platform_device_count={target.chips}")
     else:
         devices = _described(target)
-    types = (AxisType.Auto,) * len(shape)
-    try:
-        return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=types, devices=devices)
-    except NotImplementedError:         # an axis of the mesh is no product of axes of the torus: a part of one
-        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(arranged, sharding.MESH_AXES, axis_types=types)
+    return sharding.arranged(shape, devices)
 
 
 def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
@@ -119,7 +113,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
 
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=cache_layout(
         config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])), mesh)
-    capacity = cache_positions(config)
+    capacity = rollouts.cache_positions(memory.positions(config))
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots_count, requests.READ_ROWS, requests.READ_TOKENS // width), 1)
 
@@ -180,12 +174,6 @@ def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, co
         raise UserError(f"rollout.cache_layout {wanted} does not fit: {reason}")
     return wanted
 
-
-def cache_positions(config: Config) -> int:
-    """Cache positions of the longest sequences, as the engine rounds them."""
-    positions = memory.positions(config)
-    unit = 64 if positions <= 1024 else 512
-    return -(-positions // unit) * unit
 
 
 def device_bytes(tree: Any) -> float:

@@ -7,11 +7,13 @@ them. A name that is not in the table is a KeyError, so a misspelt axis never me
 import functools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effreason.errors import UserError
@@ -52,7 +54,17 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -
     if data * others != count:
         raise UserError(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} x context {context} = {data * others}, "
                         f"expected {count}, the number of devices")
-    return jax.make_mesh((data, fsdp, tensor, context), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return arranged((data, fsdp, tensor, context), jax.devices())
+
+
+def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
+    """A mesh of these devices, or descriptions of devices, neighbours on the chips' network being neighbours in it."""
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:         # an axis of the mesh is no product of axes of the torus: a part of one
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, MESH_AXES, axis_types=types)
 
 
 def use_compilation_cache() -> None:
