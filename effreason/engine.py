@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from effreason import advantages, checkpoints, packing, rewards, rollouts, update
+from effreason import advantages, checkpoints, masks, packing, rewards, rollouts, update
 from effreason.errors import UserError
 from effreason.lm import causal, hf, model
 from effreason.records import Experience, Packed, Rollouts, Rows
@@ -76,7 +76,7 @@ def credit(correct: jax.Array, lengths: jax.Array, sampled: jax.Array, old: jax.
     advantage = advantages.leave_one_out(reward)
     if config.advantage.group_std:
         advantage = advantages.group_std(advantage, reward)
-    mask = jnp.arange(old.shape[1])[None, :] < lengths.reshape(-1, 1)
+    mask = masks.response_mask(lengths.reshape(-1), old.shape[1])
     token_advantages = jnp.where(mask, advantage.reshape(-1, 1), 0.0)
     drift = jnp.where(mask, old - reference, 0.0)
     if config.kl.form == "reward":
@@ -123,7 +123,8 @@ def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     check_divisible(config, decoder, mesh)
     context, slots = mesh.shape["context"], config.rollout.max_new_tokens
     width = packing.row_width((longest_prompt or config.data.max_prompt_tokens) + slots, context)
-    decoder = dataclasses.replace(decoder, attention=choose_attention(config, decoder, mesh, width))
+    decoder = dataclasses.replace(decoder, attention=choose_attention(
+        config, decoder, width, platform=mesh.devices.flat[0].platform, context=context))
     loss = update.LossConfig(
         clip_ratio=learning.clip_ratio, temperature=config.rollout.temperature,
         kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
@@ -181,12 +182,13 @@ def abstract_experience(packed: Packed) -> tuple[Experience, ...]:
     return tuple(of_group(rows) for rows in packed.groups)
 
 
-def choose_attention(config: Config, decoder: model.DecoderConfig, mesh: Mesh, width: int) -> str:
+def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *, platform: str, context: int) -> str:
     """The attention of the training passes: model.attention, or the best one that fits.
 
-    Args: width, positions of a row. Raises: UserError where it does not fit."""
-    platform, chosen = mesh.devices.flat[0].platform, config.model.attention
-    facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=mesh.shape["context"])
+    Args: width, positions of a row; platform, of a device; context, shards of a row.
+    Raises: UserError where it does not fit."""
+    chosen = config.model.attention
+    facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=context)
     if chosen == "auto":
         return causal.choose_attention(platform, **facts)
     if reason := causal.misfit(chosen, platform, **facts):

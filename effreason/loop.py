@@ -35,7 +35,9 @@ from effreason.sampling import memory
 # What may differ between a run and its continuation: nothing that decides a token or a weight, but for rounding.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
              "grade.wall_seconds", "grade.memory_mb", "grade.step_budget_seconds", "evaluation.every", "distributed.",
-             "rollout.max_mismatch", "rollout.slots", "rollout.memory_gib", "rollout.chunk", "rollout.cache_layout")
+             "rollout.max_mismatch", "rollout.slots", "rollout.memory_gib", "rollout.chunk", "rollout.cache_layout",
+             "model.remat", "model.attention", "update.rows_per_micro_batch", "update.vocabulary_tile",
+             "update.offload_optimizer", "kl.offload_reference", "mesh.")
 
 
 def train(config: Config) -> None:
@@ -43,14 +45,15 @@ def train(config: Config) -> None:
 
     Raises: UserError for bad input; Interrupted, with the state saved, on SIGTERM or Ctrl-C."""
     started = time.monotonic()
+    processes.check_same(configuration.facts(config))       # what differs would be asked for in other ways
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
+        processes.check_same(in_common(inputs))
         sampler = memory.describe(config, inputs.pretrained.decoder, mesh, memory.training(config))
         for line in [*inputs.notes, sampler, *warnings(config)]:    # before the weights: there may be something to mend
             say(line, processes.console())
-        processes.check_same(configuration.facts(config) | in_common(inputs))
         # A resumed run takes the very weights it began with, wherever the branch has moved since.
         config = dataclasses.replace(config, model=dataclasses.replace(
             config.model, revision=inputs.pretrained.revision))
@@ -85,6 +88,7 @@ def train(config: Config) -> None:
                     facts = origin(inputs) | {"wall_seconds": time.monotonic() - started, "lengths": lengths}
                     saved.save(step, state, facts=facts)
                     export(state.params, step, config, inputs, directory / "model", base)
+                    processes.decided("saved", lambda: None)        # none ends while process 0 still writes
 
                 base = None
                 lengths = {int(uid): tokens for uid, tokens in facts.get("lengths", {}).items()}

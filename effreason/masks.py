@@ -1,22 +1,19 @@
-"""Which positions of a row are response tokens.
+"""Which positions are response tokens.
 
 Masks come from where a response ended, never from `tokens != pad`: many tokenizers pad with EOS, or with a token that a
-response may hold. B rows, N token positions of a row.
+response may hold. B responses, T response tokens at most.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def response_mask(prompt_lengths: jax.Array, lengths: jax.Array, positions: int) -> jax.Array:
-    """Marks the response tokens of rows that hold a prompt, its response and then padding.
+def response_mask(lengths: jax.Array, positions: int) -> jax.Array:
+    """Marks the tokens of responses that are padded on the right.
 
-    Args: prompt_lengths int32[B]; lengths int32[B], response tokens through EOS; positions N, static under jit.
-    Returns: bool[B, N], True through EOS; a response that does not fit into N is cut at N.
-    """
-    start = prompt_lengths[:, None]
-    position = jnp.arange(positions, dtype=jnp.int32)[None, :]
-    return (start <= position) & (position < start + lengths[:, None])
+    Args: lengths int32[B], tokens through EOS; positions T, static under jit.
+    Returns: bool[B, T], True through EOS; a response that does not fit into T is cut at T."""
+    return jnp.arange(positions, dtype=jnp.int32)[None, :] < lengths[:, None]
 
 
 def padded_length(length: int, smallest: int = 64) -> int:

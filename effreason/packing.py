@@ -18,7 +18,10 @@ FIELDS = ("tokens", "targets", "positions", "segments")     # of a row; 0 in its
 
 def row_width(longest: int, context: int = 1) -> int:
     """N for sequences of at most so many positions, rounded up for kernels and for the context axis twice."""
-    unit = math.lcm(32, 2 * context) if longest <= 1024 else 512 * context
+    if longest < LONG:
+        unit = math.lcm(32, 2 * context) if longest <= 1024 else 512 * context
+    else:
+        unit = 2048 * context           # so that its quarter is one, too
     return -(-longest // unit) * unit
 
 
@@ -139,7 +142,7 @@ def line(sequences: Iterable[np.ndarray], width: int) -> dict[str, np.ndarray]:
 
 
 def one_a_row(sequences: Sequence[np.ndarray]) -> Rows:
-    """Sequences int32[...] in a row each, [R, N], to be scored outside of training."""
+    """Sequences int32[...] in a row each, [R, N], to be scored outside of training; their sources say nothing."""
     width = max(map(len, sequences))
     lines = [line([sequence], width) for sequence in sequences]
     table: dict[str, Any] = {name: np.stack([each[name] for each in lines]) for name in lines[0]}

@@ -85,7 +85,7 @@ class Rows:
 class Packed:
     """A step's responses as rows: U optimiser updates, M micro-batches of R rows.
 
-    Rows of one group have one width; there are several groups where rows hold one sequence each."""
+    Rows of one group have one width; there are several groups where rows are long, or hold one sequence each."""
 
     groups: tuple[Rows, ...]        # [U, M, R, N]
     counts: tuple[jax.Array, ...]   # int32[U] for each group: micro-batches that hold something

@@ -334,7 +334,9 @@ def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_pat
     loop.write_config(first, loop.open_run(first))
     changed = small_runs.config(world, tmp_path / "run", **{
         "run.resume": True, "run.steps": 9, "checkpoint.every": 1, "checkpoint.keep": 5, "grade.workers": 2,
-        "grade.step_budget_seconds": 60.0, "log.samples_per_step": 0, "evaluation.every": 2})
+        "grade.step_budget_seconds": 60.0, "log.samples_per_step": 0, "evaluation.every": 2, "model.remat": "full",
+        "update.rows_per_micro_batch": 16, "update.vocabulary_tile": 8, "update.offload_optimizer": True,
+        "kl.offload_reference": True, "mesh.fsdp": 2})
     loop.write_config(changed, loop.open_run(changed))
     written = configuration.load(tmp_path / "run" / "config.yaml")
     assert written == dataclasses.replace(changed, run=dataclasses.replace(changed.run, resume=False))

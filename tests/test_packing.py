@@ -100,7 +100,7 @@ def test_places_find_what_sources_laid_out(context, alone):
 
 @pytest.mark.parametrize(("longest", "context", "width"), [
     (64, 1, 64), (65, 1, 96), (96, 8, 96), (65, 64, 128), (1024, 1, 1024), (1025, 1, 1536), (32_512, 4, 32_768),
-    (32_512, 8, 32_768), (32_512, 16, 32_768), (5_000, 8, 8_192)])
+    (32_512, 8, 32_768), (32_512, 16, 32_768), (5_000, 8, 16_384), (4_095, 1, 4_096), (4_097, 1, 6_144)])
 def test_the_width_of_rows(longest, context, width):
     assert packing.row_width(longest, context) == width
 

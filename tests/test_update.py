@@ -15,7 +15,6 @@ from decoders import QWEN2, QWEN3, VOCABULARY, mesh, place, weights
 
 from effreason import engine, loop, packing, update
 from effreason.lm import causal, model
-from effreason.masks import response_mask
 from effreason.records import Experience, Rollouts, Rows
 from effreason.runtime import sharding
 from effreason.runtime.config import (
@@ -45,7 +44,8 @@ def table(positions=24):
         return np.pad(x, ((0, 0), (0, positions - real)), constant_values=fill)
 
     tokens = generator.integers(0, VOCABULARY, (ROWS, real)).astype(np.int32)
-    mask = np.asarray(response_mask(np.array(PROMPTS), np.array(LENGTHS), real))
+    starts, at = np.array(PROMPTS)[:, None], np.arange(real)
+    mask = (starts <= at) & (at < starts + np.array(LENGTHS)[:, None])
     logprobs = np.asarray(score_naively(QWEN2, weights(QWEN2), tokens, LOSS.temperature)[0])
     old, reference = (logprobs + generator.normal(0, 0.2, mask.shape).astype(np.float32) for _ in range(2))
     advantages = np.where(mask, generator.standard_normal(mask.shape), 0).astype(np.float32)

@@ -28,7 +28,8 @@ NonNegative = Annotated[float, Bound(">= 0 and finite", lambda x: 0 <= x < math.
 Fraction = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]
 Share = Annotated[float, Bound("in (0, 1]", lambda x: 0 < x <= 1)]
 Closed = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
-Address = Annotated[str, Bound("host:port", lambda text: re.fullmatch(r"\S+:\d{1,5}", text) is not None)]
+Address = Annotated[str, Bound("host:port, port in [1, 65535]", lambda text: (
+    match := re.fullmatch(r"\S+:([0-9]{1,5})", text)) is not None and 1 <= int(match[1]) <= 65535)]
 HeartbeatSeconds = Annotated[int, Bound("in [5, 3600]", lambda n: 5 <= n <= 3600)]
 Template = Annotated[str, Bound('holding "{problem}"', lambda text: "{problem}" in text)]
 
@@ -49,8 +50,8 @@ class ModelConfig(Section):
     gives each sequence a row of its own; blockwise, anywhere and in little memory; xla, anywhere, for short rows.
     auto = the best one that fits device and model."""
     remat: Literal["full", "attention", "none"] = "full"
-    """What the backward pass computes once more to save memory: each layer in full, all of it but its attention, or
-    none of it, for small models. full costs about a third more time than none."""
+    """What the backward pass computes once more to save memory: each layer in full, all of it but its attention (with
+    cudnn the same as full), or none of it, for small models. full costs about a third more time than none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,8 +226,9 @@ class UpdateConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Loss: mean over all response tokens of an update, or over responses of the mean over each one's tokens."""
     rows_per_micro_batch: Count = 8
-    """Rows in one forward and backward pass: memory against speed, the loss stays the same. A row is as wide as the
-    step's longest sequence, and holds as many sequences as fit into it."""
+    """Rows in one forward and backward pass, a multiple of mesh.data x mesh.fsdp: memory against speed, the loss stays
+    the same. A row is as wide as the longest sequence a run can have, and holds as many sequences as fit into it; rows
+    of 4,096 positions and more come in halves and quarters too."""
     vocabulary_tile: Count = 2048
     """Entries of the vocabulary whose log-probs are held at a time, for all positions of a micro-batch: memory against
     speed. As many as the vocabulary has, or more: all of them, and the backward pass need not compute them again."""
