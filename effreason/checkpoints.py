@@ -17,6 +17,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from effreason.errors import UserError
+from effreason.runtime import processes
 
 
 class Checkpoints:
@@ -48,7 +49,7 @@ class Checkpoints:
 
         Args: facts, what belongs to the state and is no array: a table that JSON can hold.
         Raises: UserError when it cannot be written; the checkpoints before it are whole."""
-        if self.latest == step:
+        if processes.decided("newest checkpoint", lambda: self.latest) == step:
             return
         try:
             with _quiet():

@@ -15,6 +15,7 @@ from effreason.attempts import Watch, attempt, mean_lengths, unmatched
 from effreason.engine import check_model, make_sampler
 from effreason.errors import UserError
 from effreason.grades import Grader
+from effreason.inputs import model_fingerprint
 from effreason.lm import hf, hub, model
 from effreason.problems import templates
 from effreason.records import Evaluation, LevelResult, Problem, Rollouts
@@ -143,6 +144,7 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
     pretrained, template = opened.pretrained, opened.template
     problems, notes = prompts.load_held_out(config, pretrained.tokenizer, template,
                                             functools.partial(unmatched, grader))
+    processes.check_same({"the problems of evaluation.path": prompts.fingerprint(problems)[:12]})
     rendered = templates.display(templates.render(pretrained.tokenizer, template, problems[0].text))
     dated = [template.note] if template.note else []
     sampler_note = memory.describe(config, pretrained.decoder, mesh, memory.EVALUATION)
@@ -155,6 +157,8 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
 
 def evaluate_models(config: Config, models: Sequence[str], output: Path | None) -> None:
     """Evaluates each model on the same problems; prints a table and writes output/results.json where asked."""
+    processes.check_same(configuration.facts(config) | {
+        "the version of JAX": jax.__version__, "models": " ".join(models)})
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     console, results, said = processes.console(), {}, set[str]()
@@ -168,8 +172,8 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None) 
     opened = {path: open_model(config, path, config.model.revision if path == of_revision else None, mesh)
               for path in models}
     check_alike(list(opened.values()), config)
-    processes.check_same(configuration.facts(config) | {
-        f"the template of {path}": each.template.sha256 for path, each in opened.items()})
+    processes.check_same({f"the model {path}": model_fingerprint(each.pretrained) for path, each in opened.items()} | {
+        f"the template of {path}": each.template.sha256[:12] for path, each in opened.items()})
     with Interrupts() as interrupts, make_grader(config) as grader:
         for path in models:
             with console.status("") as status:

@@ -3,7 +3,7 @@
 #
 #   RUN=runs/r1 launch/single_node.sh [--section.field VALUE ...]
 #
-# The same command begins a run and goes on with it.
+# The same command begins a run and goes on with it, as RUN/config.yaml has it.
 set -euo pipefail
 
 CONFIG=${CONFIG:-configs/r1_distill_1p5b.yaml}
@@ -16,7 +16,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 
 resume=false
 if [[ -e $RUN/config.yaml ]]; then
-    resume=true
+    resume=true CONFIG=$RUN/config.yaml     # as it began, whatever the recipe says by now
 fi
 exec "$EFFREASON" train --config "$CONFIG" --mesh.data 1 --mesh.fsdp "$GPUS" --mesh.tensor 1 \
     --update.rows_per_micro_batch "$GPUS" --run.directory "$RUN" --run.resume "$resume" "$@"

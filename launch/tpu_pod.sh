@@ -56,12 +56,15 @@ install)
 train)
     # Decided here, once: all hosts must say the same.
     found=$(on 0 "$mount; test ! -e ~/shared/runs/$NAME/config.yaml || echo a run")
-    resume=$([[ $found == *"a run"* ]] && echo true || echo false)
+    resume=false recipe=$(printf %q "$CONFIG")
+    if [[ $found == *"a run"* ]]; then
+        # shellcheck disable=SC2088  # ~ is the host's
+        resume=true recipe="~/shared/runs/$NAME/config.yaml"    # as it began, whatever the recipe says by now
+    fi
     # JAX finds the other hosts of a slice by itself; any other number of them than this is an error.
-    arguments=$(printf '%q ' --config "$CONFIG" --distributed.mode auto --distributed.processes "$HOSTS" \
-        --run.resume "$resume" "$@")
+    arguments=$(printf '%q ' --distributed.mode auto --distributed.processes "$HOSTS" --run.resume "$resume" "$@")
     # shellcheck disable=SC2088  # ~ is the host's
-    on all "$mount; set -- $arguments --run.directory ~/shared/runs/$NAME; $TRAIN"
+    on all "$mount; set -- --config $recipe $arguments --run.directory ~/shared/runs/$NAME; $TRAIN"
     ;;
 log)
     on 0 'tail -n 100 -f ~/effreason.log'

@@ -33,8 +33,9 @@ ORDER = [
     ["rewards", "advantages", "grades", "prompts", "packing", "logprobs"],
     ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts"],
     ["engine", "attempts", "parity", "generation", "unfinished"],
+    ["inputs"],
     ["evaluation", "report", "runtime.plan", "outputs"],
-    ["inputs", "completions"],
+    ["completions"],
     ["exports"],
     ["loop", "replays", "planning"],
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer

@@ -1,5 +1,6 @@
 """The launch scripts, run against stand-ins for what they call: what they ask of `effreason` is what it understands."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from effreason.runtime import config as configuration
-from effreason.runtime import processes
+from effreason.runtime import meetings
 from effreason.runtime.config import Config
 from effreason.runtime.settings import all_settings, sections
 
@@ -33,7 +34,7 @@ sys.exit(cli.main([*sys.argv[1:], "--print_config"]))
 MEET = f"""#!{sys.executable}
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-from effreason.runtime import config, parsers, processes
+from effreason.runtime import config, meetings, parsers, processes
 made, _ = config.parse(parsers.parser(config.Config, "meet"), sys.argv[2:])
 
 def command():
@@ -42,7 +43,7 @@ def command():
     print(json.dumps(processes.gathered("devices", lambda: found)), flush=True)
     return 0
 
-sys.exit(processes.run(made.distributed, command))
+sys.exit(meetings.run(made.distributed, command))
 """
 # What srun does on one machine: every task with its number, behind the options of srun itself.
 SRUN = """#!/usr/bin/env bash
@@ -92,6 +93,20 @@ def parsed(output, tmp_path):
     return configuration.load(path)
 
 
+def begun(config, run):
+    """Leaves what a run writes down at its beginning, with the commit its model had then and a seed no recipe has."""
+    run.mkdir(parents=True, exist_ok=True)
+    configuration.save(dataclasses.replace(
+        config, model=dataclasses.replace(config.model, revision="5eed" * 10),
+        run=dataclasses.replace(config.run, seed=77, resume=False)), run / "config.yaml")
+
+
+def goes_on(config, run):
+    """Whether a configuration resumes that run, and not the recipe as it may be by now."""
+    return (config.run.resume, config.run.directory, config.run.seed, config.model.revision) == (
+        True, str(run), 77, "5eed" * 10)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_setting_that_is_named_exists(path):
     text = path.read_text(encoding="utf-8").replace("[--section.field VALUE ...]", "")
@@ -126,9 +141,8 @@ def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path):
     assert config.mesh == configuration.MeshConfig(data=1, fsdp=4)
     assert config.run.directory == str(run) and not config.run.resume
     assert config.model.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-    run.mkdir()
-    (run / "config.yaml").touch()
-    assert launch().run.resume
+    begun(config, run)
+    assert goes_on(launch(), run)
 
 
 def slurm(tmp_path, port=29999):
@@ -147,6 +161,17 @@ def test_the_tasks_of_a_slurm_job_meet(stand_ins, tmp_path):
     expected = [{"process": process, "devices": 4, "local": 2} for process in range(2)]
     assert [json.loads(line) for line in done.stdout.splitlines()] == [expected, expected]
     assert not (tmp_path / "requeued").exists()
+
+
+def test_a_slurm_job_goes_on_with_its_run(stand_ins, tmp_path):
+    environment, commands = slurm(tmp_path), {"effreason": PRINT, "srun": SRUN, "scontrol": SCONTROL}
+    config = configuration.load(ROOT / "configs" / "tiny.yaml")
+    run = Path(environment["RUN"])
+    begun(config, run)
+    done = stand_ins([SCRIPTS[1]], commands, **environment | {"SLURM_NNODES": "1"})
+    assert done.returncode == 0, done.stderr
+    found = parsed(done.stdout, tmp_path)
+    assert goes_on(found, run) and found.model.path == config.model.path
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(143, "requeue 77\n"), (2, None)])
@@ -195,6 +220,9 @@ def test_a_pod_knows_which_process_it_is(stand_ins, tmp_path, monkeypatch):
     done = stand_ins(container["command"], {"effreason": PRINT}, **environment)
     assert done.returncode == 0, done.stderr
     config = parsed(done.stdout, tmp_path)
+    run = Path(environment["RUN"])
+    begun(config, run)
+    assert goes_on(parsed(stand_ins(container["command"], {}, **environment).stdout, tmp_path), run)
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]
     assert config.mesh == configuration.MeshConfig(data=-1, fsdp=gpus) and not config.run.resume
     assert config.update.rows_per_micro_batch == 2 * gpus
@@ -202,7 +230,7 @@ def test_a_pod_knows_which_process_it_is(stand_ins, tmp_path, monkeypatch):
         if name.startswith("JAX_"):
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    assert processes.resolve(config.distributed) == {
+    assert meetings.resolve(config.distributed) == {
         "coordinator_address": environment["JAX_COORDINATOR_ADDRESS"], "processes": 2, "process_id": 1}
 
 
@@ -233,9 +261,8 @@ def test_a_tpu_slice_runs_the_same_command_on_every_host(stand_ins, tmp_path):
     assert config.mesh == configuration.load(ROOT / "configs" / "r1_distill_1p5b.yaml").mesh
     run = home / "shared" / "runs" / "r1_distill_1p5b"
     assert config.run.directory == str(run) and not config.run.resume
-    run.mkdir(parents=True)
-    (run / "config.yaml").touch()
-    assert launch("true").run.resume
+    begun(config, run)
+    assert goes_on(launch("true"), run)
     calls = [line.split(" --command")[0] for line in (home / "gcloud.log").read_text().splitlines() if "ssh" in line]
     assert {call.partition("ssh ")[2] for call in calls} == {
         f"slice --zone zone --project project --worker {hosts}" for hosts in ("0", "all")}

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,8 +53,13 @@ def free_port():
 
 
 def both(*arguments, **environment):
+    return each(arguments, arguments, **environment)
+
+
+def each(*arguments, **environment):
+    """Two processes, each with arguments of its own."""
     port = free_port()
-    return ended([started(arguments, number=number, port=port, **environment) for number in (0, 1)])
+    return ended([started(own, number=number, port=port, **environment) for number, own in enumerate(arguments)])
 
 
 def lines(text):
@@ -133,6 +139,55 @@ def arguments(world, directory, mode, **changes):
     settings = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.steps": 5, "checkpoint.every": 2,
                 "evaluation.problems": 16, "distributed.mode": mode}
     return small_runs.arguments(world, directory, **settings | changes)
+
+
+def check_same_line(results, line):
+    """Both processes end with one line, the same, and the exit code of a user's mistake."""
+    assert [(code, lines(err)) for code, _, err in results] == [(2, [line])] * 2, results
+
+
+@pytest.mark.parametrize(("scenario", "field", "value", "other"), [
+    ("train", "evaluation.problems", 16, 0), ("train", "data.max_prompt_tokens", 64, 3),
+    ("evaluate", "evaluation.problems", 16, 8)])
+def test_a_setting_of_one_host_is_one_line_that_names_it(world, scenario, field, value, other):
+    host = socket.gethostname()
+    results = each(*[[scenario, *arguments(world, world / "never", "manual", **{field: found})]
+                     for found in (value, other)])
+    check_same_line(results, f"error: {field}: process 1 on {host} has {other}, process 0 on {host} has {value}; all "
+                             "must have the same")
+    assert not (world / "never").exists()
+
+
+def test_other_models_on_one_host_are_one_line(world):
+    host, own = socket.gethostname(), arguments(world, world / "never", "manual")
+    results = each(*[["evaluate", *own, "--models", *models]
+                     for models in (["tiny", world / "base"], [world / "base"])])
+    check_same_line(results, f"error: models: process 1 on {host} has {world}/base, process 0 on {host} has tiny "
+                             f"{world}/base; all must have the same")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["train", "evaluate"])
+def test_other_data_on_one_host_are_one_line(world, scenario, tmp_path, monkeypatch):
+    """The same names of files, in working directories of their own."""
+    children, port = [], free_port()
+    for number in (0, 1):
+        (place := tmp_path / str(number)).mkdir()
+        small_runs.write_problems(place / "test.jsonl", 16, first=50 + number)
+        monkeypatch.chdir(place)
+        children.append(started([scenario, *arguments(world, world / "never", "manual",
+                                                      **{"evaluation.path": "test.jsonl"})], number=number, port=port))
+    results = ended(children)
+    assert [code for code, _, _ in results] == [2, 2], results
+    for _, _, err in results:
+        line, = lines(err)
+        assert line.startswith("error: the problems of evaluation.path: process 1 on ")
+
+
+def test_automatic_where_there_is_no_cluster(world):
+    (code, _, err), = ended([started(["train", *arguments(world, world / "never", "auto")])])
+    assert (code, lines(err)) == (2, ["error: distributed.mode auto: JAX finds no TPU slice, SLURM, Open MPI or "
+                                      "Kubernetes here; set distributed.mode manual"])
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +287,49 @@ def test_what_is_missing_or_said_twice_is_an_error(monkeypatch, fields, environm
         monkeypatch.setenv(name, text)
     with pytest.raises(UserError, match=message):
         meetings.resolve(DistributedConfig(mode="manual", **fields))
+
+
+@pytest.mark.parametrize("fields", [{"coordinator_address": "a:1"}, {"process_id": 0}])
+def test_what_is_for_manual_is_an_error_in_auto(fields):
+    with pytest.raises(UserError, match=f"distributed.{next(iter(fields))} is for distributed.mode manual, found mode"):
+        meetings.resolve(DistributedConfig(mode="auto", **fields))
+
+
+@pytest.mark.parametrize("address", ["host", "host:", "host:0", "host:65536", "host:99999", ":8476", "a host:8476"])
+def test_an_address_has_a_port(address):
+    with pytest.raises(ValueError, match="distributed.coordinator_address must be .*host:port, port in "):
+        DistributedConfig(coordinator_address=address)
+
+
+def test_ports_go_to_65535():
+    for address in ("host:1", "host:65535", "[::1]:8476"):
+        assert DistributedConfig(coordinator_address=address).coordinator_address == address
+
+
+def test_an_end_while_a_stop_is_agreed_on():
+    """One of two has heard of a signal and ends for another reason before the other one has."""
+    class Store:
+        def key_value_dir_get_bytes(self, name):
+            return [("first", b"15")] if name.endswith("signal/") else []
+
+        def key_value_set_bytes(self, name, value):
+            said.set()
+
+    said, failures = threading.Event(), []
+    stops = processes.Stops(Store(), 0, 2)
+    run = stops.run
+
+    def watched():
+        try:
+            run()
+        except Exception as error:
+            failures.append(error)
+
+    stops.run = watched
+    stops.start()
+    assert said.wait(60)
+    stops.close()
+    assert not failures and stops.reached(None) is None
 
 
 def test_fields_come_from_the_environment(monkeypatch):

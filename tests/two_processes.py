@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from effreason import cli
+from effreason import cli, loop
 from effreason.errors import Interrupted, UserError
 from effreason.runtime import config as configuration
 from effreason.runtime import meetings, processes, sharding
@@ -49,6 +49,8 @@ def decisions(directory):
     expected = (OSError, "worn out") if here else (UserError, r"process 1 on .*: OSError: worn out")
     with pytest.raises(expected[0], match=expected[1]):
         processes.gathered("broken", lambda: fails(1, OSError("worn out")))
+    with pytest.raises(UserError, match="process .* is at '.*' where .* is at '.*'; all must have the same code"):
+        processes.gathered("one" if here else "another", lambda: here)
     processes.check_same({"data.path": "one"})
     with pytest.raises(UserError, match="data.path: process 1.* has 1, process 0.* has 0; all must have the same"):
         processes.check_same({"data.path": str(here)})
@@ -126,12 +128,25 @@ def slowed_after_a_signal():
     processes.agreed_stop = slow
 
 
+def slow_to_export():
+    """Has process 0 write the model for longer than a process that has ended waits for the others."""
+    export = loop.export
+
+    def slow(*arguments):
+        export(*arguments)
+        processes.LEAVE_SECONDS = 4.0
+        time.sleep(12.0 if processes.first() else 0.0)
+
+    loop.export = slow
+
+
 def main():
     scenario, *rest = sys.argv[1:]
     if scenario in ("train", "evaluate"):
         return {"train": cli.train, "evaluate": cli.evaluate}[scenario](rest)
     if scenario == "stopped":
         slowed_after_a_signal()
+        slow_to_export()
         return cli.train(rest)
     settings = configuration.DistributedConfig(
         mode="manual", initialization_timeout_seconds=int(os.environ.get("INITIALIZATION", 60)),

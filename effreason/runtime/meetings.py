@@ -70,6 +70,10 @@ def resolve(settings: DistributedConfig) -> dict[str, Any]:
             raise UserError(f"distributed.{field} is {stated}, but {variable} is {here}")
         found[field] = here if stated is None else stated
     if settings.mode == "auto":
+        for field in ("coordinator_address", "process_id"):
+            if getattr(settings, field) is not None:
+                raise UserError(f"distributed.{field} is for distributed.mode manual, found mode auto, in which JAX "
+                                "finds the others by itself")
         return found
     for field, variable in ENVIRONMENT.items():
         if found[field] is None:
@@ -112,5 +116,8 @@ def _meet(settings: DistributedConfig) -> processes.Group:
         words.close()
         if isinstance(error, UserError):
             raise
+        if settings.mode == "auto" and isinstance(error, ValueError) and "defined" in str(error):
+            raise UserError("distributed.mode auto: JAX finds no TPU slice, SLURM, Open MPI or Kubernetes here; set "
+                            "distributed.mode manual") from None
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"distributed.mode {settings.mode}: JAX cannot start: {reason}") from None

@@ -161,7 +161,8 @@ class Stops(threading.Thread):
             places: list[tuple[str, bytes]] = []
             while len(places) < self._count and not self._over.wait(0.05):
                 places = self._client.key_value_dir_get_bytes(f"{PREFIX}/checks/")
-            self._agreed = max(int(place) for _, place in places) + 1, number
+            if len(places) == self._count:      # else it was closed while it waited for the others
+                self._agreed = max(int(place) for _, place in places) + 1, number
 
     def close(self) -> None:
         """Ends the thread; JAX's client must not be used any more after that."""
@@ -217,8 +218,9 @@ class Group:
         values = []
         for number in range(among):
             theirs, outcome = json.loads(zlib.decompress(self._get(f"{PREFIX}/values/{self._number}/{number}")))
-            if theirs != name:
-                raise RuntimeError(f"process {number} asks for {theirs!r} where process {self.index} asks for {name!r}")
+            if theirs != name:      # of other code, or of files that say something else on one of the hosts
+                raise UserError(f"process {number}{_on(number)} is at {theirs!r} where process {self.index}"
+                                f"{_on(self.index)} is at {name!r}; all must have the same code, models and data")
             if "error" in outcome:
                 raise failure if failure is not None and number == self.index else UserError(outcome["error"])
             values.append(outcome["value"])
