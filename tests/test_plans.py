@@ -138,6 +138,38 @@ def test_formulas_against_compiled_programs(config, mesh, remat):
             assert found.cost.flops == pytest.approx(expected.cost.flops, rel=0.05), name
 
 
+def test_thousands_of_responses_need_memory_on_every_chip(config):
+    many = on(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, prompts_per_step=4096)), data=8)
+    wanted = ("score", "score_reference", "credit", "gradients", "apply")
+    compiled, formula = (planned(many, "cpu:8", wanted=wanted, compiled=each) for each in (True, False))
+    of_tokens = 4 * 16_384 * 192
+    for name in ("score", "credit"):
+        found, expected = formula.functions[name], compiled.functions[name]
+        assert expected.own_bytes > (2 if name == "score" else 4) * of_tokens       # what it takes and returns
+        assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes, expected.hbm_bytes)
+    few = planned(on(config, data=8), "cpu:8", wanted=wanted, compiled=False).functions
+    for plan in (compiled, formula):    # beside the functions: 1 - 16 / 16,384 of these arrays more than with 16
+        for name, least in (("score", 1), ("score_reference", 2), ("gradients", 1), ("apply", 1)):
+            assert plan.functions[name].beside_bytes - few[name].beside_bytes > 0.99 * least * of_tokens, name
+    # A chip with a little less than credit needs: the plan says so.
+    needed = max(each.hbm_bytes for each in compiled.functions.values())
+    small = dataclasses.replace(compiled.target, chip=dataclasses.replace(compiled.target.chip, hbm_bytes=needed - 1))
+    assert compiled.all_fit and not dataclasses.replace(compiled, target=small).all_fit
+    assert compiled.functions["credit"].hbm_bytes == needed
+
+
+def test_saving_attention_saves_nothing_of_cudnn(config):
+    def gradients(remat, platform):
+        setting = on(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")),
+                     remat=remat)
+        found = planned(setting, platform, wanted=("gradients",), compiled=False).functions["gradients"]
+        return found.cost.flops, found.own_bytes
+
+    assert gradients("attention", "gpu:h100:1") == gradients("full", "gpu:h100:1")
+    assert gradients("attention", "cpu")[0] < gradients("full", "cpu")[0]
+    assert gradients("attention", "cpu")[1] > gradients("full", "cpu")[1]
+
+
 def test_more_chips_hold_less_each(config):
     one, eight = (planned(on(config, fsdp=count), f"cpu:{count}", wanted=("apply",)) for count in (1, 8))
     assert eight.functions["apply"].own_bytes < one.functions["apply"].own_bytes / 7
@@ -207,13 +239,20 @@ def test_what_does_not_fit_ends_with_1(capsys):
     ([], "--chips must name the machine"),
     (["--chips", "tpu:v5e:4"], "--chips tpu:v5e:4: a TPU v5e slice has 2 axes"),
     (["--chips", "cpu", "--functions", "decode,update"], "--functions must be of unstack"),
-    (["--chips", "cpu", "--mean-tokens", "0"], "--mean-tokens must be in [1, 288], got 0"),
-    (["--chips", "cpu", "--watts", "-1"], "--watts must be >= 0"),
-    (["--chips", "cpu", "--compute-efficiency", "1.5"], "--compute-efficiency must be in (0, 1]"),
+    (["--chips", "cpu", "--mean-tokens", "0"], "--mean-tokens must be a number in [1, 288], got 0"),
+    (["--chips", "cpu", "--mean-tokens", "nan"], "--mean-tokens must be a number in [1, 288], got nan"),
+    (["--chips", "cpu", "--price-per-chip-hour", "nan"], "--price-per-chip-hour must be a number >= 0 and finite, got"),
+    (["--chips", "cpu", "--compute-efficiency", "abc"], "--compute-efficiency must be a number in (0, 1], got abc"),
+    (["--chips", "cpu", "--watts", "-1"], "--watts must be a number >= 0 and finite, got -1"),
+    (["--chips", "cpu", "--compute-efficiency", "1.5"], "--compute-efficiency must be a number in (0, 1], got 1.5"),
     (["--chips", "cpu", "--output", "x.yaml"], "--output is for --fit"),
     (["--chips", "cpu", "--fit", "--output", "setup.py"], "setup.py exists already"),
     (["--chips", "gpu:h100:8", "--mesh.fsdp", "3"], "= 6, --chips has 8; --fit finds a mesh"),
     (["--chips", "gpu:h100:8", "--mesh.tensor", "8"], "mesh.tensor must divide the model's"),
+    (["--chips", "gpu:h100:1", "--model.attention", "splash"],
+     "model.attention splash does not fit: platform is gpu, splash attention expects tpu"),
+    (["--chips", "tpu:v5e:1x1", "--analytic", "--model.attention", "cudnn"],
+     "model.attention cudnn does not fit: platform is tpu, cudnn attention expects gpu"),
     (["--chips", "gpu:h100:8", "--config", "configs/qwen3_8b.yaml", "--rollout.max_new_tokens", "64000"],
      "must be at most the model's 40960 positions, got 64512"),
     (["--chips", "cpu", "--model.path", "nowhere/at-all", "--evaluation.problems", "0"], "nowhere/at-all"),
@@ -251,7 +290,8 @@ def test_the_recipes_are_the_papers_and_fit(capsys, name, target, rate):
             update.warmup_updates, update.updates_per_batch) == (rate, 0.9, 0.95, 0.0, 1.0, 6, 2)
     assert (config.kl.form, config.kl.coefficient, rollout.temperature, config.model.dtype) == (
         "reward", 0.001, 1.0, "bfloat16")
-    assert (config.data.max_prompt_tokens, config.data.path, config.evaluation.temperature) == (512, "paper", 0.6)
+    assert (config.data.max_prompt_tokens, config.data.path) == (512, "paper")
+    assert (config.evaluation.path, config.evaluation.samples, config.evaluation.temperature) == ("math500", 3, 0.6)
     text = planned_by_command(capsys, ["--config", f"configs/{name}.yaml", "--chips", target, "--analytic"])
     assert "\nfits: " in text and max(map(len, text.splitlines())) <= 80
 
@@ -265,6 +305,14 @@ def test_meshes_divide_the_model(config):
     assert all(math.prod(mesh) == 8 for mesh in found) and len(set(found)) == len(found)
     assert (8, 1, 1, 1) in found and (1, 2, 2, 2) in found
     assert not any(mesh[2] > 2 for mesh in found)       # two key/value heads
+
+
+def test_the_search_unrolls_no_deep_model(config):
+    decoder = shapes.open_decoder(config)
+    target = chips.parse("cpu:4")
+    deep = dataclasses.replace(decoder, layers=28)
+    assert {each.model.remat for each in fits.candidates(config, decoder, target)} == {"full", "attention", "none"}
+    assert {each.model.remat for each in fits.candidates(config, deep, target)} == {"full", "attention"}
 
 
 def test_the_search_finds_what_fits_into_little_memory(config):

@@ -22,6 +22,8 @@ ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "xla": (2, 4), "blockwi
 PAIRS = {"splash": 0.5, "cudnn": 0.5, "xla": 9 / 16, "blockwise": 0.5}
 BLOCK_ARRAYS = 9, 14                # arrays of F and of D a token that a block's backward pass holds at once
 FORWARD_ARRAYS = 3, 5               # the same of a forward pass alone
+ROW_ARRAYS, EXPERIENCE_ARRAYS = 5, 9            # of Rows, and of Experience with its rows
+CREDIT_ARRAYS = 10                  # of one number for each response token, on every chip at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,11 @@ class Sizes:
         return self.fsdp * self.tensor
 
     @property
+    def saved(self) -> str:
+        """What rematerialisation saves: nothing of cuDNN's attention, whose backward pass needs its own statistics."""
+        return "full" if (self.attention, self.remat) == ("cudnn", "attention") else self.remat
+
+    @property
     def again(self) -> float:
         """Share of the products with weights that the backward pass does once more: all but the last of a block."""
         if self.remat == "none":
@@ -72,7 +79,7 @@ class Sizes:
         forward, back = ATTENTION_PRODUCTS[self.attention]
         # In zig-zag order XLA's own attention masks instead of leaving out.
         computed = 1.0 if self.attention == "xla" and self.context > 1 else PAIRS[self.attention]
-        products = forward * (1 + (backward and self.remat == "full")) + back * backward
+        products = forward * (1 + (backward and self.saved == "full")) + back * backward
         c = self.decoder
         return 2.0 * products * computed * pairs * c.heads * c.head_dim / self.tensor
 
@@ -87,6 +94,8 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
     trained = _learning(config, sizes, workload)
     sampled, banks = _sampling(config, sizes, held, slots=slots, capacity=capacity, live_share=live_share)
     state = held["params"] + held["optimizer"]
+    tokens, rows = _step_arrays(config, sizes, workload)
+    experience = tokens + EXPERIENCE_ARRAYS * rows
 
     beside_sampler, figures = state + held["reference"], trained | sampled
     calls = {                           # name: what one call is for, calls of a step, what else is on the chip then
@@ -94,10 +103,11 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
         "read": (f"{banks[0]} prompts", banks[1], beside_sampler + held["slots"]),
         "start": ("a slot", len(workload.lengths), beside_sampler + held["weights"]),
         "decode": ("a token", 0, beside_sampler + held["bank"]),
-        "score": ("a step", 1, held["optimizer"] + held["reference"]),
-        "score_reference": ("a step", int(config.kl.form != "none"), state),
-        "gradients": ("an update", updates, held["optimizer"] + held["reference"]),
-        "apply": ("an update", updates, held["reference"]),
+        "score": ("a step", 1, held["optimizer"] + held["reference"] + tokens),
+        "score_reference": ("a step", int(config.kl.form != "none"), state + 2 * tokens),
+        "credit": ("a step", 1, beside_sampler),
+        "gradients": ("an update", updates, held["optimizer"] + held["reference"] + tokens),
+        "apply": ("an update", updates, held["reference"] + experience),
     }
     return {name: Function(name=name, per=per, calls=count, own_bytes=figures[name][0], beside_bytes=beside,
                            cost=figures[name][1], source="analytic")
@@ -118,6 +128,14 @@ def _held(config: Config, sizes: Sizes, *, slots: int, capacity: int) -> dict[st
         "slots": slots / (sizes.data * sizes.fsdp) * capacity / sizes.context * position,
         "bank": 8 * config.data.max_prompt_tokens * position,
     }
+
+
+def _step_arrays(config: Config, sizes: Sizes, workload: Workload) -> tuple[float, float]:
+    """Bytes on one chip of a number for each response token, which every chip has, and for each position of a row."""
+    update = config.update
+    positions = update.updates_per_batch * workload.room * workload.rows * workload.width * workload.widths
+    shards = sizes.data * sizes.fsdp * sizes.context
+    return 4.0 * len(workload.lengths) * config.rollout.max_new_tokens, 4.0 * positions / shards
 
 
 def _gathered(sizes: Sizes, weights: float, count: float = 1) -> Collective:
@@ -164,19 +182,23 @@ def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tup
                 collectives=tuple(passes(2 + again) + ends + gradients))
     tile = 4 * tokens * min(config.update.vocabulary_tile, c.vocabulary / sizes.tensor)
     table = sizes.table / sizes.tensor
-    rows_bytes = updates * workload.room * tokens * 4
+    of_tokens, of_rows = _step_arrays(config, sizes, workload)
     kept = {"full": 2.0, "attention": 2.0 + c.heads * c.head_dim / sizes.tensor / c.width,
-            "none": 12.0 + 5 * width_f / c.width}[sizes.remat] * c.layers * activation
+            "none": 12.0 + 5 * width_f / c.width}[sizes.saved] * c.layers * activation
 
     def working(arrays: tuple[int, int]) -> float:
         one_layer = 2 * s * sizes.products / c.layers / sizes.tensor
         return tokens * s * (arrays[0] * width_f + arrays[1] * width_d) + one_layer
 
     split = 1 / sizes.shards
-    scored = s * table + max(working(FORWARD_ARRAYS), 3 * tile) + 6 * rows_bytes
+    line = of_rows * sizes.data * sizes.fsdp * sizes.context        # every chip has that of all
+    scored = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + (ROW_ARRAYS + 1) * of_rows
+              + line + 2 * of_tokens)
+    credit = CREDIT_ARRAYS * of_tokens + EXPERIENCE_ARRAYS * of_rows
     sums = 4 * sizes.weights * split
     gradient = (4 + s) * sizes.weights * split + 2 * sums + kept + max(
-        working(BLOCK_ARRAYS), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width) + 9 * rows_bytes + s * table
+        working(BLOCK_ARRAYS), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
+    gradient += EXPERIENCE_ARRAYS * of_rows + s * table
     host = 16 * sizes.weights * split if config.update.offload_optimizer else 0.0
     fetched = s * sizes.weights * split if config.kl.offload_reference else 0.0
     times = trips * updates
@@ -184,6 +206,7 @@ def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tup
         "score": ((4 + s) * sizes.weights * split + scored, forward * times),
         "score_reference": (s * sizes.weights * split + scored,
                             dataclasses.replace(forward * times, host_bytes=fetched)),
+        "credit": (credit, Cost(bytes=2 * credit)),
         "gradients": (gradient, step * trips),
         "apply": (20 * sizes.weights * split, Cost(bytes=28 * sizes.weights * split, host_bytes=host)),
     }

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from effreason.runtime.config import Config
 
 MEAN_TOKENS = 4044.0                # of the 7B model of the paper on MATH-500 before training (arXiv 2502.04463)
 # Of a training step, in the order of their calls.
-FUNCTIONS = ("unstack", "read", "start", "decode", "score", "score_reference", "gradients", "apply")
+FUNCTIONS = ("unstack", "read", "start", "decode", "score", "score_reference", "credit", "gradients", "apply")
 
 
 def run(argv: Sequence[str] | None, prog: str) -> None:
@@ -45,7 +45,7 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
         mean_tokens=numbers["mean_tokens"], prompt_tokens=int(numbers["prompt_tokens"]),
         efficiency=Efficiency(compute=numbers["compute_efficiency"], memory=numbers["memory_efficiency"],
                               interconnect=numbers["link_efficiency"]),
-        price=options.price_per_chip_hour, watts=options.watts)
+        price=numbers["price_per_chip_hour"], watts=numbers["watts"])
     begun = time.monotonic()
 
     def say(line: str) -> None:
@@ -75,17 +75,18 @@ def _parser(prog: str) -> jsonargparse.ArgumentParser:
     made.add_argument("--fit", action="store_true", help="search mesh, slots, micro-batch, remat and offload for the "
                       "fastest plan that fits")
     made.add_argument("--output", type=str, metavar="FILE", help="with --fit: write the configuration it found")
-    made.add_argument("--mean-tokens", type=float | None, metavar="X", help="mean length of a response; default "
+    # Numbers are read by _number, in words of our own.
+    made.add_argument("--mean-tokens", type=str, metavar="X", help="mean length of a response; default "
                       f"{MEAN_TOKENS:,.0f}, at most half of rollout.max_new_tokens")
-    made.add_argument("--prompt-tokens", type=float | None, metavar="X",
+    made.add_argument("--prompt-tokens", type=str, metavar="X",
                       help="mean length of a prompt; default 128, at most data.max_prompt_tokens")
-    made.add_argument("--price-per-chip-hour", type=float | None, metavar="X", help="in any currency; default none")
-    made.add_argument("--watts", type=float | None, metavar="X", help="power of one chip; default by a table")
-    made.add_argument("--compute-efficiency", type=float, default=0.5, metavar="X",
+    made.add_argument("--price-per-chip-hour", type=str, metavar="X", help="in any currency; default none")
+    made.add_argument("--watts", type=str, metavar="X", help="power of one chip; default by a table")
+    made.add_argument("--compute-efficiency", type=str, default="0.5", metavar="X",
                       help="share of the peak FLOP/s that products reach; default 0.5")
-    made.add_argument("--memory-efficiency", type=float, default=0.6, metavar="X",
+    made.add_argument("--memory-efficiency", type=str, default="0.6", metavar="X",
                       help="share of the HBM bandwidth that is reached; default 0.6")
-    made.add_argument("--link-efficiency", type=float, default=0.7, metavar="X",
+    made.add_argument("--link-efficiency", type=str, default="0.7", metavar="X",
                       help="share of the links' bandwidth that is reached; default 0.7")
     return made
 
@@ -100,23 +101,32 @@ def _target(text: str | None, config: Config) -> Target:
     return target
 
 
-def _numbers(options: Any, config: Config) -> dict[str, float]:
-    """The inputs that are numbers. Raises: UserError."""
+def _numbers(options: Any, config: Config) -> dict[str, Any]:
+    """The inputs that are numbers; a price or a power that is not given is None. Raises: UserError."""
     longest, prompt = config.rollout.max_new_tokens, config.data.max_prompt_tokens
-    found = {"mean_tokens": min(MEAN_TOKENS, longest / 2) if options.mean_tokens is None else options.mean_tokens,
-             "prompt_tokens": min(128, prompt) if options.prompt_tokens is None else options.prompt_tokens}
-    for name, most in (("mean_tokens", longest), ("prompt_tokens", prompt)):
-        if not 1 <= found[name] <= most:
-            raise UserError(f"--{name.replace('_', '-')} must be in [1, {most}], got {found[name]:g}")
+    tokens = {"mean_tokens": (longest, min(MEAN_TOKENS, longest / 2)), "prompt_tokens": (prompt, min(128, prompt))}
+    found: dict[str, Any] = {}
+    for name, (most, default) in tokens.items():
+        found[name] = _number(options, name, f"in [1, {most}]", lambda value, most=most: 1 <= value <= most) or default
     for name in ("compute_efficiency", "memory_efficiency", "link_efficiency"):
-        found[name] = getattr(options, name)
-        if not 0 < found[name] <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must be in (0, 1], got {found[name]:g}")
+        found[name] = _number(options, name, "in (0, 1]", lambda value: 0 < value <= 1)
     for name in ("price_per_chip_hour", "watts"):
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be >= 0 and finite, got {value:g}")
+        found[name] = _number(options, name, ">= 0 and finite", lambda value: 0 <= value < math.inf)
     return found
+
+
+def _number(options: Any, name: str, bound: str, fits: Callable[[float], bool]) -> float | None:
+    """An option that is a number, None where it is not given. Raises: UserError."""
+    text = options[name]
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):                 # nothing holds of nan
+        raise UserError(f"--{name.replace('_', '-')} must be a number {bound}, got {text}")
+    return value
 
 
 def _wanted(options: Any) -> list[str]:

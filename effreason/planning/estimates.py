@@ -73,7 +73,7 @@ class Run:
     slots: int
     rollout_tokens_per_second: float
     rollout_seconds: float          # of a step: weights for the sampler, prompts, decoding
-    score_seconds: float
+    score_seconds: float            # with credit
     update_seconds: float
     step_seconds: float
     evaluation_hours: float
@@ -165,7 +165,7 @@ def make_run(config: Config, functions: Mapping[str, Function], workload: Worklo
     Grading, which overlaps with generation, checkpoints and compilation are not in it.
     Args: flops_per_token, of a forward pass; smallest, slots of a device that are not halved; price, of a chip-hour;
         watts, of a chip."""
-    needed = {"unstack", "read", "start", "decode", "score", "score_reference", "gradients", "apply"}
+    needed = {"unstack", "read", "start", "decode", "score", "score_reference", "credit", "gradients", "apply"}
     if needed - functions.keys() or any(functions[name].cost is None for name in needed):
         return None
     seconds = {name: machine.seconds(each.whole_cost) * each.calls for name, each in functions.items()
@@ -174,7 +174,7 @@ def make_run(config: Config, functions: Mapping[str, Function], workload: Worklo
                             weights_bytes=weights_bytes, lengths=workload.lengths,
                             prompt_tokens=workload.prompt_tokens, smallest=smallest)
     rollout = seconds["unstack"] + seconds["read"] + seconds["start"] + decode
-    score = seconds["score"] + seconds["score_reference"]
+    score = seconds["score"] + seconds["score_reference"] + seconds["credit"]
     update = seconds["gradients"] + seconds["apply"]
     step = rollout + score + update
     rate = workload.tokens / rollout

@@ -11,6 +11,7 @@ from effreason.planning.plans import Inputs, Plan
 from effreason.runtime.config import Config
 
 MARGIN = 0.9                        # of the memory, that a plan by formula may take
+UNROLLED = 16                       # layers, up to which none is rematerialised: they are compiled one by one then
 COMPILED, MOST = 2, 6               # plans that fit to choose from, and plans compiled in search of them
 
 
@@ -52,6 +53,7 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Input
 
 def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterator[Config]:
     """Every configuration that is considered, but for what could be kept on the host."""
+    remats = ("full", "attention", "none") if decoder.layers <= UNROLLED else ("full", "attention")
     for data, fsdp, tensor, context in meshes(decoder, target.chips):
         if target.kind == "gpu" and context > 1:        # cuDNN's attention has no context axis
             continue
@@ -61,7 +63,7 @@ def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterat
             responses, responses // 2, responses // 4, responses // 8) if most})
         for micro_batch in rows:
             for count in slots:
-                for remat in ("full", "attention", "none"):
+                for remat in remats:
                     yield dataclasses.replace(
                         config, mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor,
                                                          context=context),

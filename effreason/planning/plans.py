@@ -72,11 +72,8 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
     engine.check_divisible(config, decoder, mesh)
     slots = programs.slot_count(config, decoder, target, mesh)
     capacity = cache_positions(memory.positions(config))
-    attention: str = config.model.attention
-    if attention == "auto":
-        width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])
-        attention = causal.choose_attention(target.kind, head_dim=decoder.head_dim, dtype=decoder.dtype, length=width,
-                                            context=shape[3])
+    width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])
+    attention = engine.choose_attention(config, decoder, width, platform=target.kind, context=shape[3])
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens, prompt_tokens=inputs.prompt_tokens,
                                        alone=causal.one_sequence_per_row(attention))
     # Without a kernel all of a cache is read, whatever is live in it.

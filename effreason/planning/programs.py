@@ -109,7 +109,12 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     experience = engine.abstract_experience(packed)
     state, reference = learning.abstract_state, learning.abstract_reference
     updates, responses = config.update.updates_per_batch, len(workload.lengths)
-    one: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=learning.replicated)
+
+    def everywhere(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=learning.replicated)
+
+    one, of_tokens = everywhere(jnp.int32), everywhere(jnp.float32, *packed.places.shape)
+    groups = config.rollout.prompts_per_step, config.rollout.group_size
 
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=cache_layout(
         config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])), mesh)
@@ -130,7 +135,11 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
                         min_p=settings.min_p, eos_ids=EOS)
     sizes = {name: device_bytes(tree) for name, tree in (
         ("params", state.params), ("optimizer", state.optimizer), ("reference", reference), ("weights", weights),
-        ("slots", running), ("bank", bank), ("experience", experience))}
+        ("slots", running), ("bank", bank), ("experience", experience), ("tokens", of_tokens))}
+    # Of the rows only the widest are compiled. In scoring, the log-probs of all stand in line on every chip.
+    narrower = workload.widths - 1
+    sizes["narrower"] = narrower * sizes["experience"]
+    sizes["narrower_scored"] = narrower * (device_bytes(packed.groups) + 4 * math.prod(packed.groups[0].tokens.shape))
 
     def beside(*names: str) -> float:
         return sum(sizes[name] for name in names)
@@ -150,16 +159,21 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
                 lower=lambda: sampler.advance.lower(weights, running, integers(1 + slots_count), sampling=sampling,
                                                     chunk=chunk)),
         Program(name="score", per="a step", calls=1, trips=workload.micro_batches, divide=1,
-                beside_bytes=beside("optimizer", "reference"),
+                beside_bytes=beside("optimizer", "reference", "tokens", "narrower_scored"),
                 lower=lambda: learning.score.lower(state.params, packed)),
         Program(name="score_reference", per="a step", calls=int(config.kl.form != "none"),
-                trips=workload.micro_batches, divide=1, beside_bytes=beside("params", "optimizer"),
+                trips=workload.micro_batches, divide=1,
+                beside_bytes=beside("params", "optimizer", "tokens", "tokens", "narrower_scored"),
                 lower=lambda: learning.score_reference.lower(reference, packed)),
+        Program(name="credit", per="a step", calls=1, trips=1, divide=1,
+                beside_bytes=beside("params", "optimizer", "reference", "narrower"),
+                lower=lambda: learning.credit.lower(everywhere(jnp.bool_, *groups), everywhere(jnp.int32, *groups),
+                                                    of_tokens, of_tokens, of_tokens, packed)),
         Program(name="gradients", per="an update", calls=updates, trips=workload.micro_batches, divide=1,
-                beside_bytes=beside("optimizer", "reference"),
+                beside_bytes=beside("optimizer", "reference", "tokens", "narrower"),
                 lower=lambda: learning.gradients.lower(state.params, experience, packed.counts, one)),
         Program(name="apply", per="an update", calls=updates, trips=1, divide=1,
-                beside_bytes=beside("reference", "experience"),
+                beside_bytes=beside("reference", "experience", "tokens", "narrower"),
                 lower=lambda: learning.apply.lower(state, state.params, one)),
     ]
     return {program.name: program for program in found}
@@ -173,7 +187,6 @@ def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, co
     if reason := attention.misfit(wanted, platform, decoder.head_dim, decoder.dtype, context):
         raise UserError(f"rollout.cache_layout {wanted} does not fit: {reason}")
     return wanted
-
 
 
 def device_bytes(tree: Any) -> float:

@@ -28,6 +28,7 @@ class Workload:
     micro_batches: float            # of each optimiser update, of that width
     pair_batches: float             # the same where the cost goes with the square of the width
     room: int                       # micro-batches of each update that there is room for: one response a row
+    widths: float                   # of the groups of rows together, each with this room, in that of the widest
     rows: int                       # R, of a micro-batch
     fill: float                     # share of the positions computed on that hold a token
 
@@ -74,7 +75,7 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
     computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
     room = -(-len(range(0, len(sizes), update.updates_per_batch)) // update.rows_per_micro_batch)
     return Workload(lengths=drawn, prompt_tokens=prompt_tokens, width=widest, micro_batches=count, pair_batches=pairs,
-                    room=room, rows=update.rows_per_micro_batch,
+                    room=room, widths=sum(widths) / widest, rows=update.rows_per_micro_batch,
                     fill=float(sizes.sum() / computed))
 
 
