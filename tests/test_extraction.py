@@ -61,9 +61,12 @@ def test_extract_never_raises(text):
 def test_extract_is_linear(unit):
     times = []
     for size in (100_000, 800_000):
-        start = time.process_time()
-        extract_answer("\\boxed{" + unit * (size // len(unit)))
-        times.append(time.process_time() - start)
+        text, taken = "\\boxed{" + unit * (size // len(unit)), []
+        for _ in range(3):                      # the quickest: other work on the machine costs processor time too
+            start = time.process_time()
+            extract_answer(text)
+            taken.append(time.process_time() - start)
+        times.append(min(taken))
     assert times[1] < 2.0 and times[1] < 40 * times[0] + 0.1
 
 
