@@ -4,6 +4,7 @@ Options are checked here, before anything that imports jax: what it compiles for
 when it is first imported.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -107,12 +108,17 @@ def _numbers(options: Any, config: Config) -> dict[str, Any]:
     tokens = {"mean_tokens": (longest, min(MEAN_TOKENS, longest / 2)), "prompt_tokens": (prompt, min(128, prompt))}
     found: dict[str, Any] = {}
     for name, (most, default) in tokens.items():
-        found[name] = _number(options, name, f"in [1, {most}]", lambda value, most=most: 1 <= value <= most) or default
+        given = _number(options, name, f"in [1, {most}]", functools.partial(_within, most=most))
+        found[name] = default if given is None else given
     for name in ("compute_efficiency", "memory_efficiency", "link_efficiency"):
         found[name] = _number(options, name, "in (0, 1]", lambda value: 0 < value <= 1)
     for name in ("price_per_chip_hour", "watts"):
         found[name] = _number(options, name, ">= 0 and finite", lambda value: 0 <= value < math.inf)
     return found
+
+
+def _within(value: float, most: float) -> bool:
+    return 1 <= value <= most
 
 
 def _number(options: Any, name: str, bound: str, fits: Callable[[float], bool]) -> float | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from effreason.errors import UserError
 from effreason.lm.model import DecoderConfig
@@ -20,8 +21,9 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Input
     """The fastest plan that fits, or, where none does, the one that needs the least memory.
 
     What it may change: mesh, rollout.slots, update.rows_per_micro_batch, model.remat and what is kept on the host.
-    Raises: UserError where no mesh splits the model over so many chips."""
+    Raises: UserError where no mesh splits the model over so many chips, or none has the attention that is asked for."""
     found: list[tuple[Plan, DecoderConfig]] = []
+    refusal: UserError | None = None
     for candidate in candidates(config, decoder, target):
         shaped = dataclasses.replace(decoder, remat=candidate.model.remat)
         try:
@@ -29,9 +31,12 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Input
                 plan = plans.make_plan(moved, shaped, target, inputs, compiled=False, give_up=True)
                 if _by_formula(plan):
                     break               # what is fetched from the host only costs time
-        except UserError:               # an attention or a layout of the cache that this mesh has not
+        except UserError as error:      # an attention or a layout of the cache that this mesh has not
+            refusal = error
             continue
         found.append((plan, shaped))
+    if not found and refusal is not None:
+        raise refusal
     if not found:
         raise UserError(f"--chips {target.text}: no mesh of {target.chips} chips divides this model; its heads, "
                         "key/value heads, feed-forward width, vocabulary and width must be divisible by their axes")
@@ -53,7 +58,8 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Input
 
 def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterator[Config]:
     """Every configuration that is considered, but for what could be kept on the host."""
-    remats = ("full", "attention", "none") if decoder.layers <= UNROLLED else ("full", "attention")
+    remats: tuple[Literal["full", "attention", "none"], ...] = (
+        "full", "attention", "none") if decoder.layers <= UNROLLED else ("full", "attention")
     for data, fsdp, tensor, context in meshes(decoder, target.chips):
         if target.kind == "gpu" and context > 1:        # cuDNN's attention has no context axis
             continue
