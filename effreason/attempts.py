@@ -3,6 +3,7 @@
 B = P * G rows, in the order of prompts, then samples.
 """
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -151,8 +152,12 @@ def gold(problem: Problem) -> Gold:
 
 def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
     """The places of problems whose reference answer the grader cannot match with itself: no response is ever right."""
+    golds = [gold(problem) for problem in problems]
+    # The places mean nothing to a process with other problems.
+    processes.check_same({"the number of problems": str(len(golds)),
+                          "the reference answers": hashlib.sha256(repr(golds).encode()).hexdigest()[:12]})
     # By one process: what takes too long on one host may not on another.
-    return processes.decided("reference answers", lambda: grader.check_golds([gold(problem) for problem in problems]))
+    return processes.decided("reference answers", lambda: grader.check_golds(golds))
 
 
 def check_decided(verdicts: Sequence[Grade]) -> None:

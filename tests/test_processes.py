@@ -1,5 +1,6 @@
 """Two processes with four virtual devices each: one run, the same as that of one process with eight."""
 
+import contextlib
 import json
 import os
 import signal
@@ -182,6 +183,23 @@ def test_other_data_on_one_host_are_one_line(world, scenario, tmp_path, monkeypa
     for _, _, err in results:
         line, = lines(err)
         assert line.startswith("error: the problems of evaluation.path: process 1 on ")
+
+
+def test_fewer_problems_on_one_host_are_one_line(world, tmp_path):
+    """What process 0 finds of its problems means nothing to the other."""
+    children, port = [], free_port()
+    for number in (0, 1):
+        (place := tmp_path / str(number)).mkdir()
+        rows = [json.dumps({"problem": f"{row}", "answer": "7" if row < 8 else "{", "level": "easy"})
+                for row in range(12 - 4 * number)]
+        (place / "test.jsonl").write_text("\n".join(rows))
+        with contextlib.chdir(place):
+            children.append(started(["evaluate", *arguments(world, world / "never", "manual",
+                                                            **{"evaluation.path": "test.jsonl"})],
+                                    number=number, port=port))
+    host = socket.gethostname()
+    check_same_line(ended(children), f"error: the number of problems: process 1 on {host} has 8, process 0 on {host} "
+                                     "has 12; all must have the same")
 
 
 def test_automatic_where_there_is_no_cluster(world):

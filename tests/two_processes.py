@@ -89,9 +89,9 @@ def together(directory):
                     os.kill(os.getpid(), signal.SIGINT)
                 processes.gathered("step", lambda: 0)       # none gets far ahead of the others
                 interrupts.check()
-    except Interrupted as stop:
+    except Interrupted:
         print("stopped at check", checks, flush=True)
-        raise Interrupted(stop.signum, stop.message if processes.first() else "") from None
+        raise
 
 
 def lost(which, signal_number, busy):

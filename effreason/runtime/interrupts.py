@@ -29,7 +29,8 @@ class Interrupts:
 
         With several processes all stop at the same call, whichever of them the signal has come to."""
         if (number := processes.agreed_stop(self._received)) is not None:
-            raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
+            # Process 0 says it for all.
+            raise Interrupted(number, f"stopped by {signal.Signals(number).name}" if processes.first() else "")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
