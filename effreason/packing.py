@@ -13,6 +13,7 @@ from effreason.lm.causal import zigzag
 from effreason.records import Packed, Rollouts, Rows
 
 LONG = 4096                         # positions of a row whose attention costs about as much as its products
+NARROW = 128                        # positions of a row that is not halved any more
 FIELDS = ("tokens", "targets", "positions", "segments")     # of a row; 0 in its padding
 
 
@@ -26,10 +27,14 @@ def row_width(longest: int, context: int = 1) -> int:
 
 
 def row_widths(width: int, context: int = 1, alone: bool = False) -> list[int]:
-    """N, and for long rows its half and its quarter: attention in a row costs the row's square, whatever is in it."""
-    if (alone or width >= LONG) and width % (8 * context) == 0:
-        return [width, width // 2, width // 4]
-    return [width]
+    """N, and narrower ones, each half of the one before, widest first.
+
+    Of long rows two more: attention costs the row's square, whatever is in it. Where each sequence has a row of its
+    own, up to four more: what it does not fill is computed all the same."""
+    widths, most = [width], 5 if alone else 3 if width >= LONG else 1
+    while len(widths) < most and widths[-1] >= NARROW and widths[-1] % (4 * context) == 0:
+        widths.append(widths[-1] // 2)
+    return widths
 
 
 def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1, context: int = 1,

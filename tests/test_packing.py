@@ -89,7 +89,7 @@ def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updat
 def test_places_find_what_sources_laid_out(context, alone):
     rollouts = rollouts_of([3, 9, 2], [[70, 5, 1, 33], [8, 8, 90, 2], [4, 60, 31, 12]])
     packed = packing.pack(rollouts, rows=2, width=128, slots=90, updates=2, context=context, alone=alone)
-    assert len(packed.groups) == (3 if alone else 1)
+    assert len(packed.groups) == (2 if alone else 1)
     mask = np.arange(packed.places.shape[1]) < rollouts.lengths.reshape(-1, 1)
     values = np.where(mask, np.random.default_rng(0).standard_normal(mask.shape), 0).astype(np.float32)
     laid = [np.asarray(update.laid_out(jax.numpy.asarray(values), rows)) for rows in packed.groups]
@@ -124,6 +124,7 @@ def test_ragged_responses_fill_their_rows():
 def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
     assert packing.row_widths(32_768) == [32_768, 16_384, 8_192] and packing.row_widths(2_048) == [2_048]
     assert packing.row_widths(320, alone=True) == [320, 160, 80]
+    assert packing.row_widths(32_768, alone=True) == [32_768, 16_384, 8_192, 4_096, 2_048]
     sizes = np.array([30, 12, 11, 9, 7, 5, 3, 3, 2])
     # 30 takes a row of 32 and the second row of the micro-batch is computed with it: 12, 11, 9 fill it, 2 the first.
     # 7 and 5 then stand in rows of 8, one more of which takes the 3s.

@@ -59,7 +59,7 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
                   alone: bool = False) -> Workload:
     """The step of a configuration, with rows as wide as the longest response there can be.
 
-    Args: alone, each sequence has a row of its own, of the whole width, half or a quarter of it."""
+    Args: alone, each sequence has a row of its own."""
     settings, update = config.rollout, config.update
     drawn = lengths(settings.prompts_per_step * settings.group_size, mean_tokens, settings.max_new_tokens)
     sizes = drawn + prompt_tokens
