@@ -216,9 +216,7 @@ def make_experience(config: Config, engine: Engine, state: update.TrainState, re
     """Stages 4 and 5, on the device: rewards and advantages, and the rows the update learns from."""
     learning = engine.learning
     laid = learning.pack(sampled)
-    packed = Packed(groups=sharding.to_device(laid.groups, learning.packed_sharding.groups),
-                    counts=sharding.to_device(laid.counts, learning.replicated),
-                    places=sharding.to_device(laid.places, learning.replicated))
+    packed = sharding.to_device(laid, learning.packed_sharding)
     logprobs = packing.in_line(sampled.logprobs, laid.places.shape[1])
     verdict, lengths, logprobs = sharding.to_device((correct, sampled.lengths, logprobs), learning.replicated)
     old = learning.score(state.params, packed)

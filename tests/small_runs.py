@@ -42,6 +42,15 @@ def write_model(path):
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens.eos_token_id}))
 
 
+def write_world(directory, train, test, first):
+    """A model in directory/base, and problems to train on and to evaluate on, which begin at number `first`."""
+    (directory / "base").mkdir()
+    write_model(directory / "base")
+    write_problems(directory / "train.jsonl", train)
+    write_problems(directory / "test.jsonl", test, first=first)
+    return directory
+
+
 def write_problems(path, count, first=0):
     """Sums to 7, easy and hard in turn."""
     rows = [{"problem": f"{first + index}+7-{first + index}", "answer": "7", "level": ("easy", "hard")[index % 2]}

@@ -36,12 +36,7 @@ EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that bei
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("world")
-    (directory / "base").mkdir()
-    small_runs.write_model(directory / "base")
-    small_runs.write_problems(directory / "train.jsonl", 16)
-    small_runs.write_problems(directory / "test.jsonl", 8, first=100)
-    return directory
+    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
 
 
 @pytest.fixture(scope="module")

@@ -128,12 +128,7 @@ def table(path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    path = tmp_path_factory.mktemp("world")
-    (path / "base").mkdir()
-    small_runs.write_model(path / "base")
-    small_runs.write_problems(path / "train.jsonl", 32)
-    small_runs.write_problems(path / "test.jsonl", 16, first=50)
-    return path
+    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=32, test=16, first=50)
 
 
 def arguments(world, directory, mode, **changes):
