@@ -72,3 +72,16 @@ def kl_return_to_go(penalty: jax.Array, mask: jax.Array) -> jax.Array:
     """
     response = jnp.where(mask, penalty, 0.0)
     return jnp.where(mask, jax.lax.cumsum(response, axis=response.ndim - 1, reverse=True), 0.0)
+
+
+def length_pull(advantages: jax.Array, lengths: jax.Array) -> jax.Array:
+    """How hard advantages pull on length, in tokens: the mean over responses of advantage * (length - group's mean).
+
+    It is the first-order change of the expected length, per unit of step, where each response is one action: negative
+    pulls towards shorter responses. Being linear in the advantages, it splits as they do.
+
+    Args: advantages float32[P, G]; lengths int32[P, G], response tokens through EOS.
+    Returns: float32[].
+    """
+    tokens = lengths.astype(jnp.float32)
+    return jnp.mean(advantages * (tokens - jnp.mean(tokens, axis=-1, keepdims=True)))

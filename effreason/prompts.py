@@ -12,7 +12,7 @@ import numpy as np
 
 from effreason.errors import UserError
 from effreason.problems import cleaning, sources, templates
-from effreason.problems.sources import ONE_LEVEL, Row, Spec, Unusable
+from effreason.problems.sources import Row, Spec, Unusable
 from effreason.problems.templates import Template
 from effreason.records import Problem
 from effreason.runtime.config import Config
@@ -92,28 +92,25 @@ def load_training(config: Config, tokenizer: Any, template: Template, unmatched:
 
 
 def load_held_out(config: Config, tokenizer: Any, template: Template,
-                  unmatched: Unmatched | None = None) -> tuple[list[Problem], tuple[str, ...]]:
-    """The first evaluation.problems of each evaluation set, and notes on them.
+                  unmatched: Unmatched | None = None) -> tuple[dict[str, list[Problem]], tuple[str, ...]]:
+    """The first evaluation.problems of each evaluation set, by the set's name, and notes on them.
 
     Nothing is left out but prompts that are too long: published accuracies count repeated problems and those that
-    cannot be graded. With several sets, a problem's level begins with the name of its set."""
+    cannot be graded. The uids of a set do not depend on what other sets there are."""
     data, settings = config.data, config.evaluation
-    found, notes = [], []
-    specs = _evaluation_specs(config)
-    for index, spec in enumerate(specs):
+    found: dict[str, list[Problem]] = {}
+    notes: list[str] = []
+    for spec in _evaluation_specs(config):
         rows, unusable = sources.read(spec.name, data, held_out=True, split=settings.split, field="evaluation.path")
         note = _Notes(spec.name, total=len(rows) + len(unusable))
         note.unusable(unusable)
-        if len(specs) > 1:
-            rows = [dataclasses.replace(row, level=spec.name if row.level == ONE_LEVEL else f"{spec.name} {row.level}")
-                    for row in rows]
-        problems, too_long = _problems(rows, tokenizer, template, data.max_prompt_tokens, index, settings.problems)
+        problems, too_long = _problems(rows, tokenizer, template, data.max_prompt_tokens, 0, settings.problems)
         note.too_long(too_long, data.max_prompt_tokens)
         if not problems:
             raise UserError(f"evaluation.path: no problem of {spec.name} is left; {'; '.join(note.lines)}")
         if unmatched is not None and (places := unmatched(problems)):
             note.kept(len(places), _unmatched_text([problems[place] for place in places]))
-        found += problems
+        found[spec.name] = problems
         notes += [f"{spec.name}: {len(problems):,} of {note.total:,} problems to evaluate on", *note.lines]
     return found, tuple(notes)
 

@@ -111,6 +111,19 @@ class Experience:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What a model made of P problems of one set, k samples of each, on the host: all that statistics need."""
+
+    uids: np.ndarray                # int64[P]
+    levels: np.ndarray              # str[P]
+    correct: np.ndarray             # bool[P, k]
+    lengths: np.ndarray             # int32[P, k], response tokens through EOS
+    finish: np.ndarray              # str[P, k], eos | length | loop
+    answers: np.ndarray             # str[P, k], as the grader found it; "" = none
+    stated: np.ndarray              # float32[P, k], tokens until the reference answer was first stated; nan = never
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LevelResult:
     """Accuracy and length on the problems of one level."""
 

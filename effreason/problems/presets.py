@@ -26,6 +26,7 @@ class Preset:
     choices: str | None = None              # column of the answers to choose from
     level: str | None = None                # column of the difficulty; a local copy's is "level"
     folder: str | None = None               # of the local copy, where it is not the preset's name
+    samples: int = 1                        # responses to each problem in an evaluation, as the paper has it
     shape: Shape | None = None              # of a row that needs more than naming its columns
     about: str                              # what it is and its licence, for docs/data.md
 
@@ -50,13 +51,13 @@ PRESETS: dict[str, Preset] = {
         hub="hiyouga/math12k", train="train", test="test", folder="math12k", level="level",
         about="competition mathematics (Hendrycks et al.) without MATH-500; 12,000 + 500; MIT"),
     "math500": Preset(
-        hub="HuggingFaceH4/MATH-500", train=None, test="test", level="level",
+        hub="HuggingFaceH4/MATH-500", train=None, test="test", level="level", samples=3,
         about="the 500 test problems of MATH that most papers report; MIT"),
     "aime24": Preset(
-        hub="HuggingFaceH4/aime_2024", train=None, test="train",
+        hub="HuggingFaceH4/aime_2024", train=None, test="train", samples=10,
         about="AIME 2024, I and II; 30; problems (c) MAA"),
     "aime25": Preset(
-        hub="math-ai/aime25", train=None, test="test",
+        hub="math-ai/aime25", train=None, test="test", samples=10,
         about="AIME 2025, I and II; 30; problems (c) MAA"),
     "amc23": Preset(
         hub="math-ai/amc23", train=None, test="test", problem="question",
@@ -74,7 +75,7 @@ PRESETS: dict[str, Preset] = {
         hub="daman1209arora/compression_dataset", train="train", test=None, answer="extracted",
         about="what the paper trained on: of MATH, cn_k12, AIME, AoPS and olympiads (NuminaMath); 3,200"),
     "converted_aime": Preset(
-        hub=None, train="train", test="test",
+        hub=None, train="train", test="test", samples=10,
         about="the paper's AIME set: 1983 to 2023 + AIME 2024; 919 + 30; local copy only; problems (c) MAA"),
     "commonsense_qa": Preset(
         hub="tau/commonsense_qa", train="train", test="validation", problem="question", answer="answerKey",

@@ -128,6 +128,13 @@ class RolloutConfig(Section):
     on a TPU, heads of a multiple of 128; the others by XLA anywhere. auto = the best one that fits device and model."""
     chunk: Count = 16
     """Tokens each slot generates, at most, before finished responses are looked for."""
+    policy: Literal["current", "initial"] = "current"
+    """Whose responses are learnt from: those of the model as it is, or of the model the run started from."""
+    refill_rounds: Natural = 0
+    """Rounds in which groups without a signal are replaced by groups of other problems, each with as many as are
+    missing; 0 = off. What counts is the spread of the reward, length included: groups that are all correct stay."""
+    min_reward_spread: NonNegative = 0.0
+    """A group whose highest and lowest reward differ by no more than this has no signal."""
     max_mismatch: Positive | None = None
     """Parity gate: the run stops where the log-probs of sampled tokens by the sampler and by the trainer differ by more
     than this, in nats, on the mean over a step's tokens. Measured on short responses before the first step too.
@@ -171,10 +178,26 @@ class GradeConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig(Section):
-    """The reward of a correct response: 1 - alpha * sigmoid(length against the other correct ones)."""
+    """The reward of a response; efficient: 1 - alpha * sigmoid(length against the other correct ones) where correct."""
 
     alpha: Fraction = 0.1
     """The one dial: how much a correct response loses for being longer than its siblings; 0 = correctness only."""
+    form: str = "efficient"
+    """efficient = the method's; others have been published under the names of docs/rewards.md, such as kimi or l1_max;
+    or a function of your own, module:function, (correct, lengths) -> rewards."""
+    parameters: str | None = None
+    """What a form other than efficient is to be called with, NAME=VALUE,NAME=VALUE; null = its defaults."""
+    target_tokens: Share | None = None
+    """Tokens on the first set of evaluation.path wanted, as a share of the base model's: after each evaluation alpha is
+    raised where there are more, lowered where there are fewer. null = alpha stays."""
+    max_accuracy_drop: NonNegative | None = None
+    """Points of accuracy on that set that may be lost against the base model: after each evaluation alpha is lowered
+    where more are lost, and raised, up to reward.alpha_max or until target_tokens is met, where fewer are.
+    null = alpha stays."""
+    alpha_min: Fraction = 0.01
+    """Least alpha that these two go to; greater than 0."""
+    alpha_max: Fraction = 0.4
+    """Greatest alpha that these two go to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +225,13 @@ class KLConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig(Section):
-    """The policy gradient and the optimiser (AdamW)."""
+    """What is learnt from the responses, and the optimiser (AdamW)."""
 
+    objective: Literal["policy_gradient", "sft_shortest", "dpo"] = "policy_gradient"
+    """policy_gradient = the method's; two baselines: sft_shortest = imitate each group's shortest correct response
+    (rejection sampling); dpo = prefer it to the longest correct one. Baselines want rollout.policy initial."""
+    dpo_beta: Positive = 0.1
+    """dpo: how much a preference may move the policy from the reference; more = closer to it."""
     learning_rate: NonNegative = 5e-6
     """Constant after the warm-up."""
     beta1: Fraction = 0.9
@@ -241,7 +269,8 @@ class EvaluationConfig(Section):
     """Accuracy and tokens on held-out problems, before and after training."""
 
     path: str | None = None
-    """Held-out problems, named like data.path and with the same columns; several are a list: gsm8k,math500.
+    """Held-out problems, named like data.path and with the same columns; several are a list, each measured on its own:
+    gsm8k,math500. The first is the one that is evaluated between steps, too.
     null = those of data.path tiny."""
     split: str | None = None
     """The split of a Hub data set or saved folder to evaluate on; null = the preset's, or test."""
@@ -249,8 +278,9 @@ class EvaluationConfig(Section):
     """Evaluate a trained model on prompts that differ from those of its training, which is an error otherwise."""
     problems: Natural = 600
     """Problems to evaluate on, the first of each set; 0 = no evaluation."""
-    samples: Count = 1
-    """Responses to each problem; accuracy is the mean over them."""
+    samples: Count | None = None
+    """Responses to each problem; accuracy is the mean over them. null = as many as the paper has for the set: gsm8k 1,
+    math500 3, AIME 10, and 1 for others."""
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 = greedy."""
     top_p: Share = 1.0
@@ -317,8 +347,8 @@ class LogConfig(Section):
     """Write TensorBoard files into the run directory."""
     wandb: bool = False
     """Send the metrics to Weights & Biases (needs the extra: pip install "effreason[wandb]")."""
-    samples_per_step: Natural = 4
-    """Responses written to rollouts.jsonl at each step, with prompt, reward and grade."""
+    groups_per_step: Natural = 1
+    """Problems of each step whose responses are written to rollouts.jsonl, with grade, reward and advantage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,8 +404,33 @@ class Config:
                 "when data.path is not tiny, got evaluation.path null and evaluation.problems "
                 f"{self.evaluation.problems}"
             )
+        if update.objective != "policy_gradient":
+            self._check_baseline()
+        if self.reward.target_tokens is not None or self.reward.max_accuracy_drop is not None:
+            self._check_control()
         if self.run.resume and self.run.directory is None:
             raise ValueError("run.directory must name the run to resume when run.resume is true, got null")
+
+    def _check_baseline(self) -> None:
+        wanted = f"with update.objective {self.update.objective}"
+        for field, value, right in (("update.updates_per_batch", self.update.updates_per_batch, 1),
+                                    ("kl.form", self.kl.form, "none"),
+                                    ("advantage.whiten", self.advantage.whiten, False),
+                                    ("advantage.group_std", self.advantage.group_std, False),
+                                    ("rollout.refill_rounds", self.rollout.refill_rounds, 0)):
+            if value != right:
+                raise ValueError(f"{field} must be {written(right)} {wanted}, got {written(value)}")
+
+    def _check_control(self) -> None:
+        reward, wanted = self.reward, "where reward.target_tokens or reward.max_accuracy_drop moves alpha"
+        if reward.form != "efficient":
+            raise ValueError(f"reward.form must be efficient {wanted}, got {reward.form}")
+        if self.evaluation.every == 0 or self.evaluation.problems == 0:
+            raise ValueError(f"evaluation.every and evaluation.problems must be >= 1 {wanted}, got "
+                             f"{self.evaluation.every} and {self.evaluation.problems}")
+        if not 0 < reward.alpha_min <= reward.alpha <= reward.alpha_max:
+            raise ValueError(f"reward.alpha must be between reward.alpha_min, > 0, and reward.alpha_max {wanted}, got "
+                             f"{reward.alpha}, {reward.alpha_min} and {reward.alpha_max}")
 
 
 # The tiny world's learning rate and prompt would ruin any other model: its file is the default for nothing else.
