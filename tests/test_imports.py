@@ -31,7 +31,7 @@ ORDER = [
     ["sampling"],
     ["problems"],
     ["rewards", "advantages", "grades", "prompts", "packing", "logprobs"],
-    ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts"],
+    ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts", "shaping"],
     ["engine", "attempts", "parity", "generation", "unfinished"],
     ["inputs"],
     ["evaluation", "report", "runtime.plan", "outputs"],
