@@ -30,6 +30,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "numpy>=2",
+        "scipy>=1.15",
         "safetensors>=0.5",
         "transformers>=5",
         "huggingface_hub>=1",

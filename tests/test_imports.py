@@ -20,7 +20,7 @@ ORDER = [
     ["runtime.processes"],
     ["runtime.meetings"],
     ["records", "masks", "tiny", "grading"],
-    ["runtime.sharding", "runtime.metrics", "runtime.progress"],
+    ["runtime.sharding", "runtime.metrics", "runtime.progress", "statistics"],
     ["lm.kernels"],
     ["lm.attention"],
     ["lm.causal"],
