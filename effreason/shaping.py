@@ -61,7 +61,10 @@ def takes_alpha(function: Callable[..., Any]) -> bool:
 def _shaped(correct: jax.Array, lengths: jax.Array, alpha: jax.Array, *, function: Callable[..., Any],
             parameters: dict[str, float], takes_alpha: bool) -> jax.Array:
     dial = {"alpha": alpha} if takes_alpha else {}
-    return jnp.asarray(function(correct, lengths, **parameters, **dial)).astype(jnp.float32)
+    result = function(correct, lengths, **parameters, **dial)
+    if not hasattr(result, "shape"):
+        raise TypeError(f"it returned {type(result).__name__}, expected an array")
+    return jnp.asarray(result).astype(jnp.float32)
 
 
 def _named(form: str) -> Callable[..., jax.Array]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from effreason import advantages
+from effreason import advantages, rewards
 from effreason.rewards import length_rewards
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -177,3 +177,135 @@ def test_compiles_once_and_returns_float32():
     assert rewards.shape == (2, 4) and rewards.dtype == jnp.float32
     assert reward._cache_size() == 1
     assert jax.jit(length_rewards)(np.ones((1, 2), bool), np.ones((1, 2), np.int64), alpha=0.1).dtype == jnp.float32
+
+
+# The published others: each with parameters of its own, and the formula as its source has it, in float64.
+
+def kimi_oracle(right, tokens, weight):
+    if tokens.max() == tokens.min():
+        return right.astype(float)
+    place = 0.5 - (tokens - tokens.min()) / (tokens.max() - tokens.min())
+    return np.where(right, 1 + weight * place, weight * np.minimum(place, 0))
+
+
+def alp_oracle(right, tokens, scale):
+    return right - scale * tokens * max(right.mean(), 1 / len(right))
+
+
+def shorter_better_oracle(right, tokens, value, scale):
+    best = tokens[right].min() if right.any() else tokens.mean()
+    return value * right - scale * np.abs(tokens - best)
+
+
+OTHERS = {
+    "kimi": ({"weight": 0.4}, kimi_oracle),
+    "l1_exact": ({"target": 300, "scale": 3e-4},
+                 lambda right, tokens, target, scale: right - scale * np.abs(target - tokens)),
+    "l1_max": ({"target": 300, "scale": 3e-3, "offset": 0.5}, lambda right, tokens, target, scale, offset:
+               right * np.clip(scale * (target - tokens) + offset, 0, 1)),
+    "soft_overlong": ({"limit": 1000, "buffer": 600}, lambda right, tokens, limit, buffer:
+                      right + np.select([tokens <= limit - buffer, tokens <= limit],
+                                        [0, (limit - buffer - tokens) / buffer], -1)),
+    "limit": ({"limit": 300}, lambda right, tokens, limit: right * (tokens <= limit)),
+    "laser": ({"target": 300, "bonus": 0.5}, lambda right, tokens, target, bonus:
+              right + bonus * (right & (tokens <= target))),
+    "alp": ({"scale": 1e-4}, alp_oracle),
+    "gr3": ({"weight": 0.33}, lambda right, tokens, weight: right / (1 + weight * tokens / tokens.mean())),
+    "shorter_better": ({"value": 2.0, "scale": 1e-3}, shorter_better_oracle),
+}
+forms = pytest.mark.parametrize("form", sorted(OTHERS))
+kernels = {form: jax.jit(functools.partial(getattr(rewards, form), **parameters))
+           for form, (parameters, _) in OTHERS.items()}
+
+
+def other(form, correct, lengths, **parameters):
+    """float32[P, G] on the host; without parameters, with the source's."""
+    function = functools.partial(getattr(rewards, form), **parameters)
+    return np.asarray(jax.jit(function)(np.asarray(correct, bool), np.asarray(lengths, np.int32)))
+
+
+@forms
+@hypothesis.given(verdicts_of_a_group, lengths_of_a_group)
+def test_others_equal_their_numpy_oracles(form, correct, lengths):
+    parameters, oracle = OTHERS[form]
+    right, tokens = np.array(correct), np.array(lengths)
+    found = np.asarray(kernels[form](right[None], tokens[None].astype(np.int32)))[0]
+    np.testing.assert_allclose(found, oracle(right, tokens.astype(float), **parameters), rtol=1e-5, atol=1e-5)
+
+
+@forms
+@hypothesis.given(verdicts_of_a_group, lengths_of_a_group, st.permutations(range(GROUP)))
+def test_permuting_a_group_permutes_the_rewards_of_others(form, correct, lengths, order):
+    right, tokens = np.array([correct]), np.array([lengths], np.int32)
+    permuted = np.asarray(kernels[form](right[:, order], tokens[:, order]))
+    np.testing.assert_allclose(permuted, np.asarray(kernels[form](right, tokens))[:, order], rtol=1e-5, atol=1e-5)
+
+
+@forms
+def test_groups_of_others_do_not_touch_each_other_and_compile_once(form):
+    rng = np.random.default_rng(1)
+    right, tokens = rng.random((5, 4)) < 0.5, rng.integers(1, 2000, (5, 4)).astype(np.int32)
+    kernel = jax.jit(functools.partial(getattr(rewards, form), **OTHERS[form][0]))
+    whole = np.asarray(kernel(right, tokens))
+    assert whole.dtype == np.float32 and whole.shape == (5, 4)
+    np.testing.assert_allclose(np.asarray(kernel(right, tokens + 0)), whole)
+    assert kernel._cache_size() == 1
+    np.testing.assert_array_equal(np.concatenate([kernel(right[row:row + 1], tokens[row:row + 1])
+                                                  for row in range(5)]), whole)
+
+
+@forms
+@pytest.mark.parametrize("verdict", [True, False])
+def test_equally_long_responses_of_one_verdict_get_one_reward_from_others(form, verdict):
+    found = np.asarray(kernels[form](np.full((1, 4), verdict), np.full((1, 4), 500, np.int32)))
+    assert np.unique(found).size == 1
+    np.testing.assert_array_equal(np.asarray(advantages.leave_one_out(found)), np.zeros((1, 4)))
+
+
+# form, parameters, correct, lengths, rewards worked out by hand
+HAND = [
+    ("kimi", {}, [1, 1, 0, 0], [100, 200, 100, 500], [1.5, 1.25, 0.0, -0.5]),
+    ("kimi", {"weight": 0.0}, [1, 0], [1, 9], [1, 0]),
+    ("kimi", {}, [1, 0, 1], [7, 7, 7], [1, 0, 1]),
+    ("l1_exact", {"target": 1000}, [1, 1, 0], [1000, 2000, 500], [1, 0.7, -0.15]),
+    ("l1_max", {"target": 1000}, [1, 1, 1, 1, 0], [1000, 2000, 9000, 1, 1], [0.5, 0.2, 0, 0.7997, 0]),
+    ("l1_max", {"target": 9000}, [1], [1], [1]),
+    ("soft_overlong", {}, [1, 1, 1, 0, 0], [16384, 18432, 20480, 20480, 99999], [1, 0.5, 0, -1, -1]),
+    ("soft_overlong", {"limit": 10, "buffer": 0}, [1, 1], [10, 11], [1, 0]),
+    ("limit", {"limit": 4000}, [1, 1, 0], [4000, 4001, 10], [1, 0, 0]),
+    ("laser", {"target": 4096}, [1, 1, 0], [4096, 4097, 10], [1.5, 1, 0]),
+    ("alp", {"scale": 1e-4}, [1, 1, 0, 0], [1000, 2000, 1000, 4000], [0.95, 0.9, -0.05, -0.2]),
+    ("alp", {"scale": 1e-4}, [0, 0, 0, 0], [1000, 2000, 1000, 4000], [-0.025, -0.05, -0.025, -0.1]),
+    ("gr3", {}, [1, 1, 0], [100, 300, 200], [1 / 1.165, 1 / 1.495, 0]),
+    ("gr3", {}, [0, 0], [3, 5], [0, 0]),
+    ("shorter_better", {}, [1, 1, 0], [300, 800, 100], [2, 1.5, -0.2]),
+    ("shorter_better", {}, [0, 0], [100, 300], [-0.1, -0.1]),
+]
+
+
+@pytest.mark.parametrize(("form", "parameters", "correct", "lengths", "expected"), HAND)
+def test_hand_numbers_of_others(form, parameters, correct, lengths, expected):
+    np.testing.assert_allclose(other(form, [correct], [lengths], **parameters), [expected], atol=2e-6)
+
+
+def test_alp_of_the_source_is_exact_to_a_token_of_a_long_response():
+    found = other("alp", [[True, True]], [[16_000, 32_000]])[0]
+    np.testing.assert_allclose(found, [1 - 1.6e-3, 1 - 3.2e-3], atol=6e-8)
+
+
+@forms
+@hypothesis.given(verdicts_of_a_group, lengths_of_a_group)
+def test_no_other_rewards_a_longer_of_two_correct_responses_more(form, correct, lengths):
+    if form == "l1_exact":                                  # it wants its target, from below too
+        lengths = [length + 300 for length in lengths]
+    right = np.array(correct)
+    found = np.asarray(kernels[form](right[None], np.array([lengths], np.int32)))[0]
+    assert np.all(np.diff(found[right][np.argsort(np.array(lengths)[right])]) <= 1e-6)
+
+
+@pytest.mark.parametrize("form", ["kimi", "limit", "l1_max", "laser", "gr3"])
+@hypothesis.given(verdicts_of_a_group, lengths_of_a_group)
+def test_these_never_score_a_wrong_response_above_a_correct_one(form, correct, lengths):
+    right = np.array(correct)
+    found = np.asarray(kernels[form](right[None], np.array([lengths], np.int32)))[0]
+    assert right.all() or not right.any() or found[right].min() >= found[~right].max()
