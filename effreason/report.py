@@ -1,58 +1,56 @@
-"""What a run found: the numbers of summary.json, the table at the end, and report.png."""
+"""What a run or a family found: the numbers of summary.json, the headline in words, the tables of the terminal."""
 
-import math
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from effreason.records import Evaluation
+from effreason.plots import overview as plot
 from effreason.runtime.config import Config
-from effreason.runtime.metrics import disk
 from effreason.runtime.progress import duration
+from effreason.statistics import Comparison, Interval, Summary, comparison_from_table
 
-# Okabe and Ito's colours: told apart with any colour vision, and in grey.
-BEFORE, AFTER, CURVE, INK, QUIET = "#999999", "#0072B2", "#56B4E9", "#222222", "#666666"
-POINTS = 500                        # a curve is thinned to this many points: more are not seen at this size
+__all__ = ["plot"]
 KNOWN_LEVELS = ("easy", "medium", "hard")
 
+Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: the base, the trained model, and how they differ
 
-def summary(config: Config, base: Evaluation, trained: Evaluation, wall_seconds: float) -> dict[str, Any]:
+
+def summary(config: Config, results: Results, wall_seconds: float) -> dict[str, Any]:
     """The content of summary.json.
 
-    Args: base and trained are evaluated on the same problems; wall_seconds of the whole run.
-    Returns: accuracies in 0..1; accuracy_change = trained - base; token_ratio = trained / base; levels easy to hard.
-    """
+    Args: results, of each set of problems, the headline's first; wall_seconds of the whole run.
+    Returns: of the first set: accuracies in 0..1; accuracy_change = trained - base; token_ratio = trained / base; levels
+        easy to hard. Under "sets" everything that was measured on each."""
+    base, trained, comparison = next(iter(results.values()))
     return {
         "alpha": config.reward.alpha,
         "seed": config.run.seed,
         "base": _result(base),
         "trained": _result(trained),
-        "token_ratio": trained.tokens / base.tokens,
-        "accuracy_change": trained.accuracy - base.accuracy,
+        "token_ratio": comparison.token_ratio,
+        "accuracy_change": comparison.accuracy_change,
         "wall_s": wall_seconds,
+        "sets": {name: {"base": dataclasses.asdict(base), "trained": dataclasses.asdict(trained),
+                        "comparison": dataclasses.asdict(comparison)}
+                 for name, (base, trained, comparison) in results.items()},
     }
 
 
-def _result(evaluation: Evaluation) -> dict[str, Any]:
-    levels = {level: evaluation.by_level[level] for level in _ordered(evaluation.by_level)}
+def _result(measured: Summary) -> dict[str, Any]:
+    levels = {level: measured.by_level[level] for level in ordered(measured.by_level)}
     return {
-        "accuracy": evaluation.accuracy,
-        "tokens": evaluation.tokens,
+        "accuracy": measured.accuracy,
+        "tokens": measured.tokens,
         "by_level": {level: {"accuracy": result.accuracy, "tokens": result.tokens} for level, result in levels.items()},
     }
 
 
-def _ordered(levels: Iterable[str]) -> list[str]:
+def ordered(levels: Iterable[str]) -> list[str]:
     """Levels from easy to hard: by the words this project uses, then by the number in the name, then by the name."""
     def place(level: str) -> tuple[int, float, str]:
         if level in KNOWN_LEVELS:
@@ -62,8 +60,49 @@ def _ordered(levels: Iterable[str]) -> list[str]:
     return sorted(levels, key=place)
 
 
+def signed(value: float) -> str:
+    """A number with its sign and one decimal; what rounds to nothing has none."""
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text
+
+
+def count(tokens: float) -> str:
+    """A mean number of tokens: with a decimal where one could be seen."""
+    return f"{tokens:,.1f}" if abs(tokens) < 999.95 else f"{tokens:,.0f}"
+
+
+def change(comparison: Comparison) -> str:
+    """The change of accuracy in points, with its interval: "+3.5 [+1.2, +5.9]"."""
+    low, high = comparison.accuracy_change_interval
+    return f"{signed(100 * comparison.accuracy_change)} [{signed(100 * low)}, {signed(100 * high)}]"
+
+
+def saved_interval(comparison: Comparison) -> Interval:
+    """The share of tokens saved, its interval."""
+    low, high = comparison.token_ratio_interval
+    return 1.0 - high, 1.0 - low
+
+
+def saved(comparison: Comparison) -> str:
+    """The tokens saved in per cent, with their interval: "57.9% [55.1, 60.4]"."""
+    low, high = saved_interval(comparison)
+    return f"{100 * (1 - comparison.token_ratio):.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def findings_in_words(comparison: Comparison) -> str:
+    """The two numbers that matter: "57.9 % fewer tokens [55.1, 60.4], accuracy +3.5 points [+1.2, +5.9]"."""
+    saving, (low, high) = 1.0 - comparison.token_ratio, saved_interval(comparison)
+    if saving < 0:
+        saving, low, high = -saving, -high, -low
+    word = "fewer" if comparison.token_ratio <= 1 else "more"
+    points, interval = change(comparison).split(" ", 1)
+    return (f"{100 * saving:.1f} % {word} tokens [{100 * low:.1f}, {100 * high:.1f}], "
+            f"accuracy {points} points {interval}")
+
+
 def print_table(console: Console, summary: Mapping[str, Any]) -> None:
-    """Prints accuracy and tokens before and after, for each level and over all problems, within 80 columns."""
+    """Prints accuracy and tokens before and after, for each level and over all problems, within 80 columns; below it
+    the two changes with their intervals, and those on further sets, where there are any."""
     base, trained = summary["base"], summary["trained"]
     levels = list(base["by_level"])
     table = Table(box=box.SIMPLE_HEAD)
@@ -79,183 +118,51 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
                f"(alpha {summary['alpha']:g}, seed {summary['seed']}, {duration(summary['wall_s'])})")
     console.print(heading, style="bold", highlight=False, markup=False)
     console.print(table, highlight=False, markup=False)
+    compared = {name: (results["trained"], comparison_from_table(results["comparison"]))
+                for name, results in summary["sets"].items()}
+    _, comparison = next(iter(compared.values()))
+    console.print(f"{findings_in_words(comparison)}\n(95 % intervals over {_problems(summary)} problems)",
+                  highlight=False, markup=False)
+    if len(compared) > 1:
+        console.print("\nOther sets of problems, against the base", style="bold", highlight=False, markup=False)
+        further = list(compared.items())[1:]
+        console.print(_comparisons("set", [(name, after, each) for name, (after, each) in further]),
+                      highlight=False, markup=False)
+
+
+def _problems(summary: Mapping[str, Any]) -> str:
+    return f"{next(iter(summary['sets'].values()))['trained']['problems']:,}"
+
+
+def print_family(console: Console, family: Mapping[str, Any]) -> None:
+    """Prints the points of family.json on each of its sets, within 80 columns."""
+    for place, name in enumerate(family["sets"]):
+        rows = [(point["name"], results["summary"], results["comparison"] and comparison_from_table(
+            results["comparison"])) for point in family["points"] if (results := point["sets"].get(name))]
+        if not rows:
+            continue
+        measured = rows[0][1]
+        each = "" if measured["samples"] == 1 else f", {measured['samples']} responses each"
+        console.print(f"{'' if place == 0 else chr(10)}{name}: {measured['problems']:,} held-out problems{each}; in "
+                      "brackets 95 % intervals", style="bold", highlight=False, markup=False, no_wrap=True,
+                      overflow="ellipsis")
+        console.print(_comparisons("", rows), highlight=False, markup=False)
+
+
+def _comparisons(title: str, rows: Sequence[tuple[str, Mapping[str, Any], Comparison | None]]) -> Table:
+    """A table of models against their base, 80 columns at most. Args: rows of name, Summary as a table, comparison."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(title, max_width=14, overflow="ellipsis", no_wrap=True)
+    for column in ("accuracy", "change, points", "tokens", "saved", "AES"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, measured, comparison in rows:
+        cells = (("", "", "") if comparison is None else
+                 (change(comparison), saved(comparison), "-" if comparison.aes is None else f"{comparison.aes:.2f}"))
+        table.add_row(name, f"{measured['accuracy']:.1%}", cells[0], count(measured["tokens"]), *cells[1:])
+    return table
 
 
 def _cells(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[str, ...]:
     points = 100 * (after["accuracy"] - before["accuracy"])
     return (f"{before['accuracy']:.1%}", f"{after['accuracy']:.1%}", f"{points:+.1f}",
-            f"{before['tokens']:,.1f}", f"{after['tokens']:,.1f}", f"{_saving(before, after):.1%}")
-
-
-def _saving(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    return 1.0 - after["tokens"] / before["tokens"]
-
-
-def plot(metrics_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None, path: Path, *,
-         model: str = "") -> None:
-    """Draws report.png: accuracy and tokens against steps, and tokens by difficulty.
-
-    Args:
-        metrics_rows: of metrics.jsonl; the rollouts of step s are by the policy after s updates.
-        summary: of the run, None where nothing was evaluated: then only the curves are drawn.
-        path: of the picture.
-        model: a name or a path, for the title.
-    Raises: UserError where the picture cannot be written.
-    """
-    figure = Figure(figsize=(11.0, 5.6) if summary else (7.6, 5.6), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
-    left, right = (0.065, 0.975) if summary else (0.095, 0.965)
-    grid = figure.add_gridspec(2, 2 if summary else 1, width_ratios=(1.5, 1) if summary else (1,),
-                               height_ratios=(1, 1.25), left=left, right=right, bottom=0.095, top=0.79,
-                               wspace=0.1, hspace=0.3)
-    accuracy = figure.add_subplot(grid[0, 0])
-    tokens = figure.add_subplot(grid[1, 0], sharex=accuracy)
-    _curve(accuracy, metrics_rows, "accuracy", summary)
-    _curve(tokens, metrics_rows, "tokens", summary)
-    _finish_accuracy(accuracy)
-    _finish_tokens(tokens)
-    if summary:
-        _bars(figure.add_subplot(grid[:, 1]), summary)
-    alpha = summary["alpha"] if summary else _last(metrics_rows, "reward/alpha")
-    _title(figure, left, alpha, model, summary)
-    handles, labels = tokens.get_legend_handles_labels()
-    if handles:
-        # Beside the title, where no data can come to lie under it.
-        accuracy.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.055), ncols=len(handles),
-                        frameon=False, fontsize=9, labelcolor=INK, handletextpad=0.4, columnspacing=1.2, borderpad=0,
-                        borderaxespad=0)
-    with disk(path):
-        figure.savefig(path, metadata={"Software": None})
-
-
-def _title(figure: Figure, left: float, alpha: float | None, model: str, summary: Mapping[str, Any] | None) -> None:
-    parts = ["effreason", "" if alpha is None else f"α = {alpha:g}", Path(model).name[:60]]
-    figure.text(left, 0.958, "  ·  ".join(filter(None, parts)), fontsize=14, fontweight="bold", color=INK, va="center",
-                parse_math=False)
-    line = "Not evaluated on held-out problems"
-    if summary:
-        base, trained = summary["base"], summary["trained"]
-        saving = _saving(base, trained)
-        line = (f"{abs(saving):.0%} {'fewer' if saving >= 0 else 'more'} tokens on held-out problems, "
-                f"accuracy {base['accuracy']:.1%} → {trained['accuracy']:.1%}")
-    figure.text(left, 0.9, line, fontsize=10.5, color=QUIET, va="center")
-
-
-def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str, summary: Mapping[str, Any] | None) -> None:
-    """One measure against steps: each step faint, their smooth course strong, evaluations as diamonds."""
-    pairs = [(row["step"], row[f"rollout/{measure}"]) for row in rows if row.get(f"rollout/{measure}") is not None]
-    # A row with rollouts was followed by its update; one with an evaluation alone says how many updates went before.
-    updates = [row["step"] + ("rollout/tokens" in row) for row in rows]
-    last = max(updates, default=0)
-    if pairs:
-        steps, values = (_thinned(np.asarray(column, np.float64)) for column in zip(*pairs, strict=True))
-        smooth = _smooth(steps, values)
-        if smooth is not values:
-            axes.plot(steps, values, color=CURVE, linewidth=0.9, alpha=0.6, zorder=2)
-        axes.plot(steps, smooth, color=AFTER, linewidth=2.0, marker="o" if len(steps) < 4 else "", markersize=4,
-                  zorder=3, solid_capstyle="round", label="training rollouts")
-    between = [(step, row[f"evaluation/{measure}"]) for step, row in zip(updates, rows, strict=True)
-               if row.get(f"evaluation/{measure}") is not None]
-    if summary:
-        # Before and after come from the summary: the rows may hold the same evaluations again.
-        between = [(step, value) for step, value in between if 0 < step < last]
-        marks = ((0, "base", BEFORE, "held-out: before"), (last, "trained", AFTER, "after"))
-        for step, key, color, label in marks:
-            axes.plot([step], [summary[key][measure]], linestyle="", marker="D", markersize=7.5, color=color,
-                      markeredgecolor="white", markeredgewidth=1.2, zorder=5, label=label)
-    if between:
-        axes.plot(*zip(*between, strict=True), linestyle="", marker="D", markersize=5, color="white",
-                  markeredgecolor=INK, markeredgewidth=1.0, zorder=4, label="between")
-    width = max(last, 1)
-    axes.set_xlim(-0.025 * width, 1.025 * width)
-
-
-def _smooth(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The course of the values; the values themselves where they are few.
-
-    Each point is read off a line through its neighbours, a tenth of the run: unlike a mean, a line does not bend the
-    ends of a steep curve.
-    """
-    if len(values) < 16:
-        return values
-    half = max(len(values) // 20, 2)
-    course = np.empty_like(values)
-    for i in range(len(values)):
-        near = slice(max(i - half, 0), i + half + 1)
-        course[i] = np.polyfit(steps[near] - steps[i], values[near], 1)[1]
-    clipped: np.ndarray = np.clip(course, values.min(), values.max())
-    return clipped
-
-
-def _thinned(values: np.ndarray) -> np.ndarray:
-    """Means of equal pieces, POINTS at most."""
-    size = math.ceil(len(values) / POINTS)
-    starts = np.arange(0, len(values), size)
-    means: np.ndarray = np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
-    return means
-
-
-def _finish_accuracy(axes: Axes) -> None:
-    _clean(axes, "Accuracy")
-    low, high = axes.get_ylim()
-    # At least ten points high, so that noise of one point does not fill the panel.
-    middle, half = (low + high) / 2, max((high - low) / 2, 0.05)
-    axes.set_ylim(max(middle - half, -0.01), min(middle + half, 1.01))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.tick_params(labelbottom=False)
-
-
-def _finish_tokens(axes: Axes) -> None:
-    _clean(axes, "Tokens per response")
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.03)
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], min_n_ticks=4, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(_grouped))
-    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(_grouped))
-    axes.set_xlabel("training step", color=QUIET, fontsize=9.5)
-
-
-def _bars(axes: Axes, summary: Mapping[str, Any]) -> None:
-    """Tokens by difficulty: two lying bars for each level under its name, the saving behind the second.
-
-    Names of any length fit above a lying bar, and a number behind it meets no other bar, so no axis is needed.
-    """
-    before, after = summary["base"]["by_level"], summary["trained"]["by_level"]
-    size = 10.0 if len(before) <= 6 else 8.5 if len(before) <= 9 else 6.5
-    for place, level in enumerate(before):
-        saving = f"{-_saving(before[level], after[level]):+.0%}".replace("-", "−")
-        name = level if len(level) <= 48 else level[:47] + "…"
-        axes.text(0, place - 0.34, name, fontsize=size, color=INK, va="center_baseline", parse_math=False)
-        for bottom, tokens, color, note in ((-0.18, before[level]["tokens"], BEFORE, ""),
-                                            (0.10, after[level]["tokens"], AFTER, saving)):
-            axes.barh(place + bottom, tokens, 0.26, align="edge", color=color)
-            number = axes.annotate(_grouped(tokens), (tokens, place + bottom + 0.13), (5, 0),
-                                   textcoords="offset points", va="center_baseline", fontsize=size, color=QUIET)
-            axes.annotate(note, (1, 0.5), (7, 1), xycoords=number, textcoords="offset points", va="center_baseline",
-                          fontsize=size + 1, fontweight="bold", color=AFTER)
-    title = "Tokens by difficulty, before and after" if len(before) > 1 else "Tokens, before and after"
-    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold", pad=8)
-    room = max(3 - len(before), 0) / 2                      # one level alone would fill the panel
-    axes.set_ylim(len(before) - 0.55 + room, -0.55 - room)
-    axes.set_xlim(0, 1.28 * max(results[level]["tokens"] for results in (before, after) for level in results))
-    axes.set_axis_off()
-
-
-def _grouped(value: float, position: int | None = None) -> str:
-    """A count as an axis writes it. Args: position of the tick, which matplotlib passes and which does not matter."""
-    return f"{value:,.0f}"
-
-
-def _clean(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold", pad=8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#BBBBBB")
-    axes.tick_params(colors=QUIET, labelsize=9, length=3, color="#BBBBBB")
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _last(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+            f"{before['tokens']:,.1f}", f"{after['tokens']:,.1f}", f"{1.0 - after['tokens'] / before['tokens']:.1%}")
