@@ -136,6 +136,23 @@ def test_a_split_is_for_sets_that_have_several(tmp_path):
     assert not any(map(sources.takes_subset, ("tiny", "gsm8k", path, str(tmp_path))))
 
 
+@pytest.mark.parametrize("name", ["tiny_long", "tiny_other"])
+def test_sets_of_what_training_never_sees_are_for_evaluation_alone(name):
+    rows = read(name, held_out=True)
+    assert len(rows) == 200 and [row.number for row in rows] == list(range(200))
+    assert len({row.level for row in rows}) >= 3 and rows == read(name, held_out=True)
+    sources.check(name, DataConfig(), "evaluation.path", held_out=True)
+    sources.check(f"tiny,{name}", DataConfig(), "data.exclude")
+    assert not sources.takes_subset(name)
+    message = f"^data\\.path: {name} is a set to evaluate on alone; the one to train on is tiny$"
+    with pytest.raises(UserError, match=message):
+        sources.check(f"tiny=1,{name}=1", DataConfig(), "data.path")
+    with pytest.raises(UserError, match=message):
+        read(name)
+    with pytest.raises(UserError, match=f"{name} takes no revision"):
+        sources.check(f"{name}@abc", DataConfig(), "evaluation.path", held_out=True)
+
+
 def test_an_existing_file_comes_before_an_id_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     write(tmp_path / "org" / "name", [{"problem": "1", "answer": "1"}])

@@ -1,6 +1,9 @@
 """The embedded world: tasks, traces, tokenizer, training rows, and the reasoner that ships."""
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import re
 import zlib
 
@@ -11,7 +14,7 @@ import pytest
 from effreason import evaluation, prompts
 from effreason.engine import make_sampler
 from effreason.lm import hf
-from effreason.problems import templates
+from effreason.problems import sources, templates
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import DataConfig
@@ -126,3 +129,42 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
         found, _ = evaluate(params, lambda now: None, {})
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses
     assert found.by_level["easy"].tokens > 3 * 20               # 20 tokens write every step once
+
+
+def taken(name, count):
+    return list(itertools.islice(tasks.novel(name), count))
+
+
+@pytest.mark.parametrize("name", tasks.NOVEL)
+def test_novel_tasks_are_expressions_of_every_level_in_turn_and_always_the_same(name):
+    found, levels = taken(name, 400), list(tasks.NOVEL[name])
+    assert all(str(eval(task.text)) == task.answer for task in found)       # noqa: S307, our own text
+    assert [task.level for task in found] == [levels[place % len(levels)] for place in range(400)]
+    assert len({task.text for task in found}) == 400 and taken(name, 400) == found
+    assert {task.answer for task in found} == set("0123456789")
+
+
+def test_no_novel_task_could_be_drawn_for_training():
+    lengths = range(min(low for low, _ in tasks.LEVELS.values()), max(high for _, high in tasks.LEVELS.values()) + 1)
+    for task in [*taken("tiny_long", 600), *taken("tiny_other", 600)]:
+        as_trained = tasks.Task(task.start, task.operations, task.level).text
+        assert (len(task.operations) not in lengths or not set(task.operations) <= set(tasks.OPERATIONS)
+                or task.start >= 100 or task.text != as_trained)
+
+
+def test_what_is_new_in_each_kind():
+    kinds = {level: [task for task in taken("tiny_other", 400) if task.level == level]
+             for level in tasks.NOVEL["tiny_other"]}
+    assert all(task.text.count("(") == len(task.operations) for task in kinds["brackets"])
+    assert all(100 <= task.start < 1000 for task in kinds["three digits"])
+    assert all(re.fullmatch(r"\(\d\d[-+*]\d\d\)%10", task.text) for task in kinds["two numbers"])
+    assert all(sum(sign == "*" and digit % 2 == 0 for sign, digit in task.operations) == 1
+               for task in kinds["even factor"])
+    assert {len(task.operations) for task in taken("tiny_long", 30)} == {8, 9, 10}
+
+
+@pytest.mark.parametrize(("held_out", "sha256"), [(False, "52534f18c68538df"), (True, "d1d70f58c049373d")])
+def test_the_problems_of_the_tiny_world_stay_what_they_were(held_out, sha256):
+    rows, _ = sources.read("tiny", DataConfig(), held_out=held_out)
+    facts = json.dumps([(row.number, row.text, row.answer, row.level) for row in rows])
+    assert hashlib.sha256(facts.encode()).hexdigest()[:16] == sha256

@@ -19,6 +19,8 @@ from effreason.tiny import tasks
 
 TINY_PROBLEMS = 3000                # the training set of the tiny world
 TINY_HELD_OUT = 1500                # and of its held-out problems
+TINY_NOVEL = 200                    # each of its sets that training never sees
+EMBEDDED = ("tiny", *tasks.NOVEL)
 ONE_LEVEL = "all"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
@@ -111,13 +113,16 @@ def check(path: str, data: DataConfig, field: str, *, held_out: bool = False, sp
     for spec in specs:
         if spec.name in PRESETS:
             _local_copy(spec.name, data, has_test(spec.name) if field == "data.exclude" else held_out, split)
-        elif spec.name != "tiny" and not Path(spec.name).exists():
+        elif spec.name in EMBEDDED:
+            if training:
+                _check_trainable(spec.name, field)
+        elif not Path(spec.name).exists():
             _check_id(spec.name, field)
 
 
 def takes_subset(name: str) -> bool:
     """A set that data.subset is for: on the Hub, by its id."""
-    return name != "tiny" and name not in PRESETS and not os.path.exists(name)
+    return name not in EMBEDDED and name not in PRESETS and not os.path.exists(name)
 
 
 def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = None,
@@ -128,8 +133,10 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
         the set's own; field, of the configuration, for messages. A preset's name comes before a path, a path before an
         id on the Hub.
     Raises: UserError that names the set, or file and line."""
-    if name == "tiny":
-        return _tiny_rows(held_out), []
+    if name in EMBEDDED:
+        if not held_out:
+            _check_trainable(name, field)
+        return _embedded_rows(name, held_out), []
     if name in PRESETS:
         columns, rows = _preset_rows(name, data, held_out, split)
     else:
@@ -189,7 +196,7 @@ def _is_file(name: str) -> bool:
 def _check_id(name: str, field: str) -> None:
     """A name that is no preset and no path must at least look like an id on the Hub."""
     bare, at, revision = name.partition("@")
-    if at and (bare == "tiny" or bare in PRESETS):
+    if at and (bare in EMBEDDED or bare in PRESETS):
         hub = PRESETS[bare].hub if bare in PRESETS else None
         raise UserError(f"{field}: {bare} takes no revision, got {name!r}"
                         + (f"; the set itself is {hub}@{revision}" if hub else ""))
@@ -197,15 +204,23 @@ def _check_id(name: str, field: str) -> None:
         return
     if Path(bare).suffix.lower() in SUFFIXES or bare.count("/") > 1 or name.startswith(("/", ".", "~")):
         raise UserError(f"{field}: {name} does not exist")
-    near = difflib.get_close_matches(bare.lower(), ["tiny", *PRESETS], n=1)
+    near = difflib.get_close_matches(bare.lower(), [*EMBEDDED, *PRESETS], n=1)
     raise UserError(f"{field} names {name!r}, which is no preset, no file and no id on the Hugging Face Hub; "
                     + (f"did you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}"))
 
 
-def _tiny_rows(held_out: bool) -> list[Row]:
-    drawn = tasks.distinct(0, held_out=held_out)
+def _check_trainable(name: str, field: str) -> None:
+    if name in tasks.NOVEL:
+        raise UserError(f"{field}: {name} is a set to evaluate on alone; the one to train on is tiny")
+
+
+def _embedded_rows(name: str, held_out: bool) -> list[Row]:
+    if name == "tiny":
+        drawn, count = tasks.distinct(0, held_out=held_out), TINY_HELD_OUT if held_out else TINY_PROBLEMS
+    else:
+        drawn, count = tasks.novel(name), TINY_NOVEL
     return [Row(number=number, text=task.text, answer=task.answer, level=task.level)
-            for number, task in enumerate(itertools.islice(drawn, TINY_HELD_OUT if held_out else TINY_PROBLEMS))]
+            for number, task in enumerate(itertools.islice(drawn, count))]
 
 
 def _local_copy(name: str, data: DataConfig, held_out: bool, split: str | None) -> Path | None:

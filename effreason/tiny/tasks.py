@@ -2,11 +2,13 @@
 
 The text is a Python expression, and Python's value of it is the answer. Difficulty is the number of operations. No
 operation occurs twice in a chain, so that the next one to do is always the one behind the one just done.
+
+Beside it, sets of what training never sees, to evaluate on: longer chains, and other kinds of task.
 """
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -15,6 +17,7 @@ LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (6, 7)}     # operations, bo
 OPERATIONS = (*(("+", digit) for digit in range(2, 10)), *(("-", digit) for digit in range(2, 10)),
               ("*", 3), ("*", 7), ("*", 9))
 WEIGHTS = np.array([1.0 if sign != "*" else 4.0 for sign, _ in OPERATIONS])
+Operations = tuple[tuple[str, int], ...]
 HELD_OUT_SHARE = 4                                              # one problem in four is never trained on
 
 
@@ -23,7 +26,7 @@ class Task:
     """A chain of operations on a number of two digits."""
 
     start: int
-    operations: tuple[tuple[str, int], ...]
+    operations: Operations
     level: str
 
     @property
@@ -60,12 +63,18 @@ def draw(rng: np.random.Generator, level: str, *, held_out: bool) -> Task:
     """One task of a level, from the held-out quarter of all tasks or from the rest."""
     low, high = LEVELS[level]
     while True:
-        chosen = rng.choice(len(OPERATIONS), rng.integers(low, high + 1), replace=False, p=WEIGHTS / WEIGHTS.sum())
+        operations = _operations(rng, low, high)
         # Two digits: a held-out text is new, and asks for nothing that no other text has taught.
-        task = Task(int(rng.integers(10, 100)), tuple(OPERATIONS[index] for index in chosen), level)
+        task = Task(int(rng.integers(10, 100)), operations, level)
         # A checksum of the text, not of the seed: the split is the same for pretraining, training and evaluation.
         if (zlib.crc32(task.text.encode()) % HELD_OUT_SHARE == 0) == held_out:
             return task
+
+
+def _operations(rng: np.random.Generator, low: int, high: int) -> Operations:
+    """low to high operations, none twice."""
+    chosen = rng.choice(len(OPERATIONS), rng.integers(low, high + 1), replace=False, p=WEIGHTS / WEIGHTS.sum())
+    return tuple(OPERATIONS[index] for index in chosen)
 
 
 def distinct(seed: int, *, held_out: bool) -> Iterator[Task]:
@@ -78,3 +87,66 @@ def distinct(seed: int, *, held_out: bool) -> Iterator[Task]:
                 task = draw(rng, level, held_out=held_out)
             seen.add(task.text)
             yield task
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Bracketed(Task):
+    """A chain with brackets round every operation, needed or not."""
+
+    @property
+    def text(self) -> str:
+        expression = str(self.start)
+        for sign, digit in self.operations:
+            expression = f"({expression}{sign}{digit})"
+        return f"{expression}%10"
+
+
+def novel(name: str) -> Iterator[Task]:
+    """Distinct tasks of a set to evaluate on, without end, its levels in turn; none could be drawn for training.
+
+    Args: name, one of NOVEL."""
+    rng, seen = np.random.default_rng(list(name.encode())), set()
+    while True:
+        for level, make in NOVEL[name].items():
+            task = make(rng, level)
+            while task.text in seen:
+                task = make(rng, level)
+            seen.add(task.text)
+            yield task
+
+
+def _long(rng: np.random.Generator, level: str) -> Task:
+    count = int(level.split()[0])
+    return Task(int(rng.integers(10, 100)), _operations(rng, count, count), level)
+
+
+def _bracketed(rng: np.random.Generator, level: str) -> Task:
+    while True:
+        start, operations = int(rng.integers(10, 100)), _operations(rng, 2, 4)
+        task = Bracketed(start, operations, level)
+        if task.text != Task(start, operations, level).text:
+            return task
+
+
+def _three_digits(rng: np.random.Generator, level: str) -> Task:
+    return Task(int(rng.integers(100, 1000)), _operations(rng, 2, 5), level)
+
+
+def _two_numbers(rng: np.random.Generator, level: str) -> Task:
+    start, other = (int(number) for number in rng.integers(10, 100, 2))
+    return Task(start, ((str(rng.choice(["+", "-", "*"])), other),), level)
+
+
+def _even_factor(rng: np.random.Generator, level: str) -> Task:
+    operations = list(_operations(rng, 2, 4))
+    operations[rng.integers(len(operations))] = ("*", int(rng.choice([2, 4, 6, 8])))
+    return Task(int(rng.integers(10, 100)), tuple(operations), level)
+
+
+# Sets that training never sees: what draws a task of each level.
+NOVEL: dict[str, dict[str, Callable[[np.random.Generator, str], Task]]] = {
+    "tiny_long": dict.fromkeys(("8 operations", "9 operations", "10 operations"), _long),
+    "tiny_other": {"brackets": _bracketed, "three digits": _three_digits, "two numbers": _two_numbers,
+                   "even factor": _even_factor},
+}
