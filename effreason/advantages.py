@@ -42,9 +42,16 @@ def whiten(advantages: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Arr
     Args: advantages float32[B, N]; mask bool[B, N], True on response tokens; eps, the least variance divided by.
     Returns: float32[B, N], 0 outside the mask.
     """
+    mean, scale = whitening(advantages, mask, eps)
+    return jnp.where(mask, (advantages - mean) * scale, 0.0)
+
+
+def whitening(advantages: jax.Array, mask: jax.Array, eps: float = 1e-8) -> tuple[jax.Array, jax.Array]:
+    """What whiten subtracts, and multiplies by then: float32[] each."""
     tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-    centred = jnp.where(mask, advantages - jnp.sum(advantages, where=mask) / tokens, 0.0)
-    return centred * jax.lax.rsqrt(jnp.maximum(jnp.sum(centred**2) / tokens, eps))
+    mean = jnp.sum(advantages, where=mask) / tokens
+    variance = jnp.sum(jnp.where(mask, advantages - mean, 0.0) ** 2) / tokens
+    return mean, jax.lax.rsqrt(jnp.maximum(variance, eps))
 
 
 def truncated_importance(trained: jax.Array, sampled: jax.Array, mask: jax.Array, cap: float) -> jax.Array:

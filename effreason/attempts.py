@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -42,7 +42,7 @@ class Attempts:
     correct: np.ndarray             # bool[P, G]: the verdict, and that the response ended where EOS is required
     verdicts: list[Grade]           # B, on the text alone
     grading_seconds: float          # that grading took beyond the generation
-    generation: Generation          # over; for its counters
+    generations: tuple[Generation, ...]     # over; for their counters
 
 
 def generate(start: Start, requests: Sequence[Request], watch: Watch, *,
@@ -75,13 +75,15 @@ def generate(start: Start, requests: Sequence[Request], watch: Watch, *,
 def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_tokens: int, *, tokenizer: Any,
             grader: Grader, require_eos: bool, watch: Watch, expected: Mapping[int, float] = MappingProxyType({}),
             drawn: Sequence[Response] = (),
+            record: Callable[[list[Response]], None] = lambda finished: None,
             keep: Callable[[list[Response]], None] = lambda responses: None) -> Attempts:
     """Samples and grades a group of responses to each problem.
 
     With several processes each grades a share of the responses, and all get all verdicts.
     Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds; expected, tokens
         by uid, where something is known of a problem's responses; drawn, what an interrupted generation had kept, which
-        is not drawn again; keep, given the same when this one is interrupted.
+        is not drawn again; record, given the new responses of each chunk that has finished some; keep, given what
+        `drawn` is to be the next time when this one is interrupted.
     Raises: Undecided when too many answers stay undecided: they would count as wrong for no fault of the model."""
     texts: dict[tuple[int, int], str] = {}
     waiting: list[tuple[list[tuple[int, int]], Any]] = []
@@ -100,11 +102,15 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
         waiting.append(([name for name, _ in shared],
                         grader.submit(whole, [gold(problem) for problem in asked], budget)))
 
+    def take(finished: list[Response]) -> None:
+        record(finished)
+        submit(finished)
+
     before = [response for response in drawn if response.finish]
     for first in range(0, len(before), GRADED_AT_ONCE):
         submit(before[first : first + GRADED_AT_ONCE])
     requests = remaining(make_requests(problems, group_size, max_new_tokens, expected), drawn)
-    responses, generation = generate(start, requests, watch, submit=submit, keep=lambda now: keep([*before, *now]))
+    responses, generation = generate(start, requests, watch, submit=take, keep=lambda now: keep([*before, *now]))
     rollouts = collect(problems, [*before, *responses], group_size)
     generated = time.monotonic()
     graded = together(lambda: {name: grade for names, grades in waiting
@@ -115,7 +121,31 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
     return Attempts(rollouts=rollouts, texts=[texts[row] for row in rows], verdicts=verdicts,
                     correct=correct & rollouts.ended if require_eos else correct,
-                    grading_seconds=time.monotonic() - generated, generation=generation)
+                    grading_seconds=time.monotonic() - generated, generations=(generation,))
+
+
+def replaced(tried: Attempts, places: Sequence[int], others: Attempts, rows: Sequence[int]) -> Attempts:
+    """Some groups in the place of others. Args: places, of the groups that go; rows, of `others`, those that come."""
+    group = tried.correct.shape[1]
+    texts, verdicts = list(tried.texts), list(tried.verdicts)
+    for place, row in zip(places, rows, strict=True):
+        there, here = slice(place * group, (place + 1) * group), slice(row * group, (row + 1) * group)
+        texts[there], verdicts[there] = others.texts[here], others.verdicts[here]
+
+    def exchanged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        width = max(old.shape[-1], new.shape[-1])           # of [P], [P, S], [P, G] and [P, G, T] the last ones differ
+        old, new = (array if array.ndim == 1 else np.pad(
+            array, [*[(0, 0)] * (array.ndim - 1), (0, width - array.shape[-1])]) for array in (old, new))
+        old = old.copy()
+        old[list(places)] = new[list(rows)]
+        return old
+
+    names = [field.name for field in fields(Rollouts)]
+    rollouts = Rollouts(**{name: exchanged(getattr(tried.rollouts, name), getattr(others.rollouts, name))
+                           for name in names})
+    return Attempts(rollouts=rollouts, texts=texts, verdicts=verdicts, correct=exchanged(tried.correct, others.correct),
+                    grading_seconds=tried.grading_seconds + others.grading_seconds,
+                    generations=tried.generations + others.generations)
 
 
 def together(graded: Callable[[], dict[tuple[int, int], Grade]]) -> dict[tuple[int, int], Grade]:

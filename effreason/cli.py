@@ -7,12 +7,15 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from effreason.errors import Interrupted, UserError
 from effreason.runtime import config as configuration
 from effreason.runtime import parsers
+from effreason.runtime.arguments import numbers
 from effreason.runtime.config import Config
 
+BASELINES = ("sft_shortest", "dpo")     # those of update.objective
 USAGE = """usage: effreason COMMAND ...
 
 commands:
@@ -21,6 +24,9 @@ commands:
   grade      say which responses of a file are correct, and why
   generate   responses to a prompt, shown as they grow, or to a file of prompts
   replay     generate one response of a training run again
+  preview    what rewards and advantages make of saved responses
+  blend      a model between a base and what was trained from it
+  report     the page of a run or of a family of runs
   plan       what a run needs on a machine: memory, time, energy, money
 
 `effreason COMMAND --help` lists the options.
@@ -31,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns: the exit code."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     commands = {"train": train, "evaluate": evaluate, "grade": grade, "generate": generate, "replay": replay,
-                "plan": plan}
+                "preview": preview, "blend": blend, "report": report, "plan": plan}
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -66,6 +72,21 @@ def replay(argv: Sequence[str] | None = None, prog: str = "effreason replay") ->
     return _guarded(lambda: _replay(argv, prog))
 
 
+def preview(argv: Sequence[str] | None = None, prog: str = "effreason preview") -> int:
+    """Shows what rewards and advantages make of saved responses. Returns: the exit code."""
+    return _guarded(lambda: _preview(argv, prog))
+
+
+def blend(argv: Sequence[str] | None = None, prog: str = "effreason blend") -> int:
+    """Writes a model between two others. Returns: the exit code."""
+    return _guarded(lambda: _blend(argv, prog))
+
+
+def report(argv: Sequence[str] | None = None, prog: str = "effreason report") -> int:
+    """Writes the page of a run or family. Returns: the exit code."""
+    return _guarded(lambda: _report(argv, prog))
+
+
 def plan(argv: Sequence[str] | None = None, prog: str = "effreason plan") -> int:
     """Says what a run needs on a machine. Returns: the exit code; SystemExit(1) where it does not fit."""
     return _guarded(lambda: _plan(argv, prog))
@@ -95,14 +116,57 @@ def _replay(argv: Sequence[str] | None, prog: str) -> None:
     replays.run(sys.argv[1:] if argv is None else argv, prog)
 
 
+def _preview(argv: Sequence[str] | None, prog: str) -> None:
+    from effreason import previews
+
+    previews.run(sys.argv[1:] if argv is None else argv, prog)
+
+
+def _blend(argv: Sequence[str] | None, prog: str) -> None:
+    from effreason import blends
+
+    blends.run(sys.argv[1:] if argv is None else argv, prog)
+
+
+def _report(argv: Sequence[str] | None, prog: str) -> None:
+    from effreason import pages
+
+    pages.run(sys.argv[1:] if argv is None else argv, prog)
+
+
 def _train(argv: Sequence[str] | None, prog: str) -> int:
     parser = parsers.parser(Config, prog, "Train a model to reason in fewer tokens.")
-    config, _ = configuration.parse(parser, argv)
+    parser.add_argument("--family", metavar="ALPHAS", type=str, help="train one model for each of these alphas, such "
+                        "as 0,0.05,0.1,0.2,0.4, and compare them")
+    parser.add_argument("--baselines", metavar="NAMES", type=str, default="sft_shortest,dpo",
+                        help="trained beside the family: sft_shortest, dpo, or none; default both")
+    parser.add_argument("--blends", metavar="WEIGHTS", type=str, default="0.25,0.5,0.75",
+                        help="of the family's shortest model in mixtures of its weights and the base's, or none; "
+                        "default 0.25,0.5,0.75")
+    config, values = configuration.parse(parser, argv)
+    family = _family(values) if values.family is not None else None
     check_training(config)
     from effreason import loop
     from effreason.runtime import meetings
 
-    return meetings.run(config.distributed, lambda: _guarded(lambda: loop.train(config)))
+    if family is None:
+        return meetings.run(config.distributed, lambda: _guarded(lambda: loop.train(config)))
+    from effreason import families
+
+    return meetings.run(config.distributed, lambda: _guarded(lambda: families.train(config, *family)))
+
+
+def _family(values: Any) -> tuple[list[float], list[str], list[float]]:
+    """The alphas, baselines and blends asked for. Raises: UserError."""
+    alphas = numbers(values.family, "--family", lambda x: 0 <= x < 1, "[0, 1)")
+    if not alphas:
+        raise UserError("--family must name at least one alpha, got none")
+    names = [] if values.baselines == "none" else [name.strip() for name in values.baselines.split(",")]
+    for name in names:
+        if name not in BASELINES or names.count(name) > 1:
+            raise UserError(f"--baselines must name each of {', '.join(BASELINES)} once at most, or be none, got "
+                            f"{values.baselines!r}")
+    return alphas, names, numbers(values.blends, "--blends", lambda x: 0 <= x <= 1, "[0, 1]")
 
 
 def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
@@ -111,16 +175,18 @@ def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
         "--models", metavar="DIR", nargs="+", type=str,
         help="models to evaluate: Hugging Face directories, ids on the Hub, or tiny; without it: model.path",
     )
-    parser.add_argument("--output", metavar="DIR", type=str, help="directory for the results")
+    parser.add_argument("--seeds", metavar="N", nargs="+", type=int, help="of the samples; without it: run.seed")
+    parser.add_argument("--output", metavar="DIR", type=str,
+                        help="directory for responses and results; the same command again goes on with what it holds")
     config, values = configuration.parse(parser, argv)
     models = values.models or [config.model.path]
-    check_evaluation(config, models)
+    check_evaluation(config, models, values.seeds or [])
     from effreason import evaluation
     from effreason.runtime import meetings
 
     output = Path(values.output) if values.output else None
     return meetings.run(config.distributed,
-                        lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output)))
+                        lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output, values.seeds)))
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
@@ -169,8 +235,11 @@ def check_training(config: Config) -> None:
         raise UserError('log.wandb needs the package wandb: pip install "effreason[wandb]"')
 
 
-def check_evaluation(config: Config, models: Sequence[str]) -> None:
-    """Raises UserError where a model or the problems to evaluate on are missing."""
+def check_evaluation(config: Config, models: Sequence[str], seeds: Sequence[int] = ()) -> None:
+    """Raises UserError where a model or the problems to evaluate on are missing, or a seed is none."""
+    for seed in seeds:
+        if not 0 <= seed < 2**31:
+            raise UserError(f"seeds must be in [0, 2147483647], got {seed}")
     for path in models:
         check_model(path, "models")
     if config.evaluation.problems == 0:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from effreason import advantages, checkpoints, masks, packing, rewards, rollouts, update
+from effreason import checkpoints, packing, rollouts, shaping, update
+from effreason.credit import Credit, Reward, credit
 from effreason.errors import UserError
 from effreason.lm import causal, hf, model
 from effreason.records import Experience, Packed, Rollouts, Rows
@@ -28,7 +29,8 @@ class Learning:
 
     score: Callable[[model.Params, Packed], jax.Array]      # log-probs float32[B, T] by the policy
     score_reference: Callable[[model.Params, Packed], jax.Array]                # by the reference
-    credit: Callable[..., tuple[tuple[Experience, ...], jax.Array, dict[str, jax.Array]]]
+    reward: Reward                          # what `credit` begins with, on its own
+    credit: Callable[..., Credit]
     gradients: Callable[..., tuple[model.Params, dict[str, jax.Array]]]         # of one optimiser update
     apply: Callable[..., tuple[TrainState, jax.Array]]
     initial_state: Callable[[model.Params], TrainState]
@@ -65,41 +67,6 @@ class Engine:
     learning: Learning
 
 
-def credit(correct: jax.Array, lengths: jax.Array, sampled: jax.Array, old: jax.Array, reference: jax.Array,
-           packed: Packed, *, config: Config) -> tuple[tuple[Experience, ...], jax.Array, dict[str, jax.Array]]:
-    """From verdicts to what each token is worth: reward, baseline, KL penalty, and the options.
-
-    Args: correct bool[P, G]; lengths int32[P, G]; the sampler's, old and reference log-probs float32[B, T]; packed, the
-        rows that hold these responses.
-    Returns: the experience, of each group of rows; the rewards float32[P, G]; metrics."""
-    reward = rewards.length_rewards(correct, lengths, alpha=config.reward.alpha)
-    advantage = advantages.leave_one_out(reward)
-    if config.advantage.group_std:
-        advantage = advantages.group_std(advantage, reward)
-    mask = masks.response_mask(lengths.reshape(-1), old.shape[1])
-    token_advantages = jnp.where(mask, advantage.reshape(-1, 1), 0.0)
-    drift = jnp.where(mask, old - reference, 0.0)
-    if config.kl.form == "reward":
-        token_advantages -= advantages.kl_return_to_go(config.kl.coefficient * drift, mask)
-    if config.advantage.whiten:
-        token_advantages = advantages.whiten(token_advantages, mask)
-    if config.update.importance_cap is not None:
-        # Last: it weighs the gradient of a token, whatever the token is worth.
-        token_advantages *= advantages.truncated_importance(old, sampled, mask, config.update.importance_cap)
-    weights = update.token_weights(mask, config.update.aggregation, config.update.updates_per_batch)
-    of_tokens = {"weights": weights, "advantages": token_advantages, "old_logprobs": old,
-                 "reference_logprobs": reference}
-    experience = tuple(Experience(rows=rows, **{name: update.laid_out(values, rows)
-                                                for name, values in of_tokens.items()}) for rows in packed.groups)
-    spread = jnp.max(reward, axis=-1) > jnp.min(reward, axis=-1)
-    tokens_credited = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-    gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)
-    return experience, reward, {"reward/mean": jnp.mean(reward), "reward/groups_with_signal": jnp.mean(spread),
-                                "reward/kl": jnp.sum(drift) / tokens_credited,
-                                "rollout/mismatch": jnp.sum(gap) / tokens_credited,
-                                "rollout/mismatch_max": jnp.max(gap)}
-
-
 def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh, longest_prompt: int | None = None) -> Engine:
     """Builds everything a training step needs; but for the trial of a kernel nothing is compiled before its first call.
 
@@ -111,6 +78,11 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh, longest_p
         sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
                           min_p=settings.min_p, eos_ids=pretrained.eos_ids),
         learning=make_learning(config, pretrained.decoder, mesh, longest_prompt))
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether a step asks for the log-probs by the reference."""
+    return config.kl.form != "none" or config.update.objective == "dpo"
 
 
 def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
@@ -136,14 +108,16 @@ def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     targets = update.state_sharding(decoder, optimizer, mesh, offload=learning.offload_optimizer)
     reference = sharding.offloaded(targets.params) if config.kl.offload_reference else targets.params
     initial = update.make_initial_state(optimizer, targets)
-    packed, replicated = update.packed_sharding(mesh), sharding.sharding(mesh)
+    packed: Any = update.packed_sharding(mesh)
+    replicated: Any = sharding.sharding(mesh)
     as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder), out_shardings=reference)
-    params = model.abstract_params(decoder)
+    params, reward = model.abstract_params(decoder), shaping.make_reward(config.reward)
+    credited: Any = Credit(experience=packed.groups, rewards=replicated, advantages=replicated, metrics=replicated)
     return Learning(
         score=update.make_scorer(decoder, mesh, loss, params=targets.params),
         score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
-        credit=jax.jit(functools.partial(credit, config=config),
-                       out_shardings=(packed.groups, replicated, replicated)),
+        reward=jax.jit(reward, out_shardings=replicated),
+        credit=jax.jit(functools.partial(credit, config=config, reward=reward), out_shardings=credited),
         gradients=update.make_gradients(decoder, mesh, loss, targets),
         apply=update.make_apply(optimizer, mesh, targets),
         initial_state=initial, as_reference=as_reference,

@@ -7,20 +7,21 @@ from effreason import __version__
 from effreason.inputs import Inputs
 from effreason.lm import cards, hf, hub, model
 from effreason.problems.presets import PRESETS
-from effreason.records import Evaluation
 from effreason.runtime.config import Config
 from effreason.runtime.metrics import disk
+from effreason.statistics import Summary
 
 
-def export(params: model.Params, step: int, config: Config, inputs: Inputs, target: Path,
-           base: Evaluation | None) -> None:
-    """Writes weights, tokenizer, template, facts and card. Raises: UserError where the disk takes no more."""
+def export(params: model.Params, step: int, config: Config, inputs: Inputs, target: Path, alpha: float) -> None:
+    """Writes weights, tokenizer, template, facts and card. Raises: UserError where the disk takes no more.
+
+    Args: alpha, the one it was trained with last."""
     facts = origin(inputs) | {"data": [_public(source.name) for source in inputs.problems.sources],
-                              "alpha": config.reward.alpha, "seed": config.run.seed, "step": step,
-                              "effreason": __version__}
+                              "objective": config.update.objective, "reward": config.reward.form, "alpha": alpha,
+                              "seed": config.run.seed, "step": step, "effreason": __version__}
     with disk(target):
         hf.export(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
-                  chat_template=inputs.template.text, facts=facts, card=card(step, config, inputs, base, None))
+                  chat_template=inputs.template.text, facts=facts, card=card(step, config, inputs, None, None))
 
 
 def origin(inputs: Inputs) -> dict[str, Any]:
@@ -30,11 +31,13 @@ def origin(inputs: Inputs) -> dict[str, Any]:
             "held_out_sha256": inputs.held_out_sha256}
 
 
-def card(step: int, config: Config, inputs: Inputs, base: Evaluation | None, trained: Evaluation | None) -> str:
+def card(step: int, config: Config, inputs: Inputs, base: Summary | None, trained: Summary | None) -> str:
     """The model card; the evaluations as far as they are there."""
     names = [source.name for source in inputs.problems.sources]
     known = [PRESETS[name].hub if name in PRESETS else name for name in names]
-    evaluated = config.evaluation.path or config.data.path
+    evaluated = next(iter(inputs.held_out), "")
+    chosen = {"objective": (config.update.objective, "policy_gradient"), "reward": (config.reward.form, "efficient")}
+    settings = {name: value for name, (value, default) in chosen.items() if value != default}
     return cards.model_card(
         base_model=inputs.pretrained.name, base_revision=inputs.pretrained.revision, alpha=config.reward.alpha,
         data=", ".join(_public(name) for name in names),
@@ -42,7 +45,7 @@ def card(step: int, config: Config, inputs: Inputs, base: Evaluation | None, tra
         step=step, version=__version__, template=inputs.template.name, template_sha256=inputs.template.sha256,
         user_prompt=inputs.template.user_prompt, temperature=config.rollout.temperature, top_p=config.rollout.top_p,
         max_new_tokens=config.rollout.max_new_tokens,
-        evaluation_set=", ".join(_public(name) for name in evaluated.split(",")), before=base, after=trained)
+        evaluation_set=_public(evaluated), before=base, after=trained, settings=settings)
 
 
 def _public(name: str) -> str:

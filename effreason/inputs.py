@@ -23,7 +23,7 @@ class Inputs:
     pretrained: hf.Pretrained
     template: templates.Template
     problems: prompts.Problems
-    held_out: list[Problem]         # empty: no evaluation
+    held_out: dict[str, list[Problem]]      # by set; empty: no evaluation
     notes: list[str]                # what became of the data, for people
     problems_sha256: str            # of the problems and of held_out: a resumed run needs the same ones
     held_out_sha256: str
@@ -60,8 +60,9 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     problems = prompts.load_training(config, tokenizer, template, unmatched)
     first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few: say so now
     held_out, more = prompts.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
-        [], ())
+        {}, ())
+    all_held_out = [problem for problems in held_out.values() for problem in problems]
     shown = templates.display(templates.render(tokenizer, template, first[0].text))
     return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
                   notes=[*problems.notes, *more, f"the first prompt, by the template {template.name}:", shown],
-                  problems_sha256=prompts.fingerprint(problems), held_out_sha256=prompts.fingerprint(held_out))
+                  problems_sha256=prompts.fingerprint(problems), held_out_sha256=prompts.fingerprint(all_held_out))

@@ -12,6 +12,7 @@ import numpy as np
 
 from effreason.errors import UserError
 from effreason.problems import cleaning, sources, templates
+from effreason.problems.presets import PRESETS
 from effreason.problems.sources import Row, Spec, Unusable
 from effreason.problems.templates import Template
 from effreason.records import Problem
@@ -156,6 +157,20 @@ def batch(problems: Problems, size: int, seed: int, step: int) -> list[Problem]:
     return chosen
 
 
+def others(problems: Problems, missing: Sequence[Problem], taken: Sequence[Problem],
+           key: Sequence[int]) -> list[Problem | None]:
+    """Other problems in the place of some of a step's, each of the same pool, in an order that the key alone decides.
+
+    Args: taken, all problems the step has had; key, whole numbers >= 0, such as seed, step and round.
+    Returns: one for each that is missing; None where its pool has no more."""
+    had = {problem.uid for problem in taken}
+    pools = _pools(problems)
+    orders = [np.random.default_rng([*key, place]).permutation(len(pool.problems)) for place, pool in enumerate(pools)]
+    fresh = [(pool.problems[index] for index in order if pool.problems[index].uid not in had)
+             for pool, order in zip(pools, orders, strict=True)]
+    return [next(fresh[problem.uid // ROWS_PER_SOURCE if len(pools) > 1 else 0], None) for problem in missing]
+
+
 def _pools(problems: Problems) -> tuple[Source, ...]:
     if all(source.weight is None for source in problems.sources):
         return (Source("", None, tuple(problem for source in problems.sources for problem in source.problems)),)
@@ -186,6 +201,12 @@ def _counts(pools: Sequence[Source], size: int) -> list[int]:
             raise UserError(f"data.path: the weight of {pool.name} is {share:.2g} of the rollout.prompts_per_step = "
                             f"{size} problems of a step, which is none; raise one or the other")
     return [int(count) for count in counts]
+
+
+def evaluation_samples(config: Config) -> dict[str, int]:
+    """Responses to each problem, by evaluation set: evaluation.samples, or what the paper has for the set."""
+    return {spec.name: config.evaluation.samples or (PRESETS[spec.name].samples if spec.name in PRESETS else 1)
+            for spec in _evaluation_specs(config)}
 
 
 def _evaluation_specs(config: Config) -> tuple[Spec, ...]:

@@ -42,10 +42,10 @@ def run(argv: Sequence[str], prog: str) -> None:
     mesh = _mesh(config)
     with jax.set_mesh(mesh), make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
-        batch = prompts.batch(inputs.problems, config.rollout.prompts_per_step, config.run.seed, options.step)
-        problem = _asked_for(batch, options.uid, options.step)
+        problem = _asked_for(inputs.problems, config, options.uid, options.step)
         engine = make_engine(config, inputs.pretrained, mesh)
-        params = _policy(engine, inputs.pretrained, directory, options.step)
+        step = options.step if config.rollout.policy == "current" else 0
+        params = _policy(engine, inputs.pretrained, directory, step)
         response = replay(engine, params, problem, config, options.step, options.sample)
     text = inputs.pretrained.tokenizer.decode(response.tokens, skip_special_tokens=True)
     _show(options, problem, response, text, _as_logged(directory, options, text))
@@ -83,7 +83,10 @@ def _mesh(config: Config) -> Mesh:
         return sharding.make_mesh(data=-1)
 
 
-def _asked_for(batch: Sequence[Problem], uid: int, step: int) -> Problem:
+def _asked_for(problems: prompts.Problems, config: Config, uid: int, step: int) -> Problem:
+    batch = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, step)
+    if config.rollout.refill_rounds:        # any problem may have come in the place of one of these
+        batch = [problem for source in problems.sources for problem in source.problems]
     for problem in batch:
         if problem.uid == uid:
             return problem

@@ -30,14 +30,19 @@ ORDER = [
     ["lm.hf", "lm.cards"],
     ["sampling"],
     ["problems"],
-    ["rewards", "advantages", "grades", "prompts", "packing", "logprobs"],
+    ["rewards", "advantages", "preferences", "control", "grades", "prompts", "packing", "logprobs"],
     ["rollouts", "update", "checkpoints", "runtime.interrupts", "verdicts", "shaping"],
+    ["credit"],
     ["engine", "attempts", "parity", "generation", "unfinished"],
-    ["inputs"],
+    ["inputs", "graded", "journals", "provenance"],
+    ["scores"],
     ["evaluation", "report", "runtime.plan", "outputs"],
     ["completions"],
     ["exports"],
+    ["runs", "sessions"],
+    ["groups"],
     ["loop", "replays", "planning"],
+    ["families"],
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer
     ["cli"],
 ]
@@ -116,7 +121,7 @@ def test_the_stages_never_import_one_another():
         assert not (needed_by(stage) - {stage}) & STAGES, stage
 
 
-@pytest.mark.parametrize("module", ["rewards", "advantages"])
+@pytest.mark.parametrize("module", ["rewards", "advantages", "preferences"])
 def test_kernels_need_jax_alone(module):
     assert imports_of(MODULES[module]) <= {"jax", "jax.numpy"}
 

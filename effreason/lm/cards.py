@@ -7,7 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from effreason.lm.hub import is_hub_id
-from effreason.records import Evaluation, LevelResult
+from effreason.records import LevelResult
+from effreason.statistics import Summary
 
 PAPER = "https://arxiv.org/abs/2502.04463"
 TAGS = ["effreason", "reasoning", "efficient-reasoning", "reinforcement-learning", "arxiv:2502.04463"]
@@ -16,7 +17,7 @@ TAGS = ["effreason", "reasoning", "efficient-reasoning", "reinforcement-learning
 def model_card(*, base_model: str, base_revision: str | None, alpha: float, data: str, step: int, version: str,
                template: str, template_sha256: str, user_prompt: str, temperature: float, top_p: float,
                max_new_tokens: int, datasets: Sequence[str] = (), evaluation_set: str | None = None,
-               before: Evaluation | None = None, after: Evaluation | None = None,
+               before: Summary | None = None, after: Summary | None = None,
                settings: Mapping[str, Any] | None = None) -> str:
     """The text of README.md, as the Hugging Face Hub shows it.
 
@@ -52,7 +53,7 @@ def model_card(*, base_model: str, base_revision: str | None, alpha: float, data
     ]) + "\n"
 
 
-def _evaluation(name: str | None, before: Evaluation | None, after: Evaluation | None) -> list[str]:
+def _evaluation(name: str | None, before: Summary | None, after: Summary | None) -> list[str]:
     """The section with the measurements, as far as there are any."""
     known = after or before
     if known is None:
@@ -69,7 +70,7 @@ def _evaluation(name: str | None, before: Evaluation | None, after: Evaluation |
     return ["## Evaluation", text, _table(head, [*rows, _row("all", before, after)])]
 
 
-def _row(name: str, before: Evaluation | LevelResult | None, after: Evaluation | LevelResult | None) -> list[str]:
+def _row(name: str, before: Summary | LevelResult | None, after: Summary | LevelResult | None) -> list[str]:
     measured = [each for each in (before, after) if each is not None]
     row = [name, *(f"{100 * each.accuracy:.1f} %" for each in measured), *(f"{each.tokens:,.0f}" for each in measured)]
     if before is not None and after is not None:

@@ -1,6 +1,7 @@
 """The command lines that are not a configuration: argparse, with errors that are the user's."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -27,3 +28,20 @@ def bounded(name: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[str
 
     read.__name__ = name
     return read
+
+
+def numbers(text: str, field: str, fits: Callable[[float], bool], bound: str) -> list[float]:
+    """Numbers with commas between them; none for "none". Args: bound, in words. Raises: UserError."""
+    found: list[float] = []
+    for part in [] if text == "none" else text.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise UserError(f"{field} must be numbers in {bound} with commas between them, got {part.strip()!r} in "
+                            f"{text!r}")
+        if number in found:
+            raise UserError(f"{field} must name each number once, got {text!r}")
+        found.append(number)
+    return found

@@ -1,0 +1,201 @@
+"""A family: one model trained with several alphas, the baselines beside it, and blends; all evaluated alike.
+
+Everything is opened and compiled once; each member is a run of its own, in a directory of its own.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from effreason import blends, graded, loop, pages, provenance, report, runs, statistics
+from effreason.engine import make_learning
+from effreason.errors import Interrupted, UserError
+from effreason.inputs import model_fingerprint
+from effreason.lm import hf
+from effreason.records import Outcomes
+from effreason.runtime import processes, sharding
+from effreason.runtime.config import Config
+from effreason.runtime.metrics import disk, write_json
+from effreason.runtime.progress import say
+from effreason.sessions import Session, longest_prompt, open_session
+
+BASE = "base"                       # the directory of the model before training
+BASELINES = {"sft_shortest": "SFT on the shortest", "dpo": "DPO, shortest over longest"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model of a family and what it makes of each set."""
+
+    name: str
+    kind: str                       # base | member | baseline | blend
+    directory: Path
+    outcomes: dict[str, Outcomes]
+    alpha: float | None = None
+    weight: float | None = None     # of a blend: the trained model's
+    seconds: float | None = None    # that its training took
+
+
+def train(config: Config, alphas: Sequence[float], baselines: Sequence[str], weights: Sequence[float]) -> None:
+    """Trains a member for each alpha and each baseline, blends base and the member of the greatest alpha, and reports.
+
+    A family that was stopped goes on where it was; on a resume it may have more members.
+    Args: weights, of the trained model in each blend. Raises: UserError; Interrupted, with everything saved."""
+    check(config)
+    with open_session(config) as session:
+        directory = runs.open_run(config, name=f"family-seed{config.run.seed}", free=("reward.alpha",))
+        go_on = runs.resume(directory, "".join(f" --{name} {','.join(map(str, values)) or 'none'}" for name, values in (
+            ("family", [f"{alpha:g}" for alpha in alphas]), ("baselines", baselines),
+            ("blends", [f"{weight:g}" for weight in weights]))))
+        if processes.first():
+            runs.write_config(session.config, directory)
+        try:
+            points = [evaluate_base(session, directory)]
+            for place, (name, member) in enumerate(members(session.config, alphas, baselines, directory).items()):
+                say(f"\n{name} ({place + 1} of {len(alphas) + len(baselines)})", processes.console())
+                points.append(train_member(session, member, name, points[0], go_on))
+            points += blended(session, directory, points, weights)
+        except Interrupted as stop:
+            message = stop.message if "go on with" in stop.message else f"{stop.message}; go on with: {go_on}"
+            raise Interrupted(stop.signum, message if processes.first() else "") from None
+    if processes.first():
+        conclude(config, directory, points)
+
+
+def check(config: Config) -> None:
+    """Raises UserError for a configuration that no family can have."""
+    if config.evaluation.problems == 0:
+        raise UserError("evaluation.problems must be >= 1 to compare the members of a family, got 0")
+    if config.update.objective != "policy_gradient":
+        raise UserError("update.objective must be policy_gradient for a family, whose baselines come beside it, got "
+                        f"{config.update.objective}")
+
+
+def members(config: Config, alphas: Sequence[float], baselines: Sequence[str], directory: Path) -> dict[str, Config]:
+    """The configuration of each member by the name it goes by, each with a run directory of its own."""
+    def placed(config: Config, name: str) -> Config:
+        path = directory / name
+        begun = processes.decided(f"member {name}", lambda: (path / "config.yaml").exists())
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(path), resume=begun))
+
+    found = {f"α = {alpha:g}": placed(
+        dataclasses.replace(config, reward=dataclasses.replace(config.reward, alpha=alpha)), f"alpha{alpha:g}")
+        for alpha in alphas}
+    return found | {BASELINES[objective]: placed(baseline(config, objective), objective) for objective in baselines}
+
+
+def baseline(config: Config, objective: Any) -> Config:
+    """The same run with another objective: on responses of the model it starts from, as many of them."""
+    return dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, policy="initial", refill_rounds=0),
+        advantage=dataclasses.replace(config.advantage, whiten=False, group_std=False),
+        kl=dataclasses.replace(config.kl, form="none"),
+        reward=dataclasses.replace(config.reward, target_tokens=None, max_accuracy_drop=None),
+        update=dataclasses.replace(config.update, objective=objective, updates_per_batch=1, importance_cap=None))
+
+
+def evaluate_base(session: Session, directory: Path) -> Point:
+    """The model before training, evaluated once for all members."""
+    say("evaluating the model before training", processes.console())
+    outcomes = session.evaluate(
+        session.load_weights(), lambda now: session.interrupts.check(),
+        weights=model_fingerprint(session.inputs.pretrained), directory=directory / BASE)
+    return Point(name="base", kind="base", directory=directory / BASE, outcomes=outcomes)
+
+
+def train_member(session: Session, config: Config, name: str, base: Point, go_on: str) -> Point:
+    """One run, unless it is finished already."""
+    directory = Path(config.run.directory or "")
+    done = processes.decided(f"{name} finished", lambda: finished(directory, config.run.steps))
+    if not done:
+        runs.open_run(config)
+        if processes.first():
+            adopt(base.directory, runs.evaluations(directory, 0))
+        if config.update.objective != "policy_gradient":
+            learning = make_learning(config, session.inputs.pretrained.decoder, session.mesh,
+                                     longest_prompt(session.inputs.problems))
+            session = dataclasses.replace(session, engine=dataclasses.replace(session.engine, learning=learning))
+        loop.run(session, config, directory, started=time.monotonic(), go_on=go_on)
+    else:
+        say("trained already", processes.console())
+    is_member = config.update.objective == "policy_gradient"
+    return Point(name=name, kind="member" if is_member else "baseline", directory=directory,
+                 alpha=config.reward.alpha if is_member else None,
+                 outcomes=found(directory, config.run.steps) if processes.first() else {},
+                 seconds=processes.decided(f"{name} seconds",
+                                           lambda: hf.read_json(directory / "summary.json")["wall_s"]))
+
+
+def finished(directory: Path, steps: int) -> bool:
+    """Whether a run has been concluded after so many steps."""
+    return (directory / "summary.json").exists() and runs.evaluations(directory, steps).is_dir()
+
+
+def adopt(evaluated: Path, target: Path) -> None:
+    """Gives a run the base model's evaluation, unless it has it."""
+    with disk(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for path in evaluated.glob(f"*{graded.SUFFIX}"):
+            if not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
+
+
+def found(directory: Path, steps: int) -> dict[str, Outcomes]:
+    """What a finished run made of each set, by the set's name."""
+    by_set = {}
+    for path in sorted(runs.evaluations(directory, steps).glob(f"*{graded.SUFFIX}")):
+        rows = graded.read(path)[1]
+        by_set[rows[0]["set"]] = graded.outcomes(rows)
+    return by_set
+
+
+def blended(session: Session, directory: Path, points: Sequence[Point], weights: Sequence[float]) -> list[Point]:
+    """Points between the base and the member of the greatest alpha, without training."""
+    trained = max((point for point in points if point.kind == "member"), key=lambda point: point.alpha or 0.0)
+    if not weights:
+        return []
+    base, target = session.load_weights(), session.engine.learning.params_sharding
+    other = hf.load_weights(hf.open_pretrained(str(trained.directory / "model"), dtype="float32"), target)
+    mix = jax.jit(blends.blend, out_shardings=target)
+    made = []
+    for weight in weights:
+        name = f"blend {weight:g}"
+        say(f"{name}: {1 - weight:g} of the base and {weight:g} of {trained.name}", processes.console())
+        path = directory / f"blend{weight:g}-{trained.directory.name}"
+        outcomes = session.evaluate(
+            mix(base, other, sharding.to_device(jax.numpy.float32(weight), session.engine.learning.replicated)),
+            lambda now: session.interrupts.check(), weights=f"{weight:g} of {trained.directory.name}", directory=path)
+        made.append(Point(name=name, kind="blend", directory=path, outcomes=outcomes, alpha=trained.alpha,
+                          weight=weight))
+    return made
+
+
+def conclude(config: Config, directory: Path, points: Sequence[Point]) -> None:
+    """family.json, the table, the pictures and the page."""
+    family = as_table(config, directory, points)
+    write_json(directory / "family.json", family)
+    console = Console()
+    report.print_family(console, family)
+    console.print(f"the report: {pages.write(directory)}", soft_wrap=True)
+
+
+def as_table(config: Config, directory: Path, points: Sequence[Point]) -> dict[str, Any]:
+    """The content of family.json: every point with its summary of each set, compared with the base."""
+    base = points[0].outcomes
+    return {
+        "model": config.model.path, "seed": config.run.seed, "steps": config.run.steps, "sets": list(base),
+        "environment": provenance.environment(),
+        "points": [{
+            "name": point.name, "kind": point.kind, "alpha": point.alpha, "weight": point.weight,
+            "directory": point.directory.relative_to(directory).as_posix(), "seconds": point.seconds,
+            "sets": {name: {
+                "summary": dataclasses.asdict(statistics.summarize(point.outcomes[name])),
+                "comparison": None if point.kind == "base" else dataclasses.asdict(
+                    statistics.compare(base[name], point.outcomes[name]))} for name in base},
+        } for point in points]}
