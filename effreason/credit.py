@@ -112,12 +112,15 @@ def _policy_gradient(scored: _Scored, config: Config) -> _Worth:
 def _pressure(parts: list[jax.Array], weights: jax.Array, scored: _Scored) -> Metrics:
     """Where the update comes from: of its absolute size the share of each part, and how each pulls on length.
 
+    A response is pushed as a whole by its tokens' mean of weight * part: under token_mean by its advantage, under
+    sequence_mean by its advantage over its length, and there even a constant pulls. In units of the mean weight.
     Args: parts float32[B, T], of PARTS, which add up to the advantages; weights float32[B, T]."""
     sizes = [jnp.sum(weights * jnp.abs(part)) for part in parts]
     total = jnp.maximum(sum(sizes), jnp.finfo(jnp.float32).tiny)
     tokens = jnp.maximum(scored.lengths, 1).astype(jnp.float32)
-    pulls = [advantages.length_pull(jnp.sum(part, axis=-1).reshape(tokens.shape) / tokens, scored.lengths)
-             for part in parts]
+    unit = jnp.sum(scored.mask).astype(jnp.float32) / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
+    pulls = [advantages.length_pull(unit * jnp.sum(weights * part, axis=-1).reshape(tokens.shape) / tokens,
+                                    scored.lengths) for part in parts]
     return ({f"pressure/{name}": size / total for name, size in zip(PARTS, sizes, strict=True)}
             | {f"pull/{name}": pull for name, pull in zip(PARTS, pulls, strict=True)})
 
