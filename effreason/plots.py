@@ -1,10 +1,13 @@
 """Pictures: the look they have in common, and report.png, a run at a glance."""
 
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,7 +18,48 @@ from effreason.runtime.metrics import disk
 
 # Okabe and Ito's colours: told apart with any colour vision, and in grey.
 BEFORE, AFTER, CURVE, INK, QUIET = "#999999", "#0072B2", "#56B4E9", "#222222", "#666666"
+NARROW = (4.7, 3.0)                 # inches of a chart; 338 points are the width of a phone's page
 POINTS = 500                        # a curve is thinned to this many points: more are not seen at this size
+
+STYLE = {"svg.fonttype": "none",            # text stays text: searched, selected, read aloud
+         "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"], "path.simplify": True}
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty white figure that no pyplot knows of. Args: size, in inches."""
+    figure = Figure(figsize=size, dpi=200, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as path.png and path.svg. Raises: UserError where it cannot be written."""
+    with disk(path.with_suffix(".png")):
+        figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
+    with disk(path.with_suffix(".svg")):
+        path.with_suffix(".svg").write_text(_svg(figure, path.name), encoding="utf-8")
+
+
+def inline(figure: Figure, name: str) -> str:
+    """A figure as an <svg> element to stand in HTML, as wide as the page gives it.
+
+    Args: name, letters and digits, of this figure alone on its page: ids in the element begin with it."""
+    text = _svg(figure, name)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "",
+                  text[text.index("<svg"):], flags=re.DOTALL)
+    size = re.search(r'viewBox="([^"]*)"', text)
+    assert size is not None
+    text = re.sub(r"<svg [^>]*>", f'<svg viewBox="{size[1]}" aria-hidden="true">', text, count=1)
+    used = set(re.findall(r'(?:url\(#|xlink:href="#)([^)"]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    return re.sub(r'(url\(#|xlink:href="#)', rf"\g<1>{name}-", text).strip()
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return buffer.getvalue()
 
 
 def overview(metrics_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None, path: Path, *,
@@ -68,6 +112,10 @@ def _title(figure: Figure, left: float, alpha: float | None, model: str, summary
     figure.text(left, 0.9, line, fontsize=10.5, color=QUIET, va="center")
 
 
+def _saving(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    return 1.0 - after["tokens"] / before["tokens"]
+
+
 def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str, summary: Mapping[str, Any] | None) -> None:
     """One measure against steps: each step faint, their smooth course strong, evaluations as diamonds."""
     pairs = [(row["step"], row[f"rollout/{measure}"]) for row in rows if row.get(f"rollout/{measure}") is not None]
@@ -76,10 +124,10 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], measure: str, summary:
     last = max(updates, default=0)
     if pairs:
         steps, values = (thinned(np.asarray(column, np.float64)) for column in zip(*pairs, strict=True))
-        smooth = smooth(steps, values)
-        if smooth is not values:
+        strong = smooth(steps, values)
+        if strong is not values:
             axes.plot(steps, values, color=CURVE, linewidth=0.9, alpha=0.6, zorder=2)
-        axes.plot(steps, smooth, color=AFTER, linewidth=2.0, marker="o" if len(steps) < 4 else "", markersize=4,
+        axes.plot(steps, strong, color=AFTER, linewidth=2.0, marker="o" if len(steps) < 4 else "", markersize=4,
                   zorder=3, solid_capstyle="round", label="training rollouts")
     between = [(step, row[f"evaluation/{measure}"]) for step, row in zip(updates, rows, strict=True)
                if row.get(f"evaluation/{measure}") is not None]

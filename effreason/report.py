@@ -17,15 +17,15 @@ from effreason.statistics import Comparison, Interval, Summary, comparison_from_
 __all__ = ["plot"]
 KNOWN_LEVELS = ("easy", "medium", "hard")
 
-Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: the base, the trained model, and how they differ
+Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: before, after, and compared
 
 
 def summary(config: Config, results: Results, wall_seconds: float) -> dict[str, Any]:
     """The content of summary.json.
 
     Args: results, of each set of problems, the headline's first; wall_seconds of the whole run.
-    Returns: of the first set: accuracies in 0..1; accuracy_change = trained - base; token_ratio = trained / base; levels
-        easy to hard. Under "sets" everything that was measured on each."""
+    Returns: of the first set: accuracies in 0..1; accuracy_change = trained - base; token_ratio = trained / base;
+        levels easy to hard. Under "sets" everything that was measured on each."""
     base, trained, comparison = next(iter(results.values()))
     return {
         "alpha": config.reward.alpha,

@@ -18,7 +18,7 @@ ENVIRONMENT = {"effreason": "0.1.0", "git_commit": "a" * 40, "grader": "effreaso
 def graded_rows(name, *, seed=0, alpha=0.0, progress=0.0, problems=60, samples=1, response=None):
     """Graded rows of a model: `progress` of a training with `alpha` behind it shortens what is not needed."""
     asked = np.random.default_rng([7, *map(ord, name)])
-    rng = np.random.default_rng([8, seed, round(1000 * alpha), round(100 * progress), *map(ord, name)])
+    rng = np.random.default_rng([8, seed, round(1000 * alpha) if progress else 0, round(100 * progress), *map(ord, name)])
     longer = 1.6 if "long" in name else 1.0
     kept = 1.0 - progress * (0.15 + 0.75 * alpha / (alpha + 0.08))
     rows = []

@@ -1,0 +1,84 @@
+"""Names beside marks and lines of a chart, put where they meet nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+SMALL, NUMBER = 8.5, 8.0            # sizes of text in a chart, in points
+# Where a name may stand: sides and heights in halves of its own size, the best first.
+AROUND = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1.1, 0), (-1.1, 0), (0, 1.6), (0, -1.6), (1, 2.4), (-1, 2.4), (1, -2.4),
+          (-1, -2.4), (1, 4), (-1, 4), (1, -4), (-1, -4))
+MARK, GAP = 6.0, 7.0                # half a mark's size, and its distance to its name, in points
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """A mark and its name, at x, y of the data."""
+
+    name: str
+    x: float
+    y: float
+    color: str
+
+
+def name_points(axes: Axes, marks: Sequence[Named], lines: Sequence[np.ndarray]) -> None:
+    """Writes each name where it covers no other name, no mark and no line, or the least.
+
+    Args: lines, float64[n, 2] each, x and y of the data: error bars and curves."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure) and isinstance(figure.canvas, FigureCanvasAgg)
+    renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
+    places = [axes.transData.transform((mark.x, mark.y)) for mark in marks]
+    taken = [_box(x, y, MARK * scale, MARK * scale) for x, y in places]
+    taken += [_box(x, y, 1.5 * scale, 1.5 * scale) for line in lines for x, y in _along(axes.transData.transform(line))]
+    frame = axes.get_window_extent(renderer)
+    for mark, (x, y) in zip(marks, places, strict=True):
+        text = axes.annotate(mark.name, (mark.x, mark.y), xytext=(0, 0), textcoords="offset points", fontsize=SMALL,
+                             color=mark.color, fontweight="bold", parse_math=False, zorder=6)
+        size = text.get_window_extent(renderer)
+        boxes = [_box(x + side * (size.width / 2 + GAP * scale), y + rise * (size.height / 2 + 0.6 * GAP * scale),
+                      size.width / 2, size.height / 2) for side, rise in AROUND]
+        costs = [sum(_overlap(box, other) for other in taken) + 9 * (box.width * box.height - _overlap(box, frame))
+                 + rank * scale**2 for rank, box in enumerate(boxes)]
+        best = boxes[int(np.argmin(costs))]
+        text.set_position(((best.x0 - x) / scale, (best.y0 - y) / scale))
+        taken.append(best)
+
+
+def _box(x: float, y: float, half_width: float, half_height: float) -> Bbox:
+    return Bbox.from_extents(x - half_width, y - half_height, x + half_width, y + half_height)
+
+
+def _along(line: np.ndarray) -> np.ndarray:
+    """Points along a line, close enough to stand for it."""
+    shares = np.linspace(0, 1, 16)[:, None]
+    pieces = [start + shares * (end - start) for start, end in zip(line, line[1:], strict=False)]
+    return np.concatenate([line[:1], *pieces])
+
+
+def _overlap(box: Bbox, other: Bbox) -> float:
+    both = Bbox.intersection(box, other)
+    return 0.0 if both is None else float(both.width * both.height)
+
+
+def name_ends(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> None:
+    """Writes names behind the right ends of lines, moved apart where they would meet. Args: name, colour, height."""
+    low, high = axes.get_ylim()
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    step = (high - low) * 12.0 / (axes.get_position().height * figure.get_figheight() * 72)
+    heights: list[float] = []
+    ordered = sorted(ends, key=lambda each: each[2])
+    for _, _, height in ordered:
+        heights.append(max(min(max(height, low), high), heights[-1] + step if heights else low))
+    for place in range(len(heights) - 1, -1, -1):           # what was pushed over the top comes down again
+        heights[place] = min(heights[place], high - (len(heights) - 1 - place) * step)
+    for (name, color, _), height in zip(ordered, heights, strict=True):
+        axes.annotate(name if len(name) <= 16 else name[:15] + "…", (1, (height - low) / (high - low)), (5, 0),
+                      xycoords="axes fraction", textcoords="offset points", va="center", fontsize=NUMBER, color=color,
+                      fontweight="bold", annotation_clip=False, parse_math=False)
