@@ -47,14 +47,18 @@ def make_reward(reward: RewardConfig) -> Reward:
     parameters = _parse(reward.parameters)
     function = _imported(reward.form) if ":" in reward.form else _named(reward.form)
     _check_parameters(function, reward.form, parameters)
-    made = functools.partial(_shaped, function=function, parameters=parameters, takes_alpha=takes_alpha(function))
+    made = functools.partial(_shaped, function=function, parameters=parameters, takes_alpha=_takes_alpha(function))
     if ":" in reward.form:
         _trace(made, reward.form)
     return made
 
 
-def takes_alpha(function: Callable[..., Any]) -> bool:
-    """True: it has a parameter of that name."""
+def has_alpha(reward: RewardConfig) -> bool:
+    """True: reward.alpha makes a difference to this form."""
+    return _takes_alpha(_imported(reward.form) if ":" in reward.form else _named(reward.form))
+
+
+def _takes_alpha(function: Callable[..., Any]) -> bool:
     return "alpha" in inspect.signature(function).parameters
 
 
