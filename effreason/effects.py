@@ -127,6 +127,11 @@ def pull(part: np.ndarray, groups: Groups, aggregation: str, among: np.ndarray |
     return float(advantages.length_pull((weights * part)[rows], groups.lengths[rows]))
 
 
+def reference_alpha(alphas: Sequence[float | None]) -> float | None:
+    """The alpha whose sizes the others are compared with: 0.1, or the first."""
+    return 0.1 if 0.1 in alphas else alphas[0]
+
+
 def effects(groups: Groups, reward: Reward, alphas: Sequence[float | None], advantage: str,
             aggregation: str) -> list[Effect]:
     """The control, correctness alone, and then each alpha, with one advantage. Args: alphas, greater than 0, or None
@@ -134,8 +139,7 @@ def effects(groups: Groups, reward: Reward, alphas: Sequence[float | None], adva
     control, shaped = make_split(correctness, advantage), make_split(reward, advantage)
     found = [_effect(groups, *control(groups, 0.0), advantage, 0.0, aggregation)]
     found += [_effect(groups, *shaped(groups, alpha or 0.0), advantage, alpha, aggregation) for alpha in alphas]
-    numbers = [effect.alpha for effect in found[1:]]
-    reference = found[1 + (numbers.index(0.1) if 0.1 in numbers else 0)] if len(found) > 1 else found[0]
+    reference = found[1 + list(alphas).index(reference_alpha(alphas))] if alphas else found[0]
     return [dataclasses.replace(effect, size_ratio=Sizes(
         all_correct=_ratio(effect.size.all_correct, reference.size.all_correct),
         mixed=_ratio(effect.size.mixed, reference.size.mixed))) for effect in found]

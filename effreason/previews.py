@@ -178,8 +178,8 @@ def warnings(saved: Saved, reward: shaping.Reward, alphas: Sequence[float | None
     length = np.abs(effects.make_split(reward, "loo")(groups, alphas[-1] or 0.0)[1].length) if alphas else np.zeros(1)
     if all_correct and length.sum() > 0:
         share = length[groups.all_correct].sum() / length.sum()
-        told.append(f"filtering by accuracy (DAPO) would drop {all_correct} all-correct groups, which carry "
-                    f"{share:.0%} of the length signal; filter by the spread of the reward "
+        told.append(f"filtering by accuracy (DAPO) would drop {all_correct:,} all-correct groups, which "
+                    f"carry {share:.0%} of the length signal; filter by the spread of the reward "
                     "(rollout.refill_rounds does)")
     if none:
         flat = all(effect.groups_with_signal <= 1 - none / len(groups.correct) + 1e-9 for effect in found)
@@ -241,10 +241,13 @@ def _lines(options: argparse.Namespace, saved: Saved, found: Sequence[Effect], t
 
 
 def _size_table(found: Sequence[Effect]) -> Iterator[str]:
+    alphas = [effect.alpha for effect in found if effect.alpha != 0]
+    reference = effects.reference_alpha(alphas) if alphas else 0.0
+    ratio = "" if reference is None else f"to {reference:g}"
     yield from _aligned([
-        ["advantage", "alpha", "groups", "all correct", "", "mixed", "", "correct", "of at"],
-        ["A", "", "with", "mean |A|", "ratio", "mean |A|", "ratio", "but", "least"],
-        ["", "", "signal", "", "", "", "", "A < 0", "correct"],
+        ["advantage", "alpha", "groups", "all", "ratio", "mixed", "ratio", "correct", "of at"],
+        ["A", "", "with", "correct", ratio, "mean |A|", ratio, "but", "least"],
+        ["", "", "signal", "mean |A|", "", "", "", "A < 0", "correct"],
         *([*_setting(effect), f"{effect.groups_with_signal:.1%}", _number(effect.size.all_correct, ".4f"),
            _number(effect.size_ratio.all_correct, ".2f"), _number(effect.size.mixed, ".4f"),
            _number(effect.size_ratio.mixed, ".2f"), f"{effect.punished:,}", _number(effect.punished_from, ".0f")]
