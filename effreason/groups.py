@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from effreason import attempts, graded, prompts, rollouts, unfinished
@@ -49,9 +50,10 @@ def draw(session: Session, config: Config, policy: model.Params, index: int, cou
         tokenizer=session.inputs.pretrained.tokenizer, grader=session.grader, require_eos=config.grade.require_eos,
         watch=watch, expected=course.lengths)
     batch = prompts.batch(session.inputs.problems, settings.prompts_per_step, config.run.seed, index)
-    tried = attempt(batch, drawn=unfinished.load(path, index), keep=functools.partial(unfinished.save, path, index))
-    drawn = Groups(batch=batch, tried=tried, metrics={})
-    return refill(session, config, drawn, index, course.alpha, attempt) if settings.refill_rounds else drawn
+    with jax.transfer_guard("disallow"):
+        tried = attempt(batch, drawn=unfinished.load(path, index), keep=functools.partial(unfinished.save, path, index))
+        drawn = Groups(batch=batch, tried=tried, metrics={})
+        return refill(session, config, drawn, index, course.alpha, attempt) if settings.refill_rounds else drawn
 
 
 def refill(session: Session, config: Config, drawn: Groups, index: int, alpha: float,

@@ -239,8 +239,7 @@ def make_step(config: Config, session: Session, reference: model.Params, watch: 
     def step(state: update.TrainState, index: int) -> tuple[update.TrainState, dict[str, float], list[dict[str, Any]]]:
         began = time.monotonic()
         policy = state.params if initial is None else initial
-        with jax.transfer_guard("disallow"):
-            groups = draw(session, config, policy, index, course, watch, path)
+        groups = draw(session, config, policy, index, course, watch, path)
         tried = groups.tried
         graded = time.monotonic()
 

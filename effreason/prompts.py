@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,11 +164,13 @@ def others(problems: Problems, missing: Sequence[Problem], taken: Sequence[Probl
     Args: taken, all problems the step has had; key, whole numbers >= 0, such as seed, step and round.
     Returns: one for each that is missing; None where its pool has no more."""
     had = {problem.uid for problem in taken}
-    pools = _pools(problems)
-    orders = [np.random.default_rng([*key, place]).permutation(len(pool.problems)) for place, pool in enumerate(pools)]
-    fresh = [(pool.problems[index] for index in order if pool.problems[index].uid not in had)
-             for pool, order in zip(pools, orders, strict=True)]
-    return [next(fresh[problem.uid // ROWS_PER_SOURCE if len(pools) > 1 else 0], None) for problem in missing]
+
+    def unseen(pool: Source, place: int) -> Iterator[Problem]:
+        order = np.random.default_rng([*key, place]).permutation(len(pool.problems))
+        return (pool.problems[index] for index in order if pool.problems[index].uid not in had)
+
+    fresh = [unseen(pool, place) for place, pool in enumerate(_pools(problems))]
+    return [next(fresh[problem.uid // ROWS_PER_SOURCE if len(fresh) > 1 else 0], None) for problem in missing]
 
 
 def _pools(problems: Problems) -> tuple[Source, ...]:

@@ -190,3 +190,21 @@ def test_answers_that_stay_undecided_stop_the_run():
     with pytest.raises(attempts.Undecided, match="could not decide 3 of 3 answers.*raise grade.step_budget"):
         attempted(playing(chunk), [problem(0)], 3, Right("budget"))
     assert attempted(playing(chunk[:2]), [problem(0)], 2, Right("budget")).correct.all()    # two say nothing of a share
+
+
+def test_groups_take_the_place_of_others_with_all_that_is_known_of_them():
+    def tried(texts, uids):
+        finished = [response(place, sample, text) for place, pair in enumerate(texts)
+                    for sample, text in enumerate(pair)]
+        return attempted(playing(finished), [problem(uid) for uid in uids], 2, Right())
+
+    first = tried([("7", "8"), ("8", "8"), ("9", "7")], (1, 2, 3))
+    more = tried([("1", "1"), ("7 and 7", "8 and more")], (4, 5))
+    found = attempts.replaced(first, [1], more, [1])
+    expected = tried([("7", "8"), ("7 and 7", "8 and more"), ("9", "7")], (1, 5, 3))
+    for name in ("texts", "verdicts"):
+        assert getattr(found, name) == getattr(expected, name)
+    np.testing.assert_array_equal(found.correct, expected.correct)
+    for field in dataclasses.fields(found.rollouts):
+        np.testing.assert_array_equal(getattr(found.rollouts, field.name), getattr(expected.rollouts, field.name))
+    assert first.texts[2:4] == ["8", "8"] and len(found.generations) == 2       # what was passed in is as it was

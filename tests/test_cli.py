@@ -165,7 +165,8 @@ def test_commands(capsys):
     assert "train" in capsys.readouterr().out
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "error: the command must be one of train, evaluate, grade, generate, replay, plan, got trian\n")
+        "error: the command must be one of train, evaluate, grade, generate, replay, preview, blend, report, "
+        "plan, got trian\n")
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 import small_runs
 
-from effreason import attempts, cli, evaluation, loop, packing, parity
+from effreason import attempts, cli, credit, evaluation, loop, packing, parity, runs, sessions
 from effreason.checkpoints import Checkpoints
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade
 from effreason.lm import hf
 from effreason.problems import templates
-from effreason.records import Evaluation
 from effreason.runtime import config as configuration
 from effreason.runtime.metrics import MetricsWriter, read_rows
 from effreason.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[1]
+TEST = "world0_test"                        # the file of graded responses to world/test.jsonl
 EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that being stopped within it is tested too
 
 
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 def finished(world, tmp_path_factory):
     """An uninterrupted run: its directory, its engine, and the widths of the rows it was given."""
     directory, engines, widths = tmp_path_factory.mktemp("finished") / "run", [], set()
-    make_engine, pack = loop.make_engine, packing.pack
+    make_engine, pack = sessions.make_engine, packing.pack
 
     def noted_pack(*arguments, **settings):
         packed = pack(*arguments, **settings)
@@ -51,7 +51,7 @@ def finished(world, tmp_path_factory):
         return packed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
+        patch.setattr(sessions, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
         patch.setattr(packing, "pack", noted_pack)
         loop.train(small_runs.config(world, directory, **EVALUATED))
     return types.SimpleNamespace(directory=directory, engine=engines[0], widths=widths)
@@ -73,7 +73,9 @@ def assert_same_run(finished, directory):
     """Bit for bit: weights, moments and step; what was exported, measured and sampled; the evaluations."""
     expected, found = state_in(finished, finished.directory), state_in(finished, directory)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    for name in ("model/model.safetensors", "rollouts.jsonl", "base.json"):
+    evaluated = sorted(path.relative_to(finished.directory) for path in finished.directory.glob("evaluations/*/*"))
+    assert [str(path) for path in evaluated] == [f"evaluations/step{step}/{TEST}.jsonl" for step in (0, 3, 6)]
+    for name in ("model/model.safetensors", "rollouts.jsonl", *evaluated):
         assert (directory / name).read_bytes() == (finished.directory / name).read_bytes(), name
     assert lasting(directory) == lasting(finished.directory)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (directory, finished.directory)]
@@ -93,8 +95,8 @@ def refused(capsys, argv, command="train"):
 
 def test_the_run_directory_holds_what_was_promised(finished):
     assert {path.name for path in finished.directory.iterdir()} == {
-        "config.yaml", "base.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model",
-        "summary.json", "report.png"}
+        "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model",
+        "evaluations", "summary.json", "report.png", "report.html", "plots"}
     assert {path.name for path in (finished.directory / "checkpoints").iterdir()} == {"3", "6"}
     assert (finished.directory / "report.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -106,7 +108,7 @@ def test_config_yaml_is_the_resolved_configuration(finished, world):
 
 def test_summary_json_has_exactly_the_promised_shape(finished):
     summary = json.loads((finished.directory / "summary.json").read_text())
-    assert list(summary) == ["alpha", "seed", "base", "trained", "token_ratio", "accuracy_change", "wall_s"]
+    assert list(summary) == ["alpha", "seed", "base", "trained", "token_ratio", "accuracy_change", "wall_s", "sets"]
     for name in ("base", "trained"):
         assert list(summary[name]) == ["accuracy", "tokens", "by_level"]
         assert list(summary[name]["by_level"]) == ["easy", "hard"]
@@ -119,6 +121,10 @@ def test_summary_json_has_exactly_the_promised_shape(finished):
     assert summary["token_ratio"] == summary["trained"]["tokens"] / summary["base"]["tokens"]
     assert summary["accuracy_change"] == summary["trained"]["accuracy"] - summary["base"]["accuracy"]
     assert summary["wall_s"] > 0
+    (found,) = summary["sets"].values()
+    low, high = found["comparison"]["token_ratio_interval"]
+    assert low <= summary["token_ratio"] == pytest.approx(found["comparison"]["token_ratio"]) <= high
+    assert found["trained"]["accuracy"] == summary["trained"]["accuracy"] and found["trained"]["problems"] == 8
 
 
 def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished):
@@ -131,17 +137,22 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
                 "update/loss", "update/kl", "update/grad_norm", "update/entropy", "update/clip_share",
                 "update/tokens_per_second", "time/rollout", "time/grade", "time/update", "time/step"} <= row.keys()
         assert sum(value for name, value in row.items() if name.startswith("grade/")) == pytest.approx(1)
+        assert sum(row[f"pressure/{part}"] for part in credit.PARTS) == pytest.approx(1, abs=1e-4)
+        assert {f"pull/{part}" for part in credit.PARTS} <= row.keys()
     assert any(row["reward/groups_with_signal"] > 0 for row in steps)
     assert rows[3].keys() == {"step", "evaluation/accuracy", "evaluation/tokens"}
 
 
 def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
     samples = read_rows(finished.directory / "rollouts.jsonl")
-    assert [row["step"] for row in samples] == [step for step in range(6) for _ in range(4)]
+    assert [row["step"] for row in samples] == [step for step in range(6) for _ in range(4)]      # a group each
+    assert [row["sample"] for row in samples] == [0, 1, 2, 3] * 6 and len({row["uid"] for row in samples[:4]}) == 1
     assert any(row["correct"] for row in samples) and not all(row["correct"] for row in samples)
     for row in samples:
         assert row["correct"] == (row["answer"] == row["reference_answer"] and (row["finish"] == "eos"))
         assert (row["reward"] > 0) == row["correct"]
+        group = [other["advantage"] for other in samples if other["step"] == row["step"]]
+        assert sum(group) == pytest.approx(0, abs=1e-6)         # leave-one-out
         assert 1 <= row["tokens"] <= 40
 
 
@@ -163,16 +174,17 @@ def test_a_run_compiles_each_function_of_its_learning_once(finished):
     assert [program._cache_size() for program in programs] == [1] * 5
 
 
-def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path, capsys):
+def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
     arguments = small_runs.arguments(world, "unused")
     model = str(finished.directory / "model")
     assert cli.main(["evaluate", *arguments, "--models", str(world / "base"), model, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     summary = json.loads((finished.directory / "summary.json").read_text())
     for path, name in ((str(world / "base"), "base"), (model, "trained")):
-        assert {key: results[path][key] for key in ("accuracy", "tokens")} == {
+        (found,) = results["models"][path].values()
+        assert {key: found["summary"][key] for key in ("accuracy", "tokens")} == {
             key: summary[name][key] for key in ("accuracy", "tokens")}
-    assert "Held-out problems" in capsys.readouterr().out
+    assert results["models"][model][str(world / "test.jsonl")]["comparison"]["token_ratio"] == summary["token_ratio"]
 
 
 # Replay
@@ -301,7 +313,8 @@ def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):
     assert [row["step"] for row in rows[7:]] == [6, 6]      # the evaluation between, then the step
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == 7
-    assert (directory / "base.json").read_bytes() == (finished.directory / "base.json").read_bytes()
+    base = f"evaluations/step0/{TEST}.jsonl"
+    assert (directory / base).read_bytes() == (finished.directory / base).read_bytes()
 
 
 def test_a_second_run_into_the_same_directory_is_refused(finished, world, capsys):
@@ -319,20 +332,20 @@ def test_a_second_run_into_the_same_directory_is_refused(finished, world, capsys
 ])
 def test_a_resume_that_would_be_another_run_is_refused(finished, world, changes, found):
     with pytest.raises(UserError) as caught:
-        loop.open_run(small_runs.config(world, finished.directory, **EVALUATED, **{"run.resume": True}, **changes))
+        runs.open_run(small_runs.config(world, finished.directory, **EVALUATED, **{"run.resume": True}, **changes))
     path = finished.directory / "config.yaml"
     assert str(caught.value) == f"{path}: a resumed run must keep its configuration, found {found}"
 
 
 def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_path):
     first = small_runs.config(world, tmp_path / "run")
-    loop.write_config(first, loop.open_run(first))
+    runs.write_config(first, runs.open_run(first))
     changed = small_runs.config(world, tmp_path / "run", **{
         "run.resume": True, "run.steps": 9, "checkpoint.every": 1, "checkpoint.keep": 5, "grade.workers": 2,
-        "grade.step_budget_seconds": 60.0, "log.samples_per_step": 0, "evaluation.every": 2, "model.remat": "full",
+        "grade.step_budget_seconds": 60.0, "log.groups_per_step": 0, "evaluation.every": 2, "model.remat": "full",
         "update.rows_per_micro_batch": 16, "update.vocabulary_tile": 8, "update.offload_optimizer": True,
         "kl.offload_reference": True, "mesh.fsdp": 2})
-    loop.write_config(changed, loop.open_run(changed))
+    runs.write_config(changed, runs.open_run(changed))
     written = configuration.load(tmp_path / "run" / "config.yaml")
     assert written == dataclasses.replace(changed, run=dataclasses.replace(changed.run, resume=False))
 
@@ -349,7 +362,7 @@ def test_resuming_nothing_and_fewer_steps_than_were_done_are_refused(finished, w
 def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_path):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a run already"):
-        loop.open_run(small_runs.config(world, tmp_path))
+        runs.open_run(small_runs.config(world, tmp_path))
 
 
 # Meshes
@@ -374,6 +387,27 @@ def test_options_run(world, tmp_path, capsys):
     loop.train(small_runs.config(world, tmp_path / "run", **changes))
     assert "warning: advantage.group_std" in capsys.readouterr().out
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_groups_without_a_signal_are_replaced(world, tmp_path):
+    changes = {"evaluation.problems": 0, "run.steps": 2, "reward.alpha": 0.0, "rollout.group_size": 2,
+               "rollout.refill_rounds": 3}
+    loop.train(small_runs.config(world, tmp_path / "run", **changes))
+    for row in lasting(tmp_path / "run"):
+        assert row["reward/groups_with_signal"] == 1 - row["rollout/lacking"]
+        assert row["rollout/asked"] > 1
+
+
+def test_alpha_follows_the_evaluations_and_a_resumed_run_goes_the_same_way(world, tmp_path):
+    changes = {"reward.target_tokens": 0.2, "evaluation.every": 2, "checkpoint.every": 2}
+    loop.train(small_runs.config(world, tmp_path / "run", **changes))
+    rows = [row for row in lasting(tmp_path / "run") if "reward/alpha" in row]
+    assert [row["reward/alpha"] for row in rows] == pytest.approx([0.2, 0.2, 0.3, 0.3, 0.4, 0.4])   # too long still
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, "within")
+        loop.train(small_runs.config(world, tmp_path / "again", **changes))
+    loop.train(small_runs.config(world, tmp_path / "again", **changes, **{"run.resume": True}))
+    assert lasting(tmp_path / "again") == lasting(tmp_path / "run")
 
 
 # Bad input, and a disk that is full
@@ -413,7 +447,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
     steps = {"metrics": 1, "checkpoint": 2, "export": 2}[name]
     assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == list(range(steps))
     assert {path.name for path in directory.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model"}
+        "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model"}
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == (2 if name == "export" else 1)
     hf.load(directory / "model", hf.read_config(directory / "model"))
@@ -448,23 +482,12 @@ def test_a_configuration_that_does_not_fit_is_one_line_and_leaves_no_run(world, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_evaluation_that_cannot_be_written_leaves_nothing_half(tmp_path):
-    result = Evaluation(accuracy=0.5, tokens=3.0, truncated=0.0, problems=1, samples=1, by_level={})
-    progress = types.SimpleNamespace(say=lambda text: None)
-    with full_disk(), pytest.raises(UserError, match=r"base\.json: cannot be written"):
-        loop.evaluate_base(lambda *given: (result, {7: 3.0}), None, tmp_path, progress, None)
-    assert not list(tmp_path.iterdir())
-    found = loop.evaluate_base(lambda *given: (result, {7: 3.0}), None, tmp_path, progress, None)
-    assert found == (result, {7: 3.0})
-    assert loop.evaluate_base(None, None, tmp_path, progress, None) == found        # read, not sampled again
-
-
 # Checks within a step
 
 
 def wrong_scores(monkeypatch, after):
     """The trainer scores at another temperature than it was sampled at, from the given call on."""
-    make_engine, calls = loop.make_engine, []
+    make_engine, calls = sessions.make_engine, []
 
     def made(*arguments):
         engine = make_engine(*arguments)
@@ -477,7 +500,7 @@ def wrong_scores(monkeypatch, after):
 
         return dataclasses.replace(engine, learning=dataclasses.replace(learning, score=score))
 
-    monkeypatch.setattr(loop, "make_engine", made)
+    monkeypatch.setattr(sessions, "make_engine", made)
 
 
 def test_a_trainer_that_scores_another_policy_than_was_sampled_never_starts(world, tmp_path, capsys, monkeypatch):

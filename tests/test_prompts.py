@@ -66,7 +66,7 @@ def test_tiny_problems_are_python_expressions_with_their_value_as_answer(charact
 def test_held_out_problems_are_never_trained_on(characters):
     trained = {problem.text for problem in only(training(characters, config()))}
     found, _ = held_out(characters, config(evaluation=EvaluationConfig(problems=10_000)))
-    found = [problem.text for problem in found]
+    found = [problem.text for problem in found["tiny"]]
     assert len(found) == len(set(found)) == sources.TINY_HELD_OUT and len(trained) == sources.TINY_PROBLEMS
     assert not trained & set(found)
 
@@ -124,7 +124,7 @@ def test_golds_that_the_grader_cannot_match_are_dropped_in_training_and_reported
     assert f"{path}: left out 1 whose answer the grader cannot match with itself, such as '1'" in problems.notes
     settings = config(evaluation=EvaluationConfig(path=path))
     found, notes = held_out(characters, settings, lambda problems: [1])
-    assert len(found) == 3 and any("has 1 whose answer" in note for note in notes)
+    assert len(found[path]) == 3 and any("has 1 whose answer" in note for note in notes)
 
 
 def test_rows_without_an_answer_are_left_out_and_counted(tmp_path, characters):
@@ -144,7 +144,7 @@ def test_problems_without_a_text_are_left_out_and_the_first_is_named(tmp_path, c
     assert problems.notes[1:] == (f"{path}: left out 2 without a problem's text, such as {path}:2",
                                   f"{path}: left out 1 without an answer")
     found, notes = held_out(characters, config(evaluation=EvaluationConfig(path=path)))
-    assert len(found) == 1 and notes == (f"{path}: 1 of 4 problems to evaluate on", *problems.notes[1:])
+    assert len(found[path]) == 1 and notes == (f"{path}: 1 of 4 problems to evaluate on", *problems.notes[1:])
 
 
 def test_all_that_is_left_out_is_listed_with_its_row_and_reason(tmp_path, characters):
@@ -209,17 +209,19 @@ def test_a_subset_that_no_set_would_take_is_an_error(tmp_path, characters):
         training(characters, config(path=path, subset="easy"))
 
 
-def test_of_several_evaluation_sets_each_has_its_first_problems_and_its_name_as_level(tmp_path, characters):
+def test_of_several_evaluation_sets_each_has_its_first_problems_whatever_the_others_are(tmp_path, characters):
     first = write(tmp_path / "a.jsonl", [row | {"level": 3} for row in texts("(1)", "(2)", "(1)")])
     second = write(tmp_path / "b.jsonl", [row | {"level": "all"} for row in texts("(1)", "(5)", "(6)")])
     settings = config(level_field="level", evaluation=EvaluationConfig(path=f"{first}, {second}", problems=2))
     found, notes = held_out(characters, settings)
-    assert [(problem.text, problem.level) for problem in found] == [
-        ("(1)", f"{first} 3"), ("(2)", f"{first} 3"), ("(1)", second), ("(5)", second)]
-    assert len({problem.uid for problem in found}) == 4
+    assert list(found) == [first, second]
+    assert [(problem.text, problem.level) for problem in found[first]] == [("(1)", "3"), ("(2)", "3")]
+    assert [(problem.text, problem.level) for problem in found[second]] == [("(1)", "all"), ("(5)", "all")]
+    alone, _ = held_out(characters, config(level_field="level", evaluation=EvaluationConfig(path=second, problems=2)))
+    assert [problem.uid for problem in alone[second]] == [problem.uid for problem in found[second]]
     assert notes == (f"{first}: 2 of 3 problems to evaluate on", f"{second}: 2 of 3 problems to evaluate on")
     found, _ = held_out(characters, config(level_field="level", evaluation=EvaluationConfig(path=first, problems=9)))
-    assert [problem.level for problem in found] == ["3", "3", "3"]      # a repeated problem counts as published
+    assert [problem.level for problem in found[first]] == ["3", "3", "3"]      # a repeated problem counts as published
 
 
 def numbered(count, name="", weight=None, source=0):
@@ -312,3 +314,27 @@ def test_the_math_sets_are_cleaned_in_seconds(characters):
     assert any(note.startswith("math: left out 10 that repeat an earlier one") for note in problems.notes)
     assert any(note.startswith("converted_aime: left out 5 that are in the evaluation set math500")
                for note in problems.notes)
+
+
+def test_the_paper_says_how_often_a_set_is_sampled():
+    assert prompts.evaluation_samples(config(evaluation=EvaluationConfig(path="gsm8k,math500,aime24,some/set"))) == {
+        "gsm8k": 1, "math500": 3, "aime24": 10, "some/set": 1}
+    assert prompts.evaluation_samples(config(evaluation=EvaluationConfig(path="aime24", samples=2))) == {"aime24": 2}
+    assert prompts.evaluation_samples(config()) == {"tiny": 1}
+
+
+def test_other_problems_come_from_the_same_pool_and_none_twice():
+    problems = prompts.Problems((numbered(8, "a", 1.0), numbered(6, "b", 1.0, 1)))
+    batch = prompts.batch(problems, 8, 0, 0)
+    missing = [problem for problem in batch if problem.uid < 2**26][:3] + [
+        problem for problem in batch if problem.uid >= 2**26][:3]
+    found = prompts.others(problems, missing, batch, (0, 0, 0))
+    assert [problem is None for problem in found] == [False, False, False, False, False, True]      # b has 6, 4 taken
+    uids = [problem.uid for problem in found if problem is not None]
+    assert [uid >> 26 for uid in uids] == [0, 0, 0, 1, 1]
+    assert len(set(uids)) == 5 and not set(uids) & {problem.uid for problem in batch}
+    assert prompts.others(problems, missing, batch, (0, 0, 0)) == found
+    pool = prompts.Problems((numbered(50),))
+    batch = prompts.batch(pool, 8, 0, 0)
+    first, second = ([problem.uid for problem in prompts.others(pool, batch, batch, key)] for key in ((0, 1), (0, 2)))
+    assert first != second

@@ -434,7 +434,8 @@ class Config:
 
 
 # The tiny world's learning rate and prompt would ruin any other model: its file is the default for nothing else.
-MADE_FOR = {"model.path": "tiny", "data.path": "tiny", "evaluation.path": "tiny"}
+MADE_FOR = {"model.path": frozenset({"tiny"}), "data.path": frozenset({"tiny"}),
+            "evaluation.path": frozenset({"tiny", "tiny_long", "tiny_other"})}
 
 
 def shipped() -> Path:

@@ -51,12 +51,12 @@ def parser(config: type, prog: str, description: str | None = None) -> jsonargpa
 
 def parse(
     config: type[Config], parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, default: Path,
-    made_for: Mapping[str, str],
+    made_for: Mapping[str, frozenset[str]],
 ) -> tuple[Config, jsonargparse.Namespace]:
     """Reads the files, then the flags; returns the configuration and all the parser took.
 
     Args: argv the arguments, None = sys.argv; default the file read when --config names none, and no flag gives a field
-        of made_for another value than it has there.
+        of made_for anything but names that it has there, with commas between them.
     Raises: UserError; SystemExit(0) after --help."""
     # --config first, wherever it stands: files in their order, then flags over them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -78,12 +78,12 @@ def parse(
     return build(config, values), values
 
 
-def _fits(flags: Sequence[str], made_for: Mapping[str, str]) -> bool:
-    """Whether no flag gives one of these fields another value."""
+def _fits(flags: Sequence[str], made_for: Mapping[str, frozenset[str]]) -> bool:
+    """Whether no flag gives one of these fields other names."""
     given = [flag.removeprefix("--").partition("=") for flag in flags]
     values = [(name, value if equals else next(iter(flags[place + 1 :]), "")) for place, (name, equals, value)
               in enumerate(given)]
-    return all(value == made_for.get(name, value) for name, value in values)
+    return all(set(value.split(",")) <= made_for[name] for name, value in values if name in made_for)
 
 
 def read(

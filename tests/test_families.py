@@ -1,0 +1,148 @@
+"""Families: members that are the runs they would be alone, one evaluation of the base, baselines, blends, going on."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+import small_runs
+
+from effreason import cli, families, loop, rollouts
+from effreason.errors import Interrupted, UserError
+from effreason.lm import hf
+from effreason.runtime.progress import Progress
+
+ALPHAS, BASELINES, WEIGHTS = [0.0, 0.3], ["sft_shortest", "dpo"], [0.5]
+CHANGES = {"run.steps": 3, "kl.form": "reward", "kl.coefficient": 0.01}
+NAMES = ["base", "α = 0", "α = 0.3", "SFT on the shortest", "DPO, shortest over longest", "blend 0.5"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
+
+
+@pytest.fixture(scope="module")
+def family(world, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("family") / "family"
+    families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
+    return directory
+
+
+def table(family):
+    return json.loads((family / "family.json").read_text())
+
+
+def test_the_directory_holds_a_run_for_each_member_and_the_family_itself(family):
+    names = {path.name for path in family.iterdir()}
+    assert {"config.yaml", "environment.json", "family.json", "report.html", "base", "alpha0", "alpha0.3",
+            "sft_shortest", "dpo", "blend0.5-alpha0.3"} <= names
+    for name in ("alpha0", "alpha0.3", "sft_shortest", "dpo"):
+        assert (family / name / "model" / "model.safetensors").exists() and (family / name / "summary.json").exists()
+
+
+def test_family_json_compares_every_point_with_the_base(family, world):
+    found = table(family)
+    assert [point["name"] for point in found["points"]] == NAMES
+    assert [point["kind"] for point in found["points"]] == ["base", *["member"] * 2, *["baseline"] * 2, "blend"]
+    (name,) = found["sets"]
+    base = found["points"][0]["sets"][name]
+    assert base["comparison"] is None and base["summary"]["problems"] == 8
+    for point in found["points"][1:]:
+        measured = point["sets"][name]
+        assert measured["comparison"]["token_ratio"] == pytest.approx(
+            measured["summary"]["tokens"] / base["summary"]["tokens"])
+        assert (family / point["directory"]).is_dir()
+
+
+def test_a_member_is_the_run_it_would_be_alone(family, world, tmp_path):
+    loop.train(small_runs.config(world, tmp_path / "run", **CHANGES, **{"reward.alpha": 0.3}))
+    for name in ("model/model.safetensors", "rollouts.jsonl"):
+        assert (family / "alpha0.3" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+    summaries = [json.loads((path / "summary.json").read_text()) | {"wall_s": 0}
+                 for path in (family / "alpha0.3", tmp_path / "run")]
+    assert summaries[0] == summaries[1]
+
+
+def test_baselines_learn_from_the_same_number_of_responses_of_the_model_before_training(family):
+    rows = {name: [json.loads(line) for line in (family / name / "rollouts.jsonl").open()]
+            for name in ("alpha0.3", "sft_shortest", "dpo")}
+    assert [(row["uid"], row["response"]) for row in rows["dpo"]] == [
+        (row["uid"], row["response"]) for row in rows["sft_shortest"]]
+    first = {name: [row["response"] for row in each if row["step"] == 0] for name, each in rows.items()}
+    assert first["dpo"] == first["alpha0.3"]            # no step has been taken: the same model
+    assert len(rows["dpo"]) == len(rows["alpha0.3"])
+    weights = [hf.load(family / name / "model", hf.read_config(family / name / "model"))
+               for name in ("alpha0.3", "sft_shortest", "dpo")]
+    for one, other in ((0, 1), (1, 2)):
+        assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(weights[place]) for place in (one, other)),
+                                                  strict=True))
+
+
+def test_sft_makes_the_shortest_correct_responses_more_likely(family):
+    rows = [json.loads(line) for line in (family / "sft_shortest" / "rollouts.jsonl").open()]
+    chosen = [row for row in rows if row["advantage"] == 1]
+    assert chosen and all(row["correct"] for row in chosen)
+    for row in chosen:
+        group = [other for other in rows if (other["step"], other["uid"]) == (row["step"], row["uid"])]
+        assert row["tokens"] == min(other["tokens"] for other in group if other["correct"])
+
+
+def test_a_finished_family_is_not_sampled_again_and_may_grow(family, world, monkeypatch, capsys):
+    before = table(family)
+    calls = []
+    generation = rollouts.Generation
+    monkeypatch.setattr(rollouts, "Generation", lambda *given, **named: calls.append(1) or generation(*given, **named))
+    config = small_runs.config(world, family, **CHANGES, **{"run.resume": True})
+    families.train(config, ALPHAS, BASELINES, WEIGHTS)
+    assert not calls and table(family)["points"] == before["points"]
+    assert "α = 0.3" in capsys.readouterr().out
+    families.train(config, [*ALPHAS, 0.1], BASELINES, [])
+    assert calls and [point["alpha"] for point in table(family)["points"] if point["kind"] == "member"] == [
+        0.0, 0.3, 0.1]
+
+
+def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_path):
+    directory, step, sent = tmp_path / "family", Progress.step, []
+
+    def stopping(self, index, metrics):
+        step(self, index, metrics)
+        if index == 1 and len(sent) == 1:               # the second step of the second member
+            signal.raise_signal(signal.SIGTERM)
+        sent.extend([index] if index == 2 else [])
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
+        patch.setattr(Progress, "step", stopping)
+        families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
+    assert caught.value.message == (
+        "stopped by SIGTERM after step 2 of 3, saved; go on with: python train.py --config "
+        f"{directory / 'config.yaml'} --run.resume true --family 0,0.3 --baselines sft_shortest,dpo --blends 0.5")
+    assert not (directory / "family.json").exists()
+    command = caught.value.message.partition("train.py ")[2].split()
+    assert cli.main(["train", *command]) == 0
+    for name in ("alpha0", "alpha0.3", "dpo"):
+        models = [path / name / "model" for path in (family, directory)]
+        jax.tree.map(np.testing.assert_array_equal, *(hf.load(model, hf.read_config(model)) for model in models))
+
+
+@pytest.mark.parametrize(("argv", "error"), [
+    (["--family", "0,1"], "--family must be numbers in [0, 1) with commas between them, got '1' in '0,1'"),
+    (["--family", "0,x"], "--family must be numbers in [0, 1) with commas between them, got 'x' in '0,x'"),
+    (["--family", "0.1,0.1"], "--family must name each number once, got '0.1,0.1'"),
+    (["--family", "none"], "--family must name at least one alpha, got none"),
+    (["--family", "0", "--baselines", "ppo"], "--baselines must name each of sft_shortest, dpo once at most"),
+    (["--family", "0", "--blends", "2"], "--blends must be numbers in [0, 1] with commas between them, got '2' in '2'"),
+    (["--family", "0", "--evaluation.problems", "0"], "evaluation.problems must be >= 1 to compare the members"),
+])
+def test_what_is_no_family_is_one_line(world, tmp_path, capsys, argv, error):
+    assert cli.main(["train", *small_runs.arguments(world, tmp_path / "run"), *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {error}") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_family_of_a_baseline_is_refused(world, tmp_path):
+    config = small_runs.config(world, tmp_path, **{"update.objective": "dpo", "kl.form": "none"})
+    with pytest.raises(UserError, match=r"^update\.objective must be policy_gradient for a family"):
+        families.check(config)
