@@ -16,7 +16,7 @@ from effreason.labels import NUMBER, SMALL, Named, name_ends, name_points
 from effreason.plots import AFTER, BEFORE, CURVE, INK, NARROW, QUIET, clean, grouped, new_figure
 from effreason.published import Figure as Published
 
-WIDE = (10.6, 5.4)                  # inches
+WIDE = (8.6, 4.7)                   # inches
 COLORS = {BASE: "#6E6E6E", MEMBER: AFTER, BASELINE: "#D55E00", BLEND: "#A9558A"}
 MARKERS = {BASE: "D", MEMBER: "o", BASELINE: "s", BLEND: "^"}
 KINDS = {BASE: "base model", MEMBER: "trained", BASELINE: "baselines", BLEND: "blends with the base"}
@@ -41,7 +41,7 @@ def colors(results: Results) -> list[str]:
 def pareto(results: Results, published: Sequence[Published] = (), *, wide: bool = False) -> Figure:
     """Accuracy against mean tokens with 95 % intervals both ways; the base cut off at its budgets as a curve."""
     figure = new_figure(WIDE if wide else (NARROW[0], 4.6))
-    axes = figure.add_axes((0.065, 0.105, 0.92, 0.82) if wide else (0.135, 0.115, 0.845, 0.7))
+    axes = figure.add_axes((0.078, 0.11, 0.905, 0.81) if wide else (0.135, 0.115, 0.845, 0.7))
     clean(axes, "")
     axes.grid(axis="x", color="#EEEEEE", linewidth=0.8)
     bars = [_cross(axes, point, measured, 8.0 if wide else 6.5) for point, measured in results]
@@ -90,7 +90,7 @@ def _frame(axes: Axes) -> None:
     axes.set_xlim(max(left - 0.06 * (right - left), 0.0), right + 0.05 * (right - left))
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(grouped))
-    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if half > 0.02 else 1))
     axes.tick_params(labelsize=SMALL)
 

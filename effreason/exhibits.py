@@ -1,7 +1,7 @@
 """Responses that a report shows: the same prompt before and after, and the answers of a group.
 
-What is shown is chosen by rule, never by hand: typical problems, the largest saving, one that got better and one that got
-worse. Long thinking is cut in the middle, so that a page stays small.
+What is shown is chosen by rule, never by hand: typical problems, the largest saving, one that got better and one that
+got worse. Long thinking is cut in the middle, so that a page stays small.
 """
 
 import json

@@ -5,7 +5,7 @@ An unfinished run, or one of an earlier version, holds less: what is not there i
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Point:
 class Run:
     """One training."""
 
-    name: str
+    name: str                       # its point's label
+    kind: str                       # member | baseline
     directory: Path
     alpha: float | None
     steps: int                      # updates made
@@ -96,8 +97,10 @@ def read(directory: Path) -> Findings:
 
 
 def _single(directory: Path) -> Findings:
-    run = _run(directory, "trained")
+    run = _run(directory)
     tables = (run.summary or {}).get("sets", {})
+    # Not concluded yet: what was evaluated before training says which sets there are.
+    started = sorted(path.stem for path in run.evaluations.get(0, directory / "evaluations").glob("*.jsonl"))
     points = [
         Point(name=name, kind=kind, alpha=run.alpha if kind == MEMBER else None, weight=None, seconds=None,
               responses=run.evaluations.get(step),
@@ -106,8 +109,8 @@ def _single(directory: Path) -> Findings:
                     for each, table in tables.items()})
         for name, key, kind, step in (("base", "base", BASE, 0), ("trained", "trained", MEMBER, run.steps))]
     return Findings(directory=directory, family=False, model=str(run.settings.get("model.path", "")),
-                    seed=run.settings.get("run.seed"), sets=tuple(tables), points=tuple(points) if tables else (),
-                    runs=(run,), environment=run.environment)
+                    seed=run.settings.get("run.seed"), sets=tuple(tables or started),
+                    points=tuple(points) if tables else (), runs=(run,), environment=run.environment)
 
 
 def _family(directory: Path) -> Findings:
@@ -116,15 +119,16 @@ def _family(directory: Path) -> Findings:
     try:
         points, runs = [], []
         for row in table["points"]:
-            kind, own = row["kind"], _inside(directory, row["directory"])
-            run = _run(own, row["name"]) if own is not None and (own / "config.yaml").is_file() else None
-            responses = own if kind == BASE else run.evaluations.get(max(run.evaluations, default=0)) if run else own
-            points.append(Point(
-                name=row["name"], kind=kind, alpha=row["alpha"], weight=row["weight"], seconds=row["seconds"],
-                responses=responses, sets={name: _measured(path, each["summary"], each["comparison"])
-                                           for name, each in row["sets"].items()}))
-            if run is not None and kind in (MEMBER, BASELINE):
-                runs.append(run)
+            own = _inside(directory, row["directory"])
+            run = _run(own) if own is not None and (own / "config.yaml").is_file() else None
+            last = run.evaluations.get(max(run.evaluations, default=0)) if run else None
+            point = Point(
+                name=row["name"], kind=row["kind"], alpha=row["alpha"], weight=row["weight"], seconds=row["seconds"],
+                responses=last or own, sets={name: _measured(path, each["summary"], each["comparison"])
+                                             for name, each in row["sets"].items()})
+            points.append(point)
+            if run is not None and point.kind in (MEMBER, BASELINE):
+                runs.append(replace(run, name=point.label, kind=point.kind))
         base = [point for point in points if point.kind == BASE]
         return Findings(directory=directory, family=True, model=str(table["model"]), seed=table["seed"],
                         sets=tuple(table["sets"]), runs=tuple(runs), environment=table["environment"],
@@ -133,7 +137,7 @@ def _family(directory: Path) -> Findings:
         raise UserError(f"{path}: not a family's results: {error}") from None
 
 
-def _run(directory: Path, name: str) -> Run:
+def _run(directory: Path) -> Run:
     summary = directory / "summary.json"
     settings = _settings(directory / "config.yaml")
     metrics = read_rows(directory / "metrics.jsonl")
@@ -141,7 +145,7 @@ def _run(directory: Path, name: str) -> Run:
                    if path.is_dir() and path.name.removeprefix("step").isdecimal()}
     environment = directory / "environment.json"
     return Run(
-        name=name, directory=directory, alpha=settings.get("reward.alpha"),
+        name="trained", kind=MEMBER, directory=directory, alpha=settings.get("reward.alpha"),
         # A row with rollouts was followed by its update.
         steps=max((row["step"] + ("rollout/tokens" in row) for row in metrics), default=0), metrics=metrics,
         summary=_json(summary) if summary.exists() else None, settings=settings,
