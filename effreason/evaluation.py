@@ -1,71 +1,171 @@
-"""Accuracy and length of a model on held-out problems."""
+"""Accuracy and length of a model on held-out problems, each set on its own; what is sampled can be kept."""
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import jax
-import numpy as np
-from rich.table import Table
+from rich.console import Console
 
-from effreason import prompts
-from effreason.attempts import Watch, attempt, mean_lengths, unmatched
+from effreason import graded, journals, prompts, provenance, scores
+from effreason.attempts import Watch, attempt, unmatched
 from effreason.engine import check_model, make_sampler
-from effreason.errors import UserError
+from effreason.errors import Interrupted, UserError
 from effreason.grades import Grader
 from effreason.inputs import model_fingerprint
 from effreason.lm import hf, hub, model
-from effreason.problems import templates
-from effreason.records import Evaluation, LevelResult, Problem, Rollouts
+from effreason.problems import sources, templates
+from effreason.problems.presets import PRESETS
+from effreason.records import Outcomes, Problem
 from effreason.rollouts import Sampler, step_key
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.interrupts import Interrupts
-from effreason.runtime.metrics import disk, write_json
+from effreason.runtime.metrics import disk
 from effreason.runtime.progress import Headway, rate, say
+from effreason.runtime.settings import written
 from effreason.sampling import memory
 from effreason.sampling.draws import Sampling
 
-# (params, watch, tokens expected by uid) -> the result, and the mean tokens of each problem by uid
-Evaluate = Callable[[model.Params, Watch, Mapping[int, float]], tuple[Evaluation, dict[int, float]]]
+Sets = Mapping[str, Sequence[Problem]]      # by name
+NAMES = ("set", "model", "template", "environment")     # facts that decide nothing
 
 
-def measure(correct: np.ndarray, rollouts: Rollouts, problems: Sequence[Problem]) -> Evaluation:
-    """Means over samples, then problems; by level too.
+class Evaluate(Protocol):
+    """What `make_evaluator` makes."""
 
-    Args: correct bool[P, k]."""
-    accuracy, tokens = correct.mean(axis=1), rollouts.lengths.mean(axis=1)
-    levels = np.array([problem.level for problem in problems])
-    by_level = {str(level): LevelResult(accuracy=float(accuracy[levels == level].mean()),
-                                        tokens=float(tokens[levels == level].mean()),
-                                        problems=int((levels == level).sum()))
-                for level in dict.fromkeys(levels)}
-    return Evaluation(accuracy=float(accuracy.mean()), tokens=float(tokens.mean()),
-                      truncated=float(1.0 - rollouts.ended.mean()), problems=len(problems),
-                      samples=correct.shape[1], by_level=by_level)
+    def __call__(self, params: model.Params, watch: Watch, *, weights: str,
+                 expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None,
+                 names: Sequence[str] | None = None) -> dict[str, Outcomes]:
+        """Outcomes by the name of the set, drawn with the same keys each time.
+
+        Args: weights, which parameters these are, in words that other ones do not share; expected, tokens by uid, where
+            something is known of the first set's problems; directory, where graded responses and journals lie, None =
+            nothing is kept; names, of the sets, None = all.
+        Raises: UserError where the directory holds what was made with other settings."""
+        ...
 
 
-def make_evaluator(config: Config, pretrained: hf.Pretrained, sampler: Sampler, problems: Sequence[Problem],
-                   grader: Grader) -> Evaluate:
-    """evaluate(params, watch, expected) on the same problems, drawn with the same keys each time.
+class Measure(Protocol):
+    """What `make_measure` makes."""
 
-    Common random numbers: two models differ by what they are, less by luck."""
-    settings = config.evaluation
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-                        min_p=settings.min_p, eos_ids=pretrained.eos_ids)
-    key = step_key(config.run.seed, "evaluation", 0)
+    def __call__(self, name: str, params: Callable[[], model.Params], watch: Watch, *, weights: str,
+                 expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Outcomes:
+        """See Evaluate. Args: name, of a set; params, called where something is left to sample."""
+        ...
 
-    def evaluate(params: model.Params, watch: Watch,
-                 expected: Mapping[int, float]) -> tuple[Evaluation, dict[int, float]]:
-        tried = attempt(lambda requests: sampler(params, requests, key, sampling), problems, settings.samples,
-                        settings.max_new_tokens or config.rollout.max_new_tokens, tokenizer=pretrained.tokenizer,
-                        grader=grader, require_eos=config.grade.require_eos, watch=watch, expected=expected)
-        return measure(tried.correct, tried.rollouts, problems), mean_lengths(problems, tried.rollouts)
+
+def make_evaluator(config: Config, pretrained: hf.Pretrained, template: templates.Template, sampler: Sampler,
+                   sets: Sets, grader: Grader, *, seed: int | None = None) -> Evaluate:
+    """evaluate(params, watch, weights=...) on the same problems, drawn with the same keys each time.
+
+    Common random numbers: two models differ by what they are, less by luck. Args: seed, None = run.seed."""
+    measure = make_measure(config, pretrained, template, sampler, sets, grader, seed=seed)
+
+    def evaluate(params: model.Params, watch: Watch, *, weights: str,
+                 expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None,
+                 names: Sequence[str] | None = None) -> dict[str, Outcomes]:
+        first = next(iter(sets), None)
+        return {name: measure(name, lambda: params, watch, weights=weights, directory=directory,
+                              expected=expected if name == first else {})
+                for name in (sets if names is None else names)}
 
     return evaluate
+
+
+def make_measure(config: Config, pretrained: hf.Pretrained, template: templates.Template, sampler: Sampler, sets: Sets,
+                 grader: Grader, *, seed: int | None = None) -> Measure:
+    """measure(name, params, watch, weights=...): one set at a time. Args: seed, None = run.seed."""
+    settings, root = config.evaluation, config.run.seed if seed is None else seed
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+                        min_p=settings.min_p, eos_ids=pretrained.eos_ids)
+    # The same for each set: what is drawn for one does not depend on what other sets there are.
+    key, files = step_key(root, "evaluation", 0), graded.safe_names(list(sets))
+
+    def sample(name: str, params: model.Params, watch: Watch, expected: Mapping[int, float],
+               **journal: Any) -> list[dict[str, Any]]:
+        tried = attempt(lambda requests: sampler(params, requests, key, sampling), sets[name], samples(config, name),
+                        max_new_tokens(config), tokenizer=pretrained.tokenizer, grader=grader,
+                        require_eos=config.grade.require_eos, watch=watch, expected=expected, **journal)
+        return graded.rows(name, sets[name], tried)
+
+    def measure(name: str, params: Callable[[], model.Params], watch: Watch, *, weights: str,
+                expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Outcomes:
+        if directory is None:
+            return graded.outcomes(sample(name, params(), watch, expected))
+        facts = make_facts(config, template, name, sets[name], root, weights) | {"model": pretrained.name}
+        path = directory / (files[name] + graded.SUFFIX)
+        if not finished(path, facts):
+            with journals.Journal(path.with_suffix(journals.SUFFIX), facts, functools.partial(check, facts)) as journal:
+                rows = sample(name, params(), watch, expected, drawn=journal.drawn, record=journal.add,
+                              keep=journal.keep)
+                processes.decided("graded", lambda: _write(path, facts, rows))
+                journal.remove()
+            return graded.outcomes(rows)
+        if processes.first():
+            path.with_suffix(journals.SUFFIX).unlink(missing_ok=True)       # of a process killed between the two
+        return graded.outcomes(graded.read(path)[1])
+
+    return measure
+
+
+def finished(path: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether all responses of a set are there and graded. Raises: UserError where they were made with other facts."""
+    def look() -> bool:
+        if path.exists():
+            check(facts, path, graded.read_facts(path))
+        return path.exists()
+
+    return processes.decided("graded responses", look) and journals.seen(path)
+
+
+def _write(path: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    graded.write(path, {**facts, "environment": provenance.environment()}, rows)
+
+
+def make_facts(config: Config, template: templates.Template, name: str, problems: Sequence[Problem], seed: int,
+               weights: str) -> dict[str, Any]:
+    """All that decides the responses of a set and their verdicts, but for the rounding of sums."""
+    loops = dataclasses.asdict(config.loops) if config.loops.stop else {"stop": False}
+    settings = dataclasses.asdict(config.evaluation)
+    return {"set": name, "weights": weights, "run.seed": seed, "evaluation.samples": samples(config, name),
+            **{f"evaluation.{field}": settings[field] for field in ("temperature", "top_p", "top_k", "min_p")},
+            "evaluation.max_new_tokens": max_new_tokens(config), "model.dtype": config.model.dtype,
+            **{f"loops.{field}": value for field, value in loops.items()},
+            "grade.require_eos": config.grade.require_eos, "grade.function": config.grade.function,
+            "grader": provenance.grader(), "template": template.name, "template_sha256": template.sha256,
+            "problems": len(problems), "problems_sha256": prompts.fingerprint(problems)}
+
+
+def check(wanted: Mapping[str, Any], path: Path, found: Mapping[str, Any]) -> None:
+    """Raises UserError, naming what differs, where a file was made with other facts than are wanted."""
+    different = [f"{name} {_short(found.get(name))}, now {_short(wanted.get(name))}"
+                 for name in dict.fromkeys([*wanted, *found])
+                 if name not in NAMES and found.get(name) != wanted.get(name)]
+    if different:
+        raise UserError(f"{path}: was made with {'; '.join(different)}; choose another directory, or remove the file "
+                        "to sample its responses again")
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else written(value)
+
+
+def samples(config: Config, name: str) -> int:
+    """Responses to each problem of a set."""
+    usual = PRESETS[name].samples if name in PRESETS else 1
+    return config.evaluation.samples or usual
+
+
+def max_new_tokens(config: Config) -> int:
+    """The longest response of an evaluation."""
+    return config.evaluation.max_new_tokens or config.rollout.max_new_tokens
 
 
 def make_grader(config: Config) -> Grader:
@@ -74,11 +174,6 @@ def make_grader(config: Config) -> Grader:
     return Grader(workers=limits.workers, cpu_seconds=limits.cpu_seconds, wall_seconds=limits.wall_seconds,
                   memory_mb=limits.memory_mb, step_budget_seconds=limits.step_budget_seconds,
                   function=limits.function)
-
-
-def from_table(table: dict) -> Evaluation:
-    """The inverse of dataclasses.asdict."""
-    return Evaluation(**table | {"by_level": {level: LevelResult(**row) for level, row in table["by_level"].items()}})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,69 +231,109 @@ def check_alike(opened: Sequence[Opened], config: Config) -> None:
                             "evaluation.any_template true")
 
 
-def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grader: Grader, watch: Watch,
-                   tell: Callable[[str], None]) -> Evaluation:
-    """Evaluates one model, whose weights are given up again when this returns.
+def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
+                    seeds: Sequence[int] | None = None) -> None:
+    """Evaluates models on each set with each seed; prints tables, and keeps all of it in a directory where asked.
 
-    Args: tell, told what became of the problems, and the first prompt."""
-    pretrained, template = opened.pretrained, opened.template
-    problems, notes = prompts.load_held_out(config, pretrained.tokenizer, template,
-                                            functools.partial(unmatched, grader))
-    processes.check_same({"the problems of evaluation.path": prompts.fingerprint(problems)[:12]})
-    rendered = templates.display(templates.render(pretrained.tokenizer, template, problems[0].text))
-    dated = [template.note] if template.note else []
-    sampler_note = memory.describe(config, pretrained.decoder, mesh, memory.EVALUATION)
-    for note in [*dated, *notes, sampler_note, f"the first prompt, by the template {template.name}:\n{rendered}"]:
-        tell(note)
-    params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
-    sampler = make_sampler(config, pretrained.decoder, mesh, memory.EVALUATION)
-    return make_evaluator(config, pretrained, sampler, problems, grader)(params, watch, {})[0]
-
-
-def evaluate_models(config: Config, models: Sequence[str], output: Path | None) -> None:
-    """Evaluates each model on the same problems; prints a table and writes output/results.json where asked."""
+    What the directory holds already is read, not sampled again. Args: seeds, None = run.seed.
+    Raises: UserError; Interrupted, with what was sampled kept in the directory."""
+    seeds = list(dict.fromkeys(seeds if seeds else [config.run.seed]))
+    models = list(dict.fromkeys(models))
     processes.check_same(configuration.facts(config) | {
-        "the version of JAX": jax.__version__, "models": " ".join(models)})
+        "the version of JAX": jax.__version__, "models": " ".join(models), "seeds": " ".join(map(str, seeds))})
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    console, results, said = processes.console(), {}, set[str]()
-
-    def say_once(note: str) -> None:
-        if note not in said:
-            said.add(note)
-            say(note, console)
-
     of_revision = revised(config, models)
     opened = {path: open_model(config, path, config.model.revision if path == of_revision else None, mesh)
               for path in models}
     check_alike(list(opened.values()), config)
     processes.check_same({f"the model {path}": model_fingerprint(each.pretrained) for path, each in opened.items()} | {
         f"the template of {path}": each.template.sha256[:12] for path, each in opened.items()})
+    if output is not None:
+        processes.decided("output", lambda: _make(output))
+        processes.check_shared(output, "--output")
+    console, folders, found = processes.console(), graded.safe_names(models), list[scores.Score]()
     with Interrupts() as interrupts, make_grader(config) as grader:
-        for path in models:
-            with console.status("") as status:
-                started = time.monotonic()
-
-                def watch(now: Headway, path: str = path, started: float = started) -> None:
-                    interrupts.check()
-                    status.update(f"{path}: {now.finished}/{now.total} responses, {now.running} running, "
-                                  f"{rate(now.tokens / (time.monotonic() - started))} tokens/s")
-
-                results[path] = evaluate_model(config, opened[path], mesh, grader, watch, say_once)
-    console.print(_table(results))
+        try:
+            for path in models:
+                for score in evaluate_model(config, opened[path], mesh, grader, seeds, _Reporter(console, interrupts),
+                                            None if output is None else output / folders[path]):
+                    found.append(score)
+                    say(scores.line(score), console)
+        except Interrupted as stop:
+            kept = f"; the same command goes on from what {output} holds" if output is not None else ""
+            raise Interrupted(stop.signum, stop.message and stop.message + kept) from None
+    seen = {name for each in opened.values() for name in trained_on(config, each)}
+    compared = scores.against_first(found)
+    for table in scores.tables(compared, seen):
+        console.print(table)
     if output is not None and processes.first():
-        with disk(output):
-            output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "results.json", {path: dataclasses.asdict(result) for path, result in results.items()})
+        scores.write(output, compared, seen, provenance.environment(), configuration.facts(config))
+        say(f"the results: {output / scores.RESULTS} and {output / scores.TABLE}", console)
 
 
-def _table(results: dict[str, Evaluation]) -> Table:
-    table = Table(title="Held-out problems", title_justify="left")
-    for heading in ("model", "level", "problems", "accuracy", "tokens"):
-        table.add_column(heading, justify="left" if heading in ("model", "level") else "right", overflow="fold")
-    for path, result in results.items():
-        levels = result.by_level if len(result.by_level) > 1 else {}
-        for level, row in (levels | {"all": result}).items():
-            table.add_row(path, level, str(row.problems), f"{100 * row.accuracy:.1f} %", f"{row.tokens:.1f}",
-                          end_section=level == "all")
-    return table
+def _make(directory: Path) -> None:
+    with disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+class _Reporter:
+    """Shows how far an evaluation is, and stops it where a signal has come."""
+
+    def __init__(self, console: Console, interrupts: Interrupts) -> None:
+        self.console, self._interrupts = console, interrupts
+        self._said: set[str] = set()
+
+    def tell(self, note: str) -> None:
+        """Says a note once."""
+        if note not in self._said:
+            self._said.add(note)
+            say(note, self.console)
+
+    @contextlib.contextmanager
+    def watching(self, what: str) -> Iterator[Watch]:
+        """A line at the bottom of a terminal while a set is sampled."""
+        started = time.monotonic()
+        with self.console.status("") as status:
+
+            def watch(now: Headway) -> None:
+                self._interrupts.check()
+                status.update(f"{what}: {now.finished}/{now.total} responses, {now.running} running, "
+                              f"{rate(now.tokens / (time.monotonic() - started))} tokens/s")
+
+            yield watch
+
+
+def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grader: Grader, seeds: Sequence[int],
+                   reporter: _Reporter, directory: Path | None) -> Iterator[scores.Score]:
+    """Evaluates one model on each set with each seed; its weights are given up again when all have been yielded.
+
+    Args: directory, where what is sampled is kept, None = nowhere."""
+    pretrained, template = opened.pretrained, opened.template
+    sets, notes = prompts.load_held_out(config, pretrained.tokenizer, template, functools.partial(unmatched, grader))
+    processes.check_same({f"the problems of {name}": prompts.fingerprint(problems)[:12]
+                          for name, problems in sets.items()})
+    rendered = templates.display(templates.render(pretrained.tokenizer, template, next(iter(sets.values()))[0].text))
+    dated = [template.note] if template.note else []
+    sampler_note = memory.describe(config, pretrained.decoder, mesh, memory.EVALUATION)
+    for note in [*dated, *notes, sampler_note, f"the first prompt, by the template {template.name}:\n{rendered}"]:
+        reporter.tell(note)
+    # Only where something is left to sample.
+    params = functools.cache(lambda: hf.load_weights(
+        pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder))))
+    sampler, weights = make_sampler(config, pretrained.decoder, mesh, memory.EVALUATION), model_fingerprint(pretrained)
+    for seed in seeds:
+        measure = make_measure(config, pretrained, template, sampler, sets, grader, seed=seed)
+        row = pretrained.name if len(seeds) == 1 else f"{pretrained.name} (seed {seed})"
+        for name, problems in sets.items():
+            with reporter.watching(f"{row}, {name}") as watch:
+                outcomes = measure(name, params, watch, weights=weights,
+                                   directory=directory and directory / f"seed{seed}")
+            yield scores.score(row, name, outcomes, make_facts(config, template, name, problems, seed, weights))
+
+
+def trained_on(config: Config, opened: Opened) -> list[str]:
+    """The names of the sets that a model was trained on: what an exported one says itself, else those of data.path."""
+    path = opened.pretrained.directory / hf.FACTS_FILE
+    names = hf.read_json(path).get("data") if path.exists() else None
+    return names if isinstance(names, list) else [spec.name for spec in sources.parse(config.data.path, "data.path")]

@@ -1,0 +1,132 @@
+"""Graded responses on disk: JSONL, one object a response, behind a first line with what they were made with.
+
+A row has the keys set, uid, sample, level, problem, reference_answer, response, answer, status, correct, tokens, finish
+and stated. P problems, k samples of each.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effreason.attempts import Attempts, gold
+from effreason.errors import UserError
+from effreason.grading.statements import end_of_answer, first_stated
+from effreason.records import Outcomes, Problem
+from effreason.runtime.metrics import disk
+
+FACTS = "facts"                     # the one key of the first line
+SUFFIX = ".jsonl"
+
+
+def row(problems: Sequence[Problem], tried: Attempts, prompt: int, sample: int) -> dict[str, Any]:
+    """One response with its verdict, for people and programs to read.
+
+    Its status does not say whether the comparison was remembered: that depends on what was graded before."""
+    problem, at = problems[prompt], (prompt, sample)
+    place = prompt * tried.correct.shape[1] + sample
+    verdict = tried.verdicts[place]
+    return {"uid": problem.uid, "sample": sample, "level": problem.level, "problem": problem.text,
+            "reference_answer": problem.answer, "response": tried.texts[place], "answer": verdict.answer,
+            "status": "symbolic" if verdict.status == "cached" else verdict.status,
+            "correct": bool(tried.correct[at]), "tokens": int(tried.rollouts.lengths[at]),
+            "finish": str(tried.rollouts.finish[at])}
+
+
+def rows(set_name: str, problems: Sequence[Problem], tried: Attempts) -> list[dict[str, Any]]:
+    """All responses to the problems of a set, prompt by prompt."""
+    found = []
+    for prompt, problem in enumerate(problems):
+        for sample in range(tried.correct.shape[1]):
+            made = row(problems, tried, prompt, sample)
+            found.append({"set": set_name} | made | {"stated": stated(problem, made)})
+    return found
+
+
+def stated(problem: Problem, made: Mapping[str, Any]) -> float | None:
+    """Tokens until the reference answer was first stated, in the thinking or behind it; None = never.
+
+    The place is known in characters and taken as a share of the tokens: exact offsets would need each prefix decoded.
+    A correct response has stated it with its final answer at the latest."""
+    text = made["response"]
+    characters = first_stated(text, gold(problem))
+    if made["correct"]:
+        characters = min(characters or len(text), end_of_answer(text))
+    return None if characters is None or not text else round(made["tokens"] * characters / len(text), 1)
+
+
+def outcomes(rows: Sequence[Mapping[str, Any]]) -> Outcomes:
+    """Rows of one set as arrays, the problems in the order of their first rows.
+
+    Raises: ValueError unless every problem has the same samples, each once."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for each in rows:
+        groups.setdefault(each["uid"], []).append(each)
+    table = [sorted(group, key=lambda each: each["sample"]) for group in groups.values()]
+    if any([each["sample"] for each in group] != list(range(len(table[0]))) for group in table):
+        raise ValueError(f"expected the same samples of each of {len(table)} problems, found {len(rows)} rows")
+
+    def column(name: str, dtype: Any, missing: Any = None) -> np.ndarray:
+        values = [[missing if each[name] is None else each[name] for each in group] for group in table]
+        return np.array(values, dtype).reshape(len(table), -1)
+
+    return Outcomes(uids=np.array(list(groups), np.int64), levels=np.array([group[0]["level"] for group in table], str),
+                    correct=column("correct", bool), lengths=column("tokens", np.int32), finish=column("finish", str),
+                    answers=column("answer", str, ""), stated=column("stated", np.float32, math.nan))
+
+
+def write(path: Path, facts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes facts and rows as a whole: a crash or a full disk leaves what was there. Raises: UserError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                for line in ({FACTS: facts}, *rows):
+                    # A lone surrogate is no UTF-8, but the escape that takes its place is how JSON spells it.
+                    text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+                    file.write(text.encode("utf-8", "backslashreplace"))
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `write` wrote. Raises: UserError for another or a damaged file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first, *others = [json.loads(line) for line in file]
+        return first[FACTS], others
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: expected graded responses, a line with facts and one for each response; repair or "
+                        "remove it") from None
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts alone. Raises: UserError for another or a damaged file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return json.loads(file.readline())[FACTS]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: expected graded responses behind a line with facts; repair or remove it") from None
+
+
+def safe_names(names: Sequence[str]) -> dict[str, str]:
+    """Names of files for names of sets or models, which may be paths: their last two parts; equal ones are numbered."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        parts = [part for part in name.split("/") if part.strip(".")][-2:]
+        safe = re.sub(r"[^\w.-]+", "_", "_".join(parts).removesuffix(SUFFIX)).strip("._")[-100:] or "unnamed"
+        count = 1
+        while (made := safe if count == 1 else f"{safe}-{count}").casefold() in map(str.casefold, found.values()):
+            count += 1
+        found[name] = made
+    return found
