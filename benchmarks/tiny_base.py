@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from effreason import attempts, evaluation, prompts, rollouts
-from effreason.advantages import leave_one_out
+from effreason.advantages import leave_one_out, length_pull
 from effreason.lm import hf, model
 from effreason.problems import templates
 from effreason.rewards import length_rewards
@@ -32,7 +32,7 @@ def main() -> None:
     config, mesh = configuration.load(configuration.shipped() / "tiny.yaml"), sharding.make_mesh(data=-1)
     tiny = hf.open_pretrained(path, dtype=config.model.dtype)
     template = templates.choose(tiny.tokenizer, config.data)
-    problems, _ = prompts.load_held_out(config, tiny.tokenizer, template)
+    problems = prompts.load_held_out(config, tiny.tokenizer, template)[0]["tiny"]
     params = hf.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
     sampling = Sampling(temperature=1.0, eos_ids=tiny.eos_ids)
     sampler = rollouts.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)
@@ -61,8 +61,8 @@ def main() -> None:
     print("\n| pull on length, tokens |" + "".join(f" α = {alpha:g} |" for alpha in alphas) + "\n" + "|---" * 6 + "|")
     for level in tasks.LEVELS:
         at = levels == level
-        pulls = [np.mean(np.asarray(leave_one_out(length_rewards(correct[at], sampled.lengths[at], alpha=alpha)))
-                         * (sampled.lengths[at] - sampled.lengths[at].mean(axis=1, keepdims=True))) for alpha in alphas]
+        pulls = [length_pull(leave_one_out(length_rewards(correct[at], sampled.lengths[at], alpha=alpha)),
+                             sampled.lengths[at]) for alpha in alphas]
         print(f"| {level} |" + "".join(f" {pull:+.2f} |" for pull in pulls))
 
 

@@ -139,8 +139,9 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
 
     def step() -> None:
         with jax.set_mesh(mesh):
-            made = loop.make_experience(run, whole, states[0], reference, to_rollouts(batch), batch.correct)
-            states[0], metrics = learning.update(states[0], made.experience, made.packed)
+            made = loop.make_experience(run, whole, states[0], reference, to_rollouts(batch), batch.correct,
+                                        run.reward.alpha)
+            states[0], metrics = learning.update(states[0], made.credit.experience, made.packed)
             jax.block_until_ready((states[0], metrics))
         figures["fill"] = made.fill
 

@@ -226,6 +226,10 @@ def check_training(config: Config) -> None:
     _check_data(config, "data.exclude", config.data.exclude, held_out=True)
     if config.evaluation.problems > 0:
         _check_data(config, "evaluation.path", config.evaluation.path, held_out=True)
+    if config.reward.form != "efficient" or config.reward.parameters is not None:
+        from effreason import shaping  # brings in jax
+
+        shaping.check(config.reward)
     directory = config.run.directory
     if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
         raise UserError(f"run.directory must be a directory, {directory} is a file")

@@ -75,10 +75,11 @@ def found(shape):
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
         state = learning.initial_state(params)
         batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference,
-                                     rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0)
-        state, metrics = learning.update(state, batch.experience, batch.packed)
+                                     rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0,
+                                     config.reward.alpha)
+        state, metrics = learning.update(state, batch.credit.experience, batch.packed)
         greedy = {(response.prompt, response.sample): response.tokens.tolist() for response in responses}
-        return *sharding.to_host((metrics, batch.metrics, state.params)), greedy
+        return *sharding.to_host((metrics, batch.credit.metrics, state.params)), greedy
 
 
 @pytest.mark.slow

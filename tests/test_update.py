@@ -340,13 +340,13 @@ def learnt(settings, shape=(), offload=False, **changes):
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.1, params))
         state = learning.initial_state(params)
         batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference, rollouts,
-                                     np.arange(8).reshape(4, 2) % 3 > 0)
+                                     np.arange(8).reshape(4, 2) % 3 > 0, config.reward.alpha)
         assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_reference)
-        state, metrics = learning.update(state, batch.experience, batch.packed)
+        state, metrics = learning.update(state, batch.credit.experience, batch.packed)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_state)
-        return sharding.to_host((state.params, metrics, batch.metrics))
+        return sharding.to_host((state.params, metrics, batch.credit.metrics))
 
 
 @pytest.fixture(scope="module")
