@@ -41,7 +41,7 @@ def colors(results: Results) -> list[str]:
 def pareto(results: Results, published: Sequence[Published] = (), *, wide: bool = False) -> Figure:
     """Accuracy against mean tokens with 95 % intervals both ways; the base cut off at its budgets as a curve."""
     figure = new_figure(WIDE if wide else (NARROW[0], 4.6))
-    axes = figure.add_axes((0.078, 0.11, 0.905, 0.81) if wide else (0.135, 0.115, 0.845, 0.7))
+    axes = figure.add_axes((0.085, 0.115, 0.905, 0.8) if wide else (0.15, 0.115, 0.835, 0.685))
     clean(axes, "")
     axes.grid(axis="x", color="#EEEEEE", linewidth=0.8)
     bars = [_cross(axes, point, measured, 8.0 if wide else 6.5) for point, measured in results]
@@ -58,7 +58,7 @@ def pareto(results: Results, published: Sequence[Published] = (), *, wide: bool 
     axes.plot(*cut.T, color=COLORS[BASE], linewidth=1.3, linestyle=(0, (4, 2)), zorder=1,
               label="base, cut off at a budget" if len(cut) else None)
     _legend(axes, columns=8 if wide else 2)
-    axes.set_xlabel("← fewer      mean tokens of a response", color=QUIET, fontsize=SMALL)
+    axes.set_xlabel("mean tokens of a response", color=QUIET, fontsize=SMALL)
     axes.set_ylabel("accuracy", color=QUIET, fontsize=SMALL)
     marks = [Named(name=point.label, x=measured.summary.tokens, y=measured.summary.accuracy, color=COLORS[point.kind])
              for point, measured in results]
@@ -105,7 +105,7 @@ def _legend(axes: Axes, columns: int) -> None:
 def budgets(results: Results) -> Figure:
     """Accuracy against a token budget: what is left of each model's accuracy where its responses are cut off there."""
     figure = new_figure((NARROW[0], 3.4))
-    axes = figure.add_axes((0.135, 0.145, 0.665, 0.82))
+    axes = figure.add_axes((0.155, 0.15, 0.635, 0.82))
     clean(axes, "")
     courses = [[(each.budget, each.accuracy) for each in measured.summary.budgets] for _, measured in results]
     longest = max(course[-1][0] for course in courses)
@@ -138,7 +138,7 @@ def difficulty(results: Results) -> Figure:
 def _bars(measured: Measured) -> Figure:
     assert measured.comparison is not None
     found = measured.comparison.by_difficulty
-    figure = new_figure((NARROW[0], 0.1 + 0.72 * len(found)))
+    figure = new_figure((NARROW[0], 0.1 + 0.76 * len(found)))
     axes = figure.add_axes((0.03, 0.0, 0.94, 1.0))
     for place, (name, each) in enumerate(found.items()):
         axes.text(0, place - 0.34, _short(name), fontsize=SMALL + 0.5, fontweight="bold", color=INK,
@@ -152,7 +152,7 @@ def _bars(measured: Measured) -> Figure:
             axes.annotate(text, (1, 0.5), (7, 0.5), xycoords=number, textcoords="offset points",
                           va="center_baseline", fontsize=SMALL, fontweight="bold", color=AFTER)
     axes.set_ylim(len(found) - 0.55, -0.55)
-    axes.set_xlim(0, 1.32 * max(max(each.tokens_base, each.tokens) for each in found.values()))
+    axes.set_xlim(0, 1.42 * max(max(each.tokens_base, each.tokens) for each in found.values()))
     axes.set_axis_off()
     return figure
 
@@ -161,9 +161,9 @@ def _dots(results: Results) -> Figure:
     compared = [(point, measured.comparison.by_difficulty, color) for (point, measured), color
                 in zip(results, colors(results), strict=True) if measured.comparison is not None]
     names = list(compared[0][1])
-    height = 0.75 + 0.165 * len(names) * (len(compared) + 1.6)
+    height = 0.75 + 0.18 * len(names) * (len(compared) + 1.6)
     figure = new_figure((NARROW[0], height))
-    axes = figure.add_axes((0.03, 0.45 / height, 0.94, 1 - 0.5 / height))
+    axes = figure.add_axes((0.03, 0.47 / height, 0.94, 1 - 0.52 / height))
     clean(axes, "")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
@@ -182,7 +182,7 @@ def _dots(results: Results) -> Figure:
         row += 1.6
     axes.set_ylim(row - 0.9, -0.8)
     low, high = min(0.0, axes.get_xlim()[0]), axes.get_xlim()[1]
-    axes.set_xlim(low, high + 0.28 * (high - low))
+    axes.set_xlim(low, high + 0.34 * (high - low))
     axes.axvline(0, color="#BBBBBB", linewidth=0.8)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))

@@ -30,9 +30,9 @@ def course(lines: Sequence[Line], marks: Sequence[Line] = (), *, percent: bool =
     """A measure against steps, one smoothed line for each run, the values behind it faint.
 
     Args: marks, held-out evaluations, drawn as diamonds; percent, of values that are shares; floor, start at 0."""
-    figure = new_figure((NARROW[0], 2.35))
+    figure = new_figure((NARROW[0], 2.5))
     several = len(lines) > 1
-    axes = figure.add_axes((0.125, 0.18, 0.68 if several else 0.845, 0.77))
+    axes = figure.add_axes((0.15, 0.19, 0.65 if several else 0.82, 0.76))
     clean(axes, "")
     for line in lines:
         steps, values = thinned(line.steps), thinned(line.values)
@@ -50,12 +50,10 @@ def course(lines: Sequence[Line], marks: Sequence[Line] = (), *, percent: bool =
     elif percent and high - low < 0.06:
         axes.set_ylim(max((low + high) / 2 - 0.03, -0.002), min((low + high) / 2 + 0.03, 1.002))
     _steps(axes)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    if percent:
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low >= 0.05 else 1))
-    else:
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    low, high = axes.get_ylim()
+    decimals = 0 if high - low >= 0.05 else 1 if high - low >= 0.005 else 2
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals) if percent else FuncFormatter(_plain))
     if several:
         name_ends(axes, [(line.label, line.color, float(line.values[-max(len(line.values) // 20, 1):].mean()))
                           for line in lines])
@@ -112,8 +110,8 @@ def _parts(rows: Sequence[Mapping[str, Any]], prefix: str, draw: Draw) -> Figure
         found = thinned(np.array([row[f"{prefix}/{part}"] for row in kept], np.float64))
         if np.abs(found).max() > 0:             # a part that is switched off is not shown
             values[part] = smooth(steps, found)
-    figure = new_figure((NARROW[0], 2.35))
-    axes = figure.add_axes((0.125, 0.18, 0.63, 0.77))
+    figure = new_figure((NARROW[0], 2.5))
+    axes = figure.add_axes((0.15, 0.19, 0.58, 0.76))
     clean(axes, "")
     ends = draw(axes, steps, values)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))

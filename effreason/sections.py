@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from effreason import charts, courses, graded, published, report
-from effreason.findings import BASE, MEMBER, Findings, Measured, Point, Run
+from effreason.findings import BASE, BASELINE, BLEND, MEMBER, Findings, Measured, Point, Run
 from effreason.plots import AFTER, BEFORE
 from effreason.runtime.progress import duration
 from effreason.statistics import Difficulty, Interval
@@ -79,8 +79,8 @@ def headline(findings: Findings) -> Headline:
              f"{alpha}")
     kinds = [each.kind for each in findings.points]
     line = f"{model}{seed}, {findings.runs[0].steps:,} steps" if not findings.family and findings.runs else (
-        f"A family of {model}{seed}: {kinds.count(MEMBER)} members, {kinds.count('baseline')} baselines, "
-        f"{kinds.count('blend')} blends")
+        f"A family of {model}{seed}: {kinds.count(MEMBER)} members, {kinds.count(BASELINE)} baselines, "
+        f"{kinds.count(BLEND)} blends")
     lost = comparison.accuracy_change_interval[1] < 0
     kicker = ("The most accurate member: all are measurably less accurate than the base" if lost else
               "Most tokens saved by a member that is not measurably less accurate than the base")
@@ -88,13 +88,13 @@ def headline(findings: Findings) -> Headline:
     numbers = (
         ("Tokens of a response", f"{report.count(base.tokens)} → {report.count(after.tokens)}",
          f"after {_span(after.tokens_interval, report.count)}"),
-        ("Accuracy", f"{_percent(base.accuracy)} → {_percent(after.accuracy)}",
+        ("Accuracy", f"{_share(base.accuracy)} → {_percent(after.accuracy)}",
          f"after {_span(after.accuracy_interval, _share)} %"),
         ("Tokens per solved problem", " → ".join(map(report.count, solved)), "all tokens / right responses"),
-        ("Chance of such a change of accuracy", _p_value(comparison.p_value),
-         f"if nothing had changed; {comparison.better} better, {comparison.worse} worse"),
+        ("p of the accuracy change", _p_value(comparison.p_value),
+         f"{comparison.better:,} problems better, {comparison.worse:,} worse"),
         ("AES", "–" if comparison.aes is None else f"{comparison.aes:.2f}", "accuracy-efficiency score, base 0"),
-        ("Cut off", f"{_percent(base.truncated)} → {_percent(after.truncated)}", "responses without an end"))
+        ("Cut off", f"{_share(base.truncated)} → {_percent(after.truncated)}", "responses without an end"))
     return Headline(kicker=kicker if findings.family else "Before and after training", words=words, line=line,
                     numbers=numbers)
 
@@ -187,7 +187,7 @@ def generalisation(findings: Findings) -> Table | None:
                 (_percent(1 - comparison.token_ratio), _span(report.saved_interval(comparison), _share)),
                 (f"{_share(before.accuracy)} → {_percent(after.accuracy)}", ""),
                 (_points(comparison.accuracy_change), _span(comparison.accuracy_change_interval, _points))))
-    return Table(caption="Sets that training never saw, against the base; 95 % intervals in brackets", rows=tuple(rows),
+    return Table(caption="Further held-out sets, against the base; 95 % intervals in brackets", rows=tuple(rows),
                  head=("set", "model", "tokens", "saved", "accuracy", "change, points")) if rows else None
 
 
@@ -200,6 +200,8 @@ def tradeoffs(findings: Findings) -> list[Chart]:
             continue
         said = "; ".join(f"{point.label}: {report.count(each.summary.tokens)} tokens, {_percent(each.summary.accuracy)}"
                          for point, each in results)
+        if place:                   # in a small chart the blends would cover what they lie between
+            results = [each for each in results if each[0].kind != BLEND]
         source = f" Stars: published, {published.SOURCE}." if figures else ""
         found.append(Chart(
             name="pareto" if place == 0 else f"pareto{place + 1}", title=f"Accuracy against tokens, {name}",
