@@ -188,8 +188,8 @@ def warnings(saved: Saved, reward: shaping.Reward, alphas: Sequence[float | None
     for advantage in wanted:
         longer = [effect for effect in found if effect.advantage == advantage and effect.alpha != 0 and effect.pull > 0]
         if longer:
-            pulls = ", ".join(f"{effect.pull:+.2f} tokens" + ("" if effect.alpha is None else f" at {effect.alpha:g}")
-                              for effect in longer)
+            pulls = ", ".join(("" if effect.alpha is None else f"at alpha {effect.alpha:g} ")
+                              + f"by {effect.pull:.2f} tokens" for effect in longer)
             told.append(f"{advantage} pulls towards longer responses, {pulls}: correctness outweighs length")
     if saved.truncated:
         told.append(f"{saved.truncated} responses were cut off, {saved.loops} of them as loops: they count as wrong, "

@@ -254,7 +254,8 @@ def test_a_pull_towards_longer_responses_is_told(capsys, tmp_path):
     rows = [row(uid, sample, correct=sample > 0, tokens=10 + 10 * sample) for uid in range(3) for sample in range(4)]
     path = str(written(tmp_path / "a.jsonl", rows))
     out = " ".join(shown(capsys, path, "--alpha", "0.05", "--advantage", "loo").split())
-    assert "loo pulls towards longer responses" in out and "at 0.05: correctness outweighs length" in out
+    assert "loo pulls towards longer responses" in out and "tokens: correctness outweighs length" in out
+    assert "at alpha 0.05 by" in out
 
 
 @pytest.mark.parametrize(("argv", "message"), [

@@ -1,6 +1,8 @@
 """The reward kernel against a NumPy oracle, hand numbers, the method's edge cases and its invariants."""
 
+import doctest
 import functools
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -309,3 +311,8 @@ def test_these_never_score_a_wrong_response_above_a_correct_one(form, correct, l
     right = np.array(correct)
     found = np.asarray(kernels[form](right[None], np.array([lengths], np.int32)))[0]
     assert right.all() or not right.any() or found[right].min() >= found[~right].max()
+
+
+def test_the_example_of_the_documentation_shows_the_edge_cases():
+    found = doctest.testfile(str(Path(__file__).parents[1] / "docs" / "rewards.md"), module_relative=False)
+    assert (found.failed, found.attempted) == (0, 11)

@@ -1,6 +1,9 @@
 """Which reward a configuration names, with what parameters, and what is said of one that cannot be used."""
 
+import inspect
+import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +115,21 @@ def test_a_name_is_its_function_with_its_parameters(form, parameters, given):
 def test_every_published_reward_has_a_name():
     public = {function for name, function in vars(rewards).items() if callable(function) and not name.startswith("_")}
     assert set(shaping.FORMS.values()) == public
+
+
+def test_the_documentation_names_every_form_with_its_parameters():
+    table = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    rows = {row[1].strip("` "): row[3] for line in table.splitlines()
+            if line.startswith("| `") and len(row := re.split(r"(?<!\\)\|", line)) > 5}
+    assert rows.keys() == shaping.FORMS.keys()
+    for form, function in shaping.FORMS.items():
+        documented = dict((text.split("=") + [None])[:2] for text in re.findall("`([^`]+)`", rows[form]))
+        taken = {name: each.default for name, each in inspect.signature(function).parameters.items()
+                 if each.kind == each.KEYWORD_ONLY and name != "alpha"}
+        assert documented.keys() == taken.keys(), form
+        for name, default in taken.items():
+            assert (documented[name] is None) == (default is inspect.Parameter.empty), (form, name)
+            assert documented[name] is None or float(documented[name]) == default, (form, name)
 
 
 @pytest.mark.parametrize(("form", "parameters", "expected"), [
