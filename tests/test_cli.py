@@ -82,16 +82,16 @@ def test_train_hands_over_the_configuration(stand_in):
     assert given[0].reward.alpha == 0.4 and isinstance(given[0], Config)
 
 
-@pytest.mark.parametrize(("argv", "models", "output"), [
-    ([], ["tiny"], None),
-    (["--models", "tiny", "MODEL", "--output", "results"], ["tiny", "MODEL"], Path("results")),
-    (["--model.path", "MODEL", "--evaluation.samples", "3"], ["MODEL"], None),
+@pytest.mark.parametrize(("argv", "models", "output", "seeds"), [
+    ([], ["tiny"], None, None),
+    (["--models", "tiny", "MODEL", "--output", "results"], ["tiny", "MODEL"], Path("results"), None),
+    (["--model.path", "MODEL", "--evaluation.samples", "3", "--seeds", "0", "7"], ["MODEL"], None, [0, 7]),
 ])
-def test_evaluate_hands_over_models_and_output(stand_in, model, argv, models, output):
+def test_evaluate_hands_over_models_output_and_seeds(stand_in, model, argv, models, output, seeds):
     given = []
     stand_in("evaluation", evaluate_models=lambda *args: given.append(args))
     assert cli.main(["evaluate", *(arg.replace("MODEL", model) for arg in argv)]) == 0
-    assert given[0][1:] == ([name.replace("MODEL", model) for name in models], output)
+    assert given[0][1:] == ([name.replace("MODEL", model) for name in models], output, seeds)
 
 
 def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
@@ -115,6 +115,7 @@ def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
 def test_evaluate_needs_problems(capsys):
     message = failed(capsys, ["--evaluation.problems", "0"], "evaluate")
     assert message == "evaluation.problems must be >= 1 to evaluate, got 0"
+    assert failed(capsys, ["--seeds", "0", "-1"], "evaluate") == "seeds must be in [0, 2147483647], got -1"
 
 
 def test_the_smollm2_configuration_needs_nothing_but_the_hub(stand_in):
