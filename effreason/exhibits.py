@@ -90,7 +90,9 @@ def prompts(columns: Sequence[tuple[str, Sequence[Row]]]) -> list[Prompt]:
 
 
 def _chosen(pairs: Sequence[tuple[Row, Row]]) -> dict[int, str]:
-    """Uids and why they are shown. Args: pairs, of the first and the last response to each problem."""
+    """Uids and why they are shown; those of a kind are in the middle of it by saving.
+
+    Args: pairs, of the first and the last response to each problem."""
     def saving(pair: tuple[Row, Row]) -> tuple[int, int]:
         return pair[0]["tokens"] - pair[1]["tokens"], pair[0]["uid"]
 
@@ -99,7 +101,7 @@ def _chosen(pairs: Sequence[tuple[Row, Row]]) -> dict[int, str]:
     def take(candidates: Sequence[tuple[Row, Row]], why: str, place: int = -1) -> None:
         left = sorted((pair for pair in candidates if pair[0]["uid"] not in chosen), key=saving)
         if left:
-            chosen[left[place if place >= 0 else len(left) + place][0]["uid"]] = why
+            chosen[left[min(place, len(left) - 1)][0]["uid"]] = why
 
     right = [pair for pair in pairs if pair[0]["correct"] and pair[1]["correct"]]
     levels = ordered({pair[0]["level"] for pair in right})
@@ -107,10 +109,11 @@ def _chosen(pairs: Sequence[tuple[Row, Row]]) -> dict[int, str]:
         of_level = [pair for pair in right if pair[0]["level"] == level]
         take(of_level, "the median saving" + (f" of {level}" if len(levels) > 1 else ""), (len(of_level) - 1) // 2)
     take(right, "the largest saving of all that are right before and after")
-    take([pair for pair in pairs if pair[1]["correct"] > pair[0]["correct"]], "wrong before, right after")
+    won = [pair for pair in pairs if pair[1]["correct"] > pair[0]["correct"]]
     lost = [pair for pair in pairs if pair[1]["correct"] < pair[0]["correct"]]
+    take(won, f"got better: wrong before, right after, as {len(won)} of {len(pairs)} did", (len(won) - 1) // 2)
     if lost:
-        take(lost, f"got worse: right before, wrong after ({len(lost)} of {len(pairs)})")
+        take(lost, f"got worse: right before, wrong after, as {len(lost)} of {len(pairs)} did", (len(lost) - 1) // 2)
     else:
         take([pair for pair in pairs if saving(pair)[0] < 0], "got longer, the most of all", 0)
     return chosen

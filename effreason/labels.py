@@ -35,14 +35,14 @@ def name_points(axes: Axes, marks: Sequence[Named], lines: Sequence[np.ndarray])
     places = [axes.transData.transform((mark.x, mark.y)) for mark in marks]
     taken = [_box(x, y, MARK * scale, MARK * scale) for x, y in places]
     taken += [_box(x, y, 1.5 * scale, 1.5 * scale) for line in lines for x, y in _along(axes.transData.transform(line))]
-    frame = axes.get_window_extent(renderer).extents
+    frame = np.array([axes.get_window_extent(renderer).extents])
     for mark, (x, y) in zip(marks, places, strict=True):
         text = axes.annotate(mark.name, (mark.x, mark.y), xytext=(0, 0), textcoords="offset points", fontsize=SMALL,
                              color=mark.color, fontweight="bold", parse_math=False, zorder=6)
         size = text.get_window_extent(renderer)
         boxes = [_box(x + side * (size.width / 2 + GAP * scale), y + rise * (size.height / 2 + 0.6 * GAP * scale),
                       size.width / 2, size.height / 2) for side, rise in AROUND]
-        costs = [_overlap(box, np.array(taken)) + 9 * (size.width * size.height - _overlap(box, frame[None]))
+        costs = [_overlap(box, np.array(taken)) + 9 * (size.width * size.height - _overlap(box, frame))
                  + rank * scale**2 for rank, box in enumerate(boxes)]
         best = boxes[int(np.argmin(costs))]
         text.set_position(((best[0] - x) / scale, (best[1] - y) / scale))

@@ -23,9 +23,10 @@ from effreason.sections import Chart
 MARK = '<meta name="generator" content="effreason report">'     # of a page that may be written over
 TEMPLATES = Path(__file__).parent / "templates"
 COLUMNS = 3                         # models or times that answer a prompt side by side
-# What would steer a terminal or a browser's text is shown as a picture of itself; a lone surrogate is no character.
-HARMLESS = ({code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421, ord("\r"): "\n"}
-            | dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"))
+# A control character is shown as the picture of itself; a lone surrogate is no character.
+HARMLESS: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}, 0x7F: 0x2421, ord("\r"): "\n",
+    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")}
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -92,6 +93,8 @@ def _content(found: Findings) -> dict[str, Any]:
         "groups": exhibits.groups(chosen.directory / "rollouts.jsonl") if chosen else [],
         "settings": list(_settings(chosen)) if chosen else [], "environment": list(_flat(found.environment)),
         "commands": _commands(found), "steps": chosen.steps if chosen else 0,
+        "missing": ("measured by an earlier version, without intervals: evaluate again"
+                    if chosen and chosen.summary and not found.points else "not evaluated after training yet"),
         "wanted": int(chosen.settings.get("run.steps", 0)) if chosen else 0,
     }
 

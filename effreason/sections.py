@@ -78,7 +78,7 @@ def headline(findings: Findings) -> Headline:
     words = (f"{report.findings_in_words(comparison)} on {after.problems:,} held-out problems of {findings.sets[0]}"
              f"{alpha}")
     kinds = [each.kind for each in findings.points]
-    line = f"{model}{seed}, {findings.runs[0].steps:,} steps" if not findings.family and findings.runs else (
+    line = _training(findings.runs[0], model, seed) if not findings.family else (
         f"A family of {model}{seed}: {kinds.count(MEMBER)} members, {kinds.count(BASELINE)} baselines, "
         f"{kinds.count(BLEND)} blends")
     lost = comparison.accuracy_change_interval[1] < 0
@@ -99,10 +99,14 @@ def headline(findings: Findings) -> Headline:
                     numbers=numbers)
 
 
+def _training(run: Run, model: str, seed: str) -> str:
+    took = "" if run.summary is None else f" in {duration(run.summary['wall_s'])}"
+    return f"{model}{seed}, {run.steps:,} steps{took}"
+
+
 def _bare_headline(findings: Findings, model: str, seed: str) -> Headline:
     """Of a run without intervals: of an earlier version, not finished, or without held-out problems."""
     summary = findings.runs[0].summary if findings.runs else None
-    steps = f"{findings.runs[0].steps:,} steps" if findings.runs else "no runs"
     words = "Not evaluated on held-out problems yet"
     if summary:
         ratio = summary["token_ratio"]
@@ -110,7 +114,7 @@ def _bare_headline(findings: Findings, model: str, seed: str) -> Headline:
                  f"{report.signed(100 * summary['accuracy_change'])} points on held-out problems, "
                  f"alpha {summary['alpha']:g}")
     return Headline(kicker="Before and after training" if summary else "In training", words=words,
-                    line=f"{model}{seed}, {steps}", numbers=())
+                    line=_training(findings.runs[0], model, seed) if findings.runs else f"{model}{seed}", numbers=())
 
 
 def _share(value: float) -> str:
@@ -175,12 +179,12 @@ def generalisation(findings: Findings) -> Table | None:
     """The sets beyond the first, which training and settings were not chosen by; None where there are none."""
     rows: list[tuple[Cell, ...]] = []
     for name in findings.sets[1:]:
-        base, *others = findings.on(name) or [None]
-        for point, measured in others:
+        results = findings.on(name)
+        for point, measured in results:
             comparison = measured.comparison
-            if base is None or comparison is None or point.kind != MEMBER:
+            if comparison is None or point.kind != MEMBER:
                 continue
-            before, after = base[1].summary, measured.summary
+            before, after = results[0][1].summary, measured.summary
             rows.append((
                 (name, f"{after.problems:,} problems"), (point.label, ""),
                 (f"{report.count(before.tokens)} → {report.count(after.tokens)}", ""),
@@ -192,9 +196,9 @@ def generalisation(findings: Findings) -> Table | None:
 
 
 def tradeoffs(findings: Findings) -> list[Chart]:
-    """Accuracy against tokens, for each set."""
+    """Accuracy against tokens: for each set of a family, for a run's first."""
     found = []
-    for place, name in enumerate(findings.sets):
+    for place, name in enumerate(findings.sets if findings.family else findings.sets[:1]):
         results, figures = findings.on(name), published.figures(findings.model, name)
         if len(results) < 2:
             continue
@@ -279,7 +283,7 @@ def trainings(findings: Findings) -> list[Chart]:
         drawn = [line for line in lines if line is not None]
         if not drawn or (name == "alpha" and all(np.ptp(line.values) == 0 for line in drawn)):
             continue
-        if all(not line.values.any() for line in drawn):
+        if name in ("truncated", "kl") and all(not line.values.any() for line in drawn):
             continue                # nothing was ever cut off, or there is no reference
         marks = _marks(members[0], f"evaluation/{name}") if len(members) == 1 else []
         ends = "; ".join(f"{line.label}: {line.values[0]:.4g} at step {line.steps[0]:.0f}, {line.values[-1]:.4g} at "
