@@ -88,6 +88,9 @@ def read(directory: Path) -> Findings:
     if (directory / "family.json").is_file():
         return _family(directory)
     if (directory / "config.yaml").is_file():
+        if list(directory.glob("*/config.yaml")) and not (directory / "metrics.jsonl").exists():
+            raise UserError(f"{directory}: a family that is not finished yet holds no family.json; its members in "
+                            "there have pages of their own")
         return _single(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: must be the directory of a run or of a family, it "

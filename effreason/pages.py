@@ -13,7 +13,7 @@ import jinja2
 from effreason import __version__, exhibits, findings, plots, sections
 from effreason.errors import UserError
 from effreason.exhibits import Prompt
-from effreason.findings import BASE, MEMBER, Findings, Run
+from effreason.findings import BASE, BASELINE, MEMBER, Findings, Run
 from effreason.runtime.arguments import Parser
 from effreason.runtime.config import Config
 from effreason.runtime.metrics import disk
@@ -144,20 +144,16 @@ def _commands(found: Findings) -> list[str]:
     """What makes the same again, from this directory's own configuration."""
     title = shlex.quote(found.title)
     commit = found.environment.get("git_commit")
+    chosen = ""
     lines = [f"git checkout {str(commit).removesuffix('+dirty')}"] if commit else []
     if found.family:
-        members = [point for point in found.points if point.kind == MEMBER]
-        config = next((run.directory for run in found.runs), found.directory).relative_to(found.directory)
-        parts = [f"python train.py --config {shlex.quote(str(Path(found.title) / config / 'config.yaml'))}",
-                 "--family " + ",".join(f"{point.alpha:g}" for point in members if point.alpha is not None)]
-        baselines = [point.name for point in found.points if point.kind == findings.BASELINE]
+        alphas = [f"{point.alpha:g}" for point in found.points if point.kind == MEMBER]
+        baselines = [str(run.settings.get("update.objective")) for run in found.runs if run.kind == BASELINE]
         blends = [f"{point.weight:g}" for point in found.points if point.weight is not None]
-        parts += [f"--baselines {shlex.quote(','.join(baselines))}"] if baselines else []
-        parts += [f"--blends {','.join(dict.fromkeys(blends))}"] if blends else []
-        lines.append(" ".join([*parts, f"--run.directory {title}-again"]))
-    else:
-        lines.append(f"python train.py --config {title}/config.yaml --run.directory {title}-again")
-    return [*lines, f"effreason report {title}-again"]
+        chosen = "".join(f" --{name} {','.join(values) or 'none'}" for name, values in (
+            ("family", alphas), ("baselines", baselines), ("blends", blends)))
+    return [*lines, f"python train.py --config {title}/config.yaml{chosen} --run.directory {title}-again",
+            f"effreason report {title}-again"]
 
 
 def _environment() -> jinja2.Environment:

@@ -21,7 +21,7 @@ BEFORE, AFTER, CURVE, INK, QUIET = "#999999", "#0072B2", "#56B4E9", "#222222", "
 NARROW = (4.7, 3.0)                 # inches of a chart; 338 points are the width of a phone's page
 POINTS = 500                        # a curve is thinned to this many points: more are not seen at this size
 
-STYLE = {"svg.fonttype": "none",            # text stays text: searched, selected, read aloud
+STYLE: dict[Any, Any] = {"svg.fonttype": "none",            # text stays text: searched, selected, read aloud
          "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"], "path.simplify": True}
 
 
