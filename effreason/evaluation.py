@@ -20,7 +20,6 @@ from effreason.grades import Grader
 from effreason.inputs import model_fingerprint
 from effreason.lm import hf, hub, model
 from effreason.problems import sources, templates
-from effreason.problems.presets import PRESETS
 from effreason.records import Outcomes, Problem
 from effreason.rollouts import Sampler, step_key
 from effreason.runtime import config as configuration
@@ -87,10 +86,11 @@ def make_measure(config: Config, pretrained: hf.Pretrained, template: templates.
                         min_p=settings.min_p, eos_ids=pretrained.eos_ids)
     # The same for each set: what is drawn for one does not depend on what other sets there are.
     key, files = step_key(root, "evaluation", 0), graded.safe_names(list(sets))
+    samples = prompts.evaluation_samples(config)
 
     def sample(name: str, params: model.Params, watch: Watch, expected: Mapping[int, float],
                **journal: Any) -> list[dict[str, Any]]:
-        tried = attempt(lambda requests: sampler(params, requests, key, sampling), sets[name], samples(config, name),
+        tried = attempt(lambda requests: sampler(params, requests, key, sampling), sets[name], samples[name],
                         max_new_tokens(config), tokenizer=pretrained.tokenizer, grader=grader,
                         require_eos=config.grade.require_eos, watch=watch, expected=expected, **journal)
         return graded.rows(name, sets[name], tried)
@@ -133,8 +133,8 @@ def make_facts(config: Config, template: templates.Template, name: str, problems
                weights: str) -> dict[str, Any]:
     """All that decides the responses of a set and their verdicts, but for the rounding of sums."""
     loops = dataclasses.asdict(config.loops) if config.loops.stop else {"stop": False}
-    settings = dataclasses.asdict(config.evaluation)
-    return {"set": name, "weights": weights, "run.seed": seed, "evaluation.samples": samples(config, name),
+    settings, samples = dataclasses.asdict(config.evaluation), prompts.evaluation_samples(config)
+    return {"set": name, "weights": weights, "run.seed": seed, "evaluation.samples": samples[name],
             **{f"evaluation.{field}": settings[field] for field in ("temperature", "top_p", "top_k", "min_p")},
             "evaluation.max_new_tokens": max_new_tokens(config), "model.dtype": config.model.dtype,
             **{f"loops.{field}": value for field, value in loops.items()},
@@ -155,12 +155,6 @@ def check(wanted: Mapping[str, Any], path: Path, found: Mapping[str, Any]) -> No
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else written(value)
-
-
-def samples(config: Config, name: str) -> int:
-    """Responses to each problem of a set."""
-    usual = PRESETS[name].samples if name in PRESETS else 1
-    return config.evaluation.samples or usual
 
 
 def max_new_tokens(config: Config) -> int:
@@ -254,12 +248,11 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
         processes.check_shared(output, "--output")
     console, folders, found = processes.console(), graded.safe_names(models), list[scores.Score]()
     with Interrupts() as interrupts, make_grader(config) as grader:
+        reporter = _Reporter(console, interrupts)
         try:
             for path in models:
-                for score in evaluate_model(config, opened[path], mesh, grader, seeds, _Reporter(console, interrupts),
-                                            None if output is None else output / folders[path]):
-                    found.append(score)
-                    say(scores.line(score), console)
+                found += evaluate_model(config, opened[path], mesh, grader, seeds, reporter,
+                                        None if output is None else output / folders[path])
         except Interrupted as stop:
             kept = f"; the same command goes on from what {output} holds" if output is not None else ""
             raise Interrupted(stop.signum, stop.message and stop.message + kept) from None
@@ -283,6 +276,7 @@ class _Reporter:
     def __init__(self, console: Console, interrupts: Interrupts) -> None:
         self.console, self._interrupts = console, interrupts
         self._said: set[str] = set()
+        self.sampled = False            # something of the set that was watched last
 
     def tell(self, note: str) -> None:
         """Says a note once."""
@@ -293,10 +287,11 @@ class _Reporter:
     @contextlib.contextmanager
     def watching(self, what: str) -> Iterator[Watch]:
         """A line at the bottom of a terminal while a set is sampled."""
-        started = time.monotonic()
+        started, self.sampled = time.monotonic(), False
         with self.console.status("") as status:
 
             def watch(now: Headway) -> None:
+                self.sampled = True
                 self._interrupts.check()
                 status.update(f"{what}: {now.finished}/{now.total} responses, {now.running} running, "
                               f"{rate(now.tokens / (time.monotonic() - started))} tokens/s")
@@ -305,8 +300,8 @@ class _Reporter:
 
 
 def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grader: Grader, seeds: Sequence[int],
-                   reporter: _Reporter, directory: Path | None) -> Iterator[scores.Score]:
-    """Evaluates one model on each set with each seed; its weights are given up again when all have been yielded.
+                   reporter: _Reporter, directory: Path | None) -> list[scores.Score]:
+    """Evaluates one model on each set with each seed; its weights are given up again when this returns.
 
     Args: directory, where what is sampled is kept, None = nowhere."""
     pretrained, template = opened.pretrained, opened.template
@@ -322,6 +317,7 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
     params = functools.cache(lambda: hf.load_weights(
         pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder))))
     sampler, weights = make_sampler(config, pretrained.decoder, mesh, memory.EVALUATION), model_fingerprint(pretrained)
+    found = []
     for seed in seeds:
         measure = make_measure(config, pretrained, template, sampler, sets, grader, seed=seed)
         row = pretrained.name if len(seeds) == 1 else f"{pretrained.name} (seed {seed})"
@@ -329,7 +325,9 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
             with reporter.watching(f"{row}, {name}") as watch:
                 outcomes = measure(name, params, watch, weights=weights,
                                    directory=directory and directory / f"seed{seed}")
-            yield scores.score(row, name, outcomes, make_facts(config, template, name, problems, seed, weights))
+            found.append(scores.score(row, name, outcomes, make_facts(config, template, name, problems, seed, weights)))
+            say(scores.line(found[-1]) + ("" if reporter.sampled else "; read"), reporter.console)
+    return found
 
 
 def trained_on(config: Config, opened: Opened) -> list[str]:

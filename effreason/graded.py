@@ -82,9 +82,10 @@ def outcomes(rows: Sequence[Mapping[str, Any]]) -> Outcomes:
 def write(path: Path, facts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes facts and rows as a whole: a crash or a full disk leaves what was there. Raises: UserError."""
     partial = path.with_name(path.name + ".partial")
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
                 for line in ({FACTS: facts}, *rows):
                     # A lone surrogate is no UTF-8, but the escape that takes its place is how JSON spells it.

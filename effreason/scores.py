@@ -147,12 +147,14 @@ def _difficulty_tables(each: Score, *, alone: bool) -> list[RenderableType]:
 
 
 def _generalisation(compared: Sequence[Score], base: str, seen: set[str]) -> Table:
-    table = _table(f"Generalisation, against {base}", ["set", "", "model", "accuracy, points", "tokens x"], left=3)
-    for each in compared:
-        assert each.comparison is not None
-        table.add_row(Text(each.set), kind(each.set, seen), Text(each.row),
-                      f"{_points(each.comparison.accuracy_change)} {_change(each.comparison.accuracy_change_interval)}",
-                      f"{each.comparison.token_ratio:.2f} {_ratio(each.comparison.token_ratio_interval)}")
+    table = _table(f"Generalisation, against {base}", ["set", "model", "accuracy, points", "tokens, x"], left=2)
+    for each in sorted(compared, key=lambda each: each.set not in seen):
+        found, change = each.summary, each.comparison
+        assert change is not None
+        table.add_row(Text(f"{each.set}\n{kind(each.set, seen)}"), Text(each.row),
+                      f"{100 * found.accuracy:.1f} %\n{_points(change.accuracy_change)} "
+                      f"{_change(change.accuracy_change_interval)}",
+                      f"{found.tokens:,.1f}\n{change.token_ratio:.2f} {_ratio(change.token_ratio_interval)}")
     return table
 
 
