@@ -145,9 +145,10 @@ def _preference(scored: _Scored, config: Config) -> _Worth:
     is_pair = jnp.any(chosen, axis=-1)
     count = jnp.maximum(jnp.sum(is_pair), 1).astype(jnp.float32)
     gaps = beta * preferences.difference(chosen, rejected, margins)[:, 0]
-    # A pair's loss sums over its tokens: no mean over them.
-    return _Worth(advantages=advantage, of_tokens=jnp.where(learnt, advantage.reshape(-1, 1), 0.0),
-                  weights=jnp.where(learnt, 1.0 / count, 0.0),
+    # A pair's loss sums over its tokens; the weights are of a mean, so that what is measured by them is one, too.
+    tokens = jnp.sum(learnt).astype(jnp.float32)
+    return _Worth(advantages=advantage, weights=update.token_weights(learnt, "token_mean"),
+                  of_tokens=jnp.where(learnt, advantage.reshape(-1, 1) * tokens / count, 0.0),
                   metrics={"dpo/pairs": jnp.mean(is_pair),
                            "dpo/loss": jnp.sum(jax.nn.softplus(-gaps), where=is_pair) / count,
                            "dpo/margin": jnp.sum(gaps, where=is_pair) / count})

@@ -27,6 +27,9 @@ from effreason.sessions import Session, longest_prompt, open_session
 
 BASE = "base"                       # the directory of the model before training
 BASELINES = {"sft_shortest": "SFT on the shortest", "dpo": "DPO, shortest over longest"}
+# Shares of the family's learning rate. DPO wants a lower one wherever it is used: at the same one it forgets how to
+# answer (docs/families.md).
+LEARNING_RATES = {"sft_shortest": 1.0, "dpo": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,12 +95,14 @@ def members(config: Config, alphas: Sequence[float], baselines: Sequence[str], d
 
 def baseline(config: Config, objective: Any) -> Config:
     """The same run with another objective: on responses of the model it starts from, as many of them."""
+    learning_rate = config.update.learning_rate * LEARNING_RATES[objective]
     return dataclasses.replace(
         config, rollout=dataclasses.replace(config.rollout, policy="initial", refill_rounds=0),
         advantage=dataclasses.replace(config.advantage, whiten=False, group_std=False),
         kl=dataclasses.replace(config.kl, form="none"),
         reward=dataclasses.replace(config.reward, target_tokens=None, max_accuracy_drop=None),
-        update=dataclasses.replace(config.update, objective=objective, updates_per_batch=1, importance_cap=None))
+        update=dataclasses.replace(config.update, objective=objective, learning_rate=learning_rate,
+                                   updates_per_batch=1, importance_cap=None))
 
 
 def evaluate_base(session: Session, directory: Path) -> Point:
