@@ -6,6 +6,7 @@ Source: WiSE-FT, arXiv 2109.01903; of short and long reasoners, Kimi k1.5, arXiv
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,11 @@ def run(argv: Sequence[str], prog: str) -> None:
     weights = numbers(options.weight, "--weight", lambda x: LOWEST <= x <= HIGHEST, f"[{LOWEST:g}, {HIGHEST:g}]")
     if not weights:
         raise UserError("--weight must be at least one number, got none")
+    if options.revision is not None and (Path(options.base).exists() or not hub.is_hub_id(options.base)):
+        raise UserError(f"--revision is for a base on the Hub, --base is {options.base}")
     targets = [Path(options.output if len(weights) == 1 else f"{options.output}-{weight:g}") for weight in weights]
     for target in targets:
-        if target.exists() or hub.standing(target) is not None:
-            raise UserError(f"--output: {target} exists already, nothing is overwritten")
+        check_target(target)
     # On the host, whose memory holds two models sooner, and beside a run that has the accelerators.
     jax.config.update("jax_platforms", "cpu")
     base = hf.open_pretrained(options.base, dtype="float32", revision=options.revision)
@@ -78,6 +80,15 @@ def _parser(prog: str) -> Parser:
     made.add_argument("--output", metavar="DIR", required=True,
                       help="a new directory; with several weights one for each, DIR-0.25, DIR-0.5")
     return made
+
+
+def check_target(target: Path) -> None:
+    """Raises UserError unless a directory can be made there, which is not known to exist."""
+    if target.exists() or hub.standing(target) is not None:
+        raise UserError(f"--output: {target} exists already, nothing is overwritten")
+    parent = next(each for each in target.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output: cannot write into {parent}")
 
 
 def check(base: Pretrained, trained: Pretrained) -> None:

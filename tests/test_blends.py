@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from checkpoint_copies import assert_same_bits, edit, rewrite, stored
 
-from effreason import blends
+from effreason import blends, cli
 from effreason.errors import UserError
 from effreason.lm import hf
+from effreason.runtime import config as configuration
 
 TEMPLATE = "{{ messages[0]['content'] }}<think>"
 
@@ -99,6 +100,19 @@ def test_nothing_is_overwritten(trained, tmp_path):
     assert not (tmp_path / "mixed-0.25").exists()
 
 
+def test_a_place_that_cannot_be_written_is_found_before_the_models_are_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="^--output: cannot write into .*/file$"):
+        blend(tmp_path / "nowhere", tmp_path / "file" / "deeper" / "mixed", "0.5")
+
+
+def test_a_revision_is_for_the_hub(tmp_path):
+    for base in ("tiny", str(tmp_path)):
+        with pytest.raises(UserError, match=f"^--revision is for a base on the Hub, --base is {base}$"):
+            blends.run(["--base", base, "--revision", "abc", "--trained", "tiny", "--weight", "0.5", "--output",
+                        str(tmp_path / "mixed")], "blend")
+
+
 def test_models_of_different_architectures_are_refused(trained, tmp_path):
     edit(trained, rms_norm_eps=1e-5)
     with pytest.raises(UserError, match=r"^--trained must be of the base's architecture: norm_eps of .* is 1e-05, of "
@@ -133,3 +147,11 @@ def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"mixed: cannot be written: No space left on device"):
         blend(trained, tmp_path / "mixed", "0.5")
     assert not list(tmp_path.glob("mixed*"))
+
+
+@pytest.mark.slow
+def test_a_blend_can_be_evaluated(tmp_path):
+    made = blend("tiny", tmp_path / "mixed", "0.5")
+    config = str(configuration.shipped() / "tiny.yaml")
+    assert cli.main(["evaluate", "--config", config, "--models", str(made), "--evaluation.problems", "12",
+                     "--output", str(tmp_path / "results")]) == 0

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from effreason import evaluation, prompts
+from effreason import evaluation, prompts, statistics
 from effreason.engine import make_sampler
 from effreason.lm import hf
 from effreason.problems import sources, templates
@@ -122,11 +122,12 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
     tiny = hf.open_pretrained("tiny", dtype="float32")
     params = hf.load(tiny.directory, tiny.decoder)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 1_500_000
-    problems, _ = prompts.load_held_out(config, tiny.tokenizer, templates.choose(tiny.tokenizer, config.data))
+    template = templates.choose(tiny.tokenizer, config.data)
+    sets, _ = prompts.load_held_out(config, tiny.tokenizer, template)
     with evaluation.make_grader(config) as grader:
         sampler = make_sampler(config, tiny.decoder, mesh, memory.EVALUATION)
-        evaluate = evaluation.make_evaluator(config, tiny, sampler, problems, grader)
-        found, _ = evaluate(params, lambda now: None, {})
+        evaluate = evaluation.make_evaluator(config, tiny, template, sampler, sets, grader)
+        found = statistics.summarize(evaluate(params, lambda now: None, weights="the base")["tiny"])
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses
     assert found.by_level["easy"].tokens > 3 * 20               # 20 tokens write every step once
 
