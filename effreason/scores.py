@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -103,59 +103,63 @@ def tables(scores: Sequence[Score], seen: set[str]) -> list[RenderableType]:
     return printed
 
 
-def _table(title: str, columns: Iterable[str], left: int = 1) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
-                  show_edge=False)
+def _table(columns: Iterable[str], left: int = 1) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for place, heading in enumerate(columns):
         table.add_column(heading, justify="left" if place < left else "right",
                          overflow="fold" if place < left else "ellipsis", no_wrap=place >= left)
     return table
 
 
-def _set_table(name: str, group: Sequence[Score]) -> Table:
+def _titled(title: str, table: Table) -> Group:
+    # Not the table's own title, which is no wider than the table.
+    return Group(Text(title, style="bold"), table)
+
+
+def _set_table(name: str, group: Sequence[Score]) -> Group:
     first = group[0].summary
     against = any(each.comparison for each in group)
-    table = _table(f"{name}: {first.problems:,} problems x {first.samples} response{'s' * (first.samples > 1)}",
-                   ["model", "accuracy", "tokens", "cut off", *(["points", "tokens x"] if against else [])])
+    table = _table(["model", "accuracy", "tokens", "cut off", *(["change, points", "tokens x"] if against else [])])
     for each in group:
         found, comparison = each.summary, each.comparison
-        cells = [f"{100 * found.accuracy:.1f} %\n{_percent(found.accuracy_interval)}", f"{found.tokens:,.1f}",
+        cells = [f"{100 * found.accuracy:.1f} %\n{_percent(found.accuracy_interval)}", _tokens(found.tokens),
                  f"{100 * found.truncated:.1f} %"]
         if comparison is not None:
             cells += [f"{_points(comparison.accuracy_change)}\n{_change(comparison.accuracy_change_interval)}",
                       f"{comparison.token_ratio:.2f}\n{_ratio(comparison.token_ratio_interval)}"]
         table.add_row(Text(each.row), *cells)
-    return table
+    title = f"{name}: {first.problems:,} problems x {first.samples} response{'s' * (first.samples > 1)}"
+    return _titled(title, table)
 
 
 def _difficulty_tables(each: Score, *, alone: bool) -> list[RenderableType]:
     """Tokens saved by difficulty; for a model alone what it is by level."""
     title = f"{each.set} by difficulty, {each.row}"
     if each.comparison is not None and len(each.comparison.by_difficulty) > 1:
-        table = _table(title, ["", "problems", "acc. base", "acc.", "tokens base", "tokens", "saved"])
+        table = _table(["", "problems", "acc. base", "acc.", "tokens base", "tokens", "saved"])
         for name, row in each.comparison.by_difficulty.items():
             table.add_row(Text(name), f"{row.problems:,}", f"{100 * row.accuracy_base:.1f} %",
-                          f"{100 * row.accuracy:.1f} %", f"{row.tokens_base:,.1f}", f"{row.tokens:,.1f}",
+                          f"{100 * row.accuracy:.1f} %", _tokens(row.tokens_base), _tokens(row.tokens),
                           f"{100 * row.saving:.0f} % {_percent(row.saving_interval, 0)}")
-        return [table, Text("")]
+        return [_titled(title, table), Text("")]
     if alone and len(each.summary.by_level) > 1:
-        table = _table(title, ["level", "problems", "accuracy", "tokens"])
+        table = _table(["level", "problems", "accuracy", "tokens"])
         for name, level in each.summary.by_level.items():
-            table.add_row(Text(name), f"{level.problems:,}", f"{100 * level.accuracy:.1f} %", f"{level.tokens:,.1f}")
-        return [table, Text("")]
+            table.add_row(Text(name), f"{level.problems:,}", f"{100 * level.accuracy:.1f} %", _tokens(level.tokens))
+        return [_titled(title, table), Text("")]
     return []
 
 
-def _generalisation(compared: Sequence[Score], base: str, seen: set[str]) -> Table:
-    table = _table(f"Generalisation, against {base}", ["set", "model", "accuracy, points", "tokens, x"], left=2)
+def _generalisation(compared: Sequence[Score], base: str, seen: set[str]) -> Group:
+    table = _table(["set", "model", "accuracy, points", "tokens, x"], left=2)
     for each in sorted(compared, key=lambda each: each.set not in seen):
         found, change = each.summary, each.comparison
         assert change is not None
         table.add_row(Text(f"{each.set}\n{kind(each.set, seen)}"), Text(each.row),
                       f"{100 * found.accuracy:.1f} %\n{_points(change.accuracy_change)} "
                       f"{_change(change.accuracy_change_interval)}",
-                      f"{found.tokens:,.1f}\n{change.token_ratio:.2f} {_ratio(change.token_ratio_interval)}")
-    return table
+                      f"{_tokens(found.tokens)}\n{change.token_ratio:.2f} {_ratio(change.token_ratio_interval)}")
+    return _titled(f"Generalisation, against {base}", table)
 
 
 def kind(name: str, seen: set[str]) -> str:
@@ -165,6 +169,10 @@ def kind(name: str, seen: set[str]) -> str:
 
 def _paragraph(text: str) -> Text:
     return Text(textwrap.fill(text, WIDTH, subsequent_indent="  "))
+
+
+def _tokens(count: float) -> str:
+    return f"{count:,.1f}" if count < 1000 else f"{count:,.0f}"
 
 
 def _points(change: float) -> str:

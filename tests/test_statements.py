@@ -27,8 +27,9 @@ def stated(text, answer, kind="math", choices=()):
     (r"\boxed{(1, 2)}", "(1,2)", r"\boxed{(1, 2)}"), (r"The answer is $(1, 2)$", "(1,2)", None),
     (r"\boxed{x = 5}", "5", r"\boxed{x = 5}"),
     # An equals sign before something that only begins with the number.
-    ("= 7 + 5", "7", None), ("= 70", "7", None), ("= 7.5", "7", None), ("= 7x", "7", None), (r"= 7 \times 2", "7", None),
-    ("= 7^2", "7", None), ("= 7!", "7", None), ("= 12 x 3", "12", None), ("= 2/7", "2", None),
+    ("= 7 + 5", "7", None), ("= 70", "7", None), ("= 7.5", "7", None), ("= 7x", "7", None),
+    (r"= 7 \times 2", "7", None), ("= 7^2", "7", None), ("= 7!", "7", None), ("= 12 x 3", "12", None),
+    ("= 2/7", "2", None),
     # No statement at all.
     ("7 pens", "7", None), (r"\boxed{7", "7", None), ("x >= 7", "7", None), ("x != 7", "7", None), ("", "7", None),
     ("= 5", "five", None), ("= 1/0", "7", None), (r"= \frac{1}{0}", "7", None), ("answer", "7", None)])
