@@ -150,6 +150,22 @@ def test_generate_stops_when_the_watch_raises():
         attempts.generate(lambda requests: Played(requests, chunks()), make_requests([problem(0)], 2, 40), watch)
 
 
+def test_every_response_is_recorded_once_and_before_anybody_may_stop():
+    recorded, seen = [], []
+
+    def watch(now):
+        seen.append((now.finished, sum(map(len, recorded))))
+
+    attempted(playing(*CHUNKS), [problem(0), problem(1)], 2, Right(), watch=watch, record=recorded.append)
+    assert [[(each.prompt, each.sample) for each in chunk] for chunk in recorded] == [
+        [(1, 0), (0, 1)], [(1, 1)], [(0, 0)]]
+    assert all(finished == kept for finished, kept in seen) and seen[-1] == (4, 4)
+    # What was there before is not news.
+    recorded.clear()
+    attempted(playing(*CHUNKS[1:]), [problem(0), problem(1)], 2, Right(), record=recorded.append, drawn=CHUNKS[0])
+    assert sum(map(len, recorded)) == 2
+
+
 def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn_later():
     problems, kept = [problem(0, "3"), problem(1, "4")], []
     begun = [dataclasses.replace(response(0, 0, "7", "length"), finish=""),
