@@ -19,7 +19,7 @@ from effreason.published import Figure as Published
 WIDE = (8.6, 4.7)                   # inches
 COLORS = {BASE: "#6E6E6E", MEMBER: AFTER, BASELINE: "#D55E00", BLEND: "#A9558A"}
 MARKERS = {BASE: "D", MEMBER: "o", BASELINE: "s", BLEND: "^"}
-KINDS = {BASE: "base model", MEMBER: "trained", BASELINE: "baselines", BLEND: "blends with the base"}
+KINDS = {BASE: "base model", MEMBER: "trained", BASELINE: "baselines", BLEND: "blends"}
 # From light to dark, so that they are told apart in grey.
 RAMP = LinearSegmentedColormap.from_list("members", ["#4AA5E0", "#0072B2", "#00294A"])
 
@@ -48,8 +48,7 @@ def pareto(results: Results, published: Sequence[Published] = (), *, wide: bool 
     stars = [Named(name="published base" if each.alpha is None else f"published α {each.alpha:g}", x=each.tokens,
                    y=each.accuracy, color=INK) for each in published]
     for star in stars:
-        axes.plot(star.x, star.y, linestyle="", marker="*", markersize=11, color="white", markeredgecolor=INK, zorder=3,
-                  label="published")
+        axes.plot(star.x, star.y, linestyle="", marker="*", markersize=11, color="white", markeredgecolor=INK, zorder=3)
     _frame(axes)
     front = np.array([(measured.summary.tokens, measured.summary.accuracy) for point, measured in
                       sorted(results, key=lambda each: each[0].alpha or 0.0) if point.kind == MEMBER]).reshape(-1, 2)

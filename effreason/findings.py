@@ -42,7 +42,8 @@ class Point:
 
     @property
     def label(self) -> str:
-        return f"α {self.alpha:g}" if self.kind == MEMBER and self.alpha is not None else self.name
+        """What stands beside a mark: the name as far as its first comma."""
+        return f"α {self.alpha:g}" if self.kind == MEMBER and self.alpha is not None else self.name.split(",")[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,7 +152,7 @@ def print_family(console: Console, family: Mapping[str, Any]) -> None:
 def _comparisons(title: str, rows: Sequence[tuple[str, Mapping[str, Any], Comparison | None]]) -> Table:
     """A table of models against their base, 80 columns at most. Args: rows of name, Summary as a table, comparison."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(title, max_width=14, overflow="ellipsis", no_wrap=True)
+    table.add_column(title, max_width=28, overflow="fold")      # gives way where the numbers are wide
     for column in ("accuracy", "change, points", "tokens", "saved", "AES"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, measured, comparison in rows:

@@ -142,7 +142,7 @@ def points(findings: Findings, name: str) -> Table:
     rows = []
     for point, measured in findings.on(name):
         summary, comparison = measured.summary, measured.comparison
-        row: list[Cell] = [(point.label, "" if point.kind in (BASE, MEMBER) else point.kind),
+        row: list[Cell] = [(point.label if point.kind == MEMBER else point.name, point.kind if point.kind == BASELINE else ""),
                            (report.count(summary.tokens), _span(summary.tokens_interval, report.count))]
         row += [("", "")] if comparison is None else [
             (_percent(1 - comparison.token_ratio), _span(report.saved_interval(comparison), _share))]

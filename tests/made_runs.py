@@ -11,14 +11,15 @@ from effreason.runtime.config import Config
 
 LEVELS = {"easy": (2, 88.0), "medium": (4, 92.0), "hard": (7, 104.0)}       # operations, the base's tokens
 NEEDED = {"easy": 20, "medium": 32, "hard": 50}                             # tokens that the steps take
-ENVIRONMENT = {"effreason": "0.1.0", "git_commit": "a" * 40, "grader": "effreason 0.1.0, sympy 1.14", "python": "3.11.9",
-               "jax": "0.10.2", "device": "cpu", "device_count": 1}
+ENVIRONMENT = {"effreason": "0.1.0", "git_commit": "a" * 40, "grader": "effreason 0.1.0, sympy 1.14",
+               "python": "3.11.9", "jax": "0.10.2", "device": "cpu", "device_count": 1}
 
 
 def graded_rows(name, *, seed=0, alpha=0.0, progress=0.0, problems=60, samples=1, response=None):
     """Graded rows of a model: `progress` of a training with `alpha` behind it shortens what is not needed."""
     asked = np.random.default_rng([7, *map(ord, name)])
-    rng = np.random.default_rng([8, seed, round(1000 * alpha) if progress else 0, round(100 * progress), *map(ord, name)])
+    model = round(1000 * alpha) if progress else 0      # before training all are the base
+    rng = np.random.default_rng([8, seed, model, round(100 * progress), *map(ord, name)])
     longer = 1.6 if "long" in name else 1.0
     kept = 1.0 - progress * (0.15 + 0.75 * alpha / (alpha + 0.08))
     rows = []
@@ -87,13 +88,7 @@ def make_run(directory, *, alpha=0.2, steps=30, sets=("tiny", "tiny_long"), prob
              response=None, model="tiny", objective="policy_gradient"):
     """A finished run; returns its summaries and comparisons by set."""
     directory.mkdir(parents=True)
-    config = Config()
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, path=model),
-        reward=dataclasses.replace(config.reward, alpha=alpha), kl=dataclasses.replace(config.kl, form="none"),
-        update=dataclasses.replace(config.update, objective=objective),
-        run=dataclasses.replace(config.run, directory=str(directory), seed=seed, steps=steps))
-    configuration.save(config, directory / "config.yaml")
+    config = write_config(directory, alpha=alpha, model=model, seed=seed, steps=steps, objective=objective)
     write_rows(directory / "metrics.jsonl", metrics_rows(steps, alpha, seed=seed, evaluated=(steps // 2,)))
     write_rows(directory / "rollouts.jsonl", rollout_rows(steps, alpha, groups=groups, seed=seed, response=response))
     (directory / "environment.json").write_text(json.dumps(ENVIRONMENT))
@@ -111,10 +106,22 @@ def make_run(directory, *, alpha=0.2, steps=30, sets=("tiny", "tiny_long"), prob
     return results
 
 
+def write_config(directory, *, alpha=0.2, model="tiny", seed=0, steps=30, objective="policy_gradient"):
+    config = Config()
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, path=model),
+        reward=dataclasses.replace(config.reward, alpha=alpha), kl=dataclasses.replace(config.kl, form="none"),
+        update=dataclasses.replace(config.update, objective=objective),
+        run=dataclasses.replace(config.run, directory=str(directory), seed=seed, steps=steps))
+    configuration.save(config, directory / "config.yaml")
+    return config
+
+
 def make_family(directory, *, alphas=(0.0, 0.05, 0.1, 0.2, 0.4), sets=("tiny", "tiny_long"), problems=60, steps=30,
                 response=None, model="tiny"):
     """A finished family with two baselines and three blends; returns family.json as a table."""
     directory.mkdir(parents=True)
+    write_config(directory, model=model, steps=steps)
     files = graded.safe_names(sets)
     base = {name: graded_rows(name, problems=problems, response=response) for name in sets}
     for name, rows in base.items():
@@ -125,17 +132,25 @@ def make_family(directory, *, alphas=(0.0, 0.05, 0.1, 0.2, 0.4), sets=("tiny", "
     for alpha in alphas:
         results = make_run(directory / f"alpha{alpha:g}", alpha=alpha, sets=sets, problems=problems, steps=steps,
                            response=response, model=model)
-        points.append(_point(f"alpha {alpha:g}", "member", {name: each[1:] for name, each in results.items()},
+        points.append(_point(f"α = {alpha:g}", "member", {name: each[1:] for name, each in results.items()},
                              alpha=alpha, directory=f"alpha{alpha:g}", seconds=170.0 + 100 * alpha))
-    others = [("sft_shortest", "baseline", 0.03, 0.9, None), ("dpo", "baseline", 0.05, 0.95, None),
-              *((f"blend {weight:g}", "blend", max(alphas), weight, weight) for weight in (0.25, 0.5, 0.75))]
-    for name, kind, alpha, progress, weight in others:
+    for name, objective, alpha in (("SFT on the shortest", "sft_shortest", 0.03),
+                                   ("DPO, shortest over longest", "dpo", 0.05)):
+        results = make_run(directory / objective, alpha=alpha, sets=sets, problems=problems, steps=steps,
+                           model=model, objective=objective)
+        points.append(_point(name, "baseline", {name: each[1:] for name, each in results.items()},
+                             directory=objective, seconds=120.0))
+    for weight in (0.25, 0.5, 0.75):
         results = {}
         for each in sets:
-            tried = graded.outcomes(graded_rows(each, alpha=alpha, progress=progress, problems=problems))
+            rows = graded_rows(each, alpha=max(alphas), progress=weight, problems=problems)
+            place = f"blend{weight:g}-alpha{max(alphas):g}"
+            graded.write(directory / place / f"{files[each]}.jsonl", {"set": each}, rows)
+            tried = graded.outcomes(rows)
             results[each] = statistics.summarize(tried), statistics.compare(outcomes[each], tried)
-        points.append(_point(name, kind, results, weight=weight))
-    table = {"model": model, "seed": 0, "sets": list(sets), "environment": ENVIRONMENT, "points": points}
+        points.append(_point(f"blend {weight:g}", "blend", results, alpha=max(alphas), weight=weight, directory=place))
+    table = {"model": model, "seed": 0, "steps": steps, "sets": list(sets), "environment": ENVIRONMENT,
+             "points": points}
     (directory / "family.json").write_text(json.dumps(table))
     return table
 

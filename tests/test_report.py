@@ -1,35 +1,37 @@
-"""The numbers of summary.json, the end table within 80 columns, and the picture for runs of every shape."""
+"""The numbers of summary.json, the headline in words, and the tables of the terminal within 80 columns."""
 
 import dataclasses
 import io
 import json
-import subprocess
-import sys
+import re
 
+import made_runs
 import numpy as np
 import pytest
-from matplotlib import image
 from rich.console import Console
 
-from effreason import report
-from effreason.errors import UserError
-from effreason.records import Evaluation, LevelResult
+from effreason import graded, report, statistics
+from effreason.records import Outcomes
 from effreason.runtime.config import Config
 
 
-def run(code, argument):
-    command = [sys.executable, "-c", code, argument]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def outcomes(accuracy, tokens, levels=("hard", "easy", "medium"), problems=60):
+    """Every problem of a level has its tokens give or take five, the first ones are right."""
+    place = np.arange(problems)
+    scale = np.array([0.5, 1.0, 1.5])[place % 3] if len(levels) > 1 else np.ones(problems)
+    lengths = np.round(tokens * scale + np.where(place // 3 % 2, 5, -5)).astype(np.int32)[:, None]
+    correct = (place < round(accuracy * problems))[:, None]
+    return Outcomes(uids=place.astype(np.int64), levels=np.array([levels[i % len(levels)] for i in place]),
+                    correct=correct, lengths=lengths, finish=np.full_like(correct, "eos", dtype="U6"),
+                    answers=np.where(correct, "1", "2"), stated=np.where(correct, lengths, np.nan).astype(np.float32))
 
 
-def evaluation(accuracy, tokens, levels):
-    results = {level: LevelResult(accuracy=right, tokens=length, problems=200)
-               for level, (right, length) in levels.items()}
-    return Evaluation(accuracy=accuracy, tokens=tokens, truncated=0.0, problems=600, samples=1, by_level=results)
+def measured(base, trained):
+    return statistics.summarize(base), statistics.summarize(trained), statistics.compare(base, trained)
 
 
-BASE = evaluation(0.902, 110.0, {"hard": (0.861, 171.2), "easy": (0.948, 61.5), "medium": (0.897, 98.2)})
-TRAINED = evaluation(0.951, 30.25, {"easy": (0.981, 9.3), "medium": (0.952, 23.8), "hard": (0.92, 58.1)})
+HEADLINE = measured(outcomes(0.85, 200.0), outcomes(0.95, 80.0))
+FURTHER = measured(outcomes(0.5, 400.0, levels=("all",)), outcomes(0.45, 420.0, levels=("all",)))
 
 
 @pytest.fixture
@@ -41,21 +43,7 @@ def config():
 
 @pytest.fixture
 def summary(config):
-    return report.summary(config, BASE, TRAINED, 301.5)
-
-
-def single_level(config, level="all"):
-    return report.summary(config, evaluation(0.5, 1893.0, {level: (0.5, 1893.0)}),
-                          evaluation(0.51, 2011.0, {level: (0.51, 2011.0)}), 5.0)
-
-
-def rows(steps, scale=1.0):
-    noise = np.random.default_rng(0).normal(size=(2, steps))
-    course = np.arange(steps) / max(steps - 1, 1)
-    tokens = scale * (30 + 80 * np.exp(-3.5 * course) + 2.5 * noise[0])
-    accuracy = np.minimum(0.9 + 0.05 * course + 0.015 * noise[1], 1.0)
-    return [{"step": step, "reward/alpha": 0.2, "rollout/accuracy": float(accuracy[step]),
-             "rollout/tokens": float(tokens[step])} for step in range(steps)]
+    return report.summary(config, {"tiny": HEADLINE}, 301.5)
 
 
 def printed(summary, width=80):
@@ -64,114 +52,124 @@ def printed(summary, width=80):
     return console.file.getvalue()
 
 
+def printed_family(family):
+    console = Console(file=io.StringIO(), width=80)
+    report.print_family(console, family)
+    return console.file.getvalue()
+
+
 def test_summary_has_exactly_the_documented_shape(summary):
-    assert json.loads(json.dumps(summary)) == {
-        "alpha": 0.2,
-        "seed": 7,
-        "base": {"accuracy": 0.902, "tokens": 110.0, "by_level": {
-            "easy": {"accuracy": 0.948, "tokens": 61.5}, "medium": {"accuracy": 0.897, "tokens": 98.2},
-            "hard": {"accuracy": 0.861, "tokens": 171.2}}},
-        "trained": {"accuracy": 0.951, "tokens": 30.25, "by_level": {
-            "easy": {"accuracy": 0.981, "tokens": 9.3}, "medium": {"accuracy": 0.952, "tokens": 23.8},
-            "hard": {"accuracy": 0.92, "tokens": 58.1}}},
-        "token_ratio": 0.275,
-        "accuracy_change": pytest.approx(0.049),
-        "wall_s": 301.5,
-    }
+    found = json.loads(json.dumps(summary))
+    base, trained, comparison = HEADLINE
+    sets = found.pop("sets")
+    assert found == {
+        "alpha": 0.2, "seed": 7,
+        "base": {"accuracy": 0.85, "tokens": base.tokens, "by_level": {
+            level: {"accuracy": base.by_level[level].accuracy, "tokens": base.by_level[level].tokens}
+            for level in ("easy", "medium", "hard")}},
+        "trained": {"accuracy": 0.95, "tokens": trained.tokens, "by_level": {
+            level: {"accuracy": trained.by_level[level].accuracy, "tokens": trained.by_level[level].tokens}
+            for level in ("easy", "medium", "hard")}},
+        "token_ratio": pytest.approx(trained.tokens / base.tokens), "accuracy_change": pytest.approx(0.1),
+        "wall_s": 301.5}
+    assert sets.keys() == {"tiny"}
+    assert statistics.summary_from_table(sets["tiny"]["base"]) == base
+    assert statistics.comparison_from_table(sets["tiny"]["comparison"]) == comparison
 
 
-def test_levels_go_from_easy_to_hard(config, summary):
+def test_summary_of_several_sets_headlines_the_first(config):
+    summary = report.summary(config, {"tiny": HEADLINE, "longer": FURTHER}, 1.0)
+    assert list(summary["sets"]) == ["tiny", "longer"]
+    assert summary["trained"]["tokens"] == summary["sets"]["tiny"]["trained"]["tokens"]
+
+
+def test_levels_go_from_easy_to_hard(summary):
     assert list(summary["base"]["by_level"]) == list(summary["trained"]["by_level"]) == ["easy", "medium", "hard"]
-    names = ["Level 10", "Level 2", "Geometry", "Algebra"]
-    levels = evaluation(0.5, 10.0, dict.fromkeys(names, (0.5, 10.0)))
-    assert list(report.summary(config, levels, levels, 1.0)["base"]["by_level"]) == [
-        "Level 2", "Level 10", "Algebra", "Geometry"]
+    assert report.ordered(["Level 10", "Level 2", "Geometry", "Algebra"]) == ["Level 2", "Level 10", "Algebra",
+                                                                             "Geometry"]
+
+
+def test_words_have_both_changes_with_their_intervals():
+    _, _, comparison = HEADLINE
+    comparison = dataclasses.replace(comparison, token_ratio=0.421, token_ratio_interval=(0.396, 0.449),
+                                     accuracy_change=0.035, accuracy_change_interval=(0.012, 0.059))
+    assert report.findings_in_words(comparison) == (
+        "57.9 % fewer tokens [55.1, 60.4], accuracy +3.5 points [+1.2, +5.9]")
+    worse = dataclasses.replace(comparison, token_ratio=1.12, token_ratio_interval=(1.1, 1.141), accuracy_change=-0.01,
+                                accuracy_change_interval=(-0.03, 0.0001))
+    assert report.findings_in_words(worse) == (
+        "12.0 % more tokens [10.0, 14.1], accuracy -1.0 points [-3.0, 0.0]")
 
 
 def test_table_shows_before_after_and_the_saving(summary):
     lines = printed(summary).splitlines()
     cells = [line.split() for line in lines]
-    assert ["easy", "94.8%", "98.1%", "+3.3", "61.5", "9.3", "84.9%"] in cells
-    assert ["all", "90.2%", "95.1%", "+4.9", "110.0", "30.2", "72.5%"] in cells
+    assert ["all", "85.0%", "95.0%", "+10.0", "200.0", "80.0", "60.0%"] in cells
+    assert [row[0] for row in cells if row and row[0] in ("easy", "medium", "hard")] == ["easy", "medium", "hard"]
     assert lines[0] == "Held-out problems, before and after training (alpha 0.2, seed 7, 5:02)"
 
 
-def test_table_fits_80_columns_and_takes_names_as_they_are(config):
-    levels = {"[bold]Intermediate Algebra and more[/bold]": (1.0, 123_456.7), "[red]": (1.0, 123_456.7)}
-    wide = evaluation(1.0, 123_456.7, levels)
-    text = printed(report.summary(config, wide, wide, 1e6))
+def test_table_ends_in_the_changes_with_their_intervals(summary):
+    _, _, comparison = HEADLINE
+    text = printed(summary)
+    assert report.findings_in_words(comparison) in text and "(95 % intervals over 60 problems)" in text
+    assert "Other sets" not in text
+
+
+def test_table_lists_further_sets_against_the_base(config):
+    text = printed(report.summary(config, {"tiny": HEADLINE, "longer": FURTHER}, 1.0))
+    assert "Other sets of problems, against the base" in text
+    row = next(line for line in text.splitlines() if line.startswith(" longer"))
+    assert re.search(r"45\.0% +-5\.0 \[-\d+\.\d, .*\] +420\.0 +-5\.0% \[", row)
     assert max(map(len, text.splitlines())) <= 80
-    assert "[red]" in text and "[bold]" in text and "123,456.7" in text
+
+
+def test_table_fits_80_columns_and_takes_names_as_they_are(config):
+    levels = ("[bold]Intermediate Algebra and more[/bold]", "[red]")
+    wide = measured(outcomes(1.0, 123_456.0, levels), outcomes(0.0, 123_456.0, levels))
+    text = printed(report.summary(config, {"x" * 60: wide, "[blue]" * 9: wide}, 1e6))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "[red]" in text and "[bold]" in text and "[blue]" in text
 
 
 def test_table_of_one_level_has_one_row(config):
-    text = printed(single_level(config))
-    assert text.count("50.0%") == 1 and "-6.2%" in text
+    one = measured(outcomes(0.5, 100.0, ("all",)), outcomes(0.5, 106.0, ("all",)))
+    text = printed(report.summary(config, {"tiny": one}, 5.0))
+    assert text.count("50.0%") == 2 and "-6.0%" in text
 
 
-def test_table_is_the_same_when_piped_and_has_no_control_codes(summary):
-    code = ("import json, sys; from rich.console import Console; from effreason import report;"
-            "report.print_table(Console(), json.loads(sys.argv[1]))")
-    piped = run(code, json.dumps(summary))
-    assert piped == printed(summary) and "\x1b" not in piped
+def test_tables_have_no_control_codes(summary):
+    assert "\x1b" not in printed(summary)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 15, 40, 10_000])
-def test_plot_of_any_number_of_steps(tmp_path, summary, steps):
-    report.plot(rows(steps), summary, tmp_path / "report.png", model="/models/Qwen_$3$")
-    pixels = image.imread(tmp_path / "report.png")
-    assert pixels.shape == (896, 1760, 4) and pixels[..., :3].std() > 0.05
+def test_family_table_fits_80_columns_and_has_every_point_of_every_set(tmp_path):
+    family = made_runs.make_family(tmp_path / "family", alphas=(0.0, 0.2), steps=4, problems=30)
+    text = printed_family(json.loads(json.dumps(family)))
+    assert max(map(len, text.splitlines())) <= 80
+    for name in ("α = 0 ", "α = 0.2", "blend 0.25", "SFT on the"):
+        assert text.count(f"\n {name}") + text.count(f"\n{name}") == 2, name      # on both sets
+    comparison = statistics.comparison_from_table(family["points"][2]["sets"]["tiny"]["comparison"])
+    assert report.saved(comparison) in text and report.change(comparison) in text
+    assert "tiny: 30 held-out problems" in text and "tiny_long: 30 held-out problems" in text
 
 
-@pytest.mark.parametrize("steps", [0, 2, 40])
-def test_plot_without_evaluations_draws_the_curves_alone(tmp_path, steps):
-    report.plot(rows(steps), None, tmp_path / "report.png", model="tiny")
-    assert image.imread(tmp_path / "report.png").shape == (896, 1216, 4)
+def test_family_table_takes_the_widest_numbers(tmp_path):
+    longer = measured(outcomes(0.6, 100_000.0), outcomes(0.3, 112_000.0))
+    table = {"sets": ["tiny"], "points": [
+        {"name": "base", "sets": {"tiny": {"summary": dataclasses.asdict(longer[0]), "comparison": None}}},
+        {"name": "DPO, shortest over longest", "sets": {"tiny": {"summary": dataclasses.asdict(longer[1]),
+                                                                 "comparison": dataclasses.asdict(longer[2])}}}]}
+    text = printed_family(table)
+    assert max(map(len, text.splitlines())) <= 80 and "112,000" in text
+    assert report.change(longer[2]) in text and report.saved(longer[2]) in text
+    assert re.sub(r"\s", "", "".join(line[:10] for line in text.splitlines()[5:])) == "DPO,shortestoverlongest"
 
 
-def test_plot_takes_missing_values_odd_names_and_evaluations_between(tmp_path, config):
-    measured = rows(40)
-    measured[3]["rollout/accuracy"] = None
-    measured[9] |= {"evaluation/accuracy": 0.9, "evaluation/tokens": 80.0}
-    measured.append({"step": 40, "evaluation/accuracy": 0.9, "evaluation/tokens": None})
-    report.plot(measured, single_level(config, "a $long$ name_with ^ signs " * 4), tmp_path / "report.png")
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+def test_counts_have_a_decimal_where_it_could_be_seen():
+    assert [report.count(value) for value in (9.26, 999.94, 999.96, 13173.4)] == ["9.3", "999.9", "1,000", "13,173"]
 
 
-def test_plot_that_cannot_be_written_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match=r"report\.png: cannot be written: No such file or directory"):
-        report.plot([], None, tmp_path / "missing" / "report.png")
-
-
-def test_plot_leaves_the_global_state_of_matplotlib_alone(tmp_path):
-    code = ("import sys, matplotlib; from pathlib import Path; from effreason import report;"
-            "before = dict(matplotlib.rcParams); report.plot([], None, Path(sys.argv[1]));"
-            "from matplotlib import pyplot; print(pyplot.get_fignums(), before == dict(matplotlib.rcParams))")
-    assert run(code, str(tmp_path / "report.png")) == "[] True\n"
-
-
-def test_evaluations_stand_at_the_updates_that_were_made():
-    measured = rows(20)
-    measured[9] |= {"evaluation/accuracy": 0.9, "evaluation/tokens": 80.0}     # in a step's row: after its update
-    measured.append({"step": 20, "evaluation/accuracy": 0.9, "evaluation/tokens": 30.0})  # alone: 20 updates made
-    axes = report.Figure().add_subplot()
-    ends = {"base": {"tokens": 110.0}, "trained": {"tokens": 30.0}}
-    report._curve(axes, measured, "tokens", ends)
-    places = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
-    assert [places[name] for name in ("held-out: before", "between", "after")] == [[0], [10], [20]]
-
-
-def test_smooth_keeps_a_straight_line_to_its_ends_and_calms_noise():
-    steps = np.arange(100.0)
-    np.testing.assert_allclose(report._smooth(steps, 110 - 0.8 * steps), 110 - 0.8 * steps, atol=1e-9)
-    noise = np.random.default_rng(0).normal(size=100)
-    assert report._smooth(steps, noise).std() < 0.6 * noise.std()
-
-
-@pytest.mark.parametrize("count", [1, 499, 500, 501, 9_999])
-def test_thinned_keeps_500_points_at_most(count):
-    values = np.arange(float(count))
-    thinned = report._thinned(values)
-    assert len(thinned) <= 500 and thinned[0] < thinned[-1] + 1
-    if count <= 500:
-        np.testing.assert_array_equal(thinned, values)
+def test_made_directories_hold_what_their_tables_say(tmp_path):
+    results = made_runs.make_run(tmp_path / "run", steps=4, problems=12)
+    rows = graded.read(tmp_path / "run" / "evaluations" / "step4" / "tiny.jsonl")[1]
+    assert statistics.summarize(graded.outcomes(rows)) == results["tiny"][1]
