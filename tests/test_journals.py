@@ -101,6 +101,26 @@ def test_a_journal_that_is_done_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_process_reads_and_writes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.journal"
+    with journals.Journal(path, FACTS, same) as journal:
+        journal.add([ONE])
+    whole = path.read_bytes()
+    of_process_0 = {"journal": True, "a file of an evaluation": journals.digest(path)}
+    monkeypatch.setattr(journals.processes, "first", lambda: False)
+    monkeypatch.setattr(journals.processes, "decided", lambda name, make: of_process_0[name])
+    monkeypatch.setattr(journals.processes, "appears", lambda seen: seen())
+    with journals.Journal(path, FACTS, same) as journal:
+        alike(journal.drawn, [ONE])
+        journal.add([TWO])
+        journal.keep([BEGUN])
+        journal.remove()
+    assert path.read_bytes() == whole
+    of_process_0["a file of an evaluation"] = "another digest"
+    with pytest.raises(UserError, match="the disk must be one that all hosts share"):
+        journals.Journal(path, FACTS, same)
+
+
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
