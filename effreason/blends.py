@@ -53,17 +53,21 @@ def run(argv: Sequence[str], prog: str) -> None:
     base = hf.open_pretrained(options.base, dtype="float32", revision=options.revision)
     trained = hf.open_pretrained(options.trained, dtype="float32")
     check(base, trained)
-    others = jax.tree.leaves(hf.load_weights(trained))
-    mix = jax.jit(blend)
+    others = hf.load_weights(trained)
     for weight, target in zip(weights, targets, strict=True):
-        # The base is read again for each: what it is replaced by takes its place, one array after another.
-        leaves, tree = jax.tree.flatten(hf.load_weights(base))
-        for place, other in enumerate(others):
-            leaves[place] = jax.block_until_ready(mix(leaves[place], other, weight))
         with disk(target):
-            hf.export(jax.tree.unflatten(tree, leaves), trained.decoder, trained.directory, target,
+            hf.export(_blended(base, others, weight), trained.decoder, trained.directory, target,
                       facts=facts(base, trained, weight), card=card(base, trained, weight))
         print(f"{target}: {1 - weight:g} of {base.name} and {weight:g} of {trained.name}")
+
+
+def _blended(base: Pretrained, others: model.Params, weight: float) -> model.Params:
+    """The base, read again, with each array replaced by the blended one: never more than two models in memory."""
+    leaves, tree = jax.tree.flatten(hf.load_weights(base))
+    mix = jax.jit(blend)
+    for place, other in enumerate(jax.tree.leaves(others)):
+        leaves[place] = jax.block_until_ready(mix(leaves[place], other, weight))
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _parser(prog: str) -> Parser:
