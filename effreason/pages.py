@@ -3,6 +3,7 @@
 The page needs no network and runs no script. What models and users wrote stands in it as text, whatever it holds.
 """
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -169,5 +170,6 @@ def _harmless(value: Any) -> Any:
 
 
 def _minus(text: str) -> str:
-    """Numbers with a real minus sign. Args: text, of our own making."""
+    """Numbers with a real minus sign, intervals on one line. Args: text, of our own making."""
+    text = re.sub(r"(\[[^],]*,) ", "\\1\N{NO-BREAK SPACE}", text)
     return text.replace(" -", " −").replace("[-", "[−") if not text.startswith("-") else "−" + _minus(text[1:])

@@ -142,7 +142,8 @@ def points(findings: Findings, name: str) -> Table:
     rows = []
     for point, measured in findings.on(name):
         summary, comparison = measured.summary, measured.comparison
-        row: list[Cell] = [(point.label if point.kind == MEMBER else point.name, point.kind if point.kind == BASELINE else ""),
+        model = point.label if point.kind == MEMBER else point.name
+        row: list[Cell] = [(model, point.kind if point.kind == BASELINE else ""),
                            (report.count(summary.tokens), _span(summary.tokens_interval, report.count))]
         row += [("", "")] if comparison is None else [
             (_percent(1 - comparison.token_ratio), _span(report.saved_interval(comparison), _share))]
@@ -168,7 +169,7 @@ def difficulties(findings: Findings, result: tuple[Point, Measured]) -> Table:
     by_difficulty: Mapping[str, Difficulty] = _comparison(result).by_difficulty
     return Table(
         caption=f"{findings.sets[0]} by difficulty: {result[0].label} against the base",
-        head=("difficulty", "problems", "tokens before", "after", "saved", "accuracy before", "after"),
+        head=("difficulty", "problems", "tokens before", "tokens after", "saved", "accuracy before", "accuracy after"),
         rows=tuple(((name, ""), (f"{each.problems:,}", ""), (report.count(each.tokens_base), ""),
                     (report.count(each.tokens), ""), (_percent(each.saving), _span(each.saving_interval, _share)),
                     (_percent(each.accuracy_base), ""), (_percent(each.accuracy), ""))

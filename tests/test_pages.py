@@ -97,7 +97,7 @@ def test_run_page_has_every_section_and_compares_start_middle_and_end(run):
 def test_numbers_of_the_page_are_those_of_summary_json(run):
     directory, _, text, page = run
     summary = json.loads((directory / "summary.json").read_text())
-    heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("−", "-")
+    heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("−", "-").replace("\xa0", " ")
     comparison = summary["sets"]["tiny"]["comparison"]
     low, high = (100 * (1 - ratio) for ratio in reversed(comparison["token_ratio_interval"]))
     assert heading.startswith(f"{100 * (1 - summary['token_ratio']):.1f} % fewer tokens [{low:.1f}, {high:.1f}]")
