@@ -261,7 +261,7 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
     for table in scores.tables(compared, seen):
         console.print(table)
     if output is not None and processes.first():
-        scores.write(output, compared, seen, provenance.environment(), configuration.facts(config))
+        scores.write(output, compared, seen, provenance.environment(), dataclasses.asdict(config))
         say(f"the results: {output / scores.RESULTS} and {output / scores.TABLE}", console)
 
 

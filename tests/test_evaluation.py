@@ -248,7 +248,7 @@ def test_the_command_keeps_compares_and_goes_on(evaluated, world, tmp_path, monk
     assert list(table["models"][base]) == names.split(",")
     assert table["models"][base][names.split(",")[0]]["comparison"] is None
     assert table["models"][other][names.split(",")[0]]["comparison"]["token_ratio"] > 0
-    assert table["settings"]["evaluation.samples"] == "2" and table["provenance"]["device"] == "cpu"
+    assert table["settings"]["evaluation"]["samples"] == 2 and table["provenance"]["device"] == "cpu"
     rows = list(csv.DictReader((output / "results.csv").open(newline="")))
     assert [(row["model"], row["run.seed"], row["problems"]) for row in rows] == [
         (base, "0", "8"), (base, "0", "4"), (other, "1", "8"), (other, "1", "4")]

@@ -113,7 +113,7 @@ def test_files_hold_every_number(tmp_path):
     compared = scores.against_first([scores.score("base", "gsm8k", drawn(0), FACTS),
                                      scores.score("base", "aime24", drawn(1, samples=4), FACTS),
                                      scores.score("new", "gsm8k", drawn(2), FACTS)])
-    scores.write(tmp_path, compared, {"gsm8k"}, ENVIRONMENT, {"run.seed": "0"})
+    scores.write(tmp_path, compared, {"gsm8k"}, ENVIRONMENT, {"run": {"seed": 0}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
     table = json.loads((tmp_path / "results.json").read_text())
     assert table.keys() == {"provenance", "settings", "base", "models"} and table["base"] == "base"
