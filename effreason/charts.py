@@ -16,7 +16,10 @@ from effreason.labels import NUMBER, SMALL, Named, name_ends, name_points
 from effreason.plots import AFTER, BEFORE, CURVE, INK, NARROW, QUIET, clean, grouped, new_figure
 from effreason.published import Figure as Published
 
-WIDE = (8.6, 4.7)                   # inches
+# Inches, where the axes are in them, and the columns of the legend.
+SHAPES = {"narrow": ((NARROW[0], 4.6), (0.15, 0.115, 0.835, 0.685), 2),
+          "wide": ((8.6, 5.3), (0.085, 0.1, 0.905, 0.825), 8),
+          "small": ((NARROW[0], 3.3), (0.15, 0.16, 0.835, 0.82), 0)}
 COLORS = {BASE: "#6E6E6E", MEMBER: AFTER, BASELINE: "#D55E00", BLEND: "#A9558A"}
 MARKERS = {BASE: "D", MEMBER: "o", BASELINE: "s", BLEND: "^"}
 KINDS = {BASE: "base model", MEMBER: "trained", BASELINE: "baselines", BLEND: "blends"}
@@ -38,13 +41,16 @@ def colors(results: Results) -> list[str]:
     return [ramp.get(point.name, COLORS[point.kind]) for point, _ in results]
 
 
-def pareto(results: Results, published: Sequence[Published] = (), *, wide: bool = False) -> Figure:
-    """Accuracy against mean tokens with 95 % intervals both ways; the base cut off at its budgets as a curve."""
-    figure = new_figure(WIDE if wide else (NARROW[0], 4.6))
-    axes = figure.add_axes((0.085, 0.115, 0.905, 0.8) if wide else (0.15, 0.115, 0.835, 0.685))
+def pareto(results: Results, published: Sequence[Published] = (), *, shape: str = "narrow") -> Figure:
+    """Accuracy against mean tokens with 95 % intervals both ways; the base cut off at its budgets as a curve.
+
+    Args: shape, narrow; wide; or small, without a legend, to stand beside one that has it."""
+    size, place, columns = SHAPES[shape]
+    figure = new_figure(size)
+    axes = figure.add_axes(place)
     clean(axes, "")
     axes.grid(axis="x", color="#EEEEEE", linewidth=0.8)
-    bars = [_cross(axes, point, measured, 8.0 if wide else 6.5) for point, measured in results]
+    bars = [_cross(axes, point, measured, 8.0 if shape == "wide" else 6.5) for point, measured in results]
     stars = [Named(name="published base" if each.alpha is None else f"published α {each.alpha:g}", x=each.tokens,
                    y=each.accuracy, color=INK) for each in published]
     for star in stars:
@@ -56,7 +62,8 @@ def pareto(results: Results, published: Sequence[Published] = (), *, wide: bool 
     axes.plot(*front.T, color=CURVE, linewidth=1.6, zorder=2)
     axes.plot(*cut.T, color=COLORS[BASE], linewidth=1.3, linestyle=(0, (4, 2)), zorder=1,
               label="base, cut off at a budget" if len(cut) else None)
-    _legend(axes, columns=8 if wide else 2)
+    if columns:
+        _legend(axes, columns)
     axes.set_xlabel("mean tokens of a response", color=QUIET, fontsize=SMALL)
     axes.set_ylabel("accuracy", color=QUIET, fontsize=SMALL)
     marks = [Named(name=point.label, x=measured.summary.tokens, y=measured.summary.accuracy, color=COLORS[point.kind])

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
@@ -50,7 +51,7 @@ def write(directory: Path, output: Path | None = None) -> Path:
     if output is not None and not _may_be_written(output):
         raise UserError(f"--output: {output} exists already and is no report, nothing is overwritten")
     found = findings.read(directory)
-    content = _content(found)
+    content = _content(found) | {"members": _members(found) if output is None else []}
     text = _environment().get_template("page.html").render(content)
     if output is None:
         with disk(directory / "plots"):
@@ -98,6 +99,12 @@ def _content(found: Findings) -> dict[str, Any]:
                     if chosen and chosen.summary and not found.points else "not evaluated after training yet"),
         "wanted": int(chosen.settings.get("run.steps", 0)) if chosen else 0,
     }
+
+
+def _members(found: Findings) -> list[tuple[str, str]]:
+    """The pages of a family's runs, which lie below its own: name and relative address."""
+    pages = [(run.name, run.directory / "report.html") for run in found.runs if found.family]
+    return [(name, quote(path.relative_to(found.directory).as_posix())) for name, path in pages if path.exists()]
 
 
 def _charts(content: Mapping[str, Any]) -> Iterator[Chart]:
@@ -172,4 +179,4 @@ def _harmless(value: Any) -> Any:
 def _minus(text: str) -> str:
     """Numbers with a real minus sign, intervals on one line. Args: text, of our own making."""
     text = re.sub(r"(\[[^],]*,) ", "\\1\N{NO-BREAK SPACE}", text)
-    return text.replace(" -", " −").replace("[-", "[−") if not text.startswith("-") else "−" + _minus(text[1:])
+    return re.sub(r"(^|[\s[])-", r"\1−", text)

@@ -159,7 +159,11 @@ def points(findings: Findings, name: str) -> Table:
     head = ("model", "tokens", "saved", "accuracy", "change, points", "p", "AES", "tokens per solved", "training time")
     keep = [place for place in range(len(head)) if any(row[place][0] for row in rows)]
     each = "one response" if first.samples == 1 else f"{first.samples} responses"
-    return Table(caption=f"{name}: {first.problems:,} held-out problems, {each} to each; 95 % intervals in brackets",
+    needed = max((measured.comparison.problems_to_detect or 0 for _, measured in findings.on(name)
+                  if measured.comparison is not None), default=0)
+    detected = f"; a change of 2 points takes about {float(f'{needed:.2g}'):,.0f} problems to be seen" if needed else ""
+    return Table(caption=f"{name}: {first.problems:,} held-out problems, {each} to each; 95 % intervals in brackets"
+                         f"{detected}",
                  head=tuple(head[place] for place in keep),
                  rows=tuple(tuple(row[place] for place in keep) for row in rows))
 
@@ -210,10 +214,12 @@ def tradeoffs(findings: Findings) -> list[Chart]:
         source = f" Stars: published, {published.SOURCE}." if figures else ""
         found.append(Chart(
             name="pareto" if place == 0 else f"pareto{place + 1}", title=f"Accuracy against tokens, {name}",
-            note="Up and to the left is better. Bars: 95 % intervals over problems. Dashed: what is left of the base's "
+            note="Marks as on the first set." if place else
+                 "Up and to the left is better. Bars: 95 % intervals over problems. Dashed: what is left of the base's "
                  f"accuracy where its responses are cut off.{source}",
-            alt=f"Accuracy against mean tokens. {said}", figure=charts.pareto(results, figures),
-            wide=charts.pareto(results, figures, wide=True) if place == 0 else None))
+            alt=f"Accuracy against mean tokens on {name}. {said}",
+            figure=charts.pareto(results, figures, shape="small" if place else "narrow"),
+            wide=None if place else charts.pareto(results, figures, shape="wide")))
     return found
 
 

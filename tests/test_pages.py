@@ -155,7 +155,7 @@ def test_page_loads_nothing_and_runs_nothing(family, run):
         for tag, attributes in page.elements:
             assert "src" not in attributes and not any(name.startswith("on") for name in attributes), tag
             for name in ("href", "xlink:href"):
-                assert attributes.get(name, "#").startswith("#"), (tag, attributes)
+                assert re.match(r"#|[\w.]+/report\.html$", attributes.get(name, "#")), (tag, attributes)
         assert not re.search(r"@import|url\((?!#)|<script|<link|<iframe", text)
         assert "default-src 'none'" in text and "http" not in text.replace("http-equiv", "")
 
@@ -314,6 +314,18 @@ def test_settings_that_differ_come_first(run):
     text = section(run[2], "settings").partition("All settings")[0]
     assert "reward.alpha" in text and "run.steps" in text and "rollout.group_size" not in text
     assert "rollout.group_size" in section(run[2], "settings")
+
+
+def test_family_links_its_members_pages_where_they_are(tmp_path):
+    made_runs.make_family(tmp_path / "family", alphas=(0.0, 0.2), steps=2, problems=9)
+    (tmp_path / "family" / "alpha0.2" / "report.html").write_text("<p>")
+    links = [attributes["href"] for tag, attributes in page_of(tmp_path / "family", None)[1].elements if tag == "a"]
+    assert [link for link in links if not link.startswith("#")] == ["alpha0.2/report.html"]
+    assert "alpha0.2/report.html" not in page_of(tmp_path / "family")[0]        # may lie anywhere
+
+
+def test_minus_signs_are_real_and_intervals_stay_on_one_line():
+    assert pages._minus("-2.0 points [-3.5, -0.1], base-right -1") == "−2.0 points [−3.5,\xa0−0.1], base-right −1"
 
 
 def test_published_figures_stand_beside_the_model_they_are_of(tmp_path):
