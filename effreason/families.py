@@ -13,10 +13,10 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from effreason import blends, graded, loop, pages, provenance, report, runs, statistics
+from effreason import blends, graded, loop, pages, report, runs, statistics
 from effreason.engine import make_learning
 from effreason.errors import Interrupted, UserError
-from effreason.inputs import model_fingerprint
+from effreason.inputs import Inputs, model_fingerprint
 from effreason.lm import hf
 from effreason.records import Outcomes
 from effreason.runtime import processes, sharding
@@ -68,7 +68,7 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str], wei
             message = stop.message if "go on with" in stop.message else f"{stop.message}; go on with: {go_on}"
             raise Interrupted(stop.signum, message if processes.first() else "") from None
     if processes.first():
-        conclude(config, directory, points)
+        conclude(session.config, session.inputs, directory, points)
 
 
 def check(config: Config) -> None:
@@ -181,9 +181,9 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
     return made
 
 
-def conclude(config: Config, directory: Path, points: Sequence[Point]) -> None:
+def conclude(config: Config, inputs: Inputs, directory: Path, points: Sequence[Point]) -> None:
     """family.json, the table, the pictures and the page."""
-    family = as_table(config, directory, points)
+    family = as_table(config, directory, points) | runs.made_with(config, inputs)
     write_json(directory / "family.json", family)
     console = Console()
     report.print_family(console, family)
@@ -195,7 +195,6 @@ def as_table(config: Config, directory: Path, points: Sequence[Point]) -> dict[s
     base = points[0].outcomes
     return {
         "model": config.model.path, "seed": config.run.seed, "steps": config.run.steps, "sets": list(base),
-        "environment": provenance.environment(),
         "points": [{
             "name": point.name, "kind": point.kind, "alpha": point.alpha, "weight": point.weight,
             "directory": point.directory.relative_to(directory).as_posix(), "seconds": point.seconds,

@@ -6,15 +6,16 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from effreason import control, pages, provenance, report, statistics
 from effreason.errors import UserError
-from effreason.exports import card
+from effreason.exports import card, origin
 from effreason.inputs import Inputs
 from effreason.lm import hf
-from effreason.prompts import LeftOut
+from effreason.prompts import LeftOut, evaluation_samples
 from effreason.records import Outcomes
 from effreason.runtime import config as configuration
 from effreason.runtime import processes
@@ -106,6 +107,15 @@ def compare(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes]) -> Re
                    statistics.compare(before[name], after[name])) for name in before}
 
 
+def made_with(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What a result depends on beside its seed, for those who want to get it again."""
+    settings = config.evaluation
+    return {"origin": origin(inputs), "sampling": {
+        "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k, "min_p": settings.min_p,
+        "max_new_tokens": settings.max_new_tokens or config.rollout.max_new_tokens,
+        "samples": evaluation_samples(config)}, "environment": provenance.environment()}
+
+
 def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, wall_seconds: float) -> None:
     """The table, summary.json, pictures and page of a finished run, and the card of its model."""
     base, trained = next(iter(results.values()))[:2] if results else (None, None)
@@ -115,7 +125,7 @@ def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, 
     summary = report.summary(config, results, wall_seconds) if results else None
     console = Console()
     if summary is not None:
-        write_json(directory / "summary.json", summary)
+        write_json(directory / "summary.json", summary | made_with(config, inputs))
         report.print_table(console, summary)
     report.plot(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
     page = pages.write(directory)

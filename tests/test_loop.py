@@ -108,7 +108,9 @@ def test_config_yaml_is_the_resolved_configuration(finished, world):
 
 def test_summary_json_has_exactly_the_promised_shape(finished):
     summary = json.loads((finished.directory / "summary.json").read_text())
-    assert list(summary) == ["alpha", "seed", "base", "trained", "token_ratio", "accuracy_change", "wall_s", "sets"]
+    assert list(summary) == ["alpha", "seed", "base", "trained", "token_ratio", "accuracy_change", "wall_s", "sets",
+                             "origin", "sampling", "environment"]
+    assert summary["origin"]["template"]["sha256"] and summary["sampling"]["max_new_tokens"] == 40
     for name in ("base", "trained"):
         assert list(summary[name]) == ["accuracy", "tokens", "by_level"]
         assert list(summary[name]["by_level"]) == ["easy", "hard"]
