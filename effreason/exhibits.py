@@ -4,6 +4,7 @@ What is shown is chosen by rule, never by hand: typical problems, the largest sa
 got worse. Long thinking is cut in the middle, so that a page stays small.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,8 +155,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         place = 0
         for line in file:
-            try:
-                yield place, json.loads(line)
-            except ValueError:
-                pass
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and row.keys() >= {"step", "uid", "reward"}:
+                    yield place, row
             place += len(line)

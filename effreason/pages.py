@@ -168,7 +168,8 @@ def _environment() -> jinja2.Environment:
     """Escapes everything but our own <svg> elements and style."""
     made = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_harmless)
-    made.filters |= {"svg": plots.inline, "signed": lambda value: f"{value:+.3f}".replace("-", "−"), "minus": _minus}
+    made.filters |= {"svg": lambda figure, name: _harmless(plots.inline(figure, name)), "minus": _minus,
+                     "signed": lambda value: f"{value:+.3f}".replace("-", "−")}
     return made
 
 

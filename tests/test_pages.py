@@ -142,12 +142,13 @@ def test_headline_says_so_where_all_members_lose_accuracy(tmp_path):
 
 @pytest.mark.parametrize(("make", "options"), [(made_runs.make_run, {}), (made_runs.make_family, {"alphas": (0.2,)})])
 def test_hostile_responses_stay_text(tmp_path, make, options):
-    make(tmp_path / "made", **options, steps=4, problems=12, response=HOSTILE, sets=("<b>set</b>&", "$x^2$ {{ y }}"))
+    sets = ("<b>set</b>&\x07", "$x^2$ {{ y }}")
+    make(tmp_path / "made", **options, steps=4, problems=12, response=HOSTILE, sets=sets)
     text, page = page_of(tmp_path / "made")
-    assert not {"script", "img", "b onerror"} & {tag for tag, _ in page.elements}
-    assert "<b>set</b>" not in text and "<b>1</b>" not in text and "49" not in section(text, "prompts").split("{{")[0]
+    assert not {"script", "img"} & {tag for tag, _ in page.elements}
+    assert "<b>set</b>" not in text and "<b>1</b>" not in text
     assert "<script>alert('x')</script></details></pre>" in page.text       # escaped: there to be read
-    assert "{{ 7 * 7 }}" in page.text and "\x00" not in text and "\x1b" not in text
+    assert "{{ 7 * 7 }}" in page.text and not re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]", text)
 
 
 def test_page_loads_nothing_and_runs_nothing(family, run):
