@@ -3,6 +3,7 @@
 The configuration and the files it names are checked before anything that imports jax.
 """
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -33,18 +34,27 @@ commands:
 """
 
 
+# Each is a module of this package with a function run(argv, prog), imported when it is asked for: some bring in jax.
+MODULES = {"grade": "verdicts", "generate": "completions", "replay": "replays", "preview": "previews",
+           "blend": "blends", "report": "pages", "plan": "planning.commands"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns: the exit code."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "evaluate": evaluate, "grade": grade, "generate": generate, "replay": replay,
-                "preview": preview, "blend": blend, "report": report, "plan": plan}
+    prog = f"effreason {command}"
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if command not in commands:
-        print(f"error: the command must be one of {', '.join(commands)}, got {command}", file=sys.stderr)
+    if command == "train":
+        return train(rest, prog)
+    if command == "evaluate":
+        return evaluate(rest, prog)
+    if command not in MODULES:
+        print(f"error: the command must be one of train, evaluate, {', '.join(MODULES)}, got {command}",
+              file=sys.stderr)
         return 2
-    return commands[command](rest, f"effreason {command}")
+    return _guarded(lambda: importlib.import_module(f"effreason.{MODULES[command]}").run(rest, prog))
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
@@ -55,83 +65,6 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 def evaluate(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
     """Evaluates. Returns: the exit code."""
     return _guarded(lambda: _evaluate(argv, prog))
-
-
-def grade(argv: Sequence[str] | None = None, prog: str = "effreason grade") -> int:
-    """Grades a file of responses. Returns: the exit code."""
-    return _guarded(lambda: _grade(argv, prog))
-
-
-def generate(argv: Sequence[str] | None = None, prog: str = "effreason generate") -> int:
-    """Generates responses to prompts. Returns: the exit code."""
-    return _guarded(lambda: _generate(argv, prog))
-
-
-def replay(argv: Sequence[str] | None = None, prog: str = "effreason replay") -> int:
-    """Generates one response of a run again. Returns: the exit code."""
-    return _guarded(lambda: _replay(argv, prog))
-
-
-def preview(argv: Sequence[str] | None = None, prog: str = "effreason preview") -> int:
-    """Shows what rewards and advantages make of saved responses. Returns: the exit code."""
-    return _guarded(lambda: _preview(argv, prog))
-
-
-def blend(argv: Sequence[str] | None = None, prog: str = "effreason blend") -> int:
-    """Writes a model between two others. Returns: the exit code."""
-    return _guarded(lambda: _blend(argv, prog))
-
-
-def report(argv: Sequence[str] | None = None, prog: str = "effreason report") -> int:
-    """Writes the page of a run or family. Returns: the exit code."""
-    return _guarded(lambda: _report(argv, prog))
-
-
-def plan(argv: Sequence[str] | None = None, prog: str = "effreason plan") -> int:
-    """Says what a run needs on a machine. Returns: the exit code; SystemExit(1) where it does not fit."""
-    return _guarded(lambda: _plan(argv, prog))
-
-
-def _plan(argv: Sequence[str] | None, prog: str) -> None:
-    from effreason.planning import commands
-
-    commands.run(argv, prog)
-
-
-def _grade(argv: Sequence[str] | None, prog: str) -> None:
-    from effreason import verdicts
-
-    verdicts.run(sys.argv[1:] if argv is None else argv, prog)
-
-
-def _generate(argv: Sequence[str] | None, prog: str) -> None:
-    from effreason import completions
-
-    completions.run(sys.argv[1:] if argv is None else argv, prog)
-
-
-def _replay(argv: Sequence[str] | None, prog: str) -> None:
-    from effreason import replays
-
-    replays.run(sys.argv[1:] if argv is None else argv, prog)
-
-
-def _preview(argv: Sequence[str] | None, prog: str) -> None:
-    from effreason import previews
-
-    previews.run(sys.argv[1:] if argv is None else argv, prog)
-
-
-def _blend(argv: Sequence[str] | None, prog: str) -> None:
-    from effreason import blends
-
-    blends.run(sys.argv[1:] if argv is None else argv, prog)
-
-
-def _report(argv: Sequence[str] | None, prog: str) -> None:
-    from effreason import pages
-
-    pages.run(sys.argv[1:] if argv is None else argv, prog)
 
 
 def _train(argv: Sequence[str] | None, prog: str) -> int:

@@ -170,6 +170,17 @@ def test_commands(capsys):
         "plan, got trian\n")
 
 
+@pytest.mark.parametrize("command", cli.MODULES)
+def test_every_smaller_command_has_a_help_of_80_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(f"usage: effreason {command} ")
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert f"\n  {command} " in cli.USAGE
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_help_names_every_field_and_fits_80_columns(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
