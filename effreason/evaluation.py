@@ -306,8 +306,8 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
     Args: directory, where what is sampled is kept, None = nowhere."""
     pretrained, template = opened.pretrained, opened.template
     sets, notes = prompts.load_held_out(config, pretrained.tokenizer, template, functools.partial(unmatched, grader))
-    processes.check_same({f"the problems of {name}": prompts.fingerprint(problems)[:12]
-                          for name, problems in sets.items()})
+    processes.check_same({"the problems of evaluation.path": " ".join(
+        prompts.fingerprint(problems)[:12] for problems in sets.values())})
     rendered = templates.display(templates.render(pretrained.tokenizer, template, next(iter(sets.values()))[0].text))
     dated = [template.note] if template.note else []
     sampler_note = memory.describe(config, pretrained.decoder, mesh, memory.EVALUATION)
