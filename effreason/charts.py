@@ -122,8 +122,9 @@ def budgets(results: Results) -> Figure:
     first = min((budget for course in courses for budget, accuracy in course if accuracy > 0.01), default=1)
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(first, longest) / 1.4, longest)
-    axes.set_ylim(-0.01, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    top = min(1.02, 1.15 * max(accuracy for course in courses for _, accuracy in course) + 0.01)
+    axes.set_ylim(-0.01 * top, top)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top > 0.05 else 1))
     axes.xaxis.set_major_formatter(FuncFormatter(grouped))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=SMALL)
@@ -150,7 +151,8 @@ def _bars(measured: Measured) -> Figure:
         axes.text(0, place - 0.34, _short(name), fontsize=SMALL + 0.5, fontweight="bold", color=INK,
                   va="center_baseline", parse_math=False)
         low, high = each.saving_interval
-        note = f"{-each.saving:+.0%} [{100 * low:.0f}, {100 * high:.0f}]".replace("-", "−", 1)
+        interval = f" [{100 * low:.0f}, {100 * high:.0f}]" if each.problems > 1 else ""
+        note = f"{-each.saving:+.0%}{interval}".replace("-", "−", 1)
         for bottom, tokens, color, text in ((-0.2, each.tokens_base, BEFORE, ""), (0.08, each.tokens, AFTER, note)):
             axes.barh(place + bottom, tokens, 0.26, align="edge", color=color)
             number = axes.annotate(grouped(tokens), (tokens, place + bottom + 0.13), (5, 0),
@@ -204,20 +206,20 @@ def _short(name: str) -> str:
 
 def lengths(drawn: Sequence[tuple[str, str, np.ndarray]]) -> Figure:
     """How long responses are: a histogram for each model on one scale. Args: name, colour, int[n] tokens of each."""
-    height = 0.45 + 0.62 * len(drawn)
+    height = 0.55 + 0.68 * len(drawn)
     figure = new_figure((NARROW[0], height))
     every = np.concatenate([tokens for _, _, tokens in drawn])
     low, high = max(float(every.min()), 1.0), float(every.max())
     spread = high / max(float(np.median(every)), 1.0) > 12      # a long tail would leave the rest a single bar
     edges = np.geomspace(low, high + 1, 49) if spread else np.linspace(0.0, high + 1, 49)
-    grid = figure.add_gridspec(len(drawn), 1, left=0.03, right=0.97, bottom=0.4 / height, top=1 - 0.05 / height,
+    grid = figure.add_gridspec(len(drawn), 1, left=0.03, right=0.97, bottom=0.5 / height, top=1 - 0.05 / height,
                                hspace=0.12)
     shares = [np.histogram(tokens, edges)[0] / len(tokens) for _, _, tokens in drawn]
     for place, ((name, color, tokens), share) in enumerate(zip(drawn, shares, strict=True)):
         axes = figure.add_subplot(grid[place])
         axes.stairs(share, edges, fill=True, color=color, alpha=0.85)
-        axes.axvline(float(np.median(tokens)), color=INK, linewidth=1.0, linestyle=(0, (2, 2)))
-        axes.set_ylim(0, 1.05 * max(each.max() for each in shares))
+        axes.axvline(float(np.median(tokens)), ymax=0.67, color=INK, linewidth=1.0, linestyle=(0, (2, 2)))
+        axes.set_ylim(0, 1.5 * share.max())                 # the upper third is for the name
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xscale("log" if spread else "linear")
         axes.annotate(f"{name}, median {grouped(float(np.median(tokens)))}", (1, 1), (-2, -3), va="top", ha="right",

@@ -105,6 +105,8 @@ def _chosen(pairs: Sequence[tuple[Row, Row]]) -> dict[int, str]:
             chosen[left[min(place, len(left) - 1)][0]["uid"]] = why
 
     right = [pair for pair in pairs if pair[0]["correct"] and pair[1]["correct"]]
+    if not right:
+        take(pairs, "the median saving; none is right before and after", (len(pairs) - 1) // 2)
     levels = ordered({pair[0]["level"] for pair in right})
     for level in [levels[0], levels[len(levels) // 2], levels[-1]] if len(levels) > 3 else levels:
         of_level = [pair for pair in right if pair[0]["level"] == level]

@@ -178,6 +178,6 @@ def _harmless(value: Any) -> Any:
 
 
 def _minus(text: str) -> str:
-    """Numbers with a real minus sign, intervals on one line. Args: text, of our own making."""
-    text = re.sub(r"(\[[^],]*,) ", "\\1\N{NO-BREAK SPACE}", text)
+    """Numbers with a real minus sign, intervals and "held-out" on one line. Args: text, of our own making."""
+    text = re.sub(r"(\[[^],]*,) ", "\\1\N{NO-BREAK SPACE}", text).replace("held-out", "held\N{NON-BREAKING HYPHEN}out")
     return re.sub(r"(^|[\s[])-", r"\1−", text)

@@ -175,7 +175,8 @@ def difficulties(findings: Findings, result: tuple[Point, Measured]) -> Table:
         caption=f"{findings.sets[0]} by difficulty: {result[0].label} against the base",
         head=("difficulty", "problems", "tokens before", "tokens after", "saved", "accuracy before", "accuracy after"),
         rows=tuple(((name, ""), (f"{each.problems:,}", ""), (report.count(each.tokens_base), ""),
-                    (report.count(each.tokens), ""), (_percent(each.saving), _span(each.saving_interval, _share)),
+                    (report.count(each.tokens), ""),
+                    (_percent(each.saving), _span(each.saving_interval, _share) if each.problems > 1 else ""),
                     (_percent(each.accuracy_base), ""), (_percent(each.accuracy), ""))
                    for name, each in by_difficulty.items()))
 

@@ -97,7 +97,7 @@ def test_run_page_has_every_section_and_compares_start_middle_and_end(run):
 def test_numbers_of_the_page_are_those_of_summary_json(run):
     directory, _, text, page = run
     summary = json.loads((directory / "summary.json").read_text())
-    heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("−", "-").replace("\xa0", " ")
+    heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("−", "-").replace("\xa0", " ").replace("\u2011", "-")
     comparison = summary["sets"]["tiny"]["comparison"]
     low, high = (100 * (1 - ratio) for ratio in reversed(comparison["token_ratio_interval"]))
     assert heading.startswith(f"{100 * (1 - summary['token_ratio']):.1f} % fewer tokens [{low:.1f}, {high:.1f}]")
@@ -209,6 +209,8 @@ def test_prompts_are_the_typical_the_best_and_the_worse_each_once():
         "problem 9": "got better: wrong before, right after, as 1 of 10 did",
         "problem 8": "got worse: right before, wrong after, as 1 of 10 did"}
     assert [response.saved for response in found[0].responses] == [0, 30]
+    wrong = [graded_row(uid, 100 - 10 * uid, False) for uid in range(3)]
+    assert exhibits.prompts([("before", before[:3]), ("after", wrong)])[0].problem == "problem 1"
     assert exhibits.prompts([]) == [] and exhibits.prompts([("a", before[:1]), ("b", after[1:2])]) == []
 
 
@@ -230,7 +232,7 @@ def test_unfinished_run_has_its_curves_and_says_what_is_missing(tmp_path):
     lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     (directory / "metrics.jsonl").write_text("".join(lines[:12]) + lines[12][:40])
     text, page = page_of(directory)
-    assert "Not finished: 12 of 20 steps" in text and "Not evaluated on held-out problems yet" in text
+    assert "Not finished: 12 of 20 steps" in text and "Not evaluated on held\u2011out problems yet" in text
     assert "training-tokens" in text and "Length-pressure meter" in text
     assert section(text, "prompts").count("<article") > 2                   # step 0 and the one in the middle
     for name in ("tradeoff", "where", "generalisation", "groups"):
@@ -248,7 +250,7 @@ def test_run_of_an_earlier_version_has_a_headline_without_intervals(tmp_path):
             for row in made_runs.metrics_rows(6, 0.2)]
     made_runs.write_rows(directory / "metrics.jsonl", rows)
     text, _ = page_of(directory)
-    assert re.search(r"<h1>\d+\.\d % fewer tokens, accuracy .* points on held-out problems, alpha 0.2</h1>", text)
+    assert re.search(r"<h1>\d+\.\d % fewer tokens, accuracy .* points on held.out problems, alpha 0.2</h1>", text)
     assert "measured by an earlier version" in text and "metrics.jsonl holds no pressure" in text
 
 
@@ -327,6 +329,7 @@ def test_family_links_its_members_pages_where_they_are(tmp_path):
 
 def test_minus_signs_are_real_and_intervals_stay_on_one_line():
     assert pages._minus("-2.0 points [-3.5, -0.1], base-right -1") == "−2.0 points [−3.5,\xa0−0.1], base-right −1"
+    assert pages._minus("held-out") == "held\u2011out"
 
 
 def test_published_figures_stand_beside_the_model_they_are_of(tmp_path):
