@@ -88,7 +88,7 @@ def _content(found: Findings) -> dict[str, Any]:
         "mark": MARK, "style": (TEMPLATES / "page.css").read_text(encoding="utf-8"),
         "title": found.title, "family": found.family, "version": __version__, "charts": charts,
         "headline": sections.headline(found),
-        "points": [sections.points(found, name) for name in found.sets if found.on(name)],
+        "points": [(name, sections.points(found, name)) for name in found.sets if found.on(name)],
         "difficulties": sections.difficulties(found, best) if best else None,
         "generalisation": sections.generalisation(found), "sets": found.sets,
         "prompts": _prompts(found), "chosen": chosen.name if chosen and found.family else "",
