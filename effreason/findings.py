@@ -149,12 +149,20 @@ def _run(directory: Path) -> Run:
                    if path.is_dir() and path.name.removeprefix("step").isdecimal()}
     environment = directory / "environment.json"
     return Run(
-        name="trained", kind=MEMBER, directory=directory, alpha=settings.get("reward.alpha"),
+        name="trained", kind=MEMBER, directory=directory, alpha=_alpha(settings),
         # A row with rollouts was followed by its update.
         steps=max((row["step"] + ("rollout/tokens" in row) for row in metrics), default=0), metrics=metrics,
         summary=_json(summary) if summary.exists() else None, settings=settings,
         environment=_json(environment) if environment.exists() else {},
         evaluations=dict(sorted(evaluations.items())))
+
+
+def _alpha(settings: Mapping[str, Any]) -> float | None:
+    """The one alpha that a run is known by; None where it moves, or the run has another objective or reward."""
+    others = {"update.objective": "policy_gradient", "reward.form": "efficient", "reward.target_tokens": None,
+              "reward.max_accuracy_drop": None}
+    is_fixed = all(settings.get(field, usual) == usual for field, usual in others.items())
+    return settings.get("reward.alpha") if is_fixed else None
 
 
 def _inside(directory: Path, named: str | None) -> Path | None:

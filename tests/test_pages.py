@@ -319,6 +319,15 @@ def test_settings_that_differ_come_first(run):
     assert "rollout.group_size" in section(run[2], "settings")
 
 
+@pytest.mark.parametrize("objective", ["policy_gradient", "dpo"])
+def test_only_a_run_with_one_alpha_is_known_by_it(tmp_path, objective):
+    made_runs.make_run(tmp_path / "run", steps=2, problems=9, objective=objective)
+    text, page = page_of(tmp_path / "run")
+    heading = re.search(r"<h1>(.*?)</h1>", text)[1]
+    assert heading.endswith("alpha 0.2" if objective == "policy_gradient" else "of tiny")
+    assert ("α 0.2" in page.text) == (objective == "policy_gradient")
+
+
 def test_family_links_its_members_pages_where_they_are(tmp_path):
     made_runs.make_family(tmp_path / "family", alphas=(0.0, 0.2), steps=2, problems=9)
     (tmp_path / "family" / "alpha0.2" / "report.html").write_text("<p>")
