@@ -26,7 +26,7 @@ from effreason.runtime.progress import say
 from effreason.sessions import Session, longest_prompt, open_session
 
 BASE = "base"                       # the directory of the model before training
-BASELINES = {"sft_shortest": "SFT on the shortest", "dpo": "DPO, shortest over longest"}
+BASELINES = {"sft_shortest": "SFT, shortest", "dpo": "DPO"}
 # Shares of the family's learning rate. DPO wants a lower one wherever it is used: at the same one it forgets how to
 # answer (docs/families.md).
 LEARNING_RATES = {"sft_shortest": 1.0, "dpo": 0.1}

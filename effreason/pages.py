@@ -12,18 +12,19 @@ from urllib.parse import quote
 
 import jinja2
 
-from effreason import __version__, exhibits, findings, plots, sections
+from effreason import __version__
 from effreason.errors import UserError
-from effreason.exhibits import Prompt
-from effreason.findings import BASE, BASELINE, MEMBER, Findings, Run
+from effreason.reporting import exhibits, findings, plots, sections
+from effreason.reporting.exhibits import Prompt
+from effreason.reporting.findings import BASE, BASELINE, MEMBER, Findings, Run
+from effreason.reporting.sections import Chart
 from effreason.runtime.arguments import Parser
 from effreason.runtime.config import Config
 from effreason.runtime.metrics import disk
 from effreason.runtime.settings import meanings, written
-from effreason.sections import Chart
 
 MARK = '<meta name="generator" content="effreason report">'     # of a page that may be written over
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 COLUMNS = 3                         # models or times that answer a prompt side by side
 # A control character is shown as the picture of itself; a lone surrogate is no character.
 HARMLESS: dict[int, int | str] = {

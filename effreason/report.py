@@ -9,12 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from effreason.plots import overview as plot
 from effreason.runtime.config import Config
 from effreason.runtime.progress import duration
 from effreason.statistics import Comparison, Interval, Summary, comparison_from_table
 
-__all__ = ["plot"]
 KNOWN_LEVELS = ("easy", "medium", "hard")
 
 Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: before, after, and compared

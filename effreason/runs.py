@@ -17,6 +17,7 @@ from effreason.inputs import Inputs
 from effreason.lm import hf
 from effreason.prompts import LeftOut, evaluation_samples
 from effreason.records import Outcomes
+from effreason.reporting import plots
 from effreason.runtime import config as configuration
 from effreason.runtime import processes
 from effreason.runtime.config import Config
@@ -127,7 +128,7 @@ def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, 
     if summary is not None:
         write_json(directory / "summary.json", summary | made_with(config, inputs))
         report.print_table(console, summary)
-    report.plot(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
+    plots.overview(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
     page = pages.write(directory)
     console.print(f"the trained model: {directory / 'model'}", soft_wrap=True)
     console.print(f"the report: {page}", soft_wrap=True)

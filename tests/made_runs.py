@@ -134,8 +134,8 @@ def make_family(directory, *, alphas=(0.0, 0.05, 0.1, 0.2, 0.4), sets=("tiny", "
                            response=response, model=model)
         points.append(_point(f"α = {alpha:g}", "member", {name: each[1:] for name, each in results.items()},
                              alpha=alpha, directory=f"alpha{alpha:g}", seconds=170.0 + 100 * alpha))
-    for name, objective, alpha in (("SFT on the shortest", "sft_shortest", 0.03),
-                                   ("DPO, shortest over longest", "dpo", 0.05)):
+    for name, objective, alpha in (("SFT, shortest", "sft_shortest", 0.03),
+                                   ("DPO", "dpo", 0.05)):
         results = make_run(directory / objective, alpha=alpha, sets=sets, problems=problems, steps=steps,
                            model=model, objective=objective)
         points.append(_point(name, "baseline", {name: each[1:] for name, each in results.items()},

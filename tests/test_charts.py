@@ -8,8 +8,8 @@ import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 
-from effreason import charts, courses, findings, labels, plots
-from effreason.findings import BASE, MEMBER
+from effreason.reporting import charts, courses, findings, labels, plots
+from effreason.reporting.findings import BASE, MEMBER
 
 
 @pytest.fixture(scope="module")

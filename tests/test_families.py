@@ -15,7 +15,7 @@ from effreason.runtime.progress import Progress
 
 ALPHAS, BASELINES, WEIGHTS = [0.0, 0.3], ["sft_shortest", "dpo"], [0.5]
 CHANGES = {"run.steps": 3, "kl.form": "reward", "kl.coefficient": 0.01}
-NAMES = ["base", "α = 0", "α = 0.3", "SFT on the shortest", "DPO, shortest over longest", "blend 0.5"]
+NAMES = ["base", "α = 0", "α = 0.3", "SFT, shortest", "DPO", "blend 0.5"]
 
 
 @pytest.fixture(scope="module")

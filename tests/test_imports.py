@@ -21,8 +21,6 @@ ORDER = [
     ["runtime.meetings"],
     ["records", "masks", "tiny", "grading"],
     ["runtime.sharding", "runtime.metrics", "runtime.progress", "statistics"],
-    ["labels", "plots", "published", "findings"],
-    ["charts", "courses"],
     ["lm.kernels"],
     ["lm.attention"],
     ["lm.causal"],
@@ -39,7 +37,7 @@ ORDER = [
     ["inputs", "graded", "journals", "provenance"],
     ["scores", "previews"],
     ["evaluation", "report", "runtime.plan", "outputs"],
-    ["exhibits", "sections"],
+    ["reporting"],
     ["pages"],
     ["completions"],
     ["exports"],
@@ -50,7 +48,8 @@ ORDER = [
     ["tiny.build"],                 # pretrains the tiny reasoner with the pieces of the trainer
     ["cli"],
 ]
-PACKAGES = ["", "runtime", "lm", "sampling", "tiny", "problems"]  # their __init__ imports nothing, brings in no other
+# Their __init__ imports nothing and brings in no other module.
+PACKAGES = ["", "runtime", "lm", "sampling", "tiny", "problems", "reporting"]
 STAGES = {"prompts", "rollouts", "grades", "rewards", "advantages", "update", "checkpoints"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path

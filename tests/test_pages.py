@@ -8,8 +8,9 @@ import time
 import made_runs
 import pytest
 
-from effreason import exhibits, findings, pages, published, sections
+from effreason import pages
 from effreason.errors import UserError
+from effreason.reporting import exhibits, findings, published, sections
 
 HOSTILE = ("<script>alert('x')</script></details></pre><img src=http://evil.example/x onerror=alert(1)>"
            "{{ 7 * 7 }}</style>\x00\x1b[31m\u202e\ud800 & \"quoted\"</think>\\boxed{<b>1</b>}")
@@ -113,7 +114,7 @@ def test_numbers_of_the_page_are_those_of_summary_json(run):
 def test_family_table_has_every_point_of_every_set(family):
     _, table, text, page = family
     rows = re.findall(r'<th scope="row">(.*?)</th>', section(text, "tradeoff"))
-    names = ["base", "α 0", "α 0.1", "α 0.4", "SFT on the shortest", "DPO, shortest over longest", "blend 0.25",
+    names = ["base", "α 0", "α 0.1", "α 0.4", "SFT, shortest", "DPO", "blend 0.25",
              "blend 0.5", "blend 0.75"]
     assert [row.partition(" <small>")[0] for row in rows] == 2 * names
     summary = table["points"][2]["sets"]["tiny_long"]["summary"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from effreason import plots
 from effreason.errors import UserError
+from effreason.reporting import plots
 
 SUMMARY = {"alpha": 0.2, "seed": 7, "token_ratio": 0.275, "accuracy_change": 0.049, "wall_s": 301.5,
            "base": {"accuracy": 0.902, "tokens": 110.0, "by_level": {
@@ -66,7 +66,7 @@ def test_plot_that_cannot_be_written_is_a_clear_error(tmp_path):
 
 
 def test_plot_leaves_the_global_state_of_matplotlib_alone(tmp_path):
-    code = ("import sys, matplotlib; from pathlib import Path; from effreason import plots;"
+    code = ("import sys, matplotlib; from pathlib import Path; from effreason.reporting import plots;"
             "before = dict(matplotlib.rcParams); plots.overview([], None, Path(sys.argv[1]));"
             "from matplotlib import pyplot; print(pyplot.get_fignums(), before == dict(matplotlib.rcParams))")
     assert run(code, str(tmp_path / "report.png")) == "[] True\n"

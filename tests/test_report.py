@@ -146,7 +146,7 @@ def test_family_table_fits_80_columns_and_has_every_point_of_every_set(tmp_path)
     family = made_runs.make_family(tmp_path / "family", alphas=(0.0, 0.2), steps=4, problems=30)
     text = printed_family(json.loads(json.dumps(family)))
     assert max(map(len, text.splitlines())) <= 80
-    for name in ("α = 0 ", "α = 0.2", "blend 0.25", "SFT on the"):
+    for name in ("α = 0 ", "α = 0.2", "blend 0.25", "SFT, shortest"):
         assert text.count(f"\n {name}") + text.count(f"\n{name}") == 2, name      # on both sets
     comparison = statistics.comparison_from_table(family["points"][2]["sets"]["tiny"]["comparison"])
     assert report.saved(comparison) in text and report.change(comparison) in text
@@ -157,12 +157,12 @@ def test_family_table_takes_the_widest_numbers(tmp_path):
     longer = measured(outcomes(0.6, 100_000.0), outcomes(0.3, 112_000.0))
     table = {"sets": ["tiny"], "points": [
         {"name": "base", "sets": {"tiny": {"summary": dataclasses.asdict(longer[0]), "comparison": None}}},
-        {"name": "DPO, shortest over longest", "sets": {"tiny": {"summary": dataclasses.asdict(longer[1]),
-                                                                 "comparison": dataclasses.asdict(longer[2])}}}]}
+        {"name": "A rather long name", "sets": {"tiny": {"summary": dataclasses.asdict(longer[1]),
+                                                         "comparison": dataclasses.asdict(longer[2])}}}]}
     text = printed_family(table)
     assert max(map(len, text.splitlines())) <= 80 and "112,000" in text
     assert report.change(longer[2]) in text and report.saved(longer[2]) in text
-    assert re.sub(r"\s", "", "".join(line[:10] for line in text.splitlines()[5:])) == "DPO,shortestoverlongest"
+    assert re.sub(r"\s", "", "".join(line[:10] for line in text.splitlines()[5:])) == "Aratherlongname"
 
 
 def test_counts_have_a_decimal_where_it_could_be_seen():

@@ -11,10 +11,10 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from effreason.findings import BASE, BASELINE, BLEND, MEMBER, Measured, Point
-from effreason.labels import NUMBER, SMALL, Named, name_ends, name_points
-from effreason.plots import AFTER, BEFORE, CURVE, INK, NARROW, QUIET, clean, grouped, new_figure
-from effreason.published import Figure as Published
+from effreason.reporting.findings import BASE, BASELINE, BLEND, MEMBER, Measured, Point
+from effreason.reporting.labels import NUMBER, SMALL, Named, name_ends, name_points
+from effreason.reporting.plots import AFTER, BEFORE, CURVE, INK, NARROW, QUIET, clean, grouped, new_figure
+from effreason.reporting.published import Figure as Published
 
 # Inches, where the axes are in them, and the columns of the legend.
 SHAPES = {"narrow": ((NARROW[0], 4.6), (0.15, 0.115, 0.835, 0.685), 2),

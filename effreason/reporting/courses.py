@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from effreason.labels import SMALL, name_ends
-from effreason.plots import AFTER, CURVE, NARROW, QUIET, clean, grouped, new_figure, smooth, thinned
+from effreason.reporting.labels import SMALL, name_ends
+from effreason.reporting.plots import AFTER, CURVE, NARROW, QUIET, clean, grouped, new_figure, smooth, thinned
 
 PARTS = {"accuracy": "#009E73", "length": AFTER, "kl": "#E69F00", "normalisation": "#CC79A7"}
 PART_NAMES = {"accuracy": "accuracy", "length": "length", "kl": "KL", "normalisation": "normalisation"}

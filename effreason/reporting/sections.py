@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from effreason import charts, courses, graded, published, report
-from effreason.findings import BASE, BASELINE, BLEND, MEMBER, Findings, Measured, Point, Run
-from effreason.plots import AFTER, BEFORE
+from effreason import graded, report
+from effreason.reporting import charts, courses, published
+from effreason.reporting.findings import BASE, BASELINE, BLEND, MEMBER, Findings, Measured, Point, Run
+from effreason.reporting.plots import AFTER, BEFORE
 from effreason.runtime.progress import duration
 from effreason.statistics import Difficulty, Interval
 
