@@ -64,19 +64,29 @@ class Checkpoints:
         """The steps of all checkpoints, the newest last."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved with the state of a step and is no array. Raises: UserError for a damaged checkpoint."""
+        try:
+            with _quiet():
+                facts = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            if not facts:
+                raise ValueError("it holds no facts beside the state")
+            return dict(facts)
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be read "
+                            f"({_reason(error)})") from error
+
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """A state, put onto its shardings, and the facts saved with it.
 
         Args: abstract_state, ShapeDtypeStructs with shardings; step, of which checkpoint, None = the newest.
         Raises: UserError for a checkpoint that does not fit."""
         step = self.latest if step is None else step
+        assert step is not None, "there is a checkpoint"
         try:
             with _quiet():
                 loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
-                facts = self._checkpointer.checkpointables_metadata(step).custom_metadata
-            if not facts:
-                raise ValueError("it holds no facts beside the state")
-            return loaded["state"], facts
+            return loaded["state"], self.facts(step)
         except (ValueError, KeyError, OSError) as error:
             path = self._directory / str(step)
             raise UserError(f"{path}: the checkpoint cannot be read ({_reason(error)})") from error

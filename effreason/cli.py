@@ -178,7 +178,9 @@ def check_evaluation(config: Config, models: Sequence[str], seeds: Sequence[int]
         if not 0 <= seed < 2**31:
             raise UserError(f"seeds must be in [0, 2147483647], got {seed}")
     for path in models:
-        check_model(path, "models")
+        at = Path(path)
+        if at.parent.name != "checkpoints" or not (at.parents[1] / "config.yaml").is_file() or not at.is_dir():
+            check_model(path, "models")         # else a run's checkpoint, which is looked into later
     if config.evaluation.problems == 0:
         raise UserError("evaluation.problems must be >= 1 to evaluate, got 0")
     _check_data(config, "evaluation.path", config.evaluation.path, held_out=True)

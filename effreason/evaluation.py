@@ -14,12 +14,12 @@ from rich.console import Console
 
 from effreason import graded, journals, prompts, provenance, scores
 from effreason.attempts import Watch, attempt, unmatched
-from effreason.engine import check_model, make_sampler
+from effreason.candidates import Candidate, check_alike, open_candidate, revised, trained_on
+from effreason.engine import make_sampler
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grader
-from effreason.inputs import model_fingerprint
-from effreason.lm import hf, hub, model
-from effreason.problems import sources, templates
+from effreason.lm import hf, model
+from effreason.problems import templates
 from effreason.records import Outcomes, Problem
 from effreason.rollouts import Sampler, step_key
 from effreason.runtime import config as configuration
@@ -170,61 +170,6 @@ def make_grader(config: Config) -> Grader:
                   function=limits.function)
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A model to evaluate, but its weights, and the prompts it will read."""
-
-    pretrained: hf.Pretrained
-    template: templates.Template
-
-
-def open_model(config: Config, path: str, revision: str | None, mesh: jax.sharding.Mesh) -> Opened:
-    """Opens a model and checks it. Raises: UserError."""
-    pretrained = hf.open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
-    check_model(pretrained, config, mesh)
-    template = templates.choose(pretrained.tokenizer, config.data)
-    check_template(pretrained, template, config)
-    return Opened(pretrained, template)
-
-
-def revised(config: Config, models: Sequence[str]) -> str | None:
-    """The model that model.revision is of: model.path where it is among the models, else the one on the Hub.
-
-    Raises: UserError where that leaves a choice."""
-    if config.model.revision is None or config.model.path in models:
-        return config.model.path
-    on_hub = [path for path in models if path != "tiny" and hub.standing(Path(path)) is None]
-    if len(on_hub) != 1:
-        raise UserError(f"model.revision is for one model on the Hub, got {config.model.revision} and {len(on_hub)} "
-                        "of them in models; name it in model.path too")
-    return on_hub[0]
-
-
-def check_template(pretrained: hf.Pretrained, template: templates.Template, config: Config) -> None:
-    """Raises UserError where a model was trained on other prompts than it would be evaluated on."""
-    path = pretrained.directory / hf.FACTS_FILE
-    if config.evaluation.any_template or not path.exists():
-        return
-    trained = hf.read_json(path).get("template")
-    if not isinstance(trained, dict):
-        raise UserError(f"{path}: has no table template; is it what effreason wrote?")
-    if trained.get("sha256") != template.sha256:
-        raise UserError(
-            f"{pretrained.name}: was trained with the template {trained.get('name')} and the user prompt "
-            f"{trained.get('user_prompt')!r}, the evaluation has {template.name} and {template.user_prompt!r}; set "
-            "data.template and data.user_prompt as in its training, or evaluation.any_template true")
-
-
-def check_alike(opened: Sequence[Opened], config: Config) -> None:
-    """Raises UserError where models would be compared on different prompts."""
-    first, *others = opened
-    for other in [] if config.evaluation.any_template else others:
-        if other.template.sha256 != first.template.sha256:
-            raise UserError(f"{first.pretrained.name} and {other.pretrained.name} have different chat templates, and "
-                            "would be compared on different prompts; name one with data.template, or set "
-                            "evaluation.any_template true")
-
-
 def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
                     seeds: Sequence[int] | None = None) -> None:
     """Evaluates models on each set with each seed; prints tables, and keeps all of it in a directory where asked.
@@ -238,10 +183,10 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     of_revision = revised(config, models)
-    opened = {path: open_model(config, path, config.model.revision if path == of_revision else None, mesh)
+    opened = {path: open_candidate(config, path, config.model.revision if path == of_revision else None, mesh)
               for path in models}
     check_alike(list(opened.values()), config)
-    processes.check_same({f"the model {path}": model_fingerprint(each.pretrained) for path, each in opened.items()} | {
+    processes.check_same({f"the model {path}": each.fingerprint for path, each in opened.items()} | {
         f"the template of {path}": each.template.sha256[:12] for path, each in opened.items()})
     if output is not None:
         processes.decided("output", lambda: _make(output))
@@ -299,7 +244,7 @@ class _Reporter:
             yield watch
 
 
-def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grader: Grader, seeds: Sequence[int],
+def evaluate_model(config: Config, opened: Candidate, mesh: jax.sharding.Mesh, grader: Grader, seeds: Sequence[int],
                    reporter: _Reporter, directory: Path | None) -> list[scores.Score]:
     """Evaluates one model on each set with each seed; its weights are given up again when this returns.
 
@@ -313,25 +258,17 @@ def evaluate_model(config: Config, opened: Opened, mesh: jax.sharding.Mesh, grad
     sampler_note = memory.describe(config, pretrained.decoder, mesh, memory.EVALUATION)
     for note in [*dated, *notes, sampler_note, f"the first prompt, by the template {template.name}:\n{rendered}"]:
         reporter.tell(note)
-    # Only where something is left to sample.
-    params = functools.cache(lambda: hf.load_weights(
-        pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder))))
-    sampler, weights = make_sampler(config, pretrained.decoder, mesh, memory.EVALUATION), model_fingerprint(pretrained)
+    sampler = make_sampler(config, pretrained.decoder, mesh, memory.EVALUATION)
+    params = functools.cache(opened.load)       # only where something is left to sample
     found = []
     for seed in seeds:
         measure = make_measure(config, pretrained, template, sampler, sets, grader, seed=seed)
-        row = pretrained.name if len(seeds) == 1 else f"{pretrained.name} (seed {seed})"
+        row = opened.name if len(seeds) == 1 else f"{opened.name} (seed {seed})"
         for name, problems in sets.items():
             with reporter.watching(f"{row}, {name}") as watch:
-                outcomes = measure(name, params, watch, weights=weights,
+                outcomes = measure(name, params, watch, weights=opened.fingerprint,
                                    directory=directory and directory / f"seed{seed}")
-            found.append(scores.score(row, name, outcomes, make_facts(config, template, name, problems, seed, weights)))
+            facts = make_facts(config, template, name, problems, seed, opened.fingerprint)
+            found.append(scores.score(row, name, outcomes, facts))
             say(scores.line(found[-1]) + ("" if reporter.sampled else "; read"), reporter.console)
     return found
-
-
-def trained_on(config: Config, opened: Opened) -> list[str]:
-    """The names of the sets that a model was trained on: what an exported one says itself, else those of data.path."""
-    path = opened.pretrained.directory / hf.FACTS_FILE
-    names = hf.read_json(path).get("data") if path.exists() else None
-    return names if isinstance(names, list) else [spec.name for spec in sources.parse(config.data.path, "data.path")]

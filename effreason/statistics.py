@@ -101,7 +101,7 @@ def summarize(outcomes: Outcomes, *, seed: int = 0) -> Summary:
     after = (lengths - sorted_ones.stated)[~np.isnan(sorted_ones.stated)]
     return Summary(
         problems=correct.shape[0], samples=correct.shape[1],
-        accuracy=float(accuracy.mean()), accuracy_interval=interval(np.mean, accuracy, seed=seed),
+        accuracy=float(accuracy.mean()), accuracy_interval=share_interval(accuracy, seed=seed),
         tokens=float(tokens.mean()), tokens_interval=interval(np.mean, tokens, seed=seed),
         tokens_median=float(np.median(lengths)), tokens_right=_mean(lengths[correct]),
         tokens_wrong=_mean(lengths[~correct]), truncated=float(np.mean(sorted_ones.finish != EOS)),
@@ -157,7 +157,7 @@ def interval(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0,
              resamples: int = RESAMPLES) -> Interval:
     """A 95 % bootstrap interval over problems, by percentiles that are widened where problems are few.
 
-    The point where the data cannot tell: one problem, or all alike. Of ratios with long tails this covers the truth
+    The point where all problems are alike. Of ratios with long tails this covers the truth
     more often than BCa does (docs/statistics.md).
     Args: statistic(*columns, axis) of paired columns float64[P]; resamples, draws of P problems.
     Source: Hesterberg 2015, arXiv 1411.5279, the expanded percentile interval."""
@@ -170,6 +170,17 @@ def interval(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0,
         vectorized=True, confidence_level=1 - 2 * stats.norm.sf(outermost), rng=np.random.default_rng(seed),
         method="percentile").confidence_interval
     return float(found.low), float(found.high)
+
+
+def share_interval(shares: np.ndarray, *, seed: int = 0) -> Interval:
+    """`interval` of a mean of shares, where all are 0 or all are 1 the exact binomial bound: that none of 8 problems is
+    right does not say that none ever would be.
+
+    Args: shares float64[P], in 0..1. Source: Clopper and Pearson 1934."""
+    if np.all(shares == 0) or np.all(shares == 1):
+        exact = stats.binomtest(int(shares.sum()), len(shares)).proportion_ci(CONFIDENCE)
+        return float(exact.low), float(exact.high)
+    return interval(np.mean, shares, seed=seed)
 
 
 def sample_counts(samples: int) -> list[int]:

@@ -5,14 +5,13 @@ import dataclasses
 import functools
 import json
 import signal
-import types
 from collections import Counter
 
 import numpy as np
 import pytest
 import small_runs
 
-from effreason import cli, evaluation, graded, prompts
+from effreason import candidates, cli, evaluation, graded, prompts
 from effreason.engine import make_sampler
 from effreason.errors import Interrupted, UserError
 from effreason.lm import hf, model
@@ -61,10 +60,9 @@ def opened(world):
     config = small_runs.config(world, world / "unused", **FEW_SLOTS | {
         "evaluation.path": f"{world / 'test.jsonl'},{world / 'other.jsonl'}"})
     mesh = sharding.make_mesh(data=-1)
-    found = evaluation.open_model(config, config.model.path, None, mesh)
+    found = candidates.open_candidate(config, config.model.path, None, mesh)
     sets, _ = prompts.load_held_out(config, found.pretrained.tokenizer, found.template)
-    params = hf.load_weights(found.pretrained, sharding.tree_sharding(mesh, model.logical_axes(
-        found.pretrained.decoder)))
+    params = found.load()
     sampler = make_sampler(config, found.pretrained.decoder, mesh, memory.EVALUATION)
     with evaluation.make_grader(config) as grader:
         yield Bench(config=config, pretrained=found.pretrained, template=found.template, sets=sets, sampler=sampler,
@@ -292,35 +290,3 @@ def test_without_an_output_nothing_is_written(evaluated, world, tmp_path, monkey
     before = sorted(world.rglob("*"))
     assert "8 problems x 2 responses" in evaluated(None)
     assert list(tmp_path.iterdir()) == [] and sorted(world.rglob("*")) == before
-
-
-def test_what_a_model_was_trained_on(world, opened, tmp_path):
-    of_data_path = evaluation.Opened(opened.pretrained, opened.template)
-    assert evaluation.trained_on(Config(), of_data_path) == ["tiny"]
-    (tmp_path / hf.FACTS_FILE).write_text(json.dumps({"data": ["gsm8k", "math"]}))
-    exported = evaluation.Opened(dataclasses.replace(opened.pretrained, directory=tmp_path), opened.template)
-    assert evaluation.trained_on(Config(), exported) == ["gsm8k", "math"]
-
-
-@pytest.mark.parametrize(("path", "models", "found"), [
-    ("org/base", ["org/base", "run/model/of/mine"], "org/base"), ("tiny", ["org/other", "tiny"], "tiny"),
-    ("org/base", ["org/other"], "org/other"), ("org/base", ["org/other", "a/b/c"], None)])
-def test_a_revision_belongs_to_one_model(path, models, found):
-    config = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, path=path, revision="abc"))
-    if found is None:
-        with pytest.raises(UserError, match=r"^model\.revision is for one model on the Hub, got abc and 2 of them"):
-            evaluation.revised(config, models)
-    else:
-        assert evaluation.revised(config, models) == found
-
-
-def test_models_are_not_compared_on_different_prompts():
-    def opened(name, text):
-        return evaluation.Opened(types.SimpleNamespace(name=name), Template("the checkpoint's own", text, "{problem}"))
-
-    alike = [opened("base", "a"), opened("trained", "a")]
-    evaluation.check_alike(alike, Config())
-    with pytest.raises(UserError, match="^base and other have different chat templates"):
-        evaluation.check_alike([*alike, opened("other", "b")], Config())
-    anyway = dataclasses.replace(Config(), evaluation=dataclasses.replace(Config().evaluation, any_template=True))
-    evaluation.check_alike([*alike, opened("other", "b")], anyway)

@@ -35,6 +35,7 @@ ORDER = [
     ["credit", "effects"],
     ["engine", "attempts", "parity", "generation", "unfinished"],
     ["inputs", "graded", "journals", "provenance"],
+    ["candidates"],
     ["scores", "previews"],
     ["evaluation", "report", "runtime.plan", "outputs"],
     ["reporting"],

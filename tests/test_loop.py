@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import small_runs
 
-from effreason import attempts, cli, credit, evaluation, loop, packing, parity, runs, sessions
+from effreason import attempts, candidates, cli, credit, loop, packing, parity, runs, sessions
 from effreason.checkpoints import Checkpoints
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade
 from effreason.lm import hf
 from effreason.problems import templates
 from effreason.runtime import config as configuration
+from effreason.runtime import sharding
 from effreason.runtime.metrics import MetricsWriter, read_rows
 from effreason.runtime.progress import Progress
 
@@ -179,11 +180,12 @@ def test_a_run_compiles_each_function_of_its_learning_once(finished):
 
 def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
     arguments = small_runs.arguments(world, "unused")
-    model = str(finished.directory / "model")
-    assert cli.main(["evaluate", *arguments, "--models", str(world / "base"), model, "--output", str(tmp_path)]) == 0
+    model, checkpoint = str(finished.directory / "model"), str(finished.directory / "checkpoints" / "6")
+    models = [str(world / "base"), model, checkpoint]
+    assert cli.main(["evaluate", *arguments, "--models", *models, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     summary = json.loads((finished.directory / "summary.json").read_text())
-    for path, name in ((str(world / "base"), "base"), (model, "trained")):
+    for path, name in ((str(world / "base"), "base"), (model, "trained"), (checkpoint, "trained")):
         (found,) = results["models"][path].values()
         assert {key: found["summary"][key] for key in ("accuracy", "tokens")} == {
             key: summary[name][key] for key in ("accuracy", "tokens")}
@@ -205,6 +207,14 @@ def test_a_response_is_replayed_by_its_name_from_a_checkpoint_or_the_base(finish
     assert cli.main(["replay", str(finished.directory), *name]) == 0
     shown = capsys.readouterr().out
     assert row["response"] in shown and "the same text as in rollouts.jsonl" in shown
+
+
+def test_a_checkpoint_that_is_not_whole_is_one_line(finished, world, tmp_path, capsys):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    shutil.copy(finished.directory / "config.yaml", tmp_path)
+    arguments = [*small_runs.arguments(world, "unused"), "--models", str(tmp_path / "checkpoints" / "5")]
+    assert refused(capsys, arguments, "evaluate") == (
+        f"{tmp_path}/checkpoints/5: the checkpoint cannot be read (it holds no facts beside the state)")
 
 
 @pytest.mark.parametrize(("argv", "error"), [
@@ -575,17 +585,13 @@ def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(
         assert f"{100 * result['accuracy']:.1f} %" in card and f"{result['tokens']:,.0f}" in card
     assert "α = 0.2" in card and "test.jsonl" in card and str(world) not in card
     assert facts["template"]["user_prompt"] == "{problem}" and len(facts["template"]["sha256"]) == 64
-    config = small_runs.config(world, finished.directory)
-    trained = hf.open_pretrained(str(model), dtype="float32")
-    evaluation.check_template(trained, templates.choose(trained.tokenizer, config.data), config)
-    data = dataclasses.replace(config.data, user_prompt="Think. {problem}")
-    other = templates.choose(trained.tokenizer, data)
-    with pytest.raises(UserError, match=r"was trained with the template .* set data.template and data.user_prompt"):
-        evaluation.check_template(trained, other, config)
-    anyway = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, any_template=True))
-    evaluation.check_template(trained, other, anyway)
-    base = hf.open_pretrained(str(world / "base"), dtype="float32")
-    evaluation.check_template(base, other, config)              # trained by nobody here: any prompt will do
+    mesh = sharding.make_mesh(data=-1)
+    for path in (model, finished.directory / "checkpoints" / "6"):
+        opened = candidates.open_candidate(small_runs.config(world, "unused"), str(path), None, mesh)
+        assert opened.facts["template"] == facts["template"]
+        other = small_runs.config(world, "unused", **{"data.user_prompt": "Think. {problem}"})
+        with pytest.raises(UserError, match=r"was trained with the template .* set data.template and data.user_prompt"):
+            candidates.open_candidate(other, str(path), None, mesh)
 
 
 def graded(**counts):

@@ -76,7 +76,7 @@ def test_levels_are_in_the_order_of_their_numbers():
 def test_what_there_are_no_responses_for_is_none():
     nothing = statistics.summarize(outcomes([[False], [False]], [[5], [7]]))
     assert nothing.tokens_right is None and nothing.tokens_per_solved is None and nothing.tokens_after_answer is None
-    assert nothing.tokens_wrong == 6.0 and nothing.accuracy_interval == (0.0, 0.0)
+    assert nothing.tokens_wrong == 6.0 and nothing.accuracy_interval[0] == 0.0
     assert statistics.summarize(outcomes([[True]], [[5]])).tokens_wrong is None
     with pytest.raises(ValueError, match=r"need responses, got an array of \(0, 3\)"):
         statistics.summarize(outcomes(np.zeros((0, 3)), np.zeros((0, 3))))
@@ -262,6 +262,12 @@ def test_an_interval_of_a_mean_is_students_where_the_data_are_normal():
     values = np.random.default_rng(0).normal(5.0, 2.0, 40)
     wanted = stats.t.interval(0.95, 39, values.mean(), stats.sem(values))
     assert statistics.interval(np.mean, values) == pytest.approx(wanted, abs=0.03)
+
+
+@pytest.mark.parametrize(("shares", "bound"), [(np.zeros(8), 1 - 0.025 ** (1 / 8)), (np.ones(8), 0.025 ** (1 / 8))])
+def test_none_or_all_of_a_few_right_says_little(shares, bound):
+    low, high = statistics.share_interval(shares)
+    assert (low, high) == pytest.approx((0, bound) if shares[0] == 0 else (bound, 1))
 
 
 def test_an_interval_of_a_ratio_is_that_of_the_delta_method_where_problems_are_many():
