@@ -28,8 +28,9 @@ python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.al
 - `null` means that there is no value; true and false are written so.
 - A mistake ends the program at once with exit code 2 and one line such as
   `error: reward.alpha must be in [0, 1), got 1.5`.
-- `evaluate.py` takes the same fields, and `--models DIR [DIR ...]` (default: `model.path`), `--seeds N [N ...]` (default:
-  `run.seed`) and `--output DIR`; `train.py` takes `--family ALPHAS`, `--baselines NAMES` and `--blends WEIGHTS` ([families.md](families.md)).
+- `evaluate.py` takes the same fields, and `--models DIR [DIR ...]` (default: `model.path`), `--seeds N [N ...]`
+  (default: `run.seed`) and `--output DIR`; `train.py` takes `--family ALPHAS`, `--baselines NAMES` and
+  `--blends WEIGHTS` ([families.md](families.md)).
 
 Fields must also agree: `rollout.prompts_per_step * rollout.group_size` is divisible by
 `update.updates_per_batch`; where `data.path` is not tiny, `evaluation.path` names a
