@@ -254,7 +254,8 @@ def test_the_command_keeps_compares_and_goes_on(evaluated, world, tmp_path, monk
     assert sorted(str(path.relative_to(output)) for path in output.rglob("*.jsonl")) == sorted(
         f"{folder}/seed{seed}/{name}" for seed in (0, 1) for name in files(world))
     lines = said.splitlines()
-    assert max(map(len, lines[lines.index(next(each for each in lines if "8 problems x 2 resp" in each)):-1])) <= 80
+    first = max(place for place, line in enumerate(lines) if "test.jsonl: 8" in line)    # the title of the first table
+    assert max(map(len, lines[first:-1])) <= 80
     assert "Generalisation, against" in said and said.count("points would need about") + said.count("found:") >= 1
 
     # Again, with one more set of responses removed: the rest is read, and nothing but what is missing needs weights.
@@ -288,5 +289,5 @@ def test_a_signal_ends_the_command_with_a_line_that_says_how_to_go_on(evaluated,
 def test_without_an_output_nothing_is_written(evaluated, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(world.rglob("*"))
-    assert "8 problems x 2 responses" in evaluated(None)
+    assert "8 problems x 2 responses" in " ".join(evaluated(None).split())      # a long path folds the line
     assert list(tmp_path.iterdir()) == [] and sorted(world.rglob("*")) == before
