@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from effreason import blends, graded, loop, pages, report, runs, statistics
+from effreason import blends, control, graded, loop, pages, report, runs, shaping, statistics
 from effreason.engine import make_learning
 from effreason.errors import Interrupted, UserError
 from effreason.inputs import Inputs, model_fingerprint
@@ -78,6 +78,11 @@ def check(config: Config) -> None:
     if config.update.objective != "policy_gradient":
         raise UserError("update.objective must be policy_gradient for a family, whose baselines come beside it, got "
                         f"{config.update.objective}")
+    if control.is_on(config.reward):
+        raise UserError("reward.target_tokens and reward.max_accuracy_drop must be null for a family, whose members "
+                        f"keep their alphas, got {config.reward.target_tokens} and {config.reward.max_accuracy_drop}")
+    if not shaping.has_alpha(config.reward):
+        raise UserError(f"reward.form must be one with an alpha for a family, got {config.reward.form}")
 
 
 def members(config: Config, alphas: Sequence[float], baselines: Sequence[str], directory: Path) -> dict[str, Config]:
@@ -100,7 +105,6 @@ def baseline(config: Config, objective: Any) -> Config:
         config, rollout=dataclasses.replace(config.rollout, policy="initial", refill_rounds=0),
         advantage=dataclasses.replace(config.advantage, whiten=False, group_std=False),
         kl=dataclasses.replace(config.kl, form="none"),
-        reward=dataclasses.replace(config.reward, target_tokens=None, max_accuracy_drop=None),
         update=dataclasses.replace(config.update, objective=objective, learning_rate=learning_rate,
                                    updates_per_batch=1, importance_cap=None))
 

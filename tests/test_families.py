@@ -142,7 +142,12 @@ def test_what_is_no_family_is_one_line(world, tmp_path, capsys, argv, error):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_family_of_a_baseline_is_refused(world, tmp_path):
-    config = small_runs.config(world, tmp_path, **{"update.objective": "dpo", "kl.form": "none"})
-    with pytest.raises(UserError, match=r"^update\.objective must be policy_gradient for a family"):
-        families.check(config)
+@pytest.mark.parametrize(("changes", "error"), [
+    ({"update.objective": "dpo", "kl.form": "none"}, "update.objective must be policy_gradient for a family"),
+    ({"reward.target_tokens": 0.5, "evaluation.every": 2}, "reward.target_tokens and reward.max_accuracy_drop must be"),
+    ({"reward.form": "kimi"}, "reward.form must be one with an alpha for a family, got kimi"),
+])
+def test_a_family_that_alpha_does_not_tell_apart_is_refused(world, tmp_path, changes, error):
+    with pytest.raises(UserError) as caught:
+        families.check(small_runs.config(world, tmp_path, **changes))
+    assert str(caught.value).startswith(error)
