@@ -14,9 +14,11 @@ from effreason.errors import Interrupted, UserError
 from effreason.runtime import config as configuration
 from effreason.runtime import parsers
 from effreason.runtime.arguments import numbers
-from effreason.runtime.config import Config
+from effreason.runtime.config import Config, UpdateConfig
+from effreason.runtime.settings import settings
 
-BASELINES = ("sft_shortest", "dpo")     # those of update.objective
+_, *BASELINES = next(setting for setting in settings(UpdateConfig) if setting.name == "objective").choices
+BLENDS = "0.25,0.5,0.75"
 USAGE = """usage: effreason COMMAND ...
 
 commands:
@@ -71,13 +73,12 @@ def _train(argv: Sequence[str] | None, prog: str) -> int:
     parser = parsers.parser(Config, prog, "Train a model to reason in fewer tokens.")
     parser.add_argument("--family", metavar="ALPHAS", type=str, help="train one model for each of these alphas, such "
                         "as 0,0.05,0.1,0.2,0.4, and compare them")
-    parser.add_argument("--baselines", metavar="NAMES", type=str, default="sft_shortest,dpo",
-                        help="trained beside the family: sft_shortest, dpo, or none; default both")
-    parser.add_argument("--blends", metavar="WEIGHTS", type=str, default="0.25,0.5,0.75",
-                        help="of the family's shortest model in mixtures of its weights and the base's, or none; "
-                        "default 0.25,0.5,0.75")
+    parser.add_argument("--baselines", metavar="NAMES", type=str,
+                        help=f"trained beside the family: {', '.join(BASELINES)}, or none; default all")
+    parser.add_argument("--blends", metavar="WEIGHTS", type=str, help="of the model of the greatest alpha in mixtures "
+                        f"of its weights and the base's, or none; default {BLENDS}")
     config, values = configuration.parse(parser, argv)
-    family = _family(values) if values.family is not None else None
+    family = _family(values)
     check_training(config)
     from effreason import loop
     from effreason.runtime import meetings
@@ -89,17 +90,24 @@ def _train(argv: Sequence[str] | None, prog: str) -> int:
     return meetings.run(config.distributed, lambda: _guarded(lambda: families.train(config, *family)))
 
 
-def _family(values: Any) -> tuple[list[float], list[str], list[float]]:
-    """The alphas, baselines and blends asked for. Raises: UserError."""
+def _family(values: Any) -> tuple[list[float], list[str], list[float]] | None:
+    """The alphas, baselines and blends asked for; None: no family. Raises: UserError."""
+    if values.family is None:
+        for name in ("baselines", "blends"):
+            if getattr(values, name) is not None:
+                raise UserError(f"--{name} is for a family: name its alphas with --family")
+        return None
     alphas = numbers(values.family, "--family", lambda x: 0 <= x < 1, "[0, 1)")
     if not alphas:
         raise UserError("--family must name at least one alpha, got none")
-    names = [] if values.baselines == "none" else [name.strip() for name in values.baselines.split(",")]
+    asked = ",".join(BASELINES) if values.baselines is None else values.baselines
+    names = [] if asked == "none" else [name.strip() for name in asked.split(",")]
     for name in names:
         if name not in BASELINES or names.count(name) > 1:
             raise UserError(f"--baselines must name each of {', '.join(BASELINES)} once at most, or be none, got "
-                            f"{values.baselines!r}")
-    return alphas, names, numbers(values.blends, "--blends", lambda x: 0 <= x <= 1, "[0, 1]")
+                            f"{asked!r}")
+    weights = BLENDS if values.blends is None else values.blends
+    return alphas, names, numbers(weights, "--blends", lambda x: 0 <= x <= 1, "[0, 1]")
 
 
 def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
@@ -108,18 +116,25 @@ def _evaluate(argv: Sequence[str] | None, prog: str) -> int:
         "--models", metavar="DIR", nargs="+", type=str,
         help="models to evaluate: Hugging Face directories, ids on the Hub, or tiny; without it: model.path",
     )
-    parser.add_argument("--seeds", metavar="N", nargs="+", type=int, help="of the samples; without it: run.seed")
+    parser.add_argument("--seeds", metavar="N", nargs="+", type=str, help="of the samples; without it: run.seed")
     parser.add_argument("--output", metavar="DIR", type=str,
                         help="directory for responses and results; the same command again goes on with what it holds")
     config, values = configuration.parse(parser, argv)
     models = values.models or [config.model.path]
-    check_evaluation(config, models, values.seeds or [])
+    seeds = [_seed(text) for text in values.seeds] if values.seeds else None
+    check_evaluation(config, models, values.output)
     from effreason import evaluation
     from effreason.runtime import meetings
 
     output = Path(values.output) if values.output else None
     return meetings.run(config.distributed,
-                        lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output, values.seeds)))
+                        lambda: _guarded(lambda: evaluation.evaluate_models(config, models, output, seeds)))
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or not int(text) < 2**31:
+        raise UserError(f"--seeds must be whole numbers in [0, 2147483647], got {text!r}")
+    return int(text)
 
 
 def _guarded(command: Callable[[], int | None]) -> int:
@@ -172,11 +187,10 @@ def check_training(config: Config) -> None:
         raise UserError('log.wandb needs the package wandb: pip install "effreason[wandb]"')
 
 
-def check_evaluation(config: Config, models: Sequence[str], seeds: Sequence[int] = ()) -> None:
-    """Raises UserError where a model or the problems to evaluate on are missing, or a seed is none."""
-    for seed in seeds:
-        if not 0 <= seed < 2**31:
-            raise UserError(f"seeds must be in [0, 2147483647], got {seed}")
+def check_evaluation(config: Config, models: Sequence[str], output: str | None = None) -> None:
+    """Raises UserError where a model or the problems to evaluate on are missing, or the output is no directory."""
+    if output is not None and Path(output).exists() and not Path(output).is_dir():
+        raise UserError(f"--output must be a directory, {output} is a file")
     for path in models:
         at = Path(path)
         if at.parent.name != "checkpoints" or not (at.parents[1] / "config.yaml").is_file() or not at.is_dir():

@@ -21,7 +21,7 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
                               "seed": config.run.seed, "step": step, "effreason": __version__}
     with disk(target):
         hf.export(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
-                  chat_template=inputs.template.text, facts=facts, card=card(step, config, inputs, None, None))
+                  chat_template=inputs.template.text, facts=facts, card=card(step, config, inputs, alpha, None, None))
 
 
 def origin(inputs: Inputs) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def origin(inputs: Inputs) -> dict[str, Any]:
             "held_out_sha256": inputs.held_out_sha256}
 
 
-def card(step: int, config: Config, inputs: Inputs, base: Summary | None, trained: Summary | None) -> str:
+def card(step: int, config: Config, inputs: Inputs, alpha: float, base: Summary | None, trained: Summary | None) -> str:
     """The model card; the evaluations as far as they are there."""
     names = [source.name for source in inputs.problems.sources]
     known = [PRESETS[name].hub if name in PRESETS else name for name in names]
@@ -39,7 +39,7 @@ def card(step: int, config: Config, inputs: Inputs, base: Summary | None, traine
     chosen = {"objective": (config.update.objective, "policy_gradient"), "reward": (config.reward.form, "efficient")}
     settings = {name: value for name, (value, default) in chosen.items() if value != default}
     return cards.model_card(
-        base_model=inputs.pretrained.name, base_revision=inputs.pretrained.revision, alpha=config.reward.alpha,
+        base_model=inputs.pretrained.name, base_revision=inputs.pretrained.revision, alpha=alpha,
         data=", ".join(_public(name) for name in names),
         datasets=[name for name in known if name and hub.is_hub_id(name) and not Path(name).exists()],
         step=step, version=__version__, template=inputs.template.name, template_sha256=inputs.template.sha256,

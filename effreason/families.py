@@ -51,13 +51,16 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str], wei
     A family that was stopped goes on where it was; on a resume it may have more members.
     Args: weights, of the trained model in each blend. Raises: UserError; Interrupted, with everything saved."""
     check(config)
+    processes.check_same({"--family": f"{alphas}", "--baselines": f"{baselines}", "--blends": f"{weights}"})
     with open_session(config) as session:
-        directory = runs.open_run(config, name=f"family-seed{config.run.seed}", free=("reward.alpha",))
+        directory = runs.open_run(config, name=f"family-seed{config.run.seed}", free=("reward.alpha",), family=True)
         go_on = runs.resume(directory, "".join(f" --{name} {','.join(map(str, values)) or 'none'}" for name, values in (
             ("family", [f"{alpha:g}" for alpha in alphas]), ("baselines", baselines),
             ("blends", [f"{weight:g}" for weight in weights]))))
         if processes.first():
             runs.write_config(session.config, directory)
+            if not (directory / runs.FAMILY).exists():
+                write_json(directory / runs.FAMILY, {"points": []})         # so that it is not taken for a run
         try:
             points = [evaluate_base(session, directory)]
             for place, (name, member) in enumerate(members(session.config, alphas, baselines, directory).items()):
@@ -121,7 +124,7 @@ def evaluate_base(session: Session, directory: Path) -> Point:
 def train_member(session: Session, config: Config, name: str, base: Point, go_on: str) -> Point:
     """One run, unless it is finished already."""
     directory = Path(config.run.directory or "")
-    done = processes.decided(f"{name} finished", lambda: finished(directory, config.run.steps))
+    done = processes.decided(f"{name} finished", lambda: finished(directory, config.run.steps, list(base.outcomes)))
     if not done:
         runs.open_run(config)
         if processes.first():
@@ -141,9 +144,15 @@ def train_member(session: Session, config: Config, name: str, base: Point, go_on
                                            lambda: hf.read_json(directory / "summary.json")["wall_s"]))
 
 
-def finished(directory: Path, steps: int) -> bool:
-    """Whether a run has been concluded after so many steps."""
-    return (directory / "summary.json").exists() and runs.evaluations(directory, steps).is_dir()
+def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
+    """Whether a run has been concluded after so many steps, with all sets. Raises: UserError where it has done more."""
+    path = directory / "summary.json"
+    done = hf.read_json(path).get("steps", 0) if path.exists() else 0
+    if done > steps:
+        raise UserError(f"run.steps must be at least the {done} steps that {directory} has done, got {steps}")
+    evaluated = runs.evaluations(directory, steps)
+    return done == steps and all((evaluated / (name + graded.SUFFIX)).exists()
+                                 for name in graded.safe_names(sets).values())
 
 
 def adopt(evaluated: Path, target: Path) -> None:
@@ -170,16 +179,18 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
     if not weights:
         return []
     base, target = session.load_weights(), session.engine.learning.params_sharding
-    other = hf.load_weights(hf.open_pretrained(str(trained.directory / "model"), dtype="float32"), target)
+    pretrained = hf.open_pretrained(str(trained.directory / "model"), dtype="float32")
+    other = hf.load_weights(pretrained, target)
     mix = jax.jit(blends.blend, out_shardings=target)
     made = []
     for weight in weights:
         name = f"blend {weight:g}"
         say(f"{name}: {1 - weight:g} of the base and {weight:g} of {trained.name}", processes.console())
-        path = directory / f"blend{weight:g}-{trained.directory.name}"
+        path = directory / f"blend{weight:g}-{trained.directory.name}-step{session.config.run.steps}"
         outcomes = session.evaluate(
             mix(base, other, sharding.to_device(jax.numpy.float32(weight), session.engine.learning.replicated)),
-            lambda now: session.interrupts.check(), weights=f"{weight:g} of {trained.directory.name}", directory=path)
+            lambda now: session.interrupts.check(), weights=f"{weight:g} of {model_fingerprint(pretrained)}",
+            directory=path)
         made.append(Point(name=name, kind="blend", directory=path, outcomes=outcomes, alpha=trained.alpha,
                           weight=weight))
     return made
@@ -188,7 +199,7 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
 def conclude(config: Config, inputs: Inputs, directory: Path, points: Sequence[Point]) -> None:
     """family.json, the table, the pictures and the page."""
     family = as_table(config, directory, points) | runs.made_with(config, inputs)
-    write_json(directory / "family.json", family)
+    write_json(directory / runs.FAMILY, family)
     console = Console()
     report.print_family(console, family)
     console.print(f"the report: {pages.write(directory)}", soft_wrap=True)

@@ -89,7 +89,7 @@ def run(session: Session, config: Config, directory: Path, *, started: float, go
                 raise stopped(stop, f"after step {start} of {config.run.steps}, saved", go_on) from None
     if processes.first():
         results = runs.compare(base, trained) if trained else {}
-        runs.conclude(config, inputs, directory, results, time.monotonic() - started)
+        runs.conclude(config, inputs, directory, results, time.monotonic() - started, course.alpha)
 
 
 def stopped(stop: Interrupted, where: str, go_on: str) -> Interrupted:

@@ -130,15 +130,3 @@ class LevelResult:
     accuracy: float                 # share of right answers, 0..1, mean over samples, then problems
     tokens: float                   # mean response tokens through EOS
     problems: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """A model on a held-out set."""
-
-    accuracy: float                 # share of right answers, 0..1, mean over samples, then problems
-    tokens: float                   # mean response tokens through EOS
-    truncated: float                # share of responses that were cut off, at the token limit or as loops
-    problems: int
-    samples: int                    # for each problem
-    by_level: dict[str, LevelResult]

@@ -18,7 +18,7 @@ KNOWN_LEVELS = ("easy", "medium", "hard")
 Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: before, after, and compared
 
 
-def summary(config: Config, results: Results, wall_seconds: float) -> dict[str, Any]:
+def summary(config: Config, results: Results, wall_seconds: float, *, alpha: float | None = None) -> dict[str, Any]:
     """The content of summary.json.
 
     Args: results, of each set of problems, the headline's first; wall_seconds of the whole run.
@@ -26,7 +26,8 @@ def summary(config: Config, results: Results, wall_seconds: float) -> dict[str, 
         levels easy to hard. Under "sets" everything that was measured on each."""
     base, trained, comparison = next(iter(results.values()))
     return {
-        "alpha": config.reward.alpha,
+        "alpha": config.reward.alpha if alpha is None else alpha,
+        "alpha_start": config.reward.alpha,
         "seed": config.run.seed,
         "base": _result(base),
         "trained": _result(trained),

@@ -24,6 +24,7 @@ from effreason.runtime.config import Config
 from effreason.runtime.metrics import MetricsWriter, Unwritten, disk, read_rows, write_json
 from effreason.statistics import Comparison, Summary
 
+FAMILY = "family.json"                                      # what tells a family's directory from a run's
 Results = dict[str, tuple[Summary, Summary, Comparison]]   # by set: before, after, and the two compared
 
 # What may differ between a run and its continuation: nothing that decides a token or a weight, but for rounding.
@@ -34,17 +35,18 @@ RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", 
              "update.offload_optimizer", "kl.offload_reference", "mesh.")
 
 
-def open_run(config: Config, *, name: str | None = None, free: Sequence[str] = ()) -> Path:
+def open_run(config: Config, *, name: str | None = None, free: Sequence[str] = (), family: bool = False) -> Path:
     """The run directory, which all processes must see.
 
-    Args: name, what follows the time in the name of a new one; free, fields that may differ on resume beyond RESUMABLE.
+    Args: name, what follows the time in the name of a new one; free, fields that may differ on resume beyond RESUMABLE;
+        family, it is to hold one.
     Raises: UserError."""
-    directory = Path(processes.decided("run directory", lambda: str(_make_directory(config, name, free))))
+    directory = Path(processes.decided("run directory", lambda: str(_make_directory(config, name, free, family))))
     processes.check_shared(directory, "run.directory")
     return directory
 
 
-def _make_directory(config: Config, name: str | None, free: Sequence[str]) -> Path:
+def _make_directory(config: Config, name: str | None, free: Sequence[str], family: bool) -> Path:
     """The run directory, as process 0 finds or makes it.
 
     Raises: UserError for a directory that holds another run, or a resume that would not be the same run."""
@@ -55,6 +57,9 @@ def _make_directory(config: Config, name: str | None, free: Sequence[str]) -> Pa
     if config.run.resume:
         if not path.exists():
             raise UserError(f"run.directory: {directory} holds no run to resume, {path} does not exist")
+        if (directory / FAMILY).exists() != family:
+            raise UserError(f"run.directory: {directory} holds a run, which is resumed without --family" if family else
+                            f"run.directory: {directory} holds a family, which is resumed with its --family")
         # Where evaluations move alpha, when there is one decides the weights.
         allowed = tuple(field for field in RESUMABLE if field != "evaluation.every" or not control.is_on(config.reward))
         changed = [line for line in configuration.differences(configuration.load(path), config)
@@ -117,16 +122,19 @@ def made_with(config: Config, inputs: Inputs) -> dict[str, Any]:
         "samples": evaluation_samples(config)}, "environment": provenance.environment()}
 
 
-def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, wall_seconds: float) -> None:
-    """The table, summary.json, pictures and page of a finished run, and the card of its model."""
+def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, wall_seconds: float,
+             alpha: float) -> None:
+    """The table, summary.json, pictures and page of a finished run, and the card of its model.
+
+    Args: alpha, the last one."""
     base, trained = next(iter(results.values()))[:2] if results else (None, None)
     with disk(directory / "model"):
-        text = card(config.run.steps, config, inputs, base, trained)
+        text = card(config.run.steps, config, inputs, alpha, base, trained)
         (directory / "model" / hf.CARD_FILE).write_text(text, encoding="utf-8")
-    summary = report.summary(config, results, wall_seconds) if results else None
+    summary = report.summary(config, results, wall_seconds, alpha=alpha) if results else None
     console = Console()
     if summary is not None:
-        write_json(directory / "summary.json", summary | made_with(config, inputs))
+        write_json(directory / "summary.json", summary | {"steps": config.run.steps} | made_with(config, inputs))
         report.print_table(console, summary)
     plots.overview(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
     page = pages.write(directory)

@@ -115,7 +115,9 @@ def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
 def test_evaluate_needs_problems(capsys):
     message = failed(capsys, ["--evaluation.problems", "0"], "evaluate")
     assert message == "evaluation.problems must be >= 1 to evaluate, got 0"
-    assert failed(capsys, ["--seeds", "0", "-1"], "evaluate") == "seeds must be in [0, 2147483647], got -1"
+    for text in ("-1", "x", "2147483648"):
+        assert failed(capsys, ["--seeds", "0", text], "evaluate") == (
+            f"--seeds must be whole numbers in [0, 2147483647], got '{text}'")
 
 
 def test_the_smollm2_configuration_needs_nothing_but_the_hub(stand_in):

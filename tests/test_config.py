@@ -193,6 +193,22 @@ def test_jsonl_data_without_held_out_problems_needs_no_evaluation():
     Config(data=DataConfig(path="a.jsonl"), evaluation=EvaluationConfig(path="b.jsonl"))
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--update.objective", "dpo"], "kl.form must be 'none' with update.objective dpo, got 'reward'"),
+    (["--update.objective", "sft_shortest", "--kl.form", "none", "--update.importance_cap", "2"],
+     "update.importance_cap must be null with update.objective sft_shortest, got 2.0"),
+    (["--reward.target_tokens", "0.5", "--evaluation.every", "0"],
+     "evaluation.every and evaluation.problems must be >= 1 where reward.target_tokens or "),
+    (["--reward.max_accuracy_drop", "1", "--reward.alpha", "0.5"],
+     "reward.alpha must be between reward.alpha_min, > 0, and reward.alpha_max where "),
+    (["--reward.target_tokens", "0.5", "--reward.form", "kimi"], "reward.form must be efficient where "),
+])
+def test_baselines_and_a_moving_alpha_exclude_what_would_bend_them(flags, message):
+    with pytest.raises(UserError) as caught:
+        configuration.from_command_line(flags)
+    assert str(caught.value).startswith(message)
+
+
 def test_every_default_keeps_its_own_bound_and_every_field_has_a_meaning():
     assert meanings(Config).keys() == {setting.field for setting in all_settings(Config)}
     for setting in all_settings(Config):

@@ -37,7 +37,7 @@ def table(family):
 def test_the_directory_holds_a_run_for_each_member_and_the_family_itself(family):
     names = {path.name for path in family.iterdir()}
     assert {"config.yaml", "environment.json", "family.json", "report.html", "base", "alpha0", "alpha0.3",
-            "sft_shortest", "dpo", "blend0.5-alpha0.3"} <= names
+            "sft_shortest", "dpo", "blend0.5-alpha0.3-step3"} <= names
     for name in ("alpha0", "alpha0.3", "sft_shortest", "dpo"):
         assert (family / name / "model" / "model.safetensors").exists() and (family / name / "summary.json").exists()
 
@@ -118,7 +118,7 @@ def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_p
     assert caught.value.message == (
         "stopped by SIGTERM after step 2 of 3, saved; go on with: python train.py --config "
         f"{directory / 'config.yaml'} --run.resume true --family 0,0.3 --baselines sft_shortest,dpo --blends 0.5")
-    assert not (directory / "family.json").exists()
+    assert table(directory) == {"points": []}
     command = caught.value.message.partition("train.py ")[2].split()
     assert cli.main(["train", *command]) == 0
     for name in ("alpha0", "alpha0.3", "dpo"):
@@ -126,13 +126,68 @@ def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_p
         jax.tree.map(np.testing.assert_array_equal, *(hf.load(model, hf.read_config(model)) for model in models))
 
 
+def test_a_family_that_is_stopped_in_a_baseline_goes_on_and_ends_the_same(family, world, tmp_path):
+    directory, step, members = tmp_path / "family", Progress.step, []
+
+    def stopping(self, index, metrics):
+        step(self, index, metrics)
+        members.extend([index] if index == 0 else [])
+        if index == 1 and len(members) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Progress, "step", stopping)
+        families.train(small_runs.config(world, directory, **CHANGES), [0.3], ["dpo"], [])
+    assert members == [0]                               # in the first one
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        members.append(-1)
+        patch.setattr(Progress, "step", lambda self, index, metrics: (
+            step(self, index, metrics), "dpo/pairs" in metrics and index == 1 and signal.raise_signal(signal.SIGTERM)))
+        families.train(small_runs.config(world, directory, **CHANGES, **{"run.resume": True}), [0.3], ["dpo"], [])
+    families.train(small_runs.config(world, directory, **CHANGES, **{"run.resume": True}), [0.3], ["dpo"], [])
+    models = [path / "dpo" / "model" for path in (family, directory)]
+    jax.tree.map(np.testing.assert_array_equal, *(hf.load(model, hf.read_config(model)) for model in models))
+    for name in ("dpo", "alpha0.3"):
+        assert (directory / name / "rollouts.jsonl").read_bytes() == (family / name / "rollouts.jsonl").read_bytes()
+
+
+def test_a_family_trained_on_is_the_family_that_was_trained_as_long_at_once(family, world, tmp_path):
+    directory = tmp_path / "family"
+    shorter = CHANGES | {"run.steps": 1}
+    families.train(small_runs.config(world, directory, **shorter), [0.3], [], WEIGHTS)
+    resumed = small_runs.config(world, directory, **CHANGES, **{"run.resume": True})
+    # As if it had been killed within the last evaluation of the longer run.
+    (directory / "alpha0.3" / "evaluations" / "step3").mkdir()
+    families.train(resumed, [0.3], [], WEIGHTS)
+    found = {point["name"]: point["sets"] for point in table(directory)["points"]}
+    expected = {point["name"]: point["sets"] for point in table(family)["points"]}
+    for name in ("base", "α = 0.3", "blend 0.5"):
+        assert found[name] == expected[name], name
+    with pytest.raises(UserError, match=r"^run\.steps must be at least the 3 steps that .*alpha0\.3 has done, got 1"):
+        families.train(small_runs.config(world, directory, **shorter, **{"run.resume": True}), [0.3], [], WEIGHTS)
+
+
+def test_a_family_is_no_run_and_a_run_no_family(family, world):
+    resumed = small_runs.config(world, family, **CHANGES, **{"run.resume": True})
+    before = (family / "family.json").read_bytes()
+    with pytest.raises(UserError, match="holds a family, which is resumed with its --family$"):
+        loop.train(resumed)
+    with pytest.raises(UserError, match="holds a run, which is resumed without --family$"):
+        families.train(small_runs.config(world, family / "alpha0.3", **CHANGES, **{
+            "run.resume": True, "reward.alpha": 0.3}), ALPHAS, BASELINES, WEIGHTS)
+    assert (family / "family.json").read_bytes() == before and not (family / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(("argv", "error"), [
     (["--family", "0,1"], "--family must be numbers in [0, 1) with commas between them, got '1' in '0,1'"),
     (["--family", "0,x"], "--family must be numbers in [0, 1) with commas between them, got 'x' in '0,x'"),
-    (["--family", "0.1,0.1"], "--family must name each number once, got '0.1,0.1'"),
+    (["--family", "0.1,0.1"], "--family must name each number once, in six digits, got '0.1,0.1'"),
     (["--family", "none"], "--family must name at least one alpha, got none"),
     (["--family", "0", "--baselines", "ppo"], "--baselines must name each of sft_shortest, dpo once at most"),
     (["--family", "0", "--blends", "2"], "--blends must be numbers in [0, 1] with commas between them, got '2' in '2'"),
+    (["--family", "0.1,0.1000000001"], "--family must name each number once, in six digits"),
+    (["--baselines", "dpo"], "--baselines is for a family: name its alphas with --family"),
+    (["--blends", "0.5"], "--blends is for a family: name its alphas with --family"),
     (["--family", "0", "--evaluation.problems", "0"], "evaluation.problems must be >= 1 to compare the members"),
 ])
 def test_what_is_no_family_is_one_line(world, tmp_path, capsys, argv, error):

@@ -109,8 +109,8 @@ def test_config_yaml_is_the_resolved_configuration(finished, world):
 
 def test_summary_json_has_exactly_the_promised_shape(finished):
     summary = json.loads((finished.directory / "summary.json").read_text())
-    assert list(summary) == ["alpha", "seed", "base", "trained", "token_ratio", "accuracy_change", "wall_s", "sets",
-                             "origin", "sampling", "environment"]
+    assert list(summary) == ["alpha", "alpha_start", "seed", "base", "trained", "token_ratio", "accuracy_change",
+                             "wall_s", "sets", "steps", "origin", "sampling", "environment"]
     assert summary["origin"]["template"]["sha256"] and summary["sampling"]["max_new_tokens"] == 40
     for name in ("base", "trained"):
         assert list(summary[name]) == ["accuracy", "tokens", "by_level"]
@@ -402,18 +402,72 @@ def test_options_run(world, tmp_path, capsys):
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_groups_without_a_signal_are_replaced(world, tmp_path):
-    changes = {"evaluation.problems": 0, "run.steps": 2, "reward.alpha": 0.0, "rollout.group_size": 2,
-               "rollout.refill_rounds": 3}
-    loop.train(small_runs.config(world, tmp_path / "run", **changes))
+def drawn(directory):
+    """The groups that were learnt from, by step: correct and tokens by uid."""
+    found = {}
+    for row in read_rows(directory / "rollouts.jsonl"):
+        found.setdefault(row["step"], {}).setdefault(row["uid"], []).append((row["correct"], row["tokens"]))
+    return found
+
+
+REFILLED = {"evaluation.problems": 0, "run.steps": 2, "rollout.group_size": 2, "log.groups_per_step": 4}
+
+
+def test_groups_without_a_signal_are_replaced_by_others(world, tmp_path):
+    changes = REFILLED | {"reward.alpha": 0.0}
+    loop.train(small_runs.config(world, tmp_path / "plain", **changes | {"run.steps": 1}))
+    loop.train(small_runs.config(world, tmp_path / "run", **changes, **{"rollout.refill_rounds": 3}))
     for row in lasting(tmp_path / "run"):
-        assert row["reward/groups_with_signal"] == 1 - row["rollout/lacking"]
-        assert row["rollout/asked"] > 1
+        assert row["reward/groups_with_signal"] == 1 - row["rollout/lacking"] and row["rollout/asked"] > 1
+    plain, refilled = drawn(tmp_path / "plain")[0], drawn(tmp_path / "run")[0]
+    teaching = {uid for uid, group in plain.items() if len({correct for correct, _ in group}) == 2}
+    assert teaching < set(refilled) and set(refilled) - set(plain) and len(refilled) == 4
+    assert all(refilled[uid] == plain[uid] for uid in teaching)
+    for uid in set(refilled) - set(plain):                      # only what teaches something comes in
+        assert len({correct for correct, _ in refilled[uid]}) == 2
+
+
+def test_groups_that_are_all_correct_stay_where_length_counts(world, tmp_path):
+    loop.train(small_runs.config(world, tmp_path / "run", **REFILLED, **{"rollout.refill_rounds": 3}))
+    groups = [group for step in drawn(tmp_path / "run").values() for group in step.values()]
+    assert any(all(correct for correct, _ in group) and len({tokens for _, tokens in group}) == 2 for group in groups)
+
+
+def test_a_spread_that_is_too_small_is_no_signal(world, tmp_path):
+    changes = REFILLED | {"rollout.refill_rounds": 1, "rollout.min_reward_spread": 0.5, "run.steps": 1}
+    loop.train(small_runs.config(world, tmp_path / "run", **changes))
+    (row,) = lasting(tmp_path / "run")
+    # All correct, rewards differ by alpha = 0.2 at most: only groups with right and wrong are taken for a signal.
+    mixed = [len({correct for correct, _ in group}) == 2 for group in drawn(tmp_path / "run")[0].values()]
+    assert row["reward/groups_with_signal"] == np.mean(mixed) == 1 - row["rollout/lacking"]
+
+
+def test_a_step_that_is_stopped_while_it_refills_is_drawn_again(world, tmp_path):
+    changes = REFILLED | {"reward.alpha": 0.0, "rollout.refill_rounds": 3}
+    loop.train(small_runs.config(world, tmp_path / "run", **changes))
+    rollout, sent = Progress.rollout, []
+
+    def stopping(self, now):
+        rollout(self, now)
+        if self._done == 1 and now.total < 8 and not sent:      # fewer than a step's: a round that refills
+            sent.append(signal.raise_signal(signal.SIGTERM))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Progress, "rollout", stopping)
+        loop.train(small_runs.config(world, tmp_path / "again", **changes))
+    assert sent
+    loop.train(small_runs.config(world, tmp_path / "again", **changes, **{"run.resume": True}))
+    assert lasting(tmp_path / "again") == lasting(tmp_path / "run")
+    for name in ("model/model.safetensors", "rollouts.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
 def test_alpha_follows_the_evaluations_and_a_resumed_run_goes_the_same_way(world, tmp_path):
     changes = {"reward.target_tokens": 0.2, "evaluation.every": 2, "checkpoint.every": 2}
     loop.train(small_runs.config(world, tmp_path / "run", **changes))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["alpha_start"], summary["alpha"]) == pytest.approx((0.2, 0.4))
+    assert "α = 0.4" in (tmp_path / "run" / "model" / "README.md").read_text()
     rows = [row for row in lasting(tmp_path / "run") if "reward/alpha" in row]
     assert [row["reward/alpha"] for row in rows] == pytest.approx([0.2, 0.2, 0.3, 0.3, 0.4, 0.4])   # too long still
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):

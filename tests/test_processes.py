@@ -255,6 +255,18 @@ def test_two_processes_evaluate_as_one_does(world, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_train_a_family_as_one_does(world, alone):
+    directory = world / "family"
+    asked = ("--family", "0.2", "--baselines", "none", "--blends", "0.5")
+    results = both("train", *arguments(world, directory, "manual"), *asked)
+    assert [code for code, _, _ in results] == [0, 0], results
+    points = json.loads((directory / "family.json").read_text())["points"]
+    assert [point["kind"] for point in points] == ["base", "member", "blend"]
+    check_same_run(directory / "alpha0.2", alone)
+    assert "blend 0.5" in results[0][1] and "blend 0.5" not in results[1][1]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_both_and_the_run_goes_on(world, alone):
     directory = world / "stopped"
     results = both("stopped", *arguments(world, directory, "manual"))

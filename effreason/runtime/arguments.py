@@ -33,6 +33,7 @@ def bounded(name: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[str
 def numbers(text: str, field: str, fits: Callable[[float], bool], bound: str) -> list[float]:
     """Numbers with commas between them; none for "none". Args: bound, in words. Raises: UserError."""
     found: list[float] = []
+    names = set()
     for part in [] if text == "none" else text.split(","):
         try:
             number = float(part)
@@ -41,7 +42,8 @@ def numbers(text: str, field: str, fits: Callable[[float], bool], bound: str) ->
         if not fits(number):
             raise UserError(f"{field} must be numbers in {bound} with commas between them, got {part.strip()!r} in "
                             f"{text!r}")
-        if number in found:
-            raise UserError(f"{field} must name each number once, got {text!r}")
+        if f"{number:g}" in names:
+            raise UserError(f"{field} must name each number once, in six digits, got {text!r}")
         found.append(number)
+        names.add(f"{number:g}")
     return found

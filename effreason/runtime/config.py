@@ -417,6 +417,7 @@ class Config:
                                     ("kl.form", self.kl.form, "none"),
                                     ("advantage.whiten", self.advantage.whiten, False),
                                     ("advantage.group_std", self.advantage.group_std, False),
+                                    ("update.importance_cap", self.update.importance_cap, None),
                                     ("rollout.refill_rounds", self.rollout.refill_rounds, 0)):
             if value != right:
                 raise ValueError(f"{field} must be {written(right)} {wanted}, got {written(value)}")
