@@ -21,7 +21,8 @@ Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: before,
 def summary(config: Config, results: Results, wall_seconds: float, *, alpha: float | None = None) -> dict[str, Any]:
     """The content of summary.json.
 
-    Args: results, of each set of problems, the headline's first; wall_seconds of the whole run.
+    Args: results, of each set of problems, the headline's first; wall_seconds of the whole run; alpha, the last one,
+        None = as configured.
     Returns: of the first set: accuracies in 0..1; accuracy_change = trained - base; token_ratio = trained / base;
         levels easy to hard. Under "sets" everything that was measured on each."""
     base, trained, comparison = next(iter(results.values()))
@@ -113,9 +114,10 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
             table.add_row(level, *_cells(base["by_level"][level], trained["by_level"][level]))
         table.add_section()
     table.add_row("all", *_cells(base, trained), style="bold")
-    heading = (f"Held-out problems, before and after training "
-               f"(alpha {summary['alpha']:g}, seed {summary['seed']}, {duration(summary['wall_s'])})")
-    console.print(heading, style="bold", highlight=False, markup=False)
+    alpha = alpha_in_words(summary["alpha"], summary.get("alpha_start"))
+    heading = "Held-out problems, before and after training"
+    made = f"({alpha}, seed {summary['seed']}, {duration(summary['wall_s'])})"
+    console.print(f"{heading}{' ' if len(heading) + len(made) < 80 else chr(10)}{made}", style="bold", highlight=False, markup=False)
     console.print(table, highlight=False, markup=False)
     compared = {name: (results["trained"], comparison_from_table(results["comparison"]))
                 for name, results in summary["sets"].items()}
@@ -127,6 +129,13 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
         further = list(compared.items())[1:]
         console.print(_comparisons("set", [(name, after, each) for name, (after, each) in further]),
                       highlight=False, markup=False)
+
+
+def alpha_in_words(alpha: float, start: float | None) -> str:
+    """The alpha of a run: "alpha 0.2". Args: alpha, the last one; start, the first one, None = the same."""
+    if start is None or start == alpha:
+        return f"alpha {alpha:g}"
+    return f"alpha moved from {start:.3g} to {alpha:.3g}"
 
 
 def _problems(summary: Mapping[str, Any]) -> str:

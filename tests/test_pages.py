@@ -329,6 +329,22 @@ def test_only_a_run_with_one_alpha_is_known_by_it(tmp_path, objective):
     assert ("α 0.2" in page.text) == (objective == "policy_gradient")
 
 
+def test_run_whose_alpha_moved_says_from_where_to_where(tmp_path):
+    made_runs.make_run(tmp_path / "run", steps=4, problems=12)
+    config, summary = tmp_path / "run" / "config.yaml", tmp_path / "run" / "summary.json"
+    config.write_text(config.read_text().replace("target_tokens: null", "target_tokens: 0.5"))
+    assert "target_tokens: 0.5" in config.read_text()
+    table = json.loads(summary.read_text()) | {"alpha": 0.4, "alpha_start": 0.2}
+    summary.write_text(json.dumps(table))
+    text, page = page_of(tmp_path / "run")
+    assert re.search(r"<h1>(.*?)</h1>", text)[1].endswith("of tiny, alpha moved from 0.2 to 0.4")
+    assert "α 0.4" in page.text and "α 0.2" not in page.text
+    del table["alpha_start"]                                # of an earlier version, which kept the configured one
+    summary.write_text(json.dumps(table))
+    text, page = page_of(tmp_path / "run")
+    assert re.search(r"<h1>(.*?)</h1>", text)[1].endswith("of tiny") and "α 0.4" not in page.text
+
+
 def test_family_links_its_members_pages_where_they_are(tmp_path):
     made_runs.make_family(tmp_path / "family", alphas=(0.0, 0.2), steps=2, problems=9)
     (tmp_path / "family" / "alpha0.2" / "report.html").write_text("<p>")

@@ -63,7 +63,7 @@ def test_summary_has_exactly_the_documented_shape(summary):
     base, trained, comparison = HEADLINE
     sets = found.pop("sets")
     assert found == {
-        "alpha": 0.2, "seed": 7,
+        "alpha": 0.2, "alpha_start": 0.2, "seed": 7,
         "base": {"accuracy": 0.85, "tokens": base.tokens, "by_level": {
             level: {"accuracy": base.by_level[level].accuracy, "tokens": base.by_level[level].tokens}
             for level in ("easy", "medium", "hard")}},
@@ -107,6 +107,15 @@ def test_table_shows_before_after_and_the_saving(summary):
     assert ["all", "85.0%", "95.0%", "+10.0", "200.0", "80.0", "60.0%"] in cells
     assert [row[0] for row in cells if row and row[0] in ("easy", "medium", "hard")] == ["easy", "medium", "hard"]
     assert lines[0] == "Held-out problems, before and after training (alpha 0.2, seed 7, 5:02)"
+
+
+def test_moved_alpha_is_said_with_where_it_began(config):
+    moved = report.summary(config, {"tiny": HEADLINE}, 301.5, alpha=0.40001)
+    assert list(moved.items())[:2] == [("alpha", 0.40001), ("alpha_start", 0.2)]
+    lines = printed(moved).splitlines()
+    assert lines[1].startswith("(alpha moved from 0.2 to 0.4, seed 7, 5:02)") and max(map(len, lines)) <= 80
+    del moved["alpha_start"]                                # of an earlier version
+    assert "(alpha 0.40001, seed 7, 5:02)" in printed(moved)
 
 
 def test_table_ends_in_the_changes_with_their_intervals(summary):

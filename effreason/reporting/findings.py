@@ -43,7 +43,7 @@ class Point:
     @property
     def label(self) -> str:
         """What stands beside a mark: the name as far as its first comma."""
-        return f"α {self.alpha:g}" if self.kind == MEMBER and self.alpha is not None else self.name.split(",")[0]
+        return f"α {self.alpha:.4g}" if self.kind == MEMBER and self.alpha is not None else self.name.split(",")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Run:
     name: str                       # its point's label
     kind: str                       # member | baseline
     directory: Path
-    alpha: float | None
+    alpha: float | None             # the last one, where it moved
+    alpha_start: float | None
     steps: int                      # updates made
     metrics: list[dict[str, Any]]
     summary: Mapping[str, Any] | None               # summary.json
@@ -142,27 +143,40 @@ def _family(directory: Path) -> Findings:
 
 
 def _run(directory: Path) -> Run:
-    summary = directory / "summary.json"
-    settings = _settings(directory / "config.yaml")
+    path = directory / "summary.json"
+    summary, settings = _json(path) if path.exists() else None, _settings(directory / "config.yaml")
     metrics = read_rows(directory / "metrics.jsonl")
     evaluations = {int(path.name.removeprefix("step")): path for path in directory.glob("evaluations/step*")
                    if path.is_dir() and path.name.removeprefix("step").isdecimal()}
     environment = directory / "environment.json"
+    alpha_start, alpha = _alphas(settings, summary)
     return Run(
-        name="trained", kind=MEMBER, directory=directory, alpha=_alpha(settings),
+        name="trained", kind=MEMBER, directory=directory, alpha=alpha, alpha_start=alpha_start,
         # A row with rollouts was followed by its update.
         steps=max((row["step"] + ("rollout/tokens" in row) for row in metrics), default=0), metrics=metrics,
-        summary=_json(summary) if summary.exists() else None, settings=settings,
+        summary=summary, settings=settings,
         environment=_json(environment) if environment.exists() else {},
         evaluations=dict(sorted(evaluations.items())))
 
 
-def _alpha(settings: Mapping[str, Any]) -> float | None:
-    """The one alpha that a run is known by; None where it moves, or the run has another objective or reward."""
-    others = {"update.objective": "policy_gradient", "reward.form": "efficient", "reward.target_tokens": None,
-              "reward.max_accuracy_drop": None}
-    is_fixed = all(settings.get(field, usual) == usual for field, usual in others.items())
-    return settings.get("reward.alpha") if is_fixed else None
+def _alphas(settings: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
+    """The first and the last alpha of a run; None where it has another objective or reward, or where alpha moves and
+    the last one is not known."""
+    usual = {"update.objective": "policy_gradient", "reward.form": "efficient"}
+    moving = {"reward.target_tokens": None, "reward.max_accuracy_drop": None}
+    alpha = settings.get("reward.alpha")
+    if not _is_number(alpha) or any(settings.get(field, value) != value for field, value in usual.items()):
+        return None, None
+    if all(settings.get(field, value) == value for field, value in moving.items()):
+        return alpha, alpha
+    if summary is None or "alpha_start" not in summary:     # of an earlier version: "alpha" is the configured one
+        return None, None
+    return summary["alpha_start"], summary["alpha"]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be computed with and drawn: NaN, infinity and true are no such numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def _inside(directory: Path, named: str | None) -> Path | None:

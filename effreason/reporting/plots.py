@@ -100,7 +100,9 @@ def overview(metrics_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, An
 
 
 def _title(figure: Figure, left: float, alpha: float | None, model: str, summary: Mapping[str, Any] | None) -> None:
-    parts = ["effreason", "" if alpha is None else f"α = {alpha:g}", Path(model).name[:60]]
+    start = alpha if summary is None else summary.get("alpha_start", alpha)
+    moved = "" if start is None or start == alpha else f"{start:.3g} → "
+    parts = ["effreason", "" if alpha is None else f"α = {moved}{alpha:.4g}", Path(model).name[:60]]
     figure.text(left, 0.958, "  ·  ".join(filter(None, parts)), fontsize=14, fontweight="bold", color=INK, va="center",
                 parse_math=False)
     line = "Not evaluated on held-out problems"

@@ -75,7 +75,8 @@ def headline(findings: Findings) -> Headline:
         return _bare_headline(findings, model, seed)
     point, measured = found
     base, after = findings.on(findings.sets[0])[0][1].summary, measured.summary
-    alpha = "" if point.alpha is None else f", alpha {point.alpha:g}"
+    start = None if findings.family else findings.runs[0].alpha_start
+    alpha = "" if point.alpha is None else f", {report.alpha_in_words(point.alpha, start)}"
     words = (f"{report.findings_in_words(comparison)} on {after.problems:,} held-out problems of {findings.sets[0]}"
              f"{alpha}")
     kinds = [each.kind for each in findings.points]
@@ -113,7 +114,7 @@ def _bare_headline(findings: Findings, model: str, seed: str) -> Headline:
         ratio = summary["token_ratio"]
         words = (f"{abs(100 * (1 - ratio)):.1f} % {'fewer' if ratio <= 1 else 'more'} tokens, accuracy "
                  f"{report.signed(100 * summary['accuracy_change'])} points on held-out problems, "
-                 f"alpha {summary['alpha']:g}")
+                 f"{report.alpha_in_words(summary['alpha'], summary.get('alpha_start'))}")
     return Headline(kicker="Before and after training" if summary else "In training", words=words,
                     line=_training(findings.runs[0], model, seed) if findings.runs else f"{model}{seed}", numbers=())
 
