@@ -117,7 +117,8 @@ def print_table(console: Console, summary: Mapping[str, Any]) -> None:
     alpha = alpha_in_words(summary["alpha"], summary.get("alpha_start"))
     heading = "Held-out problems, before and after training"
     made = f"({alpha}, seed {summary['seed']}, {duration(summary['wall_s'])})"
-    console.print(f"{heading}{' ' if len(heading) + len(made) < 80 else chr(10)}{made}", style="bold", highlight=False, markup=False)
+    gap = " " if len(heading) + len(made) < 80 else "\n"
+    console.print(f"{heading}{gap}{made}", style="bold", highlight=False, markup=False)
     console.print(table, highlight=False, markup=False)
     compared = {name: (results["trained"], comparison_from_table(results["comparison"]))
                 for name, results in summary["sets"].items()}

@@ -45,6 +45,15 @@ def test_plot_of_any_number_of_steps(tmp_path, steps):
     assert pixels.shape == (896, 1760, 4) and pixels[..., :3].std() > 0.05
 
 
+def test_title_says_where_alpha_moved_from(tmp_path):
+    figures = []
+    for start in (0.2, 0.1):
+        plots.overview(rows(2), SUMMARY | {"alpha_start": start}, tmp_path / "report.png")
+        figures.append((tmp_path / "report.png").read_bytes())
+    plots.overview(rows(2), SUMMARY, tmp_path / "report.png")
+    assert figures[0] == (tmp_path / "report.png").read_bytes() != figures[1]
+
+
 @pytest.mark.parametrize("steps", [0, 2, 40])
 def test_plot_without_evaluations_draws_the_curves_alone(tmp_path, steps):
     plots.overview(rows(steps), None, tmp_path / "report.png", model="tiny")
