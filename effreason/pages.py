@@ -24,6 +24,7 @@ from effreason.runtime.metrics import disk
 from effreason.runtime.settings import meanings, written
 
 MARK = '<meta name="generator" content="effreason report">'     # of a page that may be written over
+PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "reporting" / "templates"
 COLUMNS = 3                         # models or times that answer a prompt side by side
 # A control character is shown as the picture of itself; a lone surrogate is no character.
@@ -47,10 +48,9 @@ def write(directory: Path, output: Path | None = None) -> Path:
     """Writes the page, and without output the plots into directory/plots.
 
     Args: directory, of a run or a family; output, the page's file, None = report.html in the directory.
-    Returns: the page's path. Raises: UserError for another directory, or an output that is no page of ours."""
-    path = output or directory / "report.html"
-    if output is not None and not _may_be_written(output):
-        raise UserError(f"--output: {output} exists already and is no report, nothing is overwritten")
+    Returns: the page's path. Raises: UserError for another directory, or a file in the page's place that is none."""
+    path = output or directory / PAGE
+    check(path)
     found = findings.read(directory)
     content = _content(found) | {"members": _members(found) if output is None else []}
     text = _environment().get_template("page.html").render(content)
@@ -69,13 +69,16 @@ def write(directory: Path, output: Path | None = None) -> Path:
     return path
 
 
-def _may_be_written(path: Path) -> bool:
+def check(path: Path) -> None:
+    """That a page may be written there: only a page of ours is written over. Raises: UserError."""
     if not path.exists():
-        return True
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return MARK.encode() in file.read(2000)
+        return
+    if path.is_file():
+        with disk(path), path.open("rb") as file:
+            if MARK.encode() in file.read(2000):
+                return
+    raise UserError(f"{path} exists already and is no report, nothing is overwritten; move it, or name another file with "
+                    "--output")
 
 
 def _content(found: Findings) -> dict[str, Any]:
@@ -104,7 +107,7 @@ def _content(found: Findings) -> dict[str, Any]:
 
 def _members(found: Findings) -> list[tuple[str, str]]:
     """The pages of a family's runs, which lie below its own: name and relative address."""
-    pages = [(run.name, run.directory / "report.html") for run in found.runs if found.family]
+    pages = [(run.name, run.directory / PAGE) for run in found.runs if found.family]
     return [(name, quote(path.relative_to(found.directory).as_posix())) for name, path in pages if path.exists()]
 
 

@@ -293,6 +293,21 @@ def test_output_writes_the_page_alone_and_over_no_other_file(tmp_path, run, caps
         pages.write(directory, tmp_path)
 
 
+def test_page_of_a_directory_is_not_written_over_another_file(tmp_path):
+    made_runs.make_run(tmp_path / "run", steps=2, problems=6)
+    path = tmp_path / "run" / "report.html"
+    path.write_text("<p>mine</p>")
+    with pytest.raises(UserError, match=r"run/report\.html exists already and is no report") as error:
+        pages.write(tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert path.read_text() == "<p>mine</p>" and not (tmp_path / "run" / "plots").exists()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="is no report"):
+        pages.check(path)
+    pages.check(tmp_path / "none.html")
+
+
 def test_plots_are_written_as_png_and_svg(family):
     directory, _, text, _ = family
     names = {path.name for path in (directory / "plots").iterdir()}
