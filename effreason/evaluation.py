@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from effreason import graded, journals, prompts, provenance, scores
@@ -20,7 +21,7 @@ from effreason.errors import Interrupted, UserError
 from effreason.grades import Grader
 from effreason.lm import hf, model
 from effreason.problems import templates
-from effreason.records import Outcomes, Problem
+from effreason.records import EOS, LENGTH, LOOP, Outcomes, Problem, Response
 from effreason.rollouts import Sampler, step_key
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
@@ -51,11 +52,19 @@ class Evaluate(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A model on a set."""
+
+    outcomes: Outcomes
+    facts: Mapping[str, Any]        # what they were made with; those of the file that was read, where one was
+
+
 class Measure(Protocol):
     """What `make_measure` makes."""
 
     def __call__(self, name: str, params: Callable[[], model.Params], watch: Watch, *, weights: str,
-                 expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Outcomes:
+                 expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Measured:
         """See Evaluate. Args: name, of a set; params, called where something is left to sample."""
         ...
 
@@ -72,7 +81,7 @@ def make_evaluator(config: Config, pretrained: hf.Pretrained, template: template
                  names: Sequence[str] | None = None) -> dict[str, Outcomes]:
         first = next(iter(sets), None)
         return {name: measure(name, lambda: params, watch, weights=weights, directory=directory,
-                              expected=expected if name == first else {})
+                              expected=expected if name == first else {}).outcomes
                 for name in (sets if names is None else names)}
 
     return evaluate
@@ -96,21 +105,24 @@ def make_measure(config: Config, pretrained: hf.Pretrained, template: templates.
         return graded.rows(name, sets[name], tried)
 
     def measure(name: str, params: Callable[[], model.Params], watch: Watch, *, weights: str,
-                expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Outcomes:
-        if directory is None:
-            return graded.outcomes(sample(name, params(), watch, expected))
+                expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Measured:
         facts = make_facts(config, template, name, sets[name], root, weights) | {"model": pretrained.name}
+        if directory is None:
+            rows = sample(name, params(), watch, expected)
+            return Measured(outcomes=graded.outcomes(rows), facts=_now(facts))
         path = directory / (files[name] + graded.SUFFIX)
         if not finished(path, facts):
-            with journals.Journal(path.with_suffix(journals.SUFFIX), facts, functools.partial(check, facts)) as journal:
+            with journals.Journal(path.with_suffix(journals.SUFFIX), facts, functools.partial(check, facts),
+                                  functools.partial(_fits, facts, pretrained.decoder.vocabulary)) as journal:
                 rows = sample(name, params(), watch, expected, drawn=journal.drawn, record=journal.add,
                               keep=journal.keep)
-                processes.decided("graded", lambda: _write(path, facts, rows))
+                processes.decided("graded", lambda: graded.write(path, _now(facts), rows))
                 journal.remove()
-            return graded.outcomes(rows)
+            return Measured(outcomes=graded.outcomes(rows), facts=_now(facts))
         if processes.first():
             path.with_suffix(journals.SUFFIX).unlink(missing_ok=True)       # of a process killed between the two
-        return graded.outcomes(graded.read(path)[1])
+        found, outcomes = graded.read_outcomes(path)
+        return Measured(outcomes=outcomes, facts=found)
 
     return measure
 
@@ -125,8 +137,16 @@ def finished(path: Path, facts: Mapping[str, Any]) -> bool:
     return processes.decided("graded responses", look) and journals.seen(path)
 
 
-def _write(path: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    graded.write(path, {**facts, "environment": provenance.environment()}, rows)
+def _fits(facts: Mapping[str, Any], vocabulary: int, response: Response) -> bool:
+    """Whether a response of a journal can be one of these."""
+    return (0 <= response.prompt < facts["problems"] and 0 <= response.sample < facts["evaluation.samples"]
+            and response.finish in ("", EOS, LENGTH, LOOP)
+            and len(response.tokens) <= facts["evaluation.max_new_tokens"]
+            and bool(np.all((response.tokens >= 0) & (response.tokens < vocabulary))))
+
+
+def _now(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {**facts, "environment": provenance.environment()}
 
 
 def make_facts(config: Config, template: templates.Template, name: str, problems: Sequence[Problem], seed: int,
@@ -264,11 +284,10 @@ def evaluate_model(config: Config, opened: Candidate, mesh: jax.sharding.Mesh, g
     for seed in seeds:
         measure = make_measure(config, pretrained, template, sampler, sets, grader, seed=seed)
         row = opened.name if len(seeds) == 1 else f"{opened.name} (seed {seed})"
-        for name, problems in sets.items():
+        for name in sets:
             with reporter.watching(f"{row}, {name}") as watch:
-                outcomes = measure(name, params, watch, weights=opened.fingerprint,
+                measured = measure(name, params, watch, weights=opened.fingerprint,
                                    directory=directory and directory / f"seed{seed}")
-            facts = make_facts(config, template, name, problems, seed, opened.fingerprint)
-            found.append(scores.score(row, name, outcomes, facts))
+            found.append(scores.score(row, name, measured.outcomes, measured.facts))
             say(scores.line(found[-1]) + ("" if reporter.sampled else "; read"), reporter.console)
     return found

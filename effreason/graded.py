@@ -22,6 +22,15 @@ from effreason.runtime.metrics import disk
 FACTS = "facts"                     # the one key of the first line
 SUFFIX = ".jsonl"
 
+# What the rows of an evaluation hold: the types, and words for them.
+TEXT, COUNT = ((str,), "a text"), ((int,), "a whole number")
+FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "set": TEXT, "uid": COUNT, "sample": COUNT, "level": TEXT, "problem": TEXT, "reference_answer": TEXT,
+    "response": TEXT, "answer": ((str, type(None)), "a text or null"), "status": TEXT,
+    "correct": ((bool,), "true or false"), "tokens": COUNT, "finish": TEXT,
+    "stated": ((int, float, type(None)), "a number or null")}
+BOUNDS = {"tokens": 2**31, "sample": 2**31}     # what an array of them takes
+
 
 def row(problems: Sequence[Problem], tried: Attempts, prompt: int, sample: int) -> dict[str, Any]:
     """One response with its verdict, for people and programs to read.
@@ -62,11 +71,13 @@ def stated(problem: Problem, made: Mapping[str, Any]) -> float | None:
 def outcomes(rows: Sequence[Mapping[str, Any]]) -> Outcomes:
     """Rows of one set as arrays, the problems in the order of their first rows.
 
-    Raises: ValueError unless every problem has the same samples, each once."""
+    Raises: ValueError unless there are rows, and every problem has the same samples, each once."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for each in rows:
         groups.setdefault(each["uid"], []).append(each)
     table = [sorted(group, key=lambda each: each["sample"]) for group in groups.values()]
+    if not table:
+        raise ValueError("expected responses, found none")
     if any([each["sample"] for each in group] != list(range(len(table[0]))) for group in table):
         raise ValueError(f"expected the same samples of each of {len(table)} problems, found {len(rows)} rows")
 
@@ -97,27 +108,64 @@ def write(path: Path, facts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `write` wrote. Raises: UserError for another or a damaged file."""
+    """What `write` wrote: the facts, and the rows, all of them. Raises: UserError for another or a damaged file."""
     try:
         with path.open(encoding="utf-8") as file:
             first, *others = [json.loads(line) for line in file]
-        return first[FACTS], others
+        facts = _facts(first)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: expected graded responses, a line with facts and one for each response; repair or "
                         "remove it") from None
+    for number, row in enumerate(others, start=2):
+        wrong = _wrong(row)
+        if wrong is not None:
+            raise UserError(f"{path}: line {number}: {wrong}; repair or remove it")
+    problems, samples = facts.get("problems"), facts.get("evaluation.samples")
+    if type(problems) is int and type(samples) is int and len(others) != problems * samples:
+        raise UserError(f"{path}: holds {len(others)} of {problems * samples} responses; remove it to sample them "
+                        "again")
+    return facts, others
+
+
+def read_outcomes(path: Path) -> tuple[dict[str, Any], Outcomes]:
+    """What `write` wrote, as arrays. Raises: UserError for another or a damaged file."""
+    facts, rows = read(path)
+    try:
+        return facts, outcomes(rows)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; repair or remove it") from None
 
 
 def read_facts(path: Path) -> dict[str, Any]:
     """The facts alone. Raises: UserError for another or a damaged file."""
     try:
         with path.open(encoding="utf-8") as file:
-            return json.loads(file.readline())[FACTS]
+            return _facts(json.loads(file.readline()))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: expected graded responses behind a line with facts; repair or remove it") from None
+
+
+def _facts(line: Any) -> dict[str, Any]:
+    if not isinstance(line[FACTS], dict):
+        raise TypeError
+    return line[FACTS]
+
+
+def _wrong(row: Any) -> str | None:
+    """What is wrong with a row, None where nothing is."""
+    if not isinstance(row, dict):
+        return f"expected a JSON object, found {json.dumps(row)[:40]}"
+    for field, (kinds, words) in FIELDS.items():
+        if field not in row or type(row[field]) not in kinds:
+            got = json.dumps(row[field])[:40] if field in row else f"no {field}"
+            return f"{field} must be {words}, got {got}"
+        if type(row[field]) is int and not 0 <= row[field] < BOUNDS.get(field, 2**63):
+            return f"{field} must be within [0, {BOUNDS.get(field, 2**63)}), got {row[field]}"
+    return None
 
 
 def safe_names(names: Sequence[str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from effreason.unfinished import digest
 
 SUFFIX = ".journal"
 Check = Callable[[Path, Mapping[str, Any]], None]
+Fits = Callable[[Response], bool]
 
 
 class Journal:
@@ -28,15 +29,15 @@ class Journal:
 
     Attributes: drawn, the responses that were there, finished and begun.
     Args: facts, of the evaluation, for the first line of a new file; check, given those of a file that is there, raises
-        UserError where they are of another evaluation.
+        UserError where they are of another evaluation; fits, whether a response can be one of this evaluation.
     Raises: UserError for a damaged file; the end of one that a crash cut off is dropped."""
 
-    def __init__(self, path: Path, facts: Mapping[str, Any], check: Check) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any], check: Check, fits: Fits = lambda response: True) -> None:
         self._path = path
         self._file: IO[bytes] | None = None
         self.drawn: list[Response] = []
-        if processes.decided("journal", lambda: self._open(facts, check)) and seen(path):
-            self.drawn = _read(path)[1]
+        if processes.decided("journal", lambda: self._open(facts, check, fits)) and seen(path):
+            self.drawn = _read(path, check, fits)[1]
         # None reads what process 0 has begun to add to already.
         processes.gathered("journal read", lambda: None)
 
@@ -69,13 +70,11 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _open(self, facts: Mapping[str, Any], check: Check) -> bool:
+    def _open(self, facts: Mapping[str, Any], check: Check, fits: Fits) -> bool:
         """Opens the file to add to it; whether it holds responses already."""
         with disk(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            found, drawn, whole = _read(self._path) if self._path.exists() else (None, [], 0)
-            if found is not None:
-                check(self._path, found)
+            found, drawn, whole = _read(self._path, check, fits) if self._path.exists() else (None, [], 0)
             self._file = self._path.open("ab")
             if os.fstat(self._file.fileno()).st_size > whole:
                 self._file.truncate(whole)      # a line that a crash cut off
@@ -102,7 +101,7 @@ def _line(response: Response) -> bytes:
     return (json.dumps(facts, separators=(",", ":")) + "\n").encode()
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, list[Response], int]:
+def _read(path: Path, check: Check, fits: Fits) -> tuple[dict[str, Any] | None, list[Response], int]:
     """The facts, None where not even they are there; the responses; and the bytes of all whole lines."""
     found: dict[tuple[int, int], Response] = {}
     facts, whole = None, 0
@@ -113,11 +112,14 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Response], int]:
             try:
                 table = json.loads(line)
                 if number == 1:
-                    facts = table["facts"]
+                    facts = dict(table["facts"].items())
+                    check(path, facts)          # before the responses, which fit no other evaluation
                 else:
                     response = _response(table)
+                    if not fits(response):
+                        raise ValueError
                     found[response.prompt, response.sample] = response
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 raise UserError(f"{path}: line {number} is damaged; remove the file to generate its responses again"
                                 ) from None
             whole += len(line)
@@ -126,8 +128,11 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Response], int]:
 
 def _response(table: dict[str, Any]) -> Response:
     """Log-probs are 0: nobody asks for those of an evaluation."""
+    numbers = [table["prompt"], table["sample"], *table["tokens"]]
+    if not all(type(number) is int for number in numbers):
+        raise TypeError
     tokens = np.array(table["tokens"], np.int32)
     unknown = np.zeros(len(tokens), np.float32)
-    return Response(prompt=int(table["prompt"]), sample=int(table["sample"]), tokens=tokens, logprobs=unknown,
+    return Response(prompt=table["prompt"], sample=table["sample"], tokens=tokens, logprobs=unknown,
                     sampling_logprobs=unknown, model_logprobs=unknown, finish=str(table["finish"]),
                     looped=bool(table["looped"]))

@@ -1,5 +1,7 @@
 """What a result was made with: versions, devices, and the commit of the code where it is a checkout."""
 
+import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -26,8 +28,19 @@ def environment() -> dict[str, Any]:
 
 
 def grader() -> str:
-    """The grader and the packages that decide with it: another version of one may give other verdicts."""
-    return ", ".join([f"effreason {__version__}", *(f"{name} {version(name)}" for name in GRADERS)])
+    """The grader, its code and the packages that decide with it: another version of one may give other verdicts."""
+    return ", ".join([f"effreason {__version__}", f"grading {grading_sha256()}",
+                      *(f"{name} {version(name)}" for name in GRADERS)])
+
+
+@functools.cache
+def grading_sha256(directory: Path = Path(__file__).parent / "grading") -> str:
+    """The first 12 digits of a hash of the modules of a package: between two versions its code may differ too."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def version(package: str) -> str | None:

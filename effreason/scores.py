@@ -202,7 +202,7 @@ def write(directory: Path, scores: Sequence[Score], seen: set[str], environment:
             "kind": kind(each.set, seen), "facts": dict(each.facts)}
     write_json(directory / RESULTS, {"provenance": dict(environment), "settings": dict(settings), "base": scores[0].row,
                                      "models": models})
-    rows = [flat(each, seen, environment) for each in scores]
+    rows = [flat(each, seen) for each in scores]
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="")
     table.writeheader()
@@ -213,9 +213,10 @@ def write(directory: Path, scores: Sequence[Score], seen: set[str], environment:
         partial.replace(directory / TABLE)
 
 
-def flat(score: Score, seen: set[str], environment: Mapping[str, Any]) -> dict[str, Any]:
+def flat(score: Score, seen: set[str]) -> dict[str, Any]:
     """A score as one line of a table, by column; budgets, levels and difficulties are not in it.
 
+    The git commit is that of the code that sampled, which may not be the one that writes the table.
     An interval is two columns, _low and _high; what is not known is left empty."""
     cells: dict[str, Any] = {"model": score.row, "set": score.set, "kind": kind(score.set, seen)}
     for record in (score.summary, score.comparison):
@@ -227,5 +228,5 @@ def flat(score: Score, seen: set[str], environment: Mapping[str, Any]) -> dict[s
                 cells |= {f"{name}_{k}": share for k, share in value.items()}
             elif name not in ("budgets", "by_level", "by_difficulty"):
                 cells[name] = value
-    facts = {name: value for name, value in score.facts.items() if name not in cells}
-    return cells | facts | {"git_commit": environment["git_commit"]}
+    facts = {name: value for name, value in score.facts.items() if name not in cells and name != "environment"}
+    return cells | facts | {"git_commit": score.facts.get("environment", {}).get("git_commit")}

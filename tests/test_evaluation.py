@@ -192,6 +192,56 @@ def test_other_settings_are_never_mixed(bench, whole, world, tmp_path, changes, 
     assert bench.asked == []
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"loops": {"stop": True}}, "loops.stop false, now true"),
+    ({"grade": {"require_eos": False}}, "grade.require_eos true, now false"),
+    ({"run": {"seed": 5}}, "run.seed 0, now 5"), ({"grader": True}, "grader .*, now 'another grader'")])
+def test_other_rules_are_never_mixed(bench, whole, monkeypatch, changes, message):
+    if changes.pop("grader", False):
+        monkeypatch.setattr(evaluation.provenance, "grader", lambda: "another grader")
+    config = dataclasses.replace(bench.config, **{
+        section: dataclasses.replace(getattr(bench.config, section), **fields) for section, fields in changes.items()})
+    with pytest.raises(UserError, match=rf"test\.jsonl: was made with {message}"):
+        bench.evaluate(config=config, directory=whole)
+    assert bench.asked == []
+
+
+def test_a_file_that_lost_rows_is_never_a_smaller_set(bench, whole, world, tmp_path):
+    name = files(world)[0]
+    lines = (whole / name).read_bytes().splitlines(keepends=True)
+    (tmp_path / name).write_bytes(b"".join(lines[:-6]))
+    with pytest.raises(UserError, match=r"test\.jsonl: holds 10 of 16 responses; remove it to sample them again"):
+        bench.evaluate(directory=tmp_path)
+    (tmp_path / name).write_bytes(lines[0].replace(b'"problems": 8', b'"problems": null') + b"".join(lines[1:-6]))
+    with pytest.raises(UserError, match="was made with problems null, now 8"):
+        bench.evaluate(directory=tmp_path)
+    assert bench.asked == []
+
+
+@pytest.mark.parametrize("change", [{"prompt": 8}, {"prompt": -1}, {"sample": 2}, {"tokens": [10**7]}, {"tokens": [-5]},
+                                    {"tokens": [3] * 41}, {"finish": "ended"}])
+def test_a_journal_of_what_cannot_be_is_one_line(bench, whole, world, tmp_path, change):
+    name = files(world)[0]
+    response = {"prompt": 0, "sample": 0, "finish": "eos", "looped": False, "tokens": [3]} | change
+    (tmp_path / name.replace(".jsonl", ".journal")).write_text(
+        json.dumps({"facts": graded.read_facts(whole / name)}) + "\n" + json.dumps(response) + "\n")
+    with pytest.raises(UserError, match=r"test\.journal: line 2 is damaged; remove the file"):
+        bench.evaluate(directory=tmp_path)
+
+
+def test_facts_are_those_of_the_process_that_sampled(bench, whole, world, tmp_path, monkeypatch):
+    name = str(world / "test.jsonl")
+    measure = evaluation.make_measure(bench.config, bench.pretrained, bench.template, bench.sampler, bench.sets,
+                                      bench.grader)
+    monkeypatch.setattr(evaluation.provenance, "git_commit", lambda: "of the reader")
+    measured = measure(name, lambda: pytest.fail("loaded"), lambda now: None, weights="base", directory=whole)
+    assert measured.facts == graded.read_facts(whole / files(world)[0])
+    assert measured.facts["environment"]["git_commit"] != "of the reader"
+    fresh = measure(name, lambda: bench.params, lambda now: None, weights="base")
+    assert fresh.facts["environment"]["git_commit"] == "of the reader"
+    np.testing.assert_equal(dataclasses.asdict(fresh.outcomes), dataclasses.asdict(measured.outcomes))
+
+
 def test_seeds_are_other_samples_of_the_same_problems(bench, world):
     name = str(world / "test.jsonl")
     zero, again, one = (bench.evaluate(seed=seed, names=[name])[name] for seed in (None, 0, 1))

@@ -80,15 +80,57 @@ def test_files_come_back(tmp_path):
 
 def test_what_is_no_such_file_is_one_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    for text in ("", "[]\n", '{"uid": 1}\n', '{"facts": {}}\n{"uid"', "\udc80"):
+    for text in ("", "[]\n", '{"uid": 1}\n', '{"facts": {}}\n{"uid"', "\udc80", '{"facts": 5}\n', "5\n"):
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(UserError, match=r"a\.jsonl: expected graded responses"):
             graded.read(path)
+    for text in ('{"facts": 5}\n', "[" * 100_000 + "\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"a\.jsonl: expected graded responses behind a line with facts"):
+            graded.read_facts(path)
     with pytest.raises(UserError, match="No such file"):
         graded.read_facts(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         graded.write(tmp_path / "file" / "a.jsonl", {}, [])
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    (5, "expected a JSON object, found 5"), ({"uid": None}, "uid must be a whole number, got null"),
+    ({"uid": 2**70}, r"uid must be within \[0, 9223372036854775808\), got 1180"),
+    ({"tokens": 2**31}, r"tokens must be within \[0, 2147483648\), got 2147483648"),
+    ({"tokens": -1}, "tokens must be within"), ({"correct": 1}, "correct must be true or false, got 1"),
+    ({"stated": "7"}, 'stated must be a number or null, got "7"'), ({"answer": 7}, "answer must be a text or null"),
+    ({"sample": True}, "sample must be a whole number, got true"), ("finish", "finish must be a text, got no finish")])
+def test_a_damaged_row_is_one_line(tmp_path, bad, message):
+    path, rows = tmp_path / "a.jsonl", graded.rows("gsm8k", PROBLEMS, attempts())
+    if isinstance(bad, dict):
+        rows[1] |= bad
+    elif bad == "finish":
+        del rows[1][bad]
+    else:
+        rows[1] = bad
+    graded.write(path, {}, rows)
+    with pytest.raises(UserError, match=rf"a\.jsonl: line 3: {message}.*; repair or remove it"):
+        graded.read(path)
+
+
+def test_a_file_that_lost_rows_is_no_smaller_set(tmp_path):
+    path, rows = tmp_path / "a.jsonl", graded.rows("gsm8k", PROBLEMS, attempts())
+    facts = {"problems": 2, "evaluation.samples": 2}
+    graded.write(path, facts, rows)
+    found, outcomes = graded.read_outcomes(path)
+    assert found == facts and outcomes.correct.shape == (2, 2)
+    for some in (rows[:2], rows[:3], [], rows * 2):
+        graded.write(path, facts, some)
+        with pytest.raises(UserError, match=rf"a\.jsonl: holds {len(some)} of 4 responses; remove it to sample them"):
+            graded.read(path)
+    graded.write(path, facts, [rows[0], rows[0], rows[2], rows[3]])
+    with pytest.raises(UserError, match=r"a\.jsonl: expected the same samples of each of 2 problems, found 4 rows"):
+        graded.read_outcomes(path)
+    graded.write(path, {}, [])
+    with pytest.raises(UserError, match=r"a\.jsonl: expected responses, found none; repair or remove it"):
+        graded.read_outcomes(path)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):

@@ -1,5 +1,7 @@
 """Journals: what was finished is never sampled again, whatever cut the file off."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -39,7 +41,8 @@ def test_responses_come_back_in_full(tmp_path):
     with journals.Journal(path, FACTS, same) as journal:
         assert journal.drawn == []
         journal.add([ONE])
-        alike(journals._read(path)[1], [ONE])               # on the disk already: kill -9 takes nothing of it
+        # On the disk already: kill -9 takes nothing of it.
+        alike(journals._read(path, same, lambda response: True)[1], [ONE])
         journal.add([])
         journal.add([TWO])
         journal.keep([ONE, TWO, BEGUN, response(3, 0, 0, "")])      # of these only BEGUN is news
@@ -71,6 +74,27 @@ def test_a_line_that_was_cut_off_is_dropped_for_good(tmp_path):
         alike(kept(path), [*[ONE, TWO][: max(lines - 1, 0)], BEGUN])
 
 
+def _line(**changes):
+    good = {"prompt": 0, "sample": 0, "finish": "eos", "looped": False, "tokens": [5]}
+    return (json.dumps(good | changes) + "\n").encode()
+
+
+def test_a_response_that_cannot_be_one_of_the_evaluation_is_damage(tmp_path):
+    path = tmp_path / "a.journal"
+    with journals.Journal(path, FACTS, same) as journal:
+        journal.add([ONE, TWO])
+
+    def other(path, found):
+        raise UserError("other facts")
+
+    with pytest.raises(UserError, match=r"a\.journal: line 3 is damaged"):
+        journals.Journal(path, FACTS, same, lambda response: response.prompt < 2)
+    with pytest.raises(UserError, match="other facts"):             # what does not fit is of the other evaluation then
+        journals.Journal(path, FACTS, other, lambda response: response.prompt < 2)
+    with journals.Journal(path, FACTS, same, lambda response: response.prompt < 3) as journal:
+        alike(journal.drawn, [ONE, TWO])
+
+
 def test_other_facts_and_damage_are_errors_and_change_nothing(tmp_path):
     path = tmp_path / "a.journal"
     with journals.Journal(path, FACTS, same) as journal:
@@ -84,7 +108,9 @@ def test_other_facts_and_damage_are_errors_and_change_nothing(tmp_path):
         journals.Journal(path, FACTS, other)
     assert path.read_bytes() == whole
     lines = whole.splitlines(keepends=True)
-    for number, bad in ((1, b"{}\n"), (2, b"\0\0\n"), (3, b'{"prompt": 1}\n')):
+    for number, bad in ((1, b"{}\n"), (2, b"\0\0\n"), (3, b'{"prompt": 1}\n'),
+                        (1, b'{"facts": 5}\n'), (1, b"5\n"), (2, _line(tokens=[10**10])), (2, _line(tokens=[1.5])),
+                        (3, _line(tokens=[[1]])), (3, _line(tokens="ab")), (2, _line(prompt="0"))):
         path.write_bytes(b"".join([*lines[: number - 1], bad, *lines[number:]]))
         before = path.read_bytes()
         with pytest.raises(UserError, match=rf"a\.journal: line {number} is damaged; remove the file to generate"):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,23 @@ def test_the_environment_is_json_and_names_what_decides_verdicts():
     assert found.keys() == {"effreason", "git_commit", "grader", "python", "jax", "jaxlib", "flax", "transformers",
                             "platform", "device", "device_count", "processes"}
     assert found["device"] == "cpu" and found["processes"] == 1 and found["device_count"] >= 1
-    assert found["grader"].startswith(f"effreason {found['effreason']}, math-verify ")
+    assert found["grader"].startswith(
+        f"effreason {found['effreason']}, grading {provenance.grading_sha256()}, math-verify ")
     assert "None" not in found["grader"] and ", sympy 1." in found["grader"]
+
+
+def test_another_grader_of_the_same_version_is_told_apart(tmp_path):
+    def digest(name, **files):
+        (tmp_path / name).mkdir()
+        for stem, content in files.items():
+            (tmp_path / name / f"{stem}.py").write_text(content)
+        return provenance.grading_sha256(tmp_path / name)
+
+    found = [digest("one", a="x = 1", b=""), digest("edited", a="x = 2", b=""), digest("renamed", a="x = 1", c=""),
+             digest("moved", a="", b="x = 1")]
+    assert len(set(found)) == 4 and all(len(each) == 12 for each in found)
+    assert digest("copy", a="x = 1", b="") == found[0]
+    assert len(list((Path(provenance.__file__).parent / "grading").glob("*.py"))) > 10
 
 
 def test_the_commit_of_a_checkout(tmp_path):

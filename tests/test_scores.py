@@ -13,8 +13,9 @@ from effreason import scores, statistics
 from effreason.records import Outcomes
 
 FACTS = {"set": "gsm8k", "weights": "abc", "run.seed": 0, "evaluation.temperature": 0.6, "template": "r1",
-         "template_sha256": "f" * 64, "problems": 6, "problems_sha256": "e" * 64, "grader": "effreason 0"}
-ENVIRONMENT = {"git_commit": "c" * 40, "effreason": "0"}
+         "template_sha256": "f" * 64, "problems": 6, "problems_sha256": "e" * 64, "grader": "effreason 0",
+         "environment": {"git_commit": "d" * 40, "effreason": "0"}}
+ENVIRONMENT = {"git_commit": "c" * 40, "effreason": "0"}       # of the process that writes the table
 OWN_SET = "/data/of/mine/held-out-problems.jsonl"
 LONG = "/a/rather/long/directory/of/runs/with-a-name/model (seed 2147483647)"
 
@@ -131,6 +132,7 @@ def test_files_hold_every_number(tmp_path):
             "tokens_after_answer", "accuracy_change", "accuracy_change_low", "token_ratio", "token_ratio_high",
             "p_value", "test", "aes", "problems_to_detect", "run.seed", "evaluation.temperature", "template_sha256",
             "problems_sha256", "weights", "grader", "git_commit"} <= rows[0].keys()
+    assert {row["git_commit"] for row in rows} == {"d" * 40}
     assert float(rows[2]["accuracy_change_low"]) == compared[2].comparison.accuracy_change_interval[0]
     assert rows[0]["accuracy_change"] == rows[0]["pass_at_4"] == "" != rows[1]["pass_at_4"]
     assert not any(set("{[") & set(value) for row in rows for value in row.values())    # all of it is flat
