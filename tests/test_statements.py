@@ -30,6 +30,13 @@ def stated(text, answer, kind="math", choices=()):
     ("= 7 + 5", "7", None), ("= 70", "7", None), ("= 7.5", "7", None), ("= 7x", "7", None),
     (r"= 7 \times 2", "7", None), ("= 7^2", "7", None), ("= 7!", "7", None), ("= 12 x 3", "12", None),
     ("= 2/7", "2", None),
+    # Of steps on a line the last one counts, up to its end, "wait", the end of the thinking, a box or "answer".
+    ("4+8=2;2*7=4;</think>", "2", None), ("4+8=2;2*7=4;wait;2*7=4;", "2", None),
+    ("2*7=4;4+8=2;wait;=4;", "2", "2*7=4;4+8=2"),
+    ("2*7=4;4+8=2;Wait, = 4", "2", "2*7=4;4+8=2"), ("= 7\n= 8", "7", "= 7"), ("= 7, = 8\n", "7", None),
+    ("= 7; x</think>= 8", "7", "= 7"), ("= 7; x = y", "7", None), (r"= 7 \boxed{8} = 9", "7", "= 7"),
+    ("= 7, the answer is 8 = 9", "7", "= 7"), ("= 7 awaits = 8", "7", None),
+    ("the answer is 7 = 8", "7", "the answer is 7"),
     # No statement at all.
     ("7 pens", "7", None), (r"\boxed{7", "7", None), ("x >= 7", "7", None), ("x != 7", "7", None), ("", "7", None),
     ("= 5", "five", None), ("= 1/0", "7", None), (r"= \frac{1}{0}", "7", None), ("answer", "7", None)])

@@ -1,7 +1,8 @@
 r"""Where in a response its reference answer is stated for the first time, thinking included.
 
-A cheap look at the places where people state a value: in \boxed{}, behind "answer is" or "answer:", behind an equals
-sign. No algebra: what only sympy could tell to be equal is passed over.
+A cheap look at the places where people state a value: in \boxed{}, behind "answer is" or "answer:", behind the last
+equals sign of a line. Those before it are steps, whose small numbers are often the answer's by chance. No algebra: what
+only sympy could tell to be equal is passed over.
 """
 
 import re
@@ -11,8 +12,8 @@ from effreason.grading import kinds, notation
 from effreason.grading.exact import exact
 from effreason.grading.kinds import Gold
 
-PLACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?|(?<![<>!:≠])=",
-                   re.IGNORECASE)
+PLACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?|(?<![<>!:≠])="
+                   r"|(?P<stop>\n|</think>|\bwait\b)", re.IGNORECASE)
 # Blanks are bounded: unbounded runs of them side by side would be tried in every way.
 NUMBER = re.compile(
     r"[\s$*]{0,9}+(?:\\?\(\s?)?(?P<sign>[-−+]?)\s?(?:\\?[$€£])?\s?"
@@ -30,24 +31,34 @@ def first_stated(response: str, gold: Gold) -> int | None:
     """The number of characters up to the end of the first statement of the reference answer; None where there is none.
 
     Behind an equals sign only a number can be told from what follows it, and only a reference that is a number is
-    looked for there. Linear in the length of the response."""
+    looked for there. It counts where no other equals sign follows before the line, the thinking or the response ends,
+    "wait" comes, or a box or "answer". Linear in the length of the response."""
     wanted = _number(gold.answer) if gold.kind == "math" else None
     same = _remembering(gold)
+    last: int | None = None         # the end of what stands behind the equals sign before, where it is the reference
     for place in PLACE.finditer(response):
-        if place["box"]:
-            end = _end_of_box(response, place.end())
-            if end is not None and _states(response[place.end() : end], wanted, same):
-                return end + 1
-            continue
-        if wanted is not None and (match := NUMBER.match(response, place.end())):
-            if not GOES_ON.match(response, match.end()):
-                if _equal(_value(match), wanted):
-                    return match.end()
-                continue
-        if place["named"] and (sentence := SENTENCE.match(response, place.end())) and _states(
-                sentence[0].strip(" *$"), wanted, same):
-            return sentence.end()
-    return None
+        if place[0] != "=":
+            if last is not None:
+                return last
+            if not place["stop"] and (end := _stated(response, place, wanted, same)) is not None:
+                return end
+        elif wanted is not None:
+            match = NUMBER.match(response, place.end())
+            whole = match is not None and not GOES_ON.match(response, match.end())
+            last = match.end() if match and whole and _equal(_value(match), wanted) else None
+    return last
+
+
+def _stated(response: str, place: re.Match[str], wanted: float | None, same: Callable[[str], bool]) -> int | None:
+    """The end of a box or of what stands behind "answer" where it is the reference, else None."""
+    if place["box"]:
+        end = _end_of_box(response, place.end())
+        return end + 1 if end is not None and _states(response[place.end() : end], wanted, same) else None
+    if wanted is not None and (match := NUMBER.match(response, place.end())):
+        if not GOES_ON.match(response, match.end()):
+            return match.end() if _equal(_value(match), wanted) else None
+    sentence = SENTENCE.match(response, place.end())
+    return sentence.end() if sentence and _states(sentence[0].strip(" *$"), wanted, same) else None
 
 
 def end_of_answer(response: str) -> int:
