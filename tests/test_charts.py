@@ -1,5 +1,6 @@
 """The charts of a report: what they draw is what was measured, and names lie beside each other."""
 
+import dataclasses
 import itertools
 
 import made_runs
@@ -90,6 +91,25 @@ def test_difficulty_has_bars_for_one_model_and_dots_for_several(results):
     dots = charts.difficulty(members).axes[0]
     savings = {each.saving for _, measured in members for each in measured.comparison.by_difficulty.values()}
     assert savings <= {x for line in dots.lines for x in line.get_xdata()}
+
+
+def with_saving(result, saving, interval):
+    comparison = result[1].comparison
+    changed = {name: dataclasses.replace(each, saving=saving, saving_interval=interval)
+               for name, each in comparison.by_difficulty.items()}
+    return result[0], dataclasses.replace(result[1], comparison=dataclasses.replace(comparison, by_difficulty=changed))
+
+
+@pytest.mark.parametrize(("saving", "interval", "bar", "dot"), [
+    (0.42, (0.39, 0.445), "−42% [−44, −39]", "42%"), (-0.04, (-0.065, -0.022), "+4% [+2, +6]", "−4%"),
+    (0.001, (-0.05, 0.06), "0% [−6, +5]", "0%")])
+def test_bars_show_the_change_and_dots_the_saving_with_real_minus_signs(results, saving, interval, bar, dot):
+    members = [with_saving(each, saving, interval) for each in of_kinds(results, MEMBER)]
+    assert bar in [text.get_text() for text in charts.difficulty(members[:1]).axes[0].texts]
+    renamed = [(dataclasses.replace(point, kind="baseline", name="short-est"), each) for point, each in members[:2]]
+    axes = charts.difficulty(renamed).axes[0]
+    assert f"{dot}  short-est" in [text.get_text() for text in axes.texts]
+    assert axes.xaxis.get_major_formatter()(-0.05, 0) == "−5%"
 
 
 @pytest.mark.parametrize("high", [200, 20_000])

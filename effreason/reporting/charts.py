@@ -150,9 +150,9 @@ def _bars(measured: Measured) -> Figure:
     for place, (name, each) in enumerate(found.items()):
         axes.text(0, place - 0.34, _short(name), fontsize=SMALL + 0.5, fontweight="bold", color=INK,
                   va="center_baseline", parse_math=False)
-        low, high = each.saving_interval
-        interval = f" [{100 * low:.0f}, {100 * high:.0f}]" if each.problems > 1 else ""
-        note = f"{-each.saving:+.0%}{interval}".replace("-", "−", 1)
+        low, high = each.saving_interval                    # of the saving; what is shown is the change
+        interval = f" [{_whole(-high, '+')}, {_whole(-low, '+')}]" if each.problems > 1 else ""
+        note = f"{_whole(-each.saving, '+')}%{interval}"
         for bottom, tokens, color, text in ((-0.2, each.tokens_base, BEFORE, ""), (0.08, each.tokens, AFTER, note)):
             axes.barh(place + bottom, tokens, 0.26, align="edge", color=color)
             number = axes.annotate(grouped(tokens), (tokens, place + bottom + 0.13), (5, 0),
@@ -184,9 +184,8 @@ def _dots(results: Results) -> Figure:
             if (found := by_difficulty.get(name)) is not None:
                 axes.errorbar(found.saving, row, xerr=_around(found.saving, found.saving_interval), fmt="o",
                               color=color, markersize=5.5, elinewidth=1.6, markeredgecolor="white", markeredgewidth=0.6)
-                label = f"{found.saving:.0%}  {point.label}".replace("-", "−", 1)
-                axes.annotate(label, (found.saving_interval[1], row), (6, 0), textcoords="offset points", va="center",
-                              fontsize=NUMBER, color=color, parse_math=False)
+                axes.annotate(f"{_whole(found.saving)}%  {point.label}", (found.saving_interval[1], row), (6, 0),
+                              textcoords="offset points", va="center", fontsize=NUMBER, color=color, parse_math=False)
         row += 1.6
     axes.set_ylim(row - 0.9, -0.8)
     low, high = min(0.0, axes.get_xlim()[0]), axes.get_xlim()[1]
@@ -194,10 +193,16 @@ def _dots(results: Results) -> Figure:
     axes.axvline(0, color="#BBBBBB", linewidth=0.8)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, place: f"{_whole(share)}%"))
     axes.tick_params(labelsize=SMALL)
     axes.set_xlabel("tokens saved against the base", color=QUIET, fontsize=SMALL)
     return figure
+
+
+def _whole(share: float, sign: str = "") -> str:
+    """A share as a whole number of per cent, with a real minus sign. Args: sign, "+" = with that one too."""
+    value = round(100 * share)
+    return f"{value:{sign if value else ''},}".replace("-", "−")
 
 
 def _short(name: str) -> str:
