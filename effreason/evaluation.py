@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -208,10 +208,13 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
     check_alike(list(opened.values()), config)
     processes.check_same({f"the model {path}": each.fingerprint for path, each in opened.items()} | {
         f"the template of {path}": each.template.sha256[:12] for path, each in opened.items()})
-    if output is not None:
-        processes.decided("output", lambda: _make(output))
-        processes.check_shared(output, "--output")
     console, folders, found = processes.console(), graded.safe_names(models), list[scores.Score]()
+    if output is not None:
+        lost = _lost(processes.decided("output", lambda: _make(output)), {
+            _row(each, seed, seeds) for each in opened.values() for seed in seeds}, prompts.evaluation_samples(config))
+        processes.check_shared(output, "--output")
+        if lost:
+            say(f"note: {output / scores.RESULTS} and {scores.TABLE} will no longer hold {', '.join(lost)}", console)
     with Interrupts() as interrupts, make_grader(config) as grader:
         reporter = _Reporter(console, interrupts)
         try:
@@ -230,9 +233,21 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
         say(f"the results: {output / scores.RESULTS} and {output / scores.TABLE}", console)
 
 
-def _make(directory: Path) -> None:
+def _row(opened: Candidate, seed: int, seeds: Sequence[int]) -> str:
+    return opened.name if len(seeds) == 1 else f"{opened.name} (seed {seed})"
+
+
+def _lost(held: Mapping[str, Sequence[str]], rows: Collection[str], sets: Collection[str]) -> list[str]:
+    """What results that are there hold beside what is evaluated now. Args: held, sets by row."""
+    return [f"{row} on {name}" for row, names in held.items() for name in names
+            if row not in rows or name not in sets]
+
+
+def _make(directory: Path) -> dict[str, list[str]]:
+    """Makes the directory of the results; the sets by row of those that it holds already."""
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
+    return scores.held(directory)
 
 
 class _Reporter:
@@ -283,7 +298,7 @@ def evaluate_model(config: Config, opened: Candidate, mesh: jax.sharding.Mesh, g
     found = []
     for seed in seeds:
         measure = make_measure(config, pretrained, template, sampler, sets, grader, seed=seed)
-        row = opened.name if len(seeds) == 1 else f"{opened.name} (seed {seed})"
+        row = _row(opened, seed, seeds)
         for name in sets:
             with reporter.watching(f"{row}, {name}") as watch:
                 measured = measure(name, params, watch, weights=opened.fingerprint,

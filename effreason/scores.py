@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from effreason import statistics
+from effreason.errors import UserError
 from effreason.records import Outcomes
 from effreason.runtime.metrics import disk, write_json
 from effreason.statistics import Comparison, Interval, Summary
 
 RESULTS, TABLE = "results.json", "results.csv"
+KEYS = {"provenance", "settings", "base", "models"}            # of results.json
+COLUMNS = ("model", "set", "kind")                              # the first ones of results.csv
 SIGNIFICANT = 0.05
 WIDTH = 80
 
@@ -189,6 +193,30 @@ def _percent(interval: Interval, digits: int = 1) -> str:
 
 def _ratio(interval: Interval) -> str:
     return f"({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def held(directory: Path) -> dict[str, list[str]]:
+    """The sets, by row, of the results that a directory holds, which `write` would replace.
+
+    Raises: UserError where one of its files is not a result of `write`."""
+    results, table = directory / RESULTS, directory / TABLE
+    other = "is of something else than evaluate.py; choose another --output, or remove the file"
+    if table.exists():
+        with disk(table), table.open("rb") as file:
+            if not file.readline(1000).startswith(",".join(COLUMNS).encode()):
+                raise UserError(f"{table}: {other}")
+    if not results.exists():
+        return {}
+    try:
+        found = json.loads(results.read_bytes())
+    except OSError as error:
+        raise UserError(f"{results}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = None
+    models = found.get("models") if isinstance(found, dict) and found.keys() >= KEYS else None
+    if not isinstance(models, dict) or not all(isinstance(sets, dict) for sets in models.values()):
+        raise UserError(f"{results}: {other}")
+    return {row: list(sets) for row, sets in models.items()}
 
 
 def write(directory: Path, scores: Sequence[Score], seen: set[str], environment: Mapping[str, Any],

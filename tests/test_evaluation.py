@@ -314,8 +314,19 @@ def test_the_command_keeps_compares_and_goes_on(evaluated, world, tmp_path, monk
     assert again.count("; read\n") == 4 and "; read\n" not in said
     assert again.replace("; read\n", "\n").splitlines()[-20:] == lines[-20:]
     assert json.loads((output / "results.json").read_text())["models"] == table["models"]
+    fewer = evaluated(output)
+    assert f"will no longer hold {base} on {names.split(',')[0]}, {base} on " in fewer and "no longer" not in again
     error = evaluated(output, code=2, **changes | {"evaluation.temperature": 0.5})
     assert "was made with evaluation.temperature 1.0, now 0.5" in error
+
+
+@pytest.mark.parametrize("name", ["results.json", "results.csv"])
+def test_files_of_something_else_are_refused_before_anything_is_sampled(evaluated, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(evaluation, "evaluate_model", functools.partial(pytest.fail, "sampled"))
+    (tmp_path / name).write_text('{"mine": 1}')
+    error = evaluated(tmp_path, code=2)
+    assert error.startswith("error: ") and f"{name}: is of something else than evaluate.py" in error
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
 
 
 def test_a_signal_ends_the_command_with_a_line_that_says_how_to_go_on(evaluated, tmp_path, monkeypatch):

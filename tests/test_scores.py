@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from effreason import scores, statistics
+from effreason.errors import UserError
 from effreason.records import Outcomes
 
 FACTS = {"set": "gsm8k", "weights": "abc", "run.seed": 0, "evaluation.temperature": 0.6, "template": "r1",
@@ -108,6 +109,24 @@ def test_generalisation_is_about_sets_that_were_not_trained_on():
     assert text.index("seen kind") < text.index("math500") < text.index("never trained on")
     assert "Generalisation" not in table_of(found, seen={"gsm8k", "math500"})
     assert "Generalisation" not in table_of(found[:2])
+
+
+def test_only_results_of_its_own_are_replaced(tmp_path):
+    assert scores.held(tmp_path) == {}
+    compared = scores.against_first([scores.score(row, name, drawn(0), FACTS) for row, name in (
+        ("base", "gsm8k"), ("base", "aime24"), ("new", "gsm8k"))])
+    scores.write(tmp_path, compared, {"gsm8k"}, ENVIRONMENT, {})
+    assert scores.held(tmp_path) == {"base": ["gsm8k", "aime24"], "new": ["gsm8k"]}
+    ours = {path: path.read_text() for path in tmp_path.iterdir()}
+    table = json.loads(ours[tmp_path / "results.json"])
+    for name, text in (("results.json", '{"mine": 1}'), ("results.json", "mine"), ("results.json", "[]"),
+                       ("results.json", json.dumps(table | {"models": 5})), ("results.json", "[" * 100_000),
+                       ("results.json", json.dumps(table | {"models": {"base": 5}})),
+                       ("results.csv", "x,y\n1,2\n"), ("results.csv", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}: is of something else than evaluate\.py; choose another --out"):
+            scores.held(tmp_path)
+        (tmp_path / name).write_text(ours[tmp_path / name])
 
 
 def test_files_hold_every_number(tmp_path):
