@@ -98,7 +98,7 @@ def tables(scores: Sequence[Score], seen: set[str]) -> list[RenderableType]:
     names = list(dict.fromkeys(each.set for each in scores))
     for name in names:
         group = [each for each in scores if each.set == name]
-        printed += [_set_table(name, group), *(
+        printed += [_set_table(name, group), Text(""), _cost_table(group), Text(""), *(
             _paragraph(f"{each.row}: {verdict(each.comparison, each.summary.problems)}")
             for each in group if each.comparison is not None), Text("")]
         printed += [table for each in group for table in _difficulty_tables(each, alone=len(group) == 1)]
@@ -134,6 +134,24 @@ def _set_table(name: str, group: Sequence[Score]) -> Group:
         table.add_row(Text(each.row), *cells)
     title = f"{name}: {first.problems:,} problems x {first.samples} response{'s' * (first.samples > 1)}"
     return _titled(title, table)
+
+
+def _cost_table(group: Sequence[Score]) -> Group:
+    """What responses cost; the chances of several samples where there are some."""
+    samples, against = group[0].summary.samples, any(each.comparison for each in group)
+    several = [f"pass@{samples}", f"maj@{samples}"] if samples > 1 else []
+    table = _table(["tokens", "median", "right", "wrong", "per solved", *several, *(["AES"] if against else [])])
+    for each in group:
+        found = each.summary
+        cells = [_tokens(found.tokens_median), *(_tokens(count) if count is not None else "-" for count in (
+            found.tokens_right, found.tokens_wrong, found.tokens_per_solved))]
+        if several:
+            cells += [f"{100 * chances[samples]:.1f} %" for chances in (found.pass_at, found.majority_at)]
+        if against:
+            score = None if each.comparison is None else each.comparison.aes
+            cells.append("" if each.comparison is None else "-" if score is None else f"{score:+.2f}")
+        table.add_row(Text(each.row), *cells)
+    return Group(table)
 
 
 def _difficulty_tables(each: Score, *, alone: bool) -> list[RenderableType]:

@@ -95,6 +95,32 @@ def test_tables_fit_a_terminal_and_say_how_many_problems():
     assert "a very long name" in text
 
 
+def cells(text, heading, row):
+    """The cells of a row by column, of the table that has a heading."""
+    lines = text.splitlines()
+    begin = next(place for place, line in enumerate(lines) if heading in line)
+    line = next(line for line in lines[begin + 2 :] if line.startswith(row))
+    return dict(zip(lines[begin].split()[1:], line.split()[1:], strict=False))
+
+
+def test_what_responses_cost_is_printed():
+    base = outcomes([[1, 0], [0, 0]], [[10, 20], [30, 1000]])
+    half = outcomes([[1, 1], [0, 1]], [[5, 10], [15, 500]])
+    text = table_of([scores.score("base", "x", base, FACTS), scores.score("new", "x", half, FACTS)])
+    text = text.replace("per solved", "per_solved").replace(" %", "")
+    assert cells(text, "median", "base") == {"median": "25.0", "right": "10.0", "wrong": "350.0",
+                                             "per_solved": "1,060", "pass@2": "50.0", "maj@2": "25.0"}
+    # Three times the right ones: 1 - 0.5 + 3 x 0.5 / 0.25.
+    assert cells(text, "median", "new") == {"median": "12.5", "right": "171.7", "wrong": "15.0",
+                                            "per_solved": "176.7", "pass@2": "100.0", "maj@2": "75.0", "AES": "+6.50"}
+    never = table_of([scores.score(row, "x", outcomes([[0]], [[7]]), FACTS) for row in ("base", "new")])
+    never = never.replace("per solved", "per_solved")
+    assert cells(never, "median", "new") == {"median": "7.0", "right": "-", "wrong": "7.0", "per_solved": "-",
+                                             "AES": "-"}
+    alone = table_of([scores.score("base", "x", outcomes([[0]], [[7]]), FACTS)])
+    assert "pass@" not in alone and "AES" not in alone and "median" in alone
+
+
 def test_a_model_alone_has_its_levels_and_nothing_to_compare():
     text = table_of([scores.score("base", "tiny", drawn(0, samples=1, levels=["easy", "hard"] * 20), FACTS)])
     assert "tiny: 40 problems x 1 response\n" in "\n".join(line.rstrip() for line in text.splitlines())
