@@ -77,8 +77,8 @@ def check(path: Path) -> None:
         with disk(path), path.open("rb") as file:
             if MARK.encode() in file.read(2000):
                 return
-    raise UserError(f"{path} exists already and is no report, nothing is overwritten; move it, or name another file with "
-                    "--output")
+    raise UserError(f"{path} exists already and is no report, nothing is overwritten; move it, or name another file "
+                    "with --output")
 
 
 def _content(found: Findings) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _content(found: Findings) -> dict[str, Any]:
         "commands": _commands(found), "steps": chosen.steps if chosen else 0,
         "missing": ("measured by an earlier version, without intervals: evaluate again"
                     if chosen and chosen.summary and not found.points else "not evaluated after training yet"),
-        "wanted": int(chosen.settings.get("run.steps", 0)) if chosen else 0,
+        "wanted": chosen.wanted if chosen else 0,
     }
 
 
@@ -157,7 +157,7 @@ def _commands(found: Findings) -> list[str]:
     title = shlex.quote(found.title)
     commit = found.environment.get("git_commit")
     chosen = ""
-    lines = [f"git checkout {str(commit).removesuffix('+dirty')}"] if commit else []
+    lines = [f"git checkout {shlex.quote(str(commit).removesuffix('+dirty'))}"] if commit else []
     if found.family:
         alphas = [f"{point.alpha:g}" for point in found.points if point.kind == MEMBER]
         baselines = [str(run.settings.get("update.objective")) for run in found.runs if run.kind == BASELINE]

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 import time
 
 import made_runs
@@ -14,6 +15,7 @@ from effreason.reporting import exhibits, findings, published, sections
 
 HOSTILE = ("<script>alert('x')</script></details></pre><img src=http://evil.example/x onerror=alert(1)>"
            "{{ 7 * 7 }}</style>\x00\x1b[31m\u202e\ud800 & \"quoted\"</think>\\boxed{<b>1</b>}")
+MISSING = object()
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SECTIONS = ("tradeoff", "where", "generalisation", "training", "prompts", "groups", "settings")
 
@@ -269,14 +271,132 @@ def test_run_that_has_just_begun_has_a_page(tmp_path):
      r"summary\.json: cannot be read"),
     (lambda path: (made_runs.make_family(path, alphas=(0.1,), steps=2, problems=6),
                    (path / "family.json").write_text('{"points": [{}]}')), r"family\.json: not a family's results"),
-    (lambda path: (made_runs.make_family(path, alphas=(0.1,), steps=2, problems=6),
-                   (path / "family.json").unlink()), r"made: a family that is not finished yet"),
+    (lambda path: (path.mkdir(), (path / "family.json").write_text('{"points": []}')),
+     r"made is a family that is not finished yet"),
 ])
 def test_other_directories_are_one_clear_error(tmp_path, make, message):
     make(tmp_path / "made")
     with pytest.raises(UserError, match=message) as error:
         pages.write(tmp_path / "made")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A run and a family as they were before a test damaged a copy."""
+    directory = tmp_path_factory.mktemp("originals")
+    made_runs.make_run(directory / "run", steps=4, problems=9, sets=("tiny",))
+    made_runs.make_family(directory / "family", alphas=(0.1, 0.4), steps=2, problems=9, sets=("tiny",))
+    return directory
+
+
+def damaged(originals, tmp_path, name, change):
+    """A copy of a run or a family in which `change` has been at work: on its directory."""
+    shutil.copytree(originals / name, tmp_path / name)
+    change(tmp_path / name)
+    return tmp_path / name
+
+
+def holds(name, text):
+    return lambda directory: (directory / name).write_text(text)
+
+
+def with_value(name, value, *keys):
+    """Puts a value, or nothing, at a place of a JSON file."""
+    def change(directory):
+        place = table = json.loads((directory / name).read_text())
+        for key in keys[:-1]:
+            place = place[key]
+        if value is MISSING:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+        (directory / name).write_text(json.dumps(table))
+    return change
+
+
+def with_rows(name, **values):
+    """Puts values into every row of a JSONL file."""
+    def change(directory):
+        rows = [json.loads(line) for line in (directory / name).read_text().splitlines()]
+        made_runs.write_rows(directory / name, [row if "facts" in row else row | values for row in rows])
+    return change
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (holds("config.yaml", "- a"), "config.yaml: must hold sections of settings, got list"),
+    (holds("config.yaml", "5"), "config.yaml: must hold sections of settings, got int"),
+    (holds("summary.json", "{}"), "summary.json: not a run's results: 'alpha' is missing"),
+    (holds("summary.json", "[]"), "summary.json: must hold an object"),
+    (with_value("summary.json", [], "sets"), "summary.json: not a run's results: expected dict"),
+    (with_value("summary.json", 5, "sets", "tiny"), "summary.json: not a run's results: expected dict"),
+    (with_value("summary.json", {}, "sets", "tiny"), "summary.json: not a run's results: 'base' is missing"),
+    (with_value("summary.json", None, "wall_s"), "summary.json: not a run's results: expected float, got 'None'"),
+    (with_value("summary.json", "x", "alpha_start"), "summary.json: not a run's results: expected float"),
+    (with_value("summary.json", 3, "base"), "summary.json: not a run's results"),
+    (with_value("summary.json", "x", "sets", "tiny", "base", "tokens"), "summary.json: .*expected float, got 'x'"),
+    (with_value("summary.json", float("nan"), "sets", "tiny", "trained", "accuracy"), "summary.json: .*got 'nan'"),
+    (with_value("summary.json", [1], "sets", "tiny", "trained", "accuracy_interval"), "summary.json: not a run's"),
+    (with_value("summary.json", [], "sets", "tiny", "base", "budgets"), "summary.json: .*must not be empty"),
+    (with_value("summary.json", {}, "sets", "tiny", "comparison", "by_difficulty"), "json: .*must not be empty"),
+    (with_rows("metrics.jsonl", **{"rollout/tokens": "abc"}),
+     "metrics.jsonl: rollout/tokens of step 0 must be a number, got 'abc'"),
+    (with_rows("metrics.jsonl", **{"pull/length": [1]}), "metrics.jsonl: pull/length of step 0 must be a number"),
+    (lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()), "metrics.jsonl: cannot be read"),
+    (with_rows("evaluations/step4/tiny.jsonl", tokens="x"), "step4/tiny.jsonl: line 2"),
+    (holds("evaluations/step0/tiny.jsonl", '{"facts": {}}\n[1]\n'), "step0/tiny.jsonl: line 2"),
+    (holds("environment.json", "[]"), "environment.json: must hold an object"),
+])
+def test_damaged_run_is_one_clear_error(tmp_path, originals, change, message):
+    directory = damaged(originals, tmp_path, "run", change)
+    with pytest.raises(UserError, match=message) as error:
+        pages.write(directory)
+    assert "\n" not in str(error.value) and not (directory / "report.html").exists()
+
+
+@pytest.mark.parametrize(("change", "name", "words"), [
+    (with_rows("rollouts.jsonl", reward="x"), "groups", "Left out: rollouts.jsonl holds no two whole answers"),
+    (with_rows("rollouts.jsonl", tokens=None), "groups", "Left out: rollouts.jsonl holds no two whole answers"),
+    (with_rows("rollouts.jsonl", advantage="x"), "groups", "reward 0."),
+    (with_rows("rollouts.jsonl", tokens=0), "groups", "0 tokens"),
+    (with_rows("evaluations/step4/tiny.jsonl", tokens=0), "prompts", "0 tokens"),
+    (holds("evaluations/step4/tiny.jsonl", '{"facts": {}}\n'), "prompts", "before training"),
+    (holds("config.yaml", ""), "settings", "Left out: no setting is in config.yaml"),
+    (holds("config.yaml", "run: {steps: x, seed: [1]}\nreward: {alpha: x}\n"), "settings", "run.steps"),
+])
+def test_what_is_damaged_is_left_out_where_it_can_be(tmp_path, originals, change, name, words):
+    text, _ = page_of(damaged(originals, tmp_path, "run", change))
+    assert words in section(text, name)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (with_value("family.json", [], "points"), "family is a family that is not finished yet"),
+    (with_value("family.json", {}, "points"), "family.json: not a family's results: expected list"),
+    (with_value("family.json", [], "sets"), "family.json: not a family's results: expected one base"),
+    (with_value("family.json", [1], "sets"), "family.json: not a family's results: expected str"),
+    (with_value("family.json", "x", "seed"), "family.json: not a family's results: expected int"),
+    (with_value("family.json", {}, "points", 0, "sets"), "family.json: .*expected one base, measured on every set"),
+    (with_value("family.json", "member", "points", 0, "kind"), "family.json: .*'member' is no kind of point, or lacks"),
+    (with_value("family.json", "other", "points", 1, "kind"), "family.json: .*'other' is no kind of point"),
+    (with_value("family.json", "x", "points", 1, "alpha"), "family.json: .*expected float, got 'x'"),
+    (with_value("family.json", 5, "points", 1, "directory"), "family.json: .*expected str"),
+    (with_value("family.json", "x", "points", 1, "sets", "tiny", "comparison", "p_value"), "family.json: .*got 'x'"),
+    (with_value("family.json", MISSING, "points", 1, "sets", "tiny", "summary"), "family.json: .*'summary' is missing"),
+    (holds("alpha0.1/summary.json", "{}"), "alpha0.1/summary.json: not a run's results: 'alpha' is missing"),
+])
+def test_damaged_family_is_one_clear_error(tmp_path, originals, change, message):
+    directory = damaged(originals, tmp_path, "family", change)
+    with pytest.raises(UserError, match=message) as error:
+        pages.write(directory)
+    assert "\n" not in str(error.value)
+
+
+def test_points_outside_a_family_are_not_read(tmp_path, originals):
+    shutil.copytree(originals / "run", tmp_path / "elsewhere")
+    for where in ("../elsewhere", str(tmp_path / "elsewhere")):
+        change = with_value("family.json", where, "points", 1, "directory")
+        found = findings.read(damaged(originals, tmp_path / where[0].replace("/", "x"), "family", change))
+        assert found.points[1].responses is None and [run.name for run in found.runs][0] == "α 0.4"
 
 
 def test_output_writes_the_page_alone_and_over_no_other_file(tmp_path, run, capsys):

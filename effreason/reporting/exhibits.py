@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from effreason.report import ordered
+from effreason.reporting.findings import is_number, typed
 
 HEAD, TAIL = 3000, 1500             # characters of a long text that are shown
 GROUP = 16                          # answers of a group that are shown
 THINK, END_OF_THINKING = "<think>", "</think>"
 
 Row = Mapping[str, Any]
+# What is shown of a row of rollouts.jsonl.
+SHOWN = {"step": int, "uid": int, "sample": int, "level": str, "problem": str, "reference_answer": str, "response": str,
+         "answer": str | None, "correct": bool, "tokens": int, "reward": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +126,19 @@ def _chosen(pairs: Sequence[tuple[Row, Row]]) -> dict[int, str]:
     return chosen
 
 
+def _is_whole(row: Any) -> bool:
+    """Whether a row has what is shown of it."""
+    try:
+        for name, kind in SHOWN.items():
+            typed(row[name], kind)
+    except (KeyError, TypeError):
+        return False
+    return bool(row["tokens"] >= 0)
+
+
 def groups(path: Path) -> list[Group]:
     """One group of an early and one of a late step of rollouts.jsonl: of each, the one whose rewards differ most."""
-    if not path.exists():
+    if not path.is_file():
         return []
     places: dict[int, dict[int, list[tuple[int, float]]]] = {}      # by step, then uid: where, and the reward
     for place, row in _rows(path):
@@ -149,16 +163,21 @@ def _group(step: int, rows: Sequence[Row]) -> Group:
     return Group(step=step, level=first["level"], problem=first["problem"], reference_answer=first["reference_answer"],
                  answers=tuple(shown(row, f"answer {row['sample'] + 1}") for row in kept),
                  rewards=tuple(row["reward"] for row in kept),
-                 advantages=tuple(row.get("advantage") for row in kept), size=len(rows))
+                 advantages=tuple(_advantage(row) for row in kept), size=len(rows))
+
+
+def _advantage(row: Row) -> float | None:
+    value = row.get("advantage")
+    return value if is_number(value) else None
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows and where they begin. A line that a crash cut off is passed over: to show is not to repair."""
+    """Rows and where they begin. A line that is damaged or lacks something is passed over: to show is not to repair."""
     with path.open("rb") as file:
         place = 0
         for line in file:
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
-                if isinstance(row, dict) and row.keys() >= {"step", "uid", "reward"}:
+                if _is_whole(row):
                     yield place, row
             place += len(line)

@@ -265,7 +265,7 @@ def _within(measured: Measured) -> str:
 
 
 def graded_rows(findings: Findings, directory: Path | None) -> list[dict[str, Any]]:
-    """Graded responses of a directory on the first set; [] where there are none."""
+    """Graded responses of a directory on the first set; [] where there are none. Raises: UserError."""
     if directory is None or not findings.sets:
         return []
     path = directory / f"{graded.safe_names(findings.sets)[findings.sets[0]]}{graded.SUFFIX}"
