@@ -58,11 +58,29 @@ def test_pareto_joins_members_by_alpha_and_draws_the_base_cut_off(results):
     assert any(len(course) == len(cut) and np.allclose(course, cut) for course in courses_of)
 
 
-def test_names_of_points_cover_one_another_hardly(results):
-    found = boxes(charts.pareto(results, shape="wide").axes[0])
+@pytest.mark.parametrize("shape", ["wide", "narrow"])
+def test_names_of_points_cover_one_another_hardly(results, shape):
+    found = boxes(charts.pareto(results, shape=shape).axes[0])
     assert len(found) == len(results)
     for one, other in itertools.combinations(found, 2):
         assert covered(one, other) < 0.1 * min(one.width * one.height, other.width * other.height)
+
+
+def test_crowded_names_stand_apart_each_joined_to_its_mark():
+    axes = plots.new_figure(charts.SHAPES["narrow"][0]).add_axes(charts.SHAPES["narrow"][1])
+    axes.set(xlim=(28, 100), ylim=(0.81, 1.005))
+    places = [(36.5, 0.986), (37.5, 0.98), (40.6, 0.978), (49.2, 0.986), (44.2, 0.982), (38.9, 0.985)]
+    names = ["α 0.4", "α 0.2", "α 0.1", "α 0.05", "blend 0.5", "blend 0.75"]
+    labels.name_points(axes, [labels.Named(name=name, x=x, y=y, color="black")
+                              for name, (x, y) in zip(names, places, strict=True)], [])
+    found = boxes(axes)
+    assert max(covered(one, other) for one, other in itertools.combinations(found, 2)) == 0
+    joined = [tuple(line.get_xydata()[0]) for line in axes.lines]
+    for (x, y), box in zip(places, found, strict=True):
+        mark = axes.transData.transform((x, y))
+        gap = np.hypot(*(np.clip(mark, (box.x0, box.y0), (box.x1, box.y1)) - mark)) * 72 / axes.figure.dpi
+        assert gap < 11 or (x, y) in joined
+    assert axes.get_xlim() == (28, 100)
 
 
 def test_names_behind_lines_lie_apart_and_within():

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 SMALL, NUMBER = 9.5, 9.0            # sizes of text in a chart, in points
 # Where a name may stand: sides and heights in halves of its own size, the best first.
 AROUND = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1.1, 0), (-1.1, 0), (0, 1.6), (0, -1.6), (1, 2.4), (-1, 2.4), (1, -2.4),
-          (-1, -2.4), (1, 4), (-1, 4), (1, -4), (-1, -4))
+          (-1, -2.4), *((side, rise) for rise in (4, -4, 5.5, -5.5, 7, -7, 9, -9) for side in (1, -1, 1.8, -1.8)))
 MARK, GAP = 6.0, 7.0                # half a mark's size, and its distance to its name, in points
+FAR = 10.0                          # a name this far from its mark, in points, has a line to it
+NAMES = 4.0                         # how much worse it is to cover a name than a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Named:
 
 
 def name_points(axes: Axes, marks: Sequence[Named], lines: Sequence[np.ndarray]) -> None:
-    """Writes each name where it covers no other name, no mark and no line, or the least.
+    """Writes each name where it covers no other name, no mark and no line, or the least; joins it to a far mark.
 
     Args: lines, float64[n, 2] each, x and y of the data: error bars and curves."""
     figure = axes.get_figure()
@@ -36,17 +38,30 @@ def name_points(axes: Axes, marks: Sequence[Named], lines: Sequence[np.ndarray])
     taken = [_box(x, y, MARK * scale, MARK * scale) for x, y in places]
     taken += [_box(x, y, 1.5 * scale, 1.5 * scale) for line in lines for x, y in _along(axes.transData.transform(line))]
     frame = np.array([axes.get_window_extent(renderer).extents])
+    names = np.empty((0, 4))                                # and the lines to them
     for mark, (x, y) in zip(marks, places, strict=True):
         text = axes.annotate(mark.name, (mark.x, mark.y), xytext=(0, 0), textcoords="offset points", fontsize=SMALL,
                              color=mark.color, fontweight="bold", parse_math=False, zorder=6)
         size = text.get_window_extent(renderer)
         boxes = [_box(x + side * (size.width / 2 + GAP * scale), y + rise * (size.height / 2 + 0.6 * GAP * scale),
                       size.width / 2, size.height / 2) for side, rise in AROUND]
-        costs = [_overlap(box, np.array(taken)) + 9 * (size.width * size.height - _overlap(box, frame))
-                 + rank * scale**2 for rank, box in enumerate(boxes)]
+        costs = [_overlap(box, np.array(taken)) + NAMES * sum(_overlap(each, names) for each in (box, *joined))
+                 + 9 * (size.width * size.height - _overlap(box, frame)) + rank * scale**2
+                 for rank, box in enumerate(boxes) for joined in [_joined(x, y, box, scale)]]
         best = boxes[int(np.argmin(costs))]
         text.set_position(((best[0] - x) / scale, (best[1] - y) / scale))
-        taken.append(best)
+        joined = _joined(x, y, best, scale)
+        names = np.vstack([names, best, *joined])
+        if joined:
+            line = axes.transData.inverted().transform([(x, y), np.clip((x, y), best[:2], best[2:])])
+            axes.plot(*line.T, color=mark.color, linewidth=0.6, zorder=1.5, scalex=False, scaley=False)
+
+
+def _joined(x: float, y: float, box: np.ndarray, scale: float) -> list[np.ndarray]:
+    """Boxes along the line from a mark to the nearest point of its name; none where the name is near."""
+    end = np.clip((x, y), box[:2], box[2:])
+    near = np.hypot(*(end - (x, y))) <= FAR * scale
+    return [] if near else [_box(*point, 2 * scale, 2 * scale) for point in _along(np.array([(x, y), end]))]
 
 
 def _box(x: float, y: float, half_width: float, half_height: float) -> np.ndarray:
