@@ -173,11 +173,11 @@ def interval(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0,
 
 
 def share_interval(shares: np.ndarray, *, seed: int = 0) -> Interval:
-    """`interval` of a mean of shares, where all are 0 or all are 1 the exact binomial bound: that none of 8 problems is
-    right does not say that none ever would be.
+    """`interval` of a mean of shares, where each is 0 or 1 the exact binomial one: near 0 and 1 a bootstrap is too
+    narrow, and that none of 8 problems is right does not say that none ever would be.
 
     Args: shares float64[P], in 0..1. Source: Clopper and Pearson 1934."""
-    if np.all(shares == 0) or np.all(shares == 1):
+    if np.all((shares == 0) | (shares == 1)):
         exact = stats.binomtest(int(shares.sum()), len(shares)).proportion_ci(CONFIDENCE)
         return float(exact.low), float(exact.high)
     return interval(np.mean, shares, seed=seed)

@@ -270,6 +270,32 @@ def test_none_or_all_of_a_few_right_says_little(shares, bound):
     assert (low, high) == pytest.approx((0, bound) if shares[0] == 0 else (bound, 1))
 
 
+@pytest.mark.parametrize("right", range(41))
+def test_with_one_sample_the_interval_is_that_of_binomial_tests(right):
+    shares = np.random.default_rng(right).permutation(np.arange(40) < right).astype(float)
+    low, high = statistics.share_interval(shares)
+    # Its ends are the rates at which so many right ones, or more, or fewer, come up once in 40 times.
+    assert low == 0.0 if right == 0 else stats.binom.sf(right - 1, 40, low) == pytest.approx(0.025)
+    assert high == 1.0 if right == 40 else stats.binom.cdf(right, 40, high) == pytest.approx(0.025)
+    found = statistics.summarize(outcomes(shares[:, None] == 1, np.ones((40, 1))))
+    assert found.accuracy_interval == (low, high)
+
+
+def test_with_several_samples_the_interval_is_a_bootstrap():
+    shares = np.array([0.0, 0.5, 1.0, 1.0] * 10)
+    assert statistics.share_interval(shares) == statistics.interval(np.mean, shares)
+
+
+@pytest.mark.parametrize("problems", [30, 200])
+@pytest.mark.parametrize("rate", [0.6, 0.95])
+def test_19_of_20_intervals_of_one_model_hold_the_truth(rate, problems):
+    times, held = 1000, 0
+    for seed in range(times):
+        low, high = statistics.share_interval((np.random.default_rng(seed).random(problems) < rate).astype(float))
+        held += low <= rate <= high
+    assert held / times >= 0.94             # wider where problems are few: right ones come in whole numbers
+
+
 def test_an_interval_of_a_ratio_is_that_of_the_delta_method_where_problems_are_many():
     rng = np.random.default_rng(0)
     hard = rng.gamma(4.0, 50.0, 2000)
