@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from effreason.effects import ADVANTAGES, AGGREGATIONS, Effect, Groups
 from effreason.errors import UserError
 from effreason.graded import FACTS
 from effreason.records import EOS, LOOP
-from effreason.runtime.arguments import Parser
+from effreason.runtime import arguments
 from effreason.runtime.config import RewardConfig
 
 WIDTH = 80
@@ -42,7 +42,7 @@ class Saved:
 def run(argv: Sequence[str], prog: str) -> None:
     """Reads the file and prints tables and warnings. Raises: UserError, SystemExit(0) after --help."""
     options = _parser(prog).parse_args(argv)
-    alphas = _alphas(options.alpha)
+    alphas = arguments.numbers(options.alpha, "--alpha", lambda alpha: 0 <= alpha < 1, "[0, 1)")
     wanted = _names(options.advantage, "--advantage", ADVANTAGES)
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")           # takes no accelerator away from a run on this machine
@@ -59,10 +59,11 @@ def run(argv: Sequence[str], prog: str) -> None:
         print("\n".join(_lines(options, saved, found, told)))
 
 
-def _parser(prog: str) -> Parser:
-    made = Parser(prog, "Show what a reward, its alpha and an advantage would do to responses that are saved: the "
-                  "rollouts.jsonl of a run, or the graded responses of an evaluation with several samples. alpha 0, "
-                  "correctness alone, is always among them.")
+def _parser(prog: str) -> arguments.Parser:
+    made = arguments.Parser(
+        prog, "Show what a reward, its alpha and an advantage would do to responses that are saved: the rollouts.jsonl "
+        "of a run, or the graded responses of an evaluation with several samples. alpha 0, correctness alone, is "
+        "always among them.")
     made.add_argument("file", metavar="FILE.jsonl", help="objects with uid, sample, correct, tokens and, where they "
                       "have them, step, set, finish; a group is what has the same step, set and uid")
     made.add_argument("--alpha", metavar="LIST", default=ALPHAS, help=f"values of reward.alpha; default {ALPHAS}")
@@ -75,20 +76,6 @@ def _parser(prog: str) -> Parser:
     made.add_argument("--parameters", metavar="NAME=VALUE,...", help="as reward.parameters")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
-
-
-def _alphas(text: str) -> list[float]:
-    found = []
-    for part in text.split(","):
-        try:
-            alpha = float(part)
-        except ValueError:
-            alpha = -1.0
-        if not 0 <= alpha < 1:
-            raise UserError(f"--alpha must be numbers in [0, 1) separated by commas, got {part.strip()!r}")
-        if alpha not in found:
-            found.append(alpha)
-    return found
 
 
 def _names(text: str, option: str, names: Sequence[str]) -> list[str]:
@@ -132,10 +119,14 @@ def read(path: Path) -> Saved:
                  left_out={other: sizes[other] for other in sorted(sizes) if other != size})
 
 
-# What a row must hold: the type, what else holds of it, and the words for both.
-FIELDS = {"uid": (int, lambda value: True, "a whole number"), "sample": (int, lambda value: True, "a whole number"),
-          "correct": (bool, lambda value: True, "true or false"),
-          "tokens": (int, lambda value: 1 <= value < 2**31, "a whole number >= 1")}
+# What a row must hold: the types, what else holds of it, and the words for both; then what it may hold.
+WHOLE = ((int,), lambda value: True, "a whole number")
+FIELDS: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "uid": WHOLE, "sample": WHOLE, "correct": ((bool,), lambda value: True, "true or false"),
+    "tokens": ((int,), lambda value: 1 <= value < 2**31, "a whole number >= 1")}
+MORE: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "step": ((int, type(None)), lambda value: True, "a whole number or null"),
+    "set": ((str, type(None)), lambda value: True, "a text or null"), "finish": ((str,), lambda value: True, "a text")}
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -148,9 +139,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = _row(line, f"{path}:{number}")
                 if number == 1 and FACTS in row:
                     continue
-                for field, (kind, holds, words) in FIELDS.items():
+                more = {field: MORE[field] for field in MORE if field in row}
+                for field, (kinds, holds, words) in (FIELDS | more).items():
                     value = row.get(field)
-                    if type(value) is not kind or not holds(value):
+                    if type(value) not in kinds or not holds(value):
                         got = json.dumps(value)[:60] if field in row else f"no {field}"
                         raise UserError(f"{path}:{number}: {field} must be {words}, got {got}")
                 yield number, row

@@ -179,6 +179,10 @@ GOOD = row(1, 0)
     ([GOOD | {"correct": 1}], ":1: correct must be true or false, got 1"),
     ([GOOD | {"tokens": 0}], ":1: tokens must be a whole number >= 1, got 0"),
     ([GOOD | {"tokens": True}], ":1: tokens must be a whole number >= 1, got true"),
+    ([GOOD | {"finish": []}], ":1: finish must be a text, got []"),
+    ([GOOD, row(1, 1, finish=5)], ":2: finish must be a text, got 5"),
+    ([GOOD | {"step": [1]}], ":1: step must be a whole number or null, got [1]"),
+    ([GOOD | {"set": {}}], ":1: set must be a text or null, got {}"),
     ([GOOD, row(1, 1), GOOD], ":3: sample 0 of uid 1 stands on an earlier line too"),
     ([GOOD, row(2, 0)], ": expected several responses to a problem, found 2 problems with at most one each; evaluate "
      "with --evaluation.samples 8"),
@@ -224,7 +228,7 @@ def test_the_command_shows_every_setting_within_80_columns(capsys, file):
 
 
 def test_json_has_the_same(capsys, file):
-    found = json.loads(shown(capsys, file, "--json", "--alpha", "0.1,0.1,0,0.3", "--advantage", "loo"))
+    found = json.loads(shown(capsys, file, "--json", "--alpha", "0.1,0,0.3", "--advantage", "loo"))
     assert [(each["advantage"], each["alpha"]) for each in found["settings"]] == [
         ("loo", 0.0), ("loo", 0.1), ("loo", 0.3)]
     assert found["groups"] == 41 and found["group_size"] == GROUP and found["truncated"] == 8
@@ -259,8 +263,8 @@ def test_a_pull_towards_longer_responses_is_told(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--alpha", "0.1,1"], "--alpha must be numbers in [0, 1) separated by commas, got '1'"),
-    (["--alpha", "0.1,"], "--alpha must be numbers in [0, 1) separated by commas, got ''"),
+    (["--alpha", "0.1,1"], "--alpha must be numbers in [0, 1) with commas between them, got '1' in '0.1,1'"),
+    (["--alpha", "0.1,"], "--alpha must be numbers in [0, 1) with commas between them, got '' in '0.1,'"),
     (["--advantage", "loo,grpo"], "--advantage must be of loo, whiten, group_std, got 'grpo'"),
     (["--form", "l1_max"], "--parameters must have target=NUMBER: l1_max has no default for it, got null"),
     (["--form", "kimmi"], "--form must be one of efficient, kimi, "),
