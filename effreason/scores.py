@@ -149,7 +149,8 @@ def _cost_table(group: Sequence[Score]) -> Group:
             cells += [f"{100 * chances[samples]:.1f} %" for chances in (found.pass_at, found.majority_at)]
         if against:
             score = None if each.comparison is None else each.comparison.aes
-            cells.append("" if each.comparison is None else "-" if score is None else f"{score:+.2f}")
+            cells.append("" if each.comparison is None else "-" if score is None else
+                         f"{score:+.2f}".replace("-0.00", "+0.00"))
         table.add_row(Text(each.row), *cells)
     return Group(table)
 

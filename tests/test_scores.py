@@ -113,6 +113,9 @@ def test_what_responses_cost_is_printed():
     # Three times the right ones: 1 - 0.5 + 3 x 0.5 / 0.25.
     assert cells(text, "median", "new") == {"median": "12.5", "right": "171.7", "wrong": "15.0",
                                             "per_solved": "176.7", "pass@2": "100.0", "maj@2": "75.0", "AES": "+6.50"}
+    worse = outcomes([[1, 0], [0, 0]], [[10, 20], [30, 1001]])
+    text = table_of([scores.score("base", "x", base, FACTS), scores.score("new", "x", worse, FACTS)])
+    assert text.replace("per solved", "per_solved").count("+0.00") == 1 and "-0.00" not in text
     never = table_of([scores.score(row, "x", outcomes([[0]], [[7]]), FACTS) for row in ("base", "new")])
     never = never.replace("per solved", "per_solved")
     assert cells(never, "median", "new") == {"median": "7.0", "right": "-", "wrong": "7.0", "per_solved": "-",
