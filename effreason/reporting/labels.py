@@ -61,7 +61,7 @@ def _joined(x: float, y: float, box: np.ndarray, scale: float) -> list[np.ndarra
     """Boxes along the line from a mark to the nearest point of its name; none where the name is near."""
     end = np.clip((x, y), box[:2], box[2:])
     near = np.hypot(*(end - (x, y))) <= FAR * scale
-    return [] if near else [_box(*point, 2 * scale, 2 * scale) for point in _along(np.array([(x, y), end]))]
+    return [] if near else [_box(across, up, 2 * scale, 2 * scale) for across, up in _along(np.array([(x, y), end]))]
 
 
 def _box(x: float, y: float, half_width: float, half_height: float) -> np.ndarray:
