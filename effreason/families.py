@@ -19,13 +19,14 @@ from effreason.errors import Interrupted, UserError
 from effreason.inputs import Inputs, model_fingerprint
 from effreason.lm import hf
 from effreason.records import Outcomes
+from effreason.reporting.findings import BASE, BASELINE, BLEND, MEMBER
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.metrics import disk, write_json
 from effreason.runtime.progress import say
 from effreason.sessions import Session, longest_prompt, open_session
 
-BASE = "base"                       # the directory of the model before training
+FOLDER = "base"                     # the directory of the model before training
 BASELINES = {"sft_shortest": "SFT, shortest", "dpo": "DPO"}
 # Shares of the family's learning rate. DPO wants a lower one wherever it is used: at the same one it forgets how to
 # answer (docs/families.md).
@@ -117,8 +118,8 @@ def evaluate_base(session: Session, directory: Path) -> Point:
     say("evaluating the model before training", processes.console())
     outcomes = session.evaluate(
         session.load_weights(), lambda now: session.interrupts.check(),
-        weights=model_fingerprint(session.inputs.pretrained), directory=directory / BASE)
-    return Point(name="base", kind="base", directory=directory / BASE, outcomes=outcomes)
+        weights=model_fingerprint(session.inputs.pretrained), directory=directory / FOLDER)
+    return Point(name="base", kind=BASE, directory=directory / FOLDER, outcomes=outcomes)
 
 
 def train_member(session: Session, config: Config, name: str, base: Point, go_on: str) -> Point:
@@ -137,7 +138,7 @@ def train_member(session: Session, config: Config, name: str, base: Point, go_on
     else:
         say("trained already", processes.console())
     is_member = config.update.objective == "policy_gradient"
-    return Point(name=name, kind="member" if is_member else "baseline", directory=directory,
+    return Point(name=name, kind=MEMBER if is_member else BASELINE, directory=directory,
                  alpha=config.reward.alpha if is_member else None,
                  outcomes=found(directory, config.run.steps) if processes.first() else {},
                  seconds=processes.decided(f"{name} seconds",
@@ -175,7 +176,7 @@ def found(directory: Path, steps: int) -> dict[str, Outcomes]:
 
 def blended(session: Session, directory: Path, points: Sequence[Point], weights: Sequence[float]) -> list[Point]:
     """Points between the base and the member of the greatest alpha, without training."""
-    trained = max((point for point in points if point.kind == "member"), key=lambda point: point.alpha or 0.0)
+    trained = max((point for point in points if point.kind == MEMBER), key=lambda point: point.alpha or 0.0)
     if not weights:
         return []
     base, target = session.load_weights(), session.engine.learning.params_sharding
@@ -191,7 +192,7 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
             mix(base, other, sharding.to_device(jax.numpy.float32(weight), session.engine.learning.replicated)),
             lambda now: session.interrupts.check(), weights=f"{weight:g} of {model_fingerprint(pretrained)}",
             directory=path)
-        made.append(Point(name=name, kind="blend", directory=path, outcomes=outcomes, alpha=trained.alpha,
+        made.append(Point(name=name, kind=BLEND, directory=path, outcomes=outcomes, alpha=trained.alpha,
                           weight=weight))
     return made
 
@@ -215,6 +216,6 @@ def as_table(config: Config, directory: Path, points: Sequence[Point]) -> dict[s
             "directory": point.directory.relative_to(directory).as_posix(), "seconds": point.seconds,
             "sets": {name: {
                 "summary": dataclasses.asdict(statistics.summarize(point.outcomes[name])),
-                "comparison": None if point.kind == "base" else dataclasses.asdict(
+                "comparison": None if point.kind == BASE else dataclasses.asdict(
                     statistics.compare(base[name], point.outcomes[name]))} for name in base},
         } for point in points]}

@@ -69,6 +69,7 @@ def _make_directory(config: Config, name: str | None, free: Sequence[str], famil
     elif path.exists() or any((directory / "checkpoints").glob("*")):
         raise UserError(f"run.directory: {directory} holds a run already; resume it with --run.resume true, or choose "
                         "another directory")
+    pages.check(directory / pages.PAGE)
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
     return directory
