@@ -148,7 +148,11 @@ def train_member(session: Session, config: Config, name: str, base: Point, go_on
 def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
     """Whether a run has been concluded after so many steps, with all sets. Raises: UserError where it has done more."""
     path = directory / "summary.json"
-    done = hf.read_json(path).get("steps", 0) if path.exists() else 0
+    summary = hf.read_json(path) if path.exists() else {"steps": 0, "wall_s": 0.0}
+    if not all(isinstance(summary.get(name), int | float) for name in ("steps", "wall_s")):
+        raise UserError(f"{path}: expected the numbers steps and wall_s, as a run writes them; remove it to conclude "
+                        "the run again")
+    done = summary["steps"]
     if done > steps:
         raise UserError(f"run.steps must be at least the {done} steps that {directory} has done, got {steps}")
     evaluated = runs.evaluations(directory, steps)
@@ -169,8 +173,8 @@ def found(directory: Path, steps: int) -> dict[str, Outcomes]:
     """What a finished run made of each set, by the set's name."""
     by_set = {}
     for path in sorted(runs.evaluations(directory, steps).glob(f"*{graded.SUFFIX}")):
-        rows = graded.read(path)[1]
-        by_set[rows[0]["set"]] = graded.outcomes(rows)
+        facts, outcomes = graded.read_outcomes(path)
+        by_set[facts["set"]] = outcomes
     return by_set
 
 

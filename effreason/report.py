@@ -1,8 +1,7 @@
 """What a run or a family found: the numbers of summary.json, the headline in words, the tables of the terminal."""
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,9 +10,7 @@ from rich.table import Table
 
 from effreason.runtime.config import Config
 from effreason.runtime.progress import duration
-from effreason.statistics import Comparison, Interval, Summary, comparison_from_table
-
-KNOWN_LEVELS = ("easy", "medium", "hard")
+from effreason.statistics import Comparison, Interval, Summary, comparison_from_table, level_names
 
 Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: before, after, and compared
 
@@ -42,22 +39,12 @@ def summary(config: Config, results: Results, wall_seconds: float, *, alpha: flo
 
 
 def _result(measured: Summary) -> dict[str, Any]:
-    levels = {level: measured.by_level[level] for level in ordered(measured.by_level)}
+    levels = {level: measured.by_level[level] for level in level_names(measured.by_level)}
     return {
         "accuracy": measured.accuracy,
         "tokens": measured.tokens,
         "by_level": {level: {"accuracy": result.accuracy, "tokens": result.tokens} for level, result in levels.items()},
     }
-
-
-def ordered(levels: Iterable[str]) -> list[str]:
-    """Levels from easy to hard: by the words this project uses, then by the number in the name, then by the name."""
-    def place(level: str) -> tuple[int, float, str]:
-        if level in KNOWN_LEVELS:
-            return 0, KNOWN_LEVELS.index(level), level
-        number = re.search(r"\d+", level)
-        return (1, float(number[0]), level) if number else (2, 0.0, level)
-    return sorted(levels, key=place)
 
 
 def signed(value: float) -> str:

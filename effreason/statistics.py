@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ SUBSETS = 256                       # of a problem's samples that are voted on, 
 CHANGE_TO_DETECT = 0.02             # of accuracy
 SMALLEST_BUDGET = 16                # tokens
 AES_GAIN, AES_LOSS = 3.0, 5.0
+KNOWN_LEVELS = ("easy", "medium", "hard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +112,14 @@ def summarize(outcomes: Outcomes, *, seed: int = 0) -> Summary:
         tokens_after_answer=_mean(after), budgets=budgets(correct, lengths),
         by_level={level: LevelResult(accuracy=float(accuracy[at].mean()), tokens=float(tokens[at].mean()),
                                      problems=int(at.sum()))
-                  for level in level_names(outcomes.levels) for at in [sorted_ones.levels == level]})
+                  for level in level_names(outcomes.levels.tolist()) for at in [sorted_ones.levels == level]})
 
 
 def compare(base: Outcomes, other: Outcomes, *, seed: int = 0) -> Comparison:
     """Compares a model with the base, problem by problem; they may have different numbers of samples.
 
     Raises: ValueError unless both are of the same problems."""
-    levels = level_names(base.levels)
+    levels = level_names(base.levels.tolist())
     base, other = by_uid(base), by_uid(other)
     if base.correct.size == 0 or other.correct.size == 0 or not np.array_equal(base.uids, other.uids):
         raise ValueError(f"a comparison needs the same problems, got {len(base.uids)} and {len(other.uids)}, "
@@ -147,10 +148,16 @@ def by_uid(outcomes: Outcomes) -> Outcomes:
     return replace(outcomes, **{name: np.asarray(column)[order] for name, column in vars(outcomes).items()})
 
 
-def level_names(levels: np.ndarray) -> list[str]:
-    """The levels by the number in their names, else as they first come: "easy" is before "medium" in no alphabet."""
-    names = [str(level) for level in dict.fromkeys(levels.tolist())]
-    return sorted(names, key=lambda name: int(number[0]) if (number := re.search(r"\d+", name)) else 0)
+def level_names(levels: Iterable[Any]) -> list[str]:
+    """Levels from easy to hard, each once: by the words this project uses, then by the number in the name, then by the
+    name."""
+    def place(level: str) -> tuple[int, float, str]:
+        if level in KNOWN_LEVELS:
+            return 0, KNOWN_LEVELS.index(level), level
+        number = re.search(r"\d+", level)
+        return (1, float(number[0]), level) if number else (2, 0.0, level)
+
+    return sorted({str(level) for level in levels}, key=place)
 
 
 def interval(statistic: Callable[..., Any], *columns: np.ndarray, seed: int = 0,

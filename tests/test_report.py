@@ -85,7 +85,7 @@ def test_summary_of_several_sets_headlines_the_first(config):
 
 def test_levels_go_from_easy_to_hard(summary):
     assert list(summary["base"]["by_level"]) == list(summary["trained"]["by_level"]) == ["easy", "medium", "hard"]
-    assert report.ordered(["Level 10", "Level 2", "Geometry", "Algebra"]) == ["Level 2", "Level 10", "Algebra",
+    assert statistics.level_names(["Level 10", "Level 2", "Geometry", "Algebra"]) == ["Level 2", "Level 10", "Algebra",
                                                                              "Geometry"]
 
 

@@ -62,7 +62,7 @@ def test_a_summary_by_hand():
                              Budget(budget=32, accuracy=0.5, tokens=10.0))
     assert found.by_level == {"hard": LevelResult(accuracy=0.5, tokens=5.0, problems=2),
                               "easy": LevelResult(accuracy=0.5, tokens=20.0, problems=1)}
-    assert list(found.by_level) == ["hard", "easy"]
+    assert list(found.by_level) == ["easy", "hard"]
     assert 0.0 <= found.accuracy_interval[0] < 0.5 < found.accuracy_interval[1] <= 1.0
     assert 3.0 <= found.tokens_interval[0] < 10.0 < found.tokens_interval[1] <= 20.0
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effreason.report import ordered
+from effreason import statistics
 from effreason.reporting.findings import is_number, typed
 
 HEAD, TAIL = 3000, 1500             # characters of a long text that are shown
@@ -111,7 +111,7 @@ def _chosen(pairs: Sequence[tuple[Row, Row]]) -> dict[int, str]:
     right = [pair for pair in pairs if pair[0]["correct"] and pair[1]["correct"]]
     if not right:
         take(pairs, "the median saving; none is right before and after", (len(pairs) - 1) // 2)
-    levels = ordered({pair[0]["level"] for pair in right})
+    levels = statistics.level_names({pair[0]["level"] for pair in right})
     for level in [levels[0], levels[len(levels) // 2], levels[-1]] if len(levels) > 3 else levels:
         of_level = [pair for pair in right if pair[0]["level"] == level]
         take(of_level, "the median saving" + (f" of {level}" if len(levels) > 1 else ""), (len(of_level) - 1) // 2)
