@@ -2,13 +2,14 @@
 
 import ast
 import re
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import yaml
 
 from effreason.lm.cards import model_card
-from effreason.records import Evaluation, LevelResult
+from effreason.records import LevelResult
 
 COMMIT = "6a6f4aa4197940add57724a7707d069478df56b1"
 FACTS = dict(base_model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", base_revision=COMMIT, alpha=0.1,
@@ -16,10 +17,10 @@ FACTS = dict(base_model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", base_revisi
              user_prompt=r"Reason, and put the answer in \boxed{}. Question: {problem}", temperature=1.0, top_p=1.0,
              max_new_tokens=32_000, datasets=["openai/gsm8k", "data/my.jsonl/x", "tiny"])
 MEASURED = dict(truncated=0.0, problems=600, samples=4)
-BEFORE = Evaluation(accuracy=0.75, tokens=4000.0, by_level={
+BEFORE = SimpleNamespace(accuracy=0.75, tokens=4000.0, by_level={
     "easy": LevelResult(accuracy=0.9, tokens=2000.0, problems=300),
     "hard": LevelResult(accuracy=0.6, tokens=6000.0, problems=300)}, **MEASURED)
-AFTER = Evaluation(accuracy=0.76, tokens=2500.0, by_level={
+AFTER = SimpleNamespace(accuracy=0.76, tokens=2500.0, by_level={
     "easy": LevelResult(accuracy=0.92, tokens=500.0, problems=300),
     "hard": LevelResult(accuracy=0.6, tokens=4500.0, problems=300)}, **MEASURED)
 
@@ -79,7 +80,7 @@ def test_what_was_not_measured_is_not_in_the_table(before, after, columns, said)
 
 def test_one_level_makes_one_row():
     def alone(result):
-        return Evaluation(accuracy=result.accuracy, tokens=result.tokens, **MEASURED, by_level={
+        return SimpleNamespace(accuracy=result.accuracy, tokens=result.tokens, **MEASURED, by_level={
             "all": LevelResult(accuracy=result.accuracy, tokens=result.tokens, problems=600)})
 
     assert [row[0] for row in tables(card(before=alone(BEFORE), after=alone(AFTER)))[0]] == ["problems", "---", "all"]

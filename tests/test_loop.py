@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from effreason import attempts, candidates, cli, credit, loop, packing, parity, runs, sessions
+from effreason import attempts, candidates, cli, credit, graded, loop, packing, parity, runs, sessions
 from effreason.checkpoints import Checkpoints
 from effreason.errors import Interrupted, UserError
 from effreason.grades import Grade
@@ -31,7 +31,6 @@ from effreason.runtime.metrics import MetricsWriter, read_rows
 from effreason.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[1]
-TEST = "world0_test"                        # the file of graded responses to world/test.jsonl
 EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that being stopped within it is tested too
 
 
@@ -75,9 +74,12 @@ def assert_same_run(finished, directory):
     expected, found = state_in(finished, finished.directory), state_in(finished, directory)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     evaluated = sorted(path.relative_to(finished.directory) for path in finished.directory.glob("evaluations/*/*"))
-    assert [str(path) for path in evaluated] == [f"evaluations/step{step}/{TEST}.jsonl" for step in (0, 3, 6)]
-    for name in ("model/model.safetensors", "rollouts.jsonl", *evaluated):
+    assert [path.parent.name for path in evaluated] == ["step0", "step3", "step6"]
+    for name in ("model/model.safetensors", "rollouts.jsonl"):
         assert (directory / name).read_bytes() == (finished.directory / name).read_bytes(), name
+    for path in evaluated:
+        (facts, rows), (expected, others) = (graded.read(each / path) for each in (directory, finished.directory))
+        assert rows == others and facts | {"environment": 0} == expected | {"environment": 0}, path
     assert lasting(directory) == lasting(finished.directory)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (directory, finished.directory)]
     assert summaries[0] | {"wall_s": 0} == summaries[1] | {"wall_s": 0}
@@ -326,8 +328,8 @@ def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):
     assert [row["step"] for row in rows[7:]] == [6, 6]      # the evaluation between, then the step
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == 7
-    base = f"evaluations/step0/{TEST}.jsonl"
-    assert (directory / base).read_bytes() == (finished.directory / base).read_bytes()
+    (base,) = (finished.directory / "evaluations" / "step0").iterdir()
+    assert (directory / "evaluations" / "step0" / base.name).read_bytes() == base.read_bytes()
 
 
 def test_a_second_run_into_the_same_directory_is_refused(finished, world, capsys):
@@ -648,18 +650,18 @@ def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(
             candidates.open_candidate(other, str(path), None, mesh)
 
 
-def graded(**counts):
+def verdicts(**counts):
     return [Grade(False, None, status, 0.0, f"for {status}") for status in counts for _ in range(counts[status])]
 
 
 def test_too_many_undecided_answers_end_the_run():
-    attempts.check_decided(graded(exact=98, budget=1, error=1))
-    attempts.check_decided(graded(exact=14, budget=2))           # too few to speak of a share
+    attempts.check_decided(verdicts(exact=98, budget=1, error=1))
+    attempts.check_decided(verdicts(exact=14, budget=2))           # too few to speak of a share
     with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers, at most 2 % are accepted; "
                                         r"2 of them: for budget; raise grade\.step_budget_seconds"):
-        attempts.check_decided(graded(exact=97, budget=2, error=1))
+        attempts.check_decided(verdicts(exact=97, budget=2, error=1))
     with pytest.raises(UserError, match=r"4 of them: for error$"):
-        attempts.check_decided(graded(exact=97, error=4))
+        attempts.check_decided(verdicts(exact=97, error=4))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
