@@ -75,26 +75,19 @@ def run(session: Session, config: Config, directory: Path, *, started: float, go
                 processes.decided("saved", lambda: None)        # none ends while process 0 still writes
 
             try:
-                base = evaluate_base(session, reference, directory, progress, watch)
-                state, trained = take_steps(session, config, directory, state, reference, course, base,
-                                            writer=writer, progress=progress, watch=watch, save=save)
+                base, trained = take_steps(session, config, directory, state, reference, course, writer=writer,
+                                           progress=progress, watch=watch, save=save)
             except Halted as halt:
                 save(halt.state)
                 if not isinstance(halt.reason, Interrupted):
                     raise halt.reason from None
                 done = int(sharding.to_host(halt.state.step))
-                raise stopped(halt.reason, f"after step {done} of {config.run.steps}, saved", go_on) from None
-            except Interrupted as stop:
-                save(state)
-                raise stopped(stop, f"after step {start} of {config.run.steps}, saved", go_on) from None
+                # One of several processes says it for all.
+                raise Interrupted(halt.reason.signum, f"{halt.reason.message} after step {done} of {config.run.steps}, "
+                                  f"saved; go on with: {go_on}" if processes.first() else "") from None
     if processes.first():
         results = runs.compare(base, trained) if trained else {}
         runs.conclude(config, inputs, directory, results, time.monotonic() - started, course.alpha)
-
-
-def stopped(stop: Interrupted, where: str, go_on: str) -> Interrupted:
-    """A signal's error with the command that goes on; one of several processes says it for all."""
-    return Interrupted(stop.signum, f"{stop.message} {where}; go on with: {go_on}" if processes.first() else "")
 
 
 class Halted(Exception):
@@ -106,22 +99,21 @@ class Halted(Exception):
 
 
 def take_steps(session: Session, config: Config, directory: Path, state: update.TrainState, reference: model.Params,
-               course: Course, base: Mapping[str, Outcomes], *, writer: MetricsWriter | Unwritten, progress: Progress,
-               watch: attempts.Watch, save: Callable[[update.TrainState], None],
-               ) -> tuple[update.TrainState, dict[str, Outcomes]]:
-    """All steps that are left, with the evaluations between, and the one after the last of them.
+               course: Course, *, writer: MetricsWriter | Unwritten, progress: Progress, watch: attempts.Watch,
+               save: Callable[[update.TrainState], None]) -> tuple[dict[str, Outcomes], dict[str, Outcomes]]:
+    """The evaluation before, all steps that are left with the evaluations between, and the one after the last of them.
 
-    Returns: the state, and what the trained model makes of each set. Raises: Halted."""
+    Returns: what the model before training and the trained one make of each set. Raises: Halted."""
     step = make_step(config, session, reference, watch, course, directory)
-    first = next(iter(base.values()), None)
-    known = {} if first is None else {int(uid): float(mean) for uid, mean in zip(
-        first.uids, first.lengths.mean(axis=1), strict=True)}
 
     def evaluate(done: int, names: Sequence[str] | None = None) -> dict[str, Outcomes]:
         return session.evaluate(state.params, watch, weights=f"step {done}", expected=known, names=names,
                                 directory=runs.evaluations(directory, done))
 
     try:
+        base = evaluate_base(session, reference, directory, progress, watch)
+        known = {int(uid): float(mean) for first in list(base.values())[:1]
+                 for uid, mean in zip(first.uids, first.lengths.mean(axis=1), strict=True)}
         for index in range(int(sharding.to_host(state.step)), config.run.steps):
             # Before the step, in a row of its own: when this is stopped, a resumed run begins with it.
             if base and config.evaluation.every and index % config.evaluation.every == 0 < index:
@@ -133,7 +125,7 @@ def take_steps(session: Session, config: Config, directory: Path, state: update.
             if (index + 1) % config.checkpoint.every == 0 or index + 1 == config.run.steps:
                 save(state)
             session.interrupts.check()
-        return state, evaluate(config.run.steps) if base else {}
+        return base, evaluate(config.run.steps) if base else {}
     except (attempts.Undecided, parity.Mismatch, Interrupted) as reason:
         raise Halted(state, reason) from None
 

@@ -17,15 +17,14 @@ from effreason.inputs import Inputs
 from effreason.lm import hf
 from effreason.prompts import LeftOut, evaluation_samples
 from effreason.records import Outcomes
+from effreason.report import Results
 from effreason.reporting import plots
 from effreason.runtime import config as configuration
 from effreason.runtime import processes
 from effreason.runtime.config import Config
 from effreason.runtime.metrics import MetricsWriter, Unwritten, disk, read_rows, write_json
-from effreason.statistics import Comparison, Summary
 
 FAMILY = "family.json"                                      # what tells a family's directory from a run's
-Results = dict[str, tuple[Summary, Summary, Comparison]]   # by set: before, after, and the two compared
 
 # What may differ between a run and its continuation: nothing that decides a token or a weight, but for rounding.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",

@@ -172,26 +172,27 @@ def test_commands(capsys):
         "plan, got trian\n")
 
 
-@pytest.mark.parametrize("command", cli.MODULES)
-def test_every_smaller_command_has_a_help_of_80_columns(capsys, monkeypatch, command):
+def help_of(command, capsys, monkeypatch):
+    """What --help prints, which ends with exit code 0 and fits 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and text.startswith(f"usage: effreason {command} ")
-    assert all(len(line) <= 80 for line in text.splitlines())
+    assert stop.value.code == 0 and all(len(line) <= 80 for line in text.splitlines())
+    return text
+
+
+@pytest.mark.parametrize("command", cli.MODULES)
+def test_every_smaller_command_has_a_help_of_80_columns(capsys, monkeypatch, command):
+    assert help_of(command, capsys, monkeypatch).startswith(f"usage: effreason {command} ")
     assert f"\n  {command} " in cli.USAGE
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_help_names_every_field_and_fits_80_columns(capsys, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and text.startswith(f"usage: effreason {command} [--config FILE]")
+    text = help_of(command, capsys, monkeypatch)
+    assert text.startswith(f"usage: effreason {command} [--config FILE]")
     assert all(f"--{setting.field} " in text for setting in all_settings(Config))
-    assert all(len(line) <= 80 for line in text.splitlines())
     assert ("--models" in text) == (command == "evaluate")
 
 
