@@ -2,7 +2,7 @@
 
 import sys
 
-from effreason import cli
+from effreason.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.train())
+    sys.exit(main.train())

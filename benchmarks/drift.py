@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effreason import packing, rollouts, update
-from effreason.lm import hf, model
-from effreason.records import Problem, Response
+from effreason.lm import model
+from effreason.lm.hf import pretrained as hf
+from effreason.rl import packing, update
 from effreason.runtime import sharding
+from effreason.sampling import engine
 from effreason.sampling.draws import Sampling
+from effreason.types import Problem, Response
 
 QUESTIONS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
@@ -49,8 +51,8 @@ def sample(decoder: model.DecoderConfig, params: model.Params, problems: list[Pr
            tokens: int) -> list[Response]:
     """One response to each prompt, in their order, none ended by an EOS."""
     sampling = Sampling(temperature=temperature, eos_ids=())
-    sampler = rollouts.make_sampler(decoder, sharding.make_mesh(), slots=len(problems), chunk=16)
-    chunks = sampler(params, rollouts.make_requests(problems, 1, tokens), jax.random.key(0), sampling)
+    sampler = engine.make_sampler(decoder, sharding.make_mesh(), slots=len(problems), chunk=16)
+    chunks = sampler(params, engine.make_requests(problems, 1, tokens), jax.random.key(0), sampling)
     return sorted((response for chunk in chunks for response in chunk), key=lambda response: response.prompt)
 
 

@@ -32,8 +32,9 @@ def main() -> None:
                                f"--xla_force_host_platform_device_count={options.devices}").strip()
     import jax
 
-    from effreason.lm import hub, model, weights
-    from effreason.lm.configs import read_config
+    from effreason.lm import model
+    from effreason.lm.hf import hub, weights
+    from effreason.lm.hf.config import read_config
     from effreason.runtime import sharding
 
     directory, _ = hub.find(options.model, None, ())

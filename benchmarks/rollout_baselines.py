@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from effreason import rollouts
-from effreason.lm import attention, hf, model
-from effreason.sampling import draws, slots
+from effreason.lm import kv_cache, model
+from effreason.lm.hf import pretrained
+from effreason.sampling import draws, engine, slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def make_ours(config: model.DecoderConfig, params: model.Params, mesh: Mesh, wor
               greedy: bool = False) -> Engine:
     """The engine. It holds the limits on the device, where they end a row as an EOS would; nothing plans with them:
     `expected_tokens` is None and the cache's capacity follows from the longest response allowed."""
-    sampler = rollouts.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions)
+    sampler = engine.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions)
     sampling = draws.Sampling(temperature=0.0 if greedy else 1.0, eos_ids=())
     figures: dict[str, float] = {"compiled": 0}
 
@@ -84,9 +84,9 @@ def make_ours(config: model.DecoderConfig, params: model.Params, mesh: Mesh, wor
     return Engine(generate=generate, compiled=lambda: int(figures["compiled"]), ragged=True, figures=figures)
 
 
-def make_requests(workload: Workload) -> list[rollouts.Request]:
+def make_requests(workload: Workload) -> list[engine.Request]:
     """The rows as the engine takes them."""
-    return [rollouts.Request(prompt=row // workload.samples, tokens=workload.prompts[row // workload.samples],
+    return [engine.Request(prompt=row // workload.samples, tokens=workload.prompts[row // workload.samples],
                              uid=row // workload.samples, sample=row % workload.samples, max_new_tokens=int(limit))
             for row, limit in enumerate(workload.limits)]
 
@@ -177,7 +177,7 @@ def plain_extend(config: model.DecoderConfig, weights: model.Params, tokens: jax
                  cache: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Reads T more tokens of each row, with attention over the whole cache: final hidden states and the cache."""
     positions = start[:, None] + jnp.arange(tokens.shape[1])
-    rope = attention.rope(positions, attention.rope_frequencies(config.head_dim, config.rope_theta,
+    rope = kv_cache.rope(positions, kv_cache.rope_frequencies(config.head_dim, config.rope_theta,
                                                                 config.rope_scaling))
     visible = (jnp.arange(cache[0][0].shape[1]) <= positions[:, :, None])[:, None]      # [B, 1, T, C]
     write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
@@ -204,7 +204,7 @@ def make_transformers(config: model.DecoderConfig, params: model.Params, mesh: M
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as directory:
-        hf.write_model(params, config, config_table(config), "float32", Path(directory))
+        pretrained.write_model(params, config, config_table(config), "float32", Path(directory))
         decoder = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     choice: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0,
                                                                  "top_p": 1.0}

@@ -18,10 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 from rollout_baselines import Workload, make_requests
 
-from effreason import rollouts
 from effreason.lm import model
-from effreason.sampling import draws, memory, slots
-from effreason.sampling.requests import READ_ROWS
+from effreason.sampling import capacity, draws, engine, slots
+from effreason.sampling.scheduler import READ_ROWS
 
 DRAWN = draws.Sampling(temperature=1.0, eos_ids=())
 BATCHES = (64, 32, 16, 8, 4)
@@ -111,7 +110,7 @@ def roofline(config: model.DecoderConfig, params: model.Params, workload: Worklo
                              "flops": 2 * batch * matrix_entries(config) / seconds}
     # Of rows on their way, the average one has half of its response in the cache.
     positions = workload.prompts.shape[1] + workload.longest / 2
-    cache = workload.rows * memory.slot_bytes(config, 1) * positions
+    cache = workload.rows * capacity.slot_bytes(config, 1) * positions
     limits = {"bytes": (4 * matrix_entries(config) + cache) / max(bandwidth.values()),
               "flops": 2 * matrix_entries(config) * workload.rows / flops}
     return {"matmul_flops": flops, "bandwidth": bandwidth, "products": rates, "rows": workload.rows,
@@ -136,10 +135,10 @@ def group_prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
                   samples: int = 8, length: int = 1024) -> dict[str, float]:
     """Seconds until all samples of some prompts have their first token: prompts read once, or once for each sample."""
     tokens = np.random.default_rng(3).integers(0, config.vocabulary, (prompts, length)).astype(np.int32)
-    sampler = rollouts.make_sampler(config, mesh, slots=prompts * samples, chunk=1, positions=length + 1)
+    sampler = engine.make_sampler(config, mesh, slots=prompts * samples, chunk=1, positions=length + 1)
 
     def seconds(shared: bool) -> float:
-        requests = [rollouts.Request(prompt=prompt if shared else prompt * samples + sample, tokens=tokens[prompt],
+        requests = [engine.Request(prompt=prompt if shared else prompt * samples + sample, tokens=tokens[prompt],
                                      uid=prompt, sample=sample, max_new_tokens=1)
                     for prompt in range(prompts) for sample in range(samples)]
         started = time.perf_counter()
@@ -195,7 +194,7 @@ def draw_ms(config: model.DecoderConfig, repeats: int, rows: int = 64) -> dict[s
 def profile(config: model.DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload,
             chunk: int) -> list[dict[str, float]]:
     """Where the time of the engine goes: by slots and cache positions, from chunk to chunk, host included."""
-    sampler = rollouts.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions)
+    sampler = engine.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions)
     for _ in range(2):              # the first compiles
         totals: dict[tuple[int, int], collections.Counter[str]] = collections.defaultdict(collections.Counter)
         with jax.set_mesh(mesh):
@@ -222,7 +221,7 @@ def accelerator(config: model.DecoderConfig, mesh: Mesh, *, rows: int, context: 
         seconds = step_seconds(programs, weights, rows=rows, positions=context, steps=steps, repeats=repeats)
     entries = matrix_entries(config)
     weight_bytes = entries * jnp.dtype(config.dtype).itemsize
-    cache_bytes = rows * memory.slot_bytes(config, 1) * (context - (steps - 1) / 2)
+    cache_bytes = rows * capacity.slot_bytes(config, 1) * (context - (steps - 1) / 2)
     # Every device reads all weights; rows are split between them.
     needed = (weight_bytes + math.ceil(cache_bytes / mesh.size)) / bandwidth
     return {"device": device.device_kind, "devices": mesh.size, "layout": config.cache_layout, "rows": rows,

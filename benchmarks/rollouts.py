@@ -36,7 +36,7 @@ import rollout_baselines as baselines
 import rollout_pieces as pieces
 from jax.sharding import Mesh
 
-from effreason.lm import attention, model
+from effreason.lm import kv_cache, model
 from effreason.runtime import sharding
 
 QWEN2: dict[str, Any] = dict(norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, remat="none")
@@ -252,12 +252,12 @@ def decode_on_accelerator(options: argparse.Namespace, mesh: Mesh) -> Row:
     """Decoding at the end of a long context in the dtype of accelerators."""
     layers, width, mlp_width, heads, kv_heads, vocabulary = options.shape
     fits = mesh.devices.flat[0].platform, width // heads, options.dtype
-    if options.layout and (reason := attention.misfit(options.layout, *fits)):
+    if options.layout and (reason := kv_cache.misfit(options.layout, *fits)):
         sys.exit(f"error: --layout {options.layout} does not fit: {reason}")
     config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
                                  head_dim=width // heads, mlp_width=mlp_width, tied=True,
                                  dtype=jnp.dtype(options.dtype),
-                                 cache_layout=options.layout or attention.choose_layout(*fits), **QWEN2)
+                                 cache_layout=options.layout or kv_cache.choose_layout(*fits), **QWEN2)
     row = pieces.accelerator(config, mesh, rows=options.slots, context=options.context, steps=options.steps,
                              repeats=options.repeats)
     print(f"{row['device']} x {row['devices']}, {row['dtype']}, {row['matrix_entries'] / 1e9:.3g} B weights, "
@@ -304,7 +304,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=4096, help="--gpu: cache positions")
     parser.add_argument("--steps", type=int, default=64, help="--gpu: decode steps in one run")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="--gpu")
-    parser.add_argument("--layout", choices=list(attention.CACHE_LAYOUTS), help="--gpu: of the cache")
+    parser.add_argument("--layout", choices=list(kv_cache.CACHE_LAYOUTS), help="--gpu: of the cache")
     options = parser.parse_args()
     compared = not options.gpu and not options.profile
     if compared and "transformers" in options.engines and importlib.util.find_spec("torch") is None:

@@ -11,15 +11,18 @@ import argparse
 import jax
 import numpy as np
 
-from effreason import attempts, evaluation, prompts, rollouts
-from effreason.advantages import leave_one_out, length_pull
-from effreason.lm import hf, model
-from effreason.problems import templates
-from effreason.rewards import length_rewards
+from effreason.data import prompts, templates
+from effreason.data.tiny import tasks, traces
+from effreason.evaluation import evaluate
+from effreason.lm import model
+from effreason.lm.hf import pretrained
+from effreason.rl import rollouts as attempts
+from effreason.rl.advantages import leave_one_out, length_pull
+from effreason.rl.rewards import length_rewards
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
+from effreason.sampling import engine
 from effreason.sampling.draws import Sampling
-from effreason.tiny import tasks, traces
 
 PROBLEMS, GROUP_SIZE = 600, 8
 
@@ -30,14 +33,14 @@ def main() -> None:
     path = parser.parse_args().model
     sharding.use_compilation_cache()
     config, mesh = configuration.load(configuration.shipped() / "tiny.yaml"), sharding.make_mesh(data=-1)
-    tiny = hf.open_pretrained(path, dtype=config.model.dtype)
+    tiny = pretrained.open_pretrained(path, dtype=config.model.dtype)
     template = templates.choose(tiny.tokenizer, config.data)
     problems = prompts.load_held_out(config, tiny.tokenizer, template)[0]["tiny"]
-    params = hf.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
+    params = pretrained.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
     sampling = Sampling(temperature=1.0, eos_ids=tiny.eos_ids)
-    sampler = rollouts.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)
-    key = rollouts.step_key(0, "evaluation", 1)
-    with evaluation.make_grader(config) as grader:
+    sampler = engine.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)
+    key = engine.step_key(0, "evaluation", 1)
+    with evaluate.make_grader(config) as grader:
         tried = attempts.attempt(
             lambda requests: sampler(params, requests, key, sampling), problems, GROUP_SIZE,
             config.rollout.max_new_tokens, tokenizer=tiny.tokenizer, grader=grader, require_eos=True,

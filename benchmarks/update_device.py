@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from rollout_baselines import Workload, make_requests
 from rollout_pieces import matmul_flops, matrix_entries, memory_bandwidth
 
-from effreason import engine, rollouts
 from effreason.lm import model
 from effreason.planning import chips
-from effreason.sampling import draws, memory
+from effreason.rl import learner as engine
+from effreason.sampling import capacity, draws
+from effreason.sampling import engine as rollouts
 
 VOCABULARIES = (37984, 75968, 151936)
 # What chips call themselves, and what a plan calls them.
@@ -85,7 +86,7 @@ def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: i
     peak = peak or known
     work = steps.flops(config, batch)
     weights = matrix_entries(config) * jnp.dtype(config.dtype).itemsize
-    cache = workload.rows * memory.slot_bytes(config, 1) * (prompt + response / 2)
+    cache = workload.rows * capacity.slot_bytes(config, 1) * (prompt + response / 2)
     size = min(2**31, ((device.memory_stats() or {}).get("bytes_limit", 2**30)) // 16 // 4096 * 4096)
     read = generation.steps * (weights + cache) / seconds["rollout"]
     square = 8192 if device.platform != "cpu" else 1024

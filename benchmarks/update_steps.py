@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from effreason import engine, loop
+from effreason import loop
 from effreason.lm import model
 from effreason.lm.model import DecoderConfig
-from effreason.records import LENGTH, Rollouts
+from effreason.rl import learner as engine
 from effreason.runtime.config import Config
+from effreason.types import LENGTH, Rollouts
 
 SAMPLES = 8                         # responses to each prompt
 RATE, BETAS, CLIP, KL, NORM = 1e-6, (0.9, 0.95), 0.2, 1e-3, 1.0

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from effreason.runtime.config import Config  # noqa: E402
-from effreason.runtime.settings import Setting, meanings, sections, settings, written  # noqa: E402
+from effreason.runtime.config_fields import Setting, meanings, sections, settings, written  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration

@@ -9,12 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from effreason import attempts, graded, prompts, rollouts, unfinished
+from effreason.data import prompts
+from effreason.evaluation import responses
 from effreason.lm import model
-from effreason.records import LOOP, Problem
+from effreason.rl import rollouts as attempts
+from effreason.runs import unfinished
+from effreason.runs.session import Session
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
-from effreason.sessions import Session
+from effreason.sampling import engine as rollouts
+from effreason.types import LOOP, Problem
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -117,6 +121,6 @@ def describe(groups: Groups, reward: np.ndarray, advantage: np.ndarray, wanted: 
     found, wanted = [], min(wanted, len(groups.batch))
     for place in [group * len(groups.batch) // wanted for group in range(wanted)]:
         for sample in range(reward.shape[1]):
-            found.append(graded.row(groups.batch, groups.tried, place, sample) | {
+            found.append(responses.row(groups.batch, groups.tried, place, sample) | {
                 "reward": float(reward[place, sample]), "advantage": float(advantage[place, sample])})
     return found

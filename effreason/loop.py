@@ -10,21 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from effreason import attempts, control, packing, parity, prompts, rollouts, runs, unfinished, update
-from effreason.checkpoints import Checkpoints
-from effreason.credit import Credit
-from effreason.engine import Engine, needs_reference
-from effreason.errors import Interrupted, UserError
-from effreason.exports import export, origin
+from effreason.data import prompts
 from effreason.groups import Course, describe, draw, engine_metrics
-from effreason.inputs import Inputs, model_fingerprint
 from effreason.lm import model
-from effreason.records import Outcomes, Packed, Rollouts
+from effreason.rl import alpha_control, packing, parity, update
+from effreason.rl import rollouts as attempts
+from effreason.rl.checkpoints import Checkpoints
+from effreason.rl.experience import Credit
+from effreason.rl.learner import Engine, needs_reference
+from effreason.runs import directory as runs
+from effreason.runs import unfinished
+from effreason.runs.export import export, origin
+from effreason.runs.inputs import Inputs, model_fingerprint
+from effreason.runs.session import Session, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
+from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.metrics import MetricsWriter, Unwritten
 from effreason.runtime.progress import Headway, Progress
-from effreason.sessions import Session, open_session
+from effreason.sampling import engine as rollouts
+from effreason.types import Outcomes, Packed, Rollouts
 
 
 def train(config: Config) -> None:
@@ -135,9 +140,9 @@ def between(config: Config, index: int, course: Course, base: Mapping[str, Outco
     """What an evaluation between steps measured; where alpha is to follow it, it does so, once."""
     (name, now), = found.items()
     accuracy, tokens = float(now.correct.mean()), float(now.lengths.mean())
-    if control.is_on(config.reward) and index > course.judged:
+    if alpha_control.is_on(config.reward) and index > course.judged:
         course.judged = index       # the same evaluation is read again where a run resumes at it
-        course.alpha = control.next_alpha(
+        course.alpha = alpha_control.next_alpha(
             course.alpha, token_ratio=tokens / float(base[name].lengths.mean()),
             accuracy_drop=100 * (float(base[name].correct.mean()) - accuracy), reward=config.reward)
     return {"evaluation/accuracy": accuracy, "evaluation/tokens": tokens}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from effreason.lm import hf
+from effreason.lm.hf import pretrained
 from effreason.runtime import sharding
 
 
@@ -94,12 +94,12 @@ def test_our_learning_step_changes_the_weights_as_the_one_in_torch_does(benchmar
     config, batch = decoders.QWEN2, tiny_batch(steps)
     monkeypatch.setattr(steps, "RATE", 1e-2)
     start = jax.tree.map(jax.numpy.asarray, decoders.weights(config))
-    hf.write_model(start, config, baselines.config_table(config), "float32", tmp_path / "start")
+    pretrained.write_model(start, config, baselines.config_table(config), "float32", tmp_path / "start")
     theirs = steps.make_torch(config, batch, rows=4, directory=tmp_path / "start")
     ours = steps.make_ours(config, batch, decoders.mesh(), rows=2, remat="none", params=start)
     for learner in (ours, theirs):
         learner.step()
-    hf.write_model(ours.policy(), config, baselines.config_table(config), "float32", tmp_path / "end")
+    pretrained.write_model(ours.policy(), config, baselines.config_table(config), "float32", tmp_path / "end")
     before, found = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
     expected = {name: weight.detach().numpy() for name, weight in theirs.policy().state_dict().items()}
     assert found.keys() == expected.keys()

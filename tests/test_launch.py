@@ -17,9 +17,9 @@ import pytest
 import yaml
 
 from effreason.runtime import config as configuration
-from effreason.runtime import meetings
+from effreason.runtime import distributed
 from effreason.runtime.config import Config
-from effreason.runtime.settings import all_settings, sections
+from effreason.runtime.config_fields import all_settings, sections
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [ROOT / "launch" / name for name in ("single_node.sh", "slurm.sbatch", "tpu_pod.sh")]
@@ -230,7 +230,7 @@ def test_a_pod_knows_which_process_it_is(stand_ins, tmp_path, monkeypatch):
         if name.startswith("JAX_"):
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    assert meetings.resolve(config.distributed) == {
+    assert distributed.resolve(config.distributed) == {
         "coordinator_address": environment["JAX_COORDINATOR_ADDRESS"], "processes": 2, "process_id": 1}
 
 

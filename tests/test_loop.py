@@ -19,14 +19,20 @@ import numpy as np
 import pytest
 import small_runs
 
-from effreason import attempts, candidates, cli, credit, graded, loop, packing, parity, runs, sessions
-from effreason.checkpoints import Checkpoints
-from effreason.errors import Interrupted, UserError
-from effreason.grades import Grade
-from effreason.lm import hf
-from effreason.problems import templates
+from effreason import loop
+from effreason.cli import main
+from effreason.data import templates
+from effreason.evaluation import models as candidates
+from effreason.evaluation import responses
+from effreason.grading.grader import Grade
+from effreason.lm.hf import pretrained
+from effreason.rl import experience, packing, parity, rollouts
+from effreason.rl.checkpoints import Checkpoints
+from effreason.runs import directory as runs
+from effreason.runs import session
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
+from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.metrics import MetricsWriter, read_rows
 from effreason.runtime.progress import Progress
 
@@ -43,7 +49,7 @@ def world(tmp_path_factory):
 def finished(world, tmp_path_factory):
     """An uninterrupted run: its directory, its engine, and the widths of the rows it was given."""
     directory, engines, widths = tmp_path_factory.mktemp("finished") / "run", [], set()
-    make_engine, pack = sessions.make_engine, packing.pack
+    make_engine, pack = session.make_engine, packing.pack
 
     def noted_pack(*arguments, **settings):
         packed = pack(*arguments, **settings)
@@ -51,7 +57,7 @@ def finished(world, tmp_path_factory):
         return packed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sessions, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
+        patch.setattr(session, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
         patch.setattr(packing, "pack", noted_pack)
         loop.train(small_runs.config(world, directory, **EVALUATED))
     return types.SimpleNamespace(directory=directory, engine=engines[0], widths=widths)
@@ -78,7 +84,7 @@ def assert_same_run(finished, directory):
     for name in ("model/model.safetensors", "rollouts.jsonl"):
         assert (directory / name).read_bytes() == (finished.directory / name).read_bytes(), name
     for path in evaluated:
-        (facts, rows), (expected, others) = (graded.read(each / path) for each in (directory, finished.directory))
+        (facts, rows), (expected, others) = (responses.read(each / path) for each in (directory, finished.directory))
         assert rows == others and facts | {"environment": 0} == expected | {"environment": 0}, path
     assert lasting(directory) == lasting(finished.directory)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (directory, finished.directory)]
@@ -87,7 +93,7 @@ def assert_same_run(finished, directory):
 
 def refused(capsys, argv, command="train"):
     """The one line of an error, with exit code 2."""
-    assert cli.main([command, *argv]) == 2
+    assert main.main([command, *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error.removeprefix("error: ").rstrip("\n")
@@ -143,8 +149,8 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
                 "update/loss", "update/kl", "update/grad_norm", "update/entropy", "update/clip_share",
                 "update/tokens_per_second", "time/rollout", "time/grade", "time/update", "time/step"} <= row.keys()
         assert sum(value for name, value in row.items() if name.startswith("grade/")) == pytest.approx(1)
-        assert sum(row[f"pressure/{part}"] for part in credit.PARTS) == pytest.approx(1, abs=1e-4)
-        assert {f"pull/{part}" for part in credit.PARTS} <= row.keys()
+        assert sum(row[f"pressure/{part}"] for part in experience.PARTS) == pytest.approx(1, abs=1e-4)
+        assert {f"pull/{part}" for part in experience.PARTS} <= row.keys()
     assert any(row["reward/groups_with_signal"] > 0 for row in steps)
     assert rows[3].keys() == {"step", "evaluation/accuracy", "evaluation/tokens"}
 
@@ -163,14 +169,14 @@ def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
 
 
 def test_the_exported_model_loads_and_has_learned(finished, world):
-    decoder = hf.read_config(finished.directory / "model")
-    assert decoder == hf.read_config(world / "base")
-    trained, base = hf.load(finished.directory / "model", decoder), hf.load(world / "base", decoder)
+    decoder = pretrained.read_config(finished.directory / "model")
+    assert decoder == pretrained.read_config(world / "base")
+    trained, base = pretrained.load(finished.directory / "model", decoder), pretrained.load(world / "base", decoder)
     jax.tree.map(np.testing.assert_array_equal, trained, state_in(finished, finished.directory).params)
     changed = [bool((one != other).any()) for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(base),
                                                                strict=True)]
     assert all(changed)
-    assert len(hf.load_tokenizer(finished.directory / "model")) == len(hf.load_tokenizer(world / "base"))
+    assert len(pretrained.load_tokenizer(finished.directory / "model")) == len(pretrained.load_tokenizer(world / "base"))
 
 
 def test_a_run_compiles_each_function_of_its_learning_once(finished):
@@ -184,7 +190,7 @@ def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
     arguments = small_runs.arguments(world, "unused")
     model, checkpoint = str(finished.directory / "model"), str(finished.directory / "checkpoints" / "6")
     models = [str(world / "base"), model, checkpoint]
-    assert cli.main(["evaluate", *arguments, "--models", *models, "--output", str(tmp_path)]) == 0
+    assert main.main(["evaluate", *arguments, "--models", *models, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     summary = json.loads((finished.directory / "summary.json").read_text())
     for path, name in ((str(world / "base"), "base"), (model, "trained"), (checkpoint, "trained")):
@@ -201,12 +207,12 @@ def test_a_response_is_replayed_by_its_name_from_a_checkpoint_or_the_base(finish
     rows = read_rows(finished.directory / "rollouts.jsonl")
     for row in [next(row for row in rows if row["step"] == step) for step in (0, 3)]:
         name = ["--step", str(row["step"]), "--uid", str(row["uid"]), "--sample", str(row["sample"])]
-        assert cli.main(["replay", str(finished.directory), *name, "--json"]) == 0
+        assert main.main(["replay", str(finished.directory), *name, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["as_logged"] is True
         assert (found["text"], len(found["tokens"]), found["finish"]) == (
             row["response"], row["tokens"], row["finish"])
-    assert cli.main(["replay", str(finished.directory), *name]) == 0
+    assert main.main(["replay", str(finished.directory), *name]) == 0
     shown = capsys.readouterr().out
     assert row["response"] in shown and "the same text as in rollouts.jsonl" in shown
 
@@ -280,7 +286,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
         assert not (directory / "summary.json").exists()
         assert (directory / "unfinished.npz").exists() == (where == "within")
     with contextlib.redirect_stdout(None):
-        assert cli.main(["train", "--config", str(directory / "config.yaml"), "--run.resume", "true"]) == 0
+        assert main.main(["train", "--config", str(directory / "config.yaml"), "--run.resume", "true"]) == 0
     assert_same_run(finished, directory)
     assert (directory / "config.yaml").read_text() == (finished.directory / "config.yaml").read_text().replace(
         str(finished.directory), str(directory))
@@ -497,7 +503,7 @@ def full_disk():
 @pytest.mark.parametrize(("place", "name", "file"), [
     ((MetricsWriter, "write"), "metrics", "metrics.jsonl: cannot be written: "),
     ((Checkpoints, "save"), "checkpoint", "checkpoints/2: the checkpoint cannot be written ("),
-    ((hf, "export"), "export", "model: cannot be written: "),
+    ((pretrained, "export"), "export", "model: cannot be written: "),
 ], ids=["metrics", "checkpoint", "export"])
 def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tmp_path, monkeypatch, capfd, place,
                                                                        name, file):
@@ -519,7 +525,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
         "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model"}
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == (2 if name == "export" else 1)
-    hf.load(directory / "model", hf.read_config(directory / "model"))
+    pretrained.load(directory / "model", pretrained.read_config(directory / "model"))
 
 
 @pytest.mark.parametrize(("file", "change", "error"), [
@@ -556,7 +562,7 @@ def test_a_configuration_that_does_not_fit_is_one_line_and_leaves_no_run(world, 
 
 def wrong_scores(monkeypatch, after):
     """The trainer scores at another temperature than it was sampled at, from the given call on."""
-    make_engine, calls = sessions.make_engine, []
+    make_engine, calls = session.make_engine, []
 
     def made(*arguments):
         engine = make_engine(*arguments)
@@ -569,7 +575,7 @@ def wrong_scores(monkeypatch, after):
 
         return dataclasses.replace(engine, learning=dataclasses.replace(learning, score=score))
 
-    monkeypatch.setattr(sessions, "make_engine", made)
+    monkeypatch.setattr(session, "make_engine", made)
 
 
 def test_a_trainer_that_scores_another_policy_than_was_sampled_never_starts(world, tmp_path, capsys, monkeypatch):
@@ -655,13 +661,13 @@ def verdicts(**counts):
 
 
 def test_too_many_undecided_answers_end_the_run():
-    attempts.check_decided(verdicts(exact=98, budget=1, error=1))
-    attempts.check_decided(verdicts(exact=14, budget=2))           # too few to speak of a share
+    rollouts.check_decided(verdicts(exact=98, budget=1, error=1))
+    rollouts.check_decided(verdicts(exact=14, budget=2))           # too few to speak of a share
     with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers, at most 2 % are accepted; "
                                         r"2 of them: for budget; raise grade\.step_budget_seconds"):
-        attempts.check_decided(verdicts(exact=97, budget=2, error=1))
+        rollouts.check_decided(verdicts(exact=97, budget=2, error=1))
     with pytest.raises(UserError, match=r"4 of them: for error$"):
-        attempts.check_decided(verdicts(exact=97, error=4))
+        rollouts.check_decided(verdicts(exact=97, error=4))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -12,11 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from effreason.lm import attention, causal
+from effreason.lm import attention as causal
+from effreason.lm import kv_cache
 from effreason.runtime.sharding import constrain
 
 Params = dict[str, Any]             # {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if untied}
-Cache = list[attention.LayerCache]
+Cache = list[kv_cache.LayerCache]
 
 
 # What a block keeps for the backward pass: nothing but its input, its attention too, or everything.
@@ -37,7 +38,7 @@ class DecoderConfig:
     mlp_width: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: attention.Llama3Scaling | None = None
+    rope_scaling: kv_cache.Llama3Scaling | None = None
     tied: bool = False              # the embedding is also the output head
     qkv_bias: bool = False          # Qwen2
     qk_norm: bool = False           # Qwen3
@@ -91,12 +92,12 @@ class Block(nn.Module):
         return constrain(x, "batch", "sequence", "width"), None
 
     def extend(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array,
-               cache: attention.LayerCache) -> tuple[jax.Array, attention.LayerCache]:
+               cache: kv_cache.LayerCache) -> tuple[jax.Array, kv_cache.LayerCache]:
         """x [B, T, D] at positions int32[B, T], behind what the cache holds; returns x and the cache with T more."""
         query, key, value = self.project(x, rope)
         layout = self.config.cache_layout
-        cache = attention.write_cache(cache, key, value, positions[:, 0], layout)
-        return self.finish(x, attention.cached_attention(query, cache, positions, layout)), cache
+        cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout)
+        return self.finish(x, kv_cache.cached_attention(query, cache, positions, layout)), cache
 
     def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         c, dtype = self.config, x.dtype
@@ -110,7 +111,7 @@ class Block(nn.Module):
         if c.qk_norm:
             query = rms_norm(query, self.query_norm, c.norm_eps)
             key = rms_norm(key, self.key_norm, c.norm_eps)
-        return attention.rotate(query, *rope), attention.rotate(key, *rope), value
+        return kv_cache.rotate(query, *rope), kv_cache.rotate(key, *rope), value
 
     def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         dtype = x.dtype
@@ -146,8 +147,8 @@ class Decoder(nn.Module):
 
 
 def _rope(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    frequencies = attention.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return attention.rope(positions, frequencies)
+    frequencies = kv_cache.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return kv_cache.rope(positions, frequencies)
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
@@ -200,7 +201,7 @@ def unstack(config: DecoderConfig, params: Params) -> Params:
 
 def cache_axes(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     """The logical axes of the arrays of one layer's cache."""
-    return attention.CACHE_LAYOUTS[config.cache_layout]
+    return kv_cache.CACHE_LAYOUTS[config.cache_layout]
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int) -> Cache:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 
-from effreason.errors import UserError
+from effreason.runtime.errors import UserError
 
 GIB = 2**30
 DEFAULT_SHAPES = "tpu:v5e:4x4, tpu:v5p:2x2x4, tpu:v6e:4x4, gpu:h100:8, gpu:h200:2x8, cpu"

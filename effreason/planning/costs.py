@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from effreason.planning import programtext
-from effreason.planning.programtext import DEVICE, HOST, Array, Computation, Instruction, Module
+from effreason.planning import hlo
+from effreason.planning.hlo import DEVICE, HOST, Array, Computation, Instruction, Module
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # They move nothing: names, tuples, and the ends of copies that were counted where they began.
@@ -95,7 +95,7 @@ def read(text: str, *, trips: float = 1) -> Cost:
     """What one device does when the program runs once.
 
     Args: text, of a compiled program; trips, how often a loop runs whose length the text does not say."""
-    return _Counter(programtext.parse(text), trips).of(None)
+    return _Counter(hlo.parse(text), trips).of(None)
 
 
 class _Counter:
@@ -122,7 +122,7 @@ class _Counter:
             return Cost()
         if kind == "while":
             body = self.of(each.attribute("body"))
-            length = programtext.trip_count(self._module, computation, each)
+            length = hlo.trip_count(self._module, computation, each)
             if length is None:
                 return dataclasses.replace(body * self._trips, open_loops=body.open_loops + 1)
             return body * length

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from effreason import prompts
+from effreason.data import prompts
 from effreason.planning import costs
 from effreason.planning.chips import Target
 from effreason.planning.costs import Cost, Kernel

@@ -7,18 +7,18 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from effreason import engine, packing
-from effreason.lm import causal
-from effreason.lm.attention import KERNELS
+from effreason.lm import attention as causal
+from effreason.lm.kv_cache import KERNELS
 from effreason.lm.model import DecoderConfig
-from effreason.planning import analytic, estimates, programs, workloads
+from effreason.planning import analytic, compile, estimates, workloads
 from effreason.planning.chips import Target
 from effreason.planning.estimates import Efficiency, Function, Machine, Run
 from effreason.planning.workloads import Workload
-from effreason.rollouts import SMALLEST, cache_positions
+from effreason.rl import learner, packing
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
-from effreason.sampling import memory
+from effreason.sampling import capacity as memory
+from effreason.sampling.engine import SMALLEST, cache_positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,17 +67,17 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
         function does not fit, and begin with the likely ones; say, is told what is being compiled.
     Raises: UserError where the mesh fits neither the chips nor the model."""
     compiled = target.kind != "gpu" if compiled is None else compiled
-    shape = programs.mesh_shape(config, target.chips)
-    mesh: Any = programs.make_mesh(config, target) if compiled else AbstractMesh(shape, sharding.MESH_AXES)
-    engine.check_divisible(config, decoder, mesh)
-    slots = programs.slot_count(config, decoder, target, mesh)
+    shape = compile.mesh_shape(config, target.chips)
+    mesh: Any = compile.make_mesh(config, target) if compiled else AbstractMesh(shape, sharding.MESH_AXES)
+    learner.check_divisible(config, decoder, mesh)
+    slots = compile.slot_count(config, decoder, target, mesh)
     capacity = cache_positions(memory.positions(config))
     width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])
-    attention = engine.choose_attention(config, decoder, width, platform=target.kind, context=shape[3])
+    attention = learner.choose_attention(config, decoder, width, platform=target.kind, context=shape[3])
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens, prompt_tokens=inputs.prompt_tokens,
                                        alone=causal.one_sequence_per_row(attention))
     # Without a kernel all of a cache is read, whatever is live in it.
-    kernel = programs.cache_layout(config, decoder, target.kind, shape[3]) in KERNELS
+    kernel = compile.cache_layout(config, decoder, target.kind, shape[3]) in KERNELS
     live_share = estimates.live_share(workload, capacity) if kernel else 1.0
     if compiled:
         functions = _compile(config, decoder, mesh, target, slots, workload, live_share, wanted, say, give_up)
@@ -102,13 +102,13 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
 def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, target: Target, slots: int,
              workload: Workload, live_share: float, wanted: Collection[str] | None, say: Callable[[str], None],
              give_up: bool) -> dict[str, Function]:
-    made = programs.make_programs(config, decoder, mesh, slots_count=slots, workload=workload)
+    made = compile.make_programs(config, decoder, mesh, slots_count=slots, workload=workload)
     chosen = [program for name, program in made.items() if wanted is None or name in wanted]
     likely = ("gradients", "decode") if give_up else ()
     functions = {}
     for number, program in enumerate(sorted(chosen, key=lambda each: each.name not in likely), start=1):
         say(f"compiling {program.name} ({number} of {len(chosen)})")
-        found = programs.compile_program(program, mesh)
+        found = compile.compile_program(program, mesh)
         functions[program.name] = Function(
             name=program.name, per=program.per, calls=program.calls, own_bytes=found.own_bytes,
             beside_bytes=program.beside_bytes, cost=found.cost, source="compiled", live_share=live_share,

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 
-from effreason.errors import UserError
-from effreason.lm import configs, hf, hub, model
+from effreason.lm import model
+from effreason.lm.hf import config as configs
+from effreason.lm.hf import hub, pretrained
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
-from effreason.sampling import memory
+from effreason.runtime.errors import UserError
+from effreason.sampling import capacity
 
 _QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
           "max_position_embeddings": 131072, "tie_word_embeddings": False}
@@ -42,11 +44,11 @@ def open_decoder(config: Config) -> DecoderConfig:
     if name in SHIPPED and not Path(name).exists():
         table, path = SHIPPED[name], Path(name) / "config.json"
     else:
-        directory = hf.SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
+        directory = pretrained.SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
         path = directory / "config.json"
         table = configs.read_json(path)
     decoder = configs.parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)
-    most, longest = table.get("max_position_embeddings"), memory.positions(config)
+    most, longest = table.get("max_position_embeddings"), capacity.positions(config)
     if isinstance(most, int) and 0 < most < longest:
         raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or evaluation.max_new_tokens) must be at "
                         f"most the model's {most} positions, got {longest}")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from effreason import packing
+from effreason.rl import packing
 from effreason.runtime.config import Config
 
 PROMPT_TOKENS = 128                 # of a problem with its template, unless it is said otherwise

@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 import jsonargparse
 import yaml
 
-from effreason.runtime import parsers
-from effreason.runtime.settings import Bound, Section, all_settings, written
+from effreason.runtime import config_parser
+from effreason.runtime.config_fields import Bound, Section, all_settings, written
 
 Natural = Annotated[int, Bound(">= 0", lambda n: n >= 0)]
 Count = Annotated[int, Bound(">= 1", lambda n: n >= 1)]
@@ -450,7 +450,7 @@ def parse(
     parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, default: str = "configs/tiny.yaml"
 ) -> tuple[Config, jsonargparse.Namespace]:
     """The configuration and whatever else `parser` takes; see `from_command_line`."""
-    config, values = parsers.parse(Config, parser, argv, shipped().parent / default, MADE_FOR)
+    config, values = config_parser.parse(Config, parser, argv, shipped().parent / default, MADE_FOR)
     if values.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
@@ -463,13 +463,13 @@ def from_command_line(argv: Sequence[str] | None = None, default: str = "configs
     Args: argv the arguments, None = sys.argv; default the file read when there is no --config, unless a flag names
         another model or data set than it is made for.
     Raises: UserError for any mistake; SystemExit(0) after --help and --print_config."""
-    return parse(parsers.parser(Config, "train.py"), argv, default)[0]
+    return parse(config_parser.parser(Config, "train.py"), argv, default)[0]
 
 
 def load(path: str | os.PathLike[str]) -> Config:
     """Reads a YAML file; what it leaves out has its default. Raises: UserError."""
-    parser = parsers.parser(Config, "load")
-    return parsers.build(Config, parsers.read(Config, parser, Path(path), jsonargparse.Namespace()))
+    parser = config_parser.parser(Config, "load")
+    return config_parser.build(Config, config_parser.read(Config, parser, Path(path), jsonargparse.Namespace()))
 
 
 def to_yaml(config: Config) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from effreason.errors import UserError
+from effreason.runtime.errors import UserError
 
 
 class MetricsWriter:

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import jax
 from rich.console import Console
 
-from effreason.errors import UserError
-from effreason.runtime.last_words import Words
+from effreason.runtime.errors import UserError
+from effreason.runtime.stderr_relay import Words
 
 T = TypeVar("T")
 PREFIX = "effreason"

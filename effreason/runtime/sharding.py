@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from effreason.errors import UserError
+from effreason.runtime.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from effreason.errors import UserError
+from effreason.runtime.errors import UserError
 
 MOST_BLOCKS = 256                   # near the square root of a large vocabulary: K sums and W tokens cost the same
 

@@ -1,0 +1,181 @@
+"""config.json in and out: the decoder a checkpoint describes, and a refusal by name of what ours does not compute."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from effreason.lm.kv_cache import Llama3Scaling
+from effreason.lm.model import DecoderConfig
+from effreason.runtime.errors import UserError
+
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# Entries that change what a model computes, with the values under which they change nothing; null never does.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "is_causal": (True,),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1,),
+    "use_mrope": (False,),
+    "rope_interleaved": (False,),
+    "no_rope_layers": ([],),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "clip_qkv": (),
+    "qk_layernorm": (False,),
+    "use_qk_norm": (False,),
+    "dual_chunk_attention_config": (),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
+    "num_experts_per_tok": (0,),
+    "moe_intermediate_size": (0,),
+    "num_nextn_predict_layers": (0,),
+    "quantization_config": (),
+    "compression_config": (),
+}
+# Some families have entries of their own meaning: Qwen2's biases are always there, and its window waits for
+# use_sliding_window, as Qwen3's does.
+FAMILY_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
+    "qwen2": {"attention_bias": (False, True)}, "qwen3": {}, "llama": {"sliding_window": ()},
+}
+LLAMA3_NAMES = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises: UserError naming the file."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: file not found") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(table).__name__}")
+    return table
+
+
+def read_config(directory: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:
+    """The decoder that a directory's config.json describes."""
+    path = directory / "config.json"
+    return parse_config(read_json(path), path, dtype=dtype, remat=remat)
+
+
+def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:
+    """The decoder that the table of a config.json describes, in both its old and its new spelling.
+
+    Raises: UserError that names the file and the entry, for an unknown family or a feature this decoder lacks:
+        it never computes something other than what the checkpoint means."""
+    family = table.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{path}: model_type {_shown(family)} is not supported, expected one of {', '.join(FAMILIES)}")
+    _check_features(path, table, family)
+
+    def entry(name: str, kind: type[int] | type[float] = int, default: Any = None) -> Any:
+        value = default if table.get(name) is None else table[name]
+        if value is None:
+            raise UserError(f"{path}: has no entry {name!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} must be a positive {kind.__name__}, got {_shown(value)}")
+        return value
+
+    heads, width, tied = entry("num_attention_heads"), entry("hidden_size"), table.get("tie_word_embeddings")
+    kv_heads, head_dim = entry("num_key_value_heads", default=heads), entry("head_dim", default=max(width // heads, 1))
+    if heads % kv_heads:
+        raise UserError(f"{path}: num_key_value_heads must divide num_attention_heads, {heads}, got {kv_heads}")
+    if table.get("head_dim") is None and width % heads:
+        raise UserError(f"{path}: num_attention_heads must divide hidden_size, {width}, got {heads}")
+    if head_dim % 2:
+        raise UserError(f"{path}: head_dim must be even, got {head_dim}")
+    if tied not in (None, True, False):
+        raise UserError(f"{path}: tie_word_embeddings must be true or false, got {_shown(tied)}")
+    theta, scaling = _rope_entries(path, table)
+    return DecoderConfig(
+        vocabulary=entry("vocab_size"), width=width, layers=entry("num_hidden_layers"), heads=heads,
+        kv_heads=kv_heads, head_dim=head_dim, mlp_width=entry("intermediate_size"),
+        norm_eps=entry("rms_norm_eps", float), rope_theta=theta, rope_scaling=scaling, tied=bool(tied),
+        qkv_bias=family == "qwen2", qk_norm=family == "qwen3", dtype=jnp.dtype(dtype), remat=remat)
+
+
+def _check_features(path: Path, table: dict[str, Any], family: str) -> None:
+    """Raises UserError for the first entry that asks for something this decoder does not compute."""
+    for name, neutral in (NEUTRAL | FAMILY_NEUTRAL[family]).items():
+        if table.get(name) is not None and table[name] not in neutral:
+            raise UserError(f"{path}: {name} = {_shown(table[name])} is not supported")
+    kinds = table.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{path}: layer_types = {_shown(kinds)} is not supported, expected full_attention alone")
+    named = table.get("architectures") or [FAMILIES[family]]
+    if not isinstance(named, list) or FAMILIES[family] not in named:
+        raise UserError(f"{path}: architectures = {_shown(named)} is not supported, expected {FAMILIES[family]}")
+
+
+def _rope_entries(path: Path, table: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
+    """transformers 5 writes rope_parameters, which holds theta too; older files have rope_theta and rope_scaling."""
+    newer, older = (table.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    for name, rope in (("rope_parameters", newer), ("rope_scaling", older)):
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise UserError(f"{path}: {name} = {_shown(rope)} is not supported, expected one table for all layers")
+    if newer and older and _rope_kind(newer) != _rope_kind(older):
+        raise UserError(f"{path}: rope_parameters say {_rope_kind(newer)!r}, rope_scaling says {_rope_kind(older)!r}")
+    rope = newer or older
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(f"{path}: partial_rotary_factor = {_shown(rope['partial_rotary_factor'])} is not supported")
+    thetas = [_positive(path, "rope_theta", each) for each in (rope.get("rope_theta"), table.get("rope_theta"))
+              if each is not None]
+    if not thetas:
+        raise UserError(f"{path}: has neither rope_parameters.rope_theta nor rope_theta")
+    if thetas[0] != thetas[-1]:
+        raise UserError(f"{path}: rope_parameters.rope_theta, {thetas[0]:g}, and rope_theta, {thetas[1]:g}, differ")
+    theta = thetas[0]
+    kind = _rope_kind(rope)
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(f"{path}: rope type {kind!r} is not supported, expected default or llama3")
+    missing = [name for name in LLAMA3_NAMES if rope.get(name) is None]
+    if missing:
+        raise UserError(f"{path}: llama3 rope parameters lack {missing[0]!r}")
+    factor, low, high, positions = (_positive(path, f"llama3 {name}", rope[name]) for name in LLAMA3_NAMES)
+    return theta, Llama3Scaling(factor=factor, low_frequency_factor=low, high_frequency_factor=high,
+                                original_positions=int(positions))
+
+
+def _rope_kind(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _positive(path: Path, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{path}: {name} must be a positive number, got {_shown(value)}")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value of the file as it stands there, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def exported_config(table: dict[str, Any], config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The source's config.json, with dtype and rotary settings in the old and in the new spelling."""
+    table = table | {"dtype": dtype, "torch_dtype": dtype, "architectures": [FAMILIES[table["model_type"]]]}
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3"} | dict(zip(LLAMA3_NAMES, dataclasses.astuple(config.rope_scaling), strict=True))
+        table["rope_scaling"] = rope
+    return table | {"rope_theta": config.rope_theta, "rope_parameters": rope | {"rope_theta": config.rope_theta}}

@@ -1,0 +1,77 @@
+"""What a run is given, opened and checked before anything that takes long: model, prompts, held-out problems."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+
+import jax
+from jax.sharding import Mesh
+
+from effreason.rl import rollouts
+from effreason.data import prompts
+from effreason.rl.learner import check_model
+from effreason.grading.grader import Grader
+from effreason.lm.hf import pretrained as hf
+from effreason.data import templates
+from effreason.types import Problem
+from effreason.runtime.config import Config
+
+ENDS = 2**20                        # bytes of each end of a file of weights that tell it from another
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The model but its weights, and the problems as it will read them."""
+
+    pretrained: hf.Pretrained
+    template: templates.Template
+    problems: prompts.Problems
+    held_out: dict[str, list[Problem]]      # by set; empty: no evaluation
+    notes: list[str]                # what became of the data, for people
+    problems_sha256: str            # of the problems and of held_out: a resumed run needs the same ones
+    held_out_sha256: str
+
+
+def in_common(inputs: Inputs) -> dict[str, str]:
+    """What several processes must have in common beside the configuration, by names for people."""
+    return {"the version of JAX": jax.__version__,
+            "model.path": model_fingerprint(inputs.pretrained),
+            "the chat template": inputs.template.sha256[:12],
+            "the problems of data.path": inputs.problems_sha256[:12],
+            "the problems of evaluation.path": inputs.held_out_sha256[:12]}
+
+
+def model_fingerprint(pretrained: hf.Pretrained) -> str:
+    """The commit of a model on the Hub; of a directory a hash of its JSON files, and of both ends and the size of each
+    file of weights: all of them would take minutes."""
+    if pretrained.revision is not None:
+        return pretrained.revision
+    digest = hashlib.sha256()
+    for path in sorted(pretrained.directory.glob("*.safetensors")) + sorted(pretrained.directory.glob("*.json")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(-1 if path.suffix == ".json" else ENDS))
+            if path.suffix != ".json" and size > ENDS:
+                file.seek(-ENDS, os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
+    """Opens the model and reads the problems. Raises: UserError."""
+    pretrained = hf.open_pretrained(config.model.path, revision=config.model.revision, dtype=config.model.dtype,
+                                    remat=config.model.remat)
+    check_model(pretrained, config, mesh)
+    tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
+    unmatched = functools.partial(rollouts.unmatched, grader)
+    problems = prompts.load_training(config, tokenizer, template, unmatched)
+    first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few: say so now
+    held_out, more = prompts.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
+        {}, ())
+    all_held_out = [problem for problems in held_out.values() for problem in problems]
+    shown = templates.display(templates.render(tokenizer, template, first[0].text))
+    return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
+                  notes=[*problems.notes, *more, f"the first prompt, by the template {template.name}:", shown],
+                  problems_sha256=prompts.fingerprint(problems), held_out_sha256=prompts.fingerprint(all_held_out))

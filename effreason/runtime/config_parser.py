@@ -1,0 +1,174 @@
+"""From YAML files and dotted flags to a configuration, with one line for every mistake."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from effreason.runtime.config_fields import all_settings, meanings, sections, settings, written
+from effreason.runtime.errors import UserError
+
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+Config = TypeVar("Config")
+
+
+def parser(config: type, prog: str, description: str | None = None) -> jsonargparse.ArgumentParser:
+    """--config, --print_config and a dotted flag for every field, to be given to `parse`."""
+    made = jsonargparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        usage="%(prog)s [--config FILE] [--section.field VALUE ...]",
+        formatter_class=argparse.HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--config", metavar="FILE", help="YAML file; a later one overrides an earlier, flags override all. "
+        "Without it: configs/tiny.yaml, unless a flag names another model or data set than tiny. The defaults below "
+        "are for what the file leaves out.",
+    )
+    made.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and exit")
+    for name, section in sections(config).items():
+        group = made.add_argument_group(name, section.__doc__)
+        for setting in settings(section):
+            choices = setting.choices or (("true", "false") if setting.type is bool else ())
+            takes = "" if choices else f"{setting.expected}; "  # the choices stand beside the flag
+            text = f"{meanings(config)[setting.field]} [{takes}default {written(setting.default)}]"
+            group.add_argument(
+                f"--{setting.field}",
+                type=setting.type | None if setting.optional else setting.type,
+                default=setting.default,
+                metavar=f"{{{','.join(choices)}}}" if choices else METAVARS[setting.type],
+                help=text.replace("%", "%%"),
+            )
+    return made
+
+
+def parse(
+    config: type[Config], parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, default: Path,
+    made_for: Mapping[str, frozenset[str]],
+) -> tuple[Config, jsonargparse.Namespace]:
+    """Reads the files, then the flags; returns the configuration and all the parser took.
+
+    Args: argv the arguments, None = sys.argv; default the file read when --config names none, and no flag gives a field
+        of made_for anything but names that it has there, with commas between them.
+    Raises: UserError; SystemExit(0) after --help."""
+    # --config first, wherever it stands: files in their order, then flags over them.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", action="append", default=[], type=Path)
+    first.add_argument("--print_config", action="store_true")
+    try:
+        files, flags = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(_one_line(error).removeprefix("argument ")) from None
+    values = jsonargparse.Namespace()
+    if not {"-h", "--help"}.intersection(flags):
+        for path in files.config or ([default] if _fits(flags, made_for) else []):
+            values = read(config, parser, _found(path, default.parent), values)
+    try:
+        values = parser.parse_args(flags, values)
+    except argparse.ArgumentError as error:
+        raise UserError(_explained(error, config)) from None
+    values.print_config = files.print_config
+    return build(config, values), values
+
+
+def _fits(flags: Sequence[str], made_for: Mapping[str, frozenset[str]]) -> bool:
+    """Whether no flag gives one of these fields other names."""
+    given = [flag.removeprefix("--").partition("=") for flag in flags]
+    values = [(name, value if equals else next(iter(flags[place + 1 :]), "")) for place, (name, equals, value)
+              in enumerate(given)]
+    return all(set(value.split(",")) <= made_for[name] for name, value in values if name in made_for)
+
+
+def read(
+    config: type, parser: jsonargparse.ArgumentParser, path: Path, base: jsonargparse.Namespace
+) -> jsonargparse.Namespace:
+    """The values of a YAML file over those of `base`. Raises: UserError, naming the file."""
+    try:
+        table = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    table = {} if table is None else table
+    try:
+        _check_keys(table, config)
+        # A section whose every line is commented out is null.
+        values = parser.parse_object({name: fields for name, fields in table.items() if fields is not None}, base)
+        for setting in all_settings(config):
+            setting.check(values[setting.field])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{path}: {_explained(error, config)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return values
+
+
+def build(config: type[Config], values: jsonargparse.Namespace) -> Config:
+    """The configuration of these values. Raises: UserError."""
+    whole: type = config
+    try:
+        return config(**{
+            name: section(**{setting.name: values[setting.field] for setting in settings(section)})
+            for name, section in sections(whole).items()
+        })
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _found(path: Path, shipped: Path) -> Path:
+    """The file, or the shipped one that configs/NAME stands for where there is no such file."""
+    if not path.exists() and path.parent == Path(shipped.name) and (shipped / path.name).exists():
+        return shipped / path.name
+    return path
+
+
+def _check_keys(table: Any, config: type) -> None:
+    """Raises ValueError unless the table is sections of fields that exist."""
+    if not isinstance(table, dict):
+        raise ValueError(f"must hold sections with fields under them, got {written(table)}")
+    for name, fields in table.items():
+        if name not in sections(config):
+            raise ValueError(f"no section {name}{_nearest(name, sections(config))}")
+        if not isinstance(fields, dict | None):
+            raise ValueError(f"{name} must have fields under it, got {written(fields)}")
+        known = {setting.name for setting in settings(sections(config)[name])}
+        for field in fields or {}:
+            if field not in known:
+                raise ValueError(f"no field {name}.{field}{_nearest(field, known)}")
+
+
+def _explained(error: argparse.ArgumentError, config: type) -> str:
+    """The parser's message as one line that says what the field takes."""
+    message = str(error)
+    known = {setting.field: setting for setting in all_settings(config)}
+    if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+        flag = unknown[1].partition("=")[0]
+        if not flag.startswith("-"):
+            return f"unexpected argument {flag}"
+        return f"no option {flag}{_nearest(flag, [f'--{field}' for field in known])}"
+    named = re.search(r'Parser key "([\w.]+)"|argument --([\w.]+):', message)
+    setting = known.get(named[1] or named[2]) if named else None
+    if setting is None:
+        return _one_line(error)
+    got = re.search(r"(?:Got|Given) value: (.*)", message)
+    value = {"None": "null", "True": "true", "False": "false"}.get(got[1], got[1]) if got else "nothing"
+    return f"{setting.field} must be {setting.expected}, got {value}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _nearest(word: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f": did you mean {close[0]}?" if close else ""

@@ -1,0 +1,41 @@
+"""SIGTERM and Ctrl-C end a run at the next safe point, not in the middle of a write."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+from effreason.runtime import processes
+from effreason.runtime.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """Catches the first signal; a second one acts at once, as if nobody listened."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has come; to be called where stopping is safe.
+
+        With several processes all stop at the same call, whichever of them the signal has come to."""
+        if (number := processes.agreed_stop(self._received)) is not None:
+            # Process 0 says it for all.
+            raise Interrupted(number, f"stopped by {signal.Signals(number).name}" if processes.first() else "")
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""What passes between the stages.
+
+Axis letters, used in every docstring: P prompts, G responses for each prompt (the group), S prompt slots, T response
+slots, B = P * G responses, R rows of N positions, D width, V vocabulary, L layers, K key/value heads, H query heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem of a data set, on the host."""
+
+    uid: int                        # stable within the data set, < 2**31: part of every sampled token's key
+    prompt: np.ndarray              # int32[S'], the rendered and tokenised prompt, unpadded
+    text: str                       # the problem as the data set has it
+    answer: str                     # the reference answer
+    level: str                      # difficulty, "all" where the data set has none
+    opens_thinking: bool = False    # the prompt ends in <think>: the response begins inside the thinking
+    kind: str = "math"              # how answers are compared: math | choice | text
+    choices: tuple[str, ...] = ()   # of kind "choice", the answers behind A, B, C, ...; () where unknown
+
+
+# Why a response ended: its last token is EOS; it was cut off at the token limit; it was stopped as a repetition loop.
+EOS, LENGTH, LOOP = "eos", "length", "loop"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Response:
+    """One response, on the host."""
+
+    prompt: int                     # index into the prompts that were asked for
+    sample: int                     # 0..G-1
+    tokens: np.ndarray              # int32[T'], through and including EOS
+    logprobs: np.ndarray            # float32[T'], of each token by the model at the sampling temperature
+    sampling_logprobs: np.ndarray   # float32[T'], by the distribution it was drawn from: after top-k, top-p, min-p
+    model_logprobs: np.ndarray      # float32[T'], by the model at temperature 1
+    finish: str                     # eos | length | loop; "" while it is not finished
+    looped: bool = False            # it repeated itself; with another finish than loop: it was let go on, as an audit
+
+    @property
+    def ended(self) -> bool:
+        """True: by itself, with EOS."""
+        return self.finish == EOS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollouts:
+    """All responses of one step, on the host."""
+
+    prompts: np.ndarray             # int32[P, S], padded on the right
+    prompt_lengths: np.ndarray      # int32[P]
+    tokens: np.ndarray              # int32[P, G, T], padded on the right
+    lengths: np.ndarray             # int32[P, G], tokens through EOS
+    logprobs: np.ndarray            # float32[P, G, T], Response.logprobs, 0 beyond the length
+    finish: np.ndarray              # str[P, G], eos | length | loop
+    looped: np.ndarray              # bool[P, G]
+
+    @property
+    def ended(self) -> np.ndarray:
+        """bool[P, G], False where the response was cut off."""
+        return self.finish == EOS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Sequences, prompt and response, packed into rows of N positions: what the trainer reads.
+
+    What is scored at a position is the token that follows it, so nothing depends on where in the row its successor is.
+    """
+
+    tokens: jax.Array               # int32[..., R, N]
+    targets: jax.Array              # int32[..., R, N], the token that follows in the sequence; 0 behind the last one
+    positions: jax.Array            # int32[..., R, N], of each token in its sequence
+    segments: jax.Array             # int32[..., R, N], which sequence of the row, from 1; 0 = padding
+    sources: jax.Array              # int32[..., R, N], which of the B * T response tokens the target is; B * T = none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A step's responses as rows: U optimiser updates, M micro-batches of R rows.
+
+    Rows of one group have one width; there are several groups where rows are long, or hold one sequence each."""
+
+    groups: tuple[Rows, ...]        # [U, M, R, N]
+    counts: tuple[jax.Array, ...]   # int32[U] for each group: micro-batches that hold something
+    places: jax.Array               # int32[B, T], where all groups' positions in line have each response token; behind
+                                    # the last of them where there is none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Rows with what each target is worth: what the update learns from."""
+
+    rows: Rows
+    weights: jax.Array              # float32[..., R, N], how much the target counts in the loss; 0 = no response token
+    advantages: jax.Array           # float32[..., R, N], KL penalty included
+    old_logprobs: jax.Array         # float32[..., R, N], of the target by the policy before the update
+    reference_logprobs: jax.Array   # float32[..., R, N], by the frozen reference
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool[..., R, N], True where the target is a response token."""
+        return self.weights > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What a model made of P problems of one set, k samples of each, on the host: all that statistics need."""
+
+    uids: np.ndarray                # int64[P]
+    levels: np.ndarray              # str[P]
+    correct: np.ndarray             # bool[P, k]
+    lengths: np.ndarray             # int32[P, k], response tokens through EOS
+    finish: np.ndarray              # str[P, k], eos | length | loop
+    answers: np.ndarray             # str[P, k], as the grader found it; "" = none
+    stated: np.ndarray              # float32[P, k], tokens until the reference answer was first stated; nan = never
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LevelResult:
+    """Accuracy and length on the problems of one level."""
+
+    accuracy: float                 # share of right answers, 0..1, mean over samples, then problems
+    tokens: float                   # mean response tokens through EOS
+    problems: int
+
+
+def response_mask(lengths: jax.Array, positions: int) -> jax.Array:
+    """Marks the tokens of responses that are padded on the right.
+
+    From where a response ended, never from `tokens != pad`: many tokenizers pad with EOS, or with a token that a
+    response may hold.
+
+    Args: lengths int32[B], tokens through EOS; positions T, static under jit.
+    Returns: bool[B, T], True through EOS; a response that does not fit into T is cut at T."""
+    return jnp.arange(positions, dtype=jnp.int32)[None, :] < lengths[:, None]
+
+
+def padded_length(length: int, smallest: int = 64) -> int:
+    """The least of 64, 96, 128, 192, 256, ... that holds `length`: few shapes to compile, at most a third of padding.
+
+    Args: smallest, a power of two."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size

@@ -1,0 +1,208 @@
+"""The command line: what reaches the trainer, and how each ending looks from outside."""
+
+import errno
+import os
+import re
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import setuptools
+
+import effreason
+from effreason.cli import main
+from effreason.runtime.config import Config
+from effreason.runtime.config_fields import all_settings
+from effreason.runtime.errors import Interrupted, UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a module of the given functions where the command line imports the real one."""
+    def put(name, **functions):
+        module = types.SimpleNamespace(**functions)
+        monkeypatch.setitem(sys.modules, f"effreason.{name}", module)
+        monkeypatch.setattr(effreason, name, module, raising=False)
+    return put
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return str(path)
+
+
+def failed(capsys, argv, command="train"):
+    """The one line a refused command prints."""
+    assert main.main([command, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+def ending(error, stand_in):
+    def train(config):
+        raise error
+    stand_in("loop", train=train)
+    return main.main(["train"])
+
+
+def test_mistakes_end_at_once_before_jax_is_imported():
+    program = ("import sys; from effreason.cli.main import main; code = main(['train', '--reward.alpha', '1.5']);"
+               "assert not {'jax', 'numpy', 'transformers'} & sys.modules.keys(); sys.exit(code)")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    # Processor time: on a busy machine the clock says nothing.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: reward.alpha must be in [0, 1), got 1.5\n")
+
+
+def test_the_script_does_what_the_subcommand_does(tmp_path, capsys):
+    argv = ["--run.seed", "7", "--print_config"]
+    script = subprocess.run([sys.executable, ROOT / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["train", *argv])
+    assert stop.value.code == script.returncode == 0
+    assert capsys.readouterr().out == script.stdout and "seed: 7" in script.stdout
+
+
+def test_train_hands_over_the_configuration(stand_in):
+    given = []
+    stand_in("loop", train=given.append)
+    assert main.main(["train", "--reward.alpha", "0.4"]) == 0
+    assert given[0].reward.alpha == 0.4 and isinstance(given[0], Config)
+
+
+@pytest.mark.parametrize(("argv", "models", "output", "seeds"), [
+    ([], ["tiny"], None, None),
+    (["--models", "tiny", "MODEL", "--output", "results"], ["tiny", "MODEL"], Path("results"), None),
+    (["--model.path", "MODEL", "--evaluation.samples", "3", "--seeds", "0", "7"], ["MODEL"], None, [0, 7]),
+])
+def test_evaluate_hands_over_models_output_and_seeds(stand_in, model, argv, models, output, seeds):
+    given = []
+    stand_in("evaluation", evaluate_models=lambda *args: given.append(args))
+    assert main.main(["evaluate", *(arg.replace("MODEL", model) for arg in argv)]) == 0
+    assert given[0][1:] == ([name.replace("MODEL", model) for name in models], output, seeds)
+
+
+def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
+    nowhere, file = str(tmp_path / "nowhere"), str(tmp_path / "model" / "config.json")
+    wanted = "must be tiny, a Hugging Face directory or an id on its Hub,"
+    assert failed(capsys, ["--model.path", nowhere]) == f"model.path {wanted} {nowhere} does not exist"
+    assert failed(capsys, ["--model.path", file]) == f"model.path {wanted} {file} is a file"
+    assert failed(capsys, ["--model.path", str(tmp_path)]) == f"model.path {wanted} {tmp_path} holds no config.json"
+    assert failed(capsys, ["--models", "tiny", nowhere], "evaluate") == f"models {wanted} {nowhere} does not exist"
+    argv = ["--evaluation.problems", "0", "--data.path"]
+    assert failed(capsys, [*argv, nowhere]) == f"data.path: {nowhere} does not exist"
+    assert failed(capsys, [*argv, "gms8k"]) == (
+        "data.path names 'gms8k', which is no preset, no file and no id on the Hugging Face Hub; did you mean gsm8k?")
+    assert failed(capsys, [*argv, "math500"]) == "math500: the set has no split to train on"
+    for command in ("train", "evaluate"):
+        message = failed(capsys, ["--evaluation.path", nowhere], command)
+        assert message == f"evaluation.path: {nowhere} does not exist"
+    assert failed(capsys, ["--run.directory", file]) == f"run.directory must be a directory, {file} is a file"
+
+
+def test_evaluate_needs_problems(capsys):
+    message = failed(capsys, ["--evaluation.problems", "0"], "evaluate")
+    assert message == "evaluation.problems must be >= 1 to evaluate, got 0"
+    for text in ("-1", "x", "2147483648"):
+        assert failed(capsys, ["--seeds", "0", text], "evaluate") == (
+            f"--seeds must be whole numbers in [0, 2147483647], got '{text}'")
+
+
+def test_the_smollm2_configuration_needs_nothing_but_the_hub(stand_in):
+    given = []
+    stand_in("loop", train=given.append)
+    assert main.main(["train", "--config", "configs/smollm2_gsm8k.yaml"]) == 0
+    assert (given[0].model.path, given[0].data.path) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "gsm8k")
+
+
+def test_a_folder_called_wandb_is_not_the_package(capsys, tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert "pip install" in failed(capsys, ["--log.wandb", "true"])
+
+
+def test_a_users_mistake_found_later_is_one_line_too(stand_in, capsys):
+    assert ending(UserError("data.jsonl line 3: not JSON"), stand_in) == 2
+    assert capsys.readouterr().err == "error: data.jsonl line 3: not JSON\n"
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_gives_its_exit_code_and_says_how_to_resume(stand_in, capsys, signum, code):
+    assert ending(Interrupted(signum, "stopped at step 5; resume with --run.resume true"), stand_in) == code
+    assert capsys.readouterr().err == "stopped at step 5; resume with --run.resume true\n"
+
+
+def test_an_interrupt_the_loop_did_not_see_is_no_traceback(stand_in, capsys):
+    assert ending(KeyboardInterrupt(), stand_in) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_full_disk_names_the_file(stand_in, capsys):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")
+    assert ending(full, stand_in) == 1
+    assert capsys.readouterr().err == "error: runs/a/metrics.jsonl: No space left on device\n"
+    assert ending(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), stand_in) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_a_defect_keeps_its_traceback(stand_in):
+    with pytest.raises(ZeroDivisionError):
+        ending(ZeroDivisionError(), stand_in)
+
+
+def test_commands(capsys):
+    assert main.main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main.main(["trian"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the command must be one of train, evaluate, grade, generate, replay, preview, blend, report, "
+        "plan, got trian\n")
+
+
+def help_of(command, capsys, monkeypatch):
+    """What --help prints, which ends with exit code 0 and fits 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(len(line) <= 80 for line in text.splitlines())
+    return text
+
+
+@pytest.mark.parametrize("command", main.MODULES)
+def test_every_smaller_command_has_a_help_of_80_columns(capsys, monkeypatch, command):
+    assert help_of(command, capsys, monkeypatch).startswith(f"usage: effreason {command} ")
+    assert f"\n  {command} " in main.USAGE
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_names_every_field_and_fits_80_columns(capsys, monkeypatch, command):
+    text = help_of(command, capsys, monkeypatch)
+    assert text.startswith(f"usage: effreason {command} [--config FILE]")
+    assert all(f"--{setting.field} " in text for setting in all_settings(Config))
+    assert ("--models" in text) == (command == "evaluate")
+
+
+def test_every_dependency_is_accounted_for(monkeypatch):
+    described = {}
+    monkeypatch.setattr(setuptools, "setup", described.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    page = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    needed = [*described["install_requires"], *sum(described["extras_require"].values(), [])]
+    for package in {re.match(r"[\w-]+", line)[0] for line in needed}:
+        assert re.search(rf"\b{package}\b", page), package
+    assert described["version"] == effreason.__version__

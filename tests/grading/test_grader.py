@@ -1,0 +1,428 @@
+"""The grader: that no answer can hurt the trainer, its workers, statuses, budgets and a function of one's own."""
+
+import concurrent.futures
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from grading_cases import HOSTILE, REPOSITORY, boxed, load
+
+from effreason.grading import notation, pool, symbolic
+from effreason.grading.exact import exact
+from effreason.grading.grader import Budget, Gold, Grade, Grader
+from effreason.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as grader:
+        yield grader
+
+
+# Hostile answers
+
+
+@pytest.mark.parametrize("unit", [
+    "1,", "x=", "=5", r"\pm", r"\in ", r"\text{a}", "1 aaa ", "(1,", "{", "x<1 or ", r"\begin{pmatrix}", "½",
+    "5 million", "sqrt(", r"\frac",
+])
+def test_exact_is_quick_on_long_answers(unit):
+    start = time.process_time()
+    for gold in ("5", "x=5", "(1,2)"):
+        assert exact(unit * (notation.MAX_CHARACTERS // len(unit) - 1) + "5", gold) is not True
+    assert time.process_time() - start < 2.0
+
+
+def test_hostile_answers_cost_little_and_gain_nothing(grader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grades = grader.grade([boxed(text) for text in HOSTILE] + HOSTILE, ["7"] * 2 * len(HOSTILE))
+    assert not any(grade.correct for grade in grades)
+    assert not {grade.status for grade in grades} & {"error", "hard_kill", "budget"}
+    assert list(tmp_path.rglob("*PWNED*")) == list(REPOSITORY.rglob("PWNED")) == []
+
+
+def test_adversarial_cases(grader):
+    cases = load("adversarial.jsonl")
+    start = time.monotonic()
+    grades = grader.grade([boxed(case["pred"]) for case in cases], [case["gold"] for case in cases])
+    assert time.monotonic() - start < 15
+    clear = [(case, grade) for case, grade in zip(cases, grades, strict=True) if case["want"] is not None]
+    assert [case["name"] for case, grade in clear if grade.correct != case["want"]] == []
+
+
+def test_a_batch_with_hostile_answers_is_quick(grader):
+    honest = [boxed(rf"\frac{{{row}\sqrt{{3}}}}{{2}}") if row % 5 == 0 else boxed(str(row)) for row in range(250)]
+    golds = [rf"{row} \sqrt{{0.75}}" if row % 5 == 0 else str(row) for row in range(250)]
+    start = time.monotonic()
+    grades = grader.grade(honest + [boxed(text) for text in HOSTILE[4:10]], golds + ["7"] * 6)
+    assert time.monotonic() - start < 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert [grade.correct for grade in grades] == [True] * 250 + [False] * 6
+
+
+@pytest.mark.parametrize("text", ["9^{9^{9}}", r"2^{10^{9}}", "(10^9)!", "99999!", "((5!)!)!", "x^{100000}",
+    "(9^9)^(9^9)", "1" * 200, "x+" * 300 + "x",
+                                  "(" * 20 + "x" + ")" * 20, "a," * 50])
+def test_guard_stops(text):
+    assert symbolic.guard(notation.canonical(text))
+
+
+@pytest.mark.parametrize("text", ["e^{x^2}", "5!", "n!", r"\frac{10!}{8!}", "2^{2005}", "x^{10}",
+    r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", "(x+1)^{n^2}"])
+def test_guard_lets_pass(text):
+    assert not symbolic.guard(notation.canonical(text))
+
+
+# The workers and their supervision
+
+ALGEBRA = (boxed(r"\sqrt{8}"), r"2\sqrt{2}")
+
+
+def only(grader: Grader, response: str, gold: str) -> Grade:
+    return grader.grade([response], [gold])[0]
+
+
+def processes(grader: Grader) -> list[subprocess.Popen]:
+    return [worker.process for worker in grader._pool._living]
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        status = Path(f"/proc/{pid}/stat")
+        if status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True                             # ended; whoever has adopted it has not looked yet
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def small():
+    # Clock time to spare: on a busy machine 0.4 s of processor time may take seconds.
+    with Grader(workers=1, cpu_seconds=0.4, wall_seconds=15) as grader:
+        assert only(grader, *ALGEBRA).status == "symbolic"
+        yield grader
+
+
+@pytest.fixture
+def impatient():
+    with Grader(workers=1, wall_seconds=3) as grader:
+        assert only(grader, *ALGEBRA).status == "symbolic"
+        yield grader
+
+
+def test_statuses(small):
+    assert only(small, "nothing", "5") == Grade(False, None, "no_answer", pytest.approx(0, abs=1))
+    assert (only(small, boxed("5"), "5").status, only(small, boxed("6"), "5").correct) == ("exact", False)
+    assert only(small, boxed("1" * 30_000), "5").status == "too_long"
+    assert only(small, boxed("9^{9^{9}}"), "5").status == "guard"
+    assert only(small, *ALGEBRA) == Grade(True, r"\sqrt{8}", "cached", pytest.approx(0, abs=1))
+
+
+def test_the_same_answer_is_asked_once(small):
+    before = small.stats()["symbolic"]
+    grades = small.grade([boxed(r"\sqrt{50}")] * 20, [r"5\sqrt{2}"] * 20)
+    assert all(grade.correct and grade.status == "symbolic" for grade in grades)
+    assert sum(grade.seconds > 0 for grade in grades) == 1
+    assert small.stats()["symbolic"] == before + 20
+
+
+def test_soft_stop_keeps_the_worker_and_is_not_cached(small):
+    (process,) = processes(small)
+    for _ in range(2):
+        assert only(small, boxed(r"\int e^{x^2}\sin(x^3)\ln(x) dx"), "5").status == "soft_timeout"
+    assert processes(small) == [process] and only(small, boxed("x+x"), "2x").correct
+
+
+def test_a_dead_worker_is_replaced_and_the_answer_still_counts(small):
+    (process,) = processes(small)
+    os.kill(process.pid, signal.SIGKILL)
+    assert only(small, boxed(r"\sqrt{12}"), r"2\sqrt{3}").correct
+    assert small.stats()["died"] == 1
+
+
+def test_a_stuck_worker_is_killed_and_nothing_is_cached(impatient):
+    (process,) = processes(impatient)
+    os.kill(process.pid, signal.SIGSTOP)            # what C code that holds the interpreter looks like from outside
+    start = time.monotonic()
+    assert only(impatient, boxed(r"\sqrt{20}"), r"2\sqrt{5}").status == "hard_kill"
+    assert time.monotonic() - start < 10 and gone(process.pid)
+    grade = only(impatient, boxed(r"\sqrt{20}"), r"2\sqrt{5}")
+    assert grade.correct and grade.status == "symbolic"
+
+
+def test_a_killer_answer_is_an_error_not_a_hang(small, monkeypatch):
+    def dies(*_):
+        raise pool.WorkerDied("it ended")
+
+    monkeypatch.setattr(pool.Worker, "compare", dies)
+    assert only(small, boxed(r"\sqrt{28}"), r"2\sqrt{7}") == Grade(False, r"\sqrt{28}", "error", pytest.approx(0,
+        abs=8))
+
+
+def test_worn_workers_are_replaced(small, monkeypatch):
+    monkeypatch.setattr(pool, "MAX_TASKS", 0)
+    (process,) = processes(small)
+    assert only(small, boxed(r"\sqrt{32}"), r"4\sqrt{2}").correct
+    assert gone(process.pid) and processes(small) != [process] and small.stats()["recycled"] == 1
+
+
+def test_memory_is_bounded(small):
+    verdict = small._pool.compare("(10^{9})!", "5", time.monotonic() + 10)      # past the guard
+    assert not verdict.correct
+    assert only(small, boxed(r"\sqrt{44}"), r"2\sqrt{11}").correct
+
+
+def test_budget(small, monkeypatch):
+    monkeypatch.setattr(small, "step_budget_seconds", 0.0)
+    grades = small.grade([boxed(r"\sqrt{45}")] * 3, [r"3\sqrt{5}"] * 3)
+    assert [(grade.correct, grade.status) for grade in grades] == [(False, "budget")] * 3
+    monkeypatch.undo()
+    assert only(small, boxed(r"\sqrt{45}"), r"3\sqrt{5}").correct               # not cached
+
+
+def test_budget_bounds_a_call_with_a_stuck_worker(small, monkeypatch):
+    monkeypatch.setattr(small, "step_budget_seconds", 0.5)
+    os.kill(processes(small)[0].pid, signal.SIGSTOP)
+    start = time.monotonic()
+    grades = small.grade([boxed(rf"\sqrt{{{row * row * 7}}}") for row in range(2, 12)],
+        [rf"{row}\sqrt{{7}}" for row in range(2, 12)])
+    assert {grade.status for grade in grades} == {"budget"} and time.monotonic() - start < 3
+
+
+def test_threads(grader):
+    def check(row: int) -> bool:
+        return all(grade.correct for grade in grader.grade([boxed(rf"\sqrt{{{row * row * 3}}}")] * 2,
+        [rf"{row}\sqrt{{3}}"] * 2))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(check, range(2, 26)))
+
+
+def test_submit_runs_in_the_background(grader):
+    future = grader.submit([ALGEBRA[0], boxed("6")], [ALGEBRA[1], "5"])
+    assert threading.current_thread() is threading.main_thread()
+    assert [grade.correct for grade in future.result(timeout=60)] == [True, False]
+
+
+def test_grade_wants_lists_of_one_length(grader):
+    with pytest.raises(ValueError, match="as many golds as responses, got 2 and 1"):
+        grader.grade(["a"], ["b", "c"])
+
+
+def test_submitted_calls_agree_with_one_call_and_use_all_workers(grader, monkeypatch):
+    pairs = [(boxed(rf"\sqrt{{{row * row * 11}}}+{row % 7}"), rf"{row}\sqrt{{11}}+{row % 5}") for row in range(2, 50)]
+    pairs[::5] = [(boxed(str(row)), "5") for row in range(len(pairs[::5]))]
+    busy, most, compare = [0], [0], pool.Worker.compare
+
+    def watched(worker, *arguments):
+        busy[0] += 1
+        most[0] = max(most[0], busy[0])
+        time.sleep(0.002)
+        try:
+            return compare(worker, *arguments)
+        finally:
+            busy[0] -= 1
+
+    monkeypatch.setattr(pool.Worker, "compare", watched)
+    budget = grader.budget()
+    futures = [grader.submit(*zip(*pairs[start:start + 3], strict=True), budget) for start in range(0, len(pairs), 3)]
+    beside = grader.grade([ALGEBRA[0]], [ALGEBRA[1]])                           # another thread grades meanwhile
+    submitted = [grade for future in futures for grade in future.result(timeout=60)]
+    assert beside[0].correct and most[0] == 2
+    with Grader() as another:
+        once = another.grade(*zip(*pairs, strict=True))
+    assert [(grade.correct, grade.answer) for grade in submitted] == [(grade.correct, grade.answer) for grade in once]
+    assert 0 < sum(grade.correct for grade in once) < len(once)
+
+
+def test_a_budget_runs_only_while_a_call_is_under_way(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    budget = Budget(10.0)
+    with budget as deadline:
+        assert deadline == 110.0
+        clock[0] += 3
+        with budget as other:                       # a call beside the first: the time counts once
+            assert other == 110.0
+            clock[0] += 1
+    clock[0] += 1000                                # generating, grading nothing
+    with budget as deadline:
+        assert deadline == clock[0] + 6
+        clock[0] += 6
+    with budget as deadline:
+        assert deadline == clock[0]
+
+
+def test_calls_that_share_a_budget_end_together(small):
+    budget = Budget(4)
+    hostile = boxed(r"\int e^{x^2}\sin(x^3)\ln(x) dx")
+    start = time.monotonic()
+    futures = [small.submit([hostile], [rf"\sqrt{{{row}}}"], budget) for row in range(2, 30)]
+    statuses = [future.result(timeout=60)[0].status for future in futures]
+    assert time.monotonic() - start < 20 and statuses[0] == "soft_timeout" and statuses[-1] == "budget"
+
+
+def test_kinds_of_golds(grader):
+    golds = [Gold("B", "choice", ("river", "bank")), Gold("5", "text"), Gold("5"), "5"]
+    grades = grader.grade([boxed("bank"), boxed("5.0"), boxed("5.0"), boxed("5.0")], golds)
+    assert [grade.correct for grade in grades] == [True, False, True, True]
+    with pytest.raises(ValueError, match="kind must be one of math, choice, text, got letter"):
+        grader.grade([boxed("B")], [Gold("B", "letter")])
+
+
+def test_bare_answers(grader):
+    grades = grader.grade(["5", "{5", "", r"\boxed{5}", "6"], ["5"] * 5, bare=True)
+    assert [grade.correct for grade in grades] == [True, False, False, True, False]
+    assert (grades[2].answer, grades[2].status) == (None, "no_answer")
+
+
+def test_every_grade_says_why(small):
+    responses = ["<think>" + boxed("5"), boxed("5"), boxed(r"\sqrt{8}"), boxed("9^{9^{9}}"), boxed("7" * 5000)]
+    reasons = [grade.reason for grade in small.grade(responses, ["5", "5", r"2\sqrt{2}", "5", "5"])]
+    assert reasons == ["thinking not closed", "decided exactly", "algebra, as before", "too large to compare",
+                       "over 4000 characters"]
+
+
+def test_hostile_text_reaches_the_log_as_json(grader):
+    for text in ("\ud800", "\x00", "\x1b[31m5", "\u202e5", "z" + "\u0301" * 3000):
+        (grade,) = grader.grade([boxed(text)], [text])
+        assert json.loads(json.dumps(grade.answer)) == grade.answer == text.strip()
+
+
+# A grader of one's own
+
+OWN = """
+import os, sys, time
+seen = []
+def ends(response, answer): return response.rstrip().endswith(answer)
+def counts(response, answer): seen.append(response); return len(seen) == 1
+def words(response, answer): return "yes"
+def fails(response, answer): raise ValueError("no such\\nunit")
+def spins(response, answer):
+    while True: pass
+def sleeps(response, answer): time.sleep(60)
+def dies(response, answer): os._exit(3)
+def eats(response, answer): return len(bytearray(8 << 30)) > 0
+def prints(response, answer): print('{"id": 1}'); return bool(os.environ["OWN_SETTING"])
+def one(response): return 1
+number = 5
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of one's own in the working directory."""
+    (tmp_path / "own_grader.py").write_text(OWN)
+    (tmp_path / "broken_grader.py").write_text("import no_such_module_at_all\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OWN_SETTING", "1")
+
+
+def test_a_function_of_ones_own_gets_the_whole_response(own):
+    with Grader(workers=1, function="own_grader:ends") as grader:
+        grades = grader.grade(["it is 5", "it is 6", "\ud800" * 200_000 + "5", boxed("5")], ["5", Gold("5"), "5", "5"])
+        assert [grade.correct for grade in grades] == [True, False, True, False]
+        assert [(grade.status, grade.answer) for grade in grades] == [("function", None)] * 3 + [("function", "5")]
+        assert grader.check_golds(["", "{"]) == []
+
+
+def test_verdicts_of_a_function_are_not_kept(own):
+    with Grader(workers=1, function="own_grader:counts") as grader:
+        assert [only(grader, "same", "5").correct for _ in range(3)] == [True, False, False]
+
+
+@pytest.mark.parametrize(("name", "status", "reason"), [
+    ("words", "error", "it returned 'yes', expected True or False"), ("fails", "error", "ValueError: no such unit"),
+    ("spins", "soft_timeout", "out of processor time"), ("sleeps", "hard_kill", "stuck, worker killed"),
+    ("dies", "error", "the worker that compared it ended, twice"), ("eats", "memory", "out of memory"),
+    ("prints", "function", "by your function"),
+])
+def test_a_function_cannot_hurt_the_trainer(own, name, status, reason):
+    with Grader(workers=1, function=f"own_grader:{name}", cpu_seconds=0.3,
+                wall_seconds=2 if name == "sleeps" else 15) as grader:
+        grade = only(grader, "response", "5")
+        assert (grade.status, grade.reason, grade.correct) == (status, reason, name == "prints")
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("own_grader", "it must have the form module:function"), ("own_grader:nope", "own_grader has no nope"),
+    ("own_grader:number", "number cannot be called, it is of type int"),
+    ("own_grader:one", "one must take two arguments, the response and the answer"),
+    ("nowhere.grader:ends", "there is no module nowhere in .* or on Python's path"),
+    ("broken_grader:ends",
+     "importing broken_grader failed: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+])
+def test_a_function_that_cannot_be_used_is_told_at_once(own, name, reason):
+    with pytest.raises(UserError, match=f"^grade.function {name}: {reason}$"):
+        Grader(workers=1, function=name)
+
+
+def test_check_golds(grader):
+    assert grader.check_golds(["5", r"\frac{1}{2}", "", "  ", "{5", r"x^2", "7" * 30_000, "(-1,2]",
+        r"\text{east}"]) == [2, 3, 4, 6]
+
+
+def test_the_cache_is_bounded():
+    with Grader(workers=1, cache_size=2) as grader:
+        for row in (2, 3, 5):
+            assert only(grader, boxed(rf"\sqrt{{{4 * row}}}"), rf"2\sqrt{{{row}}}").correct
+        assert len(grader._cache) == 2
+        assert only(grader, boxed(r"\sqrt{20}"), r"2\sqrt{5}").status == "cached"
+        assert only(grader, boxed(r"\sqrt{8}"), r"2\sqrt{2}").status == "symbolic"
+
+
+def test_workers_are_shielded(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    with Grader(workers=1) as grader:
+        (process,) = processes(grader)
+        assert only(grader, *ALGEBRA).correct
+        assert os.getsid(process.pid) == process.pid                            # Ctrl-C in the terminal passes it by
+        if Path("/proc/self/environ").exists():
+            assert b"SECRET_TOKEN" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+            loaded = Path(f"/proc/{process.pid}/maps").read_text()
+            assert "jaxlib" not in loaded and "numpy" not in loaded
+    assert gone(process.pid)
+    with pytest.raises(RuntimeError, match="closed"):
+        only(grader, boxed(r"\sqrt{8}+1"), r"2\sqrt{2}+1")
+
+
+PARENT = """
+import sys
+from effreason.grades import Grader
+grader = Grader(workers=2)
+assert grader.grade([r"\\\\boxed{\\\\sqrt{8}}"], [r"2\\\\sqrt{2}"])[0].correct
+assert not {"jax", "numpy", "sympy"} & set(sys.modules)
+print(*[worker.process.pid for worker in grader._pool._living], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_die_with_their_parent_and_ignore_the_working_directory(tmp_path):
+    for name in ("sympy.py", "json.py", "math_verify.py", "effreason.py"):
+        (tmp_path / name).write_text("raise SystemExit('imported from the working directory')\n")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    parent = subprocess.Popen([sys.executable, "-P", "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        cwd=tmp_path, env=environment)
+    assert parent.stdout is not None and parent.stdin is not None
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    parent.stdin.close()
+    parent.stdout.close()
+    assert len(pids) == 2 and all(gone(pid) for pid in pids)
+
+
+def test_workers_that_cannot_start_are_reported(monkeypatch):
+    monkeypatch.setattr(pool, "_environment", lambda: {"PYTHONHOME": "/nowhere"})
+    with Grader(workers=1) as grader, pytest.raises(RuntimeError, match="grading workers cannot be started"):
+        only(grader, *ALGEBRA)

@@ -1,0 +1,300 @@
+"""Attention of packed rows: every implementation against NumPy, on one device and on meshes; what it compiles to."""
+
+import functools
+import importlib.util
+import itertools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import mesh
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.sharding import AxisType, Mesh
+
+from effreason.lm import attention as causal
+from effreason.lm import kv_cache
+from effreason.runtime import sharding
+from effreason.runtime.errors import UserError
+
+PLAIN = ["xla", "blockwise"]
+SPLASH = splash_attention_kernel.make_splash_mha
+SHAPES = [(1, 1, 1, 4), (7, 2, 2, 4), (24, 4, 2, 8), (37, 6, 2, 4)]     # N, H, K, h
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context": 2}, {"data": 2, "context": 4},
+          {"context": 8}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """Rows of a test are several blocks long, and Splash runs in Python."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "BLOCK", 8)
+        patch.setattr(causal, "XLA_PIECE", 5)
+        patch.setattr(causal, "SPLASH_BLOCK", 128)
+        patch.setattr(splash_attention_kernel, "make_splash_mha", functools.partial(SPLASH, interpret=True))
+        yield
+
+
+def arrays(rows, length, heads, kv_heads, head_dim, seed=0):
+    """Queries, keys, values and the cotangent of the result."""
+    generator = np.random.default_rng(seed)
+    return [generator.standard_normal((rows, length, count, head_dim)).astype(np.float32)
+            for count in (heads, kv_heads, kv_heads, heads)]
+
+
+def packed(lengths, length):
+    """One row of segments: sequences of these lengths, cut off at the row's end, padding behind."""
+    row = np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length]
+    return np.pad(row, (0, length - len(row))).astype(np.int32)
+
+
+def oracle(query, key, value, cotangent, segments):
+    """The result and the three gradients, in float64."""
+    query, key, value, cotangent = (x.astype(np.float64).swapaxes(1, 2) for x in (query, key, value, cotangent))
+    group, scale, length = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5, query.shape[2]
+    key, value = (np.repeat(x, group, axis=1) for x in (key, value))
+    visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0) & np.tri(length, dtype=bool)
+    weights = np.exp(query @ key.swapaxes(2, 3) * scale) * visible[:, None]
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    slope = cotangent @ value.swapaxes(2, 3)
+    slope = weights * (slope - np.sum(weights * slope, -1, keepdims=True)) * scale
+    results = [weights @ value, slope @ key, slope.swapaxes(2, 3) @ query, weights.swapaxes(2, 3) @ cotangent]
+    for place in (2, 3):
+        rows, heads, length, head_dim = results[place].shape
+        results[place] = results[place].reshape(rows, heads // group, group, length, head_dim).sum(2)
+    return [x.swapaxes(1, 2) for x in results]
+
+
+def attend(implementation, query, key, value, cotangent, segments):
+    """The result and the three gradients."""
+    mixed, pull = jax.vjp(lambda *arrays: causal.causal_attention(*arrays, segments, implementation=implementation),
+                          query, key, value)
+    return mixed, *pull(cotangent)
+
+
+@functools.cache
+def compiled(implementation):
+    return jax.jit(functools.partial(attend, implementation))
+
+
+def check(results, expected, tolerance=2e-5):
+    for name, result, wanted in zip(("mixed", "query", "key", "value"), results, expected, strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@settings(max_examples=25)
+@given(shape=st.sampled_from(SHAPES),
+       lengths=st.lists(st.lists(st.integers(1, 20), max_size=4), min_size=2, max_size=2))
+def test_packed_rows_are_numpys(implementation, shape, lengths):
+    segments = np.stack([packed(each, shape[0]) for each in lengths])
+    given = arrays(2, *shape)
+    check(compiled(implementation)(*given, segments), oracle(*given, segments))
+
+
+SPLASH_SEGMENTS = np.stack([packed([100, 41, 70], 256), packed([3, 253], 256)])
+
+
+@pytest.mark.parametrize("shape", [None, {"tensor": 2, "fsdp": 2}, {"context": 2, "data": 2}], ids=str)
+def test_splash_is_numpys(shape):
+    given = arrays(2, 256, 4, 2, 64)
+    expected = oracle(*given, SPLASH_SEGMENTS)
+    if shape is None:
+        check(jax.jit(functools.partial(attend, "splash"))(*given, SPLASH_SEGMENTS), expected)
+    else:
+        check(on_mesh("splash", shape, given, SPLASH_SEGMENTS), expected)
+
+
+def on_mesh(implementation, shape, given, segments):
+    """The results on a mesh, put back into the order of the row."""
+    target, columns = mesh(**shape), causal.zigzag(segments.shape[1], shape.get("context", 1))
+    logical = [("batch", "sequence", axis, "head_dim") for axis in ("heads", "kv_heads", "kv_heads", "heads")]
+    places = [sharding.sharding(target, *axes) for axes in (*logical, ("batch", "sequence"))]
+    placed = [jax.device_put(x[:, columns], place) for x, place in zip((*given, segments), places, strict=True)]
+    with jax.set_mesh(target):
+        results = jax.jit(functools.partial(attend, implementation))(*placed)
+    assert results[0].sharding.is_equivalent_to(places[0], 4)
+    return [np.asarray(x)[:, np.argsort(columns)] for x in results]
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_eight_devices_are_numpy_too(implementation, shape):
+    segments = np.stack([packed(lengths, 48) for lengths in ([20, 9, 11], [48], [1, 30], [])])
+    given = arrays(4, 48, 4, 2, 8)
+    check(on_mesh(implementation, shape, given, segments), oracle(*given, segments))
+
+
+@pytest.mark.parametrize("implementation", [*PLAIN, "splash"])
+def test_padding_is_nothing(implementation):
+    length, head_dim = (256, 64) if implementation == "splash" else (24, 8)
+    segments = np.stack([packed([5, 9], length), packed([], length)])
+    given = arrays(2, length, 4, 2, head_dim)
+    results = compiled(implementation)(*given, segments)
+    for result in results:
+        assert np.all(np.isfinite(result)) and np.all(np.asarray(result)[segments == 0] == 0)
+    changed = [np.where((segments == 0)[:, :, None, None], 50 * x + 3, x) for x in given]
+    check(compiled(implementation)(*changed, segments), results, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_bfloat16_is_a_rounding(implementation):
+    given, segments = arrays(2, 24, 4, 2, 8), np.stack([packed([24], 24), packed([7, 12], 24)])
+    results = compiled(implementation)(*(x.astype(jnp.bfloat16) for x in given), segments)
+    assert {x.dtype for x in results} == {jnp.dtype(jnp.bfloat16)}
+    check([np.asarray(x, np.float32) for x in results], oracle(*given, segments), 0.1)
+
+
+def test_without_segments_a_row_is_one_sequence():
+    query, key, value, _ = arrays(2, 24, 4, 2, 8)
+    expected = kv_cache.causal_attention(query, key, value)
+    for implementation in PLAIN:
+        segments = None if implementation == "xla" else np.ones((2, 24), np.int32)
+        mixed = causal.causal_attention(query, key, value, segments, implementation=implementation)
+        np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zigzag_deals_out_equal_work():
+    assert causal.zigzag(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert causal.zigzag(7, 1).tolist() == list(range(7))
+    for parts in (2, 4, 8):
+        places = causal.zigzag(64, parts)
+        assert sorted(places) == list(range(64)) and places.dtype == np.int32
+        assert len({shard.sum() for shard in places.reshape(parts, -1)}) == 1
+    with pytest.raises(UserError, match="42 positions, mesh.context 4 expects a multiple of 8"):
+        causal.zigzag(42, 4)
+
+
+def compile_shapes(implementation, rows, length, heads, kv_heads, head_dim):
+    shapes = [jax.ShapeDtypeStruct((rows, length, count, head_dim), jnp.float32)
+              for count in (heads, kv_heads, kv_heads, heads)]
+    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    return jax.jit(functools.partial(attend, implementation)).lower(*shapes, segments).compile()
+
+
+def test_blockwise_memory_grows_with_the_row(monkeypatch):
+    monkeypatch.setattr(causal, "BLOCK", 256)
+    lengths = (8192, 16384, 32768)
+    memory = [compile_shapes("blockwise", 1, length, 12, 12, 128).memory_analysis().temp_size_in_bytes
+              for length in lengths]
+    assert memory[2] < 2**30
+    for less, more in itertools.pairwise(memory):
+        assert more < 2.2 * less
+
+
+def test_blockwise_leaves_out_what_is_not_seen(monkeypatch):
+    """A NaN in a tile that no query sees would show: 0 * NaN is NaN."""
+    query, key, value, cotangent = arrays(1, 32, 2, 2, 8)
+    segments = packed([16, 16], 32)[None]
+    value[:, :8] = np.nan
+    mixed = compiled("blockwise")(query, key, value, cotangent, segments)[0]
+    assert np.all(np.isnan(mixed[:, :8])) and np.all(np.isfinite(mixed[:, 16:]))
+    value[:] = 1
+    value[:, 24:] = np.nan
+    assert np.all(np.isfinite(compiled("blockwise")(query, key, value, cotangent, segments)[0][:, :24]))
+
+
+@pytest.fixture
+def kernels_for_a_tpu(monkeypatch):
+    """Splash as it is, in its own blocks."""
+    monkeypatch.setattr(causal, "SPLASH_BLOCK", 512)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", SPLASH)
+
+
+@pytest.mark.parametrize("shape", [{}, {"context": 2, "tensor": 2}], ids=str)
+def test_a_policy_saves_the_kernels_forward_pass(kernels_for_a_tpu, shape):
+    """Forward, and two kernels backward; without the policy the forward kernel once more."""
+    def kernels(policy):
+        def loss(query, key, value, segments):
+            mixed = causal.causal_attention(query, key, value, segments, implementation="splash")
+            return jnp.sum(jnp.square(mixed))
+
+        step = jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy), (0, 1, 2)))
+        query, key, value, _ = arrays(1, 256, 4, 2, 64)
+        with jax.set_mesh(mesh(**shape)):
+            traced = step.trace(query, key, value, packed([256], 256)[None])
+            return traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
+
+    assert kernels(jax.checkpoint_policies.save_only_these_names(causal.SAVED)) == 3
+    assert kernels(jax.checkpoint_policies.nothing_saveable) == 4
+
+
+def test_cudnn_is_told_the_lengths(monkeypatch):
+    """The same call to XLA is NumPy's, for one sequence a row."""
+    by_xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention",
+                        lambda *arrays, implementation, **options: by_xla(*arrays, **options))
+    given, segments = arrays(4, 24, 4, 2, 8), np.stack([packed(each, 24) for each in ([24], [7], [1], [])])
+    check(jax.jit(functools.partial(attend, "cudnn"))(*given, segments), oracle(*given, segments))
+    check(on_mesh("cudnn", {"fsdp": 2, "tensor": 2}, given, segments), oracle(*given, segments))
+
+
+@pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_cudnn_is_called_on_a_gpu(monkeypatch, shape):
+    """Lowered for CUDA, which needs no GPU: forward and backward, causal and padded, on a device's rows and heads."""
+    stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91000)
+    shapes = [jax.ShapeDtypeStruct((4, 256, count, 64), jnp.bfloat16) for count in (4, 2, 2, 4)]
+    step = jax.jit(functools.partial(attend, "cudnn"))
+    with jax.set_mesh(mesh(**(shape or {}))):
+        text = step.trace(*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32)).lower(lowering_platforms=("cuda",))
+    text = text.as_text()
+    assert set(re.findall(r"@(__cudnn\$\w+)", text)) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    assert set(re.findall(r'mask_type\W+"?22: \W+22(\w+)\\', text)) == {"PADDING_CAUSAL"}
+    here = "2x256x2x64xbf16" if shape else "4x256x4x64xbf16"
+    assert re.search(rf"custom_call @__cudnn\$fmhaSoftmax\(.*\(tensor<{here}>", text)
+
+
+def test_what_runs_where():
+    def chosen(platform, dtype=jnp.bfloat16, head_dim=128, length=32768, context=1):
+        return causal.choose_attention(platform, head_dim=head_dim, dtype=dtype, length=length, context=context)
+
+    assert chosen("tpu") == chosen("tpu", jnp.float32, 64, 384, 3) == "splash"
+    assert chosen("tpu", head_dim=80) == chosen("tpu", length=32768 + 64) == chosen("tpu", length=2176, context=2)
+    assert chosen("tpu", head_dim=80) == "blockwise" and chosen("tpu", length=320) == "xla"
+    assert chosen("gpu") == "cudnn" and chosen("gpu", context=2) == "blockwise"
+    assert chosen("gpu", jnp.float32) == chosen("gpu", head_dim=256) == "blockwise"
+    assert chosen("cpu", length=1024) == "xla" and chosen("cpu", length=1025) == "blockwise"
+    assert [causal.one_sequence_per_row(each) for each in causal.IMPLEMENTATIONS] == [False, False, False, True]
+    assert causal.misfit("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
+    assert (causal.misfit("splash", "tpu", head_dim=64, dtype=jnp.float32, length=320, context=2)
+            == "the length of a row is 320, splash attention expects a multiple of 256")
+
+
+def test_what_does_not_fit_is_one_clear_line():
+    query, key, value, _ = arrays(1, 48, 2, 2, 8)
+    segments = packed([48], 48)[None]
+    with pytest.raises(UserError, match="attention is 'flash', expected one of xla, blockwise, splash, cudnn"):
+        causal.causal_attention(query, key, value, segments, implementation="flash")
+    with pytest.raises(UserError, match="a row has 48 positions, splash attention expects a multiple of 128"):
+        causal.causal_attention(query, key, value, segments, implementation="splash")
+    with jax.set_mesh(mesh(context=2)), pytest.raises(UserError, match="mesh.context is 2, cudnn attention expects 1"):
+        causal.causal_attention(query, key, value, segments, implementation="cudnn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "heads", "kv_heads", "head_dim"), [
+    ((4, 4, 1, 1), 12, 2, 128), ((1, 4, 2, 2), 16, 8, 64), ((1, 4, 1, 4), 28, 4, 128)])
+def test_splash_compiles_for_a_tpu(kernels_for_a_tpu, shape, heads, kv_heads, head_dim):
+    """32k positions a row, forward and backward, for 16 chips that are only described."""
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("needs libtpu, the extra `tpu`, which compiles for TPUs on any Linux machine")
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    target = Mesh(np.array(chips).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    rows, length = shape[0] * shape[1], 32768
+    places = [(count, sharding.sharding(target, "batch", "sequence", axis, "head_dim"))
+              for count, axis in ((heads, "heads"), (kv_heads, "kv_heads"), (kv_heads, "kv_heads"), (heads, "heads"))]
+    given = [jax.ShapeDtypeStruct((rows, length, count, head_dim), jnp.bfloat16, sharding=place)
+             for count, place in places]
+    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.sharding(target, "batch", "sequence"))
+    with jax.set_mesh(target):
+        program = jax.jit(functools.partial(attend, "splash")).lower(*given, segments).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    assert program.memory_analysis().temp_size_in_bytes < 2**30

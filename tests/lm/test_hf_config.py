@@ -1,0 +1,201 @@
+"""config.json: published ones are understood, both spellings, and whatever the decoder does not compute is refused."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from checkpoint_copies import edit
+
+from effreason.lm import model
+from effreason.lm.hf import config as configs
+from effreason.lm.hf import pretrained
+from effreason.runtime.errors import UserError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+QWEN2_5 = dict(
+    architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643, eos_token_id=151643,
+    hidden_act="silu", hidden_size=1536, initializer_range=0.02, intermediate_size=8960, max_position_embeddings=4096,
+    max_window_layers=21, model_type="qwen2", num_attention_heads=12, num_hidden_layers=28, num_key_value_heads=2,
+    rms_norm_eps=1e-06, rope_theta=10000, sliding_window=4096, tie_word_embeddings=True, torch_dtype="bfloat16",
+    transformers_version="4.44.0", use_cache=True, use_mrope=False, use_sliding_window=False, vocab_size=151936)
+LLAMA3 = dict(
+    architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=128000,
+    eos_token_id=128001, hidden_act="silu", initializer_range=0.02, max_position_embeddings=131072, mlp_bias=False,
+    model_type="llama", num_attention_heads=32, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05,
+    rope_theta=500000.0, torch_dtype="bfloat16", transformers_version="4.43.0", use_cache=True, vocab_size=128256)
+LLAMA3_ROPE = dict(high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
+                   rope_type="llama3")
+QWEN3 = dict(
+    architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=151643,
+    eos_token_id=151645, head_dim=128, hidden_act="silu", initializer_range=0.02, max_position_embeddings=40960,
+    max_window_layers=28, model_type="qwen3", num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8,
+    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000, sliding_window=None, tie_word_embeddings=True,
+    torch_dtype="bfloat16", transformers_version="4.51.0", use_cache=True, use_sliding_window=False,
+    vocab_size=151936)
+# As they stand on the Hub, with the number of parameters that is published there.
+PUBLISHED = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": (QWEN2_5 | dict(max_position_embeddings=131072, tie_word_embeddings=False),
+                                      1_777_088_000),
+    "DeepSeek-R1-Distill-Qwen-7B": (QWEN2_5 | dict(
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, max_window_layers=28,
+        max_position_embeddings=131072, tie_word_embeddings=False, vocab_size=152064), 7_615_616_512),
+    "DeepSeek-R1-Distill-Llama-8B": (LLAMA3 | dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128, tie_word_embeddings=False,
+        rope_scaling=LLAMA3_ROPE | dict(factor=8.0)), 8_030_261_248),
+    "Llama-3.2-1B": (LLAMA3 | dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True,
+        rope_scaling=LLAMA3_ROPE | dict(factor=32.0)), 1_235_814_400),
+    "Qwen2.5-Math-1.5B": (QWEN2_5, 1_543_714_304),
+    "Qwen2.5-Math-7B": (QWEN2_5 | dict(
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, max_window_layers=28,
+        tie_word_embeddings=False, vocab_size=152064), 7_615_616_512),
+    "Qwen3-0.6B": (QWEN3 | dict(hidden_size=1024, intermediate_size=3072), 596_049_920),
+    "Qwen3-1.7B": (QWEN3 | dict(hidden_size=2048, intermediate_size=6144), 1_720_574_976),
+}
+YARN = dict(factor=4.0, original_max_position_embeddings=32768)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A directory whose config.json may be spoilt: qwen2_tied's, in the older spelling."""
+    return Path(shutil.copytree(FIXTURES / "qwen2_tied", tmp_path / "model"))
+
+
+def refusal(directory):
+    """The one line with which a config.json is refused."""
+    with pytest.raises(UserError) as caught:
+        configs.read_config(directory)
+    message = str(caught.value)
+    assert "\n" not in message and str(directory) in message and len(message) < 300
+    return message
+
+
+# What is understood
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_understood(name):
+    table, parameters = PUBLISHED[name]
+    config = configs.parse_config(table, Path("config.json"), dtype="bfloat16")
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(config))) == parameters
+    assert (config.vocabulary, config.rope_theta) == (table["vocab_size"], table["rope_theta"])
+    assert config.tied == table["tie_word_embeddings"]
+    assert (config.rope_scaling is not None) == (table["model_type"] == "llama")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_both_spellings_say_the_same(name):
+    older, _ = PUBLISHED[name]
+    newer = {key: value for key, value in older.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    rope = older.get("rope_scaling") or dict(rope_type="default")
+    newer |= dict(rope_parameters=rope | dict(rope_theta=older["rope_theta"]), dtype=older["torch_dtype"],
+                  layer_types=["full_attention"] * older["num_hidden_layers"])
+    path = Path("config.json")
+    assert configs.parse_config(newer, path) == configs.parse_config(older, path)
+    assert configs.parse_config(newer | older, path) == configs.parse_config(older, path)
+
+
+def test_head_width_follows_from_the_width_where_it_is_not_told():
+    table = {key: value for key, value in QWEN2_5.items() if key != "num_key_value_heads"}
+    config = configs.parse_config(table, Path("config.json"))
+    assert (config.head_dim, config.kv_heads) == (128, 12)
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "llama3", "qwen3"])
+def test_an_exported_config_has_both_spellings(tmp_path, name):
+    source = FIXTURES / name
+    config = pretrained.read_config(source)
+    pretrained.export(pretrained.load(source, config), config, source, tmp_path / "target")
+    table = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert table["dtype"] == table["torch_dtype"] == "float32"
+    assert table["rope_theta"] == table["rope_parameters"]["rope_theta"] == config.rope_theta
+    assert table["architectures"] == [configs.FAMILIES[table["model_type"]]]
+    kind = "default" if config.rope_scaling is None else "llama3"
+    assert table["rope_parameters"]["rope_type"] == kind
+    older = {key: value for key, value in table.items() if key not in ("rope_parameters", "dtype")}
+    newer = {key: value for key, value in table.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    for spelling in (older, newer, table):
+        assert configs.parse_config(spelling, Path("config.json")) == config
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("entries", [
+    dict(model_type="mamba"), dict(model_type=None), dict(model_type=["qwen2"]), dict(hidden_act="gelu"),
+    dict(use_sliding_window=True),
+    dict(layer_types=["full_attention", "sliding_attention"]), dict(layer_types=["linear_attention"]),
+    dict(mlp_bias=True), dict(pretraining_tp=2), dict(quantization_config={"bits": 4}),
+    dict(compression_config={"format": "int"}), dict(partial_rotary_factor=0.5), dict(use_mrope=True),
+    dict(num_experts=8), dict(num_local_experts=8, num_experts_per_tok=2), dict(moe_intermediate_size=1408),
+    dict(attn_logit_softcapping=50.0), dict(final_logit_softcapping=30.0), dict(logit_scale=0.0625),
+    dict(dual_chunk_attention_config={"chunk_size": 262144}), dict(is_causal=False), dict(clip_qkv=8.0),
+    dict(architectures=["Qwen2ForSequenceClassification"]), dict(architectures="Qwen2ForCausalLM"),
+    dict(hidden_size="wide"), dict(num_hidden_layers=0), dict(vocab_size=72.5), dict(rms_norm_eps=True),
+    dict(num_key_value_heads=3), dict(num_attention_heads=5, num_key_value_heads=5), dict(head_dim=7),
+    dict(tie_word_embeddings="yes"), dict(rope_theta="long"), dict(rope_theta=[1, 2]), dict(rope_theta=0),
+], ids=str)
+def test_what_the_decoder_does_not_compute_is_refused_by_name(copy, entries):
+    edit(copy, **entries)
+    assert next(iter(entries)) in refusal(copy)
+
+
+@pytest.mark.parametrize(("family", "entry"), [
+    ("llama", dict(attention_bias=True)), ("qwen3", dict(attention_bias=True)), ("llama", dict(sliding_window=4096)),
+])
+def test_what_another_family_would_not_read_is_refused(copy, family, entry):
+    edit(copy, model_type=family, architectures=[configs.FAMILIES[family]], **entry)
+    assert next(iter(entry)) in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                  "intermediate_size", "rms_norm_eps", "rope_theta"])
+def test_a_missing_entry_is_named(copy, name):
+    edit(copy, remove=[name])
+    assert name in refusal(copy)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(("rope", "expected"), [
+    (dict(rope_type="yarn", **YARN), "'yarn'"), (dict(type="yarn", **YARN), "'yarn'"),
+    (dict(rope_type="dynamic", factor=2.0), "'dynamic'"), (dict(type="linear", factor=2.0), "'linear'"),
+    (dict(rope_type="longrope", short_factor=[1.0], long_factor=[4.0]), "'longrope'"),
+    (dict(type="mrope", mrope_section=[16, 24, 24]), "'mrope'"),
+    (dict(rope_type="llama3", factor=8.0), "low_freq_factor"),
+    (LLAMA3_ROPE | dict(factor="8"), "llama3 factor"),
+    (dict(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor"),
+    (dict(full_attention=dict(rope_type="default", rope_theta=1e6)), "one table"), ([4.0], "one table"),
+], ids=str)
+def test_other_rotary_settings_are_refused(copy, key, rope, expected):
+    edit(copy, **{key: rope})
+    assert expected in refusal(copy)
+
+
+def test_rotary_settings_that_contradict_each_other(copy):
+    edit(copy, rope_scaling=dict(rope_type="yarn", **YARN), rope_parameters=dict(rope_type="default"))
+    assert "rope_parameters say 'default', rope_scaling says 'yarn'" in refusal(copy)
+    edit(copy, rope_scaling=None, rope_parameters=dict(rope_type="default", rope_theta=5.0), rope_theta=10.0)
+    assert "differ" in refusal(copy)
+
+
+@pytest.mark.parametrize(("spoil", "expected"), [
+    (lambda path: path.write_text('{"model_type": '), "not valid JSON"),
+    (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+    (lambda path: path.write_text("[1, 2]"), "expected a JSON object, found list"),
+    (lambda path: path.unlink(), "file not found"),
+    (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+], ids=["cut", "binary", "list", "gone", "directory"])
+def test_a_file_that_is_no_table(copy, spoil, expected):
+    spoil(copy / "config.json")
+    assert expected in refusal(copy)
+
+
+def test_the_dtype_is_the_one_asked_for():
+    config = configs.read_config(FIXTURES / "llama", dtype="bfloat16", remat="none")
+    assert config.dtype == "bfloat16" and config.remat == "none"
+    assert dataclasses.replace(config, dtype=jax.numpy.dtype("float32"), remat="full") == configs.read_config(
+        FIXTURES / "llama")

@@ -1,0 +1,269 @@
+"""Hugging Face models in and out: tokenizers, end tokens, and the directory we export, whole or not at all."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoint_copies import assert_same_bits, edit, rewrite, stored
+
+from effreason.lm.hf import pretrained, weights
+from effreason.runtime.errors import UserError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }} {% endfor %}"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A checkpoint to spoil: qwen2_tied, one file, config.json in the older spelling."""
+    return Path(shutil.copytree(FIXTURES / "qwen2_tied", tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A directory with a real fast tokenizer of 72 words."""
+    import tokenizers
+    import transformers
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    words = {f"w{index}": index for index in range(72)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", unk_token="w0")
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def whole(copy, tokenizer):
+    """A checkpoint with a tokenizer and a chat template."""
+    for path in tokenizer.iterdir():
+        shutil.copy(path, copy)
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return copy
+
+
+def export(source, target, change=lambda leaf: leaf, **options):
+    config = pretrained.read_config(source)
+    pretrained.export(jax.tree.map(change, pretrained.load(source, config)), config, source, target, **options)
+
+
+# The exported directory
+
+
+def test_what_stands_beside_the_weights_comes_along(copy, tmp_path):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE", "README.md", "notes.txt",
+                 "effreason.json"):
+        (copy / name).write_text(name)
+    target = tmp_path / "deep" / "target"
+    export(copy, target)
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json",
+                                                        "chat_template.jinja", "generation_config.json", "LICENSE"}
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    assert_same_bits(stored(target), stored(copy))
+
+
+def test_the_card_and_the_facts_are_written(copy, tmp_path):
+    export(copy, tmp_path / "target", card="# Größe\n", facts={"step": 3, "template": {"name": "r1"}})
+    assert (tmp_path / "target" / "README.md").read_text(encoding="utf-8") == "# Größe\n"
+    text = (tmp_path / "target" / "effreason.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"step": 3, "template": {"name": "r1"}} and text.startswith('{\n  "step": 3')
+
+
+@pytest.mark.parametrize("entry", ["{{ 'other' }}", [{"name": "default", "template": "{{ 'other' }}"}], None], ids=repr)
+def test_the_template_of_the_training_is_the_one_that_is_found(whole, tmp_path, entry):
+    import transformers
+
+    edit(whole, "tokenizer_config.json", chat_template=entry)
+    (whole / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'other' }}"}))
+    template, messages = "w2 {{ messages[0].content }} w3", [{"role": "user", "content": "w5"}]
+    export(whole, tmp_path / "target", chat_template=template)
+    for missing in (None, "chat_template.jinja"):           # as versions read it that do not know the file
+        if missing:
+            (tmp_path / "target" / missing).unlink()
+        found = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "target")
+        assert found.chat_template == template
+        assert found.apply_chat_template(messages, tokenize=False) == "w2 w5 w3"
+    assert not (tmp_path / "target" / "chat_template.json").exists()
+    assert pretrained.load_tokenizer(whole).chat_template == TEMPLATE           # the source is as it was
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 12_000], ids=["one", "sharded"])
+def test_every_tensor_keeps_its_own_dtype(copy, tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
+    rewrite(copy, lambda tensors: tensors.update({
+        name: each.astype(np.float32 if "norm" in name else ml_dtypes.bfloat16) for name, each in tensors.items()}))
+    export(copy, tmp_path / "target")
+    assert_same_bits(stored(tmp_path / "target"), stored(copy))
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_checkpoint_may_be_exported_over_itself(copy):
+    before = stored(copy)
+    export(copy, copy)
+    assert_same_bits(stored(copy), before)
+
+
+# An export that fails
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+                         ids=["full", "interrupt"])
+def test_a_failed_export_leaves_the_old_one_as_it_was(copy, tmp_path, monkeypatch, failure):
+    target = tmp_path / "target"
+    export(copy, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def fail(params, config, dtype, directory, dtypes):
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise failure
+
+    with monkeypatch.context() as patch, pytest.raises(type(failure)):
+        patch.setattr(weights, "write", fail)
+        export(copy, target, lambda leaf: leaf + 1)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
+    export(copy, target, lambda leaf: leaf + 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
+    np.testing.assert_array_equal(stored(target)["model.norm.weight"], stored(copy)["model.norm.weight"] + 1)
+
+
+def test_what_a_killed_export_left_is_swept_away(copy, tmp_path):
+    target = tmp_path / "target"
+    export(copy, target)
+    for name in ("target.partial", "target.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    assert pretrained.read_config(target)                       # leftovers beside a whole directory are nothing to a reader
+    export(copy, target)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
+    assert_same_bits(stored(target), stored(copy))
+
+
+@pytest.mark.parametrize("renames", range(3))
+def test_an_export_killed_at_a_rename_loses_no_model(whole, tmp_path, monkeypatch, renames):
+    target, done = tmp_path / "target", []
+    export(whole, target)
+
+    def rename(path, to, real=Path.rename):
+        if len(done) == renames:
+            raise SystemExit
+        done.append(path.name)
+        return real(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if renames < 2:
+            with pytest.raises(SystemExit):
+                export(whole, target, lambda leaf: leaf + 1)
+        else:
+            patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+            export(whole, target, lambda leaf: leaf + 1)        # killed before the old one is swept away
+    # Before the first rename the old model stands, behind it the new one, wherever it is.
+    found = pretrained.open_pretrained(str(target), dtype="float32", remat="none")
+    added = np.asarray(pretrained.load_weights(found)["final_norm"]) - stored(whole)["model.norm.weight"]
+    np.testing.assert_allclose(added, min(renames, 1), atol=1e-6)
+    export(whole, target, lambda leaf: leaf + 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
+    np.testing.assert_array_equal(stored(target)["model.norm.weight"], stored(whole)["model.norm.weight"] + 2)
+
+
+def test_an_export_that_stops_before_its_first_rename_goes_on_from_the_last(whole, tmp_path, monkeypatch):
+    # Killed between the renames, and the next export fails: the model of the first is still there.
+    target = tmp_path / "target"
+    export(whole, target)
+    target.rename(tmp_path / "target.old")
+    shutil.copytree(tmp_path / "target.old", tmp_path / "target.partial")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(weights, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        export(whole, target)
+    assert_same_bits(stored(target), stored(whole))
+
+
+# Tokenizers and EOS
+
+
+@pytest.mark.parametrize(("generation", "config", "own", "expected"), [
+    (None, None, 7, (7,)), ({}, None, 7, (7,)), ({"eos_token_id": 3}, 5, 7, (3, 7)),
+    ({"eos_token_id": [7, 3, 9]}, 5, 7, (3, 7, 9)), ({"eos_token_id": 0}, None, None, (0,)),
+    ({"eos_token_id": None}, None, 0, (0,)), (None, 5, 7, (5, 7)), ({}, [5, 6], None, (5, 6)),
+])
+def test_eos_ids_come_from_all_places(tmp_path, generation, config, own, expected):
+    if generation is not None:
+        edit(tmp_path, "generation_config.json", **generation)
+    if config is not None:
+        edit(tmp_path, "config.json", eos_token_id=config)
+    assert pretrained.eos_ids(tmp_path, SimpleNamespace(eos_token_id=own)) == expected
+
+
+@pytest.mark.parametrize("entry", ["</s>", [1, "</s>"], 1.5, True, -1, {"id": 1}], ids=repr)
+def test_eos_ids_that_are_none(tmp_path, entry):
+    edit(tmp_path, "generation_config.json", eos_token_id=entry)
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id must be"):
+        pretrained.eos_ids(tmp_path, SimpleNamespace(eos_token_id=1))
+
+
+def test_without_any_eos_no_response_could_end(tmp_path):
+    with pytest.raises(UserError, match="names an EOS token"):
+        pretrained.eos_ids(tmp_path, SimpleNamespace(eos_token_id=None))
+
+
+def test_a_directory_without_a_tokenizer_is_refused(copy):
+    with pytest.raises(UserError, match="tokenizer") as caught:
+        pretrained.load_tokenizer(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", '{"a": 1}'), ("tokenizer.json", ""),
+                                            ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{")])
+def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
+    directory = Path(shutil.copytree(tokenizer, tmp_path / "model"))
+    assert pretrained.load_tokenizer(directory).eos_token_id == 1          # without a chat template: data.template may name one
+    (directory / file).write_text(text)
+    with pytest.raises(UserError) as caught:
+        pretrained.load_tokenizer(directory)
+    assert str(caught.value).startswith(f"{directory}: tokenizer.json and") and "\n" not in str(caught.value)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer.json$"):
+        pretrained.load_tokenizer(directory)
+
+
+def test_open_pretrained_reads_all_that_is_not_a_weight(whole):
+    edit(whole, "generation_config.json", eos_token_id=[2])
+    found = pretrained.open_pretrained(str(whole), dtype="bfloat16", remat="none")
+    assert found.eos_ids == (1, 2) and found.directory == whole and found.max_positions == 64
+    assert (found.name, found.revision) == (str(whole), None)
+    # transformers has a class of its own for model_type qwen2, which would not split at spaces here.
+    assert found.tokenizer.encode("w3 w71") == [3, 71]
+    assert found.decoder == pretrained.read_config(whole, dtype="bfloat16", remat="none")
+    edit(whole, vocab_size=40)
+    with pytest.raises(UserError, match="72 tokens, config.json's vocab_size is 40"):
+        pretrained.open_pretrained(str(whole), dtype="float32", remat="full")
+
+
+def test_a_padded_vocabulary_is_no_mistake(whole):
+    def pad(tensors):
+        rows = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = np.concatenate([rows, np.zeros((8, rows.shape[1]), rows.dtype)])
+
+    rewrite(whole, pad)
+    edit(whole, vocab_size=80)
+    found = pretrained.open_pretrained(str(whole), dtype="float32", remat="full")
+    assert len(found.tokenizer) == 72 and pretrained.load_weights(found)["embedding"].shape == (80, 32)
+
+
+def test_weights_are_missed_when_the_model_is_opened(whole):
+    (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled by PyTorch"):
+        pretrained.open_pretrained(str(whole), dtype="float32", remat="full")
+
+
+def test_the_shipped_reasoner_is_called_tiny():
+    found = pretrained.open_pretrained("tiny", dtype="float32", remat="full")
+    assert (found.name, found.revision, found.directory) == ("tiny", None, pretrained.SHIPPED_REASONER)

@@ -1,0 +1,86 @@
+"""Real checkpoints against what `transformers` computed with them once, in float32 on a CPU.
+
+EFFREASON_REAL names the directory that holds them; those that are not there are skipped.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from decoders import mesh
+
+from effreason.lm.hf import pretrained
+from effreason.rl import packing, update
+from effreason.sampling import engine
+from effreason.sampling.draws import Sampling
+from effreason.types import Problem
+
+NAMES = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
+REFERENCES = Path(__file__).parents[3] / "shared" / "real" / "reference"
+PROMPTS = range(6)
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def directory(request):
+    if not (place := os.environ.get("EFFREASON_REAL")):
+        pytest.skip(f"EFFREASON_REAL is not set: the directory that holds {request.param}")
+    directory = Path(place) / request.param
+    if not (directory / "config.json").exists():
+        pytest.skip(f"{directory} holds no checkpoint")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reference(directory):
+    path = REFERENCES / f"{directory.name}.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(directory):
+    config = pretrained.read_config(directory)
+    return config, pretrained.load(directory, config)
+
+
+def test_prompts_are_rendered_as_transformers_did(directory, reference):
+    told = json.loads((REFERENCES / f"{directory.name}.json").read_text(encoding="utf-8"))
+    found = pretrained.open_pretrained(str(directory), dtype="float32")
+    for index, prompt in enumerate(told["prompts"]):
+        messages = [{"role": "user", "content": prompt["problem"]}]
+        rendered = found.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert rendered == prompt["prompt"]
+        ids = found.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        np.testing.assert_array_equal(ids, reference[f"{index}_input_ids"])
+    assert set(found.eos_ids) >= set(told["eos_ids"])
+
+
+def test_prompt_logprobs(reference, checkpoint):
+    config, params = checkpoint
+    prompts = [reference[f"{prompt}_input_ids"] for prompt in PROMPTS]
+    score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, tile=4096))
+    logprobs = np.asarray(score(params, packing.one_a_row(prompts))[0])
+    for index, (found, prompt) in enumerate(zip(logprobs, prompts, strict=True)):
+        np.testing.assert_allclose(found[: len(prompt) - 1], reference[f"{index}_prompt_logprobs"], rtol=0, atol=1e-3)
+
+
+def test_greedy_tokens(reference, checkpoint):
+    config, params = checkpoint
+    problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32), text="", answer="",
+                        level="all") for prompt in PROMPTS]
+    expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
+    sample = engine.make_sampler(config, mesh(), slots=8, chunk=16)
+    requests = engine.make_requests(problems, 1, len(expected[0]))
+    responses = [response for chunk in sample(params, requests, jax.random.key(0), Sampling(temperature=0, eos_ids=()))
+                 for response in chunk]
+    assert sorted(response.prompt for response in responses) == list(PROMPTS)
+    for response in responses:
+        np.testing.assert_array_equal(response.tokens, expected[response.prompt], err_msg=str(response.prompt))

@@ -1,0 +1,66 @@
+"""The decoder against `transformers`, live, on random checkpoints of every family: load, compute, decode, export."""
+
+import jax
+import numpy as np
+import pytest
+
+from effreason.lm import model
+from effreason.lm.hf import pretrained
+
+pytest.importorskip("torch", reason="the extra `parity` brings torch")
+import make_fixtures  # noqa: E402
+import transformers  # noqa: E402
+
+pytestmark = pytest.mark.parity
+TOLERANCE = dict(rtol=1e-4, atol=5e-4)
+ROWS, POSITIONS = 2, 60
+SEED = 1000                                 # other weights and tokens than the committed fixtures have
+
+
+@pytest.fixture(scope="module", params=sorted(make_fixtures.CONFIGS))
+def pair(request, tmp_path_factory):
+    """A transformers model, the directory it was saved to, and tokens with its logits."""
+    name = request.param
+    directory = tmp_path_factory.mktemp(name)
+    theirs = make_fixtures.build(make_fixtures.CONFIGS[name](), SEED)
+    # The spelling of config.json and the split into files are not what the committed fixture of that name has.
+    make_fixtures.save(theirs, directory, older_spelling=name not in make_fixtures.OLDER_SPELLING,
+                       sharded=name not in make_fixtures.SHARDED)
+    return directory, make_fixtures.reference(theirs, SEED, ROWS, POSITIONS)
+
+
+def test_logits_equal_transformers(pair):
+    directory, arrays = pair
+    config = pretrained.read_config(directory)
+    params = pretrained.load(directory, config)
+    logits = jax.jit(lambda params: model.logits(params, model.forward(config, params, arrays["tokens"])))(params)
+    np.testing.assert_allclose(logits, arrays["logits"], **TOLERANCE)
+
+
+def test_transformers_loads_the_export(pair, tmp_path):
+    directory, arrays = pair
+    config = pretrained.read_config(directory)
+    pretrained.export(pretrained.load(directory, config), config, directory, tmp_path / "export")
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", attn_implementation="eager", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    logits = make_fixtures.reference(again.eval(), SEED, ROWS, POSITIONS)["logits"]
+    np.testing.assert_array_equal(logits, arrays["logits"])     # the export lost no bit
+
+
+def test_decoding_equals_transformers_greedy(pair):
+    """Token by token through the cache, as the sampler does: the same 16 tokens as `generate`."""
+    directory, arrays = pair
+    config = pretrained.read_config(directory)
+    unstacked = model.unstack(config, pretrained.load(directory, config))
+    prompt, new = arrays["tokens"][:1, :8], 16
+    extend = jax.jit(lambda tokens, start, cache: model.extend(config, unstacked, tokens, start, cache))
+    hidden, cache = extend(prompt, np.array([0], np.int32), model.empty_cache(config, 1, 8 + new))
+    ours = []
+    for position in range(8, 8 + new):
+        ours.append(int(model.logits(unstacked, hidden[:, -1]).argmax()))
+        hidden, cache = extend(np.array([[ours[-1]]], np.int32), np.array([position], np.int32), cache)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    output = theirs.generate(theirs.dummy_inputs["input_ids"].new_tensor(prompt.tolist()), do_sample=False,
+                             min_new_tokens=new, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+    assert ours == output[0, 8:].tolist()

@@ -1,0 +1,236 @@
+"""The costs of compiled programs: loops multiplied out, collectives, convolutions, on-chip memory, kernels."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import mesh
+from jax.sharding import NamedSharding, PartitionSpec
+
+from effreason.planning import costs, hlo
+from effreason.planning.costs import Cost, Kernel
+from effreason.planning.estimates import kernel_cost, with_kernels
+from effreason.planning.hlo import Array
+
+
+def cost_of(function, *arguments, trips=1, **options):
+    return costs.read(jax.jit(function, **options).lower(*arguments).compile().as_text(), trips=trips)
+
+
+def product(rows, inner, columns):
+    return 2 * rows * inner * columns
+
+
+# Programs that are really compiled
+
+
+def test_a_loop_of_products_counts_as_often_as_it_runs():
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0]
+
+    x, weights = jnp.ones((24, 32)), jnp.ones((7, 32, 32))
+    assert cost_of(layers, x, weights).flops == 7 * product(24, 32, 32)
+    backward = jax.grad(lambda x, weights: jnp.sum(layers(x, weights)), argnums=(0, 1))
+    assert cost_of(backward, x, weights).flops == 3 * 7 * product(24, 32, 32)
+
+
+def test_loops_in_loops_multiply():
+    def inner(x, _):
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ x), x), None
+
+    found = cost_of(lambda x: jax.lax.scan(inner, x, None, length=3)[0], jnp.ones((16, 16)))
+    assert found.flops == 15 * product(16, 16, 16) and found.open_loops == 0
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_it_is_said_to():
+    def some(x, count):
+        return jax.lax.fori_loop(0, count, lambda _, x: jnp.tanh(x @ x), x)
+
+    for trips in (0, 1, 6):
+        found = cost_of(some, jnp.ones((16, 16)), jnp.int32(2), trips=trips)
+        assert found.flops == trips * product(16, 16, 16) and found.open_loops == 1
+
+
+def test_products_with_several_axes():
+    query, keys = jnp.ones((3, 17, 4, 8)), jnp.ones((3, 23, 4, 8))
+    found = cost_of(lambda query, keys: jnp.einsum("bqhd,bkhd->bhqk", query, keys), query, keys)
+    assert found.flops == 3 * 4 * product(17, 8, 23)
+
+
+def test_collectives_in_a_loop():
+    target = mesh(data=2, fsdp=4)
+    rows = NamedSharding(target, PartitionSpec("fsdp"))
+
+    @functools.partial(jax.shard_map, mesh=target, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))
+    def summed(x):
+        def one(x, _):
+            return jnp.tanh(x * jax.lax.psum(x, "fsdp")), None
+
+        return jax.lax.scan(one, x, None, length=9)[0]
+
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
+    (found,) = cost_of(summed, x).collectives
+    assert (found.kind, found.group, found.count) == ("all-reduce", 4, 9)
+    assert found.bytes == 9 * 2 * 3 / 4 * (16 * 32 * 4)
+
+
+def test_a_gathered_array_crosses_the_links_once_for_each_other_device():
+    target = mesh(fsdp=8)
+    rows, whole = NamedSharding(target, PartitionSpec("fsdp")), NamedSharding(target, PartitionSpec())
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
+    (found,) = cost_of(lambda x: x + 1, x, out_shardings=whole).collectives
+    assert (found.kind, found.group, found.bytes) == ("all-gather", 8, 7 * 8 * 32 * 4)
+
+
+def test_of_a_stack_of_weights_a_loop_reads_one_at_a_time():
+    def layers(x, weights):
+        return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0]
+
+    weights = jnp.ones((50, 64, 64))
+    found = cost_of(layers, jnp.ones((2, 64)), weights)
+    assert weights.nbytes <= found.bytes < 5 * weights.nbytes       # and not 50 times all of them
+
+
+# Texts in the form that the compiler for TPUs writes
+
+HEADER = "HloModule jit_f, is_scheduled=true, num_partitions=16\n\n"
+
+LOOP = HEADER + """%body (state: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %state = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %one = s32[]{:T(128)} constant(STEP)
+  %at = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %copied = s32[]{:T(128)S(6)} copy(%at)
+  %next = s32[]{:T(128)} add(%copied, %one)
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=1
+  %w = bf16[16,16]{1,0:T(8,128)(2,1)} constant({...})
+  %y = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %out = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, %y)
+}
+
+%condition (state.1: (s32[], bf16[8,16])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(11)
+  %state.1 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %at.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%at.1, %bound), direction=DIRECTION
+}
+
+ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
+  %p = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(2)
+  %begin = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) tuple(%zero, %p)
+  %loop = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}) while(%begin), condition=%condition, body=%body
+  ROOT %y.1 = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(("step", "direction", "trips"), [(1, "LT", 9), (1, "LE", 10), (4, "LT", 3), (4, "LE", 3)])
+def test_the_length_of_a_loop_follows_from_its_counter(step, direction, trips):
+    text = LOOP.replace("STEP", str(step)).replace("DIRECTION", direction)
+    found = costs.read(text)
+    assert found.flops == trips * product(8, 16, 16) and found.open_loops == 0
+    # What is marked S(1) is on the chip; a counter takes a few bytes.
+    assert 0 <= found.bytes - trips * 16 * 16 * 2 < 20 * trips
+
+
+def test_a_condition_that_is_no_comparison_leaves_the_length_open():
+    found = costs.read(LOOP.replace("STEP", "1").replace("DIRECTION", "NE"), trips=5)
+    assert found.open_loops == 1 and found.flops == 5 * product(8, 16, 16)
+
+
+@pytest.mark.parametrize(("left", "right", "made", "attributes", "flops"), [
+    # A batch of 12 products as a convolution whose window picks one of them, forwards and reversed.
+    ((12, 64, 32), (12, 32, 16), (12, 64, 16), "window={size=12 stride=11 pad=0_0 lhs_dilate=12}, "
+     "dim_labels=0bf_0io->0bf", 12 * product(64, 32, 16)),
+    ((256, 1536), (1536, 128, 2), (2, 256, 128), "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=bf_io0->0bf",
+     None),
+    ((8, 96), (96, 40), (8, 40), "dim_labels=bf_io->bf", product(8, 96, 40)),
+    ((40, 8), (40, 96), (8, 96), "dim_labels=fb_io->bf", product(8, 40, 96)),
+])
+def test_convolutions_by_hand(left, right, made, attributes, flops):
+    if flops is None:                   # one axis of 2 heads in the weights, a window of 2 over an image of 1
+        left, attributes = (1, 256, 1536), attributes.replace("bf_io0", "0bf_io0")
+        flops = 2 * product(256, 1536, 128)
+    each = hlo.parse(HEADER + f"""ENTRY %main (a: bf16[1]) -> bf16[1] {{
+  ROOT %y = bf16[{','.join(map(str, made))}]{{0}} convolution(%a, %b), {attributes}
+}}
+""").computations["main"].root
+    assert costs.convolution_flops(Array("bf16", left), Array("bf16", right), each) == flops
+
+
+ASYNC = HEADER + """%start (a: bf16[64,8]) -> (bf16[64,8], bf16[1024,8]) {
+  %a = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %gather = bf16[1024,8]{1,0:T(8,128)(2,1)} all-gather(%a), channel_id=6, GROUPS, dimensions={0}
+  ROOT %call = (bf16[64,8]{1,0}, bf16[1024,8]{1,0}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}
+
+%during (b: bf16[64,8]) -> bf16[1024,8] {
+  %b = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.1 = bf16[1024,8]{1,0:T(8,128)(2,1)} all-gather(%b), channel_id=6, GROUPS, dimensions={0}
+}
+
+ENTRY %main (p: bf16[64,8]) -> bf16[1024,8] {
+  %p = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %begun = (bf16[64,8]{1,0}, bf16[1024,8]{1,0}) fusion(%p), kind=kCustom, calls=%start
+  %other = bf16[1024,8]{1,0} all-gather(%p), channel_id=7, GROUPS, dimensions={0}
+  ROOT %done = bf16[1024,8]{1,0} fusion(%p), kind=kCustom, calls=%during
+}
+"""
+
+
+@pytest.mark.parametrize(("groups", "size"), [
+    ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4), ("replica_groups=[2,8]<=[16]", 8),
+    ("replica_groups=[4,4]<=[4,4]T(1,0)", 4), ("replica_groups=mesh['a'=2,'b'=8] {'b'}", 8),
+    ("replica_groups=mesh['a'=2,'b'=8] {'a','b'}", 16), ("replica_groups={}", 16),
+    ("replica_groups=mesh['a'=2,'b'=8], device_ids=(0,2,4,1) {'a'}", 2),
+    ("source_target_pairs={{0,1},{1,2},{2,0},{3,4},{4,5},{5,3}}", 3), ("source_target_pairs={{0,0},{1,2},{2,1}}", 2),
+    ("source_target_pairs={{0,1},{1,2}}", 3)])
+def test_a_collective_begun_and_ended_in_two_fusions_counts_once(groups, size):
+    (found,) = costs.read(ASYNC.replace("GROUPS", groups)).collectives
+    assert (found.kind, found.group, found.count) == ("all-gather", size, 2)
+    assert found.bytes == 2 * (size - 1) * 64 * 8 * 2
+
+
+def test_a_text_that_is_no_program():
+    with pytest.raises(ValueError, match="ENTRY"):
+        costs.read("HloModule nothing")
+
+
+# Kernels
+
+
+def test_splash_computes_what_is_below_the_diagonal():
+    heads, kv_heads, length, width = 12, 2, 1024, 128
+    query, keys = Array("bf16", (heads, length, width)), Array("bf16", (kv_heads, length, width))
+    forward = 4 * heads * width * length**2 / 2         # two products
+    for name, products in (("splash_mha_fwd_segmented", 2), ("splash_mha_dkv", 4), ("splash_mha_dq", 3)):
+        kernel = Kernel(f"jit(f)/{name}", (Array("s8", (1, 2, 2)), query, keys, keys), (query,), 1)
+        assert kernel_cost(kernel, 1.0).flops == products / 2 * forward
+
+
+def test_paged_attention_reads_what_is_live():
+    rows, kv_heads, grouped, positions, width = 16, 2, 6, 4096, 128
+    query = Array("f32", (rows * kv_heads, grouped, 1, width))
+    pages = Array("bf16", (1, rows * kv_heads * positions // 512, 512, width))
+    kernel = Kernel("while/body/jit(paged_attention)/pallas_call", (Array("s32", (32,)), query, pages, pages), (), 3)
+    found = with_kernels(Cost(kernels=(kernel,)), 0.25)
+    live = rows * positions / 4
+    assert found.bytes == 3 * 2 * live * kv_heads * width * 2
+    assert found.flops == 3 * 4 * live * kv_heads * grouped * width
+
+
+def test_a_token_is_written_by_tiles():
+    cache = Array("bf16", (16, 2, 4096, 128))
+    kernel = Kernel("shard_map/pallas_call", (Array("bf16", (16, 2, 1, 128)),) * 2 + (cache, cache), (cache, cache), 1)
+    assert kernel_cost(kernel, 1.0).bytes == 2 * 2 * 16 * 2 * 16 * 128 * 2      # read and put back
+
+
+def test_costs_add_up():
+    one = Cost(flops=3, bytes=5, collectives=(costs.Collective("all-gather", 4, 1, 10.0),))
+    both = one + one * 2
+    assert (both.flops, both.bytes) == (9, 15)
+    assert both.collectives == (costs.Collective("all-gather", 4, 3, 30.0),)
+    assert math.isclose(sum(each.bytes for each in both.collectives), 30) and np.isfinite(both.host_bytes)

@@ -1,0 +1,235 @@
+"""What a step's responses earn: credit against a NumPy oracle for every option, and the baselines against gradients."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effreason.rl import advantages, configured_reward, update
+from effreason.rl.experience import PARTS, credit
+from effreason.runtime.config import AdvantageConfig, Config, KLConfig, RewardConfig, UpdateConfig
+from effreason.types import Packed, Rows
+
+PROMPTS, GROUP, POSITIONS = 5, 4, 16
+# A mixed group, all right, all wrong, one right, all right and equally long.
+CORRECT = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]], bool)
+LENGTHS = np.array([[3, 9, 1, 6], [2, 5, 7, 9], [4, 1, 8, 2], [6, 3, 5, 9], [4, 4, 4, 4]], np.int32)
+
+
+def settings(form="none", coefficient=0.05, alpha=0.3, whiten=False, group_std=False, **learning):
+    return dataclasses.replace(
+        Config(), reward=RewardConfig(alpha=alpha), kl=KLConfig(form=form, coefficient=coefficient),
+        update=UpdateConfig(**learning),
+        advantage=AdvantageConfig(whiten=whiten, group_std=group_std))
+
+
+@functools.cache
+def logprobs():
+    """Rubbish, some of it not finite, stands outside the responses."""
+    generator = np.random.default_rng(0)
+    old, reference = generator.normal(-1, 0.5, (2, PROMPTS * GROUP, POSITIONS)).astype(np.float32)
+    inside = mask_in_numpy()
+    return np.where(inside, old, np.inf), np.where(inside, reference, np.inf)
+
+
+@functools.cache
+def sampled():
+    """The sampler's log-probs: close to the trainer's, rubbish outside the responses."""
+    noise = np.random.default_rng(1).normal(0, 0.3, (PROMPTS * GROUP, POSITIONS)).astype(np.float32)
+    return np.where(mask_in_numpy(), logprobs()[0] + noise, np.nan)
+
+
+def mask_in_numpy(lengths=LENGTHS):
+    mask = np.zeros((PROMPTS * GROUP, POSITIONS), bool)
+    for row, count in enumerate(lengths.ravel()):
+        mask[row, :count] = True
+    return mask
+
+
+def one_a_row():
+    """Rows that hold the responses as they are: [U, M, R, N] = [1, 1, B, T], all else left out."""
+    sources = np.arange(PROMPTS * GROUP * POSITIONS, dtype=np.int32).reshape(1, 1, -1, POSITIONS)
+    return Packed(groups=(Rows(tokens=None, targets=None, positions=None, segments=None, sources=sources),),
+                  counts=(np.ones(1, np.int32),), places=None)
+
+
+def credited(config, correct=CORRECT, lengths=LENGTHS):
+    step = jax.jit(functools.partial(credit, config=config, reward=configured_reward.make_reward(config.reward)))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = jax.device_get(step(correct, lengths, np.float32(config.reward.alpha), sampled(), *logprobs(),
+                                    one_a_row()))
+    rows = ("weights", "advantages", "old_logprobs", "reference_logprobs")
+    experience = types.SimpleNamespace(**{name: getattr(found.experience[0], name)[0, 0] for name in rows})
+    experience.mask = experience.weights > 0
+    return experience, found.rewards, found.metrics
+
+
+def oracle(config):
+    """The same in plain Python numbers, response by response and token by token."""
+    rewards = np.zeros((PROMPTS, GROUP))
+    for prompt in range(PROMPTS):
+        right = LENGTHS[prompt][CORRECT[prompt]].astype(float)
+        for sample in np.flatnonzero(CORRECT[prompt]):
+            excess = (LENGTHS[prompt, sample] - right.mean()) / (right.std() + 1e-7)
+            rewards[prompt, sample] = 1 - config.reward.alpha / (1 + math.exp(-excess))
+    old, reference = logprobs()
+    mask, advantages, drifts = mask_in_numpy(), np.zeros((PROMPTS * GROUP, POSITIONS)), []
+    for row, (prompt, sample) in enumerate(itertools.product(range(PROMPTS), range(GROUP))):
+        others = np.delete(rewards[prompt], sample)
+        advantage = rewards[prompt, sample] - others.mean()
+        if config.advantage.group_std:
+            advantage /= rewards[prompt].std() + 1e-6
+        places = np.flatnonzero(mask[row])
+        for place in places:
+            later = places[places >= place]
+            penalty = sum(float(old[row, at]) - float(reference[row, at]) for at in later)
+            drifts.append(float(old[row, place]) - float(reference[row, place]))
+            charged = config.kl.coefficient * penalty if config.kl.form == "reward" else 0.0
+            advantages[row, place] = advantage - charged
+    if config.advantage.whiten:
+        values = advantages[mask]
+        advantages[mask] = (values - values.mean()) / values.std()
+    gaps = np.abs(sampled() - old)[mask]
+    if (cap := config.update.importance_cap) is not None:
+        advantages[mask] *= np.minimum(np.exp((old - sampled())[mask]), cap)
+    signal = np.mean([len(set(row.tolist())) > 1 for row in np.round(rewards, 9)])
+    return rewards, mask, advantages, {"reward/mean": rewards.mean(), "reward/groups_with_signal": signal,
+                                       "reward/kl": np.mean(drifts), "rollout/mismatch": gaps.mean(),
+                                       "rollout/mismatch_max": gaps.max()}
+
+
+@pytest.mark.parametrize("importance_cap", [None, 1.1])
+@pytest.mark.parametrize("group_std", [False, True])
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("form", ["none", "reward", "loss"])
+def test_credit_is_the_oracle(form, whiten, group_std, importance_cap):
+    config = settings(form, whiten=whiten, group_std=group_std, importance_cap=importance_cap)
+    experience, reward, metrics = credited(config)
+    rewards, mask, worth, expected = oracle(config)
+    np.testing.assert_allclose(reward, rewards, atol=1e-6)
+    np.testing.assert_array_equal(experience.mask, mask)
+    np.testing.assert_allclose(experience.advantages, worth, rtol=1e-4, atol=1e-5)
+    assert metrics.keys() == expected.keys() | {f"{kind}/{part}" for kind in ("pressure", "pull") for part in PARTS}
+    for name, value in expected.items():
+        assert float(metrics[name]) == pytest.approx(value, abs=1e-5), name
+    np.testing.assert_array_equal(experience.old_logprobs, logprobs()[0])
+    np.testing.assert_array_equal(experience.reference_logprobs, logprobs()[1])
+    assert {leaf.dtype.name for leaf in (reward, experience.advantages, *metrics.values())} == {"float32"}
+
+
+def test_groups_without_a_difference_give_exactly_nothing():
+    worth = credited(settings())[0].advantages.reshape(PROMPTS, GROUP, POSITIONS)
+    assert not worth[[2, 4]].any()                      # all wrong; all right and equally long
+    assert worth[1].any()                               # all right: length alone tells them apart
+
+
+def test_all_wrong_is_finite_and_nothing():
+    for whiten, group_std in itertools.product((False, True), repeat=2):
+        experience, reward, metrics = credited(settings(whiten=whiten, group_std=group_std), np.zeros_like(CORRECT))
+        assert not reward.any() and not experience.advantages.any()
+        assert float(metrics["reward/groups_with_signal"]) == 0
+
+
+def test_alpha_0_rewards_correctness_alone():
+    _, reward, metrics = credited(settings(alpha=0.0))
+    np.testing.assert_array_equal(reward, CORRECT)
+    assert float(metrics["reward/groups_with_signal"]) == pytest.approx(2 / 5)
+
+
+def test_empty_responses_cost_nothing():
+    empty = np.zeros_like(LENGTHS)
+    experience, reward, metrics = credited(settings("reward", whiten=True), np.zeros_like(CORRECT), empty)
+    assert not experience.mask.any() and not experience.advantages.any() and not reward.any()
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+# The length-pressure meter
+
+
+def shares(metrics, kind="pressure"):
+    return {part: float(metrics[f"{kind}/{part}"]) for part in PARTS}
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("form", ["none", "reward", "loss"])
+def test_the_shares_of_the_pressure_add_up_and_the_pulls_are_those_of_the_advantages(form, whiten, aggregation):
+    experience, _, metrics = credited(settings(form, whiten=whiten, aggregation=aggregation))
+    found = shares(metrics)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5) and min(found.values()) >= 0
+    assert (found["kl"] > 0) == (form != "none") and (found["normalisation"] > 0) == whiten
+    if form != "loss":              # that term is not in the advantages
+        of_responses = experience.advantages.sum(axis=-1).reshape(LENGTHS.shape) / LENGTHS
+        if aggregation == "sequence_mean":
+            of_responses *= LENGTHS.mean() / LENGTHS
+        whole = advantages.length_pull(of_responses, LENGTHS)
+        assert sum(shares(metrics, "pull").values()) == pytest.approx(float(whole), rel=1e-4, abs=1e-5)
+
+
+def test_alpha_alone_makes_length_pressure():
+    assert shares(credited(settings(alpha=0.0))[2])["length"] == 0
+    weak, strong = (shares(credited(settings(alpha=alpha))[2], "pull") for alpha in (0.1, 0.4))
+    assert strong["length"] == pytest.approx(4 * weak["length"], rel=1e-4)      # linear in alpha
+    assert strong["length"] < 0 and strong["accuracy"] == weak["accuracy"]
+
+
+def test_whitening_pulls_on_length_at_alpha_0():
+    lengths, right = np.array([[1, 2, 14, 15]] * PROMPTS, np.int32), np.array([[1, 1, 0, 0]] * PROMPTS, bool)
+
+    def pull(**learning):
+        return shares(credited(settings(alpha=0.0, whiten=True, **learning), right, lengths)[2], "pull")
+
+    # What is wrong is long, and longer responses count more in the mean: it is below 0 and taking it away lifts all,
+    # which under a mean over each one's tokens lifts those of short responses most.
+    assert pull(aggregation="sequence_mean")["normalisation"] < -0.1
+    assert pull()["normalisation"] == pytest.approx(0, abs=1e-6)
+    assert pull()["length"] == 0
+
+
+# The baselines: what a token is worth gives, in the policy gradient, the gradient of their own losses
+
+
+def gradient_of_credit(config):
+    """d loss / d log-prob of each token, of the update's loss at the policy that was scored: float32[B, T]."""
+    step = functools.partial(credit, config=config, reward=configured_reward.make_reward(config.reward))
+    found = step(CORRECT, LENGTHS, np.float32(0.3), sampled(), *logprobs(), one_a_row())
+    (experience,) = jax.tree.map(lambda values: values[0, 0], found.experience)
+    old = jnp.where(mask_in_numpy(), logprobs()[0], 0.0)
+    return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(old)
+
+
+def test_imitation_has_the_gradient_of_supervised_learning_on_the_shortest_correct():
+    chosen = np.zeros((PROMPTS, GROUP), bool)
+    chosen[[0, 1, 3, 4], [2, 0, 2, 0]] = True           # of lengths 1, 2, 5, and the first of four equal ones
+    learnt = mask_in_numpy() & chosen.reshape(-1, 1)
+    np.testing.assert_allclose(gradient_of_credit(settings(objective="sft_shortest")),
+                               -learnt.astype(np.float32) / learnt.sum(), rtol=1e-6)
+
+
+def test_preference_has_the_gradient_of_dpo():
+    old, reference = (np.where(mask_in_numpy(), values, 0.0) for values in logprobs())
+    pairs = [((0, 2), (0, 3)), ((1, 0), (1, 3))]        # the other groups: none right, one right, all equally long
+
+    def loss(now):
+        margins = jnp.sum(now - reference, axis=-1, where=mask_in_numpy()).reshape(PROMPTS, GROUP)
+        return jnp.mean(jnp.stack([jax.nn.softplus(-0.1 * (margins[chosen] - margins[rejected]))
+                                   for chosen, rejected in pairs]))
+
+    config = settings(objective="dpo", dpo_beta=0.1)
+    np.testing.assert_allclose(gradient_of_credit(config), jax.grad(loss)(jnp.asarray(old)), rtol=1e-4, atol=1e-7)
+    _, _, metrics = credited(config)
+    assert float(metrics["dpo/loss"]) == pytest.approx(float(loss(jnp.asarray(old))), rel=1e-5)
+    assert float(metrics["dpo/pairs"]) == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("objective", ["sft_shortest", "dpo"])
+def test_a_baseline_learns_nothing_where_nothing_is_right(objective):
+    experience, _, metrics = credited(settings(objective=objective), np.zeros_like(CORRECT))
+    assert not experience.advantages.any() and not experience.mask.any()
+    assert all(np.isfinite(value) for value in metrics.values())

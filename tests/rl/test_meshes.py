@@ -1,0 +1,101 @@
+"""The shipped reasoner, its first two layers, on every mesh of eight devices that divides it: one learning step and
+greedy tokens as on one device.
+
+Sums over shards have other roundings: losses agree to 1e-5, weights after a step at rate 1e-3 to 1e-4, tokens exactly.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+from decoders import mesh
+
+from effreason import loop
+from effreason.lm.hf import pretrained
+from effreason.rl import learner
+from effreason.runtime import sharding
+from effreason.runtime.config import Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig, UpdateConfig
+from effreason.sampling import engine as rollouts
+from effreason.sampling.draws import Sampling
+from effreason.types import Problem, Rollouts
+
+WHOLE = pretrained.read_config(pretrained.SHIPPED_REASONER)
+DECODER = dataclasses.replace(WHOLE, layers=2)      # four take twice as long to compile, sixteen times
+PROMPTS, GROUP, LONGEST, GREEDY = 4, 4, 60, 24
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4)
+          if math.prod(shape) == 8 and DECODER.kv_heads % shape[2] == 0 and DECODER.width % shape[1] == 0]
+
+
+def problems():
+    return [Problem(uid=uid, prompt=np.arange(2 + uid, 9 + 3 * uid, dtype=np.int32), text="", answer="", level="all")
+            for uid in range(PROMPTS)]
+
+
+def rollouts_of(tokens):
+    """Ragged responses, some of them of the longest length there is."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, LONGEST + 1, (PROMPTS, GROUP)).astype(np.int32)
+    lengths[0, :2] = 1, LONGEST
+    prompts = [problem.prompt for problem in problems()]
+    sizes = np.array([len(prompt) for prompt in prompts], np.int32)
+    return Rollouts(prompts=np.stack([np.pad(prompt, (0, sizes.max() - len(prompt))) for prompt in prompts]),
+                    prompt_lengths=sizes, lengths=lengths,
+                    tokens=generator.integers(2, tokens, (PROMPTS, GROUP, LONGEST)).astype(np.int32),
+                    logprobs=np.zeros((PROMPTS, GROUP, LONGEST), np.float32),
+                    finish=np.full(lengths.shape, "eos"), looped=np.zeros(lengths.shape, bool))
+
+
+def settings(shape):
+    return Config(model=ModelConfig(dtype="float32", remat="none"), data=DataConfig(max_prompt_tokens=20),
+                  rollout=RolloutConfig(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=LONGEST),
+                  update=UpdateConfig(rows_per_micro_batch=8, learning_rate=1e-3, warmup_updates=0),
+                  mesh=MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True))))
+
+
+def weights():
+    params = pretrained.load(pretrained.SHIPPED_REASONER, WHOLE)
+    return jax.device_get(params | {"layers": {name: leaf[:2] for name, leaf in params["layers"].items()}})
+
+
+@functools.cache
+def found(shape):
+    """Losses and weights of one learning step, and the greedy tokens by prompt."""
+    target = mesh(*shape)
+    config = settings(shape)
+    learning = learner.make_learning(config, DECODER, target)
+    with jax.set_mesh(target):
+        params = jax.device_put(weights(), learning.params_sharding)
+        sample = rollouts.make_sampler(DECODER, target, slots=8, chunk=8, positions=64)
+        requests = rollouts.make_requests(problems(), 2, GREEDY)
+        responses = [response for chunk in sample(params, requests, jax.random.key(0),
+                                                  Sampling(temperature=0, eos_ids=())) for response in chunk]
+        reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
+        state = learning.initial_state(params)
+        batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference,
+                                     rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0,
+                                     config.reward.alpha)
+        state, metrics = learning.update(state, batch.credit.experience, batch.packed)
+        greedy = {(response.prompt, response.sample): response.tokens.tolist() for response in responses}
+        return *sharding.to_host((metrics, batch.credit.metrics, state.params)), greedy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_a_mesh_of_eight_does_what_one_device_does(shape):
+    metrics, credited, params, greedy = found(shape)
+    expected = found((1, 1, 1, 1))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), (metrics, credited), expected[:2])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), params, expected[2])
+    assert greedy == expected[3] and len(greedy) == 2 * PROMPTS
+    moved = jax.tree.map(lambda one, other: np.abs(one - other).max(), params, weights())
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_every_mesh_is_there():
+    # tensor is 1 or 2; what is left, 8 or 4, goes to three axes in all ways: 10 + 6.
+    assert len(SHAPES) == 16 and {shape[2] for shape in SHAPES} == {1, 2}

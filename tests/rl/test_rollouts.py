@@ -1,0 +1,226 @@
+"""Sampling and grading together: every response is graded once, under its own problem, while others are generated."""
+
+import concurrent.futures
+import dataclasses
+
+import numpy as np
+import pytest
+
+from effreason.data.tiny import tokenizer
+from effreason.grading.grader import Grade, Grader
+from effreason.grading.kinds import Gold
+from effreason.rl import rollouts
+from effreason.runtime.errors import Interrupted
+from effreason.sampling.engine import make_requests
+from effreason.types import Problem, Response
+
+TOKENS = tokenizer.build()
+
+
+def problem(uid, answer="7", **changes):
+    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", answer=answer, level="all",
+                   **changes)
+
+
+def response(prompt, sample, text, finish="eos"):
+    ids = TOKENS(text, add_special_tokens=False)["input_ids"] + [TOKENS.eos_token_id] * (finish == "eos")
+    zeros = np.zeros(len(ids), np.float32)
+    return Response(prompt=prompt, sample=sample, tokens=np.array(ids, np.int32), logprobs=zeros,
+                    sampling_logprobs=zeros, model_logprobs=zeros, finish=finish)
+
+
+class Played:
+    """A generation that yields these chunks of responses."""
+
+    def __init__(self, requests, chunks, begun=()):
+        self.requests, self.waiting, self.running, self.tokens = requests, len(requests), 0, 0
+        self.chunks, self.begun = iter(chunks), list(begun)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        finished = next(self.chunks)
+        self.waiting -= len(finished)
+        self.tokens += sum(len(response.tokens) for response in finished)
+        return finished
+
+    def unfinished(self):
+        return self.begun
+
+
+def playing(*chunks, begun=()):
+    return lambda requests: Played(requests, chunks, begun)
+
+
+class Right:
+    """A grader that finds right what holds a 7, and remembers what it was asked, call by call."""
+
+    def __init__(self, status="exact"):
+        self.calls, self.status = [], status
+
+    def budget(self):
+        return object()
+
+    def submit(self, responses, golds, budget):
+        self.calls.append(list(zip(responses, golds, strict=True)))
+        made = concurrent.futures.Future()
+        made.set_result([Grade("7" in response, response, self.status, 0.0) for response in responses])
+        return made
+
+
+def attempted(start, problems, group_size, grader, require_eos=True, watch=lambda now: None, **settings):
+    return rollouts.attempt(start, problems, group_size, 40, tokenizer=TOKENS, grader=grader, require_eos=require_eos,
+                            watch=watch, **settings)
+
+
+CHUNKS = ([response(1, 0, "1+1"), response(0, 1, "7+7")], [], [response(1, 1, "7", "length")],
+          [response(0, 0, "9")])
+
+
+@pytest.mark.parametrize(("require_eos", "correct"), [(True, [[False, True], [False, False]]),
+                                                      (False, [[False, True], [False, True]])])
+def test_verdicts_stand_beside_their_responses_whatever_the_order(require_eos, correct):
+    grader = Right()
+    tried = attempted(playing(*CHUNKS), [problem(0, "3"), problem(1, "4")], 2, grader, require_eos)
+    assert tried.texts == ["9", "7+7", "1+1", "7"]
+    assert [verdict.answer for verdict in tried.verdicts] == tried.texts
+    np.testing.assert_array_equal(tried.correct, correct)
+    np.testing.assert_array_equal(tried.rollouts.lengths, [[2, 4], [4, 1]])
+    assert tried.correct.dtype == bool and tried.grading_seconds >= 0
+    # Each chunk that finished something is a call of its own, made before the next chunk is generated.
+    assert grader.calls == [[("1+1", Gold("4")), ("7+7", Gold("3"))], [("7", Gold("4"))], [("9", Gold("3"))]]
+
+
+def test_responses_are_submitted_before_the_generation_is_over():
+    grader, seen = Right(), []
+
+    def chunks():
+        for chunk in CHUNKS:
+            yield chunk
+            seen.append(len(grader.calls))
+
+    attempted(lambda requests: Played(requests, chunks()), [problem(0), problem(1)], 2, grader)
+    assert seen == [1, 1, 2, 3]
+
+
+def test_a_prompt_that_opens_the_thinking_and_what_the_grader_needs_to_know():
+    asked = problem(0, "B", kind="choice", choices=("bank", "mall"), opens_thinking=True)
+    grader = Right()
+    tried = attempted(playing([response(0, 0, "7</think>7")]), [asked], 1, grader)
+    assert grader.calls == [[("<think>7</think>7", Gold("B", "choice", ("bank", "mall")))]]
+    assert tried.texts == ["7</think>7"]
+
+
+def test_a_real_grader_and_an_unclosed_thought():
+    sampler = playing([response(0, 0, "7</think>\\boxed{7}"), response(0, 1, "\\boxed{7}")])
+    with Grader(workers=1) as grader:
+        opened = attempted(sampler, [problem(0, opens_thinking=True)], 2, grader)
+        plain = attempted(sampler, [problem(0)], 2, grader)
+    np.testing.assert_array_equal(opened.correct, [[True, False]])
+    np.testing.assert_array_equal(plain.correct, [[True, True]])
+
+
+def test_texts_keep_the_think_tags_and_lose_eos():
+    tried = attempted(playing([response(0, 0, "3+4</think>\\boxed{7}"), response(0, 1, "9", "length")]),
+                      [problem(0)], 2, Right())
+    assert tried.texts == ["3+4</think>\\boxed{7}", "9"]
+
+
+def test_generate_watches_every_chunk():
+    seen = []
+    requests = make_requests([problem(0), problem(1)], 2, 40)
+    responses, generation = rollouts.generate(playing(*CHUNKS), requests, seen.append)
+    assert [(now.finished, now.total, now.waiting, now.tokens) for now in seen] == [
+        (0, 4, 4, 0), (2, 4, 2, 8), (2, 4, 2, 8), (3, 4, 1, 9), (4, 4, 0, 11)]
+    assert [(response.prompt, response.sample) for response in responses] == [(1, 0), (0, 1), (1, 1), (0, 0)]
+    assert generation.requests == requests
+
+
+def test_generate_stops_when_the_watch_raises():
+    def chunks():
+        yield []
+        raise AssertionError("went on")
+
+    def watch(now):
+        if now.tokens == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rollouts.generate(lambda requests: Played(requests, chunks()), make_requests([problem(0)], 2, 40), watch)
+
+
+def test_every_response_is_recorded_once_and_before_anybody_may_stop():
+    recorded, seen = [], []
+
+    def watch(now):
+        seen.append((now.finished, sum(map(len, recorded))))
+
+    attempted(playing(*CHUNKS), [problem(0), problem(1)], 2, Right(), watch=watch, record=recorded.append)
+    assert [[(each.prompt, each.sample) for each in chunk] for chunk in recorded] == [
+        [(1, 0), (0, 1)], [(1, 1)], [(0, 0)]]
+    assert all(finished == kept for finished, kept in seen) and seen[-1] == (4, 4)
+    # What was there before is not news.
+    recorded.clear()
+    attempted(playing(*CHUNKS[1:]), [problem(0), problem(1)], 2, Right(), record=recorded.append, drawn=CHUNKS[0])
+    assert sum(map(len, recorded)) == 2
+
+
+def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn_later():
+    problems, kept = [problem(0, "3"), problem(1, "4")], []
+    begun = [dataclasses.replace(response(0, 0, "7", "length"), finish=""),
+             dataclasses.replace(response(1, 1, "", "length"), finish="")]
+
+    def watch(now):
+        if now.finished == 2:
+            raise Interrupted(15, "stopped")
+
+    with pytest.raises(Interrupted):
+        attempted(playing(*CHUNKS, begun=begun), problems, 2, Right(), watch=watch, keep=kept.extend)
+    assert [(each.prompt, each.sample, each.finish) for each in kept] == [
+        (1, 0, "eos"), (0, 1, "eos"), (0, 0, ""), (1, 1, "")]
+
+    grader, asked = Right(), []
+
+    def start(requests):
+        asked.extend(requests)
+        return Played(requests, CHUNKS[1:])
+
+    tried = attempted(start, problems, 2, grader, drawn=kept)
+    assert [(request.prompt, request.sample) for request in asked] == [(0, 0), (1, 1)]
+    assert asked[0].prefix is begun[0] and asked[1].prefix is None      # what has drawn nothing simply starts
+    assert tried.texts == ["9", "7+7", "1+1", "7"]
+    assert sum(len(call) for call in grader.calls) == 4
+
+    # Interrupted again, it keeps all of it.
+    kept_again = []
+    with pytest.raises(Interrupted):
+        attempted(playing([response(0, 0, "9")], [], begun=begun[1:]), problems, 2, Right(), drawn=kept,
+                  watch=lambda now: watch(dataclasses.replace(now, finished=now.finished + 1)), keep=kept_again.extend)
+    assert sorted((each.prompt, each.sample, each.finish) for each in kept_again) == [
+        (0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"), (1, 1, "")]
+
+
+def test_answers_that_stay_undecided_stop_the_run():
+    chunk = [response(0, sample, "7") for sample in range(3)]
+    with pytest.raises(rollouts.Undecided, match="could not decide 3 of 3 answers.*raise grade.step_budget"):
+        attempted(playing(chunk), [problem(0)], 3, Right("budget"))
+    assert attempted(playing(chunk[:2]), [problem(0)], 2, Right("budget")).correct.all()    # two say nothing of a share
+
+
+def test_groups_take_the_place_of_others_with_all_that_is_known_of_them():
+    def tried(texts, uids):
+        finished = [response(place, sample, text) for place, pair in enumerate(texts)
+                    for sample, text in enumerate(pair)]
+        return attempted(playing(finished), [problem(uid) for uid in uids], 2, Right())
+
+    first = tried([("7", "8"), ("8", "8"), ("9", "7")], (1, 2, 3))
+    more = tried([("1", "1"), ("7 and 7", "8 and more")], (4, 5))
+    found = rollouts.replaced(first, [1], more, [1])
+    expected = tried([("7", "8"), ("7 and 7", "8 and more"), ("9", "7")], (1, 5, 3))
+    for name in ("texts", "verdicts"):
+        assert getattr(found, name) == getattr(expected, name)
+    np.testing.assert_array_equal(found.correct, expected.correct)
+    for field in dataclasses.fields(found.rollouts):
+        np.testing.assert_array_equal(getattr(found.rollouts, field.name), getattr(expected.rollouts, field.name))
+    assert first.texts[2:4] == ["8", "8"] and len(found.generations) == 2       # what was passed in is as it was

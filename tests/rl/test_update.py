@@ -1,0 +1,438 @@
+"""The update: the loss against a NumPy oracle, and the same step however rows, padding and devices are cut."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from decoders import QWEN2, QWEN3, VOCABULARY, mesh, place, weights
+
+from effreason import loop
+from effreason.lm import attention, model
+from effreason.rl import learner, packing, update
+from effreason.runtime import sharding
+from effreason.runtime.config import Config, DataConfig, KLConfig, MeshConfig, ModelConfig, RolloutConfig, UpdateConfig
+from effreason.types import Experience, Rollouts, Rows
+
+ROWS, PROMPTS, LENGTHS = 8, [3, 1, 7, 5, 2, 4, 6, 3], [9, 1, 5, 0, 12, 8, 2, 7]
+LOSS = update.LossConfig(clip_ratio=0.2, kl_loss_coefficient=0.05, temperature=0.8, vocabulary_tile=64)
+# All there are: tests/test_meshes.py.
+MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context": dict(fsdp=2, tensor=2, context=2)}
+
+
+@functools.cache
+def table(positions=24):
+    """One sequence a row, as tokens stand: ratios lie on both sides of the clip; one response is empty; rubbish stands
+    outside the responses."""
+    generator = np.random.default_rng(1)
+    real = 24
+
+    def padded(x, fill):
+        return np.pad(x, ((0, 0), (0, positions - real)), constant_values=fill)
+
+    tokens = generator.integers(0, VOCABULARY, (ROWS, real)).astype(np.int32)
+    starts, at = np.array(PROMPTS)[:, None], np.arange(real)
+    mask = (starts <= at) & (at < starts + np.array(LENGTHS)[:, None])
+    logprobs = np.asarray(score_naively(QWEN2, weights(QWEN2), tokens, LOSS.temperature)[0])
+    old, reference = (logprobs + generator.normal(0, 0.2, mask.shape).astype(np.float32) for _ in range(2))
+    advantages = np.where(mask, generator.standard_normal(mask.shape), 0).astype(np.float32)
+    return types.SimpleNamespace(
+        tokens=padded(tokens, 5), mask=padded(mask, False), advantages=padded(advantages, 0),
+        old_logprobs=padded(np.where(mask, old, -500.0).astype(np.float32), 400.0),
+        reference_logprobs=padded(np.where(mask, reference, 500.0).astype(np.float32), -400.0))
+
+
+def experience(positions=24, aggregation="token_mean"):
+    """The table where its tokens are targets: one position earlier. [B, N]"""
+    e, ends = table(positions), np.add(PROMPTS, LENGTHS)[:, None]
+
+    def ahead(x):
+        return np.pad(x[:, 1:], ((0, 0), (0, 1)))
+
+    at = np.broadcast_to(np.arange(positions, dtype=np.int32), e.tokens.shape)
+    token_weights = np.asarray(update.token_weights(e.mask, aggregation))
+    return Experience(
+        rows=Rows(tokens=e.tokens, targets=ahead(e.tokens), positions=at, segments=(at < ends).astype(np.int32),
+                  sources=np.zeros_like(at)),
+        weights=ahead(token_weights), advantages=ahead(e.advantages), old_logprobs=ahead(e.old_logprobs),
+        reference_logprobs=ahead(e.reference_logprobs))
+
+
+def in_micro_batches(tree, count, updates=1):
+    """Rows [B, N] as [U, M, R, N]; row b goes to update b % U."""
+    return jax.tree.map(lambda x: x.reshape(-1, updates, x.shape[1]).swapaxes(0, 1).reshape(
+        updates, count, -1, x.shape[1]), tree)
+
+
+def zigzagged(tree, context):
+    """Columns in the order that `context` shards work on."""
+    return jax.tree.map(lambda x: x[..., attention.zigzag(x.shape[-1], context)], tree)
+
+
+def score_naively(config, params, tokens, temperature):
+    logits = jax.jit(lambda params, tokens: model.logits(params, model.forward(config, params, tokens)))(params, tokens)
+    table = jax.nn.log_softmax(logits[:, :-1] / temperature, axis=-1)
+    chosen = jnp.take_along_axis(table, tokens[:, 1:, None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(table) * table, axis=-1)
+    return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in (chosen, entropy))
+
+
+def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2, aggregation="token_mean", spare=0):
+    """One step of plain gradient descent at rate 1: params less gradients, on the host, and the metrics.
+
+    Args: spare, empty micro-batches that there is room for."""
+    target, optimizer = mesh(**dict(shape)), optax.sgd(1.0)
+    targets = update.state_sharding(config, optimizer, target)
+    rows = in_micro_batches(experience(positions, aggregation), micro_batches)
+    rows = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=3), rows)
+    with jax.set_mesh(target):
+        state = update.make_initial_state(optimizer, targets)(place(config, weights(config), target))
+        gradients = update.make_gradients(config, target, loss, targets)
+        apply = update.make_apply(optimizer, target, targets)
+        rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
+                                  sharding.sharding(target, *update.ROW_AXES))
+        counts, which, steps = sharding.to_device((np.full(1, micro_batches, np.int32), np.int32(0), np.int32(1)),
+                                                  sharding.sharding(target))
+        with jax.transfer_guard("disallow"):
+            slopes, metrics = gradients(state.params, (rows,), (counts,), which)
+            assert jax.tree.map(lambda leaf: leaf.sharding, slopes) == targets.params
+            state, norm = apply(state, slopes, steps)
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
+        assert state.step == 1
+        return sharding.to_host((state.params, metrics | {"grad_norm": norm}))
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    return one_step()
+
+
+def assert_same(found, expected, rtol=1e-5, atol=1e-5):
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=rtol, atol=atol), found, expected)
+
+
+# The loss
+
+
+def loss_in_numpy(logprobs, e, weights, clip_ratio, coefficient):
+    loss = kl = clipped_share = 0.0
+    for row, position in zip(*np.nonzero(e.mask), strict=True):
+        at = row, position
+        ratio = math.exp(float(logprobs[at]) - float(e.old_logprobs[at]))
+        advantage, weight = float(e.advantages[at]), float(weights[at])
+        bounded = min(max(ratio, 1 - clip_ratio), 1 + clip_ratio)
+        drift = float(e.reference_logprobs[at]) - float(logprobs[at])
+        k3 = math.exp(drift) - drift - 1
+        loss += weight * (coefficient * k3 - min(ratio * advantage, bounded * advantage))
+        kl += weight * k3
+        clipped_share += weight * (bounded * advantage < ratio * advantage)
+    return loss, kl, clipped_share
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+def test_policy_loss_is_the_oracle(aggregation, coefficient):
+    e = experience(aggregation=aggregation)
+    logprobs = np.where(e.mask, e.old_logprobs, 0) + np.random.default_rng(2).normal(0, 0.3, e.mask.shape)
+    logprobs = logprobs.astype(np.float32)
+    loss, sums = update.policy_loss(jnp.asarray(logprobs), e, clip_ratio=0.2, kl_loss_coefficient=coefficient)
+    expected, kl, clip_share = loss_in_numpy(logprobs, e, e.weights, 0.2, coefficient)
+    assert 0.05 < clip_share < 0.95
+    np.testing.assert_allclose([loss, sums["kl"], sums["clip_share"]], [expected, kl, clip_share], rtol=1e-5, atol=1e-6)
+
+
+def one_token(ratio, advantage):
+    one = jnp.ones((1, 1))
+    return Experience(rows=None, weights=one, advantages=advantage * one, old_logprobs=0 * one - 1,
+                      reference_logprobs=0 * one - 1), jnp.log(ratio) * one - 1
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "loss", "slope", "clipped"), [
+    (1.0, 2.0, -2.0, -2.0, 0),
+    (1.5, 2.0, -2.4, 0.0, 1),               # already made likelier by more than the clip: no more pull
+    (1.5, -2.0, 3.0, 3.0, 0),               # too likely and bad: pushed down however far it went
+    (0.5, 2.0, -1.0, -1.0, 0),
+    (0.5, -2.0, 1.6, 0.0, 1),
+])
+def test_clip_by_hand(ratio, advantage, loss, slope, clipped):
+    e, logprobs = one_token(ratio, advantage)
+    value, gradient = jax.value_and_grad(lambda logprobs: update.policy_loss(
+        logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(logprobs)
+    np.testing.assert_allclose([value, gradient[0, 0]], [loss, slope], rtol=1e-6)
+    sums = update.policy_loss(logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0)[1]
+    assert sums["clip_share"] == clipped
+
+
+def test_k3_by_hand():
+    # pi / reference = 2: d = -log 2, k3 = 1/2 + log 2 - 1; its slope is 1 - exp(d) = 1/2.
+    e, logprobs = one_token(2.0, 0.0)
+    (value, sums), gradient = jax.value_and_grad(functools.partial(
+        update.policy_loss, experience=e, clip_ratio=0.2, kl_loss_coefficient=3.0), has_aux=True)(logprobs)
+    np.testing.assert_allclose([sums["kl"], value], [math.log(2) - 0.5, 3 * (math.log(2) - 0.5)], rtol=1e-6)
+    np.testing.assert_allclose(gradient, 1.5, rtol=1e-6)
+
+
+def test_the_gradient_at_ratio_one_is_reinforce():
+    e = experience()
+    gradient = jax.grad(lambda logprobs: update.policy_loss(logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(
+        jnp.asarray(e.old_logprobs))
+    np.testing.assert_allclose(gradient, -e.weights * e.advantages, rtol=1e-6)
+
+
+def test_what_stands_outside_the_responses_is_nothing_to_the_loss():
+    e = experience()
+    for outside in (-1e4, 1e4):             # exp overflows: inf * 0 would be nan, in the value or in the gradient
+        logprobs = jnp.where(e.mask, e.old_logprobs, outside)
+        value, gradient = jax.value_and_grad(lambda logprobs: update.policy_loss(
+            logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.1)[0])(logprobs)
+        assert np.isfinite(value) and np.isfinite(gradient).all() and not gradient[~e.mask].any()
+
+
+def test_token_weights():
+    mask = np.array([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], bool)
+    by_token, by_row = (np.asarray(update.token_weights(mask, name)) for name in ("token_mean", "sequence_mean"))
+    np.testing.assert_allclose(by_token, mask / 5, rtol=1e-6)
+    np.testing.assert_allclose(by_row, mask * np.array([[1 / 9], [1 / 3], [0], [1 / 3]]), rtol=1e-6)
+    assert by_token.dtype == by_row.dtype == np.float32
+    for name in ("token_mean", "sequence_mean"):
+        assert not np.asarray(update.token_weights(np.zeros((2, 3), bool), name)).any()     # no response at all: no nan
+
+
+def test_token_weights_of_each_update_sum_to_one():
+    mask = np.arange(9) < np.array([[9], [2], [4], [1], [0], [6]])
+    for name in ("token_mean", "sequence_mean"):
+        both = np.asarray(update.token_weights(mask, name, updates=2))
+        for which in range(2):
+            np.testing.assert_allclose(both[which::2], update.token_weights(mask[which::2], name), rtol=1e-6)
+            np.testing.assert_allclose(both[which::2].sum(), 1, rtol=1e-6)
+
+
+# Log-probs
+
+
+@pytest.mark.parametrize("config", [QWEN2, QWEN3], ids=["untied", "tied"])
+@pytest.mark.parametrize("tile", [7, 64])
+def test_score_rows_is_the_naive_score(config, tile):
+    rows = experience().rows
+    found = jax.jit(functools.partial(update.score_rows, config, temperature=0.8, tile=tile))(weights(config), rows)
+    inside = (rows.segments[:, 1:] > 0)
+    for one, other in zip(found, score_naively(config, weights(config), rows.tokens, 0.8), strict=True):
+        np.testing.assert_allclose(np.where(inside, one[:, :-1], 0), np.where(inside, other[:, 1:], 0), rtol=1e-5,
+                                   atol=1e-5)
+
+
+PACKING = {"rows": dict(), "one a row": dict(alone=True), "two updates": dict(updates=2)}
+
+
+@pytest.mark.parametrize("settings", PACKING.values(), ids=PACKING.keys())
+@pytest.mark.parametrize("shape", [{}, dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, context=2)],
+                         ids=["one device", "all", "context"])
+def test_scorer_gives_every_response_its_own_scores(shape, settings):
+    # Prompts and responses as the sampler leaves them, scored packed; against each sequence alone, unpacked.
+    generator, target = np.random.default_rng(5), mesh(**shape)
+    lengths, starts = generator.integers(1, 50, (3, 4)).astype(np.int32), np.array([4, 17, 9], np.int32)
+    rollouts = Rollouts(
+        prompts=generator.integers(0, VOCABULARY, (3, 17)).astype(np.int32), prompt_lengths=starts, lengths=lengths,
+        tokens=generator.integers(0, VOCABULARY, (3, 4, 50)).astype(np.int32), logprobs=np.zeros((3, 4, 50)),
+        finish=np.full((3, 4), "eos"), looped=np.zeros((3, 4), bool))
+    packed = packing.pack(rollouts, rows=4, width=96, slots=50, context=target.shape["context"], **settings)
+    with jax.set_mesh(target):
+        placed = place(QWEN2, weights(QWEN2), target)
+        score = update.make_scorer(QWEN2, target, LOSS, params=jax.tree.map(lambda leaf: leaf.sharding, placed))
+        found = np.asarray(score(placed, packed))
+    for row, (prompt, sample) in enumerate(itertools.product(range(3), range(4))):
+        start, length = starts[prompt], lengths[prompt, sample]
+        sequence = np.concatenate([rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]])
+        expected = score_naively(QWEN2, weights(QWEN2), sequence[None], LOSS.temperature)[0][0, start:]
+        np.testing.assert_allclose(found[row, :length], expected, rtol=1e-5, atol=2e-5)
+        assert not found[row, length:].any()
+
+
+# The step
+
+
+def test_the_step_follows_the_gradient_of_the_whole_batch(baseline):
+    # The loss written down once more, for all rows at once, without tiles, micro-batches or remat.
+    e, config = table(), dataclasses.replace(QWEN2, remat="none")
+
+    def whole(params):
+        logprobs, entropy = score_naively(config, params, jnp.asarray(e.tokens), LOSS.temperature)
+        ratio = jnp.exp(jnp.where(e.mask, logprobs - e.old_logprobs, 0))
+        gain = jnp.minimum(ratio * e.advantages, jnp.clip(ratio, 0.8, 1.2) * e.advantages)
+        drift = jnp.where(e.mask, e.reference_logprobs - logprobs, 0)
+        k3 = jnp.exp(drift) - drift - 1
+        return (jnp.sum(LOSS.kl_loss_coefficient * k3 - gain, where=e.mask) / e.mask.sum(),
+                (jnp.mean(k3, where=e.mask), jnp.mean(entropy, where=e.mask)))
+
+    (loss, (kl, entropy)), gradients = jax.value_and_grad(whole, has_aux=True)(weights(QWEN2))
+    params, metrics = baseline
+    assert_same(params, jax.tree.map(lambda weight, change: weight - change, weights(QWEN2), gradients))
+    expected = dict(loss=loss, kl=kl, entropy=entropy, grad_norm=optax.tree.norm(gradients))
+    assert_same({name: metrics[name] for name in expected}, expected)
+    assert 0 < metrics["clip_share"] < 1 and all(value.dtype == np.float32 for value in metrics.values())
+
+
+def test_micro_batches_change_nothing(baseline):
+    # Two of them are the baseline, which is compared with the whole batch above.
+    assert_same(one_step(micro_batches=4), baseline)
+    assert_same(one_step(micro_batches=1, spare=3), baseline)       # what is not counted is not read
+
+
+def test_micro_batches_change_nothing_under_sequence_mean():
+    # Rows of one micro-batch have other lengths than those of the next: a mean within each would differ.
+    assert_same(one_step(micro_batches=4, aggregation="sequence_mean"),
+                one_step(micro_batches=1, aggregation="sequence_mean"))
+
+
+def test_padding_and_tiles_change_nothing(baseline):
+    assert_same(one_step(positions=40, loss=dataclasses.replace(LOSS, vocabulary_tile=7)), baseline)
+
+
+@pytest.mark.parametrize("changes", [dict(remat="attention"), dict(remat="none"), dict(attention="blockwise")], ids=str)
+def test_what_is_kept_and_how_it_attends_change_nothing(baseline, changes):
+    assert_same(one_step(config=dataclasses.replace(QWEN2, **changes)), baseline)
+
+
+@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
+def test_eight_devices_step_as_one_does(baseline, shape):
+    micro_batches = 1 if shape == MESHES["data"] else 2
+    assert_same(one_step(shape=tuple(shape.items()), micro_batches=micro_batches, positions=32), baseline, rtol=2e-5)
+
+
+def rollouts_of_the_table():
+    """The table's sequences as the sampler leaves them: 4 prompts of 2 responses each."""
+    e, starts = table(), np.array(PROMPTS)
+    starts = np.repeat(starts[::2], 2)
+    lengths = np.array(LENGTHS).clip(1)
+    tokens = np.zeros((ROWS, lengths.max()), np.int32)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tokens[row, :length] = e.tokens[row, start : start + length]
+    return Rollouts(prompts=e.tokens[::2, : starts.max()], prompt_lengths=starts[::2].astype(np.int32),
+                    tokens=tokens.reshape(4, 2, -1), lengths=lengths.reshape(4, 2).astype(np.int32),
+                    logprobs=np.zeros((4, 2, lengths.max()), np.float32), finish=np.full((4, 2), "eos"),
+                    looped=np.zeros((4, 2), bool))
+
+
+def learnt(settings, shape=(), offload=False, **changes):
+    """State and metrics after one whole learning step of a small configuration, and the log-probs it found."""
+    config = Config(model=ModelConfig(dtype="float32"), rollout=RolloutConfig(
+        prompts_per_step=4, group_size=2, max_new_tokens=16), kl=KLConfig(offload_reference=offload),
+        update=UpdateConfig(learning_rate=1e-2, warmup_updates=0, offload_optimizer=offload, **settings),
+        mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8))
+    target = mesh(**dict(shape))
+    learning = learner.make_learning(config, dataclasses.replace(QWEN2, **changes), target)
+    rollouts = rollouts_of_the_table()
+    with jax.set_mesh(target):
+        params = place(QWEN2, weights(QWEN2), target)
+        reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.1, params))
+        state = learning.initial_state(params)
+        batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference, rollouts,
+                                     np.arange(8).reshape(4, 2) % 3 > 0, config.reward.alpha)
+        assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
+            lambda leaf: leaf.sharding, learning.abstract_reference)
+        state, metrics = learning.update(state, batch.credit.experience, batch.packed)
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+            lambda leaf: leaf.sharding, learning.abstract_state)
+        return sharding.to_host((state.params, metrics, batch.credit.metrics))
+
+
+@pytest.fixture(scope="module")
+def learnt_in_pairs():
+    return learnt(dict(rows_per_micro_batch=2))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(rows_per_micro_batch=1), dict(rows_per_micro_batch=8), dict(vocabulary_tile=5)], ids=str)
+def test_a_learning_step_does_not_depend_on_how_it_is_cut(learnt_in_pairs, changes):
+    assert_same(learnt(dict(rows_per_micro_batch=2) | changes), learnt_in_pairs, atol=1e-4)
+
+
+def test_a_learning_step_does_not_depend_on_packing(learnt_in_pairs, monkeypatch):
+    monkeypatch.setattr(attention, "one_sequence_per_row", lambda implementation: True)
+    assert_same(learnt(dict(rows_per_micro_batch=2)), learnt_in_pairs, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [dict(data=2, fsdp=2, tensor=2), dict(data=2, fsdp=2, context=2)], ids=str)
+def test_a_learning_step_on_eight_devices_is_that_on_one(shape):
+    settings = dict(rows_per_micro_batch=4, updates_per_batch=2)
+    assert_same(learnt(settings, tuple(shape.items())), learnt(settings), atol=1e-4)
+
+
+def test_offloading_changes_where_things_are_and_nothing_else():
+    settings, shape = dict(rows_per_micro_batch=4, updates_per_batch=2), (("fsdp", 2),)
+    jax.tree.map(np.testing.assert_array_equal, learnt(settings, shape, offload=True), learnt(settings, shape))
+
+
+def test_two_updates_follow_one_another_on_halves_of_the_responses(learnt_in_pairs):
+    params, metrics, _ = learnt(dict(rows_per_micro_batch=2, updates_per_batch=2))
+    assert len(metrics) == 2 and metrics[0]["clip_share"] == 0
+    assert metrics[1]["clip_share"] > 0         # the first update has moved the policy away from its old log-probs
+    once = learnt_in_pairs[0]
+    assert any(np.abs(one - other).max() > 1e-3
+               for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(once), strict=True))
+
+
+def test_a_step_compiles_once_and_takes_the_old_state_over():
+    target = mesh(data=2, fsdp=2, tensor=2)
+    optimizer = update.make_optimizer(1e-3, 0.9, 0.95, 0.0, 1.0, 2)
+    targets = update.state_sharding(QWEN2, optimizer, target)
+    moments = optax.tree.get(targets.optimizer, "mu")
+    assert moments == targets.params                            # the moments live beside their weights
+    with jax.set_mesh(target):
+        state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
+        gradients = update.make_gradients(QWEN2, target, LOSS, targets)
+        apply = update.make_apply(optimizer, target, targets)
+        for count in (2, 1, 2):                                 # with less to learn from, too
+            before = state
+            rows = sharding.to_device(in_micro_batches(experience(), 2), sharding.sharding(target, *update.ROW_AXES))
+            slopes, metrics = gradients(state.params, (rows,), (np.full(1, count, np.int32),), np.int32(0))
+            state, _ = apply(state, slopes, np.int32(1))
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+            assert all(np.isfinite(value) for value in sharding.to_host(metrics).values())
+    assert state.step == 3 and gradients._cache_size() == apply._cache_size() == 1
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+
+
+# The optimiser
+
+
+def rates(warmup_updates, learning_rate=2.0, count=6):
+    """The size of each update under a constant gradient: Adam's is then the learning rate."""
+    optimizer = update.make_optimizer(learning_rate, 0.9, 0.95, 0.0, 1e9, warmup_updates)
+    params = {"w": jnp.zeros(())}
+    state, sizes = optimizer.init(params), []
+    for _ in range(count):
+        changes, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        sizes.append(-float(changes["w"]))
+    return sizes
+
+
+@pytest.mark.parametrize(("warmup_updates", "expected"), [
+    (0, [2, 2, 2, 2, 2, 2]), (1, [2, 2, 2, 2, 2, 2]), (2, [1, 2, 2, 2, 2, 2]), (4, [0.5, 1, 1.5, 2, 2, 2]),
+])
+def test_the_rate_rises_to_its_value_at_the_last_update_of_the_warm_up(warmup_updates, expected):
+    np.testing.assert_allclose(rates(warmup_updates), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("gradient", "expected"), [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])])
+def test_gradients_are_clipped_by_their_global_norm(gradient, expected):
+    optimizer = update.make_optimizer(1.0, 0.9, 0.95, 0.0, 1.0, 0)
+    params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
+    gradients = dict(zip(params, map(jnp.float32, gradient), strict=True))
+    _, state = optimizer.update(gradients, optimizer.init(params), params)
+    first_moment = optax.tree.get(state, "mu")
+    np.testing.assert_allclose([first_moment["a"] / 0.1, first_moment["b"] / 0.1], expected, rtol=1e-5)
+
+
+def test_weight_decay_is_apart_from_the_gradient():
+    optimizer = update.make_optimizer(0.1, 0.9, 0.95, 0.5, 1.0, 0)
+    params = {"w": jnp.float32(4.0)}
+    changes, _ = optimizer.update({"w": jnp.float32(0.0)}, optimizer.init(params), params)
+    np.testing.assert_allclose(changes["w"], -0.1 * 0.5 * 4.0, rtol=1e-6)

@@ -1,0 +1,59 @@
+"""What is kept of a step that is stopped: all of it comes back, and nothing that belongs to another step."""
+
+import numpy as np
+import pytest
+
+from effreason.runs import unfinished
+from effreason.runtime.errors import UserError
+from effreason.types import Response
+
+
+def response(prompt, sample, length, finish, looped=False):
+    generator = np.random.default_rng(10 * prompt + sample)
+    tokens = generator.integers(0, 99, length).astype(np.int32)
+    one, two, three = generator.standard_normal((3, length)).astype(np.float32)
+    return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=one, sampling_logprobs=two,
+                    model_logprobs=three, finish=finish, looped=looped)
+
+
+KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, ""), response(2, 7, 9, "loop", looped=True), response(1, 1, 3, "")]
+
+
+@pytest.mark.parametrize("kept", [KEPT, KEPT[:1], KEPT[1:2], []], ids=len)
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path, kept):
+    path = tmp_path / "unfinished.npz"
+    unfinished.save(path, 7, kept)
+    found = unfinished.load(path, 7)
+    assert len(found) == len(kept)
+    for one, other in zip(found, kept, strict=True):
+        assert (one.prompt, one.sample, one.finish, one.looped) == (
+            other.prompt, other.sample, other.finish, other.looped)
+        for name in ("tokens", *unfinished.LOGPROBS):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["unfinished.npz"]
+
+
+def test_another_step_and_no_file_have_nothing(tmp_path):
+    path = tmp_path / "unfinished.npz"
+    assert unfinished.load(path, 7) == []
+    unfinished.save(path, 7, KEPT)
+    assert unfinished.load(path, 8) == []
+
+
+def test_a_damaged_file_is_one_line_that_says_what_to_do(tmp_path):
+    path = tmp_path / "unfinished.npz"
+    unfinished.save(path, 7, KEPT)
+    whole = path.read_bytes()
+    flipped = bytes(byte ^ 255 if 40 <= place < 60 else byte for place, byte in enumerate(whole))
+    for damaged in (whole[:300], b"", flipped, b"not an archive"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"unfinished.npz: cannot be read .*; remove it to generate step 7"):
+            unfinished.load(path, 7)
+    np.savez(path.open("wb"), step=np.int64(7))
+    with pytest.raises(UserError, match="cannot be read"):
+        unfinished.load(path, 7)
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        unfinished.save(tmp_path / "gone" / "unfinished.npz", 7, KEPT)

@@ -1,0 +1,57 @@
+"""Signals: noticed at the next check, once; the second acts at once; afterwards everything is as it was."""
+
+import signal
+
+import pytest
+
+from effreason.runtime.errors import Interrupted
+from effreason.runtime.signals import SIGNALS, Interrupts
+
+
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+def test_without_a_signal_nothing_happens_and_the_handlers_come_back():
+    before = handlers()
+    with Interrupts() as interrupts:
+        assert handlers() != before
+        interrupts.check()
+    assert handlers() == before
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_a_signal_waits_for_the_check(number, name):
+    before = handlers()
+    with pytest.raises(Interrupted) as caught, Interrupts() as interrupts:
+        signal.raise_signal(number)
+        assert handlers() == before             # the next one finds nobody listening
+        interrupts.check()
+    assert (caught.value.signum, caught.value.message) == (number, f"stopped by {name}")
+    assert handlers() == before
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)     # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt), Interrupts():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_the_signal_that_came_first_counts_and_every_check_says_so():
+    heard = []
+    previous = signal.signal(signal.SIGINT, lambda *_: heard.append(signal.SIGINT))
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            for _ in range(2):
+                with pytest.raises(Interrupted) as caught:
+                    interrupts.check()
+                assert caught.value.signum == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert heard == [signal.SIGINT]

@@ -1,0 +1,47 @@
+"""Small random decoders and meshes for the tests: shapes of all three families, weights that give uneven logits."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from effreason.lm import kv_cache, model
+from effreason.runtime import sharding
+
+VOCABULARY = 24
+
+QWEN2 = model.DecoderConfig(vocabulary=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24,
+                            norm_eps=1e-6, rope_theta=10_000.0, qkv_bias=True)
+SCALING = kv_cache.Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
+                                  original_positions=16)
+LLAMA = dataclasses.replace(QWEN2, qkv_bias=False, kv_heads=4, rope_theta=500_000.0, rope_scaling=SCALING)
+QWEN3 = dataclasses.replace(QWEN2, qkv_bias=False, qk_norm=True, head_dim=8, tied=True)
+FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3}
+
+
+@functools.cache
+def weights(config, seed=0):
+    """None of them 0 or 1, so that one that is left out shows; on the host, so that every mesh can take a copy."""
+    generator = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        name, noise = path[-1].key, generator.standard_normal(shape.shape, dtype=np.float32)
+        if "norm" in name:
+            return 1 + np.float32(0.3) * noise
+        return noise * np.float32(0.3 if name in ("embedding", "head") and not config.tied else 0.5)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.abstract_params(config))
+
+
+def mesh(data=1, fsdp=1, tensor=1, context=1):
+    """A mesh over the first devices; `sharding.make_mesh` takes all there are."""
+    shape = (data, fsdp, tensor, context)
+    return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
+                         devices=jax.devices()[: data * fsdp * tensor * context])
+
+
+def place(config, params, target):
+    """Weights onto a mesh."""
+    return jax.device_put(params, sharding.tree_sharding(target, model.logical_axes(config)))

@@ -1,0 +1,131 @@
+"""Builds the small random checkpoints of tests/fixtures and what `transformers` computes from them.
+
+    python tests/make_fixtures.py            (needs the extra `parity`: torch and transformers)
+
+Each directory holds config.json, the weights and reference.npz: int32 tokens[B, N] and float32 logits[B, N, V].
+Between them they cover both spellings of config.json, tied and untied heads, a single file and shards, biases,
+q/k norms, and Llama 3 rotary scaling with positions beyond the original context.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ROWS, POSITIONS = 2, 40
+SHAPE: dict[str, Any] = dict(
+    vocab_size=72, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, dtype="float32",
+)
+LLAMA3: dict[str, Any] = dict(
+    rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=0.25, high_freq_factor=2.0,
+    original_max_position_embeddings=16,
+)
+
+
+def qwen2_tied() -> transformers.PretrainedConfig:
+    return transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True, rope_parameters=rope(1_000_000.0))
+
+
+def qwen2_untied() -> transformers.PretrainedConfig:
+    shape = SHAPE | dict(rms_norm_eps=1e-5)
+    return transformers.Qwen2Config(**shape, tie_word_embeddings=False, rope_parameters=rope(10_000.0))
+
+
+def llama() -> transformers.PretrainedConfig:
+    shape = SHAPE | dict(num_key_value_heads=4)             # no grouping
+    return transformers.LlamaConfig(**shape, tie_word_embeddings=False, rope_parameters=rope(10_000.0))
+
+
+def llama3() -> transformers.PretrainedConfig:
+    # Heads of 16: the first rotary plane is kept, the second is in between, the others are stretched.
+    shape = SHAPE | dict(num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-5)
+    return transformers.LlamaConfig(**shape, tie_word_embeddings=False, rope_parameters=dict(LLAMA3))
+
+
+def qwen3() -> transformers.PretrainedConfig:
+    shape = SHAPE | dict(num_hidden_layers=3, head_dim=16)  # 4 heads of 16 on a width of 32
+    return transformers.Qwen3Config(**shape, tie_word_embeddings=True, rope_parameters=rope(1_000_000.0))
+
+
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "qwen2_tied": qwen2_tied, "qwen2_untied": qwen2_untied, "llama": llama, "llama3": llama3, "qwen3": qwen3,
+}
+OLDER_SPELLING = {"qwen2_tied", "llama3"}                   # as most published checkpoints have it
+SHARDED = {"qwen2_untied"}
+
+
+def rope(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def build(config: transformers.PretrainedConfig, seed: int) -> Any:
+    """A model none of whose weights is 0 or 1: a bias, norm or scale that is left out shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1.0 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            elif "embed" in name:
+                parameter.copy_(noise)
+            else:                                           # twice the usual scale: sharp attention, visible mistakes
+                parameter.copy_(2.0 * noise * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def reference(model: Any, seed: int, rows: int = ROWS, positions: int = POSITIONS) -> dict[str, np.ndarray]:
+    """Random tokens int32[B, N] and the model's logits for them, float32[B, N, V]."""
+    tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, (rows, positions))
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    return {"tokens": tokens.astype(np.int32), "logits": logits.astype(np.float32)}
+
+
+def respell(directory: Path) -> None:
+    """Rewrites config.json as transformers 4 did: rope_theta, rope_scaling, torch_dtype, no head_dim where implied."""
+    path = directory / "config.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    parameters = table.pop("rope_parameters")
+    table["rope_theta"] = parameters.pop("rope_theta")
+    table["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
+    table["torch_dtype"] = table.pop("dtype")
+    table.pop("layer_types", None)
+    if table.get("head_dim") == table["hidden_size"] // table["num_attention_heads"]:
+        del table["head_dim"]
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save(model: Any, directory: Path, *, older_spelling: bool = False, sharded: bool = False) -> None:
+    """Writes a Hugging Face directory: config.json and safetensors, in one file or in shards with an index."""
+    model.save_pretrained(directory, max_shard_size="50KB" if sharded else "5GB")
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if older_spelling:
+        respell(directory)
+
+
+def main() -> None:
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        directory = FIXTURES / name
+        shutil.rmtree(directory, ignore_errors=True)
+        model = build(config(), seed)
+        save(model, directory, older_spelling=name in OLDER_SPELLING, sharded=name in SHARDED)
+        arrays = reference(model, seed)
+        np.savez(directory / "reference.npz", tokens=arrays["tokens"], logits=arrays["logits"])
+        again = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+        np.testing.assert_array_equal(reference(again, seed)["logits"], arrays["logits"])   # nothing was lost on disk
+        print(f"{name}: {sum(file.stat().st_size for file in directory.iterdir()) / 1000:.0f} kB, "
+              f"logits std {arrays['logits'].std():.2f}")
+
+
+if __name__ == "__main__":
+    main()
