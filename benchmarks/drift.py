@@ -22,7 +22,7 @@ from effreason.lm.hf import pretrained as hf
 from effreason.rl import packing, update
 from effreason.runtime import sharding
 from effreason.sampling import engine
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 from effreason.types import Problem, Response
 
 QUESTIONS = (
@@ -50,7 +50,7 @@ def prompts(tokenizer) -> list[Problem]:
 def sample(decoder: model.DecoderConfig, params: model.Params, problems: list[Problem], temperature: float,
            tokens: int) -> list[Response]:
     """One response to each prompt, in their order, none ended by an EOS."""
-    sampling = Sampling(temperature=temperature, eos_ids=())
+    sampling = SamplingParams(temperature=temperature, eos_ids=())
     sampler = engine.make_sampler(decoder, sharding.make_mesh(), slots=len(problems), chunk=16)
     chunks = sampler(params, engine.make_requests(problems, 1, tokens), jax.random.key(0), sampling)
     return sorted((response for chunk in chunks for response in chunk), key=lambda response: response.prompt)

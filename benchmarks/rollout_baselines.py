@@ -70,7 +70,7 @@ def make_ours(config: model.DecoderConfig, params: model.Params, mesh: Mesh, wor
     """The engine. It holds the limits on the device, where they end a row as an EOS would; nothing plans with them:
     `expected_tokens` is None and the cache's capacity follows from the longest response allowed."""
     sampler = engine.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions)
-    sampling = draws.Sampling(temperature=0.0 if greedy else 1.0, eos_ids=())
+    sampling = draws.SamplingParams(temperature=0.0 if greedy else 1.0, eos_ids=())
     figures: dict[str, float] = {"compiled": 0}
 
     def generate(workload: Workload, seed: int) -> list[np.ndarray]:
@@ -98,7 +98,7 @@ def make_static(config: model.DecoderConfig, params: model.Params, mesh: Mesh, w
     Args: fast, with the decode step, the cache and the draw of the engine, so that only the scheduling differs; else
         as one writes them without an engine: a cache [B, C, K, h], attention over all of it, a Gumbel draw."""
     if fast:
-        sampling = draws.Sampling(temperature=0.0 if greedy else 1.0, eos_ids=())
+        sampling = draws.SamplingParams(temperature=0.0 if greedy else 1.0, eos_ids=())
         pieces = Pieces(prepare=jax.jit(functools.partial(model.unstack, config)),
                         extend=functools.partial(model.extend, config),
                         empty_cache=functools.partial(model.empty_cache, config), logits=slots.logits,

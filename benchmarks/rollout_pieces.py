@@ -22,7 +22,7 @@ from effreason.lm import model
 from effreason.sampling import capacity, draws, engine, slots
 from effreason.sampling.scheduler import READ_ROWS
 
-DRAWN = draws.Sampling(temperature=1.0, eos_ids=())
+DRAWN = draws.SamplingParams(temperature=1.0, eos_ids=())
 BATCHES = (64, 32, 16, 8, 4)
 
 

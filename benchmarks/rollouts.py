@@ -252,7 +252,7 @@ def decode_on_accelerator(options: argparse.Namespace, mesh: Mesh) -> Row:
     """Decoding at the end of a long context in the dtype of accelerators."""
     layers, width, mlp_width, heads, kv_heads, vocabulary = options.shape
     fits = mesh.devices.flat[0].platform, width // heads, options.dtype
-    if options.layout and (reason := kv_cache.misfit(options.layout, *fits)):
+    if options.layout and (reason := kv_cache.unsupported_reason(options.layout, *fits)):
         sys.exit(f"error: --layout {options.layout} does not fit: {reason}")
     config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
                                  head_dim=width // heads, mlp_width=mlp_width, tied=True,

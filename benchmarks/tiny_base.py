@@ -22,7 +22,7 @@ from effreason.rl.rewards import length_rewards
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.sampling import engine
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 
 PROBLEMS, GROUP_SIZE = 600, 8
 
@@ -37,7 +37,7 @@ def main() -> None:
     template = templates.choose(tiny.tokenizer, config.data)
     problems = prompts.load_held_out(config, tiny.tokenizer, template)[0]["tiny"]
     params = pretrained.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
-    sampling = Sampling(temperature=1.0, eos_ids=tiny.eos_ids)
+    sampling = SamplingParams(temperature=1.0, eos_ids=tiny.eos_ids)
     sampler = engine.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)
     key = engine.step_key(0, "evaluation", 1)
     with evaluate.make_grader(config) as grader:

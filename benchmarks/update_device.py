@@ -37,7 +37,7 @@ def scoring_memory(config: model.DecoderConfig, mesh: Mesh, *, tokens: int = 327
         batch = steps.make_batch("fixed", vocabulary, sequences=2 * rows, prompt=64, response=64)
         run = steps.settings(decoder, batch, rows=rows, remat="full", dtype=jnp.dtype(decoder.dtype).name)
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention="blockwise"))
-        learning = engine.make_learning(run, decoder, mesh)
+        learning = engine.make_learner(run, decoder, mesh)
         packed = engine.abstract_packed(run, learning, width=tokens, micro_batches=1)
         experience, params = engine.abstract_experience(packed), learning.abstract_state.params
         with jax.set_mesh(mesh):
@@ -73,7 +73,7 @@ def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: i
         started = time.perf_counter()
         with jax.set_mesh(mesh):
             generation = sampler(learner.policy(), make_requests(workload), jax.random.key(index),
-                                 draws.Sampling(temperature=1.0, eos_ids=()))
+                                 draws.SamplingParams(temperature=1.0, eos_ids=()))
             for finished in generation:
                 for each in finished:
                     batch.responses[each.prompt * samples + each.sample] = each.tokens

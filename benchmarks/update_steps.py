@@ -88,7 +88,7 @@ def to_rollouts(batch: Batch) -> Rollouts:
     return Rollouts(prompts=batch.prompts, prompt_lengths=np.full(group[0], batch.prompts.shape[1], np.int32),
                     tokens=batch.responses.reshape(*group, -1), lengths=batch.lengths.reshape(group),
                     logprobs=np.zeros((*group, batch.responses.shape[1]), np.float32),
-                    finish=np.full(group, LENGTH), looped=np.zeros(group, bool))
+                    finish=np.full(group, LENGTH), repeated=np.zeros(group, bool))
 
 
 def flops(config: DecoderConfig, batch: Batch) -> float:
@@ -130,7 +130,7 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
     Args: params, which are taken over; None = random ones."""
     run = settings(config, batch, rows=rows, remat=remat, dtype=dtype)
     decoder = dataclasses.replace(config, dtype=jnp.dtype(dtype), remat=remat)
-    learning = engine.make_learning(run, decoder, mesh)
+    learning = engine.make_learner(run, decoder, mesh)
     if params is None:
         params = jax.jit(lambda: model.init(decoder, jax.random.key(0)), out_shardings=learning.params_sharding)()
     reference = learning.as_reference(params)

@@ -22,11 +22,11 @@ from effreason.types import LOOP, Problem
 
 
 @dataclasses.dataclass(kw_only=True)
-class Course:
+class RunState:
     """What a run knows at a step beside its weights and moments; saved with them."""
 
     alpha: float
-    judged: int                     # the last step whose evaluation has moved alpha
+    last_alpha_step: int                     # the last step whose evaluation has moved alpha
     lengths: dict[int, float]       # mean tokens by uid when a problem was sampled last
     seconds: float                  # that the processes before this one took
 
@@ -36,11 +36,11 @@ class Groups:
     """A step's problems and their graded responses."""
 
     batch: list[Problem]
-    tried: attempts.Attempts
+    tried: attempts.GradedRollouts
     metrics: dict[str, float]       # of refilling, where there was any
 
 
-def draw(session: Session, config: Config, policy: model.Params, index: int, course: Course, watch: attempts.Watch,
+def draw(session: Session, config: Config, policy: model.Params, index: int, course: RunState, watch: attempts.OnChunk,
          path: Path) -> Groups:
     """The groups of a step.
 
@@ -61,7 +61,7 @@ def draw(session: Session, config: Config, policy: model.Params, index: int, cou
 
 
 def refill(session: Session, config: Config, drawn: Groups, index: int, alpha: float,
-           attempt: Callable[[list[Problem]], attempts.Attempts]) -> Groups:
+           attempt: Callable[[list[Problem]], attempts.GradedRollouts]) -> Groups:
     """Puts groups of other problems in the place of those without a signal, in so many rounds at most.
 
     What counts is the spread of the shaped reward: groups that are all correct teach brevity and stay."""
@@ -85,7 +85,7 @@ def refill(session: Session, config: Config, drawn: Groups, index: int, alpha: f
                                                      "rollout/lacking": float(lacking.mean())})
 
 
-def has_signal(session: Session, tried: attempts.Attempts, alpha: float, min_spread: float) -> np.ndarray:
+def has_signal(session: Session, tried: attempts.GradedRollouts, alpha: float, min_spread: float) -> np.ndarray:
     """Which groups can teach something: bool[P]."""
     learning = session.engine.learning
     given = sharding.to_device((tried.correct, tried.rollouts.lengths, np.float32(alpha)), learning.replicated)
@@ -94,7 +94,7 @@ def has_signal(session: Session, tried: attempts.Attempts, alpha: float, min_spr
     return spread
 
 
-def engine_metrics(tried: attempts.Attempts, seconds: float) -> dict[str, float]:
+def engine_metrics(tried: attempts.GradedRollouts, seconds: float) -> dict[str, float]:
     """How well the sampler was used, and which responses repeated themselves."""
     sampled = tried.rollouts
 
@@ -105,12 +105,12 @@ def engine_metrics(tried: attempts.Attempts, seconds: float) -> dict[str, float]
                "engine/occupancy": total("tokens") / max(total("slot_steps"), 1),
                "engine/host_share": total("host_seconds") / seconds,
                "engine/compilations": total("compilations")}
-    if sampled.looped.any():
-        audited = sampled.looped & (sampled.finish != LOOP)
-        metrics |= {"rollout/loops": float(sampled.looped.mean()),
-                    "rollout/loops_stopped": float((sampled.finish == LOOP).mean())}
+    if sampled.repeated.any():
+        audited = sampled.repeated & (sampled.finish != LOOP)
+        metrics |= {"rollout/repeated": float(sampled.repeated.mean()),
+                    "rollout/repetition_stopped": float((sampled.finish == LOOP).mean())}
         if audited.any():
-            metrics["rollout/loops_recovered"] = float(sampled.ended[audited].mean())
+            metrics["rollout/repetition_recovered"] = float(sampled.ended[audited].mean())
     return metrics
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from effreason.data import prompts
-from effreason.groups import Course, describe, draw, engine_metrics
+from effreason.groups import RunState, describe, draw, engine_metrics
 from effreason.lm import model
 from effreason.rl import alpha_control, packing, parity, update
 from effreason.rl import rollouts as attempts
@@ -27,7 +27,7 @@ from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.metrics import MetricsWriter, Unwritten
-from effreason.runtime.progress import Headway, Progress
+from effreason.runtime.progress import GenerationProgress, Progress
 from effreason.sampling import engine as rollouts
 from effreason.types import Outcomes, Packed, Rollouts
 
@@ -60,15 +60,15 @@ def run(session: Session, config: Config, directory: Path, *, started: float, go
             raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, got "
                             f"{config.run.steps}")
         agreement = check_parity(config, engine, inputs.problems, state, reference, lambda now: interrupts.check())
-        if processes.first():
+        if processes.is_primary():
             runs.write_config(config, directory)
             runs.write_left_out(inputs.problems.left_out, directory)
         with (runs.open_metrics(config, directory, start) as writer,
               Progress(config.run.steps, start_step=start,
-                       console=None if processes.first() else processes.console()) as progress):
+                       console=None if processes.is_primary() else processes.console()) as progress):
             progress.say(agreement)
 
-            def watch(now: Headway) -> None:
+            def watch(now: GenerationProgress) -> None:
                 interrupts.check()
                 progress.rollout(now)
 
@@ -77,7 +77,7 @@ def run(session: Session, config: Config, directory: Path, *, started: float, go
                 course.seconds = time.monotonic() - started
                 saved.save(step, state, facts=origin(inputs) | dataclasses.asdict(course))
                 export(state.params, step, config, inputs, directory / "model", course.alpha)
-                processes.decided("saved", lambda: None)        # none ends while process 0 still writes
+                processes.broadcast("saved", lambda: None)        # none ends while process 0 still writes
 
             try:
                 base, trained = take_steps(session, config, directory, state, reference, course, writer=writer,
@@ -89,8 +89,8 @@ def run(session: Session, config: Config, directory: Path, *, started: float, go
                 done = int(sharding.to_host(halt.state.step))
                 # One of several processes says it for all.
                 raise Interrupted(halt.reason.signum, f"{halt.reason.message} after step {done} of {config.run.steps}, "
-                                  f"saved; go on with: {go_on}" if processes.first() else "") from None
-    if processes.first():
+                                  f"saved; go on with: {go_on}" if processes.is_primary() else "") from None
+    if processes.is_primary():
         results = runs.compare(base, trained) if trained else {}
         runs.conclude(config, inputs, directory, results, time.monotonic() - started, course.alpha)
 
@@ -104,7 +104,7 @@ class Halted(Exception):
 
 
 def take_steps(session: Session, config: Config, directory: Path, state: update.TrainState, reference: model.Params,
-               course: Course, *, writer: MetricsWriter | Unwritten, progress: Progress, watch: attempts.Watch,
+               course: RunState, *, writer: MetricsWriter | Unwritten, progress: Progress, watch: attempts.OnChunk,
                save: Callable[[update.TrainState], None]) -> tuple[dict[str, Outcomes], dict[str, Outcomes]]:
     """The evaluation before, all steps that are left with the evaluations between, and the one after the last of them.
 
@@ -135,13 +135,13 @@ def take_steps(session: Session, config: Config, directory: Path, state: update.
         raise Halted(state, reason) from None
 
 
-def between(config: Config, index: int, course: Course, base: Mapping[str, Outcomes],
+def between(config: Config, index: int, course: RunState, base: Mapping[str, Outcomes],
             found: Mapping[str, Outcomes]) -> dict[str, float]:
     """What an evaluation between steps measured; where alpha is to follow it, it does so, once."""
     (name, now), = found.items()
     accuracy, tokens = float(now.correct.mean()), float(now.lengths.mean())
-    if alpha_control.is_on(config.reward) and index > course.judged:
-        course.judged = index       # the same evaluation is read again where a run resumes at it
+    if alpha_control.is_on(config.reward) and index > course.last_alpha_step:
+        course.last_alpha_step = index       # the same evaluation is read again where a run resumes at it
         course.alpha = alpha_control.next_alpha(
             course.alpha, token_ratio=tokens / float(base[name].lengths.mean()),
             accuracy_drop=100 * (float(base[name].correct.mean()) - accuracy), reward=config.reward)
@@ -149,15 +149,15 @@ def between(config: Config, index: int, course: Course, base: Mapping[str, Outco
 
 
 def begin(config: Config, engine: Engine, saved: Checkpoints, weights: model.Params,
-          inputs: Inputs) -> tuple[update.TrainState, Course]:
+          inputs: Inputs) -> tuple[update.TrainState, RunState]:
     """The newest saved state, or a first one, and what was saved with it.
 
     Raises: UserError where the checkpoint was trained with another template or on other problems."""
-    latest = processes.decided("newest checkpoint", lambda: saved.latest)
+    latest = processes.broadcast("newest checkpoint", lambda: saved.latest)
     if latest is None:
         # A copy: in float32 the reference may be these very arrays, and the state is donated at each update.
-        return engine.learning.initial_state(jax.tree.map(lambda weight: weight.copy(), weights)), Course(
-            alpha=config.reward.alpha, judged=0, lengths={}, seconds=0.0)
+        return engine.learning.initial_state(jax.tree.map(lambda weight: weight.copy(), weights)), RunState(
+            alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
     state, facts = saved.restore(engine.learning.abstract_state, latest)
     if facts["template"]["sha256"] != inputs.template.sha256:
         raise UserError(f"data.template: the checkpoint was trained with the template {facts['template']['name']}, "
@@ -169,11 +169,11 @@ def begin(config: Config, engine: Engine, saved: Checkpoints, weights: model.Par
             raise UserError(f"{field}: the problems have changed since the checkpoint (sha256 {facts[fact][:12]}, now "
                             f"{now[fact][:12]}); a resumed run needs the same ones")
     lengths = {int(uid): tokens for uid, tokens in facts["lengths"].items()}
-    return state, Course(alpha=facts["alpha"], judged=facts["judged"], lengths=lengths, seconds=facts["seconds"])
+    return state, RunState(alpha=facts["alpha"], last_alpha_step=facts["last_alpha_step"], lengths=lengths, seconds=facts["seconds"])
 
 
 def check_parity(config: Config, engine: Engine, problems: prompts.Problems, state: update.TrainState,
-                 reference: model.Params, watch: attempts.Watch) -> str:
+                 reference: model.Params, watch: attempts.OnChunk) -> str:
     """Samples a few tokens for the first step's problems and scores them; returns the line that says what was found.
 
     Raises: parity.Mismatch."""
@@ -223,7 +223,7 @@ def measured(*metrics: dict[str, jax.Array]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
 
-def make_step(config: Config, session: Session, reference: model.Params, watch: attempts.Watch, course: Course,
+def make_step(config: Config, session: Session, reference: model.Params, watch: attempts.OnChunk, course: RunState,
               directory: Path):
     """step(state, index) -> (state, metrics, samples): the seven stages in order.
 
@@ -251,7 +251,7 @@ def make_step(config: Config, session: Session, reference: model.Params, watch: 
             updated = {f"update/{name}": value for name, value in measured(*changed).items()}
         ended = time.monotonic()
 
-        if processes.first():
+        if processes.is_primary():
             path.unlink(missing_ok=True)
 
         sampled, count = tried.rollouts, int(tried.rollouts.lengths.sum())
@@ -276,7 +276,7 @@ def make_step(config: Config, session: Session, reference: model.Params, watch: 
 
 
 def evaluate_base(session: Session, reference: model.Params, directory: Path, progress: Progress,
-                  watch: attempts.Watch) -> dict[str, Outcomes]:
+                  watch: attempts.OnChunk) -> dict[str, Outcomes]:
     """What the model before training makes of each set; sampled once, and read by a resumed run."""
     if not session.inputs.held_out:
         return {}

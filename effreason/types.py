@@ -40,7 +40,7 @@ class Response:
     sampling_logprobs: np.ndarray   # float32[T'], by the distribution it was drawn from: after top-k, top-p, min-p
     model_logprobs: np.ndarray      # float32[T'], by the model at temperature 1
     finish: str                     # eos | length | loop; "" while it is not finished
-    looped: bool = False            # it repeated itself; with another finish than loop: it was let go on, as an audit
+    repeated: bool = False            # it repeated itself; with another finish than loop: it was let go on, as an audit
 
     @property
     def ended(self) -> bool:
@@ -58,7 +58,7 @@ class Rollouts:
     lengths: np.ndarray             # int32[P, G], tokens through EOS
     logprobs: np.ndarray            # float32[P, G, T], Response.logprobs, 0 beyond the length
     finish: np.ndarray              # str[P, G], eos | length | loop
-    looped: np.ndarray              # bool[P, G]
+    repeated: np.ndarray              # bool[P, G]
 
     @property
     def ended(self) -> np.ndarray:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "effreason"
 # no line of their own; those may import one another. "" is effreason/__init__.py.
 ORDER = [
     ["", "errors"],
-    ["runtime.settings", "runtime.arguments", "runtime.last_words"],
+    ["runtime.settings", "runtime.arguments", "runtime.stderr_relay"],
     ["runtime.parsers"],
     ["runtime.config"],
     ["runtime.processes"],

@@ -40,7 +40,7 @@ made, _ = config.parse(parsers.parser(config.Config, "meet"), sys.argv[2:])
 def command():
     import jax
     found = {{"process": processes.index(), "devices": jax.device_count(), "local": jax.local_device_count()}}
-    print(json.dumps(processes.gathered("devices", lambda: found)), flush=True)
+    print(json.dumps(processes.all_gather("devices", lambda: found)), flush=True)
     return 0
 
 sys.exit(meetings.run(made.distributed, command))

@@ -149,8 +149,8 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
                 "update/loss", "update/kl", "update/grad_norm", "update/entropy", "update/clip_share",
                 "update/tokens_per_second", "time/rollout", "time/grade", "time/update", "time/step"} <= row.keys()
         assert sum(value for name, value in row.items() if name.startswith("grade/")) == pytest.approx(1)
-        assert sum(row[f"pressure/{part}"] for part in experience.PARTS) == pytest.approx(1, abs=1e-4)
-        assert {f"pull/{part}" for part in experience.PARTS} <= row.keys()
+        assert sum(row[f"update_share/{part}"] for part in experience.PARTS) == pytest.approx(1, abs=1e-4)
+        assert {f"length_pull/{part}" for part in experience.PARTS} <= row.keys()
     assert any(row["reward/groups_with_signal"] > 0 for row in steps)
     assert rows[3].keys() == {"step", "evaluation/accuracy", "evaluation/tokens"}
 
@@ -649,11 +649,11 @@ def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(
     assert facts["template"]["user_prompt"] == "{problem}" and len(facts["template"]["sha256"]) == 64
     mesh = sharding.make_mesh(data=-1)
     for path in (model, finished.directory / "checkpoints" / "6"):
-        opened = candidates.open_candidate(small_runs.config(world, "unused"), str(path), None, mesh)
+        opened = candidates.open_model(small_runs.config(world, "unused"), str(path), None, mesh)
         assert opened.facts["template"] == facts["template"]
         other = small_runs.config(world, "unused", **{"data.user_prompt": "Think. {problem}"})
         with pytest.raises(UserError, match=r"was trained with the template .* set data.template and data.user_prompt"):
-            candidates.open_candidate(other, str(path), None, mesh)
+            candidates.open_model(other, str(path), None, mesh)
 
 
 def verdicts(**counts):

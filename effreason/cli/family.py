@@ -18,7 +18,7 @@ from effreason.cli import blend
 from effreason.evaluation import responses, statistics
 from effreason.lm.hf import pretrained as hf
 from effreason.rl import alpha_control, configured_reward
-from effreason.rl.learner import make_learning
+from effreason.rl.learner import make_learner
 from effreason.runs import directory as runs
 from effreason.runs.inputs import Inputs, model_fingerprint
 from effreason.runs.report import page
@@ -64,7 +64,7 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str], wei
         go_on = runs.resume(directory, "".join(f" --{name} {','.join(map(str, values)) or 'none'}" for name, values in (
             ("family", [f"{alpha:g}" for alpha in alphas]), ("baselines", baselines),
             ("blends", [f"{weight:g}" for weight in weights]))))
-        if processes.first():
+        if processes.is_primary():
             runs.write_config(session.config, directory)
             if not (directory / runs.FAMILY).exists():
                 write_json(directory / runs.FAMILY, {"points": []})         # so that it is not taken for a run
@@ -76,8 +76,8 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str], wei
             points += blended(session, directory, points, weights)
         except Interrupted as stop:
             message = stop.message if "go on with" in stop.message else f"{stop.message}; go on with: {go_on}"
-            raise Interrupted(stop.signum, message if processes.first() else "") from None
-    if processes.first():
+            raise Interrupted(stop.signum, message if processes.is_primary() else "") from None
+    if processes.is_primary():
         conclude(session.config, session.inputs, directory, points)
 
 
@@ -99,7 +99,7 @@ def members(config: Config, alphas: Sequence[float], baselines: Sequence[str], d
     """The configuration of each member by the name it goes by, each with a run directory of its own."""
     def placed(config: Config, name: str) -> Config:
         path = directory / name
-        begun = processes.decided(f"member {name}", lambda: (path / "config.yaml").exists())
+        begun = processes.broadcast(f"member {name}", lambda: (path / "config.yaml").exists())
         return dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(path), resume=begun))
 
     found = {f"α = {alpha:g}": placed(
@@ -131,13 +131,13 @@ def evaluate_base(session: Session, directory: Path) -> Point:
 def train_member(session: Session, config: Config, name: str, base: Point, go_on: str) -> Point:
     """One run, unless it is finished already."""
     directory = Path(config.run.directory or "")
-    done = processes.decided(f"{name} finished", lambda: finished(directory, config.run.steps, list(base.outcomes)))
+    done = processes.broadcast(f"{name} finished", lambda: finished(directory, config.run.steps, list(base.outcomes)))
     if not done:
         runs.open_run(config)
-        if processes.first():
+        if processes.is_primary():
             adopt(base.directory, runs.evaluations(directory, 0))
         if config.update.objective != "policy_gradient":
-            learning = make_learning(config, session.inputs.pretrained.decoder, session.mesh,
+            learning = make_learner(config, session.inputs.pretrained.decoder, session.mesh,
                                      longest_prompt(session.inputs.problems))
             session = dataclasses.replace(session, engine=dataclasses.replace(session.engine, learning=learning))
         loop.run(session, config, directory, started=time.monotonic(), go_on=go_on)
@@ -146,8 +146,8 @@ def train_member(session: Session, config: Config, name: str, base: Point, go_on
     is_member = config.update.objective == "policy_gradient"
     return Point(name=name, kind=MEMBER if is_member else BASELINE, directory=directory,
                  alpha=config.reward.alpha if is_member else None,
-                 outcomes=found(directory, config.run.steps) if processes.first() else {},
-                 seconds=processes.decided(f"{name} seconds",
+                 outcomes=found(directory, config.run.steps) if processes.is_primary() else {},
+                 seconds=processes.broadcast(f"{name} seconds",
                                            lambda: hf.read_json(directory / "summary.json")["wall_s"]))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from effreason.cli import arguments
 from effreason.evaluation.responses import FACTS
 from effreason.rl import configured_reward, pressure
-from effreason.rl.pressure import ADVANTAGES, AGGREGATIONS, Effect, Groups
+from effreason.rl.pressure import ADVANTAGES, AGGREGATIONS, Groups, PressureReport
 from effreason.runtime.config import RewardConfig
 from effreason.runtime.errors import UserError
 from effreason.types import EOS, LOOP
@@ -161,7 +161,7 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def warnings(saved: Saved, reward: configured_reward.Reward, alphas: Sequence[float | None], wanted: Sequence[str],
-             found: Sequence[Effect], aggregation: str) -> list[str]:
+             found: Sequence[PressureReport], aggregation: str) -> list[str]:
     """What one should know before one takes such a setting. Args: alphas, greater than 0, or None; found, of each
     advantage wanted, the control first."""
     groups = saved.groups
@@ -216,7 +216,7 @@ def _facts(options: argparse.Namespace, saved: Saved) -> dict[str, Any]:
             "loops": saved.loops, "left_out": saved.left_out}
 
 
-def _lines(options: argparse.Namespace, saved: Saved, found: Sequence[Effect], told: Sequence[str]) -> Iterator[str]:
+def _lines(options: argparse.Namespace, saved: Saved, found: Sequence[PressureReport], told: Sequence[str]) -> Iterator[str]:
     facts = _facts(options, saved)
     wrong = facts["groups"] - facts["all_correct"] - facts["mixed"]
     yield (f"{facts['groups']:,} groups of {facts['group_size']} responses: {facts['all_correct']:,} all correct, "
@@ -232,7 +232,7 @@ def _lines(options: argparse.Namespace, saved: Saved, found: Sequence[Effect], t
         yield from textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ")
 
 
-def _size_table(found: Sequence[Effect]) -> Iterator[str]:
+def _size_table(found: Sequence[PressureReport]) -> Iterator[str]:
     alphas = [effect.alpha for effect in found if effect.alpha != 0]
     reference = pressure.reference_alpha(alphas) if alphas else 0.0
     ratio = "" if reference is None else f"to {reference:g}"
@@ -246,7 +246,7 @@ def _size_table(found: Sequence[Effect]) -> Iterator[str]:
           for effect in found)])
 
 
-def _pull_table(found: Sequence[Effect]) -> Iterator[str]:
+def _pull_table(found: Sequence[PressureReport]) -> Iterator[str]:
     yield from _aligned([
         ["pull on", "alpha", "all", "mixed", "together", "= correct-", "+ length", "+ normal-"],
         ["length", "", "correct", "", "", "ness", "", "isation"],
@@ -263,7 +263,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
                         for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
 
 
-def _setting(effect: Effect) -> list[str]:
+def _setting(effect: PressureReport) -> list[str]:
     return [effect.advantage, "-" if effect.alpha is None else f"{effect.alpha:g}"]
 
 

@@ -35,7 +35,7 @@ from effreason.runtime.metrics import disk
 from effreason.runtime.progress import rate, say
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import engine
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 from effreason.sampling.generate import TextStream, decode, make_requests
 from effreason.types import Response
 
@@ -101,7 +101,7 @@ class Session:
     reader: Reader
     sampler: engine.Sampler
     params: model.Params
-    sampling: Sampling
+    sampling: SamplingParams
 
     def start(self, asked: Sequence[Asked], uids: Sequence[int] | None = None) -> engine.Generation:
         """All samples of all prompts, as the options say."""
@@ -142,7 +142,7 @@ def load(reader: Reader, asked: Sequence[Asked] | None, *, chunk: int) -> Sessio
         len(each.tokens) + each.max_new_tokens for each in asked)
     sampler = engine.make_sampler(pretrained.decoder, mesh, slots=options.slots, chunk=chunk, positions=longest,
                                     smallest=STREAM_CACHE if asked is None else None)
-    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
+    sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
                         min_p=options.min_p, eos_ids=pretrained.eos_ids)
     return Session(reader=reader, sampler=sampler, params=params, sampling=sampling)
 

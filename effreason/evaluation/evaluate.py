@@ -16,22 +16,22 @@ from rich.console import Console
 from effreason.data import prompts, templates
 from effreason.evaluation import journal as journals
 from effreason.evaluation import responses, tables
-from effreason.evaluation.models import Candidate, check_alike, open_candidate, revised, trained_on
+from effreason.evaluation.models import EvaluatedModel, check_alike, open_model, revised, trained_on
 from effreason.grading.grader import Grader
 from effreason.lm import model
 from effreason.lm.hf import pretrained as hf
 from effreason.rl.learner import make_sampler
-from effreason.rl.rollouts import Watch, attempt, unmatched
+from effreason.rl.rollouts import OnChunk, attempt, unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import written
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.metrics import disk
-from effreason.runtime.progress import Headway, rate, say
+from effreason.runtime.progress import GenerationProgress, rate, say
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import capacity
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 from effreason.sampling.engine import Sampler, step_key
 from effreason.types import EOS, LENGTH, LOOP, Outcomes, Problem, Response
 
@@ -42,7 +42,7 @@ NAMES = ("set", "model", "template", "environment")     # facts that decide noth
 class Evaluate(Protocol):
     """What `make_evaluator` makes."""
 
-    def __call__(self, params: model.Params, watch: Watch, *, weights: str,
+    def __call__(self, params: model.Params, watch: OnChunk, *, weights: str,
                  expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None,
                  names: Sequence[str] | None = None) -> dict[str, Outcomes]:
         """Outcomes by the name of the set, drawn with the same keys each time.
@@ -65,7 +65,7 @@ class Measured:
 class Measure(Protocol):
     """What `make_measure` makes."""
 
-    def __call__(self, name: str, params: Callable[[], model.Params], watch: Watch, *, weights: str,
+    def __call__(self, name: str, params: Callable[[], model.Params], watch: OnChunk, *, weights: str,
                  expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Measured:
         """See Evaluate. Args: name, of a set; params, called where something is left to sample."""
         ...
@@ -78,7 +78,7 @@ def make_evaluator(config: Config, pretrained: hf.Pretrained, template: template
     Common random numbers: two models differ by what they are, less by luck. Args: seed, None = run.seed."""
     measure = make_measure(config, pretrained, template, sampler, sets, grader, seed=seed)
 
-    def evaluate(params: model.Params, watch: Watch, *, weights: str,
+    def evaluate(params: model.Params, watch: OnChunk, *, weights: str,
                  expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None,
                  names: Sequence[str] | None = None) -> dict[str, Outcomes]:
         first = next(iter(sets), None)
@@ -93,20 +93,20 @@ def make_measure(config: Config, pretrained: hf.Pretrained, template: templates.
                  grader: Grader, *, seed: int | None = None) -> Measure:
     """measure(name, params, watch, weights=...): one set at a time. Args: seed, None = run.seed."""
     settings, root = config.evaluation, config.run.seed if seed is None else seed
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+    sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
                         min_p=settings.min_p, eos_ids=pretrained.eos_ids)
     # The same for each set: what is drawn for one does not depend on what other sets there are.
     key, files = step_key(root, "evaluation", 0), responses.safe_names(list(sets))
     samples = prompts.evaluation_samples(config)
 
-    def sample(name: str, params: model.Params, watch: Watch, expected: Mapping[int, float],
+    def sample(name: str, params: model.Params, watch: OnChunk, expected: Mapping[int, float],
                **journal: Any) -> list[dict[str, Any]]:
         tried = attempt(lambda requests: sampler(params, requests, key, sampling), sets[name], samples[name],
                         max_new_tokens(config), tokenizer=pretrained.tokenizer, grader=grader,
                         require_eos=config.grade.require_eos, watch=watch, expected=expected, **journal)
         return responses.rows(name, sets[name], tried)
 
-    def measure(name: str, params: Callable[[], model.Params], watch: Watch, *, weights: str,
+    def measure(name: str, params: Callable[[], model.Params], watch: OnChunk, *, weights: str,
                 expected: Mapping[int, float] = MappingProxyType({}), directory: Path | None = None) -> Measured:
         facts = make_facts(config, template, name, sets[name], root, weights) | {"model": pretrained.name}
         if directory is None:
@@ -118,10 +118,10 @@ def make_measure(config: Config, pretrained: hf.Pretrained, template: templates.
                                   functools.partial(_fits, facts, pretrained.decoder.vocabulary)) as journal:
                 rows = sample(name, params(), watch, expected, drawn=journal.drawn, record=journal.add,
                               keep=journal.keep)
-                processes.decided("graded", lambda: responses.write(path, _now(facts), rows))
+                processes.broadcast("graded", lambda: responses.write(path, _now(facts), rows))
                 journal.remove()
             return Measured(outcomes=responses.outcomes(rows), facts=_now(facts))
-        if processes.first():
+        if processes.is_primary():
             path.with_suffix(journals.SUFFIX).unlink(missing_ok=True)       # of a process killed between the two
         found, outcomes = responses.read_outcomes(path)
         return Measured(outcomes=outcomes, facts=found)
@@ -136,7 +136,7 @@ def finished(path: Path, facts: Mapping[str, Any]) -> bool:
             check(facts, path, responses.read_facts(path))
         return path.exists()
 
-    return processes.decided("graded responses", look) and journals.seen(path)
+    return processes.broadcast("graded responses", look) and journals.seen(path)
 
 
 def _fits(facts: Mapping[str, Any], vocabulary: int, response: Response) -> bool:
@@ -154,12 +154,12 @@ def _now(facts: Mapping[str, Any]) -> dict[str, Any]:
 def make_facts(config: Config, template: templates.Template, name: str, problems: Sequence[Problem], seed: int,
                weights: str) -> dict[str, Any]:
     """All that decides the responses of a set and their verdicts, but for the rounding of sums."""
-    loops = dataclasses.asdict(config.loops) if config.loops.stop else {"stop": False}
+    loops = dataclasses.asdict(config.repetition) if config.repetition.stop else {"stop": False}
     settings, samples = dataclasses.asdict(config.evaluation), prompts.evaluation_samples(config)
     return {"set": name, "weights": weights, "run.seed": seed, "evaluation.samples": samples[name],
             **{f"evaluation.{field}": settings[field] for field in ("temperature", "top_p", "top_k", "min_p")},
             "evaluation.max_new_tokens": max_new_tokens(config), "model.dtype": config.model.dtype,
-            **{f"loops.{field}": value for field, value in loops.items()},
+            **{f"repetition.{field}": value for field, value in loops.items()},
             "grade.require_eos": config.grade.require_eos, "grade.function": config.grade.function,
             "grader": provenance.grader(), "template": template.name, "template_sha256": template.sha256,
             "problems": len(problems), "problems_sha256": prompts.fingerprint(problems)}
@@ -205,14 +205,14 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     of_revision = revised(config, models)
-    opened = {path: open_candidate(config, path, config.model.revision if path == of_revision else None, mesh)
+    opened = {path: open_model(config, path, config.model.revision if path == of_revision else None, mesh)
               for path in models}
     check_alike(list(opened.values()), config)
     processes.check_same({f"the model {path}": each.fingerprint for path, each in opened.items()} | {
         f"the template of {path}": each.template.sha256[:12] for path, each in opened.items()})
-    console, folders, found = processes.console(), responses.safe_names(models), list[tables.Score]()
+    console, folders, found = processes.console(), responses.safe_names(models), list[tables.Row]()
     if output is not None:
-        lost = _lost(processes.decided("output", lambda: _make(output)), {
+        lost = _lost(processes.broadcast("output", lambda: _make(output)), {
             _row(each, seed, seeds) for each in opened.values() for seed in seeds}, prompts.evaluation_samples(config))
         processes.check_shared(output, "--output")
         if lost:
@@ -230,12 +230,12 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
     compared = tables.against_first(found)
     for table in tables.tables(compared, seen):
         console.print(table)
-    if output is not None and processes.first():
+    if output is not None and processes.is_primary():
         tables.write(output, compared, seen, provenance.environment(), dataclasses.asdict(config))
         say(f"the results: {output / tables.RESULTS} and {output / tables.TABLE}", console)
 
 
-def _row(opened: Candidate, seed: int, seeds: Sequence[int]) -> str:
+def _row(opened: EvaluatedModel, seed: int, seeds: Sequence[int]) -> str:
     return opened.name if len(seeds) == 1 else f"{opened.name} (seed {seed})"
 
 
@@ -267,12 +267,12 @@ class _Reporter:
             say(note, self.console)
 
     @contextlib.contextmanager
-    def watching(self, what: str) -> Iterator[Watch]:
+    def watching(self, what: str) -> Iterator[OnChunk]:
         """A line at the bottom of a terminal while a set is sampled."""
         started, self.sampled = time.monotonic(), False
         with self.console.status("") as status:
 
-            def watch(now: Headway) -> None:
+            def watch(now: GenerationProgress) -> None:
                 self.sampled = True
                 self._interrupts.check()
                 status.update(f"{what}: {now.finished}/{now.total} responses, {now.running} running, "
@@ -281,8 +281,8 @@ class _Reporter:
             yield watch
 
 
-def evaluate_model(config: Config, opened: Candidate, mesh: jax.sharding.Mesh, grader: Grader, seeds: Sequence[int],
-                   reporter: _Reporter, directory: Path | None) -> list[tables.Score]:
+def evaluate_model(config: Config, opened: EvaluatedModel, mesh: jax.sharding.Mesh, grader: Grader, seeds: Sequence[int],
+                   reporter: _Reporter, directory: Path | None) -> list[tables.Row]:
     """Evaluates one model on each set with each seed; its weights are given up again when this returns.
 
     Args: directory, where what is sampled is kept, None = nowhere."""

@@ -36,10 +36,10 @@ class Journal:
         self._path = path
         self._file: IO[bytes] | None = None
         self.drawn: list[Response] = []
-        if processes.decided("journal", lambda: self._open(facts, check, fits)) and seen(path):
+        if processes.broadcast("journal", lambda: self._open(facts, check, fits)) and seen(path):
             self.drawn = _read(path, check, fits)[1]
         # None reads what process 0 has begun to add to already.
-        processes.gathered("journal read", lambda: None)
+        processes.all_gather("journal read", lambda: None)
 
     def add(self, responses: Sequence[Response]) -> None:
         """Adds responses; they are on their way to the disk when this returns."""
@@ -61,7 +61,7 @@ class Journal:
     def remove(self) -> None:
         """Removes the file: what it was for is done."""
         self.close()
-        if processes.first():
+        if processes.is_primary():
             self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -88,8 +88,8 @@ def seen(path: Path) -> bool:
     """Whether process 0 has a file, once this process sees the same one.
 
     Raises: UserError where this process does not."""
-    wanted = processes.decided("a file of an evaluation", lambda: digest(path))
-    if wanted is not None and not processes.first() and not processes.appears(lambda: digest(path) == wanted):
+    wanted = processes.broadcast("a file of an evaluation", lambda: digest(path))
+    if wanted is not None and not processes.is_primary() and not processes.appears(lambda: digest(path) == wanted):
         raise UserError(f"{path}: process {processes.index()} does not see the file that process 0 has; the disk must "
                         "be one that all hosts share")
     return wanted is not None
@@ -97,7 +97,7 @@ def seen(path: Path) -> bool:
 
 def _line(response: Response) -> bytes:
     facts = {"prompt": response.prompt, "sample": response.sample, "finish": response.finish,
-             "looped": response.looped, "tokens": response.tokens.tolist()}
+             "repeated": response.repeated, "tokens": response.tokens.tolist()}
     return (json.dumps(facts, separators=(",", ":")) + "\n").encode()
 
 
@@ -135,4 +135,4 @@ def _response(table: dict[str, Any]) -> Response:
     unknown = np.zeros(len(tokens), np.float32)
     return Response(prompt=table["prompt"], sample=table["sample"], tokens=tokens, logprobs=unknown,
                     sampling_logprobs=unknown, model_logprobs=unknown, finish=str(table["finish"]),
-                    looped=bool(table["looped"]))
+                    repeated=bool(table["repeated"]))

@@ -17,7 +17,7 @@ from effreason.lm import model
 from effreason.lm.hf import hub
 from effreason.lm.hf import pretrained as hf
 from effreason.rl.checkpoints import Checkpoints
-from effreason.rl.learner import check_model, make_learning
+from effreason.rl.learner import check_model, make_learner
 from effreason.runs.inputs import model_fingerprint
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
@@ -26,7 +26,7 @@ from effreason.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
+class EvaluatedModel:
     """A model to evaluate, but its weights, and the prompts it will read."""
 
     name: str                       # as the user named it
@@ -37,13 +37,13 @@ class Candidate:
     load: Callable[[], model.Params]
 
 
-def open_candidate(config: Config, path: str, revision: str | None, mesh: Mesh) -> Candidate:
+def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> EvaluatedModel:
     """Opens a model and checks it. Raises: UserError."""
     if is_checkpoint(Path(path)):
         return _of_checkpoint(config, Path(path), mesh)
     pretrained = hf.open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
     facts_file = pretrained.directory / hf.FACTS_FILE
-    return _checked(config, mesh, Candidate(
+    return _checked(config, mesh, EvaluatedModel(
         name=pretrained.name, pretrained=pretrained, template=templates.choose(pretrained.tokenizer, config.data),
         facts=hf.read_json(facts_file) if facts_file.exists() else None, fingerprint=model_fingerprint(pretrained),
         load=lambda: hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))))
@@ -54,7 +54,7 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_dir() and path.parent.name == "checkpoints" and (path.parents[1] / "config.yaml").is_file()
 
 
-def _of_checkpoint(config: Config, path: Path, mesh: Mesh) -> Candidate:
+def _of_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
     """A checkpoint of a run, whose configuration says which model it began with. Its whole state is read at first."""
     run = configuration.load(path.parents[1] / "config.yaml")
     pretrained = hf.open_pretrained(run.model.path, revision=run.model.revision, dtype=config.model.dtype,
@@ -68,19 +68,19 @@ def _of_checkpoint(config: Config, path: Path, mesh: Mesh) -> Candidate:
         run.update, rows_per_micro_batch=sharding.batch_shards(mesh), offload_optimizer=False))
 
     def load() -> model.Params:
-        state = make_learning(here, pretrained.decoder, mesh).abstract_state
+        state = make_learner(here, pretrained.decoder, mesh).abstract_state
         with Checkpoints(path.parent, keep=None) as saved:
             params: model.Params = saved.restore(state, int(path.name))[0].params
         return params
 
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _checked(config, mesh, Candidate(
+    return _checked(config, mesh, EvaluatedModel(
         name=str(path), pretrained=pretrained, template=templates.choose(pretrained.tokenizer, config.data),
         facts=facts | {"data": [spec.name for spec in sources.parse(run.data.path, "data.path")]},
         fingerprint=f"{model_fingerprint(pretrained)} step {path.name} {digest[:12]}", load=load))
 
 
-def _checked(config: Config, mesh: Mesh, candidate: Candidate) -> Candidate:
+def _checked(config: Config, mesh: Mesh, candidate: EvaluatedModel) -> EvaluatedModel:
     check_model(candidate.pretrained, config, mesh)
     check_template(candidate, config)
     return candidate
@@ -99,7 +99,7 @@ def revised(config: Config, models: Sequence[str]) -> str | None:
     return on_hub[0]
 
 
-def check_template(candidate: Candidate, config: Config) -> None:
+def check_template(candidate: EvaluatedModel, config: Config) -> None:
     """Raises UserError where a model was trained on other prompts than it would be evaluated on."""
     if config.evaluation.any_template or candidate.facts is None:
         return
@@ -114,7 +114,7 @@ def check_template(candidate: Candidate, config: Config) -> None:
             "data.template and data.user_prompt as in its training, or evaluation.any_template true")
 
 
-def check_alike(candidates: Sequence[Candidate], config: Config) -> None:
+def check_alike(candidates: Sequence[EvaluatedModel], config: Config) -> None:
     """Raises UserError where models would be compared on different prompts."""
     first, *others = candidates
     for other in [] if config.evaluation.any_template else others:
@@ -123,7 +123,7 @@ def check_alike(candidates: Sequence[Candidate], config: Config) -> None:
                             "different prompts; name one with data.template, or set evaluation.any_template true")
 
 
-def trained_on(config: Config, candidate: Candidate) -> list[str]:
+def trained_on(config: Config, candidate: EvaluatedModel) -> list[str]:
     """The names of the sets that a model was trained on: what it says itself, else those of data.path."""
     names = None if candidate.facts is None else candidate.facts.get("data")
     return names if isinstance(names, list) else [spec.name for spec in sources.parse(config.data.path, "data.path")]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from effreason.grading.statements import end_of_answer, first_stated
-from effreason.rl.rollouts import Attempts, gold
+from effreason.rl.rollouts import GradedRollouts, gold
 from effreason.runtime.errors import UserError
 from effreason.runtime.metrics import disk
 from effreason.types import Outcomes, Problem
@@ -32,7 +32,7 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
 BOUNDS = {"tokens": 2**31, "sample": 2**31}     # what an array of them takes
 
 
-def row(problems: Sequence[Problem], tried: Attempts, prompt: int, sample: int) -> dict[str, Any]:
+def row(problems: Sequence[Problem], tried: GradedRollouts, prompt: int, sample: int) -> dict[str, Any]:
     """One response with its verdict, for people and programs to read.
 
     Its status does not say whether the comparison was remembered: that depends on what was graded before."""
@@ -46,7 +46,7 @@ def row(problems: Sequence[Problem], tried: Attempts, prompt: int, sample: int) 
             "finish": str(tried.rollouts.finish[at])}
 
 
-def rows(set_name: str, problems: Sequence[Problem], tried: Attempts) -> list[dict[str, Any]]:
+def rows(set_name: str, problems: Sequence[Problem], tried: GradedRollouts) -> list[dict[str, Any]]:
     """All responses to the problems of a set, prompt by prompt."""
     found = []
     for prompt, problem in enumerate(problems):

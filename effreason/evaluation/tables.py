@@ -29,7 +29,7 @@ WIDTH = 80
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Score:
+class Row:
     """A model on a set."""
 
     row: str                        # the model, with its seed where there are several
@@ -40,13 +40,13 @@ class Score:
     facts: Mapping[str, Any]        # what it was made with
 
 
-def score(row: str, set_name: str, outcomes: Outcomes, facts: Mapping[str, Any]) -> Score:
+def score(row: str, set_name: str, outcomes: Outcomes, facts: Mapping[str, Any]) -> Row:
     """A model on a set, not compared yet."""
-    return Score(row=row, set=set_name, outcomes=outcomes, summary=statistics.summarize(outcomes), comparison=None,
+    return Row(row=row, set=set_name, outcomes=outcomes, summary=statistics.summarize(outcomes), comparison=None,
                  facts=facts)
 
 
-def against_first(scores: Sequence[Score]) -> list[Score]:
+def against_first(scores: Sequence[Row]) -> list[Row]:
     """Each score with its comparison with the first row, on the problems that both have."""
     base = {each.set: each for each in scores if each.row == scores[0].row}
     return [each if each.row == scores[0].row else
@@ -64,7 +64,7 @@ def _only(outcomes: Outcomes, uids: np.ndarray) -> Outcomes:
     return dataclasses.replace(outcomes, **{name: column[chosen] for name, column in vars(outcomes).items()})
 
 
-def line(score: Score) -> str:
+def line(score: Row) -> str:
     """A score on one line, while others are still to come."""
     found = score.summary
     return (f"{score.row}, {score.set}: accuracy {100 * found.accuracy:.1f} %, {found.tokens:,.1f} tokens, "
@@ -90,7 +90,7 @@ def verdict(comparison: Comparison, problems: int) -> str:
     return text
 
 
-def tables(scores: Sequence[Score], seen: set[str]) -> list[RenderableType]:
+def tables(scores: Sequence[Row], seen: set[str]) -> list[RenderableType]:
     """What to print: a table for each set with a line for each comparison, those by difficulty, generalisation.
 
     Args: seen, names of the sets that were trained on."""
@@ -120,7 +120,7 @@ def _titled(title: str, table: Table) -> Group:
     return Group(Text(title, style="bold"), table)
 
 
-def _set_table(name: str, group: Sequence[Score]) -> Group:
+def _set_table(name: str, group: Sequence[Row]) -> Group:
     first = group[0].summary
     against = any(each.comparison for each in group)
     table = _table(["model", "accuracy", "tokens", "cut off", *(["change, points", "tokens x"] if against else [])])
@@ -136,7 +136,7 @@ def _set_table(name: str, group: Sequence[Score]) -> Group:
     return _titled(title, table)
 
 
-def _cost_table(group: Sequence[Score]) -> Group:
+def _cost_table(group: Sequence[Row]) -> Group:
     """What responses cost; the chances of several samples where there are some."""
     samples, against = group[0].summary.samples, any(each.comparison for each in group)
     several = [f"pass@{samples}", f"maj@{samples}"] if samples > 1 else []
@@ -155,7 +155,7 @@ def _cost_table(group: Sequence[Score]) -> Group:
     return Group(table)
 
 
-def _difficulty_tables(each: Score, *, alone: bool) -> list[RenderableType]:
+def _difficulty_tables(each: Row, *, alone: bool) -> list[RenderableType]:
     """Tokens saved by difficulty; for a model alone what it is by level."""
     title = f"{each.set} by difficulty, {each.row}"
     if each.comparison is not None and len(each.comparison.by_difficulty) > 1:
@@ -173,7 +173,7 @@ def _difficulty_tables(each: Score, *, alone: bool) -> list[RenderableType]:
     return []
 
 
-def _generalisation(compared: Sequence[Score], base: str, seen: set[str]) -> Group:
+def _generalisation(compared: Sequence[Row], base: str, seen: set[str]) -> Group:
     table = _table(["set", "model", "accuracy, points", "tokens, x"], left=2)
     for each in sorted(compared, key=lambda each: each.set not in seen):
         found, change = each.summary, each.comparison
@@ -238,7 +238,7 @@ def held(directory: Path) -> dict[str, list[str]]:
     return {row: list(sets) for row, sets in models.items()}
 
 
-def write(directory: Path, scores: Sequence[Score], seen: set[str], environment: Mapping[str, Any],
+def write(directory: Path, scores: Sequence[Row], seen: set[str], environment: Mapping[str, Any],
           settings: Mapping[str, Any]) -> None:
     """Writes results.json and results.csv. Raises: UserError where the disk takes no more."""
     models: dict[str, dict[str, Any]] = {}
@@ -260,7 +260,7 @@ def write(directory: Path, scores: Sequence[Score], seen: set[str], environment:
         partial.replace(directory / TABLE)
 
 
-def flat(score: Score, seen: set[str]) -> dict[str, Any]:
+def flat(score: Row, seen: set[str]) -> dict[str, Any]:
     """A score as one line of a table, by column; budgets, levels and difficulties are not in it.
 
     The git commit is that of the code that sampled, which may not be the one that writes the table.

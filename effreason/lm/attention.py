@@ -47,12 +47,12 @@ def choose_attention(platform: str, *, head_dim: int, dtype: Any, length: int, c
 
     Args: platform, of a device: "cpu", "gpu" or "tpu"; length, positions of a row; context, shards of a row."""
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
-    if kernel and not misfit(kernel, platform, head_dim=head_dim, dtype=dtype, length=length, context=context):
+    if kernel and not unsupported_reason(kernel, platform, head_dim=head_dim, dtype=dtype, length=length, context=context):
         return kernel
     return "xla" if length <= XLA_LENGTH else "blockwise"
 
 
-def misfit(implementation: str, platform: str, *, head_dim: int, dtype: Any, length: int,
+def unsupported_reason(implementation: str, platform: str, *, head_dim: int, dtype: Any, length: int,
            context: int = 1) -> str | None:
     """Why an implementation cannot serve this model on this machine, in words for a user; None where it can."""
     name = jnp.dtype(dtype).name

@@ -70,12 +70,12 @@ def choose_layout(platform: str, head_dim: int, dtype: Any, context: int = 1) ->
     values along the head; a TPU pads the last axis to 128, so a narrow head must not be last.
     Args: platform, of a device: "cpu", "gpu" or "tpu"; dtype, of the cache; context, parts a sequence is split into."""
     kernel = {"tpu": "paged", "gpu": "cudnn"}.get(platform)
-    if kernel and not misfit(kernel, platform, head_dim, dtype, context):
+    if kernel and not unsupported_reason(kernel, platform, head_dim, dtype, context):
         return kernel
     return WITHOUT_KERNEL[platform]
 
 
-def misfit(layout: str, platform: str, head_dim: int, dtype: Any, context: int = 1) -> str | None:
+def unsupported_reason(layout: str, platform: str, head_dim: int, dtype: Any, context: int = 1) -> str | None:
     """Why the kernel of a layout cannot serve this model on this machine, in words for a user; None where it can."""
     name = jnp.dtype(dtype).name
     if layout == "paged":

@@ -26,7 +26,7 @@ from effreason.runtime.errors import UserError
 from effreason.sampling import capacity as memory
 from effreason.sampling import engine as rollouts
 from effreason.sampling import scheduler, slots
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 
 EOS = (0,)                          # which token ends a response changes nothing of what is compiled
 
@@ -106,7 +106,7 @@ def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mes
 def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slots_count: int,
                   workload: Workload) -> dict[str, Program]:
     """Every function of a training step, in the order in which a step calls them; nothing is compiled yet."""
-    learning: Any = learner.make_learning(config, decoder, mesh)
+    learning: Any = learner.make_learner(config, decoder, mesh)
     packed = learner.abstract_packed(config, learning, width=workload.width, micro_batches=workload.room)
     experience = learner.abstract_experience(packed)
     state, reference = learning.abstract_state, learning.abstract_reference
@@ -133,7 +133,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sampler.replicated)
     settings, chunk = config.rollout, config.rollout.chunk
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+    sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
                         min_p=settings.min_p, eos_ids=EOS)
     sizes = {name: device_bytes(tree) for name, tree in (
         ("params", state.params), ("optimizer", state.optimizer), ("reference", reference), ("weights", weights),
@@ -186,7 +186,7 @@ def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, co
     wanted: str = config.rollout.cache_layout
     if wanted == "auto":
         return kv_cache.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
-    if reason := kv_cache.misfit(wanted, platform, decoder.head_dim, decoder.dtype, context):
+    if reason := kv_cache.unsupported_reason(wanted, platform, decoder.head_dim, decoder.dtype, context):
         raise UserError(f"rollout.cache_layout {wanted} does not fit: {reason}")
     return wanted
 

@@ -49,7 +49,7 @@ class Checkpoints:
 
         Args: facts, what belongs to the state and is no array: a table that JSON can hold.
         Raises: UserError when it cannot be written; the checkpoints before it are whole."""
-        if processes.decided("newest checkpoint", lambda: self.latest) == step:
+        if processes.broadcast("newest checkpoint", lambda: self.latest) == step:
             return
         try:
             with _quiet():

@@ -122,8 +122,8 @@ def _pressure(parts: list[jax.Array], weights: jax.Array, scored: _Scored) -> Me
     unit = jnp.sum(scored.mask).astype(jnp.float32) / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
     pulls = [advantages.length_pull(unit * jnp.sum(weights * part, axis=-1).reshape(tokens.shape) / tokens,
                                     scored.lengths) for part in parts]
-    return ({f"pressure/{name}": size / total for name, size in zip(PARTS, sizes, strict=True)}
-            | {f"pull/{name}": pull for name, pull in zip(PARTS, pulls, strict=True)})
+    return ({f"update_share/{name}": size / total for name, size in zip(PARTS, sizes, strict=True)}
+            | {f"length_pull/{name}": pull for name, pull in zip(PARTS, pulls, strict=True)})
 
 
 def _imitation(scored: _Scored, config: Config) -> _Worth:

@@ -19,13 +19,13 @@ from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.sampling import capacity, engine
-from effreason.sampling.draws import Sampling
-from effreason.sampling.repetition import LoopStopping
+from effreason.sampling.draws import SamplingParams
+from effreason.sampling.repetition import RepetitionStopping
 from effreason.types import Experience, Packed, Rollouts, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Learning:
+class Learner:
     """What a step does with its responses, in order, and where it all lies."""
 
     score: Callable[[model.Params, Packed], jax.Array]      # log-probs float32[B, T] by the policy
@@ -64,8 +64,8 @@ class Engine:
     """The sampler of a run and what learns from it."""
 
     sampler: engine.Sampler
-    sampling: Sampling                      # the distribution of the rollouts
-    learning: Learning
+    sampling: SamplingParams                      # the distribution of the rollouts
+    learning: Learner
 
 
 def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh, longest_prompt: int | None = None) -> Engine:
@@ -76,9 +76,9 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh, longest_p
     settings = config.rollout
     return Engine(
         sampler=make_sampler(config, pretrained.decoder, mesh, capacity.training(config)),
-        sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+        sampling=SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
                           min_p=settings.min_p, eos_ids=pretrained.eos_ids),
-        learning=make_learning(config, pretrained.decoder, mesh, longest_prompt))
+        learning=make_learner(config, pretrained.decoder, mesh, longest_prompt))
 
 
 def needs_reference(config: Config) -> bool:
@@ -86,8 +86,8 @@ def needs_reference(config: Config) -> bool:
     return config.kl.form != "none" or config.update.objective == "dpo"
 
 
-def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
-                  longest_prompt: int | None = None) -> Learning:
+def make_learner(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                  longest_prompt: int | None = None) -> Learner:
     """All of a step but its sampling; of a mesh of devices that are only described, too.
 
     Args: longest_prompt, tokens; None = data.max_prompt_tokens.
@@ -114,7 +114,7 @@ def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder), out_shardings=reference)
     params, reward = model.abstract_params(decoder), configured_reward.make_reward(config.reward)
     credited: Any = Credit(experience=packed.groups, rewards=replicated, advantages=replicated, metrics=replicated)
-    return Learning(
+    return Learner(
         score=update.make_scorer(decoder, mesh, loss, params=targets.params),
         score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
         reward=jax.jit(reward, out_shardings=replicated),
@@ -132,7 +132,7 @@ def make_learning(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
         updates=learning.updates_per_batch)
 
 
-def abstract_packed(config: Config, learning: Learning, *, width: int, micro_batches: int) -> Packed:
+def abstract_packed(config: Config, learning: Learner, *, width: int, micro_batches: int) -> Packed:
     """Shapes and shardings of a step's packed rows, the widest group of them: the one that decides what must fit.
 
     Args: width, N; micro_batches, M, that there is room for."""
@@ -166,7 +166,7 @@ def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *
     facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=context)
     if chosen == "auto":
         return attention.choose_attention(platform, **facts)
-    if reason := attention.misfit(chosen, platform, **facts):
+    if reason := attention.unsupported_reason(chosen, platform, **facts):
         raise UserError(f"model.attention {chosen} does not fit: {reason}")
     return chosen
 
@@ -174,8 +174,8 @@ def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *
 def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
                  weight_bytes: int) -> engine.Sampler:
     """The sampling engine of a run, for rollouts and evaluations alike. Args: weight_bytes, as in memory.slots."""
-    loops = LoopStopping(window=config.loops.window, longest_period=config.loops.longest_period,
-                         audit_share=config.loops.audit_share) if config.loops.stop else None
+    loops = RepetitionStopping(window=config.repetition.window, longest_period=config.repetition.longest_period,
+                         audit_share=config.repetition.audit_share) if config.repetition.stop else None
     settings = config.rollout
     return engine.make_sampler(decoder, mesh, slots=capacity.slots(config, decoder, mesh, weight_bytes),
                                  chunk=settings.chunk, positions=capacity.positions(config), loops=loops,

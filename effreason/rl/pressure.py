@@ -45,7 +45,7 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Effect:
+class PressureReport:
     """One setting: an advantage at an alpha. Pulls are `advantages.length_pull`: tokens, negative = towards shorter."""
 
     advantage: str
@@ -133,7 +133,7 @@ def reference_alpha(alphas: Sequence[float | None]) -> float | None:
 
 
 def effects(groups: Groups, reward: Reward, alphas: Sequence[float | None], advantage: str,
-            aggregation: str) -> list[Effect]:
+            aggregation: str) -> list[PressureReport]:
     """The control, correctness alone, and then each alpha, with one advantage. Args: alphas, greater than 0, or None
     for a reward that has none."""
     control, shaped = make_split(correctness, advantage), make_split(reward, advantage)
@@ -146,7 +146,7 @@ def effects(groups: Groups, reward: Reward, alphas: Sequence[float | None], adva
 
 
 def _effect(groups: Groups, rewards: np.ndarray, parts: Parts, advantage: str, alpha: float | None,
-            aggregation: str) -> Effect:
+            aggregation: str) -> PressureReport:
     whole, all_correct, mixed = parts.whole, groups.all_correct, groups.mixed
     punished = groups.correct & (whole < -NOISE)
     has_one = punished.any(axis=1)
@@ -156,7 +156,7 @@ def _effect(groups: Groups, rewards: np.ndarray, parts: Parts, advantage: str, a
 
     accuracy, length, shift = (pull(part, groups, aggregation) or 0.0
                                for part in (parts.accuracy, parts.length, parts.normalisation))
-    return Effect(
+    return PressureReport(
         advantage=advantage, alpha=alpha, groups_with_signal=float((np.ptp(rewards, axis=1) > 0).mean()),
         size=Sizes(all_correct=size(all_correct), mixed=size(mixed)), size_ratio=Sizes(all_correct=None, mixed=None),
         punished=int(punished.sum()),

@@ -17,7 +17,7 @@ from effreason.grading.grader import Grade, Grader
 from effreason.grading.kinds import Gold
 from effreason.runtime import processes
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.progress import Headway
+from effreason.runtime.progress import GenerationProgress
 from effreason.sampling.engine import Generation, Request, collect, make_requests
 from effreason.types import Problem, Response, Rollouts
 
@@ -25,7 +25,7 @@ GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seco
 UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide, ...
 UNDECIDED_FEW = 2                   # ... beyond so many, which say nothing of a share
 
-Watch = Callable[[Headway], None]           # called after every chunk; stops a generation by raising
+OnChunk = Callable[[GenerationProgress], None]           # called after every chunk; stops a generation by raising
 Start = Callable[[Sequence[Request]], Generation]       # a sampler with its weights, key and distribution
 
 
@@ -34,7 +34,7 @@ class Undecided(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempts:
+class GradedRollouts:
     """Groups of responses with what the grader says of them."""
 
     rollouts: Rollouts
@@ -45,7 +45,7 @@ class Attempts:
     generations: tuple[Generation, ...]     # over; for their counters
 
 
-def generate(start: Start, requests: Sequence[Request], watch: Watch, *,
+def generate(start: Start, requests: Sequence[Request], watch: OnChunk, *,
              submit: Callable[[list[Response]], None] = lambda finished: None,
              keep: Callable[[list[Response]], None] = lambda responses: None) -> tuple[list[Response], Generation]:
     """Runs a sampler to its end; the responses in the order in which they ended.
@@ -56,7 +56,7 @@ def generate(start: Start, requests: Sequence[Request], watch: Watch, *,
     generation = start(requests)
 
     def report() -> None:
-        watch(Headway(finished=len(responses), total=len(requests), running=generation.running,
+        watch(GenerationProgress(finished=len(responses), total=len(requests), running=generation.running,
                       waiting=generation.waiting, tokens=generation.tokens))
 
     try:
@@ -73,10 +73,10 @@ def generate(start: Start, requests: Sequence[Request], watch: Watch, *,
 
 
 def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_tokens: int, *, tokenizer: Any,
-            grader: Grader, require_eos: bool, watch: Watch, expected: Mapping[int, float] = MappingProxyType({}),
+            grader: Grader, require_eos: bool, watch: OnChunk, expected: Mapping[int, float] = MappingProxyType({}),
             drawn: Sequence[Response] = (),
             record: Callable[[list[Response]], None] = lambda finished: None,
-            keep: Callable[[list[Response]], None] = lambda responses: None) -> Attempts:
+            keep: Callable[[list[Response]], None] = lambda responses: None) -> GradedRollouts:
     """Samples and grades a group of responses to each problem.
 
     With several processes each grades a share of the responses, and all get all verdicts.
@@ -119,12 +119,12 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
     verdicts = [graded[row] for row in rows]
     check_decided(verdicts)
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
-    return Attempts(rollouts=rollouts, texts=[texts[row] for row in rows], verdicts=verdicts,
+    return GradedRollouts(rollouts=rollouts, texts=[texts[row] for row in rows], verdicts=verdicts,
                     correct=correct & rollouts.ended if require_eos else correct,
                     grading_seconds=time.monotonic() - generated, generations=(generation,))
 
 
-def replaced(tried: Attempts, places: Sequence[int], others: Attempts, rows: Sequence[int]) -> Attempts:
+def replaced(tried: GradedRollouts, places: Sequence[int], others: GradedRollouts, rows: Sequence[int]) -> GradedRollouts:
     """Some groups in the place of others. Args: places, of the groups that go; rows, of `others`, those that come."""
     group = tried.correct.shape[1]
     texts, verdicts = list(tried.texts), list(tried.verdicts)
@@ -143,7 +143,7 @@ def replaced(tried: Attempts, places: Sequence[int], others: Attempts, rows: Seq
     names = [field.name for field in fields(Rollouts)]
     rollouts = Rollouts(**{name: exchanged(getattr(tried.rollouts, name), getattr(others.rollouts, name))
                            for name in names})
-    return Attempts(rollouts=rollouts, texts=texts, verdicts=verdicts, correct=exchanged(tried.correct, others.correct),
+    return GradedRollouts(rollouts=rollouts, texts=texts, verdicts=verdicts, correct=exchanged(tried.correct, others.correct),
                     grading_seconds=tried.grading_seconds + others.grading_seconds,
                     generations=tried.generations + others.generations)
 
@@ -152,7 +152,7 @@ def together(graded: Callable[[], dict[tuple[int, int], Grade]]) -> dict[tuple[i
     """What each process has graded, in all of them; an error in one is raised in all of them."""
     if processes.count() == 1:
         return graded()
-    shares: list[list[Any]] = processes.gathered(
+    shares: list[list[Any]] = processes.all_gather(
         "verdicts", lambda: [[*name, asdict(grade)] for name, grade in graded().items()])
     return {(prompt, sample): Grade(**table) for share in shares for prompt, sample, table in share}
 
@@ -187,7 +187,7 @@ def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
     processes.check_same({"the number of problems": str(len(golds)),
                           "the reference answers": hashlib.sha256(repr(golds).encode()).hexdigest()[:12]})
     # By one process: what takes too long on one host may not on another.
-    return processes.decided("reference answers", lambda: grader.check_golds(golds))
+    return processes.broadcast("reference answers", lambda: grader.check_golds(golds))
 
 
 def check_decided(verdicts: Sequence[Grade]) -> None:

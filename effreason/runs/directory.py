@@ -43,7 +43,7 @@ def open_run(config: Config, *, name: str | None = None, free: Sequence[str] = (
     Args: name, what follows the time in the name of a new one; free, fields that may differ on resume beyond RESUMABLE;
         family, it is to hold one.
     Raises: UserError."""
-    directory = Path(processes.decided("run directory", lambda: str(_make_directory(config, name, free, family))))
+    directory = Path(processes.broadcast("run directory", lambda: str(_make_directory(config, name, free, family))))
     processes.check_shared(directory, "run.directory")
     return directory
 
@@ -102,7 +102,7 @@ def write_left_out(rows: Sequence[LeftOut], directory: Path) -> None:
 def open_metrics(config: Config, directory: Path, start_step: int) -> MetricsWriter | Unwritten:
     """What writes the metrics: nothing, but in process 0."""
     return MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb, start_step=start_step,
-                         config=dataclasses.asdict(config)) if processes.first() else Unwritten()
+                         config=dataclasses.asdict(config)) if processes.is_primary() else Unwritten()
 
 
 def evaluations(directory: Path, step: int) -> Path:

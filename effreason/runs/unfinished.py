@@ -21,14 +21,14 @@ def save(path: Path, step: int, responses: Sequence[Response]) -> None:
     """Writes finished and begun responses of a step, as a whole or not at all. Raises: UserError for a full disk.
 
     Process 0 alone writes: all have the same."""
-    if not processes.first():
+    if not processes.is_primary():
         return
     table: dict[str, Any] = {
         "step": np.int64(step),
         "prompt": np.array([response.prompt for response in responses], np.int32),
         "sample": np.array([response.sample for response in responses], np.int32),
         "finish": np.array([response.finish for response in responses], np.str_),
-        "looped": np.array([response.looped for response in responses], bool),
+        "repeated": np.array([response.repeated for response in responses], bool),
         "length": np.array([len(response.tokens) for response in responses], np.int64),
         "tokens": _joined([response.tokens for response in responses], np.int32)}
     table |= {name: _joined([getattr(response, name) for response in responses], np.float32) for name in LOGPROBS}
@@ -49,10 +49,10 @@ def load(path: Path, step: int) -> list[Response]:
 
     With several processes it is process 0 that says whether there is a file, and which.
     Raises: UserError for a damaged file."""
-    wanted = processes.decided("unfinished responses", lambda: digest(path))
+    wanted = processes.broadcast("unfinished responses", lambda: digest(path))
     if wanted is None:
         return []
-    if not processes.first() and not processes.appears(lambda: digest(path) == wanted):
+    if not processes.is_primary() and not processes.appears(lambda: digest(path) == wanted):
         raise UserError(f"{path}: process {processes.index()} does not see the file that process 0 has; the disk must "
                         "be one that all hosts share")
     try:
@@ -63,7 +63,7 @@ def load(path: Path, step: int) -> list[Response]:
         ends = np.cumsum(table["length"])[:-1]
         pieces = {name: np.split(table[name], ends) for name in ("tokens", *LOGPROBS)}
         return [Response(prompt=int(table["prompt"][row]), sample=int(table["sample"][row]),
-                         finish=str(table["finish"][row]), looped=bool(table["looped"][row]),
+                         finish=str(table["finish"][row]), repeated=bool(table["repeated"][row]),
                          **{name: arrays[row] for name, arrays in pieces.items()})
                 for row in range(len(table["length"]))]
     except Exception as error:      # what a damaged archive raises depends on where it is damaged

@@ -142,7 +142,7 @@ class RolloutConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopsConfig(Section):
+class RepetitionConfig(Section):
     """Responses that repeat themselves word for word until the token limit."""
 
     stop: bool = False
@@ -150,9 +150,9 @@ class LoopsConfig(Section):
     window: Count = 512
     """A response loops when its last tokens, so many, are one block of tokens over and over."""
     longest_period: Count = 128
-    """Tokens in that block, at most; half of loops.window at most."""
+    """Tokens in that block, at most; half of repetition.window at most."""
     audit_share: Closed = 0.05
-    """Share of the loops that are let go on all the same; rollout/loops_recovered says how many of these ended
+    """Share of the loops that are let go on all the same; rollout/repetition_recovered says how many of these ended
     by themselves."""
 
 
@@ -372,7 +372,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
-    loops: LoopsConfig = LoopsConfig()
+    repetition: RepetitionConfig = RepetitionConfig()
     grade: GradeConfig = GradeConfig()
     reward: RewardConfig = RewardConfig()
     advantage: AdvantageConfig = AdvantageConfig()
@@ -392,9 +392,9 @@ class Config:
                 "rollout.prompts_per_step * rollout.group_size must be divisible by update.updates_per_batch, got "
                 f"{rollout.prompts_per_step} * {rollout.group_size} and {update.updates_per_batch}"
             )
-        if self.loops.window < 2 * self.loops.longest_period:
-            raise ValueError("loops.window must be at least twice loops.longest_period, "
-                             f"got {self.loops.window} and {self.loops.longest_period}")
+        if self.repetition.window < 2 * self.repetition.longest_period:
+            raise ValueError("repetition.window must be at least twice repetition.longest_period, "
+                             f"got {self.repetition.window} and {self.repetition.longest_period}")
         if self.data.choices_field is not None and self.data.answer_kind != "choice":
             raise ValueError("data.answer_kind must be choice where data.choices_field names a column, "
                              f"got {self.data.answer_kind}")

@@ -14,7 +14,7 @@ from jax._src import distributed  # the store has no public name; orbax reaches 
 from effreason.runtime import processes
 from effreason.runtime.config import DistributedConfig
 from effreason.runtime.errors import UserError
-from effreason.runtime.stderr_relay import Words
+from effreason.runtime.stderr_relay import StderrRelay
 
 ENVIRONMENT = {"coordinator_address": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES",
                "process_id": "JAX_PROCESS_ID"}
@@ -89,7 +89,7 @@ def _meet(settings: DistributedConfig) -> processes.Group:
     found = resolve(settings)
     # A host that is lost would have all others write their memory to disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    words = Words()
+    words = StderrRelay()
     seconds = settings.initialization_timeout_seconds
     place = "" if settings.mode == "auto" else f", this is process {found['process_id']}; they meet at " + str(
         found["coordinator_address"])

@@ -1,7 +1,7 @@
 """Several processes, one on each host, that run the same program on the same data and make the same decisions.
 
-What could differ between hosts (a clock, a file that is there, a signal, a grader's time limit) is decided by one
-process for all, or gathered from all, through the store of JAX's coordination service: host data, a few kB at a time.
+What could differ between hosts (a clock, a file that is there, a signal, a grader's time limit) is broadcast by one
+process for all, or all_gather from all, through the store of JAX's coordination service: host data, a few kB at a time.
 In one process all of this costs nothing and changes nothing.
 """
 
@@ -21,7 +21,7 @@ import jax
 from rich.console import Console
 
 from effreason.runtime.errors import UserError
-from effreason.runtime.stderr_relay import Words
+from effreason.runtime.stderr_relay import StderrRelay
 
 T = TypeVar("T")
 PREFIX = "effreason"
@@ -40,17 +40,17 @@ def index() -> int:
     return 0 if _group is None else _group.index
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is process 0: the one that writes and speaks."""
     return index() == 0
 
 
 def console() -> Console:
     """Where a run speaks to people: standard output, of process 0 alone."""
-    return Console() if first() else Console(quiet=True, force_interactive=False)
+    return Console() if is_primary() else Console(quiet=True, force_interactive=False)
 
 
-def decided(name: str, make: Callable[[], T]) -> T:
+def broadcast(name: str, make: Callable[[], T]) -> T:
     """What `make` gives in process 0, in all of them; an error there is raised in all of them.
 
     Args: name, of the decision; make, gives what JSON can hold, and is called in process 0 alone."""
@@ -59,7 +59,7 @@ def decided(name: str, make: Callable[[], T]) -> T:
     return _group.exchange(name, make, among=1)[0]
 
 
-def gathered(name: str, make: Callable[[], T]) -> list[T]:
+def all_gather(name: str, make: Callable[[], T]) -> list[T]:
     """What `make` gives in each process, in their order; an error in one is raised in all of them."""
     if _group is None:
         return [make()]
@@ -68,7 +68,7 @@ def gathered(name: str, make: Callable[[], T]) -> list[T]:
 
 def check_same(facts: dict[str, str]) -> None:
     """Raises UserError, in all processes, where one has other facts than process 0."""
-    reference, *others = gathered("facts", lambda: facts)
+    reference, *others = all_gather("facts", lambda: facts)
     for number, found in enumerate(others, start=1):
         for name, value in reference.items():
             if found.get(name) != value:
@@ -80,10 +80,10 @@ def check_shared(directory: Path, field: str) -> None:
     """Raises UserError unless all processes see what process 0 writes into a directory."""
     if _group is None:
         return
-    token = directory / decided("token", lambda: f".shared-{os.getpid()}-{time.time_ns()}")
-    decided("shared directory", lambda: token.write_text(""))
-    seen = gathered("sight of it", lambda: appears(token.exists))
-    if first():
+    token = directory / broadcast("token", lambda: f".shared-{os.getpid()}-{time.time_ns()}")
+    broadcast("shared directory", lambda: token.write_text(""))
+    seen = all_gather("sight of it", lambda: appears(token.exists))
+    if is_primary():
         token.unlink(missing_ok=True)
     if not all(seen):
         blind = ", ".join(f"process {number}{_on(number)}" for number, sees in enumerate(seen) if not sees)
@@ -99,7 +99,7 @@ def appears(seen: Callable[[], bool], seconds: float = 15.0) -> bool:
     return found
 
 
-def agreed_stop(received: int | None) -> int | None:
+def agree_on_signal(received: int | None) -> int | None:
     """The signal at which all processes stop at this very call, whichever of them it came to; None to go on.
 
     Every process makes the same calls in the same order. Args: received, a signal that has come to this one."""
@@ -139,7 +139,7 @@ class Stops(threading.Thread):
         self._over = threading.Event()
 
     def reached(self, received: int | None) -> int | None:
-        """See agreed_stop."""
+        """See agree_on_signal."""
         self._received = self._received or received
         with self._lock:
             self._checks += 1
@@ -175,9 +175,9 @@ class Group:
 
     stops: Stops
 
-    def __init__(self, client: Any, index: int, words: Words) -> None:
+    def __init__(self, client: Any, index: int, words: StderrRelay) -> None:
         self.index, self.hosts = index, [""]
-        self._client, self._words = client, words
+        self._client, self._relay = client, words
         self._number = 0                    # of exchanges so far, the same in all processes
         self._keys: list[tuple[int, str]] = []
 
@@ -200,7 +200,7 @@ class Group:
 
     def tell(self, **table: Any) -> None:
         """What the last line needs to know."""
-        self._words.tell(table)
+        self._relay.tell(table)
 
     def exchange(self, name: str, make: Callable[[], Any], among: int) -> list[Any]:
         """The values of the first `among` processes, in all of them. Raises: UserError where one of these failed."""
@@ -246,7 +246,7 @@ class Group:
                 jax.distributed.shutdown()
             except jax.errors.JaxRuntimeError:
                 together = False
-        self._words.close()
+        self._relay.close()
         if not together:                    # what JAX does at exit would wait for the others
             os._exit(code)
 

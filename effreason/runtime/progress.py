@@ -53,7 +53,7 @@ def say(text: str, console: Console) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Headway:
+class GenerationProgress:
     """How far a generation is, for people to watch."""
 
     finished: int                   # responses
@@ -66,7 +66,7 @@ class Headway:
 class _Generation:
     """How far the generation of one step is, and how fast."""
 
-    def __init__(self, headway: Headway) -> None:
+    def __init__(self, headway: GenerationProgress) -> None:
         self.headway = headway
         self.over = False
         self._first_tokens = headway.tokens
@@ -137,7 +137,7 @@ class Progress:
         if self._live is None:
             self.say(self._line())
 
-    def rollout(self, headway: Headway) -> None:
+    def rollout(self, headway: GenerationProgress) -> None:
         """Shows how far the generation within this step is."""
         current = self._rollout
         if (current is None or current.over or headway.finished < current.headway.finished

@@ -28,9 +28,9 @@ class Interrupts:
         """Raises Interrupted if a signal has come; to be called where stopping is safe.
 
         With several processes all stop at the same call, whichever of them the signal has come to."""
-        if (number := processes.agreed_stop(self._received)) is not None:
+        if (number := processes.agree_on_signal(self._received)) is not None:
             # Process 0 says it for all.
-            raise Interrupted(number, f"stopped by {signal.Signals(number).name}" if processes.first() else "")
+            raise Interrupted(number, f"stopped by {signal.Signals(number).name}" if processes.is_primary() else "")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number

@@ -105,7 +105,7 @@ class Relay:
         return bool(self._held) and not self._fatal
 
 
-class Words:
+class StderrRelay:
     """Standard error, read by a process of its own that speaks for this one when JAX aborts it."""
 
     def __init__(self) -> None:

@@ -56,10 +56,10 @@ def device_bytes(mesh: Mesh) -> float:
     statistics = device.memory_stats() if device.platform != "cpu" else None
     if statistics is not None and "bytes_limit" in statistics:
         bytes_limit = statistics["bytes_limit"]
-        return min(processes.gathered("memory of a device", lambda: bytes_limit)) * mesh.size
+        return min(processes.all_gather("memory of a device", lambda: bytes_limit)) * mesh.size
     # Half of the host's: graders, data and whatever else runs there want theirs.
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    return min(processes.gathered("memory of a host", lambda: here)) * processes.count()
+    return min(processes.all_gather("memory of a host", lambda: here)) * processes.count()
 
 
 def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:

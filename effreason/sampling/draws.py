@@ -17,7 +17,7 @@ MOST_BLOCKS = 256                   # near the square root of a large vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """The distribution that tokens are drawn from, and the tokens that end a response. Static under jit.
 
     The filters apply in the order temperature, top_k, top_p (over what top_k left), min_p, each keeping ties with the
@@ -42,7 +42,7 @@ class Sampling:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawn:
+class SampledTokens:
     """One token a row, and how likely it was."""
 
     tokens: jax.Array               # int32[S]
@@ -51,13 +51,13 @@ class Drawn:
     model_logprobs: jax.Array       # float32[S], by the model at temperature 1
 
 
-def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Drawn:
+def draw(logits: jax.Array, keys: jax.Array, sampling: SamplingParams) -> SampledTokens:
     """One token a row, by inverting the cumulative distribution: first over blocks of the vocabulary, then in one.
 
     A Gumbel draw would need a random number for every entry of the vocabulary: many times the cost. Greedy rows have
     sampling_logprobs 0, and logprobs at temperature 1. A token of probability 0 is never drawn.
 
-    Args: logits float32[S, V], -inf allowed, at temperature 1; keys key[S], each used up. Returns: Drawn, [S]."""
+    Args: logits float32[S, V], -inf allowed, at temperature 1; keys key[S], each used up. Returns: SampledTokens, [S]."""
     blocks = _blocks(logits)
     block_peaks = jnp.max(blocks, axis=-1)
     peak = jnp.max(block_peaks, axis=-1)
@@ -68,7 +68,7 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Drawn:
         block = jnp.argmax(block_peaks, axis=-1)
         position = jnp.argmax(_row(blocks, block), axis=-1)
         model_logprobs = -jnp.log(model_total)
-        return Drawn(tokens=_token(blocks, block, position), logprobs=model_logprobs,
+        return SampledTokens(tokens=_token(blocks, block, position), logprobs=model_logprobs,
                      sampling_logprobs=jnp.zeros_like(model_logprobs), model_logprobs=model_logprobs)
 
     threshold = filter_threshold(blocks, peak, sampling)
@@ -85,12 +85,12 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Drawn:
 
     behind_peak = _row(inside, position) - peak
     logprobs = behind_peak * (1.0 / sampling.temperature)
-    return Drawn(tokens=_token(blocks, block, position), logprobs=logprobs - jnp.log(jnp.sum(sums, axis=-1)),
+    return SampledTokens(tokens=_token(blocks, block, position), logprobs=logprobs - jnp.log(jnp.sum(sums, axis=-1)),
                  sampling_logprobs=logprobs - jnp.log(jnp.sum(kept_sums, axis=-1)),
                  model_logprobs=behind_peak - jnp.log(model_total))
 
 
-def filter_threshold(blocks: jax.Array, peak: jax.Array, sampling: Sampling) -> jax.Array | None:
+def filter_threshold(blocks: jax.Array, peak: jax.Array, sampling: SamplingParams) -> jax.Array | None:
     """The least logit float32[S] that top_k, top_p and min_p leave in, None where they are all off.
 
     Args: blocks float32[S, K, W], logits; peak float32[S], the largest of each row."""

@@ -23,9 +23,9 @@ from effreason.lm import kv_cache, model
 from effreason.runtime import processes, sharding
 from effreason.runtime.errors import UserError
 from effreason.sampling import slots as device
-from effreason.sampling.draws import Sampling
-from effreason.sampling.repetition import LoopStopping
-from effreason.sampling.scheduler import Bank, Library, Request, Source, check, in_order
+from effreason.sampling.draws import SamplingParams
+from effreason.sampling.repetition import RepetitionStopping
+from effreason.sampling.scheduler import PrefillBatch, PrefillKey, PrefillQueue, Request, check, in_order
 from effreason.sampling.scheduler import make_requests as make_requests
 from effreason.types import EOS, LENGTH, LOOP, Problem, Response, Rollouts, padded_length
 
@@ -43,7 +43,7 @@ class Sampler(Protocol):
     """What `make_sampler` makes."""
 
     def __call__(self, params: model.Params, requests: Sequence[Request], key: jax.Array,
-                 sampling: Sampling) -> "Generation":
+                 sampling: SamplingParams) -> "Generation":
         """Starts generating; see `Generation`."""
         ...
 
@@ -53,12 +53,12 @@ class _Running:
     """What the host knows of the response in a slot."""
 
     request: Request
-    source: Source                  # what was read for it
+    source: PrefillKey                  # what was read for it
     length: int                     # tokens in the slot's cache at most
     tokens: list[np.ndarray]
     logprobs: dict[str, list[np.ndarray]]
     generated: int
-    looped: bool = False
+    repeated: bool = False
 
 
 class Generation:
@@ -72,8 +72,8 @@ class Generation:
         the end of a chunk to the start of the next; compilations, programs compiled for it."""
 
     def __init__(self, programs: device.Programs, params: model.Params, requests: Sequence[Request], key: jax.Array,
-                 sampling: Sampling, *, slots: int, chunk: int, positions: int | None,
-                 smallest: int, loops: LoopStopping | None) -> None:
+                 sampling: SamplingParams, *, slots: int, chunk: int, positions: int | None,
+                 smallest: int, loops: RepetitionStopping | None) -> None:
         self._programs, self._key, self._sampling, self._chunk = programs, key, sampling, chunk
         self._smallest, self._loops = smallest, loops
         self._compiled_before = programs.compiled()
@@ -81,7 +81,7 @@ class Generation:
         self._most = None if positions is None else cache_positions(positions)
         self._queue = collections.deque(in_order(requests))
         self._slots: list[_Running | None] = [None] * _slot_count(slots, len(self._queue), programs.shards)
-        self._library = Library(self._queue, self._most, len(self._slots))
+        self._library = PrefillQueue(self._queue, self._most, len(self._slots))
         self._halted = np.zeros(len(self._slots), bool)
         self._state: device.Slots | None = None
         self.capacity = 0
@@ -163,29 +163,29 @@ class Generation:
         half = -(-count // self._programs.shards // 2)      # of each device
         return min(half * self._programs.shards if half >= SMALLEST else 0, running - 1)
 
-    def _refill(self) -> list[tuple[Bank, list[int]]]:
+    def _refill(self) -> list[tuple[PrefillBatch, list[int]]]:
         """Gives free slots to waiting responses; returns the slots to start, by the bank that holds their prompts."""
         # Dealt out over the devices: they shrink together, as the busiest of them allows.
         here = len(self._slots) // self._programs.shards
         free = [slot for slot, row in enumerate(self._slots) if row is None]
         free.sort(key=lambda slot: (slot % here, slot))
-        started: dict[int, tuple[Bank, list[int]]] = {}
+        started: dict[int, tuple[PrefillBatch, list[int]]] = {}
         for slot in free[: len(self._queue)]:
             request = self._queue.popleft()
-            source = Source.of(request)
+            source = PrefillKey.of(request)
             bank, known = self._library.bank_of(source), len(source.known)
             self._slots[slot] = _Running(
                 request=request, source=source, length=known - 1, generated=known - len(request.tokens),
                 tokens=[] if request.prefix is None else [request.prefix.tokens],
                 logprobs={name: [] if request.prefix is None else [getattr(request.prefix, name)]
                           for name in device.logprob_names(self._sampling)},
-                looped=request.prefix is not None and request.prefix.looped)
+                repeated=request.prefix is not None and request.prefix.repeated)
             self._halted[slot] = False
             bank.waiting -= 1
             started.setdefault(id(bank), (bank, []))[1].append(slot)
         return list(started.values())
 
-    def _make_room(self, started: list[tuple[Bank, list[int]]]) -> None:
+    def _make_room(self, started: list[tuple[PrefillBatch, list[int]]]) -> None:
         """Makes or grows the cache, so that the next chunk and the new prompts fit."""
         longest = max(row.length for row in self._slots if row is not None)
         # One more: a row that has ended stands behind its last token until the others have, and writes there.
@@ -200,7 +200,7 @@ class Generation:
                 self._state.cache[index] = self._programs.grow(layer, capacity=needed)
         self.capacity = max(needed, self.capacity)
 
-    def _fresh(self, bank: Bank, rows: list[int]) -> np.ndarray:
+    def _fresh(self, bank: PrefillBatch, rows: list[int]) -> np.ndarray:
         """Where and how the responses in these slots start: see device.FRESH."""
         table = np.full((len(device.FRESH), len(self._slots)), -1, np.int32)
         for index, slot in enumerate(rows):
@@ -247,10 +247,10 @@ class Generation:
 
     def _cut(self, row: "_Running", count: int) -> int | None:
         """The length to stop a response at because it only repeats itself since then. Args: count, its new tokens."""
-        if self._loops is None or row.looped or not count:
+        if self._loops is None or row.repeated or not count:
             return None
         cut = self._loops.cut(row.tokens, row.generated, count)
-        row.looped = cut is not None
+        row.repeated = cut is not None
         return None if cut is None or self._loops.audited(row.request.uid, row.request.sample) else cut
 
     def _shrink(self) -> None:
@@ -297,11 +297,11 @@ def _response(row: _Running, finish: str, length: int | None = None) -> Response
     logprobs = {name: joined(pieces, np.float32) for name, pieces in row.logprobs.items()}
     alike = {name: logprobs.get(name, logprobs["logprobs"]) for name in ("sampling_logprobs", "model_logprobs")}
     return Response(prompt=row.request.prompt, sample=row.request.sample, tokens=joined(row.tokens, np.int32),
-                    finish=finish, looped=row.looped, **logprobs | alike)
+                    finish=finish, repeated=row.repeated, **logprobs | alike)
 
 
 def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int, positions: int | None = None,
-                 smallest: int | None = None, loops: LoopStopping | None = None,
+                 smallest: int | None = None, loops: RepetitionStopping | None = None,
                  cache_layout: str = "auto") -> Sampler:
     """The engine with its compiled functions.
 
@@ -318,15 +318,15 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
             with jax.set_mesh(mesh):
                 sizes = dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim)
                 works = kv_cache.works(cache_layout, rows=sharding.batch_shards(mesh), dtype=config.dtype, **sizes)
-                if not all(processes.gathered("trial of a kernel", lambda: works)):
+                if not all(processes.all_gather("trial of a kernel", lambda: works)):
                     cache_layout = kv_cache.WITHOUT_KERNEL[platform]
-    elif reason := kv_cache.misfit(cache_layout, platform, config.head_dim, config.dtype, context):
+    elif reason := kv_cache.unsupported_reason(cache_layout, platform, config.head_dim, config.dtype, context):
         raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")
     # A quarter of the largest costs little to read, and spares the smaller sizes their compilation.
     first = smallest or min(max(64, 1 << max((positions or 0) // 4, 1).bit_length() - 1), 2048)
     programs = device.make_programs(dataclasses.replace(config, cache_layout=cache_layout), mesh)
 
-    def sample(params: model.Params, requests: Sequence[Request], key: jax.Array, sampling: Sampling) -> Generation:
+    def sample(params: model.Params, requests: Sequence[Request], key: jax.Array, sampling: SamplingParams) -> Generation:
         return Generation(programs, params, requests, key, sampling, slots=slots, chunk=chunk, positions=positions,
                           smallest=first, loops=loops)
 
@@ -343,14 +343,14 @@ def collect(problems: Sequence[Problem], responses: Sequence[Response], group_si
     shape = (len(problems), group_size)
     longest = max(len(response.tokens) for response in responses)
     tokens, logprobs = np.zeros((*shape, longest), np.int32), np.zeros((*shape, longest), np.float32)
-    lengths, looped, finish = np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape, LENGTH)
+    lengths, repeated, finish = np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape, LENGTH)
     for response in responses:
         at, length = (response.prompt, response.sample), len(response.tokens)
         tokens[at][:length], logprobs[at][:length] = response.tokens, response.logprobs
-        lengths[at], finish[at], looped[at] = length, response.finish, response.looped
+        lengths[at], finish[at], repeated[at] = length, response.finish, response.repeated
     prompt_lengths = np.array([len(problem.prompt) for problem in problems], np.int32)
     prompts = np.zeros((len(problems), prompt_lengths.max()), np.int32)
     for row, problem in enumerate(problems):
         prompts[row, : prompt_lengths[row]] = problem.prompt
     return Rollouts(prompts=prompts, prompt_lengths=prompt_lengths, tokens=tokens, lengths=lengths, logprobs=logprobs,
-                    finish=finish, looped=looped)
+                    finish=finish, repeated=repeated)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from effreason.lm import model
 from effreason.runtime import sharding
 from effreason.sampling import engine
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 from effreason.sampling.engine import Request
 from effreason.types import Response
 
@@ -21,7 +21,7 @@ WINDOW, CONTEXT = 128, 16           # tokens decoded again at each look, and how
 
 
 def generate(params: model.Params, prompts: Sequence[Sequence[int] | np.ndarray], *, config: model.DecoderConfig,
-             sampling: Sampling, max_new_tokens: int | Sequence[int], samples: int = 1, seed: int = 0,
+             sampling: SamplingParams, max_new_tokens: int | Sequence[int], samples: int = 1, seed: int = 0,
              uids: Sequence[int] | None = None, mesh: Mesh | None = None, sampler: engine.Sampler | None = None,
              slots: int = 64, chunk: int = 16) -> list[list[Response]]:
     r"""Responses to prompts, in the order of the prompts: `generate(...)[prompt][sample]`.
@@ -32,10 +32,10 @@ def generate(params: model.Params, prompts: Sequence[Sequence[int] | np.ndarray]
 
     >>> from effreason.sampling.generate import generate
     >>> from effreason.lm import hf
-    >>> from effreason.sampling.draws import Sampling
+    >>> from effreason.sampling.draws import SamplingParams
     >>> tiny = hf.open_pretrained("tiny", dtype="float32")
     >>> prompt = tiny.tokenizer("<｜begin▁of▁sentence｜><｜User｜>(47+9)%10<｜Assistant｜><think>\n")["input_ids"]
-    >>> greedy = Sampling(temperature=0.0, eos_ids=tiny.eos_ids)
+    >>> greedy = SamplingParams(temperature=0.0, eos_ids=tiny.eos_ids)
     >>> [[response]] = generate(hf.load_weights(tiny), [prompt], config=tiny.decoder, sampling=greedy,
     ...                         max_new_tokens=200)
     >>> tiny.tokenizer.decode(response.tokens[-11:])

@@ -14,7 +14,7 @@ from effreason.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopStopping:
+class RepetitionStopping:
     """When a response counts as a loop, and what is done about it."""
 
     window: int = 512               # its last tokens, that are to be one block of tokens over and over
@@ -24,14 +24,14 @@ class LoopStopping:
 
     def __post_init__(self) -> None:
         if self.longest_period < 1:
-            raise UserError(f"loops.longest_period: expected a number from 1 up, found {self.longest_period}")
+            raise UserError(f"repetition.longest_period: expected a number from 1 up, found {self.longest_period}")
         if self.window < 2 * self.longest_period:
-            raise UserError(f"loops.window: expected at least 2 x longest_period = {2 * self.longest_period}, "
+            raise UserError(f"repetition.window: expected at least 2 x longest_period = {2 * self.longest_period}, "
                             f"found {self.window}")
         if self.grid < 1:
-            raise UserError(f"loops.grid: expected a number from 1 up, found {self.grid}")
+            raise UserError(f"repetition.grid: expected a number from 1 up, found {self.grid}")
         if not 0.0 <= self.audit_share <= 1.0:
-            raise UserError(f"loops.audit_share: expected a number from 0 to 1, found {self.audit_share}")
+            raise UserError(f"repetition.audit_share: expected a number from 0 to 1, found {self.audit_share}")
 
     def cut(self, pieces: Sequence[np.ndarray], length: int, new: int) -> int | None:
         """The length at which a response became a loop, if it did so within its newest tokens.

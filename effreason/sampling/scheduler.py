@@ -54,23 +54,23 @@ def check(requests: Sequence[Request], positions: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class PrefillKey:
     """Tokens to read before a response can go on; equal ones are read once."""
 
     name: tuple[int, ...]           # the prompt, and the sample where the response has a prefix of its own
     known: np.ndarray = dataclasses.field(compare=False)
 
     @classmethod
-    def of(cls, request: Request) -> "Source":
+    def of(cls, request: Request) -> "PrefillKey":
         own = () if request.prefix is None else (request.sample,)
         return cls((request.prompt, *own), request.known)
 
 
 @dataclasses.dataclass(kw_only=True)
-class Bank:
+class PrefillBatch:
     """Prompts of about one length that are read together, until all their responses have started."""
 
-    rows: dict[Source, int]
+    rows: dict[PrefillKey, int]
     waiting: int                    # responses that will still start from it
     width: int                      # positions of a row
     height: int                     # rows, some of them empty
@@ -85,19 +85,19 @@ class Bank:
         return table
 
 
-class Library:
+class PrefillQueue:
     """All that is to be read, in the order in which it is needed, by padded length.
 
     Args: queue, in their order; most, the largest width; rows, of a bank at most."""
 
     def __init__(self, queue: Sequence[Request], most: int | None, rows: int) -> None:
         self._most, self._rows = most, rows
-        self._unread: dict[int, collections.deque[tuple[Source, int]]] = collections.defaultdict(collections.deque)
-        for source, count in collections.Counter(Source.of(request) for request in queue).items():
+        self._unread: dict[int, collections.deque[tuple[PrefillKey, int]]] = collections.defaultdict(collections.deque)
+        for source, count in collections.Counter(PrefillKey.of(request) for request in queue).items():
             self._unread[self._width(source)].append((source, count))
-        self._banks: list[Bank] = []
+        self._banks: list[PrefillBatch] = []
 
-    def bank_of(self, source: Source) -> Bank:
+    def bank_of(self, source: PrefillKey) -> PrefillBatch:
         """The bank that holds a source; a new one holds the next ones of about its length too."""
         for bank in self._banks:
             if source in bank.rows:
@@ -107,7 +107,7 @@ class Library:
         height = max(min(self._rows, READ_ROWS, READ_TOKENS // width), 1)
         unread = self._unread[width]
         taken = [unread.popleft() for _ in range(min(len(unread), height))]
-        bank = Bank(rows={each: row for row, (each, _) in enumerate(taken)}, waiting=sum(count for _, count in taken),
+        bank = PrefillBatch(rows={each: row for row, (each, _) in enumerate(taken)}, waiting=sum(count for _, count in taken),
                     width=width, height=height)
         self._banks.append(bank)
         return bank
@@ -116,7 +116,7 @@ class Library:
         """Lets go of banks from which nothing will start any more."""
         self._banks = [bank for bank in self._banks if bank.waiting]
 
-    def _width(self, source: Source) -> int:
+    def _width(self, source: PrefillKey) -> int:
         width = max(16, 1 << (len(source.known) - 1).bit_length())
         return width if self._most is None else min(width, self._most)
 

@@ -70,8 +70,8 @@ class Programs:
         return sum(program._cache_size() for program in made)
 
 
-def logprob_names(sampling: draws.Sampling) -> list[str]:
-    """The log-probs of draws.Drawn that differ from one another under this sampling; `logprobs` stands for the rest."""
+def logprob_names(sampling: draws.SamplingParams) -> list[str]:
+    """The log-probs of draws.SampledTokens that differ from one another under this sampling; `logprobs` stands for the rest."""
     narrowed = sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k is not None or sampling.min_p > 0
     return ["logprobs", *["sampling_logprobs"] * narrowed, *["model_logprobs"] * (sampling.temperature not in (0, 1))]
 
@@ -93,7 +93,7 @@ def logits(weights: model.Params, hidden: jax.Array) -> jax.Array:
 
 
 def decode(weights: model.Params, slots: Slots, control: jax.Array, *, config: model.DecoderConfig,
-           sampling: draws.Sampling, chunk: int) -> tuple[Slots, dict[str, jax.Array]]:
+           sampling: draws.SamplingParams, chunk: int) -> tuple[Slots, dict[str, jax.Array]]:
     """At most `chunk` decode steps of all slots; rows that end idle until it is over.
 
     Args: control int32[1 + S]: it stops as soon as no more rows than control[0] are active; rows whose entry behind

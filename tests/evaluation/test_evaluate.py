@@ -64,7 +64,7 @@ def opened(world):
     config = small_runs.config(world, world / "unused", **FEW_SLOTS | {
         "evaluation.path": f"{world / 'test.jsonl'},{world / 'other.jsonl'}"})
     mesh = sharding.make_mesh(data=-1)
-    found = models.open_candidate(config, config.model.path, None, mesh)
+    found = models.open_model(config, config.model.path, None, mesh)
     sets, _ = prompts.load_held_out(config, found.pretrained.tokenizer, found.template)
     params = found.load()
     sampler = make_sampler(config, found.pretrained.decoder, mesh, capacity.EVALUATION)
@@ -197,7 +197,7 @@ def test_other_settings_are_never_mixed(bench, whole, world, tmp_path, changes, 
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"loops": {"stop": True}}, "loops.stop false, now true"),
+    ({"repetition": {"stop": True}}, "repetition.stop false, now true"),
     ({"grade": {"require_eos": False}}, "grade.require_eos true, now false"),
     ({"run": {"seed": 5}}, "run.seed 0, now 5"), ({"grader": True}, "grader .*, now 'another grader'")])
 def test_other_rules_are_never_mixed(bench, whole, monkeypatch, changes, message):
@@ -226,7 +226,7 @@ def test_a_file_that_lost_rows_is_never_a_smaller_set(bench, whole, world, tmp_p
                                     {"tokens": [3] * 41}, {"finish": "ended"}])
 def test_a_journal_of_what_cannot_be_is_one_line(bench, whole, world, tmp_path, change):
     name = files(world)[0]
-    response = {"prompt": 0, "sample": 0, "finish": "eos", "looped": False, "tokens": [3]} | change
+    response = {"prompt": 0, "sample": 0, "finish": "eos", "repeated": False, "tokens": [3]} | change
     (tmp_path / name.replace(".jsonl", ".journal")).write_text(
         json.dumps({"facts": responses.read_facts(whole / name)}) + "\n" + json.dumps(response) + "\n")
     with pytest.raises(UserError, match=r"test\.journal: line 2 is damaged; remove the file"):
@@ -273,9 +273,9 @@ def test_facts_say_what_decides_responses_and_verdicts(bench, whole, world):
     assert facts["problems_sha256"] == prompts.fingerprint(bench.sets[facts["set"]])
     assert facts["environment"]["grader"] == facts["grader"] and "git_commit" in facts["environment"]
     assert not any(name.startswith(("mesh", "rollout.slots", "run.directory")) for name in facts)
-    looping = dataclasses.replace(bench.config, loops=dataclasses.replace(bench.config.loops, stop=True))
+    looping = dataclasses.replace(bench.config, repetition=dataclasses.replace(bench.config.repetition, stop=True))
     made = evaluation.make_facts(looping, bench.template, facts["set"], bench.sets[facts["set"]], 0, "base")
-    assert made["loops.stop"] and made["loops.window"] == 512 and "loops.window" not in facts
+    assert made["repetition.stop"] and made["repetition.window"] == 512 and "repetition.window" not in facts
 
 
 @pytest.fixture

@@ -12,16 +12,16 @@ from effreason.types import Response
 FACTS = {"weights": "base", "run.seed": 0}
 
 
-def response(prompt, sample, tokens, finish="eos", looped=False):
+def response(prompt, sample, tokens, finish="eos", repeated=False):
     zeros = np.zeros(tokens, np.float32)
     return Response(prompt=prompt, sample=sample, tokens=np.arange(tokens, dtype=np.int32) + 5, logprobs=zeros,
-                    sampling_logprobs=zeros, model_logprobs=zeros, finish=finish, looped=looped)
+                    sampling_logprobs=zeros, model_logprobs=zeros, finish=finish, repeated=repeated)
 
 
 def alike(found, expected):
     """Everything but log-probs, which nobody asks for."""
-    assert [(each.prompt, each.sample, each.tokens.tolist(), each.finish, each.looped) for each in found] == [
-        (each.prompt, each.sample, each.tokens.tolist(), each.finish, each.looped) for each in expected]
+    assert [(each.prompt, each.sample, each.tokens.tolist(), each.finish, each.repeated) for each in found] == [
+        (each.prompt, each.sample, each.tokens.tolist(), each.finish, each.repeated) for each in expected]
 
 
 def same(path, found):
@@ -33,7 +33,7 @@ def kept(path):
         return journal.drawn
 
 
-ONE, TWO, BEGUN = response(0, 1, 3), response(2, 0, 4, "loop", looped=True), response(1, 0, 2, "")
+ONE, TWO, BEGUN = response(0, 1, 3), response(2, 0, 4, "loop", repeated=True), response(1, 0, 2, "")
 
 
 def test_responses_come_back_in_full(tmp_path):
@@ -75,7 +75,7 @@ def test_a_line_that_was_cut_off_is_dropped_for_good(tmp_path):
 
 
 def _line(**changes):
-    good = {"prompt": 0, "sample": 0, "finish": "eos", "looped": False, "tokens": [5]}
+    good = {"prompt": 0, "sample": 0, "finish": "eos", "repeated": False, "tokens": [5]}
     return (json.dumps(good | changes) + "\n").encode()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from effreason.data.templates import Template
 from effreason.evaluation import models as candidates
-from effreason.evaluation.models import Candidate
+from effreason.evaluation.models import EvaluatedModel
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 
@@ -14,7 +14,7 @@ ANYWAY = dataclasses.replace(Config(), evaluation=dataclasses.replace(Config().e
 
 
 def candidate(name="model", text="a", facts=None):
-    return Candidate(name=name, pretrained=None, template=Template("the checkpoint's own", text, "{problem}"),
+    return EvaluatedModel(name=name, pretrained=None, template=Template("the checkpoint's own", text, "{problem}"),
                      facts=facts, fingerprint=name, load=lambda: None)
 
 

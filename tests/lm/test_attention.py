@@ -260,8 +260,8 @@ def test_what_runs_where():
     assert chosen("gpu", jnp.float32) == chosen("gpu", head_dim=256) == "blockwise"
     assert chosen("cpu", length=1024) == "xla" and chosen("cpu", length=1025) == "blockwise"
     assert [causal.one_sequence_per_row(each) for each in causal.IMPLEMENTATIONS] == [False, False, False, True]
-    assert causal.misfit("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
-    assert (causal.misfit("splash", "tpu", head_dim=64, dtype=jnp.float32, length=320, context=2)
+    assert causal.unsupported_reason("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
+    assert (causal.unsupported_reason("splash", "tpu", head_dim=64, dtype=jnp.float32, length=320, context=2)
             == "the length of a row is 320, splash attention expects a multiple of 256")
 
 

@@ -175,12 +175,12 @@ def test_the_layout_follows_from_the_machine_and_the_model():
 
 
 def test_a_kernel_that_does_not_fit_says_why():
-    assert kv_cache.misfit("paged", "tpu", 64, jnp.bfloat16) == (
+    assert kv_cache.unsupported_reason("paged", "tpu", 64, jnp.bfloat16) == (
         "head_dim is 64, the paged kernel expects a multiple of 128")
-    assert kv_cache.misfit("cudnn", "cpu", 64, jnp.bfloat16) == "platform is cpu, the cudnn kernel expects gpu"
-    assert "float32" in kv_cache.misfit("cudnn", "gpu", 64, jnp.float32)
-    assert "context is 2" in kv_cache.misfit("paged", "tpu", 128, jnp.bfloat16, context=2)
-    assert all(kv_cache.misfit(layout, "cpu", 5, jnp.float32) is None for layout in BY_XLA)
+    assert kv_cache.unsupported_reason("cudnn", "cpu", 64, jnp.bfloat16) == "platform is cpu, the cudnn kernel expects gpu"
+    assert "float32" in kv_cache.unsupported_reason("cudnn", "gpu", 64, jnp.float32)
+    assert "context is 2" in kv_cache.unsupported_reason("paged", "tpu", 128, jnp.bfloat16, context=2)
+    assert all(kv_cache.unsupported_reason(layout, "cpu", 5, jnp.float32) is None for layout in BY_XLA)
 
 
 def test_blocks_of_the_paged_kernel_divide_every_bucket():

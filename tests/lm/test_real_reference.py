@@ -16,7 +16,7 @@ from decoders import mesh
 from effreason.lm.hf import pretrained
 from effreason.rl import packing, update
 from effreason.sampling import engine
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 from effreason.types import Problem
 
 NAMES = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
@@ -79,7 +79,7 @@ def test_greedy_tokens(reference, checkpoint):
     expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
     sample = engine.make_sampler(config, mesh(), slots=8, chunk=16)
     requests = engine.make_requests(problems, 1, len(expected[0]))
-    responses = [response for chunk in sample(params, requests, jax.random.key(0), Sampling(temperature=0, eos_ids=()))
+    responses = [response for chunk in sample(params, requests, jax.random.key(0), SamplingParams(temperature=0, eos_ids=()))
                  for response in chunk]
     assert sorted(response.prompt for response in responses) == list(PROMPTS)
     for response in responses:

@@ -21,7 +21,7 @@ from effreason.rl import learner
 from effreason.runtime import sharding
 from effreason.runtime.config import Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig, UpdateConfig
 from effreason.sampling import engine as rollouts
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 from effreason.types import Problem, Rollouts
 
 WHOLE = pretrained.read_config(pretrained.SHIPPED_REASONER)
@@ -47,7 +47,7 @@ def rollouts_of(tokens):
                     prompt_lengths=sizes, lengths=lengths,
                     tokens=generator.integers(2, tokens, (PROMPTS, GROUP, LONGEST)).astype(np.int32),
                     logprobs=np.zeros((PROMPTS, GROUP, LONGEST), np.float32),
-                    finish=np.full(lengths.shape, "eos"), looped=np.zeros(lengths.shape, bool))
+                    finish=np.full(lengths.shape, "eos"), repeated=np.zeros(lengths.shape, bool))
 
 
 def settings(shape):
@@ -67,13 +67,13 @@ def found(shape):
     """Losses and weights of one learning step, and the greedy tokens by prompt."""
     target = mesh(*shape)
     config = settings(shape)
-    learning = learner.make_learning(config, DECODER, target)
+    learning = learner.make_learner(config, DECODER, target)
     with jax.set_mesh(target):
         params = jax.device_put(weights(), learning.params_sharding)
         sample = rollouts.make_sampler(DECODER, target, slots=8, chunk=8, positions=64)
         requests = rollouts.make_requests(problems(), 2, GREEDY)
         responses = [response for chunk in sample(params, requests, jax.random.key(0),
-                                                  Sampling(temperature=0, eos_ids=())) for response in chunk]
+                                                  SamplingParams(temperature=0, eos_ids=())) for response in chunk]
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
         state = learning.initial_state(params)
         batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference,

@@ -22,7 +22,7 @@ def rollouts_of(prompt_lengths, lengths):
         prompts=np.where(np.arange(prompt_lengths.max()) < prompt_lengths[:, None], prompt, -1).astype(np.int32),
         prompt_lengths=prompt_lengths, tokens=np.where(at < lengths[..., None], response, -1).astype(np.int32),
         lengths=lengths, logprobs=np.zeros((*lengths.shape, lengths.max()), np.float32),
-        finish=np.full(lengths.shape, "eos"), looped=np.zeros(lengths.shape, bool))
+        finish=np.full(lengths.shape, "eos"), repeated=np.zeros(lengths.shape, bool))
 
 
 def in_row_order(packed, context):

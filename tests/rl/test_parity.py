@@ -11,7 +11,7 @@ from effreason.rl import packing, parity, update
 from effreason.rl import rollouts as attempts
 from effreason.runtime.config import Config, ModelConfig, RolloutConfig
 from effreason.sampling import engine
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 from effreason.types import Problem
 
 
@@ -50,7 +50,7 @@ def sampled():
                         level="all") for uid in range(4)]
     target = mesh()
     sampler = engine.make_sampler(QWEN2, target, slots=16, chunk=8)
-    sampling = Sampling(temperature=1.0, eos_ids=())
+    sampling = SamplingParams(temperature=1.0, eos_ids=())
     with jax.set_mesh(target):
         responses, _ = attempts.generate(
             lambda requests: sampler(weights(QWEN2), requests, jax.random.key(0), sampling),

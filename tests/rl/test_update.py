@@ -240,7 +240,7 @@ def test_scorer_gives_every_response_its_own_scores(shape, settings):
     rollouts = Rollouts(
         prompts=generator.integers(0, VOCABULARY, (3, 17)).astype(np.int32), prompt_lengths=starts, lengths=lengths,
         tokens=generator.integers(0, VOCABULARY, (3, 4, 50)).astype(np.int32), logprobs=np.zeros((3, 4, 50)),
-        finish=np.full((3, 4), "eos"), looped=np.zeros((3, 4), bool))
+        finish=np.full((3, 4), "eos"), repeated=np.zeros((3, 4), bool))
     packed = packing.pack(rollouts, rows=4, width=96, slots=50, context=target.shape["context"], **settings)
     with jax.set_mesh(target):
         placed = place(QWEN2, weights(QWEN2), target)
@@ -316,7 +316,7 @@ def rollouts_of_the_table():
     return Rollouts(prompts=e.tokens[::2, : starts.max()], prompt_lengths=starts[::2].astype(np.int32),
                     tokens=tokens.reshape(4, 2, -1), lengths=lengths.reshape(4, 2).astype(np.int32),
                     logprobs=np.zeros((4, 2, lengths.max()), np.float32), finish=np.full((4, 2), "eos"),
-                    looped=np.zeros((4, 2), bool))
+                    repeated=np.zeros((4, 2), bool))
 
 
 def learnt(settings, shape=(), offload=False, **changes):
@@ -326,7 +326,7 @@ def learnt(settings, shape=(), offload=False, **changes):
         update=UpdateConfig(learning_rate=1e-2, warmup_updates=0, offload_optimizer=offload, **settings),
         mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8))
     target = mesh(**dict(shape))
-    learning = learner.make_learning(config, dataclasses.replace(QWEN2, **changes), target)
+    learning = learner.make_learner(config, dataclasses.replace(QWEN2, **changes), target)
     rollouts = rollouts_of_the_table()
     with jax.set_mesh(target):
         params = place(QWEN2, weights(QWEN2), target)

@@ -156,8 +156,8 @@ def test_course_is_thinned_and_percent_axes_have_no_doubles():
 
 
 def test_meter_stacks_the_parts_to_the_whole_and_leaves_out_what_is_off():
-    rows = [{"step": step, "pressure/accuracy": 0.6, "pressure/length": 0.3, "pressure/kl": 0.1,
-             "pressure/normalisation": 0.0} for step in range(5)]
+    rows = [{"step": step, "update_share/accuracy": 0.6, "update_share/length": 0.3, "update_share/kl": 0.1,
+             "update_share/normalisation": 0.0} for step in range(5)]
     axes = training_curves.meter(rows).axes[0]
     assert [text.get_text() for text in axes.texts] == ["accuracy", "length", "KL"]
     top = axes.collections[-1].get_paths()[0].vertices[:, 1].max()
@@ -165,7 +165,7 @@ def test_meter_stacks_the_parts_to_the_whole_and_leaves_out_what_is_off():
 
 
 def test_pull_has_a_line_for_zero_and_each_part():
-    rows = [{"step": step, "pull/accuracy": 1.0, "pull/length": -2.0, "pull/kl": 0.1, "pull/normalisation": 0.2}
+    rows = [{"step": step, "length_pull/accuracy": 1.0, "length_pull/length": -2.0, "length_pull/kl": 0.1, "length_pull/normalisation": 0.2}
             for step in range(3)] + [{"step": 3}]
     heights = [line.get_ydata()[0] for line in training_curves.pull(rows).axes[0].lines]
     assert heights == [0, 1.0, -2.0, pytest.approx(0.1), pytest.approx(0.2)]

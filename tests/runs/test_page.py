@@ -341,7 +341,7 @@ def with_rows(name, **values):
     (with_value("summary.json", {}, "sets", "tiny", "comparison", "by_difficulty"), "json: .*must not be empty"),
     (with_rows("metrics.jsonl", **{"rollout/tokens": "abc"}),
      "metrics.jsonl: rollout/tokens of step 0 must be a number, got 'abc'"),
-    (with_rows("metrics.jsonl", **{"pull/length": [1]}), "metrics.jsonl: pull/length of step 0 must be a number"),
+    (with_rows("metrics.jsonl", **{"length_pull/length": [1]}), "metrics.jsonl: length_pull/length of step 0 must be a number"),
     (lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()), "metrics.jsonl: cannot be read"),
     (with_rows("evaluations/step4/tiny.jsonl", tokens="x"), "step4/tiny.jsonl: line 2"),
     (holds("evaluations/step0/tiny.jsonl", '{"facts": {}}\n[1]\n'), "step0/tiny.jsonl: line 2"),

@@ -8,15 +8,15 @@ from effreason.runtime.errors import UserError
 from effreason.types import Response
 
 
-def response(prompt, sample, length, finish, looped=False):
+def response(prompt, sample, length, finish, repeated=False):
     generator = np.random.default_rng(10 * prompt + sample)
     tokens = generator.integers(0, 99, length).astype(np.int32)
     one, two, three = generator.standard_normal((3, length)).astype(np.float32)
     return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=one, sampling_logprobs=two,
-                    model_logprobs=three, finish=finish, looped=looped)
+                    model_logprobs=three, finish=finish, repeated=repeated)
 
 
-KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, ""), response(2, 7, 9, "loop", looped=True), response(1, 1, 3, "")]
+KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, ""), response(2, 7, 9, "loop", repeated=True), response(1, 1, 3, "")]
 
 
 @pytest.mark.parametrize("kept", [KEPT, KEPT[:1], KEPT[1:2], []], ids=len)
@@ -26,8 +26,8 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, kept):
     found = unfinished.load(path, 7)
     assert len(found) == len(kept)
     for one, other in zip(found, kept, strict=True):
-        assert (one.prompt, one.sample, one.finish, one.looped) == (
-            other.prompt, other.sample, other.finish, other.looped)
+        assert (one.prompt, one.sample, one.finish, one.repeated) == (
+            other.prompt, other.sample, other.finish, other.repeated)
         for name in ("tokens", *unfinished.LOGPROBS):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
     assert [each.name for each in tmp_path.iterdir()] == ["unfinished.npz"]

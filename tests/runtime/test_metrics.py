@@ -17,7 +17,7 @@ from rich.console import Console
 from effreason.runtime import progress
 from effreason.runtime.errors import UserError
 from effreason.runtime.metrics import MetricsWriter, read_rows
-from effreason.runtime.progress import Headway, Progress, duration, rate
+from effreason.runtime.progress import GenerationProgress, Progress, duration, rate
 
 STEP = {"rollout/accuracy": 0.913, "rollout/tokens": 87.4, "rollout/tokens_per_second": 5012.3,
         "update/tokens_per_second": 9900.0, "time/step": 2.5}
@@ -29,7 +29,7 @@ def writer(directory, *, start_step=0, tensorboard=False, wandb=False):
 
 
 def headway(finished, tokens=0):
-    return Headway(finished=finished, total=256, running=min(64, 256 - finished), waiting=max(192 - finished, 0),
+    return GenerationProgress(finished=finished, total=256, running=min(64, 256 - finished), waiting=max(192 - finished, 0),
                    tokens=tokens)
 
 
@@ -99,10 +99,10 @@ def test_live_display_keeps_within_the_terminal(width):
 
 
 PSEUDO_TERMINAL = """
-from effreason.runtime.progress import Headway, Progress
+from effreason.runtime.progress import GenerationProgress, Progress
 with Progress(40) as progress:
     progress.say("above the bar")
-    progress.rollout(Headway(finished=143, total=256, running=64, waiting=49, tokens=12000))
+    progress.rollout(GenerationProgress(finished=143, total=256, running=64, waiting=49, tokens=12000))
     progress.step(6, {"rollout/accuracy": 0.91, "rollout/tokens": 87.0, "time/step": 2.5})
 """
 

@@ -286,10 +286,10 @@ def test_a_signal_to_one_process_saves_both_and_the_run_goes_on(world, alone):
 
 
 def test_one_process_decides_for_itself():
-    assert (processes.count(), processes.index(), processes.first()) == (1, 0, True)
+    assert (processes.count(), processes.index(), processes.is_primary()) == (1, 0, True)
     marker = object()               # not what JSON could hold: nothing is sent
-    assert processes.decided("it", lambda: marker) is marker and processes.gathered("it", lambda: marker) == [marker]
-    assert processes.agreed_stop(None) is None and processes.agreed_stop(15) == 15
+    assert processes.broadcast("it", lambda: marker) is marker and processes.all_gather("it", lambda: marker) == [marker]
+    assert processes.agree_on_signal(None) is None and processes.agree_on_signal(15) == 15
     processes.check_same({"a": "b"})
     assert distributed.run(DistributedConfig(), lambda: 7) == 7
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from effreason.runtime.errors import UserError
 from effreason.sampling import draws
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -27,7 +27,7 @@ VOCABULARIES = [1, 24, 37, 5003, 32000]  # 37 in one block; 5003, a prime, fille
 
 
 def sampling(temperature=1.0, **filters):
-    return Sampling(temperature=temperature, eos_ids=(), **filters)
+    return SamplingParams(temperature=temperature, eos_ids=(), **filters)
 
 
 jitted = functools.cache(lambda setting: jax.jit(functools.partial(draws.draw, sampling=setting)))

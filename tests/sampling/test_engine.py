@@ -15,14 +15,14 @@ from effreason.rl import rollouts as attempts
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 from effreason.sampling import engine
-from effreason.sampling.draws import Sampling
-from effreason.sampling.repetition import LoopStopping
+from effreason.sampling.draws import SamplingParams
+from effreason.sampling.repetition import RepetitionStopping
 from effreason.types import Problem, Response
 
 EOS = (3, 18)
 LIMIT = 24
-ANY = Sampling(temperature=1.0, eos_ids=EOS)
-ENDLESS = Sampling(temperature=1.0, eos_ids=())
+ANY = SamplingParams(temperature=1.0, eos_ids=EOS)
+ENDLESS = SamplingParams(temperature=1.0, eos_ids=())
 GROUP = 4
 MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context": dict(data=2, tensor=2, context=2)}
 
@@ -125,7 +125,7 @@ def test_a_cache_that_grows_past_its_bucket_loses_nothing():
 
 
 def test_greedy_takes_the_most_likely_token():
-    responses = sampled(sampling=Sampling(temperature=0.0, eos_ids=EOS))
+    responses = sampled(sampling=SamplingParams(temperature=0.0, eos_ids=EOS))
     for problem_ in PROBLEMS:
         for sample in range(GROUP):
             response = responses[problem_.uid, sample]
@@ -134,7 +134,7 @@ def test_greedy_takes_the_most_likely_token():
 
 
 def test_logprobs_of_three_kinds():
-    responses = sampled(sampling=Sampling(temperature=0.7, top_p=0.8, eos_ids=EOS))
+    responses = sampled(sampling=SamplingParams(temperature=0.7, top_p=0.8, eos_ids=EOS))
     assert_logprobs_are_the_forward_pass(responses, PROBLEMS, temperature=0.7)
     for problem_ in PROBLEMS:
         response = responses[problem_.uid, 0]
@@ -220,7 +220,7 @@ def test_samples_of_a_prompt_and_steps_differ(baseline):
 @pytest.mark.parametrize("limit", [1, LIMIT])
 def test_eos_as_the_first_token_is_a_response_of_length_one(limit):
     # At a limit of 1 the last token allowed is EOS: ended, not cut.
-    responses = sampled(sampling=Sampling(temperature=1.0, eos_ids=tuple(range(VOCABULARY))), max_new_tokens=limit)
+    responses = sampled(sampling=SamplingParams(temperature=1.0, eos_ids=tuple(range(VOCABULARY))), max_new_tokens=limit)
     assert all(len(response.tokens) == 1 and response.ended for response in responses.values())
 
 
@@ -435,22 +435,22 @@ def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(c
 
 def periodic(shape=()):
     """Greedy responses of a random decoder end up repeating themselves."""
-    return dict(shape=shape, sampling=Sampling(temperature=0.0, eos_ids=()), max_new_tokens=80, group_size=2)
+    return dict(shape=shape, sampling=SamplingParams(temperature=0.0, eos_ids=()), max_new_tokens=80, group_size=2)
 
 
-STOPPING = LoopStopping(window=16, longest_period=8, grid=4)
+STOPPING = RepetitionStopping(window=16, longest_period=8, grid=4)
 
 
 def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots():
     whole = sampled(**periodic())
     cut = sampled(**periodic(), loops=STOPPING)
-    looped = [name for name, response in cut.items() if response.finish == "loop"]
-    assert looped                                               # else this test would say nothing
+    repeated = [name for name, response in cut.items() if response.finish == "loop"]
+    assert repeated                                               # else this test would say nothing
     for name, response in cut.items():
         length = len(response.tokens)
         np.testing.assert_array_equal(response.tokens, whole[name].tokens[:length])
-        assert response.looped == (response.finish == "loop") and len(response.logprobs) == length
-        assert length % 4 == 0 if response.looped else length == 80
+        assert response.repeated == (response.finish == "loop") and len(response.logprobs) == length
+        assert length % 4 == 0 if response.repeated else length == 80
     for arrangement in (dict(chunk=7), dict(slots=2), dict(slots=64, chunk=32)):
         assert_same(sampled(**periodic(), loops=STOPPING, **arrangement), cut)
 
@@ -459,30 +459,30 @@ def test_audited_loops_go_on_and_are_marked():
     cut = sampled(**periodic(), loops=STOPPING)
     audited = sampled(**periodic(), loops=dataclasses.replace(STOPPING, audit_share=1.0))
     assert all(response.finish == "length" and len(response.tokens) == 80 for response in audited.values())
-    assert {name for name, response in audited.items() if response.looped} == {
-        name for name, response in cut.items() if response.looped}
+    assert {name for name, response in audited.items() if response.repeated} == {
+        name for name, response in cut.items() if response.repeated}
 
 
 # collect
 
 
-def response(prompt, sample, length, finish="eos", looped=False):
+def response(prompt, sample, length, finish="eos", repeated=False):
     tokens = np.arange(1, length + 1, dtype=np.int32) + 10 * prompt + 5 * sample
     logprobs = -tokens.astype(np.float32)
     return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=logprobs, sampling_logprobs=logprobs,
-                    model_logprobs=logprobs, finish=finish, looped=looped)
+                    model_logprobs=logprobs, finish=finish, repeated=repeated)
 
 
 def test_collect_puts_each_response_in_its_place():
     responses = [response(1, 0, 3), response(0, 1, 1), response(1, 1, 2, "length"),
-                 response(0, 0, 2, "loop", looped=True)]
+                 response(0, 0, 2, "loop", repeated=True)]
     found = engine.collect([problem(1, 2), problem(2, 4)], responses, 2)
     np.testing.assert_array_equal(found.prompt_lengths, [2, 4])
     np.testing.assert_array_equal(found.prompts[0], [*problem(1, 2).prompt, 0, 0])
     np.testing.assert_array_equal(found.lengths, [[2, 1], [3, 2]])
     np.testing.assert_array_equal(found.ended, [[False, True], [True, False]])
     np.testing.assert_array_equal(found.finish, [["loop", "eos"], ["eos", "length"]])
-    np.testing.assert_array_equal(found.looped, [[True, False], [False, False]])
+    np.testing.assert_array_equal(found.repeated, [[True, False], [False, False]])
     np.testing.assert_array_equal(found.tokens, [[[1, 2, 0], [6, 0, 0]], [[11, 12, 13], [16, 17, 0]]])
     np.testing.assert_array_equal(found.logprobs, -found.tokens)
 

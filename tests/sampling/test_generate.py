@@ -29,12 +29,12 @@ from effreason.lm import model
 from effreason.lm.hf import pretrained
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.sampling import engine, generate
-from effreason.sampling.draws import Sampling
+from effreason.sampling.draws import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 1, 20], [7], [int(token) for token in np.arange(18) % VOCABULARY]]
 LIMITS = [9, 20, 1]
-GREEDY = Sampling(temperature=0.0, eos_ids=(3,))
+GREEDY = SamplingParams(temperature=0.0, eos_ids=(3,))
 
 
 @jax.jit
@@ -82,7 +82,7 @@ def test_greedy_is_the_argmax_of_the_forward_pass_up_to_each_prompts_limit():
 
 
 def test_log_probs_are_those_of_the_forward_pass():
-    sampling = Sampling(temperature=0.7, top_k=5, eos_ids=(3,))
+    sampling = SamplingParams(temperature=0.7, top_k=5, eos_ids=(3,))
     for prompt, group in zip(PROMPTS, generated(sampling=sampling, samples=3), strict=True):
         for response in group:
             logits, drawn = predictions(prompt, response), response.tokens[:, None]
@@ -95,7 +95,7 @@ def test_log_probs_are_those_of_the_forward_pass():
 
 
 def test_a_response_depends_on_seed_uid_and_sample_alone():
-    sampling = Sampling(temperature=1.0, eos_ids=(3,))
+    sampling = SamplingParams(temperature=1.0, eos_ids=(3,))
     whole = tokens_of(generated(sampling=sampling, samples=3))
     assert tokens_of(generated(PROMPTS[::-1], sampling, uids=[2, 1, 0], samples=2)) == [
         group[:2] for group in whole[::-1]]
@@ -266,7 +266,7 @@ def test_json_lines_stand_in_the_order_of_the_file(whole, tiny):
     read = [*(tiny.tokenizer(text)["input_ids"] for text in rendered), ROWS[3]["tokens"]]
     params = pretrained.load_weights(tiny)
     expected = generate.generate(params, read, config=tiny.decoder, max_new_tokens=[40, 5, 40, 40], samples=2, seed=1,
-                                   sampling=Sampling(temperature=1.0, eos_ids=tiny.eos_ids))
+                                   sampling=SamplingParams(temperature=1.0, eos_ids=tiny.eos_ids))
     for line, response, prompt in zip(whole, sum(expected, []), [each for each in read for _ in range(2)], strict=True):
         assert line.keys() == {"id", "sample", "tokens", "text", "logprobs", "model_logprobs", "finish",
                                "prompt_tokens"}

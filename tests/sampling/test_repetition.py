@@ -7,9 +7,9 @@ from hypothesis import given
 
 from effreason.runtime.errors import UserError
 from effreason.sampling import repetition
-from effreason.sampling.repetition import LoopStopping
+from effreason.sampling.repetition import RepetitionStopping
 
-SMALL = LoopStopping(window=12, longest_period=5, grid=4)
+SMALL = RepetitionStopping(window=12, longest_period=5, grid=4)
 
 
 def repeats(tokens, window, longest_period):
@@ -82,13 +82,13 @@ def test_a_cut_is_the_first_length_on_the_grid_whatever_the_pieces(tokens, sizes
 def test_a_long_response_is_cut_where_its_loop_has_filled_the_window(chunk):
     tokens = np.concatenate([np.arange(700), np.tile(np.arange(31), 200)]).astype(np.int32)
     # The window is full at 700 + 512 = 1212: the next multiple of 64 is 1216.
-    assert fed(tokens, [chunk], LoopStopping()) == 1216
+    assert fed(tokens, [chunk], RepetitionStopping()) == 1216
 
 
 def test_a_loop_that_begins_and_ends_between_two_looks_cuts_nothing():
     tokens = np.array([7, 8] + [1] * 13 + [9, 8, 7] + [1] * 13 + [9], np.int32)     # looked at after 16 and 32
     assert repeats(tokens[:15], 12, 5) and repeats(tokens[:31], 12, 5)
-    assert fed(tokens, [4], LoopStopping(window=12, longest_period=5, grid=16)) is None
+    assert fed(tokens, [4], RepetitionStopping(window=12, longest_period=5, grid=16)) is None
 
 
 def test_a_cut_lies_in_the_new_tokens_alone():
@@ -109,11 +109,11 @@ def test_an_end_of_sequence_breaks_the_loop_before_it():
 def test_audited_is_a_fixed_choice_of_about_the_share():
     names = [(step, uid, sample) for step in range(5) for uid in range(100, 300) for sample in range(4)]
     for share in (0.0, 0.1, 0.5, 1.0):
-        stopping = LoopStopping(audit_share=share)
+        stopping = RepetitionStopping(audit_share=share)
         chosen = np.array([stopping.audited(*name) for name in names])
         assert abs(chosen.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(names)) + 1e-12
         assert [stopping.audited(*name) for name in names] == chosen.tolist()
-    half = np.array([LoopStopping(audit_share=0.5).audited(*name) for name in names]).reshape(5, 200, 4)
+    half = np.array([RepetitionStopping(audit_share=0.5).audited(*name) for name in names]).reshape(5, 200, 4)
     for axis in range(3):                                       # no step, prompt or sample is always or never chosen
         shares = half.mean(axis=tuple(other for other in range(3) if other != axis))
         count = half.size / len(shares)
@@ -123,23 +123,23 @@ def test_audited_is_a_fixed_choice_of_about_the_share():
 def test_audited_follows_splitmix64():
     # The first number of the generator with seed 0, as published: 0xE220A8397B1DCDAF.
     share = 0xE220A8397B1DCDAF / 2**64
-    assert LoopStopping(audit_share=share + 1e-12).audited(0)
-    assert not LoopStopping(audit_share=share - 1e-12).audited(0)
+    assert RepetitionStopping(audit_share=share + 1e-12).audited(0)
+    assert not RepetitionStopping(audit_share=share - 1e-12).audited(0)
 
 
 def test_more_loops_are_audited_by_a_larger_share():
     names = [(0, uid, 0) for uid in range(500)]
-    few, more = LoopStopping(audit_share=0.2), LoopStopping(audit_share=0.6)
+    few, more = RepetitionStopping(audit_share=0.2), RepetitionStopping(audit_share=0.6)
     assert all(more.audited(*name) for name in names if few.audited(*name))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(longest_period=0), r"loops.longest_period: expected .* found 0"),
-    (dict(window=255), r"loops.window: expected at least .* = 256, found 255"),
-    (dict(grid=0), r"loops.grid: expected .* found 0"),
-    (dict(audit_share=1.5), r"loops.audit_share: expected .* found 1.5"),
-    (dict(audit_share=float("nan")), r"loops.audit_share: .* found nan"),
+    (dict(longest_period=0), r"repetition.longest_period: expected .* found 0"),
+    (dict(window=255), r"repetition.window: expected at least .* = 256, found 255"),
+    (dict(grid=0), r"repetition.grid: expected .* found 0"),
+    (dict(audit_share=1.5), r"repetition.audit_share: expected .* found 1.5"),
+    (dict(audit_share=float("nan")), r"repetition.audit_share: .* found nan"),
 ])
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        LoopStopping(**changes)
+        RepetitionStopping(**changes)

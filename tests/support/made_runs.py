@@ -56,9 +56,9 @@ def metrics_rows(steps, alpha, *, seed=0, evaluated=()):
                "rollout/accuracy": min(0.92 + 0.05 * course[step] + 0.015 * noise[1], 1.0),
                "rollout/tokens": 92 - 55 * alpha / (alpha + 0.08) * course[step] + 3 * noise[2],
                "rollout/truncated": max(0.01 * noise[3], 0.0),
-               "pressure/accuracy": (1 - length) * 0.9, "pressure/length": length * 0.9, "pressure/kl": 0.04,
-               "pressure/normalisation": 0.06, "pull/accuracy": 0.6 * (1 - course[step]) + 0.05 * noise[4],
-               "pull/length": -3.0 * length + 0.2 * noise[5], "pull/kl": -0.02, "pull/normalisation": 0.01,
+               "update_share/accuracy": (1 - length) * 0.9, "update_share/length": length * 0.9, "update_share/kl": 0.04,
+               "update_share/normalisation": 0.06, "length_pull/accuracy": 0.6 * (1 - course[step]) + 0.05 * noise[4],
+               "length_pull/length": -3.0 * length + 0.2 * noise[5], "length_pull/kl": -0.02, "length_pull/normalisation": 0.01,
                "time/step": 6.0}
         if step in evaluated:
             row |= {"evaluation/accuracy": row["rollout/accuracy"], "evaluation/tokens": row["rollout/tokens"]}

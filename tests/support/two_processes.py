@@ -33,9 +33,9 @@ def collective():
 def decisions(directory):
     """What process 0 says holds for all, and an error in one is an error in all."""
     here = processes.index()
-    assert processes.count() == jax.process_count() == 2 and processes.first() == (here == 0)
-    assert processes.decided("name", lambda: {"from": here}) == {"from": 0}
-    assert processes.gathered("numbers", lambda: [here, "\udc80", None, 1.5]) == [[each, "\udc80", None, 1.5]
+    assert processes.count() == jax.process_count() == 2 and processes.is_primary() == (here == 0)
+    assert processes.broadcast("name", lambda: {"from": here}) == {"from": 0}
+    assert processes.all_gather("numbers", lambda: [here, "\udc80", None, 1.5]) == [[each, "\udc80", None, 1.5]
                                                                                   for each in (0, 1)]
 
     def fails(number, error):
@@ -43,20 +43,20 @@ def decisions(directory):
             raise error
         return here
 
-    for number, failing in itertools.product((0, 1), (processes.decided, processes.gathered)):
-        if number == 0 or failing is processes.gathered:
+    for number, failing in itertools.product((0, 1), (processes.broadcast, processes.all_gather)):
+        if number == 0 or failing is processes.all_gather:
             with pytest.raises(UserError, match="grade.workers: too few"):
                 failing("bad input", lambda number=number: fails(number, UserError("grade.workers: too few")))
     expected = (OSError, "worn out") if here else (UserError, r"process 1 on .*: OSError: worn out")
     with pytest.raises(expected[0], match=expected[1]):
-        processes.gathered("broken", lambda: fails(1, OSError("worn out")))
+        processes.all_gather("broken", lambda: fails(1, OSError("worn out")))
     with pytest.raises(UserError, match="process .* is at '.*' where .* is at '.*'; all must have the same code"):
-        processes.gathered("one" if here else "another", lambda: here)
+        processes.all_gather("one" if here else "another", lambda: here)
     processes.check_same({"data.path": "one"})
     with pytest.raises(UserError, match="data.path: process 1.* has 1, process 0.* has 0; all must have the same"):
         processes.check_same({"data.path": str(here)})
     processes.check_shared(directory, "run.directory")
-    assert processes.gathered("left", lambda: [each.name for each in directory.iterdir()])[0] == []
+    assert processes.all_gather("left", lambda: [each.name for each in directory.iterdir()])[0] == []
     apart = directory / str(here)
     apart.mkdir()
     assert processes.appears(lambda: (directory / str(1 - here)).exists())
@@ -86,9 +86,9 @@ def together(directory):
         with Interrupts() as interrupts:
             while True:
                 checks += 1
-                if checks == SIGNALLED_AT and not processes.first():
+                if checks == SIGNALLED_AT and not processes.is_primary():
                     os.kill(os.getpid(), signal.SIGINT)
-                processes.gathered("step", lambda: 0)       # none gets far ahead of the others
+                processes.all_gather("step", lambda: 0)       # none gets far ahead of the others
                 interrupts.check()
     except Interrupted:
         print("stopped at check", checks, flush=True)
@@ -105,28 +105,28 @@ def lost(which, signal_number, busy):
         if busy == "collective":
             sharding.to_host(collective())
         else:
-            processes.gathered("what never comes", lambda: 1)
+            processes.all_gather("what never comes", lambda: 1)
 
 
 def failed():
     """One process ends with an error of its own while the other waits for it."""
     if processes.index() == 1:
         raise UserError("the disk of process 1 is full")
-    processes.gathered("what never comes", lambda: 1)
+    processes.all_gather("what never comes", lambda: 1)
 
 
 def slowed_after_a_signal():
     """Has a signal come to process 1 at one of its checks, and the checks after that take long enough to stop at."""
-    checks, agreed_stop = itertools.count(1), processes.agreed_stop
+    checks, agree_on_signal = itertools.count(1), processes.agree_on_signal
 
     def slow(received):
         number = next(checks)
-        if number == 3 * SIGNALLED_AT and not processes.first():
+        if number == 3 * SIGNALLED_AT and not processes.is_primary():
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3 if number >= 3 * SIGNALLED_AT else 0.0)
-        return agreed_stop(received)
+        return agree_on_signal(received)
 
-    processes.agreed_stop = slow
+    processes.agree_on_signal = slow
 
 
 def slow_to_export():
@@ -136,7 +136,7 @@ def slow_to_export():
     def slow(*arguments):
         export(*arguments)
         processes.LEAVE_SECONDS = 4.0
-        time.sleep(12.0 if processes.first() else 0.0)
+        time.sleep(12.0 if processes.is_primary() else 0.0)
 
     loop.export = slow
 

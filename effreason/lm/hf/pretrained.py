@@ -127,7 +127,7 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path, *,
     Args: source, the directory the model came from; chat_template, the one it was trained with, in place of the
         source's; card, the text of README.md; facts, the table of effreason.json.
     Raises: OSError."""
-    if not processes.first():       # its part is to hand over its shards of the weights
+    if not processes.is_primary():       # its part is to hand over its shards of the weights
         weights.write(params, config, stored_dtype(source), None, weights.stored_dtypes(source))
         return
     partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old"))

@@ -23,7 +23,7 @@ from effreason.evaluation.statistics import Comparison, Summary, comparison_from
 
 KINDS = BASE, MEMBER, BASELINE, BLEND = "base", "member", "baseline", "blend"      # of points in family.json
 # What of metrics.jsonl is drawn.
-DRAWN = ("rollout/", "evaluation/", "reward/", "update/", "pressure/", "pull/")
+DRAWN = ("rollout/", "evaluation/", "reward/", "update/", "update_share/", "length_pull/")
 
 
 @dataclass(frozen=True, kw_only=True)
