@@ -39,6 +39,9 @@ setup(
         "datasets>=4",
         "pyarrow>=17",
         "jinja2>=3.1",
+        "jaxtyping>=0.3",
+        "msgspec>=0.20",
+        "docstring_parser>=0.17",
         "jsonargparse[signatures]>=4.53",
         "PyYAML>=6",
         # Verdicts depend on these two: a new version is a change of the grader, to be tested as one.
