@@ -10,22 +10,22 @@ from typing import Any
 
 from rich.console import Console
 
-from effreason.rl import alpha_control
-from effreason.runs.report import page as pages, summary as report
-from effreason.runtime import provenance
+from effreason.data.prompts import LeftOut, evaluation_samples
 from effreason.evaluation import statistics
-from effreason.runtime.errors import UserError
+from effreason.lm.hf import pretrained
+from effreason.rl import alpha_control
 from effreason.runs.export import card, origin
 from effreason.runs.inputs import Inputs
-from effreason.lm.hf import pretrained
-from effreason.data.prompts import LeftOut, evaluation_samples
-from effreason.types import Outcomes
-from effreason.runs.report.summary import Results
 from effreason.runs.report import figures
+from effreason.runs.report import page as pages
+from effreason.runs.report import summary as report
+from effreason.runs.report.summary import Results
 from effreason.runtime import config as configuration
-from effreason.runtime import processes
+from effreason.runtime import processes, provenance
 from effreason.runtime.config import Config
+from effreason.runtime.errors import UserError
 from effreason.runtime.metrics import MetricsWriter, Unwritten, disk, read_rows, write_json
+from effreason.types import Outcomes
 
 FAMILY = "family.json"                                      # what tells a family's directory from a run's
 

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from effreason import __version__
-from effreason.runs.inputs import Inputs
-from effreason.runs import model_card
-from effreason.lm.hf import hub, pretrained
-from effreason.lm import model
 from effreason.data.presets import PRESETS
+from effreason.evaluation.statistics import Summary
+from effreason.lm import model
+from effreason.lm.hf import hub, pretrained
+from effreason.runs import model_card
+from effreason.runs.inputs import Inputs
 from effreason.runtime.config import Config
 from effreason.runtime.metrics import disk
-from effreason.evaluation.statistics import Summary
 
 
 def export(params: model.Params, step: int, config: Config, inputs: Inputs, target: Path, alpha: float) -> None:

@@ -8,14 +8,13 @@ import os
 import jax
 from jax.sharding import Mesh
 
-from effreason.rl import rollouts
-from effreason.data import prompts
-from effreason.rl.learner import check_model
+from effreason.data import prompts, templates
 from effreason.grading.grader import Grader
 from effreason.lm.hf import pretrained as hf
-from effreason.data import templates
-from effreason.types import Problem
+from effreason.rl import rollouts
+from effreason.rl.learner import check_model
 from effreason.runtime.config import Config
+from effreason.types import Problem
 
 ENDS = 2**20                        # bytes of each end of a file of weights that tell it from another
 

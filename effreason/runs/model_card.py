@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from effreason.evaluation.statistics import Summary
 from effreason.lm.hf.hub import is_hub_id
 from effreason.types import LevelResult
-from effreason.evaluation.statistics import Summary
 
 PAPER = "https://arxiv.org/abs/2502.04463"
 TAGS = ["effreason", "reasoning", "efficient-reasoning", "reinforcement-learning", "arxiv:2502.04463"]

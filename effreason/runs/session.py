@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-from effreason.evaluation import evaluate as evaluation
 from effreason.data import prompts
-from effreason.rl.learner import Engine, make_engine
+from effreason.evaluation import evaluate as evaluation
 from effreason.grading.grader import Grader
-from effreason.runs.inputs import Inputs, in_common, open_inputs
-from effreason.lm.hf import pretrained
 from effreason.lm import model
+from effreason.lm.hf import pretrained
+from effreason.rl.learner import Engine, make_engine
+from effreason.runs.inputs import Inputs, in_common, open_inputs
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
-from effreason.runtime.signals import Interrupts
 from effreason.runtime.progress import say
+from effreason.runtime.signals import Interrupts
 from effreason.sampling import capacity
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from effreason.runtime.errors import UserError
-from effreason.types import Response
 from effreason.runtime import processes
+from effreason.runtime.errors import UserError
 from effreason.runtime.metrics import disk
+from effreason.types import Response
 
 FILE = "unfinished.npz"             # in the run directory
 LOGPROBS = ("logprobs", "sampling_logprobs", "model_logprobs")

@@ -25,7 +25,14 @@ from effreason.runtime.errors import UserError
 from effreason.sampling import slots as device
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
-from effreason.sampling.scheduler import PrefillBatch, PrefillKey, PrefillQueue, Request, check, in_order
+from effreason.sampling.scheduler import (
+    PrefillBatch,
+    PrefillKey,
+    PrefillQueue,
+    Request,
+    check,
+    in_order,
+)
 from effreason.sampling.scheduler import make_requests as make_requests
 from effreason.types import EOS, LENGTH, LOOP, Problem, Response, Rollouts, padded_length
 

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from effreason.rl.advantages import group_std, kl_return_to_go, leave_one_out, truncated_importance, whiten
+from effreason.rl.advantages import (
+    group_std,
+    kl_return_to_go,
+    leave_one_out,
+    truncated_importance,
+    whiten,
+)
 from effreason.rl.rewards import length_rewards
 
 pytestmark = pytest.mark.usefixtures("strict")

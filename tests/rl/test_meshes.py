@@ -19,7 +19,14 @@ from effreason import loop
 from effreason.lm.hf import pretrained
 from effreason.rl import learner
 from effreason.runtime import sharding
-from effreason.runtime.config import Config, DataConfig, MeshConfig, ModelConfig, RolloutConfig, UpdateConfig
+from effreason.runtime.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
 from effreason.sampling import engine as rollouts
 from effreason.sampling.draws import SamplingParams
 from effreason.types import Problem, Rollouts

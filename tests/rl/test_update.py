@@ -17,7 +17,15 @@ from effreason import loop
 from effreason.lm import attention, model
 from effreason.rl import learner, packing, update
 from effreason.runtime import sharding
-from effreason.runtime.config import Config, DataConfig, KLConfig, MeshConfig, ModelConfig, RolloutConfig, UpdateConfig
+from effreason.runtime.config import (
+    Config,
+    DataConfig,
+    KLConfig,
+    MeshConfig,
+    ModelConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
 from effreason.types import Experience, Rollouts, Rows
 
 ROWS, PROMPTS, LENGTHS = 8, [3, 1, 7, 5, 2, 4, 6, 3], [9, 1, 5, 0, 12, 8, 2, 7]

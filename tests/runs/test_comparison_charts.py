@@ -9,7 +9,8 @@ import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 
-from effreason.runs.report import comparison_charts, figures, label_placement, results as findings, training_curves
+from effreason.runs.report import comparison_charts, figures, label_placement, training_curves
+from effreason.runs.report import results as findings
 from effreason.runs.report.results import BASE, MEMBER
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from effreason.runs.report import figures
 from effreason.runtime.errors import UserError
-from effreason.runs.report import figures as plots
 
 SUMMARY = {"alpha": 0.2, "seed": 7, "token_ratio": 0.275, "accuracy_change": 0.049, "wall_s": 301.5,
            "base": {"accuracy": 0.902, "tokens": 110.0, "by_level": {
@@ -46,12 +46,12 @@ def test_plot_of_any_number_of_steps(tmp_path, steps):
 
 
 def test_title_says_where_alpha_moved_from(tmp_path):
-    figures = []
+    pictures = []
     for start in (0.2, 0.1):
         figures.overview(rows(2), SUMMARY | {"alpha_start": start}, tmp_path / "report.png")
-        figures.append((tmp_path / "report.png").read_bytes())
+        pictures.append((tmp_path / "report.png").read_bytes())
     figures.overview(rows(2), SUMMARY, tmp_path / "report.png")
-    assert figures[0] == (tmp_path / "report.png").read_bytes() != figures[1]
+    assert pictures[0] == (tmp_path / "report.png").read_bytes() != pictures[1]
 
 
 @pytest.mark.parametrize("steps", [0, 2, 40])
@@ -85,31 +85,31 @@ def test_evaluations_stand_at_the_updates_that_were_made():
     measured = rows(20)
     measured[9] |= {"evaluation/accuracy": 0.9, "evaluation/tokens": 80.0}     # in a step's row: after its update
     measured.append({"step": 20, "evaluation/accuracy": 0.9, "evaluation/tokens": 30.0})  # alone: 20 updates made
-    axes = plots.Figure().add_subplot()
+    axes = figures.Figure().add_subplot()
     ends = {"base": {"tokens": 110.0}, "trained": {"tokens": 30.0}}
-    plots._curve(axes, measured, "tokens", ends)
+    figures._curve(axes, measured, "tokens", ends)
     places = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert [places[name] for name in ("held-out: before", "between", "after")] == [[0], [10], [20]]
 
 
 def test_smooth_keeps_a_straight_line_to_its_ends_and_calms_noise():
     steps = np.arange(100.0)
-    np.testing.assert_allclose(plots.smooth(steps, 110 - 0.8 * steps), 110 - 0.8 * steps, atol=1e-9)
+    np.testing.assert_allclose(figures.smooth(steps, 110 - 0.8 * steps), 110 - 0.8 * steps, atol=1e-9)
     noise = np.random.default_rng(0).normal(size=100)
-    assert plots.smooth(steps, noise).std() < 0.6 * noise.std()
+    assert figures.smooth(steps, noise).std() < 0.6 * noise.std()
 
 
 @pytest.mark.parametrize("count", [1, 499, 500, 501, 9_999])
 def test_thinned_keeps_500_points_at_most(count):
     values = np.arange(float(count))
-    thinned = plots.thinned(values)
+    thinned = figures.thinned(values)
     assert len(thinned) <= 500 and thinned[0] < thinned[-1] + 1
     if count <= 500:
         np.testing.assert_array_equal(thinned, values)
 
 
 def figure_with(text):
-    figure = plots.new_figure(plots.NARROW)
+    figure = figures.new_figure(figures.NARROW)
     axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
     axes.plot([0, 1], [0, 1], marker="o")
     axes.text(0.5, 0.5, text, parse_math=False)
@@ -117,26 +117,26 @@ def figure_with(text):
 
 
 def test_save_draws_once_and_writes_png_and_svg(tmp_path):
-    plots.save(figure_with("a"), tmp_path / "some")
+    figures.save(figure_with("a"), tmp_path / "some")
     assert image.imread(tmp_path / "some.png").shape == (600, 940, 4)
     assert ElementTree.parse(tmp_path / "some.svg").getroot().tag.endswith("svg")
     with pytest.raises(UserError, match=r"other\.png: cannot be written"):
-        plots.save(figure_with("a"), tmp_path / "missing" / "other")
+        figures.save(figure_with("a"), tmp_path / "missing" / "other")
 
 
 def test_inline_keeps_text_as_escaped_text_and_names_nothing_outside():
-    text = plots.inline(figure_with('<script>alert(1)</script> "quoted" $x$'), "some")
+    text = figures.inline(figure_with('<script>alert(1)</script> "quoted" $x$'), "some")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<script" not in text and "$x$" in text
     assert "http" not in text and "<metadata" not in text and "<style" not in text
     ElementTree.fromstring(text.replace("xlink:href", "href"))
 
 
 def test_ids_of_two_inline_figures_do_not_meet():
-    found = [re.findall(r' id="([^"]*)"', plots.inline(figure_with("a"), name)) for name in ("one", "two")]
+    found = [re.findall(r' id="([^"]*)"', figures.inline(figure_with("a"), name)) for name in ("one", "two")]
     assert found[0] and found[1] and not set(found[0]) & set(found[1])
-    text = plots.inline(figure_with("a"), "one")
+    text = figures.inline(figure_with("a"), "one")
     assert {name for name in re.findall(r'(?:url\(#|xlink:href="#)([^)"]+)', text)} == set(found[0])
 
 
 def test_inline_is_the_same_each_time():
-    assert plots.inline(figure_with("a"), "one") == plots.inline(figure_with("a"), "one")
+    assert figures.inline(figure_with("a"), "one") == figures.inline(figure_with("a"), "one")

@@ -9,9 +9,10 @@ import time
 import made_runs
 import pytest
 
+from effreason.runs.report import examples, published, sections
 from effreason.runs.report import page as pages
+from effreason.runs.report import results as findings
 from effreason.runtime.errors import UserError
-from effreason.runs.report import examples, published, results as findings, sections
 
 HOSTILE = ("<script>alert('x')</script></details></pre><img src=http://evil.example/x onerror=alert(1)>"
            "{{ 7 * 7 }}</style>\x00\x1b[31m\u202e\ud800 & \"quoted\"</think>\\boxed{<b>1</b>}")

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from effreason.evaluation import responses, statistics
 from effreason.runs.report import summary as report
-from effreason.types import Outcomes
 from effreason.runtime.config import Config
+from effreason.types import Outcomes
 
 
 def outcomes(accuracy, tokens, levels=("hard", "easy", "medium"), problems=60):

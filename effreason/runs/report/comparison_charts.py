@@ -11,10 +11,20 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from effreason.runs.report.results import BASE, BASELINE, BLEND, MEMBER, Measured, Point
-from effreason.runs.report.label_placement import NUMBER, Named, SMALL, name_ends, name_points
-from effreason.runs.report.figures import AFTER, BEFORE, CURVE, INK, NARROW, QUIET, clean, grouped, new_figure
+from effreason.runs.report.figures import (
+    AFTER,
+    BEFORE,
+    CURVE,
+    INK,
+    NARROW,
+    QUIET,
+    clean,
+    grouped,
+    new_figure,
+)
+from effreason.runs.report.label_placement import NUMBER, SMALL, Named, name_ends, name_points
 from effreason.runs.report.published import Figure as Published
+from effreason.runs.report.results import BASE, BASELINE, BLEND, MEMBER, Measured, Point
 
 # Inches, where the axes are in them, and the columns of the legend.
 SHAPES = {"narrow": ((NARROW[0], 4.6), (0.15, 0.115, 0.835, 0.685), 2),

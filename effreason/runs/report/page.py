@@ -13,15 +13,15 @@ from urllib.parse import quote
 import jinja2
 
 from effreason import __version__
-from effreason.runtime.errors import UserError
+from effreason.cli.arguments import Parser
 from effreason.runs.report import examples, figures, results, sections
 from effreason.runs.report.examples import Prompt
-from effreason.runs.report.results import BASE, BASELINE, Findings, MEMBER, Run
+from effreason.runs.report.results import BASE, BASELINE, MEMBER, Findings, Run
 from effreason.runs.report.sections import Chart
-from effreason.cli.arguments import Parser
 from effreason.runtime.config import Config
-from effreason.runtime.metrics import disk
 from effreason.runtime.config_fields import meanings, written
+from effreason.runtime.errors import UserError
+from effreason.runtime.metrics import disk
 
 MARK = '<meta name="generator" content="effreason report">'     # of a page that may be written over
 PAGE = "report.html"

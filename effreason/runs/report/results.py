@@ -15,11 +15,16 @@ from typing import Any
 
 import yaml
 
-from effreason.runtime.errors import UserError
+from effreason.evaluation.statistics import (
+    Comparison,
+    Summary,
+    comparison_from_table,
+    summary_from_table,
+)
 from effreason.runtime.config import Config
-from effreason.runtime.metrics import read_rows
 from effreason.runtime.config_fields import all_settings
-from effreason.evaluation.statistics import Comparison, Summary, comparison_from_table, summary_from_table
+from effreason.runtime.errors import UserError
+from effreason.runtime.metrics import read_rows
 
 KINDS = BASE, MEMBER, BASELINE, BLEND = "base", "member", "baseline", "blend"      # of points in family.json
 # What of metrics.jsonl is drawn.

@@ -12,12 +12,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from effreason.evaluation import responses
-from effreason.runs.report import summary as report
-from effreason.runs.report import comparison_charts, published, training_curves
-from effreason.runs.report.results import BASE, BASELINE, BLEND, Findings, MEMBER, Measured, Point, Run
-from effreason.runs.report.figures import AFTER, BEFORE
-from effreason.runtime.progress import duration
 from effreason.evaluation.statistics import Difficulty, Interval
+from effreason.runs.report import comparison_charts, published, training_curves
+from effreason.runs.report import summary as report
+from effreason.runs.report.figures import AFTER, BEFORE
+from effreason.runs.report.results import (
+    BASE,
+    BASELINE,
+    BLEND,
+    MEMBER,
+    Findings,
+    Measured,
+    Point,
+    Run,
+)
+from effreason.runtime.progress import duration
 
 Cell = tuple[str, str]
 

@@ -8,9 +8,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from effreason.evaluation.statistics import (
+    Comparison,
+    Interval,
+    Summary,
+    comparison_from_table,
+    level_names,
+)
 from effreason.runtime.config import Config
 from effreason.runtime.progress import duration
-from effreason.evaluation.statistics import Comparison, Interval, Summary, comparison_from_table, level_names
 
 Results = Mapping[str, tuple[Summary, Summary, Comparison]]    # by set: before, after, and compared
 

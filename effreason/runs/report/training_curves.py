@@ -9,8 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from effreason.runs.report.figures import (
+    AFTER,
+    CURVE,
+    NARROW,
+    QUIET,
+    clean,
+    grouped,
+    new_figure,
+    smooth,
+    thinned,
+)
 from effreason.runs.report.label_placement import SMALL, name_ends
-from effreason.runs.report.figures import AFTER, CURVE, NARROW, QUIET, clean, grouped, new_figure, smooth, thinned
 
 PARTS = {"accuracy": "#009E73", "length": AFTER, "kl": "#E69F00", "normalisation": "#CC79A7"}
 PART_NAMES = {"accuracy": "accuracy", "length": "length", "kl": "KL", "normalisation": "normalisation"}
