@@ -43,7 +43,7 @@ def prompts(tokenizer) -> list[Problem]:
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                            add_generation_prompt=True) for text in QUESTIONS]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [Problem(uid=uid, prompt=np.array(each, np.int32), text=text, answer="", level="all")
+    return [Problem(uid=uid, prompt=np.array(each, np.int32), text=text, reference="", level="all")
             for uid, (each, text) in enumerate(zip(ids, QUESTIONS, strict=True))]
 
 

@@ -18,7 +18,7 @@ class Problem:
     uid: int                        # stable within the data set, < 2**31: part of every sampled token's key
     prompt: np.ndarray              # int32[S'], the rendered and tokenised prompt, unpadded
     text: str                       # the problem as the data set has it
-    answer: str                     # the reference answer
+    reference: str                  # the reference answer; the field `answer` of a data set
     level: str                      # difficulty, "all" where the data set has none
     opens_thinking: bool = False    # the prompt ends in <think>: the response begins inside the thinking
     kind: str = "math"              # how answers are compared: math | choice | text

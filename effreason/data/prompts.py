@@ -125,7 +125,7 @@ def fingerprint(problems: Problems | Sequence[Problem]) -> str:
     digest = hashlib.sha256()
     for problem in problems:
         # With the prompt's length first, no two lists of problems are the same bytes.
-        facts = [problem.uid, len(problem.prompt), problem.answer, problem.kind, problem.choices]
+        facts = [problem.uid, len(problem.prompt), problem.reference, problem.kind, problem.choices]
         digest.update(json.dumps(facts).encode() + b"\n" + problem.prompt.astype("<i4").tobytes())
     return digest.hexdigest()
 
@@ -256,7 +256,7 @@ def _problems(rows: Sequence[Row], tokenizer: Any, template: Template, max_token
                 too_long.append(row)
                 continue
             problems.append(Problem(
-                uid=source * ROWS_PER_SOURCE + row.number, prompt=prompt, text=row.text, answer=row.answer,
+                uid=source * ROWS_PER_SOURCE + row.number, prompt=prompt, text=row.text, reference=row.reference,
                 level=row.level, kind=row.kind, choices=row.choices, opens_thinking=templates.opens_thinking(text)))
     return problems, too_long
 
@@ -271,7 +271,7 @@ def _without_unmatched(problems: list[Problem], unmatched: Unmatched, note: "_No
 
 
 def _unmatched_text(problems: Sequence[Problem]) -> str:
-    answers = ", ".join(repr(problem.answer[:60]) for problem in problems[:LISTED])
+    answers = ", ".join(repr(problem.reference[:60]) for problem in problems[:LISTED])
     return f"whose answer the grader cannot match with itself, such as {answers}"
 
 

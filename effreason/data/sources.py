@@ -34,7 +34,7 @@ class Row:
 
     number: int                     # of its row in the source
     text: str
-    answer: str
+    reference: str
     level: str = ONE_LEVEL
     kind: str = "math"              # math | choice | text
     choices: tuple[str, ...] = ()
@@ -220,7 +220,7 @@ def _embedded_rows(name: str, held_out: bool) -> list[Row]:
         drawn, count = tasks.distinct(0, held_out=held_out), TINY_HELD_OUT if held_out else TINY_PROBLEMS
     else:
         drawn, count = tasks.novel(name), TINY_NOVEL
-    return [Row(number=number, text=task.text, answer=task.answer, level=task.level)
+    return [Row(number=number, text=task.text, reference=task.answer, level=task.level)
             for number, task in enumerate(itertools.islice(drawn, count))]
 
 
@@ -273,24 +273,24 @@ def _row(number: int, row: dict[str, Any], columns: _Columns, place: str) -> Row
     text = _text(row, columns.problem, place, null=columns.nulls)
     if not text.strip():
         return Unusable(number, place, WITHOUT_TEXT, text)
-    answer = answers.extract(_text(row, columns.answer, place, null=columns.nulls), columns.answer_from)
-    if not answer:
+    reference = answers.extract(_text(row, columns.answer, place, null=columns.nulls), columns.answer_from)
+    if not reference:
         return Unusable(number, place, WITHOUT_ANSWER, text)
     level = ONE_LEVEL
     if columns.level is not None and (columns.level_must or row.get(columns.level) is not None):
         level = _text(row, columns.level, place)
     if columns.kind != "choice":
-        return Row(number=number, text=text, answer=answer, level=level, kind=columns.kind)
+        return Row(number=number, text=text, reference=reference, level=level, kind=columns.kind)
     listed = None
     if columns.choices is not None and (columns.choices_must or columns.choices in row):
         if columns.choices not in row:
             raise UserError(f"{place}: has no field {columns.choices!r}, found {_names(row)}")
         listed = row[columns.choices]
     try:
-        text, answer, choices = answers.choose(text, row[columns.answer], answer, listed)
+        text, reference, choices = answers.choose(text, row[columns.answer], reference, listed)
     except ValueError as error:
         raise UserError(f"{place}: {error}") from None
-    return Row(number=number, text=text, answer=answer, level=level, kind="choice", choices=choices)
+    return Row(number=number, text=text, reference=reference, level=level, kind="choice", choices=choices)
 
 
 def _text(row: dict[str, Any], field: str, place: str, *, null: bool = False) -> str:

@@ -40,7 +40,7 @@ def row(problems: Sequence[Problem], tried: GradedRollouts, prompt: int, sample:
     place = prompt * tried.correct.shape[1] + sample
     verdict = tried.verdicts[place]
     return {"uid": problem.uid, "sample": sample, "level": problem.level, "problem": problem.text,
-            "reference_answer": problem.answer, "response": tried.texts[place], "answer": verdict.answer,
+            "reference_answer": problem.reference, "response": tried.texts[place], "answer": verdict.answer,
             "status": "symbolic" if verdict.status == "cached" else verdict.status,
             "correct": bool(tried.correct[at]), "tokens": int(tried.rollouts.lengths[at]),
             "finish": str(tried.rollouts.finish[at])}

@@ -177,7 +177,7 @@ def remaining(requests: Sequence[Request], drawn: Sequence[Response]) -> list[Re
 
 def gold(problem: Problem) -> Gold:
     """What the grader needs of a problem."""
-    return Gold(problem.answer, problem.kind, problem.choices)
+    return Gold(problem.reference, problem.kind, problem.choices)
 
 
 def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:

@@ -43,11 +43,11 @@ def read(name, held_out=True):
 def test_local_copies_load_by_preset(name, split):
     rows, unusable = sources.read(name, DataConfig(directory=str(SHARED)), held_out=split == "test")
     assert (len(rows), unusable) == (ROWS[name, split], [])
-    assert all(row.text.strip() and row.answer for row in rows)
+    assert all(row.text.strip() and row.reference for row in rows)
     assert [row.number for row in rows] == list(range(len(rows)))
     if PRESETS[name].kind == "choice":
         assert all(row.kind == "choice" and 3 <= len(row.choices) <= 7 for row in rows)
-        assert all(row.answer in "ABCDEFG"[: len(row.choices)] and f"({row.answer}) " in row.text for row in rows)
+        assert all(row.reference in "ABCDEFG"[: len(row.choices)] and f"({row.reference}) " in row.text for row in rows)
         assert all(row.text.count("Options:") == 1 for row in rows)
 
 
@@ -66,7 +66,7 @@ def test_levels_come_from_local_copies():
 def test_gsm8k_answers_stand_behind_hashes(monkeypatch):
     asked = hub(monkeypatch, [{"question": "How many?", "answer": "4*25=<<4*25=100>>100\n#### 1,100"}])
     (row,) = read("gsm8k", held_out=False)
-    assert (row.text, row.answer, row.kind) == ("How many?", "1,100", "math")
+    assert (row.text, row.reference, row.kind) == ("How many?", "1,100", "math")
     assert asked == [("openai/gsm8k", "main", "train")]
 
 
@@ -104,7 +104,7 @@ def test_olympiad_bench_answers_are_lists_and_contexts_stand_apart(monkeypatch):
                       {"question": "Find c.", "context": None, "final_answer": ["3"]},
                       {"question": "Prove it.", "context": None, "final_answer": None}])
     rows, unusable = sources.read("olympiad_bench", DataConfig(), held_out=True)
-    assert [(row.text, row.answer) for row in rows] == [("Let a < b.\nFind a and b.", "1, 2"), ("Find c.", "3")]
+    assert [(row.text, row.reference) for row in rows] == [("Let a < b.\nFind a and b.", "1, 2"), ("Find c.", "3")]
     assert [row.text for row in unusable] == ["Prove it."]
     hub(monkeypatch, [{"question": "Find c."}])
     with pytest.raises(UserError, match="Hothan/OlympiadBench:train:0: has no field 'final_answer', found question"):

@@ -56,7 +56,7 @@ def only(problems):
 
 def test_tiny_problems_are_python_expressions_with_their_value_as_answer(characters):
     for problem in only(training(characters, config()))[:300]:
-        assert str(eval(problem.text)) == problem.answer        # noqa: S307, our own text
+        assert str(eval(problem.text)) == problem.reference        # noqa: S307, our own text
         assert characters.decode(problem.prompt) == characters.apply_chat_template(
             [{"role": "user", "content": problem.text}], tokenize=False, add_generation_prompt=True)
         assert problem.opens_thinking and problem.kind == "math"
@@ -75,8 +75,8 @@ def test_jsonl_fields_are_named_in_the_configuration(tmp_path, characters):
         {"q": "(1+2)%10", "a": 3, "d": "low"}, "\n", {"q": "(1+3)%10", "a": "4", "d": 2}])
     settings = config(path=path, problem_field="q", answer_field="a", level_field="d")
     first, second = only(training(characters, settings))
-    assert (first.text, first.answer, first.level) == ("(1+2)%10", "3", "low")
-    assert (second.uid, second.answer, second.level) == (1, "4", "2")
+    assert (first.text, first.reference, first.level) == ("(1+2)%10", "3", "low")
+    assert (second.uid, second.reference, second.level) == (1, "4", "2")
     assert only(training(characters, config(settings.data, level_field=None)))[0].level == "all"
 
 
@@ -93,7 +93,7 @@ def test_problems_that_repeat_an_earlier_one_are_left_out_with_an_example(tmp_pa
     first = write(tmp_path / "a.jsonl", texts("$x = 1$. And (2)?", "(4)", "$X=1$.  And (2)?"))
     second = write(tmp_path / "b.jsonl", texts("(5)", "( 4 )"))
     problems = training(characters, config(path=f"{first},{second}"))
-    assert [[problem.answer for problem in source.problems] for source in problems.sources] == [["0", "1"], ["0"]]
+    assert [[problem.reference for problem in source.problems] for source in problems.sources] == [["0", "1"], ["0"]]
     assert f"{first}: left out 1 that repeat an earlier one, such as '$X=1$. And (2)?'" in problems.notes
     assert f"{second}: left out 1 that repeat an earlier one, such as '( 4 )'" in problems.notes
     kept = training(characters, config(path=f"{first},{second}", duplicates="keep"))
@@ -129,7 +129,7 @@ def test_golds_that_the_grader_cannot_match_are_dropped_in_training_and_reported
 def test_rows_without_an_answer_are_left_out_and_counted(tmp_path, characters):
     path = write(tmp_path / "data.jsonl", [{"problem": "1", "answer": "so\n#### 12"}, {"problem": "2", "answer": "?"}])
     problems = training(characters, config(path=path, answer_from="hashes"))
-    assert [problem.answer for problem in only(problems)] == ["12"]
+    assert [problem.reference for problem in only(problems)] == ["12"]
     assert f"{path}: left out 1 without an answer" in problems.notes
     assert problems.left_out == (prompts.LeftOut(path, 1, "has no answer", "2"),)
     with pytest.raises(UserError, match="no answer in column 'answer' as data.answer_from = boxed reads it"):
@@ -184,7 +184,7 @@ def test_the_fingerprint_is_of_all_that_a_run_depends_on():
     assert len(mark) == 64 and mark == prompts.fingerprint(everything) == prompts.fingerprint(list(everything))
     assert prompts.fingerprint([]) != mark
     others = [dataclasses.replace(first, **change) for change in (
-        {"uid": 9}, {"prompt": np.ones(1, np.int32)}, {"prompt": np.zeros(2, np.int32)}, {"answer": "2"},
+        {"uid": 9}, {"prompt": np.ones(1, np.int32)}, {"prompt": np.zeros(2, np.int32)}, {"reference": "2"},
         {"kind": "text"}, {"choices": ("1",)})]
     marks = {prompts.fingerprint([other, *rest]) for other in others} | {
         mark, prompts.fingerprint([*rest, first]), prompts.fingerprint(rest)}
@@ -225,7 +225,7 @@ def test_of_several_evaluation_sets_each_has_its_first_problems_whatever_the_oth
 
 def numbered(count, name="", weight=None, source=0):
     return prompts.Source(name, weight, tuple(
-        prompts.Problem(uid=source * 2**26 + number, prompt=np.zeros(1, np.int32), text=str(number), answer="1",
+        prompts.Problem(uid=source * 2**26 + number, prompt=np.zeros(1, np.int32), text=str(number), reference="1",
                         level="all") for number in range(count)))
 
 

@@ -167,17 +167,17 @@ def test_parquet_and_saved_folders_are_read_like_jsonl(tmp_path):
     saved.to_parquet(str(tmp_path / "data.parquet"))
     saved.save_to_disk(str(tmp_path / "folder"))
     for path in (tmp_path / "data.parquet", tmp_path / "folder"):
-        assert [row.answer for row in read(path)] == ["3", "4"]
+        assert [row.reference for row in read(path)] == ["3", "4"]
     with pytest.raises(UserError, match="0: has no field 'x', found problem, answer"):
         read(tmp_path / "folder", answer_field="x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: cannot be read by datasets"):
         read(tmp_path / "empty")
     datasets.DatasetDict({"train": saved, "dev": saved.select([1])}).save_to_disk(str(tmp_path / "splits"))
-    assert [row.answer for row in read(tmp_path / "splits")] == ["3", "4"]
+    assert [row.reference for row in read(tmp_path / "splits")] == ["3", "4"]
     with pytest.raises(UserError, match=r"has no split 'test', found train, dev; data\.split or evaluation\.split"):
         read(tmp_path / "splits", held_out=True)
-    assert [row.answer for row in read(tmp_path / "splits", split="dev")] == ["4"]
+    assert [row.reference for row in read(tmp_path / "splits", split="dev")] == ["4"]
 
 
 def test_an_id_on_the_hub_is_read_with_its_subset_and_split(monkeypatch):
@@ -188,7 +188,7 @@ def test_an_id_on_the_hub_is_read_with_its_subset_and_split(monkeypatch):
         return [{"problem": "1", "answer": 2 if revision is None else ""}]
 
     monkeypatch.setattr(hub, "_load", load)
-    assert read("org/name", subset="easy")[0].answer == "2"
+    assert read("org/name", subset="easy")[0].reference == "2"
     read("org/name", held_out=True)
     read("org/name", split="dev")
     assert asked == [("org/name", "easy", "train"), ("org/name", None, "test"), ("org/name", None, "dev")]
@@ -219,7 +219,7 @@ def test_a_revision_is_asked_for_and_its_commit_loaded(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, subset, split, revision: asked.append((name, revision))
                         or [{"problem": "1", "answer": "2"}])
-    assert [row.answer for row in read("org/name@v1")] == ["2"]
+    assert [row.reference for row in read("org/name@v1")] == ["2"]
     assert asked == [("org/name", "v1"), ("org/name", "f" * 40)]
 
 
@@ -230,7 +230,7 @@ def test_offline_another_commit_in_the_cache_is_not_taken(monkeypatch, offline, 
     saved.save_to_disk(str(tmp_path / commit))
     loaded = datasets.load_from_disk(str(tmp_path / commit))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
-    assert [row.answer for row in read(f"org/name@{commit}")] == [row.answer for row in read("org/name")] == ["2"]
+    assert [row.reference for row in read(f"org/name@{commit}")] == [row.reference for row in read("org/name")] == ["2"]
     with pytest.raises(UserError, match=f"org/name@abcdef0: the newest in the cache is of another commit, {commit}"):
         read("org/name@abcdef0")
     with pytest.raises(UserError, match="org/name@v1: the cache knows commits alone.*name the commit"):
@@ -299,7 +299,7 @@ def test_a_saved_folder_on_the_hub_is_downloaded_whole(monkeypatch, tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
     monkeypatch.setattr(hub, "_state", lambda name, revision, offline: ("abc", True))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / name.split("/")[1]))
-    assert read("org/one")[0].answer == read("org/splits")[0].answer == "2"
+    assert read("org/one")[0].reference == read("org/splits")[0].reference == "2"
     with pytest.raises(UserError, match="org/splits: has no split 'test'"):
         read("org/splits", held_out=True)
 
@@ -326,14 +326,14 @@ LISTED = "Who?\nOptions:\n(A) me\n(B) you"
 def test_choices_stand_in_the_problem_once_and_answers_are_letters(tmp_path, row, letter):
     path = write(tmp_path / "data.jsonl", [row])
     (found,) = read(path, answer_kind="choice", choices_field="options")
-    assert (found.text, found.answer, found.choices, found.kind) == (LISTED, letter, ("me", "you"), "choice")
+    assert (found.text, found.reference, found.choices, found.kind) == (LISTED, letter, ("me", "you"), "choice")
 
 
 def test_choices_that_stand_in_the_text_are_read_from_it(tmp_path):
     path = write(tmp_path / "data.jsonl", [{"problem": LISTED, "answer": "(B)"}, {"problem": "A or B?", "answer": "b"}])
     first, second = read(path, answer_kind="choice")
-    assert (first.text, first.answer, first.choices) == (LISTED, "B", ("me", "you"))
-    assert (second.answer, second.choices) == ("B", ())
+    assert (first.text, first.reference, first.choices) == (LISTED, "B", ("me", "you"))
+    assert (second.reference, second.choices) == ("B", ())
 
 
 @pytest.mark.parametrize(("row", "message"), [

@@ -12,8 +12,8 @@ from effreason.runtime.errors import UserError
 from effreason.types import Problem
 
 
-def problem(uid, answer="7", level="easy"):
-    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", answer=answer, level=level)
+def problem(uid, reference="7", level="easy"):
+    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", reference=reference, level=level)
 
 
 TEXTS = [["3+4 = 7, \\boxed{7}", "\\boxed{9}"], ["so 7 = 7. No: \\boxed{8}", "odd \udc80 text"]]

@@ -74,7 +74,7 @@ def test_prompt_logprobs(reference, checkpoint):
 
 def test_greedy_tokens(reference, checkpoint):
     config, params = checkpoint
-    problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32), text="", answer="",
+    problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32), text="", reference="",
                         level="all") for prompt in PROMPTS]
     expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
     sample = engine.make_sampler(config, mesh(), slots=8, chunk=16)

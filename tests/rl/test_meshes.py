@@ -39,7 +39,7 @@ SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4)
 
 
 def problems():
-    return [Problem(uid=uid, prompt=np.arange(2 + uid, 9 + 3 * uid, dtype=np.int32), text="", answer="", level="all")
+    return [Problem(uid=uid, prompt=np.arange(2 + uid, 9 + 3 * uid, dtype=np.int32), text="", reference="", level="all")
             for uid in range(PROMPTS)]
 
 

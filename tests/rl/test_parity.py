@@ -46,7 +46,7 @@ def test_a_gap_that_is_no_number_is_a_gap():
 @pytest.fixture(scope="module")
 def sampled():
     """Responses of a random decoder at temperature 1, as the trainer gets them."""
-    problems = [Problem(uid=uid, prompt=np.arange(2 + uid, 8 + 2 * uid, dtype=np.int32), text="", answer="",
+    problems = [Problem(uid=uid, prompt=np.arange(2 + uid, 8 + 2 * uid, dtype=np.int32), text="", reference="",
                         level="all") for uid in range(4)]
     target = mesh()
     sampler = engine.make_sampler(QWEN2, target, slots=16, chunk=8)

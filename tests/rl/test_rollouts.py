@@ -17,8 +17,8 @@ from effreason.types import Problem, Response
 TOKENS = tokenizer.build()
 
 
-def problem(uid, answer="7", **changes):
-    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", answer=answer, level="all",
+def problem(uid, reference="7", **changes):
+    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", reference=reference, level="all",
                    **changes)
 
 

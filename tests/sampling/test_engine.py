@@ -29,7 +29,7 @@ MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context"
 
 def problem(uid, length):
     prompt = np.random.default_rng(uid).integers(0, VOCABULARY, length).astype(np.int32)
-    return Problem(uid=uid, prompt=prompt, text="", answer="", level="all")
+    return Problem(uid=uid, prompt=prompt, text="", reference="", level="all")
 
 
 # Lengths 1 and 2; both sides of the smallest bucket, 16; uids in no order.
