@@ -20,7 +20,6 @@ from effreason.evaluation.models import EvaluatedModel, check_alike, open_model,
 from effreason.grading.grader import Grader
 from effreason.lm import model
 from effreason.lm.hf import pretrained as hf
-from effreason.rl.learner import make_sampler
 from effreason.rl.rollouts import OnChunk, attempt, unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance, sharding
@@ -292,10 +291,10 @@ def evaluate_model(config: Config, opened: EvaluatedModel, mesh: jax.sharding.Me
         prompts.fingerprint(problems)[:12] for problems in sets.values())})
     rendered = templates.display(templates.render(pretrained.tokenizer, template, next(iter(sets.values()))[0].text))
     dated = [template.note] if template.note else []
-    sampler_note = capacity.describe(config, pretrained.decoder, mesh, capacity.EVALUATION)
+    sampler_note = capacity.describe(config, pretrained.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
     for note in [*dated, *notes, sampler_note, f"the first prompt, by the template {template.name}:\n{rendered}"]:
         reporter.tell(note)
-    sampler = make_sampler(config, pretrained.decoder, mesh, capacity.EVALUATION)
+    sampler = capacity.make_configured_sampler(config, pretrained.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
     params = functools.cache(opened.load)       # only where something is left to sample
     found = []
     for seed in seeds:

@@ -95,11 +95,11 @@ def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mes
     if settings.slots is None and settings.memory_gib is None:
         weights = shapes.weight_count(decoder)
         itemsize, tensor = jnp.dtype(decoder.dtype).itemsize, mesh.shape["tensor"]
-        beside = memory.training(config) / mesh.shape["fsdp"] + itemsize
+        beside = memory.training_weight_bytes(config) / mesh.shape["fsdp"] + itemsize
         left = target.chip.hbm_bytes * (1 - memory.RESERVE) - beside * weights / tensor
         settings = dataclasses.replace(settings, memory_gib=max(left * mesh.size / GIB, 1e-6))
     shards = sharding.batch_shards(mesh)
-    count = memory.slots(dataclasses.replace(config, rollout=settings), decoder, mesh, memory.training(config))
+    count = memory.slot_count(dataclasses.replace(config, rollout=settings), decoder, mesh, memory.training_weight_bytes(config))
     return -(-count // shards) * shards
 
 
@@ -120,7 +120,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
 
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=cache_layout(
         config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])), mesh)
-    capacity = rollouts.cache_positions(memory.positions(config))
+    capacity = rollouts.cache_positions(memory.max_positions(config))
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots_count, scheduler.READ_ROWS, scheduler.READ_TOKENS // width), 1)
 

@@ -71,7 +71,7 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
     mesh: Any = compile.make_mesh(config, target) if compiled else AbstractMesh(shape, sharding.MESH_AXES)
     learner.check_divisible(config, decoder, mesh)
     slots = compile.slot_count(config, decoder, target, mesh)
-    capacity = cache_positions(memory.positions(config))
+    capacity = cache_positions(memory.max_positions(config))
     width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])
     attention = learner.choose_attention(config, decoder, width, platform=target.kind, context=shape[3])
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens, prompt_tokens=inputs.prompt_tokens,

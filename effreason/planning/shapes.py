@@ -48,7 +48,7 @@ def open_decoder(config: Config) -> DecoderConfig:
         path = directory / "config.json"
         table = configs.read_json(path)
     decoder = configs.parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)
-    most, longest = table.get("max_position_embeddings"), capacity.positions(config)
+    most, longest = table.get("max_position_embeddings"), capacity.max_positions(config)
     if isinstance(most, int) and 0 < most < longest:
         raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or evaluation.max_new_tokens) must be at "
                         f"most the model's {most} positions, got {longest}")

@@ -20,7 +20,6 @@ from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.sampling import capacity, engine
 from effreason.sampling.draws import SamplingParams
-from effreason.sampling.repetition import RepetitionStopping
 from effreason.types import Experience, Packed, Rollouts, Rows
 
 
@@ -75,7 +74,8 @@ def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh, longest_p
     Raises: UserError where the mesh cannot split the model or the batch evenly."""
     settings = config.rollout
     return Engine(
-        sampler=make_sampler(config, pretrained.decoder, mesh, capacity.training(config)),
+        sampler=capacity.make_configured_sampler(config, pretrained.decoder, mesh,
+                                                 capacity.training_weight_bytes(config)),
         sampling=SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
                           min_p=settings.min_p, eos_ids=pretrained.eos_ids),
         learning=make_learner(config, pretrained.decoder, mesh, longest_prompt))
@@ -169,17 +169,6 @@ def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *
     if reason := attention.unsupported_reason(chosen, platform, **facts):
         raise UserError(f"model.attention {chosen} does not fit: {reason}")
     return chosen
-
-
-def make_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
-                 weight_bytes: int) -> engine.Sampler:
-    """The sampling engine of a run, for rollouts and evaluations alike. Args: weight_bytes, as in memory.slots."""
-    loops = RepetitionStopping(window=config.repetition.window, longest_period=config.repetition.longest_period,
-                         audit_share=config.repetition.audit_share) if config.repetition.stop else None
-    settings = config.rollout
-    return engine.make_sampler(decoder, mesh, slots=capacity.slots(config, decoder, mesh, weight_bytes),
-                                 chunk=settings.chunk, positions=capacity.positions(config), loops=loops,
-                                 cache_layout=settings.cache_layout)
 
 
 def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:

@@ -48,7 +48,7 @@ def open_session(config: Config) -> Iterator[Session]:
     with jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
         processes.check_same(in_common(inputs))
-        sampler = capacity.describe(config, inputs.pretrained.decoder, mesh, capacity.training(config))
+        sampler = capacity.describe(config, inputs.pretrained.decoder, mesh, capacity.training_weight_bytes(config))
         for line in [*inputs.notes, sampler, *warnings(config)]:    # before the weights: there may be something to mend
             say(line, processes.console())
         # A resumed run takes the very weights it began with, wherever the branch has moved since.

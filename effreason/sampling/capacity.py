@@ -1,4 +1,4 @@
-"""How many responses fit on the devices at once."""
+"""How many responses fit on the devices at once, and the sampler that a configuration describes."""
 
 import math
 import os
@@ -10,82 +10,122 @@ from jax.sharding import Mesh
 from effreason.lm import model
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
+from effreason.sampling.engine import Sampler, make_sampler
+from effreason.sampling.repetition import RepetitionStopping
 
 GIB = 2**30
-RESERVE = 0.1                       # of the devices' memory, for prompts being read, logits and whatever else
-FEWEST = 8                          # slots that are worth trying, whatever the estimate says
-EVALUATION = 4                      # bytes for each weight beside the sampler's own copy: they are loaded in float32
+RESERVE = 0.1                       # of device memory: prompts in prefill, logits, everything else
+MIN_SLOTS = 8                       # worth trying, whatever the estimate says
+EVALUATION_WEIGHT_BYTES = 4         # per parameter, without the sampler's copy: loaded in float32
 
 
-def training(config: Config) -> int:
-    """Bytes on the devices for each weight in training, beside the sampler's own copy.
+def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                            weight_bytes: int) -> Sampler:
+    """Builds the sampler of a run, for rollouts and evaluations alike.
 
-    The policy and a gradient in float32, the optimiser's two moments, and the reference in the dtype of the blocks."""
+    Args:
+        weight_bytes: as in `cache_budget_bytes`.
+    """
+    settings, repetition = config.rollout, None
+    if config.repetition.stop:
+        repetition = RepetitionStopping(
+            window=config.repetition.window, longest_period=config.repetition.longest_period,
+            audit_share=config.repetition.audit_share)
+
+    return make_sampler(
+        decoder, mesh, slots=slot_count(config, decoder, mesh, weight_bytes), chunk=settings.chunk,
+        positions=max_positions(config), repetition=repetition, cache_layout=settings.cache_layout)
+
+
+def slot_count(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:
+    """Returns how many responses are generated at once: rollout.slots, or as many as fit at full length.
+
+    That is all responses of a step if they fit, otherwise a power of two times the mesh's batch shards.
+    """
+    if config.rollout.slots is not None:
+        return config.rollout.slots
+
+    shards = sharding.batch_shards(mesh)
+    responses = config.rollout.prompts_per_step * config.rollout.group_size
+    budget = cache_budget_bytes(config, decoder, mesh, weight_bytes)
+    fitting = budget / slot_bytes(decoder, max_positions(config))
+
+    if fitting >= responses:
+        return -(-responses // shards) * shards
+    return shards << math.floor(math.log2(max(max(fitting, MIN_SLOTS) / shards, 1)))
+
+
+def max_positions(config: Config) -> int:
+    """Returns the length of the longest sequence in a run, prompt and response."""
+    response = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    return config.data.max_prompt_tokens + response
+
+
+def slot_bytes(decoder: model.DecoderConfig, positions: int) -> int:
+    """Returns the bytes of keys and values of one response with `positions` positions."""
+    elements = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * positions
+    return elements * jnp.dtype(decoder.dtype).itemsize
+
+
+def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                       weight_bytes: int) -> float:
+    """Returns the memory for the keys and values of all slots, summed over all devices.
+
+    Args:
+        weight_bytes: bytes per parameter of policy, gradients, optimizer and reference, without
+            the sampler's copy: `training_weight_bytes`, or EVALUATION_WEIGHT_BYTES.
+    """
+    if config.rollout.memory_gib is not None:
+        return config.rollout.memory_gib * GIB
+
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))
+    # The state is split over fsdp and tensor, the sampler's copy of the weights over tensor alone.
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    state = weight_bytes * parameters * mesh.size / shards
+    copy = jnp.dtype(decoder.dtype).itemsize * parameters * mesh.size / mesh.shape["tensor"]
+    return max(device_bytes(mesh) * (1 - RESERVE) - state - copy, 0.0)
+
+
+def training_weight_bytes(config: Config) -> int:
+    """Returns the device bytes per parameter in training, without the sampler's copy.
+
+    Policy and gradient are float32, the optimizer keeps two float32 moments, and the reference has
+    the dtype of the blocks.
+    """
     moments = 0 if config.update.offload_optimizer else 8
     reference = 0 if config.kl.offload_reference else jnp.dtype(config.model.dtype).itemsize
     return 8 + moments + reference
 
 
-def positions(config: Config) -> int:
-    """The longest sequence of a run, prompt and response."""
-    return config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
-
-
-def slot_bytes(decoder: model.DecoderConfig, positions: int) -> int:
-    """Keys and values of one response of so many positions."""
-    return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * positions * jnp.dtype(decoder.dtype).itemsize
-
-
-def budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> float:
-    """Memory for the keys and values of all slots, on all devices together.
-
-    Args: weight_bytes, taken for each weight by what lies beside them and beside the sampler's copy."""
-    if config.rollout.memory_gib is not None:
-        return config.rollout.memory_gib * GIB
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))
-    # The state is split over fsdp and tensor, the sampler's copy of the weights over tensor alone.
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    state = weight_bytes * weights * mesh.size / shards
-    copy = jnp.dtype(decoder.dtype).itemsize * weights * mesh.size / mesh.shape["tensor"]
-    return max(device_bytes(mesh) * (1 - RESERVE) - state - copy, 0.0)
-
-
 def device_bytes(mesh: Mesh) -> float:
-    """Memory of all devices of a mesh, as the host with the least has it; virtual devices share that of their host."""
+    """Returns the memory of all devices of a mesh, assuming every host has as little as the smallest.
+
+    Virtual CPU devices share half of their host's memory: graders and data need the rest.
+    """
     device = mesh.local_devices[0]
     statistics = device.memory_stats() if device.platform != "cpu" else None
     if statistics is not None and "bytes_limit" in statistics:
         bytes_limit = statistics["bytes_limit"]
         return min(processes.all_gather("memory of a device", lambda: bytes_limit)) * mesh.size
-    # Half of the host's: graders, data and whatever else runs there want theirs.
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    return min(processes.all_gather("memory of a host", lambda: here)) * processes.count()
 
-
-def slots(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:
-    """Responses generated at the same time: rollout.slots, or as many as the memory holds at their longest.
-
-    All those of a step where they fit, else a power of two times the mesh's batch shards."""
-    if config.rollout.slots is not None:
-        return config.rollout.slots
-    shards = sharding.batch_shards(mesh)
-    wanted = config.rollout.prompts_per_step * config.rollout.group_size
-    held = budget_bytes(config, decoder, mesh, weight_bytes) / slot_bytes(decoder, positions(config))
-    if held >= wanted:
-        return -(-wanted // shards) * shards
-    return shards << math.floor(math.log2(max(max(held, FEWEST) / shards, 1)))
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    return min(processes.all_gather("memory of a host", lambda: host_bytes)) * processes.count()
 
 
 def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> str:
-    """One line for people: slots, their size and the memory they may take."""
-    count, longest = slots(config, decoder, mesh, weight_bytes), positions(config)
-    room = f" of {size(budget_bytes(config, decoder, mesh, weight_bytes))}" if config.rollout.slots is None else ""
-    return (f"sampler: {count} slots of at most {longest:,} positions, "
-            f"{size(count * slot_bytes(decoder, longest))}{room} for keys and values")
+    """Returns a line for the log: the number of slots, their size and the memory available."""
+    count = slot_count(config, decoder, mesh, weight_bytes)
+    positions = max_positions(config)
+    available = ""
+    if config.rollout.slots is None:
+        available = f" of {_format_bytes(cache_budget_bytes(config, decoder, mesh, weight_bytes))}"
+
+    return (f"sampler: {count} slots of at most {positions:,} positions, "
+            f"{_format_bytes(count * slot_bytes(decoder, positions))}{available} for keys and values")
 
 
-def size(count: float) -> str:
-    """Bytes in the unit that suits them: 812 KiB, 4.1 MiB, 12 GiB."""
+def _format_bytes(count: float) -> str:
+    """Returns bytes in a readable unit: 812 KiB, 4.1 MiB, 12 GiB."""
     for unit in ("KiB", "MiB"):
         count /= 1024
         if count < 1000:

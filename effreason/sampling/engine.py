@@ -80,9 +80,9 @@ class Generation:
 
     def __init__(self, programs: device.Programs, params: model.Params, requests: Sequence[Request], key: jax.Array,
                  sampling: SamplingParams, *, slots: int, chunk: int, positions: int | None,
-                 smallest: int, loops: RepetitionStopping | None) -> None:
+                 smallest: int, repetition: RepetitionStopping | None) -> None:
         self._programs, self._key, self._sampling, self._chunk = programs, key, sampling, chunk
-        self._smallest, self._loops = smallest, loops
+        self._smallest, self._repetition = smallest, repetition
         self._compiled_before = programs.compiled()
         check(requests, positions)
         self._most = None if positions is None else cache_positions(positions)
@@ -254,11 +254,11 @@ class Generation:
 
     def _cut(self, row: "_Running", count: int) -> int | None:
         """The length to stop a response at because it only repeats itself since then. Args: count, its new tokens."""
-        if self._loops is None or row.repeated or not count:
+        if self._repetition is None or row.repeated or not count:
             return None
-        cut = self._loops.cut(row.tokens, row.generated, count)
+        cut = self._repetition.cut(row.tokens, row.generated, count)
         row.repeated = cut is not None
-        return None if cut is None or self._loops.audited(row.request.uid, row.request.sample) else cut
+        return None if cut is None or self._repetition.audited(row.request.uid, row.request.sample) else cut
 
     def _shrink(self) -> None:
         """Halves the slots while half of them, on every device, are enough."""
@@ -308,14 +308,14 @@ def _response(row: _Running, finish: str, length: int | None = None) -> Response
 
 
 def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int, positions: int | None = None,
-                 smallest: int | None = None, loops: RepetitionStopping | None = None,
+                 smallest: int | None = None, repetition: RepetitionStopping | None = None,
                  cache_layout: str = "auto") -> Sampler:
     """The engine with its compiled functions.
 
     Args: slots, responses in flight, rounded up to a multiple of the mesh's batch shards; chunk, decode steps between
         two looks at what has finished, at most; positions, that no sequence exceeds: the largest cache; smallest, a
-        power of two, the positions of the first one: sizes between the two are compiled when they are first met; loops,
-        where responses that only repeat themselves are to be stopped; cache_layout, one of attention.CACHE_LAYOUTS, or
+        power of two, the positions of the first one: sizes between the two are compiled when they are first met;
+        repetition, where responses that only repeat themselves are to be stopped; cache_layout, one of attention.CACHE_LAYOUTS, or
         auto.
     Raises: UserError where the cache layout does not fit the device or the model."""
     platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
@@ -335,7 +335,7 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
 
     def sample(params: model.Params, requests: Sequence[Request], key: jax.Array, sampling: SamplingParams) -> Generation:
         return Generation(programs, params, requests, key, sampling, slots=slots, chunk=chunk, positions=positions,
-                          smallest=first, loops=loops)
+                          smallest=first, repetition=repetition)
 
     return sample
 

@@ -16,7 +16,6 @@ from effreason.data.tiny import build, tasks, tokenizer, traces
 from effreason.evaluation import evaluate as evaluation
 from effreason.evaluation import statistics
 from effreason.lm.hf import pretrained
-from effreason.rl.learner import make_sampler
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import DataConfig
@@ -126,7 +125,7 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
     template = templates.choose(tiny.tokenizer, config.data)
     sets, _ = prompts.load_held_out(config, tiny.tokenizer, template)
     with evaluation.make_grader(config) as grader:
-        sampler = make_sampler(config, tiny.decoder, mesh, capacity.EVALUATION)
+        sampler = capacity.make_configured_sampler(config, tiny.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
         evaluate = evaluation.make_evaluator(config, tiny, template, sampler, sets, grader)
         found = statistics.summarize(evaluate(params, lambda now: None, weights="the base")["tiny"])
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses

@@ -18,7 +18,6 @@ from effreason.evaluation import evaluate as evaluation
 from effreason.evaluation import models, responses
 from effreason.lm import model
 from effreason.lm.hf import pretrained as hf
-from effreason.rl.learner import make_sampler
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
@@ -67,7 +66,7 @@ def opened(world):
     found = models.open_model(config, config.model.path, None, mesh)
     sets, _ = prompts.load_held_out(config, found.pretrained.tokenizer, found.template)
     params = found.load()
-    sampler = make_sampler(config, found.pretrained.decoder, mesh, capacity.EVALUATION)
+    sampler = capacity.make_configured_sampler(config, found.pretrained.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
     with evaluation.make_grader(config) as grader:
         yield Bench(config=config, pretrained=found.pretrained, template=found.template, sets=sets, sampler=sampler,
                     params=params, grader=grader, asked=[])

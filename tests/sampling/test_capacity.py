@@ -30,7 +30,7 @@ def config(**rollout):
 
 
 def test_a_slot_by_hand():
-    assert capacity.positions(config()) == 4096
+    assert capacity.max_positions(config()) == 4096
     assert capacity.slot_bytes(LARGE, 4096) == 28 * 1024 * 4096
     target = mesh()
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(model.empty_cache(QWEN2, 1, 64)))
@@ -39,46 +39,46 @@ def test_a_slot_by_hand():
 
 @pytest.mark.parametrize(("gib", "slots"), [(7.0, 64), (6.9, 32), (13.9, 64), (28.0, 256), (1000.0, 256), (0.1, 8)])
 def test_as_many_as_fit_all_of_a_step_or_a_power_of_two(gib, slots):
-    assert capacity.slots(config(memory_gib=gib), LARGE, mesh(), 20) == slots
+    assert capacity.slot_count(config(memory_gib=gib), LARGE, mesh(), 20) == slots
 
 
 def test_what_the_configuration_says_is_what_there_is():
-    assert capacity.slots(config(slots=48), LARGE, mesh(), 20) == 48
+    assert capacity.slot_count(config(slots=48), LARGE, mesh(), 20) == 48
     assert "48 slots of at most 4,096 positions" in capacity.describe(config(slots=48), LARGE, mesh(), 20)
 
 
 def test_a_mesh_gets_a_power_of_two_for_each_of_its_shards():
     target = mesh(data=2, fsdp=2, tensor=2)
-    assert capacity.slots(config(memory_gib=7.0), LARGE, target, 20) == 64
-    assert capacity.slots(config(memory_gib=28.0, prompts_per_step=3), LARGE, target, 20) == 24
+    assert capacity.slot_count(config(memory_gib=7.0), LARGE, target, 20) == 64
+    assert capacity.slot_count(config(memory_gib=28.0, prompts_per_step=3), LARGE, target, 20) == 24
 
 
 def test_longer_evaluations_count():
     longer = dataclasses.replace(config(), evaluation=EvaluationConfig(problems=0, max_new_tokens=7680))
-    assert capacity.positions(longer) == 8192
+    assert capacity.max_positions(longer) == 8192
 
 
 def test_the_state_comes_before_the_cache(monkeypatch):
     target, weights = mesh(), sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(LARGE)))
     monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 20 * GIB)
-    found = capacity.budget_bytes(config(), LARGE, target, 20)
+    found = capacity.cache_budget_bytes(config(), LARGE, target, 20)
     assert found == pytest.approx(18 * GIB - 20 * weights - 2 * weights)
     # Over fsdp the state is split and the sampler's copy is not.
-    spread = capacity.budget_bytes(config(), LARGE, mesh(fsdp=4), 20)
+    spread = capacity.cache_budget_bytes(config(), LARGE, mesh(fsdp=4), 20)
     assert spread == pytest.approx(18 * GIB - 20 * weights - 4 * 2 * weights)
-    assert capacity.budget_bytes(config(), LARGE, target, capacity.EVALUATION) == found + 16 * weights
+    assert capacity.cache_budget_bytes(config(), LARGE, target, capacity.EVALUATION_WEIGHT_BYTES) == found + 16 * weights
     monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 0)
-    assert capacity.budget_bytes(config(), LARGE, target, 20) == 0
+    assert capacity.cache_budget_bytes(config(), LARGE, target, 20) == 0
 
 
 def test_what_training_holds_for_each_weight():
     in_bfloat16 = dataclasses.replace(config(), model=ModelConfig(dtype="bfloat16"))
     in_float32 = dataclasses.replace(config(), model=ModelConfig(dtype="float32"))
     # The policy and a gradient, two moments, and the reference.
-    assert capacity.training(in_bfloat16) == 4 + 4 + 8 + 2 and capacity.training(in_float32) == 4 + 4 + 8 + 4
+    assert capacity.training_weight_bytes(in_bfloat16) == 4 + 4 + 8 + 2 and capacity.training_weight_bytes(in_float32) == 4 + 4 + 8 + 4
     elsewhere = dataclasses.replace(in_bfloat16, kl=KLConfig(offload_reference=True),
                                     update=UpdateConfig(offload_optimizer=True))
-    assert capacity.training(elsewhere) == 4 + 4
+    assert capacity.training_weight_bytes(elsewhere) == 4 + 4
 
 
 def test_the_memory_of_this_host_is_a_size():

@@ -443,7 +443,7 @@ STOPPING = RepetitionStopping(window=16, longest_period=8, grid=4)
 
 def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots():
     whole = sampled(**periodic())
-    cut = sampled(**periodic(), loops=STOPPING)
+    cut = sampled(**periodic(), repetition=STOPPING)
     repeated = [name for name, response in cut.items() if response.finish == "loop"]
     assert repeated                                               # else this test would say nothing
     for name, response in cut.items():
@@ -452,12 +452,12 @@ def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots(
         assert response.repeated == (response.finish == "loop") and len(response.logprobs) == length
         assert length % 4 == 0 if response.repeated else length == 80
     for arrangement in (dict(chunk=7), dict(slots=2), dict(slots=64, chunk=32)):
-        assert_same(sampled(**periodic(), loops=STOPPING, **arrangement), cut)
+        assert_same(sampled(**periodic(), repetition=STOPPING, **arrangement), cut)
 
 
 def test_audited_loops_go_on_and_are_marked():
-    cut = sampled(**periodic(), loops=STOPPING)
-    audited = sampled(**periodic(), loops=dataclasses.replace(STOPPING, audit_share=1.0))
+    cut = sampled(**periodic(), repetition=STOPPING)
+    audited = sampled(**periodic(), repetition=dataclasses.replace(STOPPING, audit_share=1.0))
     assert all(response.finish == "length" and len(response.tokens) == 80 for response in audited.values())
     assert {name for name, response in audited.items() if response.repeated} == {
         name for name, response in cut.items() if response.repeated}
