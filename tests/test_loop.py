@@ -182,7 +182,7 @@ def test_the_exported_model_loads_and_has_learned(finished, world):
 def test_a_run_compiles_each_function_of_its_learning_once(finished):
     learning = finished.engine.learning
     assert len(finished.widths) == 1
-    programs = (learning.score, learning.score_reference, learning.credit, learning.gradients, learning.apply)
+    programs = (learning.score, learning.score_reference, learning.credit, learning.gradients, learning.apply_gradients)
     assert [program._cache_size() for program in programs] == [1] * 5
 
 

@@ -136,7 +136,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
                         min_p=settings.min_p, eos_ids=EOS)
     sizes = {name: device_bytes(tree) for name, tree in (
-        ("params", state.params), ("optimizer", state.optimizer), ("reference", reference), ("weights", weights),
+        ("params", state.params), ("optimizer", state.opt_state), ("reference", reference), ("weights", weights),
         ("slots", running), ("bank", bank), ("experience", experience), ("tokens", of_tokens))}
     # Of the rows only the widest are compiled. In scoring, the log-probs of all stand in line on every chip.
     narrower = workload.widths - 1
@@ -176,7 +176,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
                 lower=lambda: learning.gradients.lower(state.params, experience, packed.counts, one)),
         Program(name="apply", per="an update", calls=updates, trips=1, divide=1,
                 beside_bytes=beside("reference", "experience", "tokens", "narrower"),
-                lower=lambda: learning.apply.lower(state, state.params, one)),
+                lower=lambda: learning.apply_gradients.lower(state, state.params, one)),
     ]
     return {program.name: program for program in found}
 

@@ -32,7 +32,7 @@ class Learner:
     reward: Reward                          # what `credit` begins with, on its own
     credit: Callable[..., Credit]
     gradients: Callable[..., tuple[model.Params, dict[str, jax.Array]]]         # of one optimiser update
-    apply: Callable[..., tuple[TrainState, jax.Array]]
+    apply_gradients: Callable[..., tuple[TrainState, jax.Array]]
     initial_state: Callable[[model.Params], TrainState]
     as_reference: Callable[[model.Params], model.Params]    # float32 weights -> what score_reference reads
     abstract_state: TrainState              # shapes, dtypes and shardings
@@ -52,8 +52,8 @@ class Learner:
         for which in range(self.updates):
             last = which + 1 == self.updates
             index, steps = sharding.to_device((np.int32(which), np.int32(last)), self.replicated)
-            slopes, metrics = self.gradients(state.params, experience, packed.counts, index)
-            state, norm = self.apply(state, slopes, steps)
+            grads, metrics = self.gradients(state.params, experience, packed.counts, index)
+            state, norm = self.apply_gradients(state, grads, steps)
             measured.append(metrics | {"grad_norm": norm})
         return state, measured
 
@@ -120,7 +120,7 @@ def make_learner(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
         reward=jax.jit(reward, out_shardings=replicated),
         credit=jax.jit(functools.partial(credit, config=config, reward=reward), out_shardings=credited),
         gradients=update.make_gradients(decoder, mesh, loss, targets),
-        apply=update.make_apply(optimizer, mesh, targets),
+        apply_gradients=update.make_apply_gradients(optimizer, mesh, targets),
         initial_state=initial, as_reference=as_reference,
         abstract_state=checkpoints.abstract(jax.eval_shape(initial, params), targets),
         abstract_reference=checkpoints.abstract(jax.eval_shape(as_reference, params), reference),

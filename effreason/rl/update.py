@@ -29,7 +29,7 @@ class TrainState:
     """What training changes, and nothing else: saved in every checkpoint."""
 
     params: model.Params            # float32 master weights
-    optimizer: Any                  # optax state, float32
+    opt_state: Any                  # optax state, float32
     step: jax.Array                 # int32[], training steps completed
 
 
@@ -119,10 +119,10 @@ def gradients(params: model.Params, experience: tuple[Experience, ...], counts: 
         return value, sums | {"loss": value, "entropy": jnp.sum(experience.weights * entropies)}
 
     def add(total: Any, experience: Experience) -> Any:
-        slopes, metrics = jax.grad(of_rows, has_aux=True)(weights, experience)
+        grads, metrics = jax.grad(of_rows, has_aux=True)(weights, experience)
         # Pinned to their weights' shards: left alone, each device would sum up a whole gradient of its own.
-        slopes = jax.lax.with_sharding_constraint(slopes, shardings)
-        return jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), total, (slopes, metrics))
+        grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), total, (grads, metrics))
 
     total = (jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings),
              dict.fromkeys(("loss", "kl", "clip_share", "entropy"), jnp.zeros((), jnp.float32)))
@@ -139,15 +139,15 @@ def over_micro_batches(add: Callable[[Any, Any], Any], carry: Any, batches: Any,
     return jax.lax.fori_loop(0, count, one, carry)
 
 
-def apply(state: TrainState, slopes: model.Params, steps: jax.Array, *, optimizer: optax.GradientTransformation,
-          on_device: Any) -> tuple[TrainState, jax.Array]:
+def apply_gradients(state: TrainState, grads: model.Params, steps: jax.Array, *,
+                    optimizer: optax.GradientTransformation, on_device: Any) -> tuple[TrainState, jax.Array]:
     """One optimiser update. Args: steps int32[], what to count it as: 1 for the last update of a step, else 0;
         on_device, where the optimiser's state is computed on.
     Returns: the state, and the gradient's global norm float32[]."""
-    moments = jax.device_put(state.optimizer, on_device)
-    changes, moments = optimizer.update(slopes, moments, state.params)
-    params = optax.apply_updates(state.params, changes)
-    return TrainState(params=params, optimizer=moments, step=state.step + steps), optax.tree.norm(slopes)
+    opt_state = jax.device_put(state.opt_state, on_device)
+    updates, opt_state = optimizer.update(grads, opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params=params, opt_state=opt_state, step=state.step + steps), optax.tree.norm(grads)
 
 
 def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float, max_grad_norm: float,
@@ -169,13 +169,13 @@ def state_sharding(config: model.DecoderConfig, optimizer: optax.GradientTransfo
     abstract = jax.eval_shape(optimizer.init, model.abstract_params(config))
     placed = optax.tree_utils.tree_map_params(optimizer, lambda _, target: target, abstract, moments,
                                               transform_non_params=lambda _: replicated)
-    return TrainState(params=params, optimizer=placed, step=replicated)
+    return TrainState(params=params, opt_state=placed, step=replicated)
 
 
 def make_initial_state(optimizer: optax.GradientTransformation, targets: TrainState) -> Callable[..., TrainState]:
     """params -> the state before the first step; takes the params over."""
     def fresh(params: model.Params) -> TrainState:
-        return TrainState(params=params, optimizer=optimizer.init(params), step=jnp.zeros((), jnp.int32))
+        return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.zeros((), jnp.int32))
 
     return jax.jit(fresh, out_shardings=targets, donate_argnums=0)
 
@@ -215,11 +215,11 @@ def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig,
                    out_shardings=(targets.params, replicated))
 
 
-def make_apply(optimizer: optax.GradientTransformation, mesh: Mesh,
+def make_apply_gradients(optimizer: optax.GradientTransformation, mesh: Mesh,
                targets: TrainState) -> Callable[..., tuple[TrainState, jax.Array]]:
-    """apply(state, gradients, steps), jitted; the old state's memory becomes the new state's."""
+    """apply_gradients(state, grads, steps), jitted; the old state's memory becomes the new state's."""
     replicated = sharding.sharding(mesh)
-    step = functools.partial(apply, optimizer=optimizer, on_device=sharding.fetched(targets.optimizer))
+    step = functools.partial(apply_gradients, optimizer=optimizer, on_device=sharding.fetched(targets.opt_state))
     return jax.jit(step, in_shardings=(targets, targets.params, replicated), out_shardings=(targets, replicated),
                    donate_argnums=0)
 

@@ -67,7 +67,7 @@ def test_a_state_comes_back_bit_for_bit_on_its_shardings(tmp_path, after):
         restored, facts = saved.restore(abstract)
     assert facts == {"wall_seconds": 12.5}
     assert_bitwise(restored, state)
-    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(restored.optimizer))
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(restored.opt_state))
     assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 

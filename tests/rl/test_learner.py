@@ -38,6 +38,6 @@ def test_a_mesh_that_fits_gives_an_engine_with_every_array_placed(axes):
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding.mesh == target
     assert state.step.sharding.is_fully_replicated
-    weights, moments = state.params, state.optimizer[1][0].mu
+    weights, moments = state.params, state.opt_state[1][0].mu
     assert jax.tree.map(lambda leaf: leaf.sharding, weights) == made.learning.params_sharding
     assert jax.tree.map(lambda leaf: leaf.sharding, moments) == made.learning.params_sharding

@@ -102,15 +102,15 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2, a
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(config, weights(config), target))
         gradients = update.make_gradients(config, target, loss, targets)
-        apply = update.make_apply(optimizer, target, targets)
+        apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
                                   sharding.sharding(target, *update.ROW_AXES))
         counts, which, steps = sharding.to_device((np.full(1, micro_batches, np.int32), np.int32(0), np.int32(1)),
                                                   sharding.sharding(target))
         with jax.transfer_guard("disallow"):
-            slopes, metrics = gradients(state.params, (rows,), (counts,), which)
-            assert jax.tree.map(lambda leaf: leaf.sharding, slopes) == targets.params
-            state, norm = apply(state, slopes, steps)
+            grads, metrics = gradients(state.params, (rows,), (counts,), which)
+            assert jax.tree.map(lambda leaf: leaf.sharding, grads) == targets.params
+            state, norm = apply_gradients(state, grads, steps)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
         assert state.step == 1
         return sharding.to_host((state.params, metrics | {"grad_norm": norm}))
@@ -390,20 +390,20 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     target = mesh(data=2, fsdp=2, tensor=2)
     optimizer = update.make_optimizer(1e-3, 0.9, 0.95, 0.0, 1.0, 2)
     targets = update.state_sharding(QWEN2, optimizer, target)
-    moments = optax.tree.get(targets.optimizer, "mu")
+    moments = optax.tree.get(targets.opt_state, "mu")
     assert moments == targets.params                            # the moments live beside their weights
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
         gradients = update.make_gradients(QWEN2, target, LOSS, targets)
-        apply = update.make_apply(optimizer, target, targets)
+        apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         for count in (2, 1, 2):                                 # with less to learn from, too
             before = state
             rows = sharding.to_device(in_micro_batches(experience(), 2), sharding.sharding(target, *update.ROW_AXES))
-            slopes, metrics = gradients(state.params, (rows,), (np.full(1, count, np.int32),), np.int32(0))
-            state, _ = apply(state, slopes, np.int32(1))
+            grads, metrics = gradients(state.params, (rows,), (np.full(1, count, np.int32),), np.int32(0))
+            state, _ = apply_gradients(state, grads, np.int32(1))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
             assert all(np.isfinite(value) for value in sharding.to_host(metrics).values())
-    assert state.step == 3 and gradients._cache_size() == apply._cache_size() == 1
+    assert state.step == 3 and gradients._cache_size() == apply_gradients._cache_size() == 1
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
 
