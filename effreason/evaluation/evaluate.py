@@ -248,7 +248,7 @@ def _make(directory: Path) -> dict[str, list[str]]:
     """Makes the directory of the results; the sets by row of those that it holds already."""
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    return tables.held(directory)
+    return tables.stored_sets(directory)
 
 
 class _Reporter:
@@ -304,6 +304,6 @@ def evaluate_model(config: Config, opened: EvaluatedModel, mesh: jax.sharding.Me
             with reporter.watching(f"{row}, {name}") as watch:
                 measured = measure(name, params, watch, weights=opened.fingerprint,
                                    directory=directory and directory / f"seed{seed}")
-            found.append(tables.score(row, name, measured.outcomes, measured.facts))
-            say(tables.line(found[-1]) + ("" if reporter.sampled else "; read"), reporter.console)
+            found.append(tables.make_row(row, name, measured.outcomes, measured.facts))
+            say(tables.in_one_line(found[-1]) + ("" if reporter.sampled else "; read"), reporter.console)
     return found

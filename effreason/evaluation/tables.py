@@ -1,4 +1,4 @@
-"""What an evaluation of several models comes to: comparisons with the first of them, tables, results.json and CSV."""
+"""Results of an evaluation of several models: comparisons with the first one, tables, JSON and CSV."""
 
 import csv
 import dataclasses
@@ -15,14 +15,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from effreason.evaluation import statistics
-from effreason.evaluation.statistics import Comparison, Interval, Summary
+from effreason.evaluation import statistics, wording
+from effreason.evaluation.statistics import Comparison, Summary
 from effreason.runtime.errors import UserError
 from effreason.runtime.metrics import disk, write_json
 from effreason.types import Outcomes
 
 RESULTS, TABLE = "results.json", "results.csv"
-KEYS = {"provenance", "settings", "base", "models"}            # of results.json
+KEYS = {"provenance", "settings", "base", "models"}             # of results.json
 COLUMNS = ("model", "set", "kind")                              # the first ones of results.csv
 SIGNIFICANT = 0.05
 WIDTH = 80
@@ -32,86 +32,101 @@ WIDTH = 80
 class Row:
     """A model on a set."""
 
-    row: str                        # the model, with its seed where there are several
+    model: str                      # its name, with the seed if there are several
     set: str
     outcomes: Outcomes
     summary: Summary
-    comparison: Comparison | None   # with the first row; None for itself
-    facts: Mapping[str, Any]        # what it was made with
+    comparison: Comparison | None   # with the first model; None for itself
+    facts: Mapping[str, Any]        # what the responses were sampled and graded with
 
 
-def score(row: str, set_name: str, outcomes: Outcomes, facts: Mapping[str, Any]) -> Row:
-    """A model on a set, not compared yet."""
-    return Row(row=row, set=set_name, outcomes=outcomes, summary=statistics.summarize(outcomes), comparison=None,
-                 facts=facts)
+def make_row(model: str, set_name: str, outcomes: Outcomes, facts: Mapping[str, Any]) -> Row:
+    """Summarises a model on a set, without a comparison."""
+    return Row(model=model, set=set_name, outcomes=outcomes, facts=facts,
+               summary=statistics.summarize(outcomes), comparison=None)
 
 
-def against_first(scores: Sequence[Row]) -> list[Row]:
-    """Each score with its comparison with the first row, on the problems that both have."""
-    base = {each.set: each for each in scores if each.row == scores[0].row}
-    return [each if each.row == scores[0].row else
-            dataclasses.replace(each, comparison=compare(base[each.set].outcomes, each.outcomes)) for each in scores]
+def against_first(rows: Sequence[Row]) -> list[Row]:
+    """Compares each row with the first model's, on the problems that both have."""
+    base = {row.set: row.outcomes for row in rows if row.model == rows[0].model}
+    return [row if row.model == rows[0].model else
+            dataclasses.replace(row, comparison=compare(base[row.set], row.outcomes)) for row in rows]
 
 
 def compare(base: Outcomes, other: Outcomes) -> Comparison | None:
-    """On the problems that both have: a prompt may be too long for one tokenizer alone. None where there are none."""
+    """Compares two models on the problems that both have; None if there are none.
+
+    A prompt may be too long for one of the two tokenizers."""
     common = np.intersect1d(base.uids, other.uids)
     return statistics.compare(_only(base, common), _only(other, common)) if len(common) else None
 
 
 def _only(outcomes: Outcomes, uids: np.ndarray) -> Outcomes:
     chosen = np.isin(outcomes.uids, uids)
-    return dataclasses.replace(outcomes, **{name: column[chosen] for name, column in vars(outcomes).items()})
+    return Outcomes(**{name: column[chosen] for name, column in vars(outcomes).items()})
 
 
-def line(score: Row) -> str:
-    """A score on one line, while others are still to come."""
-    found = score.summary
-    return (f"{score.row}, {score.set}: accuracy {100 * found.accuracy:.1f} %, {found.tokens:,.1f} tokens, "
-            f"{100 * found.truncated:.1f} % cut off")
+def in_one_line(row: Row) -> str:
+    """Describes a row while others are still to come."""
+    summary = row.summary
+    return (f"{row.model}, {row.set}: accuracy {wording.percent(summary.accuracy)}, "
+            f"{summary.tokens:,.1f} tokens, {wording.percent(summary.truncated)} cut off")
 
 
-def verdict(comparison: Comparison, problems: int) -> str:
-    """What a comparison says, in words, with its intervals; "no difference found" is no proof that there is none."""
+def in_words(comparison: Comparison, problems: int) -> str:
+    """Says what a comparison found; "no difference found" does not prove that there is none."""
     low, high = comparison.token_ratio_interval
-    accurate, fewer = comparison.p_value < SIGNIFICANT, not low <= 1.0 <= high
-    words = ["more accurate" if comparison.accuracy_change > 0 else "less accurate"] if accurate else []
-    words += ["fewer tokens" if comparison.token_ratio < 1 else "more tokens"] if fewer else []
-    if fewer and not accurate:
+    accuracy_differs = comparison.p_value < SIGNIFICANT
+    tokens_differ = not low <= 1.0 <= high
+
+    words = []
+    if accuracy_differs:
+        words.append("more accurate" if comparison.accuracy_change > 0 else "less accurate")
+    if tokens_differ:
+        words.append("fewer tokens" if comparison.token_ratio < 1 else "more tokens")
+    if tokens_differ and not accuracy_differs:
         words.append("no difference in accuracy found")
-    p_value = "< 0.001" if comparison.p_value < 0.001 else f"= {comparison.p_value:.2g}"
-    text = (f"{', '.join(words) or 'no difference found'}: accuracy {_points(comparison.accuracy_change)} points "
-            f"{_change(comparison.accuracy_change_interval)}, tokens x {comparison.token_ratio:.2f} "
-            f"{_ratio(comparison.token_ratio_interval)}, p {p_value}")
+
+    p_value = wording.p_value(comparison.p_value)
+    text = (f"{', '.join(words) or 'no difference found'}: accuracy "
+            f"{wording.points(comparison.accuracy_change)} points "
+            f"{wording.interval(comparison.accuracy_change_interval, wording.points)}, "
+            f"tokens x {_tokens_ratio(comparison)}, p {'' if p_value[0] == '<' else '= '}{p_value}")
+
     needed = comparison.problems_to_detect
-    if not accurate and needed is not None and needed > problems:
-        # Two digits: it is an estimate.
-        text += f"; 2 points would need about {int(float(f'{needed:.2g}')):,} problems"
+    if not accuracy_differs and needed is not None and needed > problems:
+        text += f"; 2 points would need about {wording.problems_needed(needed)} problems"
     return text
 
 
-def tables(scores: Sequence[Row], seen: set[str]) -> list[RenderableType]:
-    """What to print: a table for each set with a line for each comparison, those by difficulty, generalisation.
+def tables(rows: Sequence[Row], trained_on: set[str]) -> list[RenderableType]:
+    """Builds what is printed: for each set two tables, the comparisons in words and by difficulty;
+    then generalisation.
 
-    Args: seen, names of the sets that were trained on."""
+    Args: trained_on, names of the sets that a model was trained on."""
     printed: list[RenderableType] = []
-    names = list(dict.fromkeys(each.set for each in scores))
+    names = list(dict.fromkeys(row.set for row in rows))
+    compared = [row for row in rows if row.comparison is not None]
+
     for name in names:
-        group = [each for each in scores if each.set == name]
-        printed += [_set_table(name, group), Text(""), _cost_table(group), Text(""), *(
-            _paragraph(f"{each.row}: {verdict(each.comparison, each.summary.problems)}")
-            for each in group if each.comparison is not None), Text("")]
-        printed += [table for each in group for table in _difficulty_tables(each, alone=len(group) == 1)]
-    if any(each.comparison for each in scores) and set(names) - seen:
-        printed.append(_generalisation([each for each in scores if each.comparison], scores[0].row, seen))
+        of_set = [row for row in rows if row.set == name]
+        printed += [_set_table(name, of_set), Text(""), _cost_table(of_set), Text("")]
+        printed += [_paragraph(f"{row.model}: {in_words(row.comparison, row.summary.problems)}")
+                    for row in of_set if row.comparison is not None]
+        printed.append(Text(""))
+        printed += [table for row in of_set
+                    for table in _difficulty_tables(row, single=len(of_set) == 1)]
+
+    if compared and set(names) - trained_on:
+        printed.append(_generalisation(compared, rows[0].model, trained_on))
     return printed
 
 
 def _table(columns: Iterable[str], left: int = 1) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    for place, heading in enumerate(columns):
-        table.add_column(heading, justify="left" if place < left else "right",
-                         overflow="fold" if place < left else "ellipsis", no_wrap=place >= left)
+    for index, heading in enumerate(columns):
+        table.add_column(heading, justify="left" if index < left else "right", no_wrap=index >= left,
+                         overflow="fold" if index < left else "ellipsis")
     return table
 
 
@@ -120,153 +135,152 @@ def _titled(title: str, table: Table) -> Group:
     return Group(Text(title, style="bold"), table)
 
 
-def _set_table(name: str, group: Sequence[Row]) -> Group:
-    first = group[0].summary
-    against = any(each.comparison for each in group)
-    table = _table(["model", "accuracy", "tokens", "cut off", *(["change, points", "tokens x"] if against else [])])
-    for each in group:
-        found, comparison = each.summary, each.comparison
-        cells = [f"{100 * found.accuracy:.1f} %\n{_percent(found.accuracy_interval)}", _tokens(found.tokens),
-                 f"{100 * found.truncated:.1f} %"]
+def _set_table(name: str, rows: Sequence[Row]) -> Group:
+    any_comparison = any(row.comparison for row in rows)
+    table = _table(["model", "accuracy", "tokens", "cut off",
+                    *(["change, points", "tokens x"] if any_comparison else [])])
+
+    for row in rows:
+        summary, comparison = row.summary, row.comparison
+        cells = [f"{wording.percent(summary.accuracy)}\n"
+                 f"{wording.interval(summary.accuracy_interval, wording.share)}",
+                 wording.tokens(summary.tokens), wording.percent(summary.truncated)]
         if comparison is not None:
-            cells += [f"{_points(comparison.accuracy_change)}\n{_change(comparison.accuracy_change_interval)}",
-                      f"{comparison.token_ratio:.2f}\n{_ratio(comparison.token_ratio_interval)}"]
-        table.add_row(Text(each.row), *cells)
-    title = f"{name}: {first.problems:,} problems x {first.samples} response{'s' * (first.samples > 1)}"
-    return _titled(title, table)
+            cells += [wording.change(comparison).replace(" ", "\n", 1),
+                      _tokens_ratio(comparison).replace(" ", "\n", 1)]
+        table.add_row(Text(row.model), *cells)
+
+    first = rows[0].summary
+    plural = "s" if first.samples > 1 else ""
+    return _titled(f"{name}: {first.problems:,} problems x {first.samples} response{plural}", table)
 
 
-def _cost_table(group: Sequence[Row]) -> Group:
-    """What responses cost; the chances of several samples where there are some."""
-    samples, against = group[0].summary.samples, any(each.comparison for each in group)
-    several = [f"pass@{samples}", f"maj@{samples}"] if samples > 1 else []
-    table = _table(["tokens", "median", "right", "wrong", "per solved", *several, *(["AES"] if against else [])])
-    for each in group:
-        found = each.summary
-        cells = [_tokens(found.tokens_median), *(_tokens(count) if count is not None else "-" for count in (
-            found.tokens_right, found.tokens_wrong, found.tokens_per_solved))]
-        if several:
-            cells += [f"{100 * chances[samples]:.1f} %" for chances in (found.pass_at, found.majority_at)]
-        if against:
-            score = None if each.comparison is None else each.comparison.aes
-            cells.append("" if each.comparison is None else "-" if score is None else
-                         f"{score:+.2f}".replace("-0.00", "+0.00"))
-        table.add_row(Text(each.row), *cells)
+def _cost_table(rows: Sequence[Row]) -> Group:
+    """Builds the table of what responses cost, and of the chances of several samples."""
+    samples = rows[0].summary.samples
+    any_comparison = any(row.comparison for row in rows)
+    table = _table(["tokens", "median", "right", "wrong", "per solved",
+                    *([f"pass@{samples}", f"maj@{samples}"] if samples > 1 else []),
+                    *(["AES"] if any_comparison else [])])
+
+    for row in rows:
+        summary = row.summary
+        cells = [wording.tokens(summary.tokens_median)]
+        cells += ["-" if count is None else wording.tokens(count) for count in (
+            summary.tokens_right, summary.tokens_wrong, summary.tokens_per_solved)]
+        if samples > 1:
+            cells += [wording.percent(summary.pass_at[samples]),
+                      wording.percent(summary.majority_at[samples])]
+        if any_comparison:
+            cells.append("" if row.comparison is None else wording.aes(row.comparison.aes))
+        table.add_row(Text(row.model), *cells)
     return Group(table)
 
 
-def _difficulty_tables(each: Row, *, alone: bool) -> list[RenderableType]:
-    """Tokens saved by difficulty; for a model alone what it is by level."""
-    title = f"{each.set} by difficulty, {each.row}"
-    if each.comparison is not None and len(each.comparison.by_difficulty) > 1:
+def _difficulty_tables(row: Row, *, single: bool) -> list[RenderableType]:
+    """Builds the table of tokens saved by difficulty, or by level for a single model."""
+    if row.comparison is not None and len(row.comparison.by_difficulty) > 1:
         table = _table(["", "problems", "acc. base", "acc.", "tokens base", "tokens", "saved"])
-        for name, row in each.comparison.by_difficulty.items():
-            table.add_row(Text(name), f"{row.problems:,}", f"{100 * row.accuracy_base:.1f} %",
-                          f"{100 * row.accuracy:.1f} %", _tokens(row.tokens_base), _tokens(row.tokens),
-                          f"{100 * row.saving:.0f} % {_percent(row.saving_interval, 0)}")
-        return [_titled(title, table), Text("")]
-    if alone and len(each.summary.by_level) > 1:
+        for name, difficulty in row.comparison.by_difficulty.items():
+            low, high = difficulty.saving_interval
+            table.add_row(
+                Text(name), f"{difficulty.problems:,}", wording.percent(difficulty.accuracy_base),
+                wording.percent(difficulty.accuracy), wording.tokens(difficulty.tokens_base),
+                wording.tokens(difficulty.tokens),
+                f"{100 * difficulty.saving:.0f} % [{100 * low:.0f}, {100 * high:.0f}]")
+    elif single and len(row.summary.by_level) > 1:
         table = _table(["level", "problems", "accuracy", "tokens"])
-        for name, level in each.summary.by_level.items():
-            table.add_row(Text(name), f"{level.problems:,}", f"{100 * level.accuracy:.1f} %", _tokens(level.tokens))
-        return [_titled(title, table), Text("")]
-    return []
+        for name, level in row.summary.by_level.items():
+            table.add_row(Text(name), f"{level.problems:,}", wording.percent(level.accuracy),
+                          wording.tokens(level.tokens))
+    else:
+        return []
+    return [_titled(f"{row.set} by difficulty, {row.model}", table), Text("")]
 
 
-def _generalisation(compared: Sequence[Row], base: str, seen: set[str]) -> Group:
+def _generalisation(compared: Sequence[Row], base: str, trained_on: set[str]) -> Group:
     table = _table(["set", "model", "accuracy, points", "tokens, x"], left=2)
-    for each in sorted(compared, key=lambda each: each.set not in seen):
-        found, change = each.summary, each.comparison
-        assert change is not None
-        table.add_row(Text(f"{each.set}\n{kind(each.set, seen)}"), Text(each.row),
-                      f"{100 * found.accuracy:.1f} %\n{_points(change.accuracy_change)} "
-                      f"{_change(change.accuracy_change_interval)}",
-                      f"{_tokens(found.tokens)}\n{change.token_ratio:.2f} {_ratio(change.token_ratio_interval)}")
+    for row in sorted(compared, key=lambda row: row.set not in trained_on):
+        assert row.comparison is not None
+        table.add_row(
+            Text(f"{row.set}\n{kind(row.set, trained_on)}"), Text(row.model),
+            f"{wording.percent(row.summary.accuracy)}\n{wording.change(row.comparison)}",
+            f"{wording.tokens(row.summary.tokens)}\n{_tokens_ratio(row.comparison)}")
     return _titled(f"Generalisation, against {base}", table)
 
 
-def kind(name: str, seen: set[str]) -> str:
-    """Whether a model may have been trained on problems like those of a set."""
-    return "seen kind" if name in seen else "never trained on"
+def kind(name: str, trained_on: set[str]) -> str:
+    """Says whether a model may have been trained on problems like those of a set."""
+    return "seen kind" if name in trained_on else "never trained on"
 
 
 def _paragraph(text: str) -> Text:
     return Text(textwrap.fill(text, WIDTH, subsequent_indent="  "))
 
 
-def _tokens(count: float) -> str:
-    return f"{count:,.1f}" if count < 1000 else f"{count:,.0f}"
+def _tokens_ratio(comparison: Comparison) -> str:
+    return (f"{wording.ratio(comparison.token_ratio)} "
+            f"{wording.interval(comparison.token_ratio_interval, wording.ratio)}")
 
 
-def _points(change: float) -> str:
-    return f"{100 * change:+.1f}".replace("-0.0", "+0.0")
+def stored_sets(directory: Path) -> dict[str, list[str]]:
+    """Returns the sets, by model, of the results in a directory, which `write` would replace.
 
-
-def _change(interval: Interval) -> str:
-    return f"({_points(interval[0])} to {_points(interval[1])})"
-
-
-def _percent(interval: Interval, digits: int = 1) -> str:
-    return f"({100 * interval[0]:.{digits}f} to {100 * interval[1]:.{digits}f})"
-
-
-def _ratio(interval: Interval) -> str:
-    return f"({interval[0]:.2f} to {interval[1]:.2f})"
-
-
-def held(directory: Path) -> dict[str, list[str]]:
-    """The sets, by row, of the results that a directory holds, which `write` would replace.
-
-    Raises: UserError where one of its files is not a result of `write`."""
+    Raises: UserError if one of its files was not written by `write`."""
     results, table = directory / RESULTS, directory / TABLE
-    other = "is of something else than evaluate.py; choose another --output, or remove the file"
+    foreign = "was not written by evaluate.py; choose another --output, or remove the file"
+
     if table.exists():
         with disk(table), table.open("rb") as file:
             if not file.readline(1000).startswith(",".join(COLUMNS).encode()):
-                raise UserError(f"{table}: {other}")
+                raise UserError(f"{table}: {foreign}")
     if not results.exists():
         return {}
+
     try:
-        found = json.loads(results.read_bytes())
+        content = json.loads(results.read_bytes())
     except OSError as error:
         raise UserError(f"{results}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        found = None
-    models = found.get("models") if isinstance(found, dict) and found.keys() >= KEYS else None
+        content = None
+    models = content.get("models") if isinstance(content, dict) and content.keys() >= KEYS else None
     if not isinstance(models, dict) or not all(isinstance(sets, dict) for sets in models.values()):
-        raise UserError(f"{results}: {other}")
-    return {row: list(sets) for row, sets in models.items()}
+        raise UserError(f"{results}: {foreign}")
+    return {model: list(sets) for model, sets in models.items()}
 
 
-def write(directory: Path, scores: Sequence[Row], seen: set[str], environment: Mapping[str, Any],
-          settings: Mapping[str, Any]) -> None:
-    """Writes results.json and results.csv. Raises: UserError where the disk takes no more."""
+def write(directory: Path, rows: Sequence[Row], trained_on: set[str],
+          environment: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Writes results.json and results.csv. Raises: UserError if the disk is full."""
     models: dict[str, dict[str, Any]] = {}
-    for each in scores:
-        models.setdefault(each.row, {})[each.set] = {
-            "summary": dataclasses.asdict(each.summary),
-            "comparison": None if each.comparison is None else dataclasses.asdict(each.comparison),
-            "kind": kind(each.set, seen), "facts": dict(each.facts)}
-    write_json(directory / RESULTS, {"provenance": dict(environment), "settings": dict(settings), "base": scores[0].row,
-                                     "models": models})
-    rows = [flat(each, seen) for each in scores]
+    for row in rows:
+        models.setdefault(row.model, {})[row.set] = {
+            "summary": dataclasses.asdict(row.summary),
+            "comparison": None if row.comparison is None else dataclasses.asdict(row.comparison),
+            "kind": kind(row.set, trained_on), "facts": dict(row.facts)}
+    write_json(directory / RESULTS, {"provenance": dict(environment), "settings": dict(settings),
+                                     "base": rows[0].model, "models": models})
+
+    lines = [csv_cells(row, trained_on) for row in rows]
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="")
+    table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)),
+                           restval="")
     table.writeheader()
-    table.writerows(rows)
+    table.writerows(lines)
     partial = directory / (TABLE + ".partial")
     with disk(directory / TABLE):
         partial.write_text(text.getvalue(), encoding="utf-8", newline="")
         partial.replace(directory / TABLE)
 
 
-def flat(score: Row, seen: set[str]) -> dict[str, Any]:
-    """A score as one line of a table, by column; budgets, levels and difficulties are not in it.
+def csv_cells(row: Row, trained_on: set[str]) -> dict[str, Any]:
+    """Returns a row as cells by column, without budgets, levels and difficulties.
 
-    The git commit is that of the code that sampled, which may not be the one that writes the table.
-    An interval is two columns, _low and _high; what is not known is left empty."""
-    cells: dict[str, Any] = {"model": score.row, "set": score.set, "kind": kind(score.set, seen)}
-    for record in (score.summary, score.comparison):
+    The git commit is that of the code that sampled, which may differ from the one that writes the
+    table. An interval is two columns, _low and _high; None is an empty cell."""
+    cells: dict[str, Any] = {"model": row.model, "set": row.set, "kind": kind(row.set, trained_on)}
+
+    for record in (row.summary, row.comparison):
         for name, value in (vars(record) if record is not None else {}).items():
             if name.endswith("_interval"):
                 stem = name.removesuffix("_interval")
@@ -275,5 +289,7 @@ def flat(score: Row, seen: set[str]) -> dict[str, Any]:
                 cells |= {f"{name}_{k}": share for k, share in value.items()}
             elif name not in ("budgets", "by_level", "by_difficulty"):
                 cells[name] = value
-    facts = {name: value for name, value in score.facts.items() if name not in cells and name != "environment"}
-    return cells | facts | {"git_commit": score.facts.get("environment", {}).get("git_commit")}
+
+    facts = {name: value for name, value in row.facts.items()
+             if name not in cells and name != "environment"}
+    return cells | facts | {"git_commit": row.facts.get("environment", {}).get("git_commit")}

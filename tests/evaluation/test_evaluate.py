@@ -328,7 +328,7 @@ def test_files_of_something_else_are_refused_before_anything_is_sampled(evaluate
     monkeypatch.setattr(evaluation, "evaluate_model", functools.partial(pytest.fail, "sampled"))
     (tmp_path / name).write_text('{"mine": 1}')
     error = evaluated(tmp_path, code=2)
-    assert error.startswith("error: ") and f"{name}: is of something else than evaluate.py" in error
+    assert error.startswith("error: ") and f"{name}: was not written by evaluate.py" in error
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
 
 

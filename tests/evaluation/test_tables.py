@@ -46,7 +46,7 @@ def table_of(found, seen=(), width=80):
 
 def test_the_first_row_is_what_all_are_compared_with():
     found = tables.against_first([
-        tables.score(row, name, drawn(seed), FACTS)
+        tables.make_row(row, name, drawn(seed), FACTS)
         for seed, (row, name) in enumerate([("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("c", "x")])])
     assert [each.comparison is None for each in found] == [True, True, False, False, False]
     assert found[3].comparison == statistics.compare(found[1].outcomes, found[3].outcomes)
@@ -68,23 +68,23 @@ COMPARISON = statistics.Comparison(
 
 
 @pytest.mark.parametrize(("changes", "problems", "text"), [
-    ({}, 100, "no difference found: accuracy -0.4 points (-3.1 to +2.2), tokens x 1.01 (0.97 to 1.05), p = 0.82; "
+    ({}, 100, "no difference found: accuracy -0.4 points [-3.1, +2.2], tokens x 1.01 [0.97, 1.05], p = 0.823; "
               "2 points would need about 4,800 problems"),
-    ({}, 5000, "no difference found: accuracy -0.4 points (-3.1 to +2.2), tokens x 1.01 (0.97 to 1.05), p = 0.82"),
+    ({}, 5000, "no difference found: accuracy -0.4 points [-3.1, +2.2], tokens x 1.01 [0.97, 1.05], p = 0.823"),
     ({"token_ratio": 0.5, "token_ratio_interval": (0.4, 0.6), "problems_to_detect": None, "accuracy_change": -0.0001,
-      "p_value": 1.0}, 100, "fewer tokens, no difference in accuracy found: accuracy +0.0 points (-3.1 to +2.2), "
-                            "tokens x 0.50 (0.40 to 0.60), p = 1"),
+      "p_value": 1.0}, 100, "fewer tokens, no difference in accuracy found: accuracy 0.0 points [-3.1, +2.2], "
+                            "tokens x 0.50 [0.40, 0.60], p = 1.000"),
     ({"accuracy_change": 0.05, "accuracy_change_interval": (0.02, 0.08), "p_value": 0.0004}, 100,
-     "more accurate: accuracy +5.0 points (+2.0 to +8.0), tokens x 1.01 (0.97 to 1.05), p < 0.001"),
+     "more accurate: accuracy +5.0 points [+2.0, +8.0], tokens x 1.01 [0.97, 1.05], p < 0.001"),
     ({"accuracy_change": -0.05, "p_value": 0.03, "token_ratio": 1.5, "token_ratio_interval": (1.4, 1.6)}, 100,
-     "less accurate, more tokens: accuracy -5.0 points (-3.1 to +2.2), tokens x 1.50 (1.40 to 1.60), p = 0.03")])
+     "less accurate, more tokens: accuracy -5.0 points [-3.1, +2.2], tokens x 1.50 [1.40, 1.60], p = 0.030")])
 def test_a_comparison_in_words(changes, problems, text):
-    assert tables.verdict(dataclasses.replace(COMPARISON, **changes), problems) == text
+    assert tables.in_words(dataclasses.replace(COMPARISON, **changes), problems) == text
 
 
 def test_tables_fit_a_terminal_and_say_how_many_problems():
     levels = ["a very long name of a level", "2"] * 20
-    found = [tables.score(row, name, drawn(seed, tokens=tokens, levels=levels), FACTS)
+    found = [tables.make_row(row, name, drawn(seed, tokens=tokens, levels=levels), FACTS)
              for seed, (row, name, tokens) in enumerate([
                  ("base", "gsm8k", 20000), ("base", OWN_SET, 20000), (LONG, "gsm8k", 9000), (LONG, OWN_SET, 9000)])]
     text = table_of(found, seen={"gsm8k"})
@@ -106,7 +106,7 @@ def cells(text, heading, row):
 def test_what_responses_cost_is_printed():
     base = outcomes([[1, 0], [0, 0]], [[10, 20], [30, 1000]])
     half = outcomes([[1, 1], [0, 1]], [[5, 10], [15, 500]])
-    text = table_of([tables.score("base", "x", base, FACTS), tables.score("new", "x", half, FACTS)])
+    text = table_of([tables.make_row("base", "x", base, FACTS), tables.make_row("new", "x", half, FACTS)])
     text = text.replace("per solved", "per_solved").replace(" %", "")
     assert cells(text, "median", "base") == {"median": "25.0", "right": "10.0", "wrong": "350.0",
                                              "per_solved": "1,060", "pass@2": "50.0", "maj@2": "25.0"}
@@ -114,25 +114,26 @@ def test_what_responses_cost_is_printed():
     assert cells(text, "median", "new") == {"median": "12.5", "right": "171.7", "wrong": "15.0",
                                             "per_solved": "176.7", "pass@2": "100.0", "maj@2": "75.0", "AES": "+6.50"}
     worse = outcomes([[1, 0], [0, 0]], [[10, 20], [30, 1001]])
-    text = table_of([tables.score("base", "x", base, FACTS), tables.score("new", "x", worse, FACTS)])
-    assert text.replace("per solved", "per_solved").count("+0.00") == 1 and "-0.00" not in text
-    never = table_of([tables.score(row, "x", outcomes([[0]], [[7]]), FACTS) for row in ("base", "new")])
+    text = table_of([tables.make_row("base", "x", base, FACTS), tables.make_row("new", "x", worse, FACTS)])
+    text = text.replace("per solved", "per_solved").replace(" %", "")
+    assert cells(text, "median", "new")["AES"] == "0.00" and "-0.00" not in text
+    never = table_of([tables.make_row(row, "x", outcomes([[0]], [[7]]), FACTS) for row in ("base", "new")])
     never = never.replace("per solved", "per_solved")
     assert cells(never, "median", "new") == {"median": "7.0", "right": "-", "wrong": "7.0", "per_solved": "-",
                                              "AES": "-"}
-    alone = table_of([tables.score("base", "x", outcomes([[0]], [[7]]), FACTS)])
+    alone = table_of([tables.make_row("base", "x", outcomes([[0]], [[7]]), FACTS)])
     assert "pass@" not in alone and "AES" not in alone and "median" in alone
 
 
 def test_a_model_alone_has_its_levels_and_nothing_to_compare():
-    text = table_of([tables.score("base", "tiny", drawn(0, samples=1, levels=["easy", "hard"] * 20), FACTS)])
+    text = table_of([tables.make_row("base", "tiny", drawn(0, samples=1, levels=["easy", "hard"] * 20), FACTS)])
     assert "tiny: 40 problems x 1 response\n" in "\n".join(line.rstrip() for line in text.splitlines())
     assert "easy" in text and "points" not in text and "Generalisation" not in text
-    assert "easy" not in table_of([tables.score("base", "tiny", drawn(0), FACTS)])      # one level says nothing
+    assert "easy" not in table_of([tables.make_row("base", "tiny", drawn(0), FACTS)])      # one level says nothing
 
 
 def test_generalisation_is_about_sets_that_were_not_trained_on():
-    found = [tables.score(row, name, drawn(seed), FACTS) for seed, (row, name) in enumerate(
+    found = [tables.make_row(row, name, drawn(seed), FACTS) for seed, (row, name) in enumerate(
         [("base", "math500"), ("base", "gsm8k"), ("new", "math500"), ("new", "gsm8k")])]
     text = table_of(found, seen={"gsm8k"}).partition("Generalisation, against base")[2]
     assert text.index("seen kind") < text.index("math500") < text.index("never trained on")
@@ -141,11 +142,11 @@ def test_generalisation_is_about_sets_that_were_not_trained_on():
 
 
 def test_only_results_of_its_own_are_replaced(tmp_path):
-    assert tables.held(tmp_path) == {}
-    compared = tables.against_first([tables.score(row, name, drawn(0), FACTS) for row, name in (
+    assert tables.stored_sets(tmp_path) == {}
+    compared = tables.against_first([tables.make_row(row, name, drawn(0), FACTS) for row, name in (
         ("base", "gsm8k"), ("base", "aime24"), ("new", "gsm8k"))])
     tables.write(tmp_path, compared, {"gsm8k"}, ENVIRONMENT, {})
-    assert tables.held(tmp_path) == {"base": ["gsm8k", "aime24"], "new": ["gsm8k"]}
+    assert tables.stored_sets(tmp_path) == {"base": ["gsm8k", "aime24"], "new": ["gsm8k"]}
     ours = {path: path.read_text() for path in tmp_path.iterdir()}
     table = json.loads(ours[tmp_path / "results.json"])
     for name, text in (("results.json", '{"mine": 1}'), ("results.json", "mine"), ("results.json", "[]"),
@@ -153,15 +154,15 @@ def test_only_results_of_its_own_are_replaced(tmp_path):
                        ("results.json", json.dumps(table | {"models": {"base": 5}})),
                        ("results.csv", "x,y\n1,2\n"), ("results.csv", "")):
         (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=rf"{name}: is of something else than evaluate\.py; choose another --out"):
-            tables.held(tmp_path)
+        with pytest.raises(UserError, match=rf"{name}: was not written by evaluate\.py; choose another --out"):
+            tables.stored_sets(tmp_path)
         (tmp_path / name).write_text(ours[tmp_path / name])
 
 
 def test_files_hold_every_number(tmp_path):
-    compared = tables.against_first([tables.score("base", "gsm8k", drawn(0), FACTS),
-                                     tables.score("base", "aime24", drawn(1, samples=4), FACTS),
-                                     tables.score("new", "gsm8k", drawn(2), FACTS)])
+    compared = tables.against_first([tables.make_row("base", "gsm8k", drawn(0), FACTS),
+                                     tables.make_row("base", "aime24", drawn(1, samples=4), FACTS),
+                                     tables.make_row("new", "gsm8k", drawn(2), FACTS)])
     tables.write(tmp_path, compared, {"gsm8k"}, ENVIRONMENT, {"run": {"seed": 0}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
     table = json.loads((tmp_path / "results.json").read_text())
