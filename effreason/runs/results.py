@@ -72,7 +72,9 @@ class Results:
 
 def measure(base: Mapping[str, Outcomes],
             other: Mapping[str, Outcomes] | None = None) -> dict[str, Measurement]:
-    """Summarises a model on each set and compares it with the base. Args: other, None = the base."""
+    """Summarises a model on each set and compares it with the base.
+
+    Args: other, None = the base itself."""
     return {name: Measurement(
         summary=statistics.summarize(outcomes),
         comparison=None if other is None else statistics.compare(base[name], outcomes))
