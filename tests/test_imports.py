@@ -30,7 +30,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 TO_BE_MOVED = {("evaluation.journal", "runs.unfinished"), ("evaluation.models", "runs.inputs"),
-               ("runs.report.page", "cli.arguments"), ("loop", "groups")}
+               ("loop", "groups")}
 
 
 def layer(module):

@@ -9,6 +9,7 @@ import time
 import made_runs
 import pytest
 
+from effreason.cli import report
 from effreason.runs.report import examples, published, sections
 from effreason.runs.report import page as pages
 from effreason.runs.report import results as findings
@@ -250,12 +251,12 @@ def test_run_of_an_earlier_version_has_a_headline_without_intervals(tmp_path):
     summary = json.loads((directory / "summary.json").read_text())
     del summary["sets"]
     (directory / "summary.json").write_text(json.dumps(summary))
-    rows = [{key: value for key, value in row.items() if not key.startswith(("pressure", "pull"))}
+    rows = [{key: value for key, value in row.items() if not key.startswith(("update_share", "length_pull"))}
             for row in made_runs.metrics_rows(6, 0.2)]
     made_runs.write_rows(directory / "metrics.jsonl", rows)
     text, _ = page_of(directory)
     assert re.search(r"<h1>\d+\.\d % fewer tokens, accuracy .* points on held.out problems, alpha 0.2</h1>", text)
-    assert "measured by an earlier version" in text and "metrics.jsonl holds no pressure" in text
+    assert "measured by an earlier version" in text and "metrics.jsonl holds no update_share" in text
 
 
 def test_run_that_has_just_begun_has_a_page(tmp_path):
@@ -403,7 +404,7 @@ def test_points_outside_a_family_are_not_read(tmp_path, originals):
 def test_output_writes_the_page_alone_and_over_no_other_file(tmp_path, run, capsys):
     directory, *_ = run
     output = tmp_path / "page.html"
-    pages.run([str(directory), "--output", str(output)], "effreason report")
+    report.run([str(directory), "--output", str(output)], "effreason report")
     assert capsys.readouterr().out == f"{output}\n" and [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert pages.write(directory, output) == output                 # a page of ours may be written again
     output.write_text("<p>mine</p>")

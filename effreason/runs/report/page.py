@@ -1,11 +1,11 @@
-"""The command `effreason report DIR`: one HTML page of a run or a family, and its plots as PNG and SVG.
+"""The report of a run or a family of runs: one HTML page, and its plots as PNG and SVG.
 
 The page needs no network and runs no script. What models and users wrote stands in it as text, whatever it holds.
 """
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,17 +31,6 @@ COLUMNS = 3                         # models or times that answer a prompt side 
 HARMLESS: dict[int, int | str] = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}, 0x7F: 0x2421, ord("\r"): "\n",
     **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")}
-
-
-def run(argv: Sequence[str], prog: str) -> None:
-    """Writes a report and says where. Raises: UserError, SystemExit(0) after --help."""
-    parser = Parser(prog, "Write what a run or a family found as one HTML page, which needs no network, and its plots "
-                    "as PNG and SVG files.")
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a run or a family of runs")
-    parser.add_argument("--output", metavar="FILE.html", type=Path,
-                        help="the page alone, into this file; default DIR/report.html, with the plots in DIR/plots")
-    options = parser.parse_args(argv)
-    print(write(options.directory, options.output))
 
 
 def write(directory: Path, output: Path | None = None) -> Path:

@@ -343,9 +343,9 @@ def meters(run: Run) -> list[Chart]:
     """Where a run's updates come from: the length-pressure meter, and the pull on length."""
     found = []
     for name, key, draw, title, note in (
-            ("pressure", "pressure", training_curves.meter, "Length-pressure meter",
+            ("pressure", "update_share", training_curves.meter, "Length-pressure meter",
              "Shares of the advantages' size, by where they come from."),
-            ("pull", "pull", training_curves.pull, "Pull on length",
+            ("pull", "length_pull", training_curves.pull, "Pull on length",
              "Advantage times distance from the group's mean length, in tokens: below 0 towards shorter responses.")):
         rows = [row for row in run.metrics if all(row.get(f"{key}/{part}") is not None for part in training_curves.PARTS)]
         if rows:

@@ -92,7 +92,7 @@ def meter(rows: Sequence[Mapping[str, Any]]) -> Figure:
         return [(PART_NAMES[part], PARTS[part], float(high[-1] - values[part][-1] / 2))
                 for part, high in zip(values, heights, strict=True)]
 
-    return _parts(rows, "pressure", draw)
+    return _parts(rows, "update_share", draw)
 
 
 def pull(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -105,7 +105,7 @@ def pull(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         return [(PART_NAMES[part], PARTS[part], float(course[-1])) for part, course in values.items()]
 
-    return _parts(rows, "pull", draw)
+    return _parts(rows, "length_pull", draw)
 
 
 Draw = Callable[[Axes, np.ndarray, dict[str, np.ndarray]], list[tuple[str, str, float]]]
