@@ -13,7 +13,6 @@ from urllib.parse import quote
 import jinja2
 
 from effreason import __version__
-from effreason.cli.arguments import Parser
 from effreason.runs.report import examples, figures, results, sections
 from effreason.runs.report.examples import Prompt
 from effreason.runs.report.results import BASE, BASELINE, MEMBER, Findings, Run
