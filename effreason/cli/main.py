@@ -37,8 +37,8 @@ commands:
 
 
 # Each is a module of this package with a function run(argv, prog), imported when it is asked for: some bring in jax.
-MODULES = {"grade": "verdicts", "generate": "completions", "replay": "replays", "preview": "previews",
-           "blend": "blends", "report": "pages", "plan": "planning.commands"}
+MODULES = {"grade": "cli.grade", "generate": "cli.generate", "replay": "cli.replay", "preview": "cli.preview",
+           "blend": "cli.blend", "report": "runs.report.page", "plan": "cli.plan"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
