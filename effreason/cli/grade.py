@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from effreason.cli.arguments import Parser, bounded
 from effreason.grading import kinds
-from effreason.grading.grader import REASONS, Gold, Grade, Grader
+from effreason.grading.grader import REASONS, Grade, Grader, Reference
 from effreason.runtime.errors import UserError
 
 CHUNK = 512                         # lines graded at once
@@ -40,7 +40,7 @@ class Item:
 
     line: int
     response: str
-    gold: Gold
+    gold: Reference
     known_kind: bool                # False: its kind is none of ours
 
 
@@ -146,7 +146,7 @@ def _reader(options: argparse.Namespace, kind_field: str | None = "kind") -> Rea
 
     def read(number: int, row: dict[str, Any]) -> Item:
         kind = row.get(kind_field, options.kind) if kind_field else options.kind
-        gold = Gold(_text(row, gold_fields), kind if kind in kinds.KINDS else options.kind, _choices(row))
+        gold = Reference(_text(row, gold_fields), kind if kind in kinds.KINDS else options.kind, _choices(row))
         return Item(number, _text(row, response_fields), gold, kind in kinds.KINDS)
 
     return read

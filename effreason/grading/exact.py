@@ -48,49 +48,49 @@ class Bracketed:
     elements: tuple[str, ...]
 
 
-def exact(prediction: str, gold: str) -> Verdict:
+def exact(prediction: str, reference: str) -> Verdict:
     """Compares two answers without algebra; True and False are final, None asks for the symbolic stage."""
-    p, g = (notation.strip_parentheses(notation.canonical(text)) for text in (prediction, gold))
+    p, g = (notation.strip_parentheses(notation.canonical(text)) for text in (prediction, reference))
     if p != g and notation.depth(p) > MAX_DEPTH:
         return None
     return compare(p, g, leaf)
 
 
-def compare(prediction: str, gold: str, same: Leaf) -> Verdict:
+def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
     """Compares two canonical answers part by part, down to `same` for what has no parts.
 
     Rules: a name before "=" may be left out, and every other part of a chain has to equal the answer; lists and sets
     have no order, tuples do, and kinds of brackets count; an inequality in one variable is its interval.
     """
-    if not prediction or not gold:
+    if not prediction or not reference:
         return False
-    prediction, gold = forms.plain(prediction), forms.plain(gold)
-    if notation.key(prediction) == notation.key(gold):
+    prediction, reference = forms.plain(prediction), forms.plain(reference)
+    if notation.key(prediction) == notation.key(reference):
         return True
-    if {prediction, gold} <= NO_SOLUTION:
+    if {prediction, reference} <= NO_SOLUTION:
         return True
-    if CLAIM.search(SUBSCRIPT.sub("", prediction)) and not CLAIM.search(SUBSCRIPT.sub("", gold)):
+    if CLAIM.search(SUBSCRIPT.sub("", prediction)) and not CLAIM.search(SUBSCRIPT.sub("", reference)):
         return False                                # 5 \equiv 6 answers neither 5 nor 6
-    if LETTER.fullmatch(bare := notation.strip_parentheses(gold)):
+    if LETTER.fullmatch(bare := notation.strip_parentheses(reference)):
         return _choice(prediction, bare)
-    prediction, gold = _without_approximation(prediction), _without_approximation(gold)
-    p, g = _bracketed(notation.strip_parentheses(prediction)), _bracketed(notation.strip_parentheses(gold))
+    prediction, reference = _without_approximation(prediction), _without_approximation(reference)
+    p, g = _bracketed(notation.strip_parentheses(prediction)), _bracketed(notation.strip_parentheses(reference))
     if (p.brackets == "()") != (g.brackets == "()"):
         p, g = _vector(p), _vector(g)
     if len(p.elements) > 1 or len(g.elements) > 1 or p.brackets or g.brackets:
         verdict = _compare_lists(p, g, same)
-        return same(prediction, gold) if isinstance(verdict, NoLists) else verdict
+        return same(prediction, reference) if isinstance(verdict, NoLists) else verdict
     return _compare_single(p.elements[0], g.elements[0], same)
 
 
-def leaf(prediction: str, gold: str) -> Verdict:
+def leaf(prediction: str, reference: str) -> Verdict:
     """Compares two canonical answers that have no parts: writing, words, rational numbers; units are not compared."""
-    if notation.key(prediction) == notation.key(gold):
+    if notation.key(prediction) == notation.key(reference):
         return True
-    verdict = _words(prediction, gold)
+    verdict = _words(prediction, reference)
     if verdict is not None:
         return verdict
-    p, g = units.without_unit(prediction), units.without_unit(gold)
+    p, g = units.without_unit(prediction), units.without_unit(reference)
     if DIGITS_APART.search(p) and not rationals.MIXED.fullmatch(p):
         return False                                # "5 5" must not become 55
     if notation.key(p) == notation.key(g):
@@ -139,10 +139,10 @@ def _base(name: str) -> int:
     return int(name[:6]) if name.isdigit() else BASES.get(name, 0)
 
 
-def _words(prediction: str, gold: str) -> Verdict:
-    if not (notation.is_word(prediction) or notation.is_word(gold)):
+def _words(prediction: str, reference: str) -> Verdict:
+    if not (notation.is_word(prediction) or notation.is_word(reference)):
         return None
-    p, g = (notation.key(words.bare(text)).casefold() for text in (prediction, gold))
+    p, g = (notation.key(words.bare(text)).casefold() for text in (prediction, reference))
     return p == g                                   # words never equal mathematics
 
 
@@ -192,23 +192,23 @@ def _signs(text: str) -> list[str]:
 
 
 def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NoLists:
-    predictions, golds, kinds = p.elements, g.elements, {p.brackets, g.brackets}
+    predictions, references, kinds = p.elements, g.elements, {p.brackets, g.brackets}
     verdict = _interval_verdict(p, g, same)
     if verdict is not None:
         return verdict
-    if len(predictions) != len(golds):
-        algebra = any(SET_ALGEBRA.search(element) for element in (*predictions, *golds))
+    if len(predictions) != len(references):
+        algebra = any(SET_ALGEBRA.search(element) for element in (*predictions, *references))
         return NO_LISTS if algebra else False
-    if len(golds) == 1:
-        return compare(predictions[0], golds[0], same)
+    if len(references) == 1:
+        return compare(predictions[0], references[0], same)
     if len(kinds) == 1 or kinds == {"", "{}"}:
-        names = [EQUALS.split(element)[0] for element in golds if "=" in element]
+        names = [EQUALS.split(element)[0] for element in references if "=" in element]
         named = len(set(names)) > 1 and not any("=" in element for element in predictions)
         if p.brackets != g.brackets:
-            predictions, golds = _by_name(predictions), _by_name(golds)
+            predictions, references = _by_name(predictions), _by_name(references)
         ordered = p.brackets not in ("", "{}") or named
-        return _all(predictions, golds, same) if ordered else _matched(predictions, golds, same)
-    return _all(_by_name(predictions), _by_name(golds), same) if kinds == {"", "()"} else False
+        return _all(predictions, references, same) if ordered else _matched(predictions, references, same)
+    return _all(_by_name(predictions), _by_name(references), same) if kinds == {"", "()"} else False
 
 
 def _by_name(elements: tuple[str, ...]) -> tuple[str, ...]:
@@ -217,25 +217,25 @@ def _by_name(elements: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(elements)) if named else elements
 
 
-def _all(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -> Verdict:
+def _all(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) -> Verdict:
     undecided = False
-    for prediction, gold in zip(predictions, golds, strict=True):
-        verdict = compare(prediction, gold, same)
+    for prediction, reference in zip(predictions, references, strict=True):
+        verdict = compare(prediction, reference, same)
         if verdict is False:
             return False
         undecided |= verdict is None
     return None if undecided else True
 
 
-def _matched(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -> Verdict:
+def _matched(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) -> Verdict:
     """Equal in some order. Equality is transitive, so the first partner found is as good as any."""
-    if len(golds) > MAX_UNORDERED:
-        return _all(predictions, golds, same)
+    if len(references) > MAX_UNORDERED:
+        return _all(predictions, references, same)
     left, undecided = list(predictions), False
-    for gold in golds:
+    for reference in references:
         verdicts = []
         for prediction in left:
-            verdicts.append(compare(prediction, gold, same))
+            verdicts.append(compare(prediction, reference, same))
             if verdicts[-1]:
                 break
         if verdicts and verdicts[-1]:
@@ -247,24 +247,24 @@ def _matched(predictions: tuple[str, ...], golds: tuple[str, ...], same: Leaf) -
     return None if undecided else True
 
 
-def _compare_single(prediction: str, gold: str, same: Leaf) -> Verdict:
-    matrix, other = MATRIX.fullmatch(prediction), MATRIX.fullmatch(gold)
+def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
+    matrix, other = MATRIX.fullmatch(prediction), MATRIX.fullmatch(reference)
     if matrix and other:
         return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
-    if any(pattern.search(side) for pattern in (CUP, intervals.RELATION) for side in (prediction, gold)):
-        parts = _union(prediction), _union(gold)
+    if any(pattern.search(side) for pattern in (CUP, intervals.RELATION) for side in (prediction, reference)):
+        parts = _union(prediction), _union(reference)
         verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])), same)
-        return verdict if verdict is not None else same(prediction, gold)
-    p_parts, g_parts = _chain(prediction), _chain(gold)
+        return verdict if verdict is not None else same(prediction, reference)
+    p_parts, g_parts = _chain(prediction), _chain(reference)
     if len(p_parts) == len(g_parts) == 1:
-        return same(prediction, gold)
+        return same(prediction, reference)
     p_named, g_named = forms.is_name(p_parts[0]), forms.is_name(g_parts[0])
     if len(g_parts) > 1 and not g_named:            # an equation proper: only an equation can equal it
-        return same(prediction, gold) if len(p_parts) == len(g_parts) else False
+        return same(prediction, reference) if len(p_parts) == len(g_parts) else False
     if len(p_parts) > 1 and len(g_parts) > 1 and p_named and notation.key(p_parts[0]) != notation.key(g_parts[0]):
-        return same(prediction, gold) if len(p_parts) == len(g_parts) == 2 else False
+        return same(prediction, reference) if len(p_parts) == len(g_parts) == 2 else False
     if len(p_parts) > 1 and not p_named and len(g_parts) > 1:
-        return same(prediction, gold) if len(p_parts) == 2 else False
+        return same(prediction, reference) if len(p_parts) == 2 else False
     # A chain is a claim about each of its parts: 3 = 5 is not the answer 5, though its last part is.
     values = p_parts[1:] if p_named and len(p_parts) > 1 else p_parts
     if len(values) > MAX_CHAIN:
@@ -308,10 +308,10 @@ def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
     variables = [{name for piece in side.elements for name in _variables(piece)} for side in (p, g)]
     if all(variables) and variables[0] != variables[1]:
         return False                                # x < 1 says nothing about y
-    predictions, golds = _intervals(p), _intervals(g)
-    if predictions is None or golds is None or len(predictions) != len(golds):
+    predictions, references = _intervals(p), _intervals(g)
+    if predictions is None or references is None or len(predictions) != len(references):
         return None
-    return _matched(predictions, golds, same) or None
+    return _matched(predictions, references, same) or None
 
 
 def _variables(text: str) -> set[str]:

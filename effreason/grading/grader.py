@@ -18,11 +18,11 @@ from typing import NamedTuple
 from effreason.grading import extraction, functions, kinds, notation, symbolic
 from effreason.grading.exact import exact
 from effreason.grading.extraction import extract_answer
-from effreason.grading.kinds import Gold
+from effreason.grading.kinds import Reference
 from effreason.grading.pool import Pool, Verdict, WorkerDied, WorkerStuck
 from effreason.runtime.errors import UserError
 
-__all__ = ["Budget", "Gold", "Grade", "Grader", "extract_answer"]
+__all__ = ["Budget", "Reference", "Grade", "Grader", "extract_answer"]
 
 MAX_ANSWER = notation.MAX_CHARACTERS
 A_DAY = 86400.0
@@ -87,7 +87,7 @@ class Task(NamedTuple):
     """What a worker is asked; equal tasks of one call are asked once."""
 
     prediction: str                 # the answer, or for a user's function the whole response
-    gold: str
+    reference: str
 
 
 class Grader:
@@ -118,20 +118,20 @@ class Grader:
         if function is not None:
             self._check_function(function)
 
-    def grade(self, responses: Sequence[str], golds: Sequence[str | Gold], budget: Budget | None = None, *,
+    def grade(self, responses: Sequence[str], references: Sequence[str | Reference], budget: Budget | None = None, *,
               bare: bool = False) -> list[Grade]:
         """Grades responses against reference answers, one for one, within the budget; no text makes it raise.
 
-        Args: golds, a plain string is a `Gold` of kind "math"; budget, None = step_budget_seconds for this call alone;
+        Args: references, a plain string is a `Reference` of kind "math"; budget, None = step_budget_seconds for this call alone;
         bare, the responses are answers themselves, without a box.
         Raises: ValueError for lists of different lengths or an unknown kind, RuntimeError when workers cannot be
         started or the grader is closed.
         """
-        if len(responses) != len(golds):
-            raise ValueError(f"grade needs as many golds as responses, got {len(golds)} and {len(responses)}")
-        wanted = [Gold(gold) if isinstance(gold, str) else gold for gold in golds]
-        if unknown := {gold.kind for gold in wanted} - set(kinds.KINDS):
-            raise ValueError(f"a gold's kind must be one of {', '.join(kinds.KINDS)}, got {sorted(unknown)[0]}")
+        if len(responses) != len(references):
+            raise ValueError(f"grade needs as many references as responses, got {len(references)} and {len(responses)}")
+        wanted = [Reference(reference) if isinstance(reference, str) else reference for reference in references]
+        if unknown := {reference.kind for reference in wanted} - set(kinds.KINDS):
+            raise ValueError(f"a reference's kind must be one of {', '.join(kinds.KINDS)}, got {sorted(unknown)[0]}")
         if self._pool.closed:
             raise RuntimeError("the grader is closed")
         if not self._ready:
@@ -144,28 +144,28 @@ class Grader:
             self._counts.update(grade.status for grade in grades)
         return grades
 
-    def submit(self, responses: Sequence[str], golds: Sequence[str | Gold],
+    def submit(self, responses: Sequence[str], references: Sequence[str | Reference],
                budget: Budget | None = None) -> "concurrent.futures.Future[list[Grade]]":
         """The same as `grade`, in the background; any number of calls may be under way."""
-        return self._background.submit(self.grade, list(responses), list(golds), budget)
+        return self._background.submit(self.grade, list(responses), list(references), budget)
 
     def budget(self) -> Budget:
         """step_budget_seconds for the calls of one step that share it."""
         return Budget(self.step_budget_seconds)
 
-    def check_golds(self, golds: Sequence[str | Gold]) -> list[int]:
+    def check_references(self, references: Sequence[str | Reference]) -> list[int]:
         r"""The places of reference answers that no response can match: not even \boxed{} round the answer itself.
 
         With a user's function none is checked: what it accepts is its own affair.
         """
-        return [row for row, grade in enumerate(self.grade_golds(golds)) if not grade.correct]
+        return [row for row, grade in enumerate(self.grade_references(references)) if not grade.correct]
 
-    def grade_golds(self, golds: Sequence[str | Gold]) -> list[Grade]:
-        r"""The verdict on \boxed{gold} for every reference answer."""
-        answers = [gold if isinstance(gold, str) else gold.answer for gold in golds]
+    def grade_references(self, references: Sequence[str | Reference]) -> list[Grade]:
+        r"""The verdict on \boxed{reference} for every reference answer."""
+        answers = [reference if isinstance(reference, str) else reference.answer for reference in references]
         if self.function is not None:
             return [Grade(True, answer, "function", 0.0, "not checked") for answer in answers]
-        return self.grade([rf"\boxed{{{answer}}}" for answer in answers], golds, Budget(A_DAY))
+        return self.grade([rf"\boxed{{{answer}}}" for answer in answers], references, Budget(A_DAY))
 
     def stats(self) -> dict[str, int]:
         """How often each status came up, and how workers ended: killed (stuck), died (by themselves), recycled."""
@@ -194,11 +194,11 @@ class Grader:
             self.close()
             raise UserError(f"grade.function {function}: {str(error) or 'importing it takes minutes'}") from None
 
-    def _grade(self, responses: Sequence[str], golds: Sequence[Gold], deadline: float, bare: bool) -> list[Grade]:
+    def _grade(self, responses: Sequence[str], references: Sequence[Reference], deadline: float, bare: bool) -> list[Grade]:
         grades: list[Grade] = []
         rows_of: dict[Task, list[int]] = {}
-        for row, (response, gold) in enumerate(zip(responses, golds, strict=True)):
-            grade, task = self._without_worker(response, gold, deadline, bare)
+        for row, (response, reference) in enumerate(zip(responses, references, strict=True)):
+            grade, task = self._without_worker(response, reference, deadline, bare)
             grades.append(grade)
             if task is not None:
                 rows_of.setdefault(task, []).append(row)
@@ -210,33 +210,33 @@ class Grader:
                                     verdict.reason or REASONS[verdict.status])
         return grades
 
-    def _without_worker(self, response: str, gold: Gold, deadline: float, bare: bool) -> tuple[Grade, Task | None]:
+    def _without_worker(self, response: str, reference: Reference, deadline: float, bare: bool) -> tuple[Grade, Task | None]:
         """The verdict, and what to ask a worker where it is not final."""
         start = time.monotonic()
         answer = (response.strip() or None) if bare else extract_answer(response)
         correct, status, reason, task = False, "no_answer", "", None
         if self.function is not None:
-            status, task = "function", Task(response, gold.answer)
+            status, task = "function", Task(response, reference.answer)
         elif answer is None:
             reason = "no answer" if bare else extraction.reason(response)
         else:
-            correct, status, reason = self._exact(answer, gold, start > deadline)
+            correct, status, reason = self._exact(answer, reference, start > deadline)
             if status == "symbolic":
-                task = Task(answer, gold.answer)
+                task = Task(answer, reference.answer)
         return Grade(correct, answer, status, time.monotonic() - start, reason or REASONS[status]), task
 
-    def _exact(self, answer: str, gold: Gold, late: bool) -> tuple[bool, str, str]:
+    def _exact(self, answer: str, reference: Reference, late: bool) -> tuple[bool, str, str]:
         """Correct, the status and, of an error, the reason."""
-        if len(answer) > MAX_ANSWER or len(gold.answer) > MAX_ANSWER:
+        if len(answer) > MAX_ANSWER or len(reference.answer) > MAX_ANSWER:
             return False, "too_long", ""
         if late:
             return False, "budget", ""
         try:
-            if gold.kind == "choice":
-                return kinds.same_choice(answer, gold), "exact", ""
-            if gold.kind == "text":
-                return kinds.same_text(answer, gold), "exact", ""
-            return *self._mathematics(Task(answer, gold.answer)), ""
+            if reference.kind == "choice":
+                return kinds.same_choice(answer, reference), "exact", ""
+            if reference.kind == "text":
+                return kinds.same_text(answer, reference), "exact", ""
+            return *self._mathematics(Task(answer, reference.answer)), ""
         except Exception as error:  # a hole in this package must not stop a training run; the status makes it seen
             return False, "error", functions.described(error)
 

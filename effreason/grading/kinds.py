@@ -28,7 +28,7 @@ ANOTHER_LETTER = re.compile(
 
 
 @dataclass(frozen=True)
-class Gold:
+class Reference:
     """A reference answer and how to compare with it."""
 
     answer: str                     # of kind "choice": the letter, or the text of a choice
@@ -36,41 +36,41 @@ class Gold:
     choices: tuple[str, ...] = ()   # the texts behind A, B, C, ...; () where unknown
 
 
-def same_choice(answer: str, gold: Gold) -> bool:
+def same_choice(answer: str, reference: Reference) -> bool:
     r"""Whether the answer names the choice: its letter, its text, or both where they agree.
 
     B, (B), b., \textbf{(B)}, option B, and with the choices known (B) bank and bank are the second of river, bank.
     Several letters, a letter with another's text and a letter beyond the choices are wrong.
     """
-    whole, right = _plain(answer), _plain(gold.answer)
+    whole, right = _plain(answer), _plain(reference.answer)
     text = whole[introduced.end():] if (introduced := INTRODUCED.match(whole)) else whole
-    wanted = _letter(right, len(gold.choices))
-    if wanted is None and gold.choices:
-        places = [place for place, choice in enumerate(gold.choices) if _same_words(right, choice)]
+    wanted = _letter(right, len(reference.choices))
+    if wanted is None and reference.choices:
+        places = [place for place, choice in enumerate(reference.choices) if _same_words(right, choice)]
         if not places:
             return False            # no answer can name a choice that is not there
         wanted = places[0]
     if wanted is None:              # of the choices only the right one's text is known
         return any(_same_words(words, right) for words in (whole, text, _letter_and_text(text)[1]))
-    chosen = _letter(text, len(gold.choices))
+    chosen = _letter(text, len(reference.choices))
     if chosen is not None:
         return chosen == wanted
     chosen, rest = _letter_and_text(text)
-    if gold.choices and (match := TEXT_AND_LETTER.fullmatch(text)):
+    if reference.choices and (match := TEXT_AND_LETTER.fullmatch(text)):
         chosen, rest = _place(match[2]), match[1]
-    if not gold.choices:
+    if not reference.choices:
         return chosen == wanted and not ANOTHER_LETTER.search(rest)
-    if wanted >= len(gold.choices):
+    if wanted >= len(reference.choices):
         return False
-    if chosen is not None and chosen < len(gold.choices) and _same_words(rest, gold.choices[chosen]):
+    if chosen is not None and chosen < len(reference.choices) and _same_words(rest, reference.choices[chosen]):
         return chosen == wanted
-    return any(_same_words(words, gold.choices[wanted]) for words in (whole, text))
+    return any(_same_words(words, reference.choices[wanted]) for words in (whole, text))
 
 
-def same_text(answer: str, gold: Gold) -> bool:
+def same_text(answer: str, reference: Reference) -> bool:
     r"""Whether both are the same words: case, spaces, \text{} and marks round them do not count, every digit does."""
     words = _words(answer)
-    return bool(words) and words == _words(gold.answer)
+    return bool(words) and words == _words(reference.answer)
 
 
 def _letter(text: str, choices: int) -> int | None:

@@ -60,11 +60,11 @@ class Worker:
         self.ready, self.tasks, self.growth_mb, self.start_mb, self.rest = False, 0, 0, 0, b""
         self.function = function
 
-    def compare(self, prediction: str, gold: str, seconds: float) -> Verdict:
+    def compare(self, prediction: str, reference: str, seconds: float) -> Verdict:
         """Asks for one verdict. Raises WorkerDied or WorkerStuck, after which the worker has to be killed."""
         self.tasks += 1
         end = time.monotonic() + seconds
-        self._send(json.dumps({"id": self.tasks, "prediction": prediction, "gold": gold}).encode() + b"\n", end)
+        self._send(json.dumps({"id": self.tasks, "prediction": prediction, "reference": reference}).encode() + b"\n", end)
         reply = self._line(end)
         if reply.get("id") != self.tasks:
             raise WorkerDied("its answers do not match the questions")
@@ -154,7 +154,7 @@ class Pool:
             finally:
                 self._idle.put(worker)
 
-    def compare(self, prediction: str, gold: str, deadline: float) -> Verdict:
+    def compare(self, prediction: str, reference: str, deadline: float) -> Verdict:
         """Compares two answers; ends by the deadline (time.monotonic), with "budget" where that cut it short.
 
         A worker that dies of itself may not be the answer's fault, so the question is asked a second time.
@@ -163,7 +163,7 @@ class Pool:
         deaths = 0
         while deaths < 2:
             try:
-                return self._compare_once(prediction, gold, deadline)
+                return self._compare_once(prediction, reference, deadline)
             except StartFailed:
                 continue                            # `_start_failed` ends this when it happens again and again
             except WorkerDied:
@@ -180,7 +180,7 @@ class Pool:
             worker.kill()
         self._idle.put(None)
 
-    def _compare_once(self, prediction: str, gold: str, deadline: float) -> Verdict:
+    def _compare_once(self, prediction: str, reference: str, deadline: float) -> Verdict:
         worker = self._take(deadline)
         if worker is None:
             return Verdict(False, "budget")
@@ -194,7 +194,7 @@ class Pool:
             except WorkerDied as error:
                 healthy = False
                 raise self._start_failed(error) from None
-            return self._ask(worker, prediction, gold, deadline)
+            return self._ask(worker, prediction, reference, deadline)
         except (WorkerDied, WorkerStuck) as error:
             healthy = False
             if self.closed:
@@ -209,11 +209,11 @@ class Pool:
         finally:
             self._give(worker, healthy)
 
-    def _ask(self, worker: Worker, prediction: str, gold: str, deadline: float) -> Verdict:
+    def _ask(self, worker: Worker, prediction: str, reference: str, deadline: float) -> Verdict:
         left = deadline - time.monotonic()
         if left <= 0:
             return Verdict(False, "budget")
-        return worker.compare(prediction, gold, min(self.wall_seconds, left))
+        return worker.compare(prediction, reference, min(self.wall_seconds, left))
 
     def _take(self, deadline: float) -> Worker | None:
         try:

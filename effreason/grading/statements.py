@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from effreason.grading import kinds, notation
 from effreason.grading.exact import exact
-from effreason.grading.kinds import Gold
+from effreason.grading.kinds import Reference
 
 PLACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?|(?<![<>!:≠])="
                    r"|(?P<stop>\n|</think>|\bwait\b)", re.IGNORECASE)
@@ -27,14 +27,14 @@ BRACE = re.compile(r"\\[{}\\]|(?P<brace>[{}])")
 LONGEST = 300                       # characters of a box that is looked into
 
 
-def first_stated(response: str, gold: Gold) -> int | None:
+def first_stated(response: str, reference: Reference) -> int | None:
     """The number of characters up to the end of the first statement of the reference answer; None where there is none.
 
     Behind an equals sign only a number can be told from what follows it, and only a reference that is a number is
     looked for there. It counts where no other equals sign follows before the line, the thinking or the response ends,
     "wait" comes, or a box or "answer". Linear in the length of the response."""
-    wanted = _number(gold.answer) if gold.kind == "math" else None
-    same = _remembering(gold)
+    wanted = _number(reference.answer) if reference.kind == "math" else None
+    same = _remembering(reference)
     last: int | None = None         # the end of what stands behind the equals sign before, where it is the reference
     for place in PLACE.finditer(response):
         if place[0] != "=":
@@ -74,27 +74,27 @@ def _states(text: str, wanted: float | None, same: Callable[[str], bool]) -> boo
     return same(text)
 
 
-def _remembering(gold: Gold) -> Callable[[str], bool]:
+def _remembering(reference: Reference) -> Callable[[str], bool]:
     """Whether a text is the reference, each text looked at once: what repeats itself says the same over and over."""
     known: dict[str, bool] = {}
 
     def same(text: str) -> bool:
         if text not in known:
-            known[text] = _same(text, gold)
+            known[text] = _same(text, reference)
         return known[text]
 
     return same
 
 
-def _same(text: str, gold: Gold) -> bool:
-    if not text.strip() or max(len(text), len(gold.answer)) > min(LONGEST, notation.MAX_CHARACTERS):
+def _same(text: str, reference: Reference) -> bool:
+    if not text.strip() or max(len(text), len(reference.answer)) > min(LONGEST, notation.MAX_CHARACTERS):
         return False
     try:
-        if gold.kind == "choice":
-            return kinds.same_choice(text, gold)
-        if gold.kind == "text":
-            return kinds.same_text(text, gold)
-        return exact(text, gold.answer) is True
+        if reference.kind == "choice":
+            return kinds.same_choice(text, reference)
+        if reference.kind == "text":
+            return kinds.same_text(text, reference)
+        return exact(text, reference.answer) is True
     except Exception:               # a hole in the comparison decides nothing but where an answer was first stated
         return False
 

@@ -40,9 +40,9 @@ HEAVY = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta
 HEAVY_SHARE = 0.5
 
 
-def cpu_share(prediction: str, gold: str) -> float:
+def cpu_share(prediction: str, reference: str) -> float:
     """The share of the CPU limit that a comparison may use."""
-    return HEAVY_SHARE if HEAVY.search(prediction) and not HEAVY.search(gold) else 1.0
+    return HEAVY_SHARE if HEAVY.search(prediction) and not HEAVY.search(reference) else 1.0
 
 
 def guard(text: str) -> bool:
@@ -57,24 +57,24 @@ def guard(text: str) -> bool:
     return any(pattern.search(text) for pattern in (POWER_OF_NUMBERS, HUGE_EXPONENT, POWER_OF_POWER, HUGE_FACTORIAL))
 
 
-def symbolic(prediction: str, gold: str) -> bool:
+def symbolic(prediction: str, reference: str) -> bool:
     """Compares two answers with algebra where `exact` left them undecided."""
-    return bool(exact.compare(notation.canonical(prediction), notation.canonical(gold), _leaf))
+    return bool(exact.compare(notation.canonical(prediction), notation.canonical(reference), _leaf))
 
 
-def _leaf(prediction: str, gold: str) -> bool:
-    verdict = exact.leaf(prediction, gold)
+def _leaf(prediction: str, reference: str) -> bool:
+    verdict = exact.leaf(prediction, reference)
     if verdict is not None:
         return verdict
-    prediction, gold = units.without_unit(prediction), units.without_unit(gold)
-    if FOREIGN.search(prediction) or FOREIGN.search(gold) or prediction.count("'") != gold.count("'"):
+    prediction, reference = units.without_unit(prediction), units.without_unit(reference)
+    if FOREIGN.search(prediction) or FOREIGN.search(reference) or prediction.count("'") != reference.count("'"):
         return False
-    if prediction.count("|") % 2 != gold.count("|") % 2:
+    if prediction.count("|") % 2 != reference.count("|") % 2:
         return False
-    p_letters, g_letters = _letters(prediction), _letters(gold)
+    p_letters, g_letters = _letters(prediction), _letters(reference)
     if p_letters != g_letters and {*map(str.lower, p_letters)} == {*map(str.lower, g_letters)}:
         return False                                # the parser takes x and X for one variable
-    return _same(_parse(_for_sympy(prediction)), _parse(_for_sympy(gold)), "." in prediction, "." in gold)
+    return _same(_parse(_for_sympy(prediction)), _parse(_for_sympy(reference)), "." in prediction, "." in reference)
 
 
 def _letters(text: str) -> set[str]:
@@ -133,30 +133,30 @@ def _with_constants(side):
     return side.subs({symbol: numbers[symbol.name] for symbol in side.free_symbols if symbol.name in numbers})
 
 
-def _same(prediction, gold, prediction_decimal: bool, gold_decimal: bool) -> bool:
+def _same(prediction, reference, prediction_decimal: bool, reference_decimal: bool) -> bool:
     import sympy
     from math_verify import verify
 
-    if prediction is None or gold is None:
+    if prediction is None or reference is None:
         return False
-    if any(_undefined(side) for side in (prediction, gold)):
+    if any(_undefined(side) for side in (prediction, reference)):
         return False
-    if isinstance(prediction, sympy.Expr) and isinstance(gold, sympy.Expr):
-        decided = _same_values(prediction, gold, prediction_decimal, gold_decimal)
+    if isinstance(prediction, sympy.Expr) and isinstance(reference, sympy.Expr):
+        decided = _same_values(prediction, reference, prediction_decimal, reference_decimal)
         if decided is not None:
             return decided
-    if isinstance(prediction, sympy.Eq) and isinstance(gold, sympy.Eq):
-        decided = _same_equations(prediction, gold)
+    if isinstance(prediction, sympy.Eq) and isinstance(reference, sympy.Eq):
+        decided = _same_equations(prediction, reference)
         if decided is not None:
             return decided
-    return bool(verify(gold, prediction, timeout_seconds=None))
+    return bool(verify(reference, prediction, timeout_seconds=None))
 
 
-def _same_equations(prediction, gold) -> bool | None:
+def _same_equations(prediction, reference) -> bool | None:
     """Whether one equation is the other times a number, told by its values at fixed points; None where it cannot be."""
     import sympy
 
-    p, g = prediction.lhs - prediction.rhs, gold.lhs - gold.rhs
+    p, g = prediction.lhs - prediction.rhs, reference.lhs - reference.rhs
     names = sorted({symbol.name for symbol in p.free_symbols | g.free_symbols})
     if not names or len(names) > len(POSITIVE) or p.atoms(sympy.core.function.AppliedUndef):
         return None
@@ -179,7 +179,7 @@ def _undefined(side) -> bool:
     return isinstance(side, sympy.Basic) and side.has(sympy.nan, sympy.zoo)
 
 
-def _same_values(prediction, gold, prediction_decimal: bool, gold_decimal: bool) -> bool | None:
+def _same_values(prediction, reference, prediction_decimal: bool, reference_decimal: bool) -> bool | None:
     """Compares two expressions by their values at fixed points of many digits, where different expressions differ.
 
     Where both can be evaluated, this replaces simplification, which may take minutes and misses identities. None where
@@ -188,19 +188,19 @@ def _same_values(prediction, gold, prediction_decimal: bool, gold_decimal: bool)
     import sympy
 
     heavy = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
-    prediction, gold = _evaluated(prediction), _evaluated(gold)
-    names = sorted({symbol.name for side in (prediction, gold) for symbol in side.free_symbols})
-    functions = prediction.atoms(sympy.core.function.AppliedUndef) | gold.atoms(sympy.core.function.AppliedUndef)
-    if prediction.has(*heavy) or gold.has(*heavy) or functions or len(names) > len(POSITIVE):
+    prediction, reference = _evaluated(prediction), _evaluated(reference)
+    names = sorted({symbol.name for side in (prediction, reference) for symbol in side.free_symbols})
+    functions = prediction.atoms(sympy.core.function.AppliedUndef) | reference.atoms(sympy.core.function.AppliedUndef)
+    if prediction.has(*heavy) or reference.has(*heavy) or functions or len(names) > len(POSITIVE):
         return None
     close = TOLERANCE
-    if prediction_decimal or gold_decimal:
-        approximates = prediction_decimal != gold_decimal and not gold.is_Integer
+    if prediction_decimal or reference_decimal:
+        approximates = prediction_decimal != reference_decimal and not reference.is_Integer
         close = DECIMAL_TOLERANCE if approximates else BOTH_DECIMAL_TOLERANCE
-    sides = [(prediction, gold)]
+    sides = [(prediction, reference)]
     verdicts: list[bool | None]
     if any(_odd_roots(side) for side in sides[0]):
-        sides.append((_with_real_roots(prediction), _with_real_roots(gold)))
+        sides.append((_with_real_roots(prediction), _with_real_roots(reference)))
     if not names:
         verdicts = [_close(_value(left, {}), _value(right, {}), close) for left, right in sides]
         return True if any(verdicts) else verdicts[0]
@@ -249,12 +249,12 @@ def _value(side, at):
         return None
 
 
-def _close(prediction, gold, tolerance: float) -> bool | None:
-    if prediction is None or gold is None:
+def _close(prediction, reference, tolerance: float) -> bool | None:
+    if prediction is None or reference is None:
         return None
     import sympy
 
-    difference, size = sympy.Abs(prediction - gold).evalf(DIGITS), sympy.Abs(gold).evalf(DIGITS)
+    difference, size = sympy.Abs(prediction - reference).evalf(DIGITS), sympy.Abs(reference).evalf(DIGITS)
     if not (difference.is_Float or difference.is_Number) or not size.is_Number:
         return None
     return bool(difference <= tolerance * (size if size else 1))

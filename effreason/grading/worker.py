@@ -86,12 +86,12 @@ def _verdict(judge: Judge, task: dict[str, Any], cpu_seconds: float) -> dict[str
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime + cpu_seconds + HARD_SECONDS)
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-    cpu_seconds *= judge.cpu_share(task["prediction"], task["gold"])
+    cpu_seconds *= judge.cpu_share(task["prediction"], task["reference"])
     try:
         try:
             armed = True
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds, RETRY_SECONDS)
-            return {"correct": judge.compare(task["prediction"], task["gold"]), "status": judge.status}
+            return {"correct": judge.compare(task["prediction"], task["reference"]), "status": judge.status}
         finally:
             armed = False
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from effreason.grading.grader import Grade, Grader
-from effreason.grading.kinds import Gold
+from effreason.grading.kinds import Reference
 from effreason.runtime import processes
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import GenerationProgress
@@ -175,9 +175,9 @@ def remaining(requests: Sequence[Request], drawn: Sequence[Response]) -> list[Re
     return left
 
 
-def gold(problem: Problem) -> Gold:
+def gold(problem: Problem) -> Reference:
     """What the grader needs of a problem."""
-    return Gold(problem.reference, problem.kind, problem.choices)
+    return Reference(problem.reference, problem.kind, problem.choices)
 
 
 def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
@@ -187,7 +187,7 @@ def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
     processes.check_same({"the number of problems": str(len(golds)),
                           "the reference answers": hashlib.sha256(repr(golds).encode()).hexdigest()[:12]})
     # By one process: what takes too long on one host may not on another.
-    return processes.broadcast("reference answers", lambda: grader.check_golds(golds))
+    return processes.broadcast("reference answers", lambda: grader.check_references(golds))
 
 
 def check_decided(verdicts: Sequence[Grade]) -> None:

@@ -119,7 +119,7 @@ def test_more_different_answers(grader, pairs):
 
 def test_every_reference_equals_itself(grader):
     golds = [gold for _, gold in EQUAL + MORE_EQUAL]
-    assert [golds[row] for row in grader.check_golds(golds)] == []
+    assert [golds[row] for row in grader.check_references(golds)] == []
 
 
 @pytest.mark.parametrize(("words", "value"), [

@@ -15,7 +15,7 @@ from grading_cases import HOSTILE, REPOSITORY, boxed, load
 
 from effreason.grading import notation, pool, symbolic
 from effreason.grading.exact import exact
-from effreason.grading.grader import Budget, Gold, Grade, Grader
+from effreason.grading.grader import Budget, Reference, Grade, Grader
 from effreason.runtime.errors import UserError
 
 
@@ -34,8 +34,8 @@ def grader():
 ])
 def test_exact_is_quick_on_long_answers(unit):
     start = time.process_time()
-    for gold in ("5", "x=5", "(1,2)"):
-        assert exact(unit * (notation.MAX_CHARACTERS // len(unit) - 1) + "5", gold) is not True
+    for reference in ("5", "x=5", "(1,2)"):
+        assert exact(unit * (notation.MAX_CHARACTERS // len(unit) - 1) + "5", reference) is not True
     assert time.process_time() - start < 2.0
 
 
@@ -58,9 +58,9 @@ def test_adversarial_cases(grader):
 
 def test_a_batch_with_hostile_answers_is_quick(grader):
     honest = [boxed(rf"\frac{{{row}\sqrt{{3}}}}{{2}}") if row % 5 == 0 else boxed(str(row)) for row in range(250)]
-    golds = [rf"{row} \sqrt{{0.75}}" if row % 5 == 0 else str(row) for row in range(250)]
+    references = [rf"{row} \sqrt{{0.75}}" if row % 5 == 0 else str(row) for row in range(250)]
     start = time.monotonic()
-    grades = grader.grade(honest + [boxed(text) for text in HOSTILE[4:10]], golds + ["7"] * 6)
+    grades = grader.grade(honest + [boxed(text) for text in HOSTILE[4:10]], references + ["7"] * 6)
     assert time.monotonic() - start < 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     assert [grade.correct for grade in grades] == [True] * 250 + [False] * 6
 
@@ -83,8 +83,8 @@ def test_guard_lets_pass(text):
 ALGEBRA = (boxed(r"\sqrt{8}"), r"2\sqrt{2}")
 
 
-def only(grader: Grader, response: str, gold: str) -> Grade:
-    return grader.grade([response], [gold])[0]
+def only(grader: Grader, response: str, reference: str) -> Grade:
+    return grader.grade([response], [reference])[0]
 
 
 def processes(grader: Grader) -> list[subprocess.Popen]:
@@ -215,7 +215,7 @@ def test_submit_runs_in_the_background(grader):
 
 
 def test_grade_wants_lists_of_one_length(grader):
-    with pytest.raises(ValueError, match="as many golds as responses, got 2 and 1"):
+    with pytest.raises(ValueError, match="as many references as responses, got 2 and 1"):
         grader.grade(["a"], ["b", "c"])
 
 
@@ -273,11 +273,11 @@ def test_calls_that_share_a_budget_end_together(small):
 
 
 def test_kinds_of_golds(grader):
-    golds = [Gold("B", "choice", ("river", "bank")), Gold("5", "text"), Gold("5"), "5"]
-    grades = grader.grade([boxed("bank"), boxed("5.0"), boxed("5.0"), boxed("5.0")], golds)
+    references = [Reference("B", "choice", ("river", "bank")), Reference("5", "text"), Reference("5"), "5"]
+    grades = grader.grade([boxed("bank"), boxed("5.0"), boxed("5.0"), boxed("5.0")], references)
     assert [grade.correct for grade in grades] == [True, False, True, True]
     with pytest.raises(ValueError, match="kind must be one of math, choice, text, got letter"):
-        grader.grade([boxed("B")], [Gold("B", "letter")])
+        grader.grade([boxed("B")], [Reference("B", "letter")])
 
 
 def test_bare_answers(grader):
@@ -330,10 +330,10 @@ def own(tmp_path, monkeypatch):
 
 def test_a_function_of_ones_own_gets_the_whole_response(own):
     with Grader(workers=1, function="own_grader:ends") as grader:
-        grades = grader.grade(["it is 5", "it is 6", "\ud800" * 200_000 + "5", boxed("5")], ["5", Gold("5"), "5", "5"])
+        grades = grader.grade(["it is 5", "it is 6", "\ud800" * 200_000 + "5", boxed("5")], ["5", Reference("5"), "5", "5"])
         assert [grade.correct for grade in grades] == [True, False, True, False]
         assert [(grade.status, grade.answer) for grade in grades] == [("function", None)] * 3 + [("function", "5")]
-        assert grader.check_golds(["", "{"]) == []
+        assert grader.check_references(["", "{"]) == []
 
 
 def test_verdicts_of_a_function_are_not_kept(own):
@@ -368,7 +368,7 @@ def test_a_function_that_cannot_be_used_is_told_at_once(own, name, reason):
 
 
 def test_check_golds(grader):
-    assert grader.check_golds(["5", r"\frac{1}{2}", "", "  ", "{5", r"x^2", "7" * 30_000, "(-1,2]",
+    assert grader.check_references(["5", r"\frac{1}{2}", "", "  ", "{5", r"x^2", "7" * 30_000, "(-1,2]",
         r"\text{east}"]) == [2, 3, 4, 6]
 
 

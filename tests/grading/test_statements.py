@@ -4,13 +4,13 @@ import time
 
 import pytest
 
-from effreason.grading.kinds import Gold
+from effreason.grading.kinds import Reference
 from effreason.grading.statements import end_of_answer, first_stated
 
 
 def stated(text, answer, kind="math", choices=()):
     """The text up to the end of the first statement."""
-    end = first_stated(text, Gold(answer, kind, choices))
+    end = first_stated(text, Reference(answer, kind, choices))
     return None if end is None else text[:end]
 
 
@@ -62,7 +62,7 @@ def test_the_end_of_the_answer():
                                   "answer is " + "x " * 100_000, r"\boxed{x^2+3} = y " * 10_000])
 def test_the_time_is_linear_in_the_length(text):
     started = time.process_time()
-    assert first_stated(text, Gold("7")) is None
-    first_stated(text, Gold("x^5"))
+    assert first_stated(text, Reference("7")) is None
+    first_stated(text, Reference("x^5"))
     end_of_answer(text)
     assert time.process_time() - started < 5.0

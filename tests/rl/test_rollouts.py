@@ -8,7 +8,7 @@ import pytest
 
 from effreason.data.tiny import tokenizer
 from effreason.grading.grader import Grade, Grader
-from effreason.grading.kinds import Gold
+from effreason.grading.kinds import Reference
 from effreason.rl import rollouts
 from effreason.runtime.errors import Interrupted
 from effreason.sampling.engine import make_requests
@@ -89,7 +89,7 @@ def test_verdicts_stand_beside_their_responses_whatever_the_order(require_eos, c
     np.testing.assert_array_equal(tried.rollouts.lengths, [[2, 4], [4, 1]])
     assert tried.correct.dtype == bool and tried.grading_seconds >= 0
     # Each chunk that finished something is a call of its own, made before the next chunk is generated.
-    assert grader.calls == [[("1+1", Gold("4")), ("7+7", Gold("3"))], [("7", Gold("4"))], [("9", Gold("3"))]]
+    assert grader.calls == [[("1+1", Reference("4")), ("7+7", Reference("3"))], [("7", Reference("4"))], [("9", Reference("3"))]]
 
 
 def test_responses_are_submitted_before_the_generation_is_over():
@@ -108,7 +108,7 @@ def test_a_prompt_that_opens_the_thinking_and_what_the_grader_needs_to_know():
     asked = problem(0, "B", kind="choice", choices=("bank", "mall"), opens_thinking=True)
     grader = Right()
     tried = attempted(playing([response(0, 0, "7</think>7")]), [asked], 1, grader)
-    assert grader.calls == [[("<think>7</think>7", Gold("B", "choice", ("bank", "mall")))]]
+    assert grader.calls == [[("<think>7</think>7", Reference("B", "choice", ("bank", "mall")))]]
     assert tried.texts == ["7</think>7"]
 
 
