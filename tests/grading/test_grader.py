@@ -15,7 +15,7 @@ from grading_cases import HOSTILE, REPOSITORY, boxed, load
 
 from effreason.grading import notation, pool, symbolic
 from effreason.grading.exact import exact
-from effreason.grading.grader import Budget, Reference, Grade, Grader
+from effreason.grading.grader import Budget, Grade, Grader, Reference
 from effreason.runtime.errors import UserError
 
 
@@ -367,7 +367,7 @@ def test_a_function_that_cannot_be_used_is_told_at_once(own, name, reason):
         Grader(workers=1, function=name)
 
 
-def test_check_golds(grader):
+def test_check_references(grader):
     assert grader.check_references(["5", r"\frac{1}{2}", "", "  ", "{5", r"x^2", "7" * 30_000, "(-1,2]",
         r"\text{east}"]) == [2, 3, 4, 6]
 
