@@ -1,7 +1,6 @@
 """The benchmarks: their baselines compute what the engine computes, their verdicts follow their figures."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -14,72 +13,69 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from benchmarks.sampling import compare as sampling_compare
+from benchmarks.sampling import engines, parts
+from benchmarks.update import accelerator, steps
+from benchmarks.update import compare as update_compare
 from effreason.lm.hf import pretrained
 from effreason.runtime import sharding
 
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a file of benchmarks/ as if it were run from there."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    return importlib.import_module
+ROOT = Path(__file__).parents[1]
 
 
-def test_the_second_workload_has_the_lengths_it_says(benchmark):
-    workload = benchmark("rollout_baselines").make_workload("W2", 100)
+def test_the_second_workload_has_the_lengths_it_says():
+    workload = engines.make_workload("W2", 100)
     assert len(workload.limits) == 16 * 8 and workload.rows == 32 and workload.prompts.shape == (16, 64)
     assert workload.limits.min() >= 8 and workload.limits.max() <= workload.longest == 512
     assert 80 < workload.limits.mean() < 112
     # Lengths are nothing the engine could plan with.
-    requests = benchmark("rollout_baselines").make_requests(workload)
+    requests = engines.make_requests(workload)
     assert all(request.expected_tokens is None for request in requests)
     assert [request.max_new_tokens for request in requests] == workload.limits.tolist()
 
 
-@pytest.mark.parametrize("engine", ["static", "static_fast"])
-def test_a_static_batch_gives_the_tokens_of_the_engine(benchmark, engine):
-    baselines = benchmark("rollout_baselines")
+@pytest.mark.parametrize("name", ["static", "static_fast"])
+def test_a_static_batch_gives_the_tokens_of_the_engine(name):
     config, params = decoders.QWEN2, decoders.weights(decoders.QWEN2)
-    workload = baselines.Workload(prompts=np.arange(24, dtype=np.int32).reshape(4, 6), samples=2,
+    workload = engines.Workload(prompts=np.arange(24, dtype=np.int32).reshape(4, 6), samples=2,
                                   limits=np.array([3, 7, 1, 4, 2, 2, 9, 5], np.int32), longest=9, rows=4)
     mesh = sharding.make_mesh(data=-1)
-    ours = baselines.make_ours(config, params, mesh, workload, chunk=4, greedy=True).generate(workload, 0)
-    theirs = baselines.ENGINES[engine](config, params, mesh, workload, greedy=True).generate(workload, 0)
+    ours = engines.make_ours(config, params, mesh, workload, chunk=4, greedy=True).generate(workload, 0)
+    theirs = engines.ENGINES[name](config, params, mesh, workload, greedy=True).generate(workload, 0)
     assert [len(row) for row in theirs] == workload.limits.tolist()
     np.testing.assert_array_equal(np.concatenate(ours), np.concatenate(theirs))
 
 
-def test_a_decode_step_is_timed_and_a_rollout_taken_apart(benchmark):
-    pieces, baselines, mesh = benchmark("rollout_pieces"), benchmark("rollout_baselines"), sharding.make_mesh(data=-1)
-    row = pieces.accelerator(decoders.QWEN2, mesh, rows=8, context=64, steps=4, repeats=1)
-    matrices = pieces.product_weights(decoders.QWEN2, decoders.weights(decoders.QWEN2))
+def test_a_decode_step_is_timed_and_a_rollout_taken_apart():
+    mesh = sharding.make_mesh(data=-1)
+    row = parts.accelerator(decoders.QWEN2, mesh, rows=8, context=64, steps=4, repeats=1)
+    matrices = parts.product_weights(decoders.QWEN2, decoders.weights(decoders.QWEN2))
     assert row["weight_bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(matrices))
     assert row["step_ms"] > 0 and 0 < row["bandwidth_fraction"] < 1
-    workload = baselines.Workload(prompts=np.zeros((2, 6), np.int32), samples=8, limits=np.full(16, 9, np.int32),
+    workload = engines.Workload(prompts=np.zeros((2, 6), np.int32), samples=8, limits=np.full(16, 9, np.int32),
                                   longest=9, rows=8)
-    rows = pieces.profile(decoders.QWEN2, decoders.weights(decoders.QWEN2), mesh, workload, chunk=4)
+    rows = parts.profile(decoders.QWEN2, decoders.weights(decoders.QWEN2), mesh, workload, chunk=4)
     assert sum(row["steps"] for row in rows) >= 18 and all(row["seconds"] > 0 for row in rows)
 
 
-def test_targets_are_judged_by_their_figures(benchmark):
+def test_targets_are_judged_by_their_figures():
     def run(engine, rate, **more):
         return {"model": "M1", "workload": "W2", "engine": engine, "tokens_per_second": rate, **more}
 
-    judge = benchmark("rollouts").judge
+    judge = sampling_compare.judge
     judged = judge([run("ours", 800.0, host_share=0.06, recompilations=0), run("static", 100.0),
                     run("transformers", 100.0)], [])
     assert [(row["figure"], row["met"]) for row in judged] == [(8.0, True), (8.0, False), (0.06, False), (0, True)]
     assert judge([run("static", 100.0)], []) == []
 
 
-def tiny_batch(steps):
+def tiny_batch():
     """Two groups of ragged responses, the first of them with right and wrong ones."""
     batch = steps.make_batch("ragged", decoders.VOCABULARY, sequences=16, prompt=5, response=12, longest=20)
     return dataclasses.replace(batch, correct=np.arange(16).reshape(2, 8) % 3 == 0)
 
 
-def test_what_a_step_must_compute_is_counted_by_hand(benchmark):
-    steps = benchmark("update_steps")
+def test_what_a_step_must_compute_is_counted_by_hand():
     batch = steps.make_batch("fixed", decoders.VOCABULARY, sequences=2, prompt=3, response=4)
     layer = 16 * (16 + 8 + 8 + 16) + 3 * 16 * 24                # query, key, value, output; gate, up, down
     products = 2 * (2 * layer * 2 * 7 + 24 * 16 * 2 * 4)        # 2 layers, 2 sequences of 7; the head, 4 times each
@@ -88,18 +84,17 @@ def test_what_a_step_must_compute_is_counted_by_hand(benchmark):
 
 
 @pytest.mark.parity
-def test_our_learning_step_changes_the_weights_as_the_one_in_torch_does(benchmark, monkeypatch, tmp_path):
+def test_our_learning_step_changes_the_weights_as_the_one_in_torch_does(monkeypatch, tmp_path):
     pytest.importorskip("torch", reason="the extra `parity` brings torch")
-    steps, baselines = benchmark("update_steps"), benchmark("rollout_baselines")
-    config, batch = decoders.QWEN2, tiny_batch(steps)
+    config, batch = decoders.QWEN2, tiny_batch()
     monkeypatch.setattr(steps, "RATE", 1e-2)
     start = jax.tree.map(jax.numpy.asarray, decoders.weights(config))
-    pretrained.write_model(start, config, baselines.config_table(config), "float32", tmp_path / "start")
+    pretrained.write_model(start, config, engines.config_table(config), "float32", tmp_path / "start")
     theirs = steps.make_torch(config, batch, rows=4, directory=tmp_path / "start")
     ours = steps.make_ours(config, batch, decoders.mesh(), rows=2, remat="none", params=start)
     for learner in (ours, theirs):
         learner.step()
-    pretrained.write_model(ours.policy(), config, baselines.config_table(config), "float32", tmp_path / "end")
+    pretrained.write_model(ours.policy(), config, engines.config_table(config), "float32", tmp_path / "end")
     before, found = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
     expected = {name: weight.detach().numpy() for name, weight in theirs.policy().state_dict().items()}
     assert found.keys() == expected.keys()
@@ -109,15 +104,14 @@ def test_our_learning_step_changes_the_weights_as_the_one_in_torch_does(benchmar
     assert np.mean(moved > 0.9e-2) > 0.8 and np.mean(apart < 1e-4) > 0.995
 
 
-def test_memory_of_scoring_is_read_from_compiled_programs(benchmark):
-    (row,) = benchmark("update_device").scoring_memory(decoders.QWEN2, decoders.mesh(), tokens=64, vocabularies=(48,))
+def test_memory_of_scoring_is_read_from_compiled_programs():
+    (row,) = accelerator.scoring_memory(decoders.QWEN2, decoders.mesh(), tokens=64, vocabularies=(48,))
     assert row["logits_bytes"] == 4 * 64 * 48
     assert 0 < row["scoring_bytes"] < row["gradient_bytes"]
 
 
-def test_a_whole_step_is_measured_on_any_device(benchmark):
-    device = benchmark("update_device")
-    row = device.rl_step(decoders.QWEN2, decoders.mesh(), prompts=2, samples=4, prompt=5, response=8, rows=4,
+def test_a_whole_step_is_measured_on_any_device():
+    row = accelerator.rl_step(decoders.QWEN2, decoders.mesh(), prompts=2, samples=4, prompt=5, response=8, rows=4,
                          remat="full", chunk=4, repeats=1, peak=1e12)
     assert row["tokens"] == 64 and row["decode_steps"] == 8 and row["sequences"] == 8
     assert row["mfu"] == pytest.approx(row["flops"] / row["learning_seconds"] / 1e12)
@@ -126,11 +120,11 @@ def test_a_whole_step_is_measured_on_any_device(benchmark):
 
 @pytest.mark.slow
 def test_the_update_benchmark_measures_an_engine_in_a_process_of_its_own():
-    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "update.py"), "--engines", "ours",
+    command = [sys.executable, "-m", "benchmarks.update.compare", "--engines", "ours",
                "--model", "M2", "--batches", "fixed", "--sequences", "8", "--response", "16", "--repeats", "2",
                "--ours-rows", "8", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
-                          env=os.environ | {"XLA_FLAGS": ""})
+                          cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     (row,) = result["rows"]
@@ -140,17 +134,15 @@ def test_the_update_benchmark_measures_an_engine_in_a_process_of_its_own():
     assert 0 < row["matmul_share"] < 1 and 0 < row["fill"] <= 1
 
 
-def test_the_update_benchmark_judges_by_medians_of_one_run(benchmark, capsys):
-    update = benchmark("update")
-
+def test_the_update_benchmark_judges_by_medians_of_one_run(capsys):
     def row(engine, seconds, batch="fixed"):
         return {"engine": engine, "batch": batch, "seconds": seconds, "flops": 6e9, "matmul_flops": [4e9, 5e9],
                 "tokens_per_second": 8192 / sorted(seconds)[1], "cpu_seconds": seconds, "first_seconds": 200.0,
                 "peak_bytes": 3 * 2**30, "rows": 8, "fill": 0.9}
 
     rows = [row("ours", [2.0, 1.0, 9.0]), row("torch", [5.0, 3.0, 4.0]), row("torch", [5.0, 3.0, 4.0], "ragged")]
-    targets = update.judge(rows)
+    targets = update_compare.judge(rows)
     assert [(each["figure"], each["met"]) for each in targets] == [(0.6, True), (2.0, False)]
     assert rows[1]["ours_is_faster"] == 2.0 and "ours_is_faster" not in rows[2]
-    update.print_rows(rows)
+    update_compare.print_rows(rows)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

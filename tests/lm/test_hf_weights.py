@@ -158,7 +158,8 @@ def test_loading_holds_no_second_copy(tmp_path, devices):
     config = configs.read_config(tmp_path)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract_params(config))
     weights.write(zeros, config, "bfloat16", tmp_path)
-    command = [sys.executable, "benchmarks/loading.py", "--model", str(tmp_path), "--devices", str(devices), "--json"]
+    command = [sys.executable, "-m", "benchmarks.models.loading", "--model", str(tmp_path),
+               "--devices", str(devices), "--json"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}, timeout=300,
                           capture_output=True, text=True, check=True)

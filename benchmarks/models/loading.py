@@ -1,6 +1,6 @@
 """Measures how much memory and time a checkpoint takes to load, and that the host holds no second copy of it.
 
-    python benchmarks/loading.py --model DIR [--devices 8] [--json]
+    python -m benchmarks.models.loading --model DIR [--devices 8] [--json]
 
 Peak memory is what the process held at most while loading, file pages included, less what it held before. The overhead
 is that peak less the weights themselves, which on the CPU live in the same memory. The largest tensor group is the

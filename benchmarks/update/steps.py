@@ -1,4 +1,4 @@
-"""What benchmarks/update.py compares: one learning step of ours, and the same in plain torch.
+"""What benchmarks/update/compare.py compares: one learning step of ours, and the same in plain torch.
 
 A step is policy and reference log-probs of all responses, the clipped loss with a k3 term against the reference,
 backward, a clip of the gradient's norm and AdamW. Both take the same sequences and the same advantages.

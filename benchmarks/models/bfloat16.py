@@ -1,6 +1,6 @@
 """What bfloat16 changes: log-probs and greedy tokens of a checkpoint against the same weights in float32.
 
-    python benchmarks/drift.py --model DIR [--tokens 64] [--json]
+    python -m benchmarks.models.bfloat16 --model DIR [--tokens 64] [--json]
 
 Six questions, rendered by the model's chat template. The table has the differences of log-probs, in nats, between the
 two dtypes, over the prompts and over the float32 model's greedy answers; after how many tokens the greedy answers part;

@@ -1,6 +1,6 @@
 """Measures a tiny reasoner, by default the shipped one, for the tables of docs/tiny.md, as Markdown.
 
-    python benchmarks/tiny_base.py [--model runs/NAME/model]
+    python -m benchmarks.models.tiny_reasoner [--model runs/NAME/model]
 
 Accuracy, tokens against the fewest that write every step once, answers without thinking, and which way the policy
 gradient pulls on length: the mean over responses of advantage x (length - the group's mean length), in tokens.

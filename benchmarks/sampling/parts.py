@@ -1,4 +1,4 @@
-"""What benchmarks/rollouts.py takes apart: this machine's limits, the parts of a rollout, decoding on an accelerator.
+"""What benchmarks/sampling/compare.py takes apart: this machine's limits, the parts of a rollout, decoding on an accelerator.
 
 B rows, D width, H query heads, K key/value heads, h head width, V vocabulary, C cache positions.
 """
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from rollout_baselines import Workload, make_requests
 
+from benchmarks.sampling.engines import Workload, make_requests
 from effreason.lm import model
 from effreason.sampling import capacity, draws, engine, slots
 from effreason.sampling.scheduler import READ_ROWS

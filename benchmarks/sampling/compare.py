@@ -1,9 +1,9 @@
 """Measures the sampling engine against static batches and `transformers`, and against the limits of this machine.
 
-    python benchmarks/rollouts.py [--models M1,M2] [--workloads W1,W2] [--engines ours,static,static_fast,transformers]
+    python -m benchmarks.sampling.compare [--models M1,M2] [--workloads W1,W2] [--engines ours,static,static_fast,transformers]
                                   [--repeats 3] [--json FILE]
-    python benchmarks/rollouts.py --profile       where the engine's time goes, by slots and cache
-    python benchmarks/rollouts.py --gpu           decoding of a 1.5B model at 4k context on an accelerator
+    python -m benchmarks.sampling.compare --profile       where the engine's time goes, by slots and cache
+    python -m benchmarks.sampling.compare --gpu           decoding of a 1.5B model at 4k context on an accelerator
 
 Models: Qwen2 shapes with random weights in float32, the same for all engines. W1: 8 prompts x 8 samples, prompt 64, 256
 new tokens. W2: 16 prompts x 8 samples, prompt 64, exponential lengths (mean 96, clipped to 8 .. 512), 32 in flight; a
@@ -32,20 +32,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import rollout_baselines as baselines
-import rollout_pieces as pieces
 from jax.sharding import Mesh
 
+from benchmarks.sampling import engines as baselines
+from benchmarks.sampling import parts as pieces
+from benchmarks.shared import MODELS, QWEN2, print_table, say, some_of
 from effreason.lm import kv_cache, model
 from effreason.runtime import sharding
 
-QWEN2: dict[str, Any] = dict(norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, remat="none")
-MODELS = {
-    "M1": model.DecoderConfig(vocabulary=32000, width=512, layers=8, heads=8, kv_heads=2, head_dim=64, mlp_width=1408,
-                              **QWEN2),
-    "M2": model.DecoderConfig(vocabulary=256, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384,
-                              **QWEN2),
-}
 ENGINES = ("ours", *baselines.ENGINES)
 # (model, workload, against what, at least this many times as fast)
 RATIOS = (("M1", "W2", "static", 8.0), ("M1", "W2", "transformers", 8.5), ("M1", "W1", "transformers", 3.3),
@@ -191,22 +185,6 @@ def print_parts(part: Row) -> None:
     print_table([f"{name}, part", "cost"], lines)
 
 
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Markdown in columns as wide as they need to be; all but words to the right."""
-    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
-    words = [all(not row[column][:1].isdigit() for row in rows) for column in range(len(headings))]
-    words[0] = True
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) if word else cell.rjust(width)
-                                 for cell, width, word in zip(cells, widths, words, strict=True)) + " |"
-
-    print(line(headings))
-    print("|" + "|".join("-" * (width + 1) + ("-" if word else ":")
-                         for width, word in zip(widths, words, strict=True)) + "|")
-    print("\n".join(map(line, rows)) + "\n")
-
-
 def compare(options: argparse.Namespace, mesh: Mesh) -> Row:
     """All figures, printed as they come and returned."""
     load, runs, parts = os.getloadavg()[0], [], []
@@ -268,19 +246,8 @@ def decode_on_accelerator(options: argparse.Namespace, mesh: Mesh) -> Row:
     return row
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-
-    def several(known: Sequence[str]) -> Any:
-        def parse(text: str) -> list[str]:
-            if unknown := [part for part in text.split(",") if part not in known]:
-                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {unknown[0]!r}")
-            return text.split(",")
-        return parse
 
     def shape(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
@@ -288,9 +255,9 @@ def parse() -> argparse.Namespace:
             raise argparse.ArgumentTypeError("expected layers,width,mlp,heads,kv heads,vocabulary, heads | width")
         return numbers
 
-    parser.add_argument("--models", type=several(list(MODELS)), default=list(MODELS))
-    parser.add_argument("--workloads", type=several(["W1", "W2"]), default=["W1", "W2"])
-    parser.add_argument("--engines", type=several(ENGINES), default=list(ENGINES))
+    parser.add_argument("--models", type=some_of(list(MODELS)), default=list(MODELS))
+    parser.add_argument("--workloads", type=some_of(["W1", "W2"]), default=["W1", "W2"])
+    parser.add_argument("--engines", type=some_of(ENGINES), default=list(ENGINES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--budget", type=float, default=60, help="seconds for an engine's repeats on one workload")
     parser.add_argument("--chunk", type=int, default=16, help="decode steps between two looks at what has finished")

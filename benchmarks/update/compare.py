@@ -1,10 +1,10 @@
 """Measures a learning step against one in plain torch and `transformers`, and against this machine's matrix products.
 
-    python benchmarks/update.py [--model M1] [--batches fixed,ragged] [--engines ours,torch] [--repeats 3] [--json]
-    python benchmarks/update.py --scoring         memory of scoring 32k tokens by the size of the vocabulary
-    python benchmarks/update.py --gpu             one whole RL step of a 1.5B model on an accelerator
+    python -m benchmarks.update.compare [--model M1] [--batches fixed,ragged] [--engines ours,torch] [--repeats 3] [--json]
+    python -m benchmarks.update.compare --scoring         memory of scoring 32k tokens by the size of the vocabulary
+    python -m benchmarks.update.compare --gpu             one whole RL step of a 1.5B model on an accelerator
 
-The step: 32 sequences of 64 prompt and 256 response tokens through a Qwen2 shape of benchmarks/rollouts.py in float32:
+The step: 32 sequences of 64 prompt and 256 response tokens through a Qwen2 shape of benchmarks/sampling/compare.py in float32:
 log-probs by policy and reference, the loss, backward, AdamW; no part of it is saved for the next one. `ragged`:
 responses of exponential lengths around 128, at most 512, which torch pads and we pack. A second counts response tokens.
 
@@ -12,7 +12,7 @@ Each engine is in a process of its own, whose memory is its own: the most it eve
 it held when everything was imported but no weight was there. The engines take turns, so that all meet the same load;
 medians. Both get the micro-batch that suits them best, found beforehand. Rates of matrix products: float32 squares of
 1,024 and 2,048, measured in both libraries right behind each step; the best of all is what the steps are measured by.
-How the operations of a step are counted says update_steps.flops: only what any engine must compute.
+How the operations of a step are counted says steps.flops: only what any engine must compute.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import update_device as device
-import update_steps as steps
-from rollouts import MODELS, QWEN2, print_table, say
 
+from benchmarks.shared import MODELS, QWEN2, print_table, say, some_of
+from benchmarks.update import accelerator as device
+from benchmarks.update import steps
 from effreason.lm import model
 from effreason.runtime import sharding
 
@@ -52,7 +52,7 @@ class Worker:
     def __init__(self, engine: str, batch: str, options: argparse.Namespace, rows: int) -> None:
         spec = {"engine": engine, "batch": batch, "rows": rows, "model": options.model, "remat": options.remat,
                 "sequences": options.sequences, "response": options.response}
-        self._process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(spec)], text=True,
+        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.update.compare", "--worker", json.dumps(spec)], text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def step(self) -> Row:
@@ -235,13 +235,6 @@ def show_rl_step(options: argparse.Namespace) -> Row:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 
-    def some(known: Sequence[str]) -> Any:
-        def parse(text: str) -> list[str]:
-            if unknown := [part for part in text.split(",") if part not in known]:
-                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {unknown[0]!r}")
-            return text.split(",")
-        return parse
-
     def numbers(count: int | None = None) -> Any:
         def parse(text: str) -> list[int]:
             found = [int(part) for part in text.split(",")]
@@ -251,8 +244,8 @@ def parse() -> argparse.Namespace:
         return parse
 
     parser.add_argument("--model", choices=list(MODELS), default="M1")
-    parser.add_argument("--batches", type=some(BATCHES), default=list(BATCHES))
-    parser.add_argument("--engines", type=some(ENGINES), default=list(ENGINES))
+    parser.add_argument("--batches", type=some_of(BATCHES), default=list(BATCHES))
+    parser.add_argument("--engines", type=some_of(ENGINES), default=list(ENGINES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--response", type=int, default=256, help="tokens; ragged: twice the mean")

@@ -1,4 +1,4 @@
-"""What benchmarks/rollouts.py compares: the engine, static batches in JAX, and static batches in `transformers`.
+"""What benchmarks/sampling/compare.py compares: the engine, static batches in JAX, and static batches in `transformers`.
 
 An engine is made for a model and a workload and then called with workloads of these shapes: it returns the responses'
 tokens, one int32 array for each row, in the order of the rows. All of them draw at temperature 1, or take the most

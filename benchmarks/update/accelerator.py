@@ -1,4 +1,4 @@
-"""What benchmarks/update.py measures beside the comparison: memory of scoring, and a whole RL step on an accelerator.
+"""What benchmarks/update/compare.py measures beside the comparison: memory of scoring, and a whole RL step on an accelerator.
 
 B sequences, S prompt and T response tokens of each, V vocabulary.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import update_steps as steps
 from jax.sharding import Mesh
-from rollout_baselines import Workload, make_requests
-from rollout_pieces import matmul_flops, matrix_entries, memory_bandwidth
 
+from benchmarks.sampling.engines import Workload, make_requests
+from benchmarks.sampling.parts import matmul_flops, matrix_entries, memory_bandwidth
+from benchmarks.update import steps
 from effreason.lm import model
 from effreason.planning import chips
 from effreason.rl import learner as engine
