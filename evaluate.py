@@ -5,4 +5,4 @@ import sys
 from effreason.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main.evaluate())
+    sys.exit(main.run("evaluate", sys.argv[1:], "evaluate.py"))

@@ -5,4 +5,4 @@ import sys
 from effreason.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main.train())
+    sys.exit(main.run("train", sys.argv[1:], "train.py"))

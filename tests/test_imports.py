@@ -126,7 +126,8 @@ def test_grading_imports_no_jax():
                 if "jax" in others(name, lazy=False)}
 
 
-@pytest.mark.parametrize(("module", "lazy"), [("runtime.config", True), ("cli.main", False)])
+@pytest.mark.parametrize(("module", "lazy"), [("runtime.config", True), ("cli.main", False),
+                                              ("cli.train", False), ("cli.evaluate", False)])
 def test_a_bad_configuration_fails_before_jax_starts(module, lazy):
     heavy = {"jax", "flax", "optax", "orbax", "transformers"}
     for needed in sorted(needed_by(module, lazy)):

@@ -33,7 +33,8 @@ from effreason.runs import session
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.metrics import MetricsWriter, read_rows
+from effreason.runtime.files import read_json_lines
+from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,7 @@ def lasting(directory):
     """The rows of metrics.jsonl without what a clock says, and what the sampler had to do in this process."""
     timed = ("time/", "rollout/tokens_per_second", "update/tokens_per_second", "engine/")
     return [{name: value for name, value in row.items() if not name.startswith(timed)}
-            for row in read_rows(directory / "metrics.jsonl")]
+            for row in read_json_lines(directory / "metrics.jsonl")]
 
 
 def state_in(finished, directory):
@@ -140,7 +141,7 @@ def test_summary_json_has_exactly_the_promised_shape(finished):
 
 
 def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished):
-    rows = read_rows(finished.directory / "metrics.jsonl")
+    rows = read_json_lines(finished.directory / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5]
     steps = [row for row in rows if "rollout/tokens" in row]
     assert len(steps) == 6
@@ -156,7 +157,7 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
 
 
 def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
-    samples = read_rows(finished.directory / "rollouts.jsonl")
+    samples = read_json_lines(finished.directory / "rollouts.jsonl")
     assert [row["step"] for row in samples] == [step for step in range(6) for _ in range(4)]      # a group each
     assert [row["sample"] for row in samples] == [0, 1, 2, 3] * 6 and len({row["uid"] for row in samples[:4]}) == 1
     assert any(row["correct"] for row in samples) and not all(row["correct"] for row in samples)
@@ -204,7 +205,7 @@ def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
 
 
 def test_a_response_is_replayed_by_its_name_from_a_checkpoint_or_the_base(finished, capsys):
-    rows = read_rows(finished.directory / "rollouts.jsonl")
+    rows = read_json_lines(finished.directory / "rollouts.jsonl")
     for row in [next(row for row in rows if row["step"] == step) for step in (0, 3)]:
         name = ["--step", str(row["step"]), "--uid", str(row["uid"]), "--sample", str(row["sample"])]
         assert main.main(["replay", str(finished.directory), *name, "--json"]) == 0
@@ -232,7 +233,7 @@ def test_a_checkpoint_that_is_not_whole_is_one_line(finished, world, tmp_path, c
     (["--step", "-1", "--uid", "1"], "--step must be >= 0, got -1"),
 ])
 def test_what_cannot_be_replayed_is_one_line(finished, capsys, argv, error):
-    uid = next(row["uid"] for row in read_rows(finished.directory / "rollouts.jsonl") if row["step"] == 1)
+    uid = next(row["uid"] for row in read_json_lines(finished.directory / "rollouts.jsonl") if row["step"] == 1)
     argv = [str(uid) if part == "UID" else part for part in argv]
     assert refused(capsys, [str(finished.directory), *argv], "replay").startswith(error)
 
@@ -295,7 +296,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
 # A process that is sent a signal at a known place, and says which processes it has started.
 STOPPED = """
 import os, sys
-from effreason import cli
+from effreason.cli import main as cli
 from effreason.runtime.progress import Progress
 step = Progress.step
 def stopping(self, index, metrics):
@@ -304,7 +305,7 @@ def stopping(self, index, metrics):
         print("children:", open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
         os.kill(os.getpid(), int(sys.argv[1]))
 Progress.step = stopping
-sys.exit(cli.train(sys.argv[2:]))
+sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
@@ -413,7 +414,7 @@ def test_options_run(world, tmp_path, capsys):
 def drawn(directory):
     """The groups that were learnt from, by step: correct and tokens by uid."""
     found = {}
-    for row in read_rows(directory / "rollouts.jsonl"):
+    for row in read_json_lines(directory / "rollouts.jsonl"):
         found.setdefault(row["step"], {}).setdefault(row["uid"], []).append((row["correct"], row["tokens"]))
     return found
 
@@ -520,7 +521,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
     assert error.startswith(f"{directory}/{file}") and os.strerror(errno.EFBIG) in error
     monkeypatch.undo()
     steps = {"metrics": 1, "checkpoint": 2, "export": 2}[name]
-    assert [row["step"] for row in read_rows(directory / "metrics.jsonl")] == list(range(steps))
+    assert [row["step"] for row in read_json_lines(directory / "metrics.jsonl")] == list(range(steps))
     assert {path.name for path in directory.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model"}
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
@@ -593,11 +594,11 @@ def test_a_trainer_that_begins_to_disagree_stops_and_keeps_what_it_has(world, tm
         loop.train(small_runs.config(world, tmp_path / "run", **{"kl.form": "reward", "checkpoint.every": 6}))
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as saved:
         assert saved.latest == 3
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_mismatch_is_in_the_log_and_small(finished):
-    rows = [row for row in read_rows(finished.directory / "metrics.jsonl") if "rollout/mismatch" in row]
+    rows = [row for row in read_json_lines(finished.directory / "metrics.jsonl") if "rollout/mismatch" in row]
     assert len(rows) == 6
     assert all(0 <= row["rollout/mismatch"] <= row["rollout/mismatch_max"] < 1e-4 for row in rows)
 

@@ -1,15 +1,17 @@
-"""The command lines that are not a configuration: argparse, with errors that are the user's."""
+"""What the commands share: argparse with errors for users, and checks of models and data."""
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
+from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError where argparse would print its usage and exit."""
+    """Raises UserError when argparse would print its usage and exit."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
@@ -18,11 +20,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def bounded(name: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """What argparse reads a bounded number with. Args: name, for its message: "invalid NAME value"."""
+def bounded(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Returns an argparse type for numbers within a bound; `name` is for "invalid NAME value"."""
     def read(text: str) -> Any:
         value = kind(text)
-        if not fits(value):
+        if not holds(value):
             raise ValueError
         return value
 
@@ -30,20 +32,58 @@ def bounded(name: str, kind: type, fits: Callable[[Any], bool]) -> Callable[[str
     return read
 
 
-def numbers(text: str, field: str, fits: Callable[[float], bool], bound: str) -> list[float]:
-    """Numbers with commas between them; none for "none". Args: bound, in words. Raises: UserError."""
-    found: list[float] = []
-    names = set()
+def numbers(text: str, field: str, holds: Callable[[float], bool], bound: str) -> list[float]:
+    """Reads numbers separated by commas; "none" is the empty list.
+
+    Args: bound, what `holds` checks, in words. Raises: UserError."""
+    values: dict[str, float] = {}
     for part in [] if text == "none" else text.split(","):
         try:
             number = float(part)
         except ValueError:
             number = math.nan
-        if not fits(number):
-            raise UserError(f"{field} must be numbers in {bound} with commas between them, got {part.strip()!r} in "
-                            f"{text!r}")
-        if f"{number:g}" in names:
+        if not holds(number):
+            raise UserError(f"{field} must be numbers in {bound} with commas between them, got "
+                            f"{part.strip()!r} in {text!r}")
+        if f"{number:g}" in values:
             raise UserError(f"{field} must name each number once, in six digits, got {text!r}")
-        found.append(number)
-        names.add(f"{number:g}")
-    return found
+        values[f"{number:g}"] = number
+    return list(values.values())
+
+
+def check_model(path: str, field: str) -> None:
+    """Raises UserError unless `path` is "tiny", a Hugging Face directory or an id on the Hub."""
+    if path == "tiny":
+        return
+
+    from effreason.lm.hf import hub  # takes a third of a second: not for --help
+
+    expected = f"{field} must be tiny, a Hugging Face directory or an id on its Hub"
+    try:
+        directory = hub.standing(Path(path))
+    except OSError as error:        # the name is too long for a file
+        raise UserError(f"{expected}, {path[:60]}...: {error.strerror}") from None
+    if directory is None and Path(path).exists():
+        raise UserError(f"{expected}, {path} is a file")
+    if directory is None and not hub.is_hub_id(path):
+        raise UserError(f"{expected}, {path} does not exist")
+    if directory is not None and not (directory / "config.json").is_file():
+        raise UserError(f"{expected}, {path} holds no config.json")
+
+
+def check_revision(revision: str | None, path: str, option: str) -> None:
+    """Raises UserError if a revision is given for a model that is not on the Hub."""
+    if revision is not None:
+        from effreason.lm.hf import hub
+
+        if path == "tiny" or Path(path).exists() or not hub.is_hub_id(path):
+            raise UserError(f"--revision is for a model on the Hub, {option} is {path}")
+
+
+def check_data(config: Config, field: str, path: str | None, *, held_out: bool = False) -> None:
+    """Raises UserError if a data set is missing or is not one."""
+    if path is not None:
+        from effreason.data import sources  # imports numpy: not for --help
+
+        sources.check(path, config.data, field, held_out=held_out,
+                      split=config.evaluation.split if held_out else None)

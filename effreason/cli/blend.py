@@ -22,7 +22,7 @@ from effreason.lm.hf import pretrained as hf
 from effreason.lm.hf.pretrained import Pretrained
 from effreason.runs import model_card
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 
 LOWEST, HIGHEST = -1.0, 2.0         # weights beyond say nothing of the two models any more
 

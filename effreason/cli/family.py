@@ -28,7 +28,7 @@ from effreason.runs.session import Session, longest_prompt, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.metrics import disk, write_json
+from effreason.runtime.files import disk, write_json
 from effreason.runtime.progress import say
 from effreason.types import Outcomes
 

@@ -24,7 +24,7 @@ from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import read_rows
+from effreason.runtime.files import read_json_lines
 from effreason.sampling import engine as rollouts
 from effreason.types import Problem, Response
 
@@ -110,7 +110,7 @@ def _policy(engine: Engine, pretrained: hf.Pretrained, directory: Path, step: in
 
 def _as_logged(directory: Path, options: Any, text: str) -> bool | None:
     """Whether the text is that of the run's log; None where it was not logged."""
-    for row in read_rows(directory / "rollouts.jsonl"):
+    for row in read_json_lines(directory / "rollouts.jsonl"):
         if (row["step"], row["uid"], row["sample"]) == (options.step, options.uid, options.sample):
             return row["response"] == text
     return None

@@ -31,7 +31,7 @@ from effreason.lm.hf import pretrained as hf
 from effreason.runtime import sharding
 from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 from effreason.runtime.progress import rate, say
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import engine

@@ -26,7 +26,7 @@ from effreason.runtime import processes, provenance, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import written
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 from effreason.runtime.progress import GenerationProgress, rate, say
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import capacity

@@ -16,7 +16,7 @@ import numpy as np
 from effreason.runs.unfinished import digest
 from effreason.runtime import processes
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 from effreason.types import Response
 
 SUFFIX = ".journal"

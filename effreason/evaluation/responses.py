@@ -16,7 +16,7 @@ import numpy as np
 from effreason.grading.statements import end_of_answer, first_stated
 from effreason.rl.rollouts import GradedRollouts, gold
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 from effreason.types import Outcomes, Problem
 
 FACTS = "facts"                     # the one key of the first line

@@ -18,7 +18,7 @@ from rich.text import Text
 from effreason.evaluation import statistics, wording
 from effreason.evaluation.statistics import Comparison, Summary
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import disk, write_json
+from effreason.runtime.files import disk, write_json
 from effreason.types import Outcomes
 
 RESULTS, TABLE = "results.json", "results.csv"

@@ -24,7 +24,8 @@ from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import MetricsWriter, Unwritten, disk, read_rows, write_json
+from effreason.runtime.files import disk, read_json_lines, write_json
+from effreason.runtime.metrics import MetricsWriter, Unwritten
 from effreason.types import Outcomes
 
 FAMILY = "family.json"                                      # what tells a family's directory from a run's
@@ -139,7 +140,7 @@ def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, 
     if summary is not None:
         write_json(directory / "summary.json", summary | {"steps": config.run.steps} | made_with(config, inputs))
         report.print_table(console, summary)
-    figures.overview(read_rows(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
+    figures.overview(read_json_lines(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
     page = pages.write(directory)
     console.print(f"the trained model: {directory / 'model'}", soft_wrap=True)
     console.print(f"the report: {page}", soft_wrap=True)

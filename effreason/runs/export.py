@@ -11,7 +11,7 @@ from effreason.lm.hf import hub, pretrained
 from effreason.runs import model_card
 from effreason.runs.inputs import Inputs
 from effreason.runtime.config import Config
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 
 
 def export(params: model.Params, step: int, config: Config, inputs: Inputs, target: Path, alpha: float) -> None:

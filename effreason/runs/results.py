@@ -11,7 +11,7 @@ from typing import Any
 
 from effreason.evaluation import statistics
 from effreason.evaluation.statistics import Comparison, Summary
-from effreason.runtime.metrics import write_json
+from effreason.runtime.files import write_json
 from effreason.types import Outcomes
 
 RUN_FILE, FAMILY_FILE = "summary.json", "family.json"

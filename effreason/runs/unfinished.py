@@ -10,7 +10,7 @@ import numpy as np
 
 from effreason.runtime import processes
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 from effreason.types import Response
 
 FILE = "unfinished.npz"             # in the run directory

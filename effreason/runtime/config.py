@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import jsonargparse
 import yaml
 
-from effreason.runtime import config_parser
+from effreason.runtime import config_parser, files
 from effreason.runtime.config_fields import Bound, Section, all_settings, written
 
 Natural = Annotated[int, Bound(">= 0", lambda n: n >= 0)]
@@ -478,11 +478,9 @@ def to_yaml(config: Config) -> str:
 
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
-    """Writes the configuration as YAML; a full disk leaves the file that was there."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    partial.replace(path)
+    """Writes the configuration as YAML, completely or not at all. Raises: UserError."""
+    with files.replacing(Path(path)) as partial:
+        partial.write_text(to_yaml(config), encoding="utf-8")
 
 
 def facts(config: Config) -> dict[str, str]:

@@ -1,38 +1,37 @@
-"""What a configuration's dataclasses say, as data: type, bound, default and meaning of every field.
+"""What the configuration's dataclasses say, as data: type, bound, default and meaning of a field.
 
-The dataclasses are the only place where a field is written down: checks, `--help` and the documentation come from here.
+The dataclasses are the only place that defines a field: checks, `--help` and docs/configuration.md
+are made from them.
 """
 
-import ast
 import dataclasses
 import functools
-import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import docstring_parser
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What values a field takes, beyond its type."""
+    """Which values a field accepts, besides its type."""
 
-    text: str                       # follows the type's words: "a number" + " in [0, 1)"
+    text: str                       # continues the words for the type: "a number" + " in [0, 1)"
     holds: Callable[[Any], bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section of a configuration, checked when it is made: `RewardConfig` is the section `reward`."""
+    """A section of a configuration, checked when built: `RewardConfig` is the section `reward`."""
 
     def __post_init__(self) -> None:
         section: type = type(self)
         for setting in settings(section):
             setting.check(getattr(self, setting.name))
-
-
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +55,13 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What the field takes, in words that complete "must be ..."."""
+        """What the field accepts, in words that complete "must be ..."."""
         words = f"one of {', '.join(self.choices)}" if self.choices else WORDS[self.type]
-        return words + (f" {self.bound.text}" if self.bound else "") + (", or null" if self.optional else "")
+        bound = f" {self.bound.text}" if self.bound else ""
+        return words + bound + (", or null" if self.optional else "")
 
     def check(self, value: Any) -> None:
-        """Raises ValueError with field, bound and value where the field cannot take the value."""
+        """Raises ValueError with field, bound and value if the field does not accept the value."""
         if value is None and self.optional:
             return
         if not self.has_type(value):
@@ -71,57 +71,52 @@ class Setting:
             raise ValueError(f"{self.field} must be {expected}, got {written(value)}")
 
     def has_type(self, value: Any) -> bool:
+        """Returns whether a value other than None is of the field's type."""
         if self.choices:
             return value in self.choices
-        if isinstance(value, bool):  # a bool is an int to Python, not to a reader
+        if isinstance(value, bool):     # a bool is an int to Python, but not to a reader
             return self.type is bool
         return isinstance(value, (int, float) if self.type is float else self.type)
 
 
 @functools.cache
 def settings(section: type) -> tuple[Setting, ...]:
-    """The fields of a section, in order."""
+    """Returns the fields of a section, in order."""
     hints = typing.get_type_hints(section, include_extras=True)
     name = section.__name__.removesuffix("Config").lower()
-    found = []
+    fields = []
     for field in dataclasses.fields(section):
         hint, optional, bound = hints[field.name], False, None
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            (hint,), optional = [arg for arg in typing.get_args(hint) if arg is not types.NoneType], True
+            hint, = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+            optional = True
         if typing.get_origin(hint) is Annotated:
             hint, bound = typing.get_args(hint)
-        found.append(Setting(name, field.name, hint, optional, bound, field.default))
-    return tuple(found)
+        fields.append(Setting(name, field.name, hint, optional, bound, field.default))
+    return tuple(fields)
 
 
 @functools.cache
 def sections(config: type) -> dict[str, type]:
-    """The sections of a configuration, in order."""
+    """Returns the sections of a configuration by name, in order."""
     return typing.get_type_hints(config)
 
 
 def all_settings(config: type) -> list[Setting]:
-    """Every field of a configuration, in order."""
+    """Returns every field of a configuration, in order."""
     return [setting for section in sections(config).values() for setting in settings(section)]
 
 
 @functools.cache
 def meanings(config: type) -> dict[str, str]:
-    """What each field means: the text under it in its class. Python drops it, so it is read from the source."""
-    classes = {section.__name__: name for name, section in sections(config).items()}
-    found = {}
-    for node in ast.parse(inspect.getsource(sys.modules[config.__module__])).body:
-        if not isinstance(node, ast.ClassDef) or node.name not in classes:
-            continue
-        for field, text in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                words = inspect.cleandoc(ast.literal_eval(text.value)).replace("\n", " ")
-                found[f"{classes[node.name]}.{ast.unparse(field.target)}"] = words
-    return found
+    """Returns what each field means: the text below it in its class."""
+    return {f"{name}.{field.arg_name}": " ".join((field.description or "").split())
+            for name, section in sections(config).items()
+            for field in docstring_parser.parse_from_object(section).params}
 
 
 def written(value: Any) -> str:
-    """A value as YAML has it."""
+    """Returns a value as YAML writes it."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""From YAML files and dotted flags to a configuration, with one line for every mistake."""
+"""Reads YAML files and dotted flags into a configuration; every mistake is one line."""
 
 import argparse
 import difflib
@@ -18,47 +18,46 @@ Config = TypeVar("Config")
 
 
 def parser(config: type, prog: str, description: str | None = None) -> jsonargparse.ArgumentParser:
-    """--config, --print_config and a dotted flag for every field, to be given to `parse`."""
-    made = jsonargparse.ArgumentParser(
-        prog=prog,
-        description=description,
+    """Builds the parser for `parse`: --config, --print_config and a dotted flag for every field."""
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=description,
         usage="%(prog)s [--config FILE] [--section.field VALUE ...]",
-        formatter_class=argparse.HelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    made.add_argument(
-        "--config", metavar="FILE", help="YAML file; a later one overrides an earlier, flags override all. "
-        "Without it: configs/tiny.yaml, unless a flag names another model or data set than tiny. The defaults below "
-        "are for what the file leaves out.",
-    )
-    made.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and exit")
+        formatter_class=argparse.HelpFormatter, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument(
+        "--config", metavar="FILE",
+        help="YAML file; a later one overrides an earlier one, flags override all files. Default: "
+        "configs/tiny.yaml, or no file if a flag names a model or data set other than tiny. Fields "
+        "that no file and no flag sets have the defaults below.")
+    parser.add_argument("--print_config", action="store_true",
+                        help="print the resolved configuration as YAML and exit")
+
     for name, section in sections(config).items():
-        group = made.add_argument_group(name, section.__doc__)
+        group = parser.add_argument_group(name, section.__doc__)
         for setting in settings(section):
             choices = setting.choices or (("true", "false") if setting.type is bool else ())
-            takes = "" if choices else f"{setting.expected}; "  # the choices stand beside the flag
-            text = f"{meanings(config)[setting.field]} [{takes}default {written(setting.default)}]"
+            expected = "" if choices else f"{setting.expected}; "   # the metavar shows the choices
+            meaning = meanings(config)[setting.field]
             group.add_argument(
                 f"--{setting.field}",
                 type=setting.type | None if setting.optional else setting.type,
                 default=setting.default,
                 metavar=f"{{{','.join(choices)}}}" if choices else METAVARS[setting.type],
-                help=text.replace("%", "%%"),
-            )
-    return made
+                help=f"{meaning} [{expected}default {written(setting.default)}]".replace("%", "%%"))
+    return parser
 
 
-def parse(
-    config: type[Config], parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, default: Path,
-    made_for: Mapping[str, frozenset[str]],
-) -> tuple[Config, jsonargparse.Namespace]:
-    """Reads the files, then the flags; returns the configuration and all the parser took.
+def parse(config: type[Config], parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None,
+          default: Path, made_for: Mapping[str, frozenset[str]],
+          ) -> tuple[Config, jsonargparse.Namespace]:
+    """Reads the files, then the flags; returns the configuration and all that was parsed.
 
-    Args: argv the arguments, None = sys.argv; default the file read when --config names none, and no flag gives a field
-        of made_for anything but names that it has there, with commas between them.
+    Args:
+        argv: the arguments; None = sys.argv.
+        default: the file to read if --config names none.
+        made_for: the default is not read if a flag gives one of these fields a value, or one of
+            several separated by commas, that is not among these.
     Raises: UserError; SystemExit(0) after --help."""
-    # --config first, wherever it stands: files in their order, then flags over them.
+    # --config first, wherever it is on the command line: files in their order, then flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", action="append", default=[], type=Path)
     first.add_argument("--print_config", action="store_true")
@@ -66,10 +65,11 @@ def parse(
         files, flags = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(_one_line(error).removeprefix("argument ")) from None
+
     values = jsonargparse.Namespace()
     if not {"-h", "--help"}.intersection(flags):
         for path in files.config or ([default] if _fits(flags, made_for) else []):
-            values = read(config, parser, _found(path, default.parent), values)
+            values = read(config, parser, _resolved(path, default.parent), values)
     try:
         values = parser.parse_args(flags, values)
     except argparse.ArgumentError as error:
@@ -79,17 +79,18 @@ def parse(
 
 
 def _fits(flags: Sequence[str], made_for: Mapping[str, frozenset[str]]) -> bool:
-    """Whether no flag gives one of these fields other names."""
-    given = [flag.removeprefix("--").partition("=") for flag in flags]
-    values = [(name, value if equals else next(iter(flags[place + 1 :]), "")) for place, (name, equals, value)
-              in enumerate(given)]
-    return all(set(value.split(",")) <= made_for[name] for name, value in values if name in made_for)
+    """Returns whether no flag gives one of these fields other values than its own."""
+    for index, flag in enumerate(flags):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        value = value if equals else next(iter(flags[index + 1:]), "")
+        if name in made_for and not set(value.split(",")) <= made_for[name]:
+            return False
+    return True
 
 
-def read(
-    config: type, parser: jsonargparse.ArgumentParser, path: Path, base: jsonargparse.Namespace
-) -> jsonargparse.Namespace:
-    """The values of a YAML file over those of `base`. Raises: UserError, naming the file."""
+def read(config: type, parser: jsonargparse.ArgumentParser, path: Path,
+         base: jsonargparse.Namespace) -> jsonargparse.Namespace:
+    """Returns the values of a YAML file over those of `base`. Raises: UserError naming the file."""
     try:
         table = yaml.safe_load(path.read_bytes())
     except OSError as error:
@@ -99,11 +100,13 @@ def read(
         raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+
     table = {} if table is None else table
     try:
         _check_keys(table, config)
-        # A section whose every line is commented out is null.
-        values = parser.parse_object({name: fields for name, fields in table.items() if fields is not None}, base)
+        # A section with every line commented out is null.
+        given = {name: fields for name, fields in table.items() if fields is not None}
+        values = parser.parse_object(given, base)
         for setting in all_settings(config):
             setting.check(values[setting.field])
     except argparse.ArgumentError as error:
@@ -114,19 +117,18 @@ def read(
 
 
 def build(config: type[Config], values: jsonargparse.Namespace) -> Config:
-    """The configuration of these values. Raises: UserError."""
-    whole: type = config
+    """Builds the configuration from parsed values. Raises: UserError."""
+    whole: type = config            # mypy: as a type variable it is not hashable
     try:
         return config(**{
             name: section(**{setting.name: values[setting.field] for setting in settings(section)})
-            for name, section in sections(whole).items()
-        })
+            for name, section in sections(whole).items()})
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _found(path: Path, shipped: Path) -> Path:
-    """The file, or the shipped one that configs/NAME stands for where there is no such file."""
+def _resolved(path: Path, shipped: Path) -> Path:
+    """Returns the file, or the shipped one of that name if configs/NAME does not exist."""
     if not path.exists() and path.parent == Path(shipped.name) and (shipped / path.name).exists():
         return shipped / path.name
     return path
@@ -148,7 +150,7 @@ def _check_keys(table: Any, config: type) -> None:
 
 
 def _explained(error: argparse.ArgumentError, config: type) -> str:
-    """The parser's message as one line that says what the field takes."""
+    """Rewords the parser's message as one line that says what the field accepts."""
     message = str(error)
     known = {setting.field: setting for setting in all_settings(config)}
     if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -161,7 +163,8 @@ def _explained(error: argparse.ArgumentError, config: type) -> str:
     if setting is None:
         return _one_line(error)
     got = re.search(r"(?:Got|Given) value: (.*)", message)
-    value = {"None": "null", "True": "true", "False": "false"}.get(got[1], got[1]) if got else "nothing"
+    value = got[1] if got else "nothing"
+    value = {"None": "null", "True": "true", "False": "false"}.get(value, value)
     return f"{setting.field} must be {setting.expected}, got {value}"
 
 

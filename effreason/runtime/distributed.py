@@ -1,123 +1,146 @@
-"""How several processes find one another, and how they part: see processes for what they do in between."""
+"""How several processes find one another and part; processes.py has what they do in between."""
 
 import contextlib
 import os
 import resource
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed  # the store has no public name; orbax reaches it in the same way
 
-from effreason.runtime import processes
+from effreason.runtime import errors, processes
 from effreason.runtime.config import DistributedConfig
 from effreason.runtime.errors import UserError
 from effreason.runtime.stderr_relay import StderrRelay
 
 ENVIRONMENT = {"coordinator_address": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES",
                "process_id": "JAX_PROCESS_ID"}
-# Where launchers say how many they have started: to train in each of them alone is never what was meant.
+# How many processes launchers have started: to train in each of them alone is never intended.
 LAUNCHED = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-BROKEN_SECONDS = 20                 # beyond the heartbeat timeout, until JAX has said who is lost
-# Errors of JAX that no other process has caused.
-OWN_FAILURES = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+BROKEN_SECONDS = 20                 # after the heartbeat timeout, until JAX has said who is lost
+# JAX errors with a local cause, not a lost process.
+LOCAL_FAILURES = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
-def run(settings: DistributedConfig, command: Callable[[], int]) -> int:
-    """Meets the other processes, runs a command and parts from them.
+@contextlib.contextmanager
+def joined(settings: DistributedConfig) -> Iterator[None]:
+    """Joins the other processes for the duration of a block, and leaves them at its end.
 
-    Returns: its exit code; where the others do not end too, the process ends here.
-    Raises: UserError where the processes are not those of the configuration."""
+    With several processes an error in the block is printed here and becomes SystemExit. If the
+    others do not end too, this process exits at once instead of waiting for them.
+    Raises: UserError if the processes are not those of the configuration."""
     if settings.mode == "none":
         check_alone(settings)
-        return command()
+        yield
+        return
+
     processes.enter(_meet(settings))
+    code = 0
     try:
-        code = command()
+        yield
+    except errors.REPORTED as error:
+        code = errors.report(error)
     except Exception as error:
-        # Where a collective has failed, another process is lost: JAX is about to end this one too, and to say which.
-        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN_FAILURES):
+        code = 1
+        # If a collective has failed, another process is lost: JAX will soon end this one too, and
+        # say which one it was.
+        if (isinstance(error, jax.errors.JaxRuntimeError)
+                and not str(error).startswith(LOCAL_FAILURES)):
             time.sleep(settings.heartbeat_timeout_seconds + BROKEN_SECONDS)
         traceback.print_exc()
-        code = 1
+
     processes.leave(code)
-    return code
+    if code:
+        raise SystemExit(code)
 
 
 def check_alone(settings: DistributedConfig) -> None:
-    """Raises UserError where something says that there are more processes than this one."""
-    said = {"distributed.processes": settings.processes or 1}
-    said |= {name: int(os.environ.get(name) or 1) for name in LAUNCHED if (os.environ.get(name) or "1").isdigit()}
-    for name, number in said.items():
-        if number > 1:
-            raise UserError(f"distributed.mode is none, but {name} says that there are {number} processes: each would "
-                            "train for itself; set distributed.mode to auto or manual")
+    """Raises UserError if anything says that there are more processes than this one."""
+    counts = {"distributed.processes": settings.processes or 1}
+    for name in LAUNCHED:
+        text = os.environ.get(name) or "1"
+        counts[name] = int(text) if text.isdigit() else 1
+
+    for name, count in counts.items():
+        if count > 1:
+            raise UserError(f"distributed.mode is none, but {name} says that there are {count} "
+                            "processes: each would train for itself; set distributed.mode to auto "
+                            "or manual")
 
 
 def resolve(settings: DistributedConfig) -> dict[str, Any]:
-    """Address, number of processes and number of this one, from the fields or the environment.
+    """Returns address, number of processes and own number, from the fields or the environment.
 
-    Raises: UserError for what is missing, or said twice and not the same."""
-    found: dict[str, Any] = {}
+    Raises: UserError if one is missing, or given twice with different values."""
+    values: dict[str, Any] = {}
     for field, variable in ENVIRONMENT.items():
-        stated, text = getattr(settings, field), os.environ.get(variable)
-        if text is not None and field != "coordinator_address" and not text.isdigit():
+        configured, text = getattr(settings, field), os.environ.get(variable)
+        is_number = field != "coordinator_address"
+        if text is not None and is_number and not text.isdigit():
             raise UserError(f"{variable} must be a whole number, got {text!r}")
-        here = text if text is None or field == "coordinator_address" else int(text)
-        if stated is not None and here is not None and stated != here:
-            raise UserError(f"distributed.{field} is {stated}, but {variable} is {here}")
-        found[field] = here if stated is None else stated
+        exported = int(text) if text is not None and is_number else text
+        if configured is not None and exported is not None and configured != exported:
+            raise UserError(f"distributed.{field} is {configured}, but {variable} is {exported}")
+        values[field] = exported if configured is None else configured
+
     if settings.mode == "auto":
         for field in ("coordinator_address", "process_id"):
             if getattr(settings, field) is not None:
-                raise UserError(f"distributed.{field} is for distributed.mode manual, found mode auto, in which JAX "
-                                "finds the others by itself")
-        return found
+                raise UserError(f"distributed.{field} is for distributed.mode manual, found mode "
+                                "auto, in which JAX finds the others by itself")
+        return values
+
     for field, variable in ENVIRONMENT.items():
-        if found[field] is None:
-            raise UserError(f"distributed.{field} must be given where distributed.mode is manual, or {variable}")
-    if found["process_id"] >= found["processes"]:
-        raise UserError(f"distributed.process_id must be below distributed.processes, {found['processes']}, got "
-                        f"{found['process_id']}")
-    return found
+        if values[field] is None:
+            raise UserError(f"distributed.{field} or {variable} must be given if distributed.mode "
+                            "is manual")
+    if values["process_id"] >= values["processes"]:
+        raise UserError(f"distributed.process_id must be below distributed.processes, "
+                        f"{values['processes']}, got {values['process_id']}")
+    return values
 
 
 def _meet(settings: DistributedConfig) -> processes.Group:
-    """Starts JAX's distributed runtime, which nothing may have touched yet. Raises: UserError."""
-    found = resolve(settings)
-    # A host that is lost would have all others write their memory to disk.
+    """Starts JAX's distributed runtime, which nothing may have used before. Raises: UserError."""
+    values = resolve(settings)
+    # Without this a lost host makes all others write their memory to disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    words = StderrRelay()
+
+    relay, manual = StderrRelay(), settings.mode == "manual"
     seconds = settings.initialization_timeout_seconds
-    place = "" if settings.mode == "auto" else f", this is process {found['process_id']}; they meet at " + str(
-        found["coordinator_address"])
-    number = f" {found['processes']}" if found["processes"] else ""
-    words.tell({"missing": f"distributed: not all{number} processes were there within {seconds} s{place}"})
+    relay.tell({"missing": "distributed: not all"
+                + (f" {values['processes']}" if values["processes"] else "")
+                + f" processes were there within {seconds} s"
+                + (f", this is process {values['process_id']}; they meet at "
+                   f"{values['coordinator_address']}" if manual else "")})
+    address = {"coordinator_address": values["coordinator_address"],
+               "num_processes": values["processes"], "process_id": values["process_id"],
+               "cluster_detection_method": "deactivate"} if manual else {}
     try:
-        # Orbax would ask JAX's own service for signals too, with other counts of checks than ours.
+        # Orbax would also ask JAX's own service for signals, with other counts of checks than ours.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
-            **({} if settings.mode == "auto" else {
-                "coordinator_address": found["coordinator_address"], "num_processes": found["processes"],
-                "process_id": found["process_id"], "cluster_detection_method": "deactivate"}),
-            initialization_timeout=seconds, heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
+            **address, initialization_timeout=seconds,
+            heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
             shutdown_timeout_seconds=int(processes.LEAVE_SECONDS))
-        group = processes.Group(distributed.global_state.client, distributed.global_state.process_id, words)
-        words.tell({"after": "start all of them again"})
-        group.greet(found["processes"] or distributed.global_state.num_processes)
+        state = distributed.global_state
+        group = processes.Group(state.client, state.process_id, relay)
+        relay.tell({"after": "start all of them again"})
+        group.greet(values["processes"] or state.num_processes)
         return group
-    except (ValueError, TypeError, RuntimeError, UserError) as error:       # JAX's own errors are RuntimeErrors
-        words.tell({"quiet": True})
+    except (ValueError, TypeError, RuntimeError, UserError) as error:  # JAX raises RuntimeErrors
+        relay.tell({"quiet": True})
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
         distributed.global_state.client = None      # or JAX would try again at exit
-        words.close()
+        relay.close()
         if isinstance(error, UserError):
             raise
-        if settings.mode == "auto" and isinstance(error, ValueError) and "defined" in str(error):
-            raise UserError("distributed.mode auto: JAX finds no TPU slice, SLURM, Open MPI or Kubernetes here; set "
-                            "distributed.mode manual") from None
+        if not manual and isinstance(error, ValueError) and "defined" in str(error):
+            raise UserError("distributed.mode auto: JAX finds no TPU slice, SLURM, Open MPI or "
+                            "Kubernetes here; set distributed.mode manual") from None
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"distributed.mode {settings.mode}: JAX cannot start: {reason}") from None

@@ -1,18 +1,44 @@
-"""What the command line turns into one line and an exit code."""
+"""The errors that the command line turns into one line and an exit code."""
+
+import sys
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that names the field or file, what was expected and what was found.
+    """Bad input. The message is one line: the field or file, what was expected, what was found.
 
-    The command line prints `error: <message>` and exits with code 2; there is no traceback for a user's mistake."""
+    The command line prints `error: <message>` and exits with code 2, without a traceback."""
 
 
 class Interrupted(Exception):
-    """The run was told to stop by a signal, and has saved what it had.
+    """A signal told the run to stop, and the run has saved its state.
 
-    The command line prints the message, which says how to resume, and exits with code 128 + signum."""
+    The command line prints the message, which says how to resume, and exits with 128 + signum. With
+    several processes only one has a message."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
         self.message = message
+
+
+# Errors that need no traceback; any other one is a defect.
+REPORTED = (UserError, Interrupted, KeyboardInterrupt, FloatingPointError, OSError)
+
+
+def report(error: BaseException) -> int:
+    """Prints one of the REPORTED errors as one line on standard error; returns the exit code."""
+    code, line = 1, f"error: {error}"
+    if isinstance(error, UserError):
+        code = 2
+    elif isinstance(error, Interrupted):
+        code, line = 128 + error.signum, error.message
+    elif isinstance(error, KeyboardInterrupt):
+        code, line = 130, "interrupted"
+    elif isinstance(error, OSError):
+        named = error.filename is not None and error.strerror
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        line = f"error: {' '.join(text.split())}"
+
+    if line:
+        print(line, file=sys.stderr)
+    return code

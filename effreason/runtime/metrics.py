@@ -3,20 +3,19 @@
 A step is counted from 0: the row of step s holds what was measured on rollouts of the policy after s updates.
 """
 
-import contextlib
 import importlib
-import json
 import math
 import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import append, complete_lines, disk, json_line, replacing
 
 
 class MetricsWriter:
@@ -51,7 +50,7 @@ class MetricsWriter:
         """Appends the metrics of a step; they are on their way to the disk when this returns."""
         row = {name: _plain(value) for name, value in metrics.items()}
         finite = {name: value for name, value in row.items() if value is not None}
-        _append(self._metrics, _jsonl([{"step": step, **row}]))
+        append(self._metrics, json_line({"step": step, **row}))
         if self._events is not None:
             self._events.write(step, finite)
         if self._wandb is not None:
@@ -59,7 +58,7 @@ class MetricsWriter:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rollouts of a step for people to read."""
-        _append(self._rollouts, _jsonl({"step": step, **_plain(row)} for row in rows))
+        append(self._rollouts, b"".join(json_line({"step": step, **_plain(row)}) for row in rows))
 
     def close(self) -> None:
         """Ends the wandb run, where there is one; the files are complete after each write."""
@@ -92,63 +91,12 @@ class Unwritten:
         pass
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file of MetricsWriter, without a last line that a crash cut off; [] where there is no file."""
-    return [row for _, row in _lines(path)] if path.exists() else []
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Whole lines of a JSONL file, as bytes and as the object they hold.
-
-    Only the last line may be broken: each write ends in a newline, so nothing but a crash in the middle of one breaks
-    it.
-    """
-    broken = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if broken:
-                raise UserError(f"{path}: line {broken} must be a JSON object with a step; repair or remove it")
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int):
-                yield line, row
-            else:
-                broken = number
-
-
 def _drop_from(path: Path, start_step: int) -> None:
     """Keeps the rows of steps before start_step; the file is replaced as a whole or stays as it was."""
     if not path.exists():
         return
-    kept = path.with_suffix(".jsonl.part")
-    try:
-        with disk(kept), kept.open("wb") as file:
-            file.writelines(line for line, row in _lines(path) if row["step"] < start_step)
-        with disk(path):
-            kept.replace(path)
-    finally:
-        kept.unlink(missing_ok=True)
-
-
-def _append(path: Path, data: bytes) -> None:
-    """Adds to a file all or nothing, also on a full disk: half a row must not stand before the next one."""
-    with disk(path):
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("ab") as file:
-                file.write(data)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)
-            raise
-
-
-def _jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    # A lone surrogate is no UTF-8, but the escape that takes its place is how JSON spells it.
-    return text.encode("utf-8", "backslashreplace")
+    with replacing(path) as kept, kept.open("wb") as file:
+        file.writelines(line for line, row in complete_lines(path) if row["step"] < start_step)
 
 
 def _plain(value: Any) -> Any:
@@ -162,26 +110,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-@contextlib.contextmanager
-def disk(path: Path) -> Iterator[None]:
-    """Turns a failure of the file system, a full disk above all, into one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def write_json(path: Path, table: Mapping[str, Any]) -> None:
-    """Writes a JSON file as a whole: a full disk or a crash leaves the one before. Raises: UserError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with disk(path):
-            partial.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Events:
@@ -214,7 +142,7 @@ class _Events:
         event = self._event(wall_time=time.time(), **content).SerializeToString()
         length = struct.pack("<Q", len(event))
         checksums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
-        _append(self._path, length + checksums[0] + event + checksums[1])
+        append(self._path, length + checksums[0] + event + checksums[1])
 
 
 class _WandbRun(Protocol):

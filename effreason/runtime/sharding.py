@@ -1,15 +1,16 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
-Every array in the program is named by logical axes ("batch", "heads", ...); this table says which mesh axes carry
-them. A name that is not in the table is a KeyError, so a misspelt axis never means "replicated".
+Every array of the program is named by logical axes ("batch", "heads", ...); the table says which
+mesh axes carry them. A name that is not in the table is a KeyError, so a misspelt axis never means
+"replicated".
 """
 
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -17,6 +18,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effreason.runtime.errors import UserError
+
+# A tree of shardings, in the shape of the tree that it places. Python's types cannot say of which
+# tree, so it is Any to mypy.
+Shardings: TypeAlias = Any
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -32,43 +37,46 @@ AXES: dict[str, Any] = {
     "vocab": "tensor",
     "norm": None,
     "layers": None,
-    "updates": None,                # of a step; and the micro-batches of an update
-    "micro_batches": None,
-    "bank": None,                   # prompts that wait for a slot: every device of a row may need them
+    "updates": None,                # of a step
+    "micro_batches": None,          # of an update
+    "bank": None,                   # prompts that wait for a slot; any device of a row may need one
 }
 
-# While sampling, weights are read once for every token: gathered over fsdp beforehand, they cost no collective there.
+# Sampling reads all weights for every token: they are gathered over fsdp once, not at each read.
 SAMPLING_AXES = AXES | {"embed": None}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; data = -1 takes what the other axes leave.
+    """Builds a mesh over all devices of all processes; data = -1 takes what the others leave.
 
-    Raises: UserError when the axes do not multiply to the number of devices."""
+    Raises: UserError if the axes do not multiply to the number of devices."""
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise UserError(f"distributed.mode is none, but JAX found {jax.process_count()} processes; set it to auto")
+        raise UserError(f"distributed.mode is none, but JAX found {jax.process_count()} processes; "
+                        "set it to auto")
     count = jax.device_count()
     others = fsdp * tensor * context
     if data == -1:
         data = max(count // others, 1)
     if data * others != count:
-        raise UserError(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} x context {context} = {data * others}, "
-                        f"expected {count}, the number of devices")
+        raise UserError(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} x context {context} = "
+                        f"{data * others}, expected {count}, the number of devices")
     return arranged((data, fsdp, tensor, context), jax.devices())
 
 
 def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
-    """A mesh of these devices, or descriptions of devices, neighbours on the chips' network being neighbours in it."""
+    """Builds a mesh in which neighbours on the chips' network are neighbours.
+
+    Args: devices, real ones or descriptions of devices."""
     types = (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    except NotImplementedError:         # an axis of the mesh is no product of axes of the torus: a part of one
-        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(split, MESH_AXES, axis_types=types)
+    except NotImplementedError:     # no product of whole torus axes has this shape: split them
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def use_compilation_cache() -> None:
-    """Compiled programs are kept for the next run, unless the user has chosen a place for them."""
+    """Keeps compiled programs for the next run, unless the user has chosen a place for them."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "effreason" / "jax"))
@@ -76,51 +84,52 @@ def use_compilation_cache() -> None:
 
 
 def spec(*axes: str, table: dict[str, Any] = AXES) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes."""
+    """Returns the PartitionSpec of an array with these logical axes."""
     return PartitionSpec(*(table[axis] for axis in axes))
 
 
 def sharding(mesh: Mesh, *axes: str, table: dict[str, Any] = AXES) -> NamedSharding:
-    """The sharding on `mesh` of an array with these logical axes; none at all means replicated."""
+    """Returns the sharding of an array with these logical axes; without axes it is replicated."""
     return NamedSharding(mesh, spec(*axes, table=table))
 
 
-def tree_sharding(mesh: Mesh, logical: Any, table: dict[str, Any] = AXES) -> Any:
-    """A tree of logical-axis tuples to the same tree of shardings."""
+def tree_sharding(mesh: Mesh, logical: Any, table: dict[str, Any] = AXES) -> Shardings:
+    """Turns a tree of tuples of logical axes into the same tree of shardings."""
     return jax.tree.map(lambda axes: sharding(mesh, *axes, table=table), logical,
                         is_leaf=lambda node: isinstance(node, tuple))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation's layout at a block boundary; without a mesh (a notebook, a unit test) it is x itself."""
+    """Pins an activation's layout at a block boundary; without a mesh it returns x unchanged."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
-def offloaded(shardings: Any) -> Any:
-    """The same shards in the memory of the hosts."""
+def offloaded(shardings: Shardings) -> Shardings:
+    """Returns the same shards in the memory of the hosts."""
     return jax.tree.map(lambda each: each.with_memory_kind("pinned_host"), shardings)
 
 
-def fetched(shardings: Any) -> Any:
-    """The same shards in the memory of the devices."""
+def fetched(shardings: Shardings) -> Shardings:
+    """Returns the same shards in the memory of the devices."""
     return jax.tree.map(lambda each: NamedSharding(each.mesh, each.spec), shardings)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many ways the batch axis is split."""
+    """Returns the number of parts the batch axis is split into."""
     return math.prod(mesh.shape[axis] for axis in AXES["batch"])
 
 
-def to_device(tree: Any, shardings: Any) -> Any:
-    """Host arrays onto the mesh: one of the two named crossings between host and device.
+def to_device(tree: Any, shardings: Shardings) -> Any:
+    """Puts host arrays onto the mesh; with `to_host` the only crossings of host and device.
 
-    With several processes each has the whole of every array, and puts its own shards onto its own devices."""
+    With several processes each has every complete array, and puts its own shards onto its own
+    devices."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
-    def placed(leaf: Any, target: NamedSharding) -> jax.Array:
+    def place(leaf: Any, target: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return jax.device_put(leaf, target)
         value = np.asarray(leaf)
@@ -128,16 +137,20 @@ def to_device(tree: Any, shardings: Any) -> Any:
         with jax.transfer_guard_host_to_device("allow"):
             return jax.make_array_from_callback(value.shape, target, value.__getitem__)
 
-    return jax.tree.map(placed, tree, jax.tree.broadcast(shardings, tree))
+    return jax.tree.map(place, tree, jax.tree.broadcast(shardings, tree))
 
 
 def to_host(tree: Any) -> Any:
-    """Device arrays to NumPy: the other one. With several processes all call it, and each gets the whole arrays."""
-    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(whole, tree)))
+    """Brings device arrays to NumPy.
+
+    With several processes all must call it, and each gets the complete arrays."""
+    return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(gather_to_host, tree)))
 
 
-def whole(leaf: Any) -> Any:
-    """An array that this process can read: itself, or where other processes hold parts of it, gathered from them."""
+def gather_to_host(leaf: Any) -> Any:
+    """Returns an array that this process can read completely.
+
+    It is the array itself, unless other processes hold parts of it: these are then gathered."""
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return leaf
     assert isinstance(leaf.sharding, NamedSharding)
@@ -145,6 +158,6 @@ def whole(leaf: Any) -> Any:
 
 
 @functools.cache
-def make_gather(mesh: Mesh) -> Any:
-    """gather(array) -> the same, whole on every device."""
+def make_gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Compiles gather(array), which returns the array replicated on every device."""
     return jax.jit(lambda array: array, out_shardings=sharding(mesh))

@@ -232,7 +232,7 @@ def test_a_save_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
         configuration.save(Config(run=RunConfig(seed=5)), path)
     assert configuration.load(path) == Config()
 

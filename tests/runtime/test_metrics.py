@@ -16,7 +16,8 @@ from rich.console import Console
 
 from effreason.runtime import progress
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import MetricsWriter, read_rows
+from effreason.runtime.files import read_json_lines
+from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import GenerationProgress, Progress, duration, rate
 
 STEP = {"rollout/accuracy": 0.913, "rollout/tokens": 87.4, "rollout/tokens_per_second": 5012.3,
@@ -146,10 +147,10 @@ def test_resume_drops_the_steps_that_will_run_again(tmp_path):
             out.write(step, {"update/loss": step})
             out.samples(step, [{"sample": 0}, {"sample": 1}])
     with writer(tmp_path, start_step=3) as out:
-        assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+        assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
         out.write(3, {"update/loss": 30.0})
-    assert [row["update/loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 30.0]
-    assert [row["step"] for row in read_rows(tmp_path / "rollouts.jsonl")] == [0, 0, 1, 1, 2, 2]
+    assert [row["update/loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 30.0]
+    assert [row["step"] for row in read_json_lines(tmp_path / "rollouts.jsonl")] == [0, 0, 1, 1, 2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl"]
 
 
@@ -157,10 +158,10 @@ def test_resume_drops_the_steps_that_will_run_again(tmp_path):
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n' + cut)
-    assert [row["step"] for row in read_rows(path)] == [0, 1]
+    assert [row["step"] for row in read_json_lines(path)] == [0, 1]
     with writer(tmp_path, start_step=2) as out:
         out.write(2, {"a": 3})
-    assert [row["a"] for row in read_rows(path)] == [1, 2, 3]
+    assert [row["a"] for row in read_json_lines(path)] == [1, 2, 3]
 
 
 def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
@@ -172,7 +173,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
 
 
 def test_read_rows_of_no_file(tmp_path):
-    assert read_rows(tmp_path / "metrics.jsonl") == []
+    assert read_json_lines(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
@@ -189,7 +190,7 @@ def test_a_full_disk_is_one_clear_error_and_keeps_whole_rows(tmp_path, tensorboa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
-    assert len(read_rows(tmp_path / "metrics.jsonl")) >= 1
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) >= 1
 
 
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
@@ -230,7 +231,7 @@ def test_wandb_that_is_not_installed_is_a_clear_error_and_costs_no_rows(tmp_path
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"log\.wandb is true.*pip install 'effreason\[wandb\]'"):
         writer(tmp_path, wandb=True)
-    assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_wandb_run_is_taken_up_again_on_resume(tmp_path, monkeypatch):

@@ -291,7 +291,8 @@ def test_one_process_decides_for_itself():
     assert processes.broadcast("it", lambda: marker) is marker and processes.all_gather("it", lambda: marker) == [marker]
     assert processes.agree_on_signal(None) is None and processes.agree_on_signal(15) == 15
     processes.check_same({"a": "b"})
-    assert distributed.run(DistributedConfig(), lambda: 7) == 7
+    with distributed.joined(DistributedConfig()):
+        assert processes.count() == 1
 
 
 @pytest.mark.parametrize(("variable", "text"), [("JAX_NUM_PROCESSES", "2"), ("SLURM_STEP_NUM_TASKS", "16"),
@@ -299,12 +300,13 @@ def test_one_process_decides_for_itself():
 def test_lone_hosts_are_an_error(monkeypatch, variable, text):
     monkeypatch.setenv(variable, text)
     with pytest.raises(UserError, match=f"distributed.mode is none, but {variable} says that there are {text} proc"):
-        distributed.run(DistributedConfig(), lambda: 0)
+        with distributed.joined(DistributedConfig()):
+            pass
 
 
 @pytest.mark.parametrize(("fields", "environment", "message"), [
-    ({}, {}, "distributed.coordinator_address must be given where distributed.mode is manual, or JAX_COORD"),
-    ({"coordinator_address": "a:1", "processes": 2}, {}, "distributed.process_id must be given"),
+    ({}, {}, "distributed.coordinator_address or JAX_COORDINATOR_ADDRESS must be given if distributed.mode is m"),
+    ({"coordinator_address": "a:1", "processes": 2}, {}, "distributed.process_id or JAX_PROCESS_ID must be given"),
     ({"coordinator_address": "a:1", "processes": 2, "process_id": 2}, {}, "must be below distributed.processes, 2"),
     ({"coordinator_address": "a:1", "process_id": 1}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES must be"),
     ({"coordinator_address": "a:1", "processes": 2, "process_id": 1}, {"JAX_PROCESS_ID": "0"},

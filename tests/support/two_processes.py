@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from effreason import loop
 from effreason.cli import main as cli
 from effreason.runtime import config as configuration
-from effreason.runtime import distributed, processes, sharding
+from effreason.runtime import distributed, errors, processes, sharding
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.signals import Interrupts
 
@@ -144,16 +144,21 @@ def slow_to_export():
 def main():
     scenario, *rest = sys.argv[1:]
     if scenario in ("train", "evaluate"):
-        return {"train": cli.train, "evaluate": cli.evaluate}[scenario](rest)
+        return cli.main([scenario, *rest])
     if scenario == "stopped":
         slowed_after_a_signal()
         slow_to_export()
-        return cli.train(rest)
+        return cli.main(["train", *rest])
     settings = configuration.DistributedConfig(
         mode="manual", initialization_timeout_seconds=int(os.environ.get("INITIALIZATION", 60)),
         heartbeat_timeout_seconds=int(os.environ.get("HEARTBEAT", 5)))
     command = {"together": together, "lost": lost, "failed": failed}[scenario]
-    return cli._guarded(lambda: distributed.run(settings, lambda: cli._guarded(lambda: command(*rest))))
+    try:
+        with distributed.joined(settings):
+            command(*rest)
+    except UserError as error:
+        return errors.report(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def write(params: Params, config: DecoderConfig, dtype: str, directory: Path | N
         filled, total = filled + size, total + size
     if directory is None:
         for _, _, value in (each for shard in shards for each in _planned(shard, dtype, named)):
-            jax.block_until_ready(sharding.whole(value()))
+            jax.block_until_ready(sharding.gather_to_host(value()))
         return
     if len(shards) == 1:
         _write_file(directory / SINGLE_FILE, shards[0], dtype, named)

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 
 # Okabe and Ito's colours: told apart with any colour vision, and in grey.
 BEFORE, AFTER, CURVE, INK, QUIET = "#999999", "#0072B2", "#56B4E9", "#222222", "#666666"

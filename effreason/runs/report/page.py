@@ -20,7 +20,7 @@ from effreason.runs.report.sections import Chart
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import meanings, written
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import disk
+from effreason.runtime.files import disk
 
 MARK = '<meta name="generator" content="effreason report">'     # of a page that may be written over
 PAGE = "report.html"

@@ -24,7 +24,7 @@ from effreason.evaluation.statistics import (
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import all_settings
 from effreason.runtime.errors import UserError
-from effreason.runtime.metrics import read_rows
+from effreason.runtime.files import read_json_lines
 
 KINDS = BASE, MEMBER, BASELINE, BLEND = "base", "member", "baseline", "blend"      # of points in family.json
 # What of metrics.jsonl is drawn.
@@ -226,7 +226,7 @@ def _summary(path: Path) -> dict[str, Any]:
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl, of which everything that is drawn is a number or missing. Raises: UserError."""
     try:
-        rows = read_rows(path)
+        rows = read_json_lines(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     for row in rows:

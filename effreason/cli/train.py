@@ -1,0 +1,98 @@
+"""The command `effreason train`: one run, or a family of runs with one alpha each.
+
+The configuration and the files it names are checked before jax is imported.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from effreason.cli.arguments import check_data, check_model, numbers
+from effreason.runtime import config as configuration
+from effreason.runtime import config_parser
+from effreason.runtime.config import Config, UpdateConfig
+from effreason.runtime.config_fields import settings
+from effreason.runtime.errors import UserError
+
+_, *BASELINES = next(setting for setting in settings(UpdateConfig)
+                     if setting.name == "objective").choices
+BLENDS = "0.25,0.5,0.75"
+
+
+def run(argv: Sequence[str], prog: str) -> None:
+    """Trains. Raises: UserError, Interrupted, SystemExit(0) after --help."""
+    parser = config_parser.parser(Config, prog, "Train a model to reason in fewer tokens.")
+    parser.add_argument("--family", metavar="ALPHAS", type=str,
+                        help="train one model for each of these values of reward.alpha, such as "
+                        "0,0.05,0.1,0.2,0.4, and compare them")
+    parser.add_argument("--baselines", metavar="NAMES", type=str,
+                        help="with --family: baselines to train as well, out of "
+                        f"{', '.join(BASELINES)}, or none; default all")
+    parser.add_argument("--blends", metavar="WEIGHTS", type=str,
+                        help="with --family: also average the weights of the base model and of the "
+                        "model with the greatest alpha, with these shares of the latter, or none; "
+                        f"default {BLENDS}")
+    config, values = configuration.parse(parser, argv)
+    family = _family(values)
+    check(config)
+
+    from effreason.runtime import distributed
+
+    with distributed.joined(config.distributed):
+        if family is None:
+            from effreason import loop
+
+            loop.train(config)
+        else:
+            from effreason.cli import family as families
+
+            families.train(config, *family)
+
+
+def check(config: Config) -> None:
+    """Raises UserError if a file or package that the training needs is missing.
+
+    It takes seconds; without it the error would come after the compilation."""
+    check_model(config.model.path, "model.path")
+    check_data(config, "data.path", config.data.path)
+    check_data(config, "data.exclude", config.data.exclude, held_out=True)
+    if config.evaluation.problems > 0:
+        check_data(config, "evaluation.path", config.evaluation.path, held_out=True)
+
+    if config.reward.form != "efficient" or config.reward.parameters is not None:
+        from effreason.rl import configured_reward  # imports jax
+
+        configured_reward.check(config.reward)
+
+    directory = config.run.directory
+    if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
+        raise UserError(f"run.directory must be a directory, {directory} is a file")
+
+    wandb = importlib.util.find_spec("wandb") if config.log.wandb else None
+    # Without an origin it is only a folder of that name, such as the one that wandb writes.
+    if config.log.wandb and (wandb is None or wandb.origin is None):
+        raise UserError('log.wandb needs the package wandb: pip install "effreason[wandb]"')
+
+
+def _family(values: Any) -> tuple[list[float], list[str], list[float]] | None:
+    """Returns the alphas, baselines and blends of a family; None for a single run."""
+    if values.family is None:
+        for name in ("baselines", "blends"):
+            if getattr(values, name) is not None:
+                raise UserError(f"--{name} is for a family: name its alphas with --family")
+        return None
+
+    alphas = numbers(values.family, "--family", lambda x: 0 <= x < 1, "[0, 1)")
+    if not alphas:
+        raise UserError("--family must name at least one alpha, got none")
+
+    text = ",".join(BASELINES) if values.baselines is None else values.baselines
+    baselines = [] if text == "none" else [name.strip() for name in text.split(",")]
+    for name in baselines:
+        if name not in BASELINES or baselines.count(name) > 1:
+            raise UserError(f"--baselines must name each of {', '.join(BASELINES)} at most once, "
+                            f"or be none, got {text!r}")
+
+    weights = BLENDS if values.blends is None else values.blends
+    return alphas, baselines, numbers(weights, "--blends", lambda x: 0 <= x <= 1, "[0, 1]")

@@ -1,0 +1,101 @@
+"""Files on disk: written completely or not at all, and every failure is one line that names the file."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from effreason.runtime.errors import UserError
+
+
+@contextlib.contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """Turns an OSError, a full disk above all, into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path next to `path`, whose file replaces `path` when the block ends.
+
+    The file is flushed to the disk (fsync) before it is renamed, so that a crash or a full disk
+    leaves the previous file intact. After an error in the block the temporary file is removed.
+    Raises: UserError if the file system refuses."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with disk(path):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def append(path: Path, data: bytes) -> None:
+    """Appends all of `data` or nothing: half a row must never precede the next one.
+
+    Raises: UserError if the file system refuses."""
+    with disk(path):
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(data)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+
+
+def digest(path: Path) -> str | None:
+    """Returns the SHA-256 of a file in hexadecimal; None if there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def write_json(path: Path, table: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file, completely or not at all. Raises: UserError."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Returns an object as one line of UTF-8 JSON, newline included. Raises: ValueError for NaN."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    # A lone surrogate is not valid UTF-8, but the escape that replaces it is how JSON spells it.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl or rollouts.jsonl; [] if there is no file. Raises: UserError.
+
+    Every row is an object with a "step". A last line that a crash cut off is left out."""
+    return [row for _, row in complete_lines(path)] if path.exists() else []
+
+
+def complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the lines of such a file, each as bytes and as the object it holds.
+
+    Every write ends in a newline, so only a crash leaves a broken line, and only as the last one."""
+    broken = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if broken:
+                raise UserError(f"{path}: line {broken} must be a JSON object with a step; "
+                                "repair or remove it")
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+
+            complete = isinstance(row, dict) and isinstance(row.get("step"), int)
+            if complete and line.endswith(b"\n"):
+                yield line, row
+            else:
+                broken = number
