@@ -11,7 +11,7 @@ import argparse
 import jax
 import numpy as np
 
-from effreason.data import prompts, templates
+from effreason.data import loading, templates
 from effreason.data.tiny import tasks, traces
 from effreason.evaluation import evaluate
 from effreason.lm import model
@@ -35,7 +35,7 @@ def main() -> None:
     config, mesh = configuration.load(configuration.shipped() / "tiny.yaml"), sharding.make_mesh(data=-1)
     tiny = pretrained.open_pretrained(path, dtype=config.model.dtype)
     template = templates.choose(tiny.tokenizer, config.data)
-    problems = prompts.load_held_out(config, tiny.tokenizer, template)[0]["tiny"]
+    problems = loading.load_held_out(config, tiny.tokenizer, template)[0]["tiny"]
     params = pretrained.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
     sampling = SamplingParams(temperature=1.0, eos_ids=tiny.eos_ids)
     sampler = engine.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from effreason.data import prompts, templates
+from effreason.data import loading, prompts, templates
 from effreason.evaluation import journal as journals
 from effreason.evaluation import responses, tables
 from effreason.evaluation.models import EvaluatedModel, check_alike, open_model, revised, trained_on
@@ -96,7 +96,7 @@ def make_measure(config: Config, pretrained: hf.Pretrained, template: templates.
                         min_p=settings.min_p, eos_ids=pretrained.eos_ids)
     # The same for each set: what is drawn for one does not depend on what other sets there are.
     key, files = step_key(root, "evaluation", 0), responses.safe_names(list(sets))
-    samples = prompts.evaluation_samples(config)
+    samples = loading.evaluation_samples(config)
 
     def sample(name: str, params: model.Params, watch: OnChunk, expected: Mapping[int, float],
                **journal: Any) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def make_facts(config: Config, template: templates.Template, name: str, problems
                weights: str) -> dict[str, Any]:
     """All that decides the responses of a set and their verdicts, but for the rounding of sums."""
     loops = dataclasses.asdict(config.repetition) if config.repetition.stop else {"stop": False}
-    settings, samples = dataclasses.asdict(config.evaluation), prompts.evaluation_samples(config)
+    settings, samples = dataclasses.asdict(config.evaluation), loading.evaluation_samples(config)
     return {"set": name, "weights": weights, "run.seed": seed, "evaluation.samples": samples[name],
             **{f"evaluation.{field}": settings[field] for field in ("temperature", "top_p", "top_k", "min_p")},
             "evaluation.max_new_tokens": max_new_tokens(config), "model.dtype": config.model.dtype,
@@ -212,7 +212,7 @@ def evaluate_models(config: Config, models: Sequence[str], output: Path | None,
     console, folders, found = processes.console(), responses.safe_names(models), list[tables.Row]()
     if output is not None:
         lost = _lost(processes.broadcast("output", lambda: _make(output)), {
-            _row(each, seed, seeds) for each in opened.values() for seed in seeds}, prompts.evaluation_samples(config))
+            _row(each, seed, seeds) for each in opened.values() for seed in seeds}, loading.evaluation_samples(config))
         processes.check_shared(output, "--output")
         if lost:
             say(f"note: {output / tables.RESULTS} and {tables.TABLE} will no longer hold {', '.join(lost)}", console)
@@ -286,7 +286,7 @@ def evaluate_model(config: Config, opened: EvaluatedModel, mesh: jax.sharding.Me
 
     Args: directory, where what is sampled is kept, None = nowhere."""
     pretrained, template = opened.pretrained, opened.template
-    sets, notes = prompts.load_held_out(config, pretrained.tokenizer, template, functools.partial(unmatched, grader))
+    sets, notes = loading.load_held_out(config, pretrained.tokenizer, template, functools.partial(unmatched, grader))
     processes.check_same({"the problems of evaluation.path": " ".join(
         prompts.fingerprint(problems)[:12] for problems in sets.values())})
     rendered = templates.display(templates.render(pretrained.tokenizer, template, next(iter(sets.values()))[0].text))

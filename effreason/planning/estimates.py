@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from effreason.data import prompts
+from effreason.data import loading
 from effreason.planning import costs
 from effreason.planning.chips import Target
 from effreason.planning.costs import Cost, Kernel
@@ -181,7 +181,7 @@ def make_run(config: Config, functions: Mapping[str, Function], workload: Worklo
     rate = workload.tokens / rollout
     settings = config.evaluation
     evaluations = (2 + ((config.run.steps - 1) // settings.every if settings.every else 0)) if settings.problems else 0
-    responses = settings.problems * sum(prompts.evaluation_samples(config).values())
+    responses = settings.problems * sum(loading.evaluation_samples(config).values())
     evaluated = evaluations * responses * float(workload.lengths.mean()) / rate
     hours, chips = (config.run.steps * step + evaluated) / 3600, machine.target.chips
     trained = workload.tokens + len(workload.lengths) * workload.prompt_tokens

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from effreason.data.prompts import LeftOut, evaluation_samples
+from effreason.data.loading import evaluation_samples
+from effreason.data.prompts import LeftOut
 from effreason.evaluation import statistics
 from effreason.lm.hf import pretrained
 from effreason.rl import alpha_control

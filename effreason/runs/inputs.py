@@ -8,7 +8,7 @@ import os
 import jax
 from jax.sharding import Mesh
 
-from effreason.data import prompts, templates
+from effreason.data import loading, prompts, templates
 from effreason.grading.grader import Grader
 from effreason.lm.hf import pretrained as hf
 from effreason.rl import rollouts
@@ -65,9 +65,9 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     check_model(pretrained, config, mesh)
     tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
     unmatched = functools.partial(rollouts.unmatched, grader)
-    problems = prompts.load_training(config, tokenizer, template, unmatched)
+    problems = loading.load_training(config, tokenizer, template, unmatched)
     first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)    # too few: say so now
-    held_out, more = prompts.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
+    held_out, more = loading.load_held_out(config, tokenizer, template, unmatched) if config.evaluation.problems else (
         {}, ())
     all_held_out = [problem for problems in held_out.values() for problem in problems]
     shown = templates.display(templates.render(tokenizer, template, first[0].text))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effreason.data import prompts, sources, templates
+from effreason.data import loading, prompts, sources, templates
 from effreason.data.tiny import tokenizer
 from effreason.runtime.config import Config, DataConfig, EvaluationConfig
 from effreason.runtime.errors import UserError
@@ -42,11 +42,11 @@ def config(data=None, /, *, evaluation=None, **fields):
 
 
 def training(characters, config, unmatched=everything_matches):
-    return prompts.load_training(config, characters, templates.choose(characters, config.data), unmatched)
+    return loading.load_training(config, characters, templates.choose(characters, config.data), unmatched)
 
 
 def held_out(characters, config, unmatched=None):
-    return prompts.load_held_out(config, characters, templates.choose(characters, config.data), unmatched)
+    return loading.load_held_out(config, characters, templates.choose(characters, config.data), unmatched)
 
 
 def only(problems):
@@ -316,10 +316,10 @@ def test_the_math_sets_are_cleaned_in_seconds(characters):
 
 
 def test_the_paper_says_how_often_a_set_is_sampled():
-    assert prompts.evaluation_samples(config(evaluation=EvaluationConfig(path="gsm8k,math500,aime24,some/set"))) == {
+    assert loading.evaluation_samples(config(evaluation=EvaluationConfig(path="gsm8k,math500,aime24,some/set"))) == {
         "gsm8k": 1, "math500": 3, "aime24": 10, "some/set": 1}
-    assert prompts.evaluation_samples(config(evaluation=EvaluationConfig(path="aime24", samples=2))) == {"aime24": 2}
-    assert prompts.evaluation_samples(config()) == {"tiny": 1}
+    assert loading.evaluation_samples(config(evaluation=EvaluationConfig(path="aime24", samples=2))) == {"aime24": 2}
+    assert loading.evaluation_samples(config()) == {"tiny": 1}
 
 
 def test_other_problems_come_from_the_same_pool_and_none_twice():

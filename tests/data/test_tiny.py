@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from effreason.data import prompts, sources, templates
+from effreason.data import loading, sources, templates
 from effreason.data.tiny import build, tasks, tokenizer, traces
 from effreason.evaluation import evaluate as evaluation
 from effreason.evaluation import statistics
@@ -123,7 +123,7 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
     params = pretrained.load(tiny.directory, tiny.decoder)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 1_500_000
     template = templates.choose(tiny.tokenizer, config.data)
-    sets, _ = prompts.load_held_out(config, tiny.tokenizer, template)
+    sets, _ = loading.load_held_out(config, tiny.tokenizer, template)
     with evaluation.make_grader(config) as grader:
         sampler = capacity.make_configured_sampler(config, tiny.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
         evaluate = evaluation.make_evaluator(config, tiny, template, sampler, sets, grader)

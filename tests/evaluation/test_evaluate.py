@@ -12,7 +12,7 @@ import pytest
 import small_runs
 
 from effreason.cli import main
-from effreason.data import prompts
+from effreason.data import loading, prompts
 from effreason.data.templates import Template
 from effreason.evaluation import evaluate as evaluation
 from effreason.evaluation import models, responses
@@ -64,7 +64,7 @@ def opened(world):
         "evaluation.path": f"{world / 'test.jsonl'},{world / 'other.jsonl'}"})
     mesh = sharding.make_mesh(data=-1)
     found = models.open_model(config, config.model.path, None, mesh)
-    sets, _ = prompts.load_held_out(config, found.pretrained.tokenizer, found.template)
+    sets, _ = loading.load_held_out(config, found.pretrained.tokenizer, found.template)
     params = found.load()
     sampler = capacity.make_configured_sampler(config, found.pretrained.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
     with evaluation.make_grader(config) as grader:
