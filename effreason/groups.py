@@ -18,7 +18,7 @@ from effreason.runs.session import Session
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.sampling import engine as rollouts
-from effreason.types import LOOP, Problem
+from effreason.types import FinishReason, Problem
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -106,9 +106,9 @@ def engine_metrics(tried: attempts.GradedRollouts, seconds: float) -> dict[str, 
                "engine/host_share": total("host_seconds") / seconds,
                "engine/compilations": total("compilations")}
     if sampled.repeated.any():
-        audited = sampled.repeated & (sampled.finish != LOOP)
+        audited = sampled.repeated & (sampled.finish != FinishReason.REPETITION)
         metrics |= {"rollout/repeated": float(sampled.repeated.mean()),
-                    "rollout/repetition_stopped": float((sampled.finish == LOOP).mean())}
+                    "rollout/repetition_stopped": float((sampled.finish == FinishReason.REPETITION).mean())}
         if audited.any():
             metrics["rollout/repetition_recovered"] = float(sampled.ended[audited].mean())
     return metrics

@@ -208,7 +208,7 @@ def make_experience(config: Config, engine: Engine, state: update.TrainState, re
     learning = engine.learning
     laid = learning.pack(sampled)
     packed = sharding.to_device(laid, learning.packed_sharding)
-    logprobs = packing.in_line(sampled.logprobs, laid.places.shape[1])
+    logprobs = packing.in_line(sampled.logprobs, laid.token_index.shape[1])
     verdict, lengths, dial, logprobs = sharding.to_device(
         (correct, sampled.lengths, np.float32(alpha), logprobs), learning.replicated)
     old = learning.score(state.params, packed)

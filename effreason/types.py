@@ -5,6 +5,7 @@ slots, B = P * G responses, R rows of N positions, D width, V vocabulary, L laye
 """
 
 import dataclasses
+from enum import StrEnum
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,15 @@ class Problem:
     choices: tuple[str, ...] = ()   # of kind "choice", the answers behind A, B, C, ...; () where unknown
 
 
-# Why a response ended: its last token is EOS; it was cut off at the token limit; it was stopped as a repetition loop.
-EOS, LENGTH, LOOP = "eos", "length", "loop"
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    EOS = "eos"
+    """Its last token is an EOS token of the model."""
+    LENGTH = "length"
+    """It was cut off at the token limit."""
+    REPETITION = "repetition"
+    """It was stopped because it only repeated itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,13 +47,13 @@ class Response:
     logprobs: np.ndarray            # float32[T'], of each token by the model at the sampling temperature
     sampling_logprobs: np.ndarray   # float32[T'], by the distribution it was drawn from: after top-k, top-p, min-p
     model_logprobs: np.ndarray      # float32[T'], by the model at temperature 1
-    finish: str                     # eos | length | loop; "" while it is not finished
-    repeated: bool = False            # it repeated itself; with another finish than loop: it was let go on, as an audit
+    finish: FinishReason | None     # None: not finished yet
+    repeated: bool = False          # it repeated itself; unless finish says so, too, it went on as an audit
 
     @property
     def ended(self) -> bool:
         """True: by itself, with EOS."""
-        return self.finish == EOS
+        return self.finish == FinishReason.EOS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +65,13 @@ class Rollouts:
     tokens: np.ndarray              # int32[P, G, T], padded on the right
     lengths: np.ndarray             # int32[P, G], tokens through EOS
     logprobs: np.ndarray            # float32[P, G, T], Response.logprobs, 0 beyond the length
-    finish: np.ndarray              # str[P, G], eos | length | loop
-    repeated: np.ndarray              # bool[P, G]
+    finish: np.ndarray              # str[P, G], values of FinishReason
+    repeated: np.ndarray            # bool[P, G]
 
     @property
     def ended(self) -> np.ndarray:
         """bool[P, G], False where the response was cut off."""
-        return self.finish == EOS
+        return self.finish == FinishReason.EOS
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +86,8 @@ class Rows:
     targets: jax.Array              # int32[..., R, N], the token that follows in the sequence; 0 behind the last one
     positions: jax.Array            # int32[..., R, N], of each token in its sequence
     segments: jax.Array             # int32[..., R, N], which sequence of the row, from 1; 0 = padding
-    sources: jax.Array              # int32[..., R, N], which of the B * T response tokens the target is; B * T = none
+    response_index: jax.Array       # int32[..., R, N], flat index into [B, T] of the response token that is the target;
+                                    # B * T = none
 
 
 @jax.tree_util.register_dataclass
@@ -90,8 +99,8 @@ class Packed:
 
     groups: tuple[Rows, ...]        # [U, M, R, N]
     counts: tuple[jax.Array, ...]   # int32[U] for each group: micro-batches that hold something
-    places: jax.Array               # int32[B, T], where all groups' positions in line have each response token; behind
-                                    # the last of them where there is none
+    token_index: jax.Array          # int32[B, T], flat index, over the concatenated groups, of the position that scores
+                                    # each response token; one past the end for padding
 
 
 @jax.tree_util.register_dataclass
@@ -119,9 +128,9 @@ class Outcomes:
     levels: np.ndarray              # str[P]
     correct: np.ndarray             # bool[P, k]
     lengths: np.ndarray             # int32[P, k], response tokens through EOS
-    finish: np.ndarray              # str[P, k], eos | length | loop
+    finish: np.ndarray              # str[P, k], values of FinishReason
     answers: np.ndarray             # str[P, k], as the grader found it; "" = none
-    stated: np.ndarray              # float32[P, k], tokens until the reference answer was first stated; nan = never
+    first_answer_token: np.ndarray  # float32[P, k], tokens until the reference answer is first stated; nan = never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

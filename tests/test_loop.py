@@ -570,7 +570,7 @@ def wrong_scores(monkeypatch, after):
         learning = engine.learning
 
         def score(params, packed):
-            calls.append(packed.places.shape)
+            calls.append(packed.token_index.shape)
             with jax.transfer_guard("allow"):
                 return learning.score(params, packed) * (1.5 if len(calls) > after else 1.0)
 

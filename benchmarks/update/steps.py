@@ -26,7 +26,7 @@ from effreason.lm import model
 from effreason.lm.model import DecoderConfig
 from effreason.rl import learner as engine
 from effreason.runtime.config import Config
-from effreason.types import LENGTH, Rollouts
+from effreason.types import FinishReason, Rollouts
 
 SAMPLES = 8                         # responses to each prompt
 RATE, BETAS, CLIP, KL, NORM = 1e-6, (0.9, 0.95), 0.2, 1e-3, 1.0
@@ -88,7 +88,7 @@ def to_rollouts(batch: Batch) -> Rollouts:
     return Rollouts(prompts=batch.prompts, prompt_lengths=np.full(group[0], batch.prompts.shape[1], np.int32),
                     tokens=batch.responses.reshape(*group, -1), lengths=batch.lengths.reshape(group),
                     logprobs=np.zeros((*group, batch.responses.shape[1]), np.float32),
-                    finish=np.full(group, LENGTH), repeated=np.zeros(group, bool))
+                    finish=np.full(group, FinishReason.LENGTH), repeated=np.zeros(group, bool))
 
 
 def flops(config: DecoderConfig, batch: Batch) -> float:

@@ -22,7 +22,7 @@ from effreason.rl import configured_reward, pressure
 from effreason.rl.pressure import ADVANTAGES, AGGREGATIONS, Groups, PressureReport
 from effreason.runtime.config import RewardConfig
 from effreason.runtime.errors import UserError
-from effreason.types import EOS, LOOP
+from effreason.types import FinishReason
 
 WIDTH = 80
 ALPHAS = "0.05,0.1,0.2,0.4"
@@ -106,7 +106,7 @@ def read(path: Path) -> Saved:
         if row["sample"] in group:
             raise UserError(f"{path}:{number}: sample {row['sample']} of uid {row['uid']} stands on an earlier line "
                             "too")
-        group[row["sample"]] = (row["correct"], row["tokens"], row.get("finish", EOS))
+        group[row["sample"]] = (row["correct"], row["tokens"], row.get("finish", FinishReason.EOS))
     sizes = collections.Counter(map(len, members.values()))
     size = max((size for size in sizes if size > 1), key=lambda size: (sizes[size], size), default=None)
     if size is None:
@@ -115,7 +115,7 @@ def read(path: Path) -> Saved:
     whole = [[group[sample] for sample in sorted(group)] for group in members.values() if len(group) == size]
     correct, tokens, finish = (np.array([[row[column] for row in group] for group in whole]) for column in range(3))
     return Saved(groups=Groups(correct=correct, lengths=tokens.astype(np.int32)), tokens=float(tokens.mean()),
-                 truncated=int((finish != EOS).sum()), loops=int((finish == LOOP).sum()),
+                 truncated=int((finish != FinishReason.EOS).sum()), loops=int((finish == FinishReason.REPETITION).sum()),
                  left_out={other: sizes[other] for other in sorted(sizes) if other != size})
 
 

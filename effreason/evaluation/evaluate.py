@@ -32,7 +32,7 @@ from effreason.runtime.signals import Interrupts
 from effreason.sampling import capacity
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.engine import Sampler, step_key
-from effreason.types import EOS, LENGTH, LOOP, Outcomes, Problem, Response
+from effreason.types import Outcomes, Problem, Response
 
 Sets = Mapping[str, Sequence[Problem]]      # by name
 NAMES = ("set", "model", "template", "environment")     # facts that decide nothing
@@ -141,7 +141,6 @@ def finished(path: Path, facts: Mapping[str, Any]) -> bool:
 def _fits(facts: Mapping[str, Any], vocabulary: int, response: Response) -> bool:
     """Whether a response of a journal can be one of these."""
     return (0 <= response.prompt < facts["problems"] and 0 <= response.sample < facts["evaluation.samples"]
-            and response.finish in ("", EOS, LENGTH, LOOP)
             and len(response.tokens) <= facts["evaluation.max_new_tokens"]
             and bool(np.all((response.tokens >= 0) & (response.tokens < vocabulary))))
 

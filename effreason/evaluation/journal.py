@@ -17,7 +17,7 @@ from effreason.runs.unfinished import digest
 from effreason.runtime import processes
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk
-from effreason.types import Response
+from effreason.types import FinishReason, Response
 
 SUFFIX = ".journal"
 Check = Callable[[Path, Mapping[str, Any]], None]
@@ -134,5 +134,5 @@ def _response(table: dict[str, Any]) -> Response:
     tokens = np.array(table["tokens"], np.int32)
     unknown = np.zeros(len(tokens), np.float32)
     return Response(prompt=table["prompt"], sample=table["sample"], tokens=tokens, logprobs=unknown,
-                    sampling_logprobs=unknown, model_logprobs=unknown, finish=str(table["finish"]),
+                    sampling_logprobs=unknown, model_logprobs=unknown, finish=FinishReason(table["finish"]) if table["finish"] else None,
                     repeated=bool(table["repeated"]))

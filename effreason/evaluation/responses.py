@@ -87,7 +87,7 @@ def outcomes(rows: Sequence[Mapping[str, Any]]) -> Outcomes:
 
     return Outcomes(uids=np.array(list(groups), np.int64), levels=np.array([group[0]["level"] for group in table], str),
                     correct=column("correct", bool), lengths=column("tokens", np.int32), finish=column("finish", str),
-                    answers=column("answer", str, ""), stated=column("stated", np.float32, math.nan))
+                    answers=column("answer", str, ""), first_answer_token=column("stated", np.float32, math.nan))
 
 
 def write(path: Path, facts: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:

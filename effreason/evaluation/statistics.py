@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import signal, stats
 
-from effreason.types import EOS, LevelResult, Outcomes
+from effreason.types import FinishReason, LevelResult, Outcomes
 
 Interval = tuple[float, float]
 
@@ -99,13 +99,13 @@ def summarize(outcomes: Outcomes, *, seed: int = 0) -> Summary:
     sorted_ones = by_uid(outcomes)
     correct, lengths = sorted_ones.correct, sorted_ones.lengths
     accuracy, tokens = correct.mean(axis=1), lengths.mean(axis=1)
-    after = (lengths - sorted_ones.stated)[~np.isnan(sorted_ones.stated)]
+    after = (lengths - sorted_ones.first_answer_token)[~np.isnan(sorted_ones.first_answer_token)]
     return Summary(
         problems=correct.shape[0], samples=correct.shape[1],
         accuracy=float(accuracy.mean()), accuracy_interval=share_interval(accuracy, seed=seed),
         tokens=float(tokens.mean()), tokens_interval=interval(np.mean, tokens, seed=seed),
         tokens_median=float(np.median(lengths)), tokens_right=_mean(lengths[correct]),
-        tokens_wrong=_mean(lengths[~correct]), truncated=float(np.mean(sorted_ones.finish != EOS)),
+        tokens_wrong=_mean(lengths[~correct]), truncated=float(np.mean(sorted_ones.finish != FinishReason.EOS)),
         pass_at={k: pass_at(correct, k) for k in sample_counts(correct.shape[1])},
         majority_at=majority_at(correct, sorted_ones.answers, seed=seed),
         tokens_per_solved=float(lengths.sum() / correct.sum()) if correct.any() else None,

@@ -115,7 +115,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     def everywhere(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=learning.replicated)
 
-    one, of_tokens = everywhere(jnp.int32), everywhere(jnp.float32, *packed.places.shape)
+    one, of_tokens = everywhere(jnp.int32), everywhere(jnp.float32, *packed.token_index.shape)
     groups = config.rollout.prompts_per_step, config.rollout.group_size
 
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=cache_layout(

@@ -142,10 +142,10 @@ def abstract_packed(config: Config, learning: Learner, *, width: int, micro_batc
 
     responses = config.rollout.prompts_per_step * config.rollout.group_size
     rows: Any = array(learning.updates, micro_batches, config.update.rows_per_micro_batch, width)
-    group = Rows(tokens=rows, targets=rows, positions=rows, segments=rows, sources=rows)
-    places: Any = array(responses, config.rollout.max_new_tokens)
+    group = Rows(tokens=rows, targets=rows, positions=rows, segments=rows, response_index=rows)
+    token_index: Any = array(responses, config.rollout.max_new_tokens)
     counts: Any = array(learning.updates)
-    return Packed(groups=(group,), counts=(counts,), places=places)
+    return Packed(groups=(group,), counts=(counts,), token_index=token_index)
 
 
 def abstract_experience(packed: Packed) -> tuple[Experience, ...]:

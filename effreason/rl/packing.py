@@ -52,25 +52,25 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
     widths = row_widths(width, context, alone)
     laid = [layout(sizes, share, widths, rows, alone) for share in shares]
     shape = (updates, -(-len(shares[0]) // rows), rows)
-    places: Any = np.full((lengths.size, slots), math.prod(shape) * sum(widths), np.int32)
+    token_index: Any = np.full((lengths.size, slots), math.prod(shape) * sum(widths), np.int32)
     groups: list[Rows] = []
     counts: list[Any] = []
     offset = 0
     for group, width in enumerate(widths):
         table: dict[str, Any] = {name: np.zeros((*shape, width), np.int32) for name in FIELDS} | {
-            "sources": np.full((*shape, width), none, np.int32)}
+            "response_index": np.full((*shape, width), none, np.int32)}
         flat = {name: array.reshape(updates, -1, width) for name, array in table.items()}
         column = np.argsort(zigzag(width, context))
         for update in range(updates):
             for row, members in enumerate(laid[update][group]):
                 for name, values in _row(rollouts, members, width, slots).items():
                     flat[name][update, row, column] = values
-        here = np.flatnonzero(table["sources"] < none)
-        places.reshape(-1)[table["sources"].reshape(-1)[here]] = offset + here
+        here = np.flatnonzero(table["response_index"] < none)
+        token_index.reshape(-1)[table["response_index"].reshape(-1)[here]] = offset + here
         groups.append(Rows(**table))
         counts.append(np.array([len(each[group]) // rows for each in laid], np.int32))
         offset += math.prod(shape) * width
-    return Packed(groups=tuple(groups), counts=tuple(counts), places=places)
+    return Packed(groups=tuple(groups), counts=tuple(counts), token_index=token_index)
 
 
 def layout(sizes: np.ndarray, members: Iterable[int], widths: Sequence[int], rows: int,
@@ -121,15 +121,15 @@ def fill(packed: Packed) -> float:
 
 def _row(rollouts: Rollouts, members: Sequence[int], width: int, slots: int) -> dict[str, np.ndarray]:
     """One row, in order, with the sources of its targets. Args: members, the responses in it; slots, T."""
-    sequences, sources, end = [], np.full(width, rollouts.lengths.size * slots, np.int32), 0
+    sequences, response_index, end = [], np.full(width, rollouts.lengths.size * slots, np.int32), 0
     for member in members:
         prompt, sample = divmod(member, rollouts.tokens.shape[1])
         start, length = rollouts.prompt_lengths[prompt], rollouts.lengths[prompt, sample]
         sequences.append(np.concatenate([rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]]))
         end += len(sequences[-1])
         # A response token is the target of the position before it.
-        sources[end - 1 - length : end - 1] = member * slots + np.arange(length)
-    return line(sequences, width) | {"sources": sources}
+        response_index[end - 1 - length : end - 1] = member * slots + np.arange(length)
+    return line(sequences, width) | {"response_index": response_index}
 
 
 def line(sequences: Iterable[np.ndarray], width: int) -> dict[str, np.ndarray]:
@@ -151,4 +151,4 @@ def one_a_row(sequences: Sequence[np.ndarray]) -> Rows:
     width = max(map(len, sequences))
     lines = [line([sequence], width) for sequence in sequences]
     table: dict[str, Any] = {name: np.stack([each[name] for each in lines]) for name in lines[0]}
-    return Rows(**table, sources=np.zeros_like(table["tokens"]))
+    return Rows(**table, response_index=np.zeros_like(table["tokens"]))

@@ -71,7 +71,7 @@ def token_weights(mask: jax.Array, aggregation: str, updates: int = 1) -> jax.Ar
 
 def laid_out(values: jax.Array, rows: Rows) -> jax.Array:
     """Values float32[B, T] of response tokens where the rows have them as targets: float32[..., R, N], 0 elsewhere."""
-    return jnp.concatenate([values.reshape(-1), jnp.zeros(1, values.dtype)])[rows.sources]
+    return jnp.concatenate([values.reshape(-1), jnp.zeros(1, values.dtype)])[rows.response_index]
 
 
 def policy_loss(logprobs: jax.Array, experience: Experience, *, clip_ratio: float,
@@ -201,7 +201,7 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *,
 
         found = [jax.lax.map(of_update, group) for group in zip(packed.groups, packed.counts, strict=True)]
         line = [constrain(x).reshape(-1) for x in found]
-        return jnp.concatenate([*line, jnp.zeros(1, jnp.float32)])[packed.places]
+        return jnp.concatenate([*line, jnp.zeros(1, jnp.float32)])[packed.token_index]
 
     return jax.jit(score, in_shardings=(params, packed_sharding(mesh)), out_shardings=sharding.sharding(mesh))
 
@@ -228,4 +228,4 @@ def packed_sharding(mesh: Mesh) -> Packed:
     """Where packed rows lie, as a prefix of their tree."""
     replicated: Any = sharding.sharding(mesh)
     rows: Any = sharding.sharding(mesh, *ROW_AXES)
-    return Packed(groups=rows, counts=replicated, places=replicated)
+    return Packed(groups=rows, counts=replicated, token_index=replicated)

@@ -11,7 +11,7 @@ import numpy as np
 from effreason.runtime import processes
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk
-from effreason.types import Response
+from effreason.types import FinishReason, Response
 
 FILE = "unfinished.npz"             # in the run directory
 LOGPROBS = ("logprobs", "sampling_logprobs", "model_logprobs")
@@ -27,7 +27,7 @@ def save(path: Path, step: int, responses: Sequence[Response]) -> None:
         "step": np.int64(step),
         "prompt": np.array([response.prompt for response in responses], np.int32),
         "sample": np.array([response.sample for response in responses], np.int32),
-        "finish": np.array([response.finish for response in responses], np.str_),
+        "finish": np.array([response.finish or "" for response in responses], np.str_),
         "repeated": np.array([response.repeated for response in responses], bool),
         "length": np.array([len(response.tokens) for response in responses], np.int64),
         "tokens": _joined([response.tokens for response in responses], np.int32)}
@@ -63,7 +63,7 @@ def load(path: Path, step: int) -> list[Response]:
         ends = np.cumsum(table["length"])[:-1]
         pieces = {name: np.split(table[name], ends) for name in ("tokens", *LOGPROBS)}
         return [Response(prompt=int(table["prompt"][row]), sample=int(table["sample"][row]),
-                         finish=str(table["finish"][row]), repeated=bool(table["repeated"][row]),
+                         finish=FinishReason(table["finish"][row]) if table["finish"][row] else None, repeated=bool(table["repeated"][row]),
                          **{name: arrays[row] for name, arrays in pieces.items()})
                 for row in range(len(table["length"]))]
     except Exception as error:      # what a damaged archive raises depends on where it is damaged

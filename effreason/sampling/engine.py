@@ -34,7 +34,7 @@ from effreason.sampling.scheduler import (
     in_order,
 )
 from effreason.sampling.scheduler import make_requests as make_requests
-from effreason.types import EOS, LENGTH, LOOP, Problem, Response, Rollouts, padded_length
+from effreason.types import FinishReason, Problem, Response, Rollouts, padded_length
 
 STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
 SMALLEST = 8                        # slots on each device that are not halved further: a step costs about the same
@@ -134,8 +134,8 @@ class Generation:
         return self._programs.compiled() - self._compiled_before
 
     def unfinished(self) -> list[Response]:
-        """What has been begun, as far as it has come, finish ""; a Request takes one up as its prefix."""
-        return [*(_response(row, "") for row in self._slots if row is not None),
+        """What has been begun, as far as it has come, finish None; a Request takes one up as its prefix."""
+        return [*(_response(row, None) for row in self._slots if row is not None),
                 *(request.prefix for request in self._queue if request.prefix is not None)]
 
     def _launch(self) -> None:
@@ -241,11 +241,11 @@ class Generation:
             row.length += count
             row.generated += count
             self.tokens += count
-            finish = None if active[slot] else EOS if row.tokens[-1][-1] in self._sampling.eos_ids else LENGTH
+            finish = None if active[slot] else FinishReason.EOS if row.tokens[-1][-1] in self._sampling.eos_ids else FinishReason.LENGTH
             cut = self._cut(row, count)
             if cut is not None:
                 self._halted[slot] = finish is None     # the device does not know yet
-                finish = LOOP
+                finish = FinishReason.REPETITION
             if finish is not None:
                 finished.append(_response(row, finish, cut))
                 self._slots[slot] = None
@@ -296,7 +296,7 @@ def _slot_count(most: int, responses: int, shards: int) -> int:
     return -(-count // shards) * shards
 
 
-def _response(row: _Running, finish: str, length: int | None = None) -> Response:
+def _response(row: _Running, finish: FinishReason | None, length: int | None = None) -> Response:
     """A response from the pieces that the chunks have left, cut at a length where one is given."""
     def joined(pieces: list[np.ndarray], dtype: Any) -> np.ndarray:
         return (np.concatenate(pieces) if pieces else np.zeros(0, dtype))[:length]
@@ -350,7 +350,7 @@ def collect(problems: Sequence[Problem], responses: Sequence[Response], group_si
     shape = (len(problems), group_size)
     longest = max(len(response.tokens) for response in responses)
     tokens, logprobs = np.zeros((*shape, longest), np.int32), np.zeros((*shape, longest), np.float32)
-    lengths, repeated, finish = np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape, LENGTH)
+    lengths, repeated, finish = np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape, "", "U10")
     for response in responses:
         at, length = (response.prompt, response.sample), len(response.tokens)
         tokens[at][:length], logprobs[at][:length] = response.tokens, response.logprobs

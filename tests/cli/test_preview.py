@@ -165,7 +165,7 @@ def test_groups_of_another_size_are_left_out_and_counted(tmp_path):
 
 def test_responses_that_were_cut_off_are_counted(tmp_path):
     rows = [row(1, sample, correct=sample == 0, finish=finish)
-            for sample, finish in enumerate(["eos", "length", "loop"])]
+            for sample, finish in enumerate(["eos", "length", "repetition"])]
     saved = preview.read(written(tmp_path / "a.jsonl", rows))
     assert (saved.truncated, saved.loops) == (2, 1)
 

@@ -116,7 +116,7 @@ def test_each_set_is_measured_on_its_own(bench, whole, world):
         rows = responses.read(whole / files(world)[list(found).index(name)])[1]
         np.testing.assert_equal(dataclasses.asdict(responses.outcomes(rows)), dataclasses.asdict(outcomes))
         assert {row["set"] for row in rows} == {name} and [row["uid"] for row in rows[::2]] == outcomes.uids.tolist()
-        correct, stated = outcomes.correct, outcomes.stated
+        correct, stated = outcomes.correct, outcomes.first_answer_token
         assert correct.any() and not correct.all()
         assert (stated[correct] <= outcomes.lengths[correct]).all() and (stated[correct] > 0).all()
     alone = bench.evaluate(names=[str(world / "other.jsonl")], sets={

@@ -33,7 +33,7 @@ def kept(path):
         return journal.drawn
 
 
-ONE, TWO, BEGUN = response(0, 1, 3), response(2, 0, 4, "loop", repeated=True), response(1, 0, 2, "")
+ONE, TWO, BEGUN = response(0, 1, 3), response(2, 0, 4, "repetition", repeated=True), response(1, 0, 2, None)
 
 
 def test_responses_come_back_in_full(tmp_path):
@@ -45,7 +45,7 @@ def test_responses_come_back_in_full(tmp_path):
         alike(journals._read(path, same, lambda response: True)[1], [ONE])
         journal.add([])
         journal.add([TWO])
-        journal.keep([ONE, TWO, BEGUN, response(3, 0, 0, "")])      # of these only BEGUN is news
+        journal.keep([ONE, TWO, BEGUN, response(3, 0, 0, None)])      # of these only BEGUN is news
     found = kept(path)
     alike(found, [ONE, TWO, BEGUN])
     assert found[0].tokens.dtype == np.int32 and found[0].logprobs.shape == (3,)
@@ -53,7 +53,7 @@ def test_responses_come_back_in_full(tmp_path):
 
 def test_the_last_line_on_a_response_counts(tmp_path):
     path = tmp_path / "a.journal"
-    longer, done = response(1, 0, 5, ""), response(1, 0, 9)
+    longer, done = response(1, 0, 5, None), response(1, 0, 9)
     for each in (BEGUN, longer, done):
         with journals.Journal(path, FACTS, same) as journal:
             journal.add([each])

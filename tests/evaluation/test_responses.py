@@ -27,7 +27,7 @@ def attempts():
     verdicts = [Grade(correct, answer, status, 0.0) for correct, answer, status in zip(
         sum(CORRECT, []), sum(answers, []), ("cached", "symbolic", "exact", "no_answer"), strict=True)]
     rollouts = types.SimpleNamespace(lengths=np.array([[18, 20], [40, 50]], np.int32),
-                                     finish=np.array([["eos", "length"], ["eos", "loop"]]))
+                                     finish=np.array([["eos", "length"], ["eos", "repetition"]]))
     return types.SimpleNamespace(rollouts=rollouts, texts=sum(TEXTS, []), verdicts=verdicts, correct=np.array(CORRECT))
 
 
@@ -59,9 +59,9 @@ def test_rows_become_arrays_whatever_their_order():
     np.testing.assert_array_equal(found.correct, np.array(CORRECT), strict=True)
     np.testing.assert_array_equal(found.lengths, np.array([[18, 20], [40, 50]], np.int32), strict=True)
     assert found.levels.tolist() == ["easy", "hard"]
-    assert found.finish.tolist() == [["eos", "length"], ["eos", "loop"]]
+    assert found.finish.tolist() == [["eos", "length"], ["eos", "repetition"]]
     assert found.answers.tolist() == [["7", "9"], ["8", ""]]
-    assert found.stated.dtype == np.float32 and np.isnan(found.stated).tolist() == [[False, True], [False, True]]
+    assert found.first_answer_token.dtype == np.float32 and np.isnan(found.first_answer_token).tolist() == [[False, True], [False, True]]
     with pytest.raises(ValueError, match="the same samples of each of 2 problems, found 3 rows"):
         responses.outcomes(rows[:3])
     with pytest.raises(ValueError, match="found 5 rows"):

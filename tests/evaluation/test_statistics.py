@@ -19,7 +19,7 @@ from effreason.evaluation.statistics import Budget
 from effreason.types import LevelResult, Outcomes
 
 
-def outcomes(correct, lengths, *, levels=None, answers=None, finish=None, stated=None, uids=None):
+def outcomes(correct, lengths, *, levels=None, answers=None, finish=None, first_answer_token=None, uids=None):
     """Outcomes from lists; what is not given is all alike."""
     correct = np.array(correct, bool)
     return Outcomes(
@@ -27,7 +27,7 @@ def outcomes(correct, lengths, *, levels=None, answers=None, finish=None, stated
         levels=np.array(["all"] * len(correct) if levels is None else levels), correct=correct,
         lengths=np.array(lengths, np.int32), finish=np.full(correct.shape, "eos") if finish is None else
         np.array(finish), answers=np.where(correct, "7", "8") if answers is None else np.array(answers),
-        stated=np.full(correct.shape, np.nan, np.float32) if stated is None else np.array(stated, np.float32))
+        first_answer_token=np.full(correct.shape, np.nan, np.float32) if first_answer_token is None else np.array(first_answer_token, np.float32))
 
 
 def drawn(problems, samples, *, seed=0, rate=0.6, tokens=300.0, levels=1):
@@ -38,7 +38,7 @@ def drawn(problems, samples, *, seed=0, rate=0.6, tokens=300.0, levels=1):
     return outcomes(correct, lengths, levels=[f"level {1 + uid % levels}" for uid in range(problems)],
                     answers=np.where(correct, "7", rng.choice(["", "1", "2"], correct.shape)),
                     finish=np.where(rng.random(correct.shape) < 0.9, "eos", "length"),
-                    stated=np.where(correct, lengths // 2, np.nan))
+                    first_answer_token=np.where(correct, lengths // 2, np.nan))
 
 
 def shuffled(found, seed=0):
@@ -49,8 +49,8 @@ def shuffled(found, seed=0):
 def test_a_summary_by_hand():
     found = statistics.summarize(outcomes(
         [[True, True], [True, False], [False, False]], [[2, 4], [10, 30], [6, 8]], levels=["hard", "easy", "hard"],
-        answers=[["7", "7.0"], ["5", ""], ["1", "2"]], finish=[["eos", "eos"], ["eos", "length"], ["loop", "eos"]],
-        stated=[[1, 4], [5, np.nan], [np.nan, 3]]))
+        answers=[["7", "7.0"], ["5", ""], ["1", "2"]], finish=[["eos", "eos"], ["eos", "length"], ["repetition", "eos"]],
+        first_answer_token=[[1, 4], [5, np.nan], [np.nan, 3]]))
     assert (found.problems, found.samples, found.accuracy, found.tokens) == (3, 2, 0.5, 10.0)
     assert found.tokens_median == 7.0 and found.truncated == pytest.approx(2 / 6)
     assert found.tokens_right == pytest.approx(16 / 3) and found.tokens_wrong == pytest.approx(44 / 3)

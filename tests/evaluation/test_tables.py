@@ -27,7 +27,7 @@ def outcomes(correct, lengths, uids=None, levels=None):
     return Outcomes(uids=np.arange(count) if uids is None else np.array(uids, np.int64),
                     levels=np.array(levels or ["all"] * count), correct=correct, lengths=lengths,
                     finish=np.full(correct.shape, "eos"), answers=np.where(correct, "7", "8"),
-                    stated=np.where(correct, lengths / 2, np.nan).astype(np.float32))
+                    first_answer_token=np.where(correct, lengths / 2, np.nan).astype(np.float32))
 
 
 def drawn(seed, problems=40, samples=2, accuracy=0.6, tokens=1000.0, levels=None):

@@ -54,9 +54,9 @@ def mask_in_numpy(lengths=LENGTHS):
 
 def one_a_row():
     """Rows that hold the responses as they are: [U, M, R, N] = [1, 1, B, T], all else left out."""
-    sources = np.arange(PROMPTS * GROUP * POSITIONS, dtype=np.int32).reshape(1, 1, -1, POSITIONS)
-    return Packed(groups=(Rows(tokens=None, targets=None, positions=None, segments=None, sources=sources),),
-                  counts=(np.ones(1, np.int32),), places=None)
+    response_index = np.arange(PROMPTS * GROUP * POSITIONS, dtype=np.int32).reshape(1, 1, -1, POSITIONS)
+    return Packed(groups=(Rows(tokens=None, targets=None, positions=None, segments=None, response_index=response_index),),
+                  counts=(np.ones(1, np.int32),), token_index=None)
 
 
 def credited(config, correct=CORRECT, lengths=LENGTHS):

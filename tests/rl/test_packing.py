@@ -31,7 +31,7 @@ def in_row_order(packed, context):
         width = rows.tokens.shape[-1]
         order = zigzag(width, context)
         table = {name: getattr(rows, name).reshape(rows.tokens.shape[0], -1, width)
-                 for name in ("tokens", "targets", "positions", "segments", "sources")}
+                 for name in ("tokens", "targets", "positions", "segments", "response_index")}
         yield {name: np.take(array, np.argsort(order), axis=-1) for name, array in table.items()}
 
 
@@ -42,12 +42,12 @@ def test_two_sequences_share_a_row():
     # 52 and 32 + 30 in 64 positions, then 23: the longest first, each where it fits first.
     np.testing.assert_array_equal(rows.segments[0, :3, 0, [0, 51, 52, 63]].T,
                                   [[1, 1, 0, 0], [1, 2, 2, 0], [1, 0, 0, 0]])
-    second = {name: getattr(rows, name)[0, 1, 0] for name in ("tokens", "targets", "positions", "sources")}
+    second = {name: getattr(rows, name)[0, 1, 0] for name in ("tokens", "targets", "positions", "response_index")}
     assert second["tokens"][:4].tolist() == [0, 1, 1100, 1101] and second["tokens"][32:37].tolist() == [
         100, 101, 102, 2100, 2101]
     assert second["targets"][:3].tolist() == [1, 1100, 1101] and second["targets"][[31, 61]].tolist() == [0, 0]
     assert second["positions"][[0, 31, 32, 61]].tolist() == [0, 31, 0, 29]
-    assert second["sources"][[0, 1, 30, 31]].tolist() == [4 * 60, 60, 60 + 29, 4 * 60]     # T = 60: response b at 60 b
+    assert second["response_index"][[0, 1, 30, 31]].tolist() == [4 * 60, 60, 60 + 29, 4 * 60]     # T = 60: response b at 60 b
     assert not rows.tokens[0, 3].any() and packing.fill(packed) == pytest.approx((52 + 32 + 30 + 23) / (3 * 64))
 
 
@@ -58,7 +58,7 @@ def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updat
     rollouts = rollouts_of([prompt for prompt, _ in groups], [[max(n, 1) for n in each] for _, each in groups])
     width, slots = packing.row_width(130, context), 95
     packed = packing.pack(rollouts, rows=rows, width=width, slots=slots, updates=updates, context=context, alone=alone)
-    none, seen = rollouts.lengths.size * packed.places.shape[1], []
+    none, seen = rollouts.lengths.size * packed.token_index.shape[1], []
     for table, counts in zip(in_row_order(packed, context), packed.counts, strict=True):
         for which in range(updates):
             used = counts[which] * rows
@@ -79,9 +79,9 @@ def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updat
                         [rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]]))
                     np.testing.assert_array_equal(table["targets"][which, row, here], [*tokens[1:], 0])
                     np.testing.assert_array_equal(table["positions"][which, row, here], np.arange(len(tokens)))
-                    sources = np.full(len(tokens), none)
-                    sources[start - 1 : -1] = member * packed.places.shape[1] + np.arange(length)
-                    np.testing.assert_array_equal(table["sources"][which, row, here], sources)
+                    response_index = np.full(len(tokens), none)
+                    response_index[start - 1 : -1] = member * packed.token_index.shape[1] + np.arange(length)
+                    np.testing.assert_array_equal(table["response_index"][which, row, here], response_index)
     assert sorted(seen) == [(prompt, sample) for prompt in range(len(groups)) for sample in range(4)]
 
 
@@ -90,12 +90,12 @@ def test_places_find_what_sources_laid_out(context, alone):
     rollouts = rollouts_of([3, 9, 2], [[70, 5, 1, 33], [8, 8, 90, 2], [4, 60, 31, 12]])
     packed = packing.pack(rollouts, rows=2, width=128, slots=90, updates=2, context=context, alone=alone)
     assert len(packed.groups) == (2 if alone else 1)
-    mask = np.arange(packed.places.shape[1]) < rollouts.lengths.reshape(-1, 1)
+    mask = np.arange(packed.token_index.shape[1]) < rollouts.lengths.reshape(-1, 1)
     values = np.where(mask, np.random.default_rng(0).standard_normal(mask.shape), 0).astype(np.float32)
     laid = [np.asarray(update.laid_out(jax.numpy.asarray(values), rows)) for rows in packed.groups]
     assert all((each != 0).sum() for each in laid) and sum((each != 0).sum() for each in laid) == mask.sum()
     line = np.concatenate([*(each.reshape(-1) for each in laid), [0]])
-    np.testing.assert_array_equal(line[packed.places], values)
+    np.testing.assert_array_equal(line[packed.token_index], values)
 
 
 @pytest.mark.parametrize(("longest", "context", "width"), [

@@ -168,8 +168,8 @@ def test_every_response_is_recorded_once_and_before_anybody_may_stop():
 
 def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn_later():
     problems, kept = [problem(0, "3"), problem(1, "4")], []
-    begun = [dataclasses.replace(response(0, 0, "7", "length"), finish=""),
-             dataclasses.replace(response(1, 1, "", "length"), finish="")]
+    begun = [dataclasses.replace(response(0, 0, "7", "length"), finish=None),
+             dataclasses.replace(response(1, 1, "", "length"), finish=None)]
 
     def watch(now):
         if now.finished == 2:
@@ -178,7 +178,7 @@ def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn
     with pytest.raises(Interrupted):
         attempted(playing(*CHUNKS, begun=begun), problems, 2, Right(), watch=watch, keep=kept.extend)
     assert [(each.prompt, each.sample, each.finish) for each in kept] == [
-        (1, 0, "eos"), (0, 1, "eos"), (0, 0, ""), (1, 1, "")]
+        (1, 0, "eos"), (0, 1, "eos"), (0, 0, None), (1, 1, None)]
 
     grader, asked = Right(), []
 
@@ -198,7 +198,7 @@ def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn
         attempted(playing([response(0, 0, "9")], [], begun=begun[1:]), problems, 2, Right(), drawn=kept,
                   watch=lambda now: watch(dataclasses.replace(now, finished=now.finished + 1)), keep=kept_again.extend)
     assert sorted((each.prompt, each.sample, each.finish) for each in kept_again) == [
-        (0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"), (1, 1, "")]
+        (0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"), (1, 1, None)]
 
 
 def test_answers_that_stay_undecided_stop_the_run():

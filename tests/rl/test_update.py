@@ -67,7 +67,7 @@ def experience(positions=24, aggregation="token_mean"):
     token_weights = np.asarray(update.token_weights(e.mask, aggregation))
     return Experience(
         rows=Rows(tokens=e.tokens, targets=ahead(e.tokens), positions=at, segments=(at < ends).astype(np.int32),
-                  sources=np.zeros_like(at)),
+                  response_index=np.zeros_like(at)),
         weights=ahead(token_weights), advantages=ahead(e.advantages), old_logprobs=ahead(e.old_logprobs),
         reference_logprobs=ahead(e.reference_logprobs))
 

@@ -24,7 +24,7 @@ def outcomes(accuracy, tokens, levels=("hard", "easy", "medium"), problems=60):
     correct = (place < round(accuracy * problems))[:, None]
     return Outcomes(uids=place.astype(np.int64), levels=np.array([levels[i % len(levels)] for i in place]),
                     correct=correct, lengths=lengths, finish=np.full_like(correct, "eos", dtype="U6"),
-                    answers=np.where(correct, "1", "2"), stated=np.where(correct, lengths, np.nan).astype(np.float32))
+                    answers=np.where(correct, "1", "2"), first_answer_token=np.where(correct, lengths, np.nan).astype(np.float32))
 
 
 def measured(base, trained):

@@ -16,7 +16,7 @@ def response(prompt, sample, length, finish, repeated=False):
                     model_logprobs=three, finish=finish, repeated=repeated)
 
 
-KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, ""), response(2, 7, 9, "loop", repeated=True), response(1, 1, 3, "")]
+KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, None), response(2, 7, 9, "repetition", repeated=True), response(1, 1, 3, None)]
 
 
 @pytest.mark.parametrize("kept", [KEPT, KEPT[:1], KEPT[1:2], []], ids=len)

@@ -417,7 +417,7 @@ def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(c
     first = generation(requests, shape=shape)
     before = [response for _ in range(chunks) for response in next(first)]
     begun = first.unfinished()
-    assert len(begun) == 8 and all(response.finish == "" for response in begun)
+    assert len(begun) == 8 and all(response.finish is None for response in begun)
     left = attempts.remaining(requests, [*before, *begun])
     assert len(left) == len(requests) - len(before)
     second = generation(left, shape=shape)
@@ -444,12 +444,12 @@ STOPPING = RepetitionStopping(window=16, longest_period=8, grid=4)
 def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots():
     whole = sampled(**periodic())
     cut = sampled(**periodic(), repetition=STOPPING)
-    repeated = [name for name, response in cut.items() if response.finish == "loop"]
+    repeated = [name for name, response in cut.items() if response.finish == "repetition"]
     assert repeated                                               # else this test would say nothing
     for name, response in cut.items():
         length = len(response.tokens)
         np.testing.assert_array_equal(response.tokens, whole[name].tokens[:length])
-        assert response.repeated == (response.finish == "loop") and len(response.logprobs) == length
+        assert response.repeated == (response.finish == "repetition") and len(response.logprobs) == length
         assert length % 4 == 0 if response.repeated else length == 80
     for arrangement in (dict(chunk=7), dict(slots=2), dict(slots=64, chunk=32)):
         assert_same(sampled(**periodic(), repetition=STOPPING, **arrangement), cut)
@@ -475,13 +475,13 @@ def response(prompt, sample, length, finish="eos", repeated=False):
 
 def test_collect_puts_each_response_in_its_place():
     responses = [response(1, 0, 3), response(0, 1, 1), response(1, 1, 2, "length"),
-                 response(0, 0, 2, "loop", repeated=True)]
+                 response(0, 0, 2, "repetition", repeated=True)]
     found = engine.collect([problem(1, 2), problem(2, 4)], responses, 2)
     np.testing.assert_array_equal(found.prompt_lengths, [2, 4])
     np.testing.assert_array_equal(found.prompts[0], [*problem(1, 2).prompt, 0, 0])
     np.testing.assert_array_equal(found.lengths, [[2, 1], [3, 2]])
     np.testing.assert_array_equal(found.ended, [[False, True], [True, False]])
-    np.testing.assert_array_equal(found.finish, [["loop", "eos"], ["eos", "length"]])
+    np.testing.assert_array_equal(found.finish, [["repetition", "eos"], ["eos", "length"]])
     np.testing.assert_array_equal(found.repeated, [[True, False], [False, False]])
     np.testing.assert_array_equal(found.tokens, [[[1, 2, 0], [6, 0, 0]], [[11, 12, 13], [16, 17, 0]]])
     np.testing.assert_array_equal(found.logprobs, -found.tokens)

@@ -13,6 +13,7 @@ from typing import Any
 
 from effreason.evaluation import statistics
 from effreason.runs.report.results import is_number, typed
+from effreason.types import FinishReason
 
 HEAD, TAIL = 3000, 1500             # characters of a long text that are shown
 GROUP = 16                          # answers of a group that are shown
@@ -75,7 +76,7 @@ def shown(row: Row, label: str, before: int | None = None) -> Response:
     if omitted:
         thinking = f"{thinking[:HEAD]}\n\n[… {omitted:,} characters …]\n\n{thinking[-TAIL:]}"
     return Response(label=label, tokens=row["tokens"], correct=row["correct"], answer=row["answer"] or "",
-                    cut_off=row.get("finish", "eos") != "eos", thinking=thinking, behind=behind.strip()[:HEAD],
+                    cut_off=row.get("finish", FinishReason.EOS) != FinishReason.EOS, thinking=thinking, behind=behind.strip()[:HEAD],
                     omitted=omitted, saved=0 if before is None else before - row["tokens"])
 
 
