@@ -239,7 +239,7 @@ def write_all(session: Session, asked: Sequence[Asked]) -> None:
         try:
             for finished in generation:
                 waiting |= {(response.prompt, response.sample): response for response in finished}
-                finishes.update(response.finish for response in finished)
+                finishes.update(str(response.finish) for response in finished)
                 while due in waiting:
                     put(waiting.pop(due))
                     due = next(names, None)

@@ -133,8 +133,8 @@ def test_another_process_reads_and_writes_nothing(tmp_path, monkeypatch):
         journal.add([ONE])
     whole = path.read_bytes()
     of_process_0 = {"journal": True, "a file of an evaluation": journals.digest(path)}
-    monkeypatch.setattr(journals.processes, "first", lambda: False)
-    monkeypatch.setattr(journals.processes, "decided", lambda name, make: of_process_0[name])
+    monkeypatch.setattr(journals.processes, "is_primary", lambda: False)
+    monkeypatch.setattr(journals.processes, "broadcast", lambda name, make: of_process_0[name])
     monkeypatch.setattr(journals.processes, "appears", lambda seen: seen())
     with journals.Journal(path, FACTS, same) as journal:
         alike(journal.drawn, [ONE])

@@ -115,7 +115,7 @@ def test_credit_is_the_oracle(form, whiten, group_std, importance_cap):
     np.testing.assert_allclose(reward, rewards, atol=1e-6)
     np.testing.assert_array_equal(experience.mask, mask)
     np.testing.assert_allclose(experience.advantages, worth, rtol=1e-4, atol=1e-5)
-    assert metrics.keys() == expected.keys() | {f"{kind}/{part}" for kind in ("pressure", "pull") for part in PARTS}
+    assert metrics.keys() == expected.keys() | {f"{kind}/{part}" for kind in ("update_share", "length_pull") for part in PARTS}
     for name, value in expected.items():
         assert float(metrics[name]) == pytest.approx(value, abs=1e-5), name
     np.testing.assert_array_equal(experience.old_logprobs, logprobs()[0])
@@ -152,7 +152,7 @@ def test_empty_responses_cost_nothing():
 # The length-pressure meter
 
 
-def shares(metrics, kind="pressure"):
+def shares(metrics, kind="update_share"):
     return {part: float(metrics[f"{kind}/{part}"]) for part in PARTS}
 
 
@@ -169,12 +169,12 @@ def test_the_shares_of_the_pressure_add_up_and_the_pulls_are_those_of_the_advant
         if aggregation == "sequence_mean":
             of_responses *= LENGTHS.mean() / LENGTHS
         whole = advantages.length_pull(of_responses, LENGTHS)
-        assert sum(shares(metrics, "pull").values()) == pytest.approx(float(whole), rel=1e-4, abs=1e-5)
+        assert sum(shares(metrics, "length_pull").values()) == pytest.approx(float(whole), rel=1e-4, abs=1e-5)
 
 
 def test_alpha_alone_makes_length_pressure():
     assert shares(credited(settings(alpha=0.0))[2])["length"] == 0
-    weak, strong = (shares(credited(settings(alpha=alpha))[2], "pull") for alpha in (0.1, 0.4))
+    weak, strong = (shares(credited(settings(alpha=alpha))[2], "length_pull") for alpha in (0.1, 0.4))
     assert strong["length"] == pytest.approx(4 * weak["length"], rel=1e-4)      # linear in alpha
     assert strong["length"] < 0 and strong["accuracy"] == weak["accuracy"]
 
@@ -183,7 +183,7 @@ def test_whitening_pulls_on_length_at_alpha_0():
     lengths, right = np.array([[1, 2, 14, 15]] * PROMPTS, np.int32), np.array([[1, 1, 0, 0]] * PROMPTS, bool)
 
     def pull(**learning):
-        return shares(credited(settings(alpha=0.0, whiten=True, **learning), right, lengths)[2], "pull")
+        return shares(credited(settings(alpha=0.0, whiten=True, **learning), right, lengths)[2], "length_pull")
 
     # What is wrong is long, and longer responses count more in the mean: it is below 0 and taking it away lifts all,
     # which under a mean over each one's tokens lifts those of short responses most.
