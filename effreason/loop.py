@@ -13,6 +13,7 @@ import numpy as np
 from effreason.data import prompts
 from effreason.groups import RunState, describe, draw, engine_metrics
 from effreason.lm import model
+from effreason.lm.hf.pretrained import model_fingerprint
 from effreason.rl import alpha_control, packing, parity, update
 from effreason.rl import rollouts as attempts
 from effreason.rl.checkpoints import Checkpoints
@@ -21,7 +22,7 @@ from effreason.rl.learner import Engine, needs_reference
 from effreason.runs import directory as runs
 from effreason.runs import unfinished
 from effreason.runs.export import export, origin
-from effreason.runs.inputs import Inputs, model_fingerprint
+from effreason.runs.inputs import Inputs
 from effreason.runs.session import Session, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config

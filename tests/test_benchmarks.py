@@ -17,7 +17,7 @@ from benchmarks.sampling import compare as sampling_compare
 from benchmarks.sampling import engines, parts
 from benchmarks.update import accelerator, steps
 from benchmarks.update import compare as update_compare
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.pretrained import write_decoder
 from effreason.runtime import sharding
 
 ROOT = Path(__file__).parents[1]
@@ -89,12 +89,12 @@ def test_our_learning_step_changes_the_weights_as_the_one_in_torch_does(monkeypa
     config, batch = decoders.QWEN2, tiny_batch()
     monkeypatch.setattr(steps, "RATE", 1e-2)
     start = jax.tree.map(jax.numpy.asarray, decoders.weights(config))
-    pretrained.write_model(start, config, engines.config_table(config), "float32", tmp_path / "start")
+    write_decoder(start, config, engines.config_table(config), "float32", tmp_path / "start")
     theirs = steps.make_torch(config, batch, rows=4, directory=tmp_path / "start")
     ours = steps.make_ours(config, batch, decoders.mesh(), rows=2, remat="none", params=start)
     for learner in (ours, theirs):
         learner.step()
-    pretrained.write_model(ours.policy(), config, engines.config_table(config), "float32", tmp_path / "end")
+    write_decoder(ours.policy(), config, engines.config_table(config), "float32", tmp_path / "end")
     before, found = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
     expected = {name: weight.detach().numpy() for name, weight in theirs.policy().state_dict().items()}
     assert found.keys() == expected.keys()

@@ -29,8 +29,7 @@ MODULES = {
     .removesuffix("."): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-TO_BE_MOVED = {("evaluation.journal", "runs.unfinished"), ("evaluation.models", "runs.inputs"),
-               ("loop", "groups")}
+TO_BE_MOVED = {("evaluation.journal", "runs.unfinished"), ("loop", "groups")}
 
 
 def layer(module):

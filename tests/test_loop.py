@@ -25,10 +25,13 @@ from effreason.data import templates
 from effreason.evaluation import models as candidates
 from effreason.evaluation import responses
 from effreason.grading.grader import Grade
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.pretrained import load_tokenizer
+from effreason.lm.hf.weights import read_weights
 from effreason.rl import experience, packing, parity, rollouts
 from effreason.rl.checkpoints import Checkpoints
 from effreason.runs import directory as runs
+from effreason.runs import export as run_export
 from effreason.runs import session
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
@@ -170,14 +173,14 @@ def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
 
 
 def test_the_exported_model_loads_and_has_learned(finished, world):
-    decoder = pretrained.read_config(finished.directory / "model")
-    assert decoder == pretrained.read_config(world / "base")
-    trained, base = pretrained.load(finished.directory / "model", decoder), pretrained.load(world / "base", decoder)
+    decoder = read_config(finished.directory / "model")
+    assert decoder == read_config(world / "base")
+    trained, base = read_weights(finished.directory / "model", decoder), read_weights(world / "base", decoder)
     jax.tree.map(np.testing.assert_array_equal, trained, state_in(finished, finished.directory).params)
     changed = [bool((one != other).any()) for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(base),
                                                                strict=True)]
     assert all(changed)
-    assert len(pretrained.load_tokenizer(finished.directory / "model")) == len(pretrained.load_tokenizer(world / "base"))
+    assert len(load_tokenizer(finished.directory / "model")) == len(load_tokenizer(world / "base"))
 
 
 def test_a_run_compiles_each_function_of_its_learning_once(finished):
@@ -504,7 +507,7 @@ def full_disk():
 @pytest.mark.parametrize(("place", "name", "file"), [
     ((MetricsWriter, "write"), "metrics", "metrics.jsonl: cannot be written: "),
     ((Checkpoints, "save"), "checkpoint", "checkpoints/2: the checkpoint cannot be written ("),
-    ((pretrained, "export"), "export", "model: cannot be written: "),
+    ((run_export, "export_model"), "export", "model: cannot be written: "),
 ], ids=["metrics", "checkpoint", "export"])
 def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tmp_path, monkeypatch, capfd, place,
                                                                        name, file):
@@ -526,7 +529,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
         "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model"}
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == (2 if name == "export" else 1)
-    pretrained.load(directory / "model", pretrained.read_config(directory / "model"))
+    read_weights(directory / "model", read_config(directory / "model"))
 
 
 @pytest.mark.parametrize(("file", "change", "error"), [

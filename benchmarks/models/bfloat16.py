@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effreason.lm import model
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.pretrained import load_weights, open_pretrained
 from effreason.rl import packing, update
 from effreason.runtime import sharding
 from effreason.sampling import engine
@@ -81,8 +81,8 @@ def agreed(one: Response, other: Response) -> int:
 
 def measure(path: str, tokens: int) -> dict:
     """All figures of one model."""
-    pretrained = hf.open_pretrained(path, dtype="float32")
-    params, problems = hf.load_weights(pretrained), prompts(pretrained.tokenizer)
+    pretrained = open_pretrained(path, dtype="float32")
+    params, problems = load_weights(pretrained), prompts(pretrained.tokenizer)
     decoders = {dtype: dataclasses.replace(pretrained.decoder, dtype=jnp.dtype(dtype)) for dtype in DTYPES}
     greedy = {dtype: sample(decoder, params, problems, GREEDY, tokens) for dtype, decoder in decoders.items()}
     exact, coarse = (score(decoder, params, problems, greedy["float32"]) for decoder in decoders.values())

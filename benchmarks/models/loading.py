@@ -42,7 +42,7 @@ def main() -> None:
     targets = sharding.tree_sharding(sharding.make_mesh(fsdp=options.devices), model.logical_axes(config))
     leaves = jax.tree.leaves(model.abstract_params(config))
     before, started, processed = memory("VmRSS"), time.perf_counter(), time.process_time()
-    params = jax.block_until_ready(weights.load(directory, config, targets))
+    params = jax.block_until_ready(weights.read_weights(directory, config, targets))
     seconds, processor = time.perf_counter() - started, time.process_time() - processed
     peak = memory("VmHWM") - before
     result = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -15,7 +15,8 @@ from effreason.data import loading, templates
 from effreason.data.tiny import tasks, traces
 from effreason.evaluation import evaluate
 from effreason.lm import model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.pretrained import open_pretrained
+from effreason.lm.hf.weights import read_weights
 from effreason.rl import rollouts as attempts
 from effreason.rl.advantages import leave_one_out, length_pull
 from effreason.rl.rewards import length_rewards
@@ -33,10 +34,10 @@ def main() -> None:
     path = parser.parse_args().model
     sharding.use_compilation_cache()
     config, mesh = configuration.load(configuration.shipped() / "tiny.yaml"), sharding.make_mesh(data=-1)
-    tiny = pretrained.open_pretrained(path, dtype=config.model.dtype)
+    tiny = open_pretrained(path, dtype=config.model.dtype)
     template = templates.choose(tiny.tokenizer, config.data)
     problems = loading.load_held_out(config, tiny.tokenizer, template)[0]["tiny"]
-    params = pretrained.load(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
+    params = read_weights(tiny.directory, tiny.decoder, sharding.tree_sharding(mesh, model.logical_axes(tiny.decoder)))
     sampling = SamplingParams(temperature=1.0, eos_ids=tiny.eos_ids)
     sampler = engine.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)
     key = engine.step_key(0, "evaluation", 1)

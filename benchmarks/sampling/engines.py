@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from effreason.lm import kv_cache, model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.pretrained import write_decoder
 from effreason.sampling import draws, engine, slots
 
 
@@ -204,7 +204,7 @@ def make_transformers(config: model.DecoderConfig, params: model.Params, mesh: M
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as directory:
-        pretrained.write_model(params, config, config_table(config), "float32", Path(directory))
+        write_decoder(params, config, config_table(config), "float32", Path(directory))
         decoder = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     choice: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0,
                                                                  "top_p": 1.0}

@@ -17,24 +17,21 @@ from huggingface_hub import ModelCardData
 from effreason import __version__
 from effreason.cli.arguments import Parser, numbers
 from effreason.lm import model
+from effreason.lm.blend import blend
 from effreason.lm.hf import hub
-from effreason.lm.hf import pretrained as hf
-from effreason.lm.hf.pretrained import Pretrained
+from effreason.lm.hf.config import read_json
+from effreason.lm.hf.pretrained import (
+    FACTS_FILE,
+    Pretrained,
+    export_model,
+    load_weights,
+    open_pretrained,
+)
 from effreason.runs import model_card
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk
 
 LOWEST, HIGHEST = -1.0, 2.0         # weights beyond say nothing of the two models any more
-
-
-def blend(base: model.Params, trained: model.Params, weight: float | jax.Array) -> model.Params:
-    """(1 - weight) * base + weight * trained, in float32; at 0 and 1 exactly one of them.
-
-    Args: trees of the same arrays; weight, a number or float32[], outside [0, 1] an extrapolation."""
-    def mix(one: jax.Array, other: jax.Array) -> jax.Array:
-        return (1.0 - weight) * one.astype("float32") + weight * other.astype("float32")
-
-    return jax.tree.map(mix, base, trained)
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -53,20 +50,20 @@ def run(argv: Sequence[str], prog: str) -> None:
         check_target(target)
     # On the host, whose memory holds two models sooner, and beside a run that has the accelerators.
     jax.config.update("jax_platforms", "cpu")
-    base = hf.open_pretrained(options.base, dtype="float32", revision=options.revision)
-    trained = hf.open_pretrained(options.trained, dtype="float32")
+    base = open_pretrained(options.base, dtype="float32", revision=options.revision)
+    trained = open_pretrained(options.trained, dtype="float32")
     check(base, trained)
-    others = hf.load_weights(trained)
+    others = load_weights(trained)
     for weight, target in zip(weights, targets, strict=True):
         with disk(target):
-            hf.export(_blended(base, others, weight), trained.decoder, trained.directory, target,
-                      facts=facts(base, trained, weight), card=card(base, trained, weight))
+            export_model(_blended(base, others, weight), trained.decoder, trained.directory, target,
+                         facts=facts(base, trained, weight), card=card(base, trained, weight))
         print(f"{target}: {1 - weight:g} of {base.name} and {weight:g} of {trained.name}")
 
 
 def _blended(base: Pretrained, others: model.Params, weight: float) -> model.Params:
     """The base, read again, with each array replaced by the blended one: never more than two models in memory."""
-    leaves, tree = jax.tree.flatten(hf.load_weights(base))
+    leaves, tree = jax.tree.flatten(load_weights(base))
     mix = jax.jit(blend)
     for place, other in enumerate(jax.tree.leaves(others)):
         leaves[place] = jax.block_until_ready(mix(leaves[place], other, weight))
@@ -114,11 +111,11 @@ def facts(base: Pretrained, trained: Pretrained, weight: float) -> dict[str, Any
     """effreason.json: the trained model's, and what was blended; None where the trained model has none.
 
     Without it nothing is known of the prompts that the model was trained on, and a file must say that."""
-    path = trained.directory / hf.FACTS_FILE
+    path = trained.directory / FACTS_FILE
     if not path.exists():
         return None
-    return hf.read_json(path) | {"blend": {"base": _public(base), "base_revision": base.revision,
-                                           "trained": _public(trained), "weight": weight, "effreason": __version__}}
+    return read_json(path) | {"blend": {"base": _public(base), "base_revision": base.revision,
+                                        "trained": _public(trained), "weight": weight, "effreason": __version__}}
 
 
 def card(base: Pretrained, trained: Pretrained, weight: float) -> str:

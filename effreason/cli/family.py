@@ -14,13 +14,14 @@ import jax
 from rich.console import Console
 
 from effreason import loop
-from effreason.cli import blend
 from effreason.evaluation import responses, statistics
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.blend import blend
+from effreason.lm.hf.config import read_json
+from effreason.lm.hf.pretrained import load_weights, model_fingerprint, open_pretrained
 from effreason.rl import alpha_control, configured_reward
 from effreason.rl.learner import make_learner
 from effreason.runs import directory as runs
-from effreason.runs.inputs import Inputs, model_fingerprint
+from effreason.runs.inputs import Inputs
 from effreason.runs.report import page
 from effreason.runs.report import summary as report
 from effreason.runs.report.results import BASE, BASELINE, BLEND, MEMBER
@@ -148,13 +149,13 @@ def train_member(session: Session, config: Config, name: str, base: Point, go_on
                  alpha=config.reward.alpha if is_member else None,
                  outcomes=found(directory, config.run.steps) if processes.is_primary() else {},
                  seconds=processes.broadcast(f"{name} seconds",
-                                           lambda: hf.read_json(directory / "summary.json")["wall_s"]))
+                                           lambda: read_json(directory / "summary.json")["wall_s"]))
 
 
 def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
     """Whether a run has been concluded after so many steps, with all sets. Raises: UserError where it has done more."""
     path = directory / "summary.json"
-    summary = hf.read_json(path) if path.exists() else {"steps": 0, "wall_s": 0.0}
+    summary = read_json(path) if path.exists() else {"steps": 0, "wall_s": 0.0}
     if not all(isinstance(summary.get(name), int | float) for name in ("steps", "wall_s")):
         raise UserError(f"{path}: expected the numbers steps and wall_s, as a run writes them; remove it to conclude "
                         "the run again")
@@ -190,9 +191,9 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
     if not weights:
         return []
     base, target = session.load_weights(), session.engine.learning.params_sharding
-    pretrained = hf.open_pretrained(str(trained.directory / "model"), dtype="float32")
-    other = hf.load_weights(pretrained, target)
-    mix = jax.jit(blend.blend, out_shardings=target)
+    pretrained = open_pretrained(str(trained.directory / "model"), dtype="float32")
+    other = load_weights(pretrained, target)
+    mix = jax.jit(blend, out_shardings=target)
     made = []
     for weight in weights:
         name = f"blend {weight:g}"

@@ -16,7 +16,7 @@ from effreason.cli.arguments import Parser
 from effreason.data import prompts
 from effreason.evaluation.evaluate import make_grader
 from effreason.lm import model
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.pretrained import Pretrained, load_weights
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import Engine, make_engine
 from effreason.runs.inputs import open_inputs
@@ -96,10 +96,10 @@ def _asked_for(problems: prompts.Problems, config: Config, uid: int, step: int) 
                     f"got {uid}")
 
 
-def _policy(engine: Engine, pretrained: hf.Pretrained, directory: Path, step: int) -> model.Params:
+def _policy(engine: Engine, pretrained: Pretrained, directory: Path, step: int) -> model.Params:
     """The weights after `step` updates. Raises: UserError where they are not there any more."""
     if step == 0:
-        return hf.load_weights(pretrained, engine.learning.params_sharding)
+        return load_weights(pretrained, engine.learning.params_sharding)
     with Checkpoints(directory / "checkpoints", keep=None) as saved:
         if step not in saved.steps:
             kept = ", ".join(map(str, [0, *saved.steps]))

@@ -27,7 +27,7 @@ from effreason.cli.prompt_files import NEW_TOKENS, Question
 from effreason.data import templates
 from effreason.data.files import one_line
 from effreason.lm import model
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.pretrained import Pretrained, load_weights, open_pretrained
 from effreason.runtime import sharding
 from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import Interrupted, UserError
@@ -57,7 +57,7 @@ class Reader:
     """A model but its weights, and how it is to read prompts."""
 
     options: argparse.Namespace
-    pretrained: hf.Pretrained
+    pretrained: Pretrained
     template: templates.Template | None         # None: texts are read as they stand
     console: Console                            # standard error
 
@@ -116,7 +116,7 @@ def open_reader(options: argparse.Namespace) -> Reader:
     console = Console(stderr=True, force_interactive=None if os.isatty(2) else False)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     try:
-        pretrained = hf.open_pretrained(options.model, revision=options.revision, dtype=dtype)
+        pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype)
         template = None
         if options.template is not None or (pretrained.tokenizer.chat_template and not options.raw):
             data = DataConfig(template=options.template, user_prompt="{problem}")
@@ -137,7 +137,7 @@ def load(reader: Reader, asked: Sequence[Asked] | None, *, chunk: int) -> Sessio
     sharding.use_compilation_cache()
     mesh, options, pretrained = sharding.make_mesh(data=-1), reader.options, reader.pretrained
     with _line(reader.console, "reading the weights"):
-        params = hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
+        params = load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
     longest = pretrained.max_positions if asked is None else max(
         len(each.tokens) + each.max_new_tokens for each in asked)
     sampler = engine.make_sampler(pretrained.decoder, mesh, slots=options.slots, chunk=chunk, positions=longest,

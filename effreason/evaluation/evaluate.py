@@ -19,7 +19,7 @@ from effreason.evaluation import responses, tables
 from effreason.evaluation.models import EvaluatedModel, check_alike, open_model, revised, trained_on
 from effreason.grading.grader import Grader
 from effreason.lm import model
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.pretrained import Pretrained
 from effreason.rl.rollouts import OnChunk, attempt, unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance, sharding
@@ -70,7 +70,7 @@ class Measure(Protocol):
         ...
 
 
-def make_evaluator(config: Config, pretrained: hf.Pretrained, template: templates.Template, sampler: Sampler,
+def make_evaluator(config: Config, pretrained: Pretrained, template: templates.Template, sampler: Sampler,
                    sets: Sets, grader: Grader, *, seed: int | None = None) -> Evaluate:
     """evaluate(params, watch, weights=...) on the same problems, drawn with the same keys each time.
 
@@ -88,7 +88,7 @@ def make_evaluator(config: Config, pretrained: hf.Pretrained, template: template
     return evaluate
 
 
-def make_measure(config: Config, pretrained: hf.Pretrained, template: templates.Template, sampler: Sampler, sets: Sets,
+def make_measure(config: Config, pretrained: Pretrained, template: templates.Template, sampler: Sampler, sets: Sets,
                  grader: Grader, *, seed: int | None = None) -> Measure:
     """measure(name, params, watch, weights=...): one set at a time. Args: seed, None = run.seed."""
     settings, root = config.evaluation, config.run.seed if seed is None else seed

@@ -15,10 +15,16 @@ from jax.sharding import Mesh
 from effreason.data import sources, templates
 from effreason.lm import model
 from effreason.lm.hf import hub
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.config import read_json
+from effreason.lm.hf.pretrained import (
+    FACTS_FILE,
+    Pretrained,
+    load_weights,
+    model_fingerprint,
+    open_pretrained,
+)
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import check_model, make_learner
-from effreason.runs.inputs import model_fingerprint
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
@@ -30,7 +36,7 @@ class EvaluatedModel:
     """A model to evaluate, but its weights, and the prompts it will read."""
 
     name: str                       # as the user named it
-    pretrained: hf.Pretrained       # of a checkpoint, the model that its run started from
+    pretrained: Pretrained       # of a checkpoint, the model that its run started from
     template: templates.Template
     facts: Mapping[str, Any] | None     # what it was trained from, where effreason has trained it
     fingerprint: str                # other weights have another one
@@ -41,12 +47,12 @@ def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> E
     """Opens a model and checks it. Raises: UserError."""
     if is_checkpoint(Path(path)):
         return _of_checkpoint(config, Path(path), mesh)
-    pretrained = hf.open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
-    facts_file = pretrained.directory / hf.FACTS_FILE
+    pretrained = open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
+    facts_file = pretrained.directory / FACTS_FILE
     return _checked(config, mesh, EvaluatedModel(
         name=pretrained.name, pretrained=pretrained, template=templates.choose(pretrained.tokenizer, config.data),
-        facts=hf.read_json(facts_file) if facts_file.exists() else None, fingerprint=model_fingerprint(pretrained),
-        load=lambda: hf.load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))))
+        facts=read_json(facts_file) if facts_file.exists() else None, fingerprint=model_fingerprint(pretrained),
+        load=lambda: load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))))
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -57,7 +63,7 @@ def is_checkpoint(path: Path) -> bool:
 def _of_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
     """A checkpoint of a run, whose configuration says which model it began with. Its whole state is read at first."""
     run = configuration.load(path.parents[1] / "config.yaml")
-    pretrained = hf.open_pretrained(run.model.path, revision=run.model.revision, dtype=config.model.dtype,
+    pretrained = open_pretrained(run.model.path, revision=run.model.revision, dtype=config.model.dtype,
                                     remat=config.model.remat)
     with Checkpoints(path.parent, keep=None) as saved:
         if not path.name.isdecimal() or int(path.name) not in saved.steps:
@@ -105,7 +111,7 @@ def check_template(candidate: EvaluatedModel, config: Config) -> None:
         return
     trained, template = candidate.facts.get("template"), candidate.template
     if not isinstance(trained, dict):
-        raise UserError(f"{candidate.pretrained.directory / hf.FACTS_FILE}: has no table template; is it what "
+        raise UserError(f"{candidate.pretrained.directory / FACTS_FILE}: has no table template; is it what "
                         "effreason wrote?")
     if trained.get("sha256") != template.sha256:
         raise UserError(

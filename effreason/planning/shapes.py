@@ -10,7 +10,8 @@ import jax
 
 from effreason.lm import model
 from effreason.lm.hf import config as configs
-from effreason.lm.hf import hub, pretrained
+from effreason.lm.hf import hub
+from effreason.lm.hf.pretrained import SHIPPED_REASONER
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
@@ -44,7 +45,7 @@ def open_decoder(config: Config) -> DecoderConfig:
     if name in SHIPPED and not Path(name).exists():
         table, path = SHIPPED[name], Path(name) / "config.json"
     else:
-        directory = pretrained.SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
+        directory = SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
         path = directory / "config.json"
         table = configs.read_json(path)
     decoder = configs.parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from effreason.lm import attention, model
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.pretrained import Pretrained
 from effreason.rl import checkpoints, configured_reward, packing, update
 from effreason.rl.experience import Credit, Reward, credit
 from effreason.rl.update import TrainState
@@ -67,7 +67,7 @@ class Engine:
     learning: Learner
 
 
-def make_engine(config: Config, pretrained: hf.Pretrained, mesh: Mesh, longest_prompt: int | None = None) -> Engine:
+def make_engine(config: Config, pretrained: Pretrained, mesh: Mesh, longest_prompt: int | None = None) -> Engine:
     """Builds everything a training step needs; but for the trial of a kernel nothing is compiled before its first call.
 
     Args: longest_prompt, tokens; None = data.max_prompt_tokens.
@@ -189,7 +189,7 @@ def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
             raise UserError(f"mesh.{axis} must divide the model's {name}, {size}, got {mesh.shape[axis]}")
 
 
-def check_model(pretrained: hf.Pretrained, config: Config, mesh: Mesh) -> None:
+def check_model(pretrained: Pretrained, config: Config, mesh: Mesh) -> None:
     """Raises UserError where the model does not fit onto the mesh, or the responses into the model."""
     check_mesh(pretrained.decoder, mesh)
     longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)

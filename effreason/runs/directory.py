@@ -13,7 +13,7 @@ from rich.console import Console
 from effreason.data.loading import evaluation_samples
 from effreason.data.prompts import LeftOut
 from effreason.evaluation import statistics
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.pretrained import CARD_FILE
 from effreason.rl import alpha_control
 from effreason.runs.export import card, origin
 from effreason.runs.inputs import Inputs
@@ -135,7 +135,7 @@ def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, 
     base, trained = next(iter(results.values()))[:2] if results else (None, None)
     with disk(directory / "model"):
         text = card(config.run.steps, config, inputs, alpha, base, trained)
-        (directory / "model" / pretrained.CARD_FILE).write_text(text, encoding="utf-8")
+        (directory / "model" / CARD_FILE).write_text(text, encoding="utf-8")
     summary = report.summary(config, results, wall_seconds, alpha=alpha) if results else None
     console = Console()
     if summary is not None:

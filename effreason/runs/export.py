@@ -7,7 +7,8 @@ from effreason import __version__
 from effreason.data.presets import PRESETS
 from effreason.evaluation.statistics import Summary
 from effreason.lm import model
-from effreason.lm.hf import hub, pretrained
+from effreason.lm.hf import hub
+from effreason.lm.hf.pretrained import export_model
 from effreason.runs import model_card
 from effreason.runs.inputs import Inputs
 from effreason.runtime.config import Config
@@ -22,7 +23,7 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
                               "objective": config.update.objective, "reward": config.reward.form, "alpha": alpha,
                               "seed": config.run.seed, "step": step, "effreason": __version__}
     with disk(target):
-        pretrained.export(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
+        export_model(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
                   chat_template=inputs.template.text, facts=facts, card=card(step, config, inputs, alpha, None, None))
 
 

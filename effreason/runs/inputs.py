@@ -2,28 +2,24 @@
 
 import dataclasses
 import functools
-import hashlib
-import os
 
 import jax
 from jax.sharding import Mesh
 
 from effreason.data import loading, prompts, templates
 from effreason.grading.grader import Grader
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.pretrained import Pretrained, model_fingerprint, open_pretrained
 from effreason.rl import rollouts
 from effreason.rl.learner import check_model
 from effreason.runtime.config import Config
 from effreason.types import Problem
-
-ENDS = 2**20                        # bytes of each end of a file of weights that tell it from another
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
     """The model but its weights, and the problems as it will read them."""
 
-    pretrained: hf.Pretrained
+    pretrained: Pretrained
     template: templates.Template
     problems: prompts.Problems
     held_out: dict[str, list[Problem]]      # by set; empty: no evaluation
@@ -41,26 +37,9 @@ def in_common(inputs: Inputs) -> dict[str, str]:
             "the problems of evaluation.path": inputs.held_out_sha256[:12]}
 
 
-def model_fingerprint(pretrained: hf.Pretrained) -> str:
-    """The commit of a model on the Hub; of a directory a hash of its JSON files, and of both ends and the size of each
-    file of weights: all of them would take minutes."""
-    if pretrained.revision is not None:
-        return pretrained.revision
-    digest = hashlib.sha256()
-    for path in sorted(pretrained.directory.glob("*.safetensors")) + sorted(pretrained.directory.glob("*.json")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(-1 if path.suffix == ".json" else ENDS))
-            if path.suffix != ".json" and size > ENDS:
-                file.seek(-ENDS, os.SEEK_END)
-                digest.update(file.read())
-    return digest.hexdigest()[:12]
-
-
 def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     """Opens the model and reads the problems. Raises: UserError."""
-    pretrained = hf.open_pretrained(config.model.path, revision=config.model.revision, dtype=config.model.dtype,
+    pretrained = open_pretrained(config.model.path, revision=config.model.revision, dtype=config.model.dtype,
                                     remat=config.model.remat)
     check_model(pretrained, config, mesh)
     tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)

@@ -11,7 +11,7 @@ from effreason.data import prompts
 from effreason.evaluation import evaluate as evaluation
 from effreason.grading.grader import Grader
 from effreason.lm import model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.pretrained import load_weights
 from effreason.rl.learner import Engine, make_engine
 from effreason.runs.inputs import Inputs, in_common, open_inputs
 from effreason.runtime import config as configuration
@@ -36,7 +36,7 @@ class Session:
 
     def load_weights(self) -> model.Params:
         """The weights of the model before training."""
-        return pretrained.load_weights(self.inputs.pretrained, self.engine.learning.params_sharding)
+        return load_weights(self.inputs.pretrained, self.engine.learning.params_sharding)
 
 
 @contextlib.contextmanager

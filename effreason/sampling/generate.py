@@ -31,19 +31,19 @@ def generate(params: model.Params, prompts: Sequence[Sequence[int] | np.ndarray]
     of float sums.
 
     >>> from effreason.sampling.generate import generate
-    >>> from effreason.lm import hf
+    >>> from effreason.lm.hf.pretrained import load_weights, open_pretrained
     >>> from effreason.sampling.draws import SamplingParams
-    >>> tiny = hf.open_pretrained("tiny", dtype="float32")
+    >>> tiny = open_pretrained("tiny", dtype="float32")
     >>> prompt = tiny.tokenizer("<｜begin▁of▁sentence｜><｜User｜>(47+9)%10<｜Assistant｜><think>\n")["input_ids"]
     >>> greedy = SamplingParams(temperature=0.0, eos_ids=tiny.eos_ids)
-    >>> [[response]] = generate(hf.load_weights(tiny), [prompt], config=tiny.decoder, sampling=greedy,
-    ...                         max_new_tokens=200)
+    >>> [[response]] = generate(load_weights(tiny), [prompt], config=tiny.decoder,
+    ...                         sampling=greedy, max_new_tokens=200)
     >>> tiny.tokenizer.decode(response.tokens[-11:])
     '</think>\\boxed{6}<｜end▁of▁sentence｜>'
     >>> response.finish, len(response.tokens), response.model_logprobs.shape
     ('eos', 105, (105,))
 
-    Args: params, as hf.load_weights or a training's state has them; prompts, P lists of token ids; max_new_tokens, for
+    Args: params, as load_weights or a training's state has them; prompts, P lists of token ids; max_new_tokens, for
         all prompts or one for each; samples, responses to each prompt; uids int[P] in [0, 2**31), the prompts' places
         where None; mesh, over all devices where None, with the responses split over them; slots, responses in flight;
         chunk, decode steps between two looks at what has finished; sampler, of rollouts.make_sampler, with which

@@ -11,7 +11,10 @@ from checkpoint_copies import assert_same_bits, edit, rewrite, stored
 
 from effreason.cli import blend as blends
 from effreason.cli import main
+from effreason.lm import blend as lm_blend
 from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config, read_json
+from effreason.lm.hf.pretrained import SHIPPED_REASONER, open_pretrained
 from effreason.runtime import config as configuration
 from effreason.runtime.errors import UserError
 
@@ -21,7 +24,7 @@ TEMPLATE = "{{ messages[0]['content'] }}<think>"
 @pytest.fixture
 def trained(tmp_path):
     """The shipped reasoner with other weights, another template, and facts."""
-    directory = Path(shutil.copytree(pretrained.SHIPPED_REASONER, tmp_path / "run" / "model"))
+    directory = Path(shutil.copytree(SHIPPED_REASONER, tmp_path / "run" / "model"))
 
     def change(tensors):
         rng = np.random.default_rng(0)
@@ -41,7 +44,7 @@ def blend(trained, output, weight, base="tiny"):
 
 def test_the_ends_are_the_models_and_the_middle_is_their_mean(trained, tmp_path, capsys):
     blend(trained, tmp_path / "mixed", "0,0.5,1,1.5")
-    one, other = stored(pretrained.SHIPPED_REASONER), stored(trained)
+    one, other = stored(SHIPPED_REASONER), stored(trained)
     assert_same_bits(stored(tmp_path / "mixed-0"), one)
     assert_same_bits(stored(tmp_path / "mixed-1"), other)
     middle, beyond = stored(tmp_path / "mixed-0.5"), stored(tmp_path / "mixed-1.5")
@@ -59,19 +62,19 @@ def test_a_tree_is_blended_in_float32():
     base = {"a": jax.numpy.array([1.0, 2.0], "bfloat16"), "layers": {"b": jax.numpy.array([[4.0]], "float32")}}
     trained = {"a": jax.numpy.array([3.0, 2.0], "bfloat16"), "layers": {"b": jax.numpy.array([[0.0]], "float32")}}
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        found = blends.blend(base, trained, 0.25)
+        found = lm_blend.blend(base, trained, 0.25)
     assert found["a"].dtype == found["layers"]["b"].dtype == "float32"
     np.testing.assert_array_equal(found["a"], [1.5, 2.0])
     np.testing.assert_array_equal(found["layers"]["b"], [[3.0]])
-    traced = jax.jit(blends.blend)(base, trained, jax.numpy.float32(0.25))
+    traced = jax.jit(lm_blend.blend)(base, trained, jax.numpy.float32(0.25))
     assert jax.tree.all(jax.tree.map(lambda one, other: bool((one == other).all()), found, traced))
 
 
 def test_a_blend_is_a_directory_like_the_trained_models(trained, tmp_path):
     made = blend(trained, tmp_path / "mixed", "0.25")
-    opened = pretrained.open_pretrained(str(made), dtype="float32")
-    assert opened.decoder == pretrained.read_config(trained) and opened.tokenizer.chat_template == TEMPLATE
-    assert pretrained.read_json(made / "effreason.json") == {"alpha": 0.2, "template": {"sha256": "abc"}, "blend": {
+    opened = open_pretrained(str(made), dtype="float32")
+    assert opened.decoder == read_config(trained) and opened.tokenizer.chat_template == TEMPLATE
+    assert read_json(made / "effreason.json") == {"alpha": 0.2, "template": {"sha256": "abc"}, "blend": {
         "base": "tiny", "base_revision": None, "trained": "model", "weight": 0.25, "effreason": blends.__version__}}
     text = (made / "README.md").read_text()
     assert "0.75 times that of `tiny` plus 0.25 times that of `model`" in text and str(tmp_path) not in text
@@ -144,7 +147,7 @@ def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "write_model", full)
+    monkeypatch.setattr(pretrained, "write_decoder", full)
     with pytest.raises(UserError, match=r"mixed: cannot be written: No space left on device"):
         blend(trained, tmp_path / "mixed", "0.5")
     assert not list(tmp_path.glob("mixed*"))

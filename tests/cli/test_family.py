@@ -13,7 +13,8 @@ import small_runs
 from effreason import loop
 from effreason.cli import family as families
 from effreason.cli import main
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.weights import read_weights
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import Progress
 from effreason.sampling import engine
@@ -78,7 +79,7 @@ def test_baselines_learn_from_the_same_number_of_responses_of_the_model_before_t
     first = {name: [row["response"] for row in each if row["step"] == 0] for name, each in rows.items()}
     assert first["dpo"] == first["alpha0.3"]            # no step has been taken: the same model
     assert len(rows["dpo"]) == len(rows["alpha0.3"])
-    weights = [pretrained.load(family / name / "model", pretrained.read_config(family / name / "model"))
+    weights = [read_weights(family / name / "model", read_config(family / name / "model"))
                for name in ("alpha0.3", "sft_shortest", "dpo")]
     for one, other in ((0, 1), (1, 2)):
         assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(weights[place]) for place in (one, other)),
@@ -129,7 +130,7 @@ def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_p
     assert main.main(["train", *command]) == 0
     for name in ("alpha0", "alpha0.3", "dpo"):
         models = [path / name / "model" for path in (family, directory)]
-        jax.tree.map(np.testing.assert_array_equal, *(pretrained.load(model, pretrained.read_config(model)) for model in models))
+        jax.tree.map(np.testing.assert_array_equal, *(read_weights(model, read_config(model)) for model in models))
 
 
 def test_a_family_that_is_stopped_in_a_baseline_goes_on_and_ends_the_same(family, world, tmp_path):
@@ -152,7 +153,7 @@ def test_a_family_that_is_stopped_in_a_baseline_goes_on_and_ends_the_same(family
         families.train(small_runs.config(world, directory, **CHANGES, **{"run.resume": True}), [0.3], ["dpo"], [])
     families.train(small_runs.config(world, directory, **CHANGES, **{"run.resume": True}), [0.3], ["dpo"], [])
     models = [path / "dpo" / "model" for path in (family, directory)]
-    jax.tree.map(np.testing.assert_array_equal, *(pretrained.load(model, pretrained.read_config(model)) for model in models))
+    jax.tree.map(np.testing.assert_array_equal, *(read_weights(model, read_config(model)) for model in models))
     for name in ("dpo", "alpha0.3"):
         assert (directory / name / "rollouts.jsonl").read_bytes() == (family / name / "rollouts.jsonl").read_bytes()
 

@@ -15,7 +15,8 @@ from effreason.data import loading, sources, templates
 from effreason.data.tiny import build, tasks, tokenizer, traces
 from effreason.evaluation import evaluate as evaluation
 from effreason.evaluation import statistics
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.pretrained import SHIPPED_REASONER, load_tokenizer, open_pretrained
+from effreason.lm.hf.weights import read_weights
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import DataConfig
@@ -84,10 +85,10 @@ def test_the_tokenizer_takes_every_trace_apart_into_characters_and_back(characte
 def test_transformers_own_choice_of_class_reads_the_shipped_tokenizer_alike(characters):
     import transformers
 
-    chosen = transformers.AutoTokenizer.from_pretrained(str(pretrained.SHIPPED_REASONER))
+    chosen = transformers.AutoTokenizer.from_pretrained(str(SHIPPED_REASONER))
     text = templates.render(characters, TEMPLATE, "((47+9)*7)%10") + "7+9=6;wait;6*7=2;</think>\\boxed{2}"
     expected = characters(text, add_special_tokens=False)["input_ids"]
-    for other in (chosen, pretrained.load_tokenizer(pretrained.SHIPPED_REASONER)):
+    for other in (chosen, load_tokenizer(SHIPPED_REASONER)):
         assert other(text, add_special_tokens=False)["input_ids"] == expected
         assert other.decode(expected) == text and other.chat_template == characters.chat_template
 
@@ -114,13 +115,13 @@ def test_training_rows_learn_the_response_and_a_drill_its_digit_alone(characters
 
 
 def test_the_shipped_reasoner_is_small_right_and_wordy():
-    size = sum(path.stat().st_size for path in pretrained.SHIPPED_REASONER.iterdir())
+    size = sum(path.stat().st_size for path in SHIPPED_REASONER.iterdir())
     assert size <= 5_000_000
     config = configuration.load(configuration.shipped() / "tiny.yaml")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, problems=120))
     mesh = sharding.make_mesh(data=-1)
-    tiny = pretrained.open_pretrained("tiny", dtype="float32")
-    params = pretrained.load(tiny.directory, tiny.decoder)
+    tiny = open_pretrained("tiny", dtype="float32")
+    params = read_weights(tiny.directory, tiny.decoder)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 1_500_000
     template = templates.choose(tiny.tokenizer, config.data)
     sets, _ = loading.load_held_out(config, tiny.tokenizer, template)

@@ -17,7 +17,7 @@ from effreason.data.templates import Template
 from effreason.evaluation import evaluate as evaluation
 from effreason.evaluation import models, responses
 from effreason.lm import model
-from effreason.lm.hf import pretrained as hf
+from effreason.lm.hf.pretrained import Pretrained
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
@@ -39,7 +39,7 @@ class Bench:
     """All that an evaluator is made of, and the requests that its sampler was given."""
 
     config: Config
-    pretrained: hf.Pretrained
+    pretrained: Pretrained
     template: Template
     sets: dict
     sampler: object
@@ -312,7 +312,7 @@ def test_the_command_keeps_compares_and_goes_on(evaluated, world, tmp_path, monk
     assert "Generalisation, against" in said and said.count("points would need about") + said.count("found:") >= 1
 
     # Again, with one more set of responses removed: the rest is read, and nothing but what is missing needs weights.
-    monkeypatch.setattr(hf, "load_weights", functools.partial(pytest.fail, "weights were loaded"))
+    monkeypatch.setattr(models, "load_weights", functools.partial(pytest.fail, "weights were loaded"))
     again = evaluated(output, "--seeds", "0", "1", **changes)
     assert again.count("; read\n") == 4 and "; read\n" not in said
     assert again.replace("; read\n", "\n").splitlines()[-20:] == lines[-20:]

@@ -12,7 +12,9 @@ from checkpoint_copies import edit
 
 from effreason.lm import model
 from effreason.lm.hf import config as configs
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.pretrained import export_model
+from effreason.lm.hf.weights import read_weights
 from effreason.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -108,8 +110,8 @@ def test_head_width_follows_from_the_width_where_it_is_not_told():
 @pytest.mark.parametrize("name", ["qwen2_tied", "llama3", "qwen3"])
 def test_an_exported_config_has_both_spellings(tmp_path, name):
     source = FIXTURES / name
-    config = pretrained.read_config(source)
-    pretrained.export(pretrained.load(source, config), config, source, tmp_path / "target")
+    config = read_config(source)
+    export_model(read_weights(source, config), config, source, tmp_path / "target")
     table = json.loads((tmp_path / "target" / "config.json").read_text())
     assert table["dtype"] == table["torch_dtype"] == "float32"
     assert table["rope_theta"] == table["rope_parameters"]["rope_theta"] == config.rope_theta

@@ -101,8 +101,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 CLIENT = """
 import json, sys
-from effreason.errors import UserError
-from effreason.lm import hub
+from effreason.runtime.errors import UserError
+from effreason.lm.hf import hub
 name, revision, wanted = json.loads(sys.argv[1])
 try:
     directory, commit = hub.find(name, revision, {small})
@@ -203,17 +203,19 @@ def test_a_model_is_opened_and_loaded(server, client, tmp_path):
             "chat_template.jinja": b"{{ messages[0].content }}"})
     answer = client.run("""
 import json
-from effreason.lm import hf
-found = hf.open_pretrained("good/sharded", dtype="float32", revision="main")
+from effreason.lm.hf.pretrained import load_weights, open_pretrained
+found = open_pretrained("good/sharded", dtype="float32", revision="main")
 opened = sorted(file.name for file in found.directory.iterdir())
-params = hf.load_weights(found)
+params = load_weights(found)
 print(json.dumps([found.name, found.revision, opened, str(found.directory), float(params["head"].sum())]))
 """)
     name, revision, opened, directory, total = answer
     assert (name, revision) == ("good/sharded", NEW) and "model.safetensors.index.json" in opened
     assert not [file for file in opened if file.endswith(".safetensors")] and "reference.npz" not in opened
-    from effreason.lm.hf import pretrained
-    expected = pretrained.load(FIXTURES / "qwen2_untied", pretrained.read_config(FIXTURES / "qwen2_untied"))
+    from effreason.lm.hf.config import read_config
+    from effreason.lm.hf.weights import read_weights
+
+    expected = read_weights(FIXTURES / "qwen2_untied", read_config(FIXTURES / "qwen2_untied"))
     assert total == pytest.approx(float(expected["head"].sum()), rel=1e-5)
 
 

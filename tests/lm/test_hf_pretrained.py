@@ -13,6 +13,18 @@ import pytest
 from checkpoint_copies import assert_same_bits, edit, rewrite, stored
 
 from effreason.lm.hf import pretrained, weights
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.pretrained import (
+    FINGERPRINT_BYTES,
+    SHIPPED_REASONER,
+    eos_ids,
+    export_model,
+    load_tokenizer,
+    load_weights,
+    model_fingerprint,
+    open_pretrained,
+)
+from effreason.lm.hf.weights import read_weights
 from effreason.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -50,8 +62,8 @@ def whole(copy, tokenizer):
 
 
 def export(source, target, change=lambda leaf: leaf, **options):
-    config = pretrained.read_config(source)
-    pretrained.export(jax.tree.map(change, pretrained.load(source, config)), config, source, target, **options)
+    config = read_config(source)
+    export_model(jax.tree.map(change, read_weights(source, config)), config, source, target, **options)
 
 
 # The exported directory
@@ -91,7 +103,7 @@ def test_the_template_of_the_training_is_the_one_that_is_found(whole, tmp_path, 
         assert found.chat_template == template
         assert found.apply_chat_template(messages, tokenize=False) == "w2 w5 w3"
     assert not (tmp_path / "target" / "chat_template.json").exists()
-    assert pretrained.load_tokenizer(whole).chat_template == TEMPLATE           # the source is as it was
+    assert load_tokenizer(whole).chat_template == TEMPLATE           # the source is as it was
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 12_000], ids=["one", "sharded"])
@@ -125,7 +137,7 @@ def test_a_failed_export_leaves_the_old_one_as_it_was(copy, tmp_path, monkeypatc
         raise failure
 
     with monkeypatch.context() as patch, pytest.raises(type(failure)):
-        patch.setattr(weights, "write", fail)
+        patch.setattr(pretrained, "write_weights", fail)
         export(copy, target, lambda leaf: leaf + 1)
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
@@ -140,7 +152,7 @@ def test_what_a_killed_export_left_is_swept_away(copy, tmp_path):
     for name in ("target.partial", "target.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    assert pretrained.read_config(target)                       # leftovers beside a whole directory are nothing to a reader
+    assert read_config(target)                       # leftovers beside a whole directory are nothing to a reader
     export(copy, target)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
     assert_same_bits(stored(target), stored(copy))
@@ -166,8 +178,8 @@ def test_an_export_killed_at_a_rename_loses_no_model(whole, tmp_path, monkeypatc
             patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
             export(whole, target, lambda leaf: leaf + 1)        # killed before the old one is swept away
     # Before the first rename the old model stands, behind it the new one, wherever it is.
-    found = pretrained.open_pretrained(str(target), dtype="float32", remat="none")
-    added = np.asarray(pretrained.load_weights(found)["final_norm"]) - stored(whole)["model.norm.weight"]
+    found = open_pretrained(str(target), dtype="float32", remat="none")
+    added = np.asarray(load_weights(found)["final_norm"]) - stored(whole)["model.norm.weight"]
     np.testing.assert_allclose(added, min(renames, 1), atol=1e-6)
     export(whole, target, lambda leaf: leaf + 2)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
@@ -181,7 +193,7 @@ def test_an_export_that_stops_before_its_first_rename_goes_on_from_the_last(whol
     target.rename(tmp_path / "target.old")
     shutil.copytree(tmp_path / "target.old", tmp_path / "target.partial")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(weights, "write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(pretrained, "write_weights", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         export(whole, target)
     assert_same_bits(stored(target), stored(whole))
 
@@ -199,24 +211,24 @@ def test_eos_ids_come_from_all_places(tmp_path, generation, config, own, expecte
         edit(tmp_path, "generation_config.json", **generation)
     if config is not None:
         edit(tmp_path, "config.json", eos_token_id=config)
-    assert pretrained.eos_ids(tmp_path, SimpleNamespace(eos_token_id=own)) == expected
+    assert eos_ids(tmp_path, SimpleNamespace(eos_token_id=own)) == expected
 
 
 @pytest.mark.parametrize("entry", ["</s>", [1, "</s>"], 1.5, True, -1, {"id": 1}], ids=repr)
 def test_eos_ids_that_are_none(tmp_path, entry):
     edit(tmp_path, "generation_config.json", eos_token_id=entry)
     with pytest.raises(UserError, match="generation_config.json: eos_token_id must be"):
-        pretrained.eos_ids(tmp_path, SimpleNamespace(eos_token_id=1))
+        eos_ids(tmp_path, SimpleNamespace(eos_token_id=1))
 
 
 def test_without_any_eos_no_response_could_end(tmp_path):
     with pytest.raises(UserError, match="names an EOS token"):
-        pretrained.eos_ids(tmp_path, SimpleNamespace(eos_token_id=None))
+        eos_ids(tmp_path, SimpleNamespace(eos_token_id=None))
 
 
 def test_a_directory_without_a_tokenizer_is_refused(copy):
     with pytest.raises(UserError, match="tokenizer") as caught:
-        pretrained.load_tokenizer(copy)
+        load_tokenizer(copy)
     assert "\n" not in str(caught.value)
 
 
@@ -224,27 +236,27 @@ def test_a_directory_without_a_tokenizer_is_refused(copy):
                                             ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{")])
 def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
     directory = Path(shutil.copytree(tokenizer, tmp_path / "model"))
-    assert pretrained.load_tokenizer(directory).eos_token_id == 1          # without a chat template: data.template may name one
+    assert load_tokenizer(directory).eos_token_id == 1          # without a chat template: data.template may name one
     (directory / file).write_text(text)
     with pytest.raises(UserError) as caught:
-        pretrained.load_tokenizer(directory)
+        load_tokenizer(directory)
     assert str(caught.value).startswith(f"{directory}: tokenizer.json and") and "\n" not in str(caught.value)
     (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer.json$"):
-        pretrained.load_tokenizer(directory)
+        load_tokenizer(directory)
 
 
 def test_open_pretrained_reads_all_that_is_not_a_weight(whole):
     edit(whole, "generation_config.json", eos_token_id=[2])
-    found = pretrained.open_pretrained(str(whole), dtype="bfloat16", remat="none")
+    found = open_pretrained(str(whole), dtype="bfloat16", remat="none")
     assert found.eos_ids == (1, 2) and found.directory == whole and found.max_positions == 64
     assert (found.name, found.revision) == (str(whole), None)
     # transformers has a class of its own for model_type qwen2, which would not split at spaces here.
     assert found.tokenizer.encode("w3 w71") == [3, 71]
-    assert found.decoder == pretrained.read_config(whole, dtype="bfloat16", remat="none")
+    assert found.decoder == read_config(whole, dtype="bfloat16", remat="none")
     edit(whole, vocab_size=40)
     with pytest.raises(UserError, match="72 tokens, config.json's vocab_size is 40"):
-        pretrained.open_pretrained(str(whole), dtype="float32", remat="full")
+        open_pretrained(str(whole), dtype="float32", remat="full")
 
 
 def test_a_padded_vocabulary_is_no_mistake(whole):
@@ -254,16 +266,41 @@ def test_a_padded_vocabulary_is_no_mistake(whole):
 
     rewrite(whole, pad)
     edit(whole, vocab_size=80)
-    found = pretrained.open_pretrained(str(whole), dtype="float32", remat="full")
-    assert len(found.tokenizer) == 72 and pretrained.load_weights(found)["embedding"].shape == (80, 32)
+    found = open_pretrained(str(whole), dtype="float32", remat="full")
+    assert len(found.tokenizer) == 72 and load_weights(found)["embedding"].shape == (80, 32)
 
 
 def test_weights_are_missed_when_the_model_is_opened(whole):
     (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled by PyTorch"):
-        pretrained.open_pretrained(str(whole), dtype="float32", remat="full")
+        open_pretrained(str(whole), dtype="float32", remat="full")
 
 
 def test_the_shipped_reasoner_is_called_tiny():
-    found = pretrained.open_pretrained("tiny", dtype="float32", remat="full")
-    assert (found.name, found.revision, found.directory) == ("tiny", None, pretrained.SHIPPED_REASONER)
+    found = open_pretrained("tiny", dtype="float32", remat="full")
+    assert (found.name, found.revision, found.directory) == ("tiny", None, SHIPPED_REASONER)
+
+
+# What tells one model from another
+
+
+def files_of(directory, revision=None):
+    return SimpleNamespace(directory=directory, revision=revision)
+
+
+@pytest.mark.parametrize(("file", "place"), [("config.json", 3), ("model.safetensors", 0), ("model.safetensors", -1)])
+def test_a_byte_that_differs_makes_another_files_of(tmp_path, file, place):
+    (tmp_path / "config.json").write_text("{ }   ")
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * FINGERPRINT_BYTES))
+    (tmp_path / "notes.txt").write_text("not part of the model")
+    before = model_fingerprint(files_of(tmp_path))
+    content = bytearray((tmp_path / file).read_bytes())
+    content[place] = 9
+    (tmp_path / "notes.txt").unlink()
+    assert model_fingerprint(files_of(tmp_path)) == before
+    (tmp_path / file).write_bytes(bytes(content))
+    assert model_fingerprint(files_of(tmp_path)) != before
+
+
+def test_a_model_of_the_hub_is_its_commit(tmp_path):
+    assert model_fingerprint(files_of(tmp_path, "abc")) == "abc"

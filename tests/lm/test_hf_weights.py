@@ -34,7 +34,7 @@ def copy(tmp_path):
 
 
 def load(directory, shardings=None):
-    return weights.load(directory, configs.read_config(directory), shardings)
+    return weights.read_weights(directory, configs.read_config(directory), shardings)
 
 
 def refusal(directory):
@@ -59,16 +59,16 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, monkeypatch, name, dtype,
     config, params = configs.read_config(source), load(source)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     target.mkdir()
-    weights.write(params, config, weights.stored_dtype(source), target)
+    weights.write_weights(params, config, weights.stored_dtype(source), target)
     assert_same_bits(stored(target), stored(source))
-    assert len(weights.files(target)) == 1 or shard_bytes == 12_000
-    jax.tree.map(np.testing.assert_array_equal, weights.load(target, config), params)
+    assert len(weights.weight_files(target)) == 1 or shard_bytes == 12_000
+    jax.tree.map(np.testing.assert_array_equal, weights.read_weights(target, config), params)
 
 
 def test_the_index_of_a_sharded_export(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
     config, params = configs.read_config(FIXTURES / "qwen2_untied"), load(FIXTURES / "qwen2_untied")
-    weights.write(params, config, "float32", tmp_path)
+    weights.write_weights(params, config, "float32", tmp_path)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -78,13 +78,13 @@ def test_the_index_of_a_sharded_export(tmp_path, monkeypatch):
             assert opened.metadata() == {"format": "pt"}        # without it, older transformers refuse the file
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored(tmp_path).values())
-    assert {file.name for file in files} == set(index["weight_map"].values()) == set(weights.files(tmp_path))
+    assert {file.name for file in files} == set(index["weight_map"].values()) == set(weights.weight_files(tmp_path))
     for name, file in index["weight_map"].items():
         assert name in safetensors.numpy.load_file(tmp_path / file)
 
 
 def test_a_written_header_is_as_the_library_writes_it(tmp_path):
-    weights.write(load(FIXTURES / "llama"), configs.read_config(FIXTURES / "llama"), "bfloat16", tmp_path)
+    weights.write_weights(load(FIXTURES / "llama"), configs.read_config(FIXTURES / "llama"), "bfloat16", tmp_path)
     raw = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
@@ -104,10 +104,10 @@ MESHES = [dict(fsdp=8), dict(tensor=2, fsdp=4), dict(data=2, fsdp=2, tensor=2), 
 def test_weights_go_straight_to_their_shards(tmp_path, name, axes):
     config = configs.read_config(FIXTURES / name)
     targets = sharding.tree_sharding(mesh(**axes), model.logical_axes(config))
-    params = weights.load(FIXTURES / name, config, targets)
+    params = weights.read_weights(FIXTURES / name, config, targets)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == targets
     jax.tree.map(np.testing.assert_array_equal, params, load(FIXTURES / name))
-    weights.write(params, config, "float32", tmp_path)
+    weights.write_weights(params, config, "float32", tmp_path)
     assert_same_bits(stored(tmp_path), stored(FIXTURES / name))
 
 
@@ -121,7 +121,7 @@ def test_any_axis_may_be_sharded():
         last = [name if size % 2 == 0 else None for name, size in zip(names, leaf.shape[::-1], strict=False)][::-1]
         return NamedSharding(devices, PartitionSpec(*(None,) * (leaf.ndim - len(last)), *last))
 
-    params = weights.load(FIXTURES / "qwen2_tied", config, jax.tree.map(target, model.abstract_params(config)))
+    params = weights.read_weights(FIXTURES / "qwen2_tied", config, jax.tree.map(target, model.abstract_params(config)))
     jax.tree.map(np.testing.assert_array_equal, params, load(FIXTURES / "qwen2_tied"))
     assert params["layers"]["query"].sharding.shard_shape((2, 32, 4, 8)) == (2, 16, 2, 4)
 
@@ -141,7 +141,7 @@ def test_a_shard_is_read_once_and_only_the_shard(monkeypatch):
     for axes in MESHES:
         elements.clear()
         targets = sharding.tree_sharding(mesh(**axes), model.logical_axes(config))
-        weights.load(FIXTURES / "qwen2_tied", config, targets)
+        weights.read_weights(FIXTURES / "qwen2_tied", config, targets)
         assert sum(elements) == total, axes             # not once for each of eight devices
         if axes.get("fsdp") == 8:                       # at most an eighth of the largest tensor at a time
             assert max(elements) == config.vocabulary * config.width // 8
@@ -157,7 +157,7 @@ def test_loading_holds_no_second_copy(tmp_path, devices):
     (tmp_path / "config.json").write_text(json.dumps(table))
     config = configs.read_config(tmp_path)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract_params(config))
-    weights.write(zeros, config, "bfloat16", tmp_path)
+    weights.write_weights(zeros, config, "bfloat16", tmp_path)
     command = [sys.executable, "-m", "benchmarks.models.loading", "--model", str(tmp_path),
                "--devices", str(devices), "--json"]
     root = Path(__file__).parents[2]

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from decoders import mesh
 
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.pretrained import open_pretrained
+from effreason.lm.hf.weights import read_weights
 from effreason.rl import packing, update
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
@@ -47,13 +49,13 @@ def reference(directory):
 
 @pytest.fixture(scope="module")
 def checkpoint(directory):
-    config = pretrained.read_config(directory)
-    return config, pretrained.load(directory, config)
+    config = read_config(directory)
+    return config, read_weights(directory, config)
 
 
 def test_prompts_are_rendered_as_transformers_did(directory, reference):
     told = json.loads((REFERENCES / f"{directory.name}.json").read_text(encoding="utf-8"))
-    found = pretrained.open_pretrained(str(directory), dtype="float32")
+    found = open_pretrained(str(directory), dtype="float32")
     for index, prompt in enumerate(told["prompts"]):
         messages = [{"role": "user", "content": prompt["problem"]}]
         rendered = found.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from effreason.lm import model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.pretrained import export_model
+from effreason.lm.hf.weights import read_weights
 
 pytest.importorskip("torch", reason="the extra `parity` brings torch")
 import make_fixtures  # noqa: E402
@@ -31,16 +33,16 @@ def pair(request, tmp_path_factory):
 
 def test_logits_equal_transformers(pair):
     directory, arrays = pair
-    config = pretrained.read_config(directory)
-    params = pretrained.load(directory, config)
+    config = read_config(directory)
+    params = read_weights(directory, config)
     logits = jax.jit(lambda params: model.logits(params, model.forward(config, params, arrays["tokens"])))(params)
     np.testing.assert_allclose(logits, arrays["logits"], **TOLERANCE)
 
 
 def test_transformers_loads_the_export(pair, tmp_path):
     directory, arrays = pair
-    config = pretrained.read_config(directory)
-    pretrained.export(pretrained.load(directory, config), config, directory, tmp_path / "export")
+    config = read_config(directory)
+    export_model(read_weights(directory, config), config, directory, tmp_path / "export")
     again, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "export", attn_implementation="eager", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -51,8 +53,8 @@ def test_transformers_loads_the_export(pair, tmp_path):
 def test_decoding_equals_transformers_greedy(pair):
     """Token by token through the cache, as the sampler does: the same 16 tokens as `generate`."""
     directory, arrays = pair
-    config = pretrained.read_config(directory)
-    unstacked = model.unstack(config, pretrained.load(directory, config))
+    config = read_config(directory)
+    unstacked = model.unstack(config, read_weights(directory, config))
     prompt, new = arrays["tokens"][:1, :8], 16
     extend = jax.jit(lambda tokens, start, cache: model.extend(config, unstacked, tokens, start, cache))
     hidden, cache = extend(prompt, np.array([0], np.int32), model.empty_cache(config, 1, 8 + new))

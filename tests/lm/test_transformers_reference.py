@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from effreason.lm import model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.weights import read_weights
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ["qwen2_tied", "qwen2_untied", "llama", "llama3", "qwen3"]
@@ -18,9 +19,9 @@ TOLERANCE = dict(rtol=1e-4, atol=5e-4)      # float32 sums in another order; a l
 @pytest.fixture(scope="module", params=NAMES)
 def checkpoint(request):
     directory = FIXTURES / request.param
-    config = pretrained.read_config(directory)
+    config = read_config(directory)
     with np.load(directory / "reference.npz") as arrays:
-        return config, pretrained.load(directory, config), arrays["tokens"], arrays["logits"]
+        return config, read_weights(directory, config), arrays["tokens"], arrays["logits"]
 
 
 def test_training_path_gives_the_reference_logits(checkpoint):

@@ -119,8 +119,8 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from effreason.checkpoints import Checkpoints
-from effreason.errors import UserError
+from effreason.rl.checkpoints import Checkpoints
+from effreason.runtime.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 state = {"weights": np.random.default_rng(0).standard_normal(50_000, np.float32)}
 try:

@@ -16,7 +16,9 @@ import pytest
 from decoders import mesh
 
 from effreason import loop
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.pretrained import SHIPPED_REASONER
+from effreason.lm.hf.weights import read_weights
 from effreason.rl import learner
 from effreason.runtime import sharding
 from effreason.runtime.config import (
@@ -31,7 +33,7 @@ from effreason.sampling import engine as rollouts
 from effreason.sampling.draws import SamplingParams
 from effreason.types import Problem, Rollouts
 
-WHOLE = pretrained.read_config(pretrained.SHIPPED_REASONER)
+WHOLE = read_config(SHIPPED_REASONER)
 DECODER = dataclasses.replace(WHOLE, layers=2)      # four take twice as long to compile, sixteen times
 PROMPTS, GROUP, LONGEST, GREEDY = 4, 4, 60, 24
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4)
@@ -65,7 +67,7 @@ def settings(shape):
 
 
 def weights():
-    params = pretrained.load(pretrained.SHIPPED_REASONER, WHOLE)
+    params = read_weights(SHIPPED_REASONER, WHOLE)
     return jax.device_get(params | {"layers": {name: leaf[:2] for name, leaf in params["layers"].items()}})
 
 

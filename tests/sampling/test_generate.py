@@ -26,7 +26,7 @@ from hypothesis import given
 from effreason.cli import generate as generate_command
 from effreason.cli import streaming
 from effreason.lm import model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.pretrained import load_tokenizer, load_weights, open_pretrained
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.sampling import engine, generate
 from effreason.sampling.draws import SamplingParams
@@ -240,7 +240,7 @@ def printed(capsys, *argv):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return pretrained.open_pretrained("tiny", dtype="float32")
+    return open_pretrained("tiny", dtype="float32")
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_json_lines_stand_in_the_order_of_the_file(whole, tiny):
     rendered = [tiny.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                                    add_generation_prompt=True) for text in prompts]
     read = [*(tiny.tokenizer(text)["input_ids"] for text in rendered), ROWS[3]["tokens"]]
-    params = pretrained.load_weights(tiny)
+    params = load_weights(tiny)
     expected = generate.generate(params, read, config=tiny.decoder, max_new_tokens=[40, 5, 40, 40], samples=2, seed=1,
                                    sampling=SamplingParams(temperature=1.0, eos_ids=tiny.eos_ids))
     for line, response, prompt in zip(whole, sum(expected, []), [each for each in read for _ in range(2)], strict=True):
@@ -324,7 +324,7 @@ def test_raw_text_gets_the_tokenizers_own_bos_and_no_template(capsys, tiny):
     ('{"prompt": "1", "max_new_tokens": 1024}', "together at most the model's 1,024 positions"),
 ])
 def test_a_bad_row_is_told_before_the_weights_are_read(tmp_path, capsys, monkeypatch, line, message):
-    monkeypatch.setattr(pretrained, "load_weights", None)
+    monkeypatch.setattr(streaming, "load_weights", None)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n\n" + line + "\n")
     with pytest.raises(UserError) as caught:
@@ -479,7 +479,7 @@ def test_greedy_tokens_of_a_real_checkpoint_are_those_of_transformers(tmp_path, 
 def test_real_tokenizers_show_whole_characters(name):
     if not (place_ := os.environ.get("EFFREASON_REAL")) or not (Path(place_) / name / "tokenizer.json").exists():
         pytest.skip(f"no tokenizer of {name} under EFFREASON_REAL")
-    tokenizer = pretrained.load_tokenizer(Path(place_) / name)
+    tokenizer = load_tokenizer(Path(place_) / name)
     text = "Zürich: 新年快乐, नमस्ते, 🙂👩‍👩‍👧, ∑x² ≤ ½.\n\n  def f():\n\treturn 1" * 12
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(tokens) > 2 * generate.WINDOW

@@ -9,7 +9,8 @@ import numpy as np
 
 from effreason.data.tiny import build, tokenizer
 from effreason.lm import model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import parse_config
+from effreason.lm.hf.pretrained import write_decoder
 from effreason.runtime import config as configuration
 
 WIDTH = 48
@@ -30,7 +31,7 @@ def write_model(path):
         "vocab_size": WIDTH, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
         "bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
-    config = pretrained.parse_config(table, path / "config.json")
+    config = parse_config(table, path / "config.json")
     head = np.full((WIDTH, WIDTH), math.log(NOISE), np.float32)
     for token, following in CHAIN.items():
         for after, share in following.items():
@@ -38,7 +39,7 @@ def write_model(path):
             head[row, column] = math.log(share)
     params = model.init(config, jax.random.key(0)) | {
         "embedding": 10 * np.eye(WIDTH, dtype=np.float32), "head": head / np.float32(math.sqrt(WIDTH))}
-    pretrained.write_model(params, config, table, "float32", path)
+    write_decoder(params, config, table, "float32", path)
     tokens.save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens.eos_token_id}))
 

@@ -16,7 +16,8 @@ import optax
 
 from effreason.data.tiny import tasks, tokenizer, traces
 from effreason.lm import model
-from effreason.lm.hf import pretrained
+from effreason.lm.hf.config import parse_config
+from effreason.lm.hf.pretrained import write_decoder
 
 TRACES, DRILLS = 32, 16             # rows of each kind in a batch, on average
 BUCKETS = (32, 64, 112, 176, 352)   # a batch is one array for each of these row lengths: little padding
@@ -100,7 +101,7 @@ def build(output: Path, *, seed: int, steps: int, learning_rate: float) -> None:
     tokens = tokenizer.build()
     table = CONFIG | {"vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id,
                       "eos_token_id": tokens.eos_token_id}
-    config = pretrained.parse_config(table, output / "config.json")
+    config = parse_config(table, output / "config.json")
 
     def encode(problem: str, trace: str) -> tuple[list[int], list[int]]:
         rendered = tokens.apply_chat_template([{"role": "user", "content": problem}], tokenize=False,
@@ -121,8 +122,8 @@ def build(output: Path, *, seed: int, steps: int, learning_rate: float) -> None:
             print(f"step {index}/{steps}  loss {np.mean(recent):.4f}  {time.monotonic() - start:.0f} s", flush=True)
             recent = []
         if index % 500 == 0:
-            pretrained.write_model(params, config, table, "float32", output)
-    pretrained.write_model(params, config, table, "float32", output)
+            write_decoder(params, config, table, "float32", output)
+    write_decoder(params, config, table, "float32", output)
     tokens.save_pretrained(output)
     generation = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id,
                   "pad_token_id": tokens.pad_token_id, "do_sample": True, "temperature": 1.0}

@@ -1,6 +1,7 @@
 """Hugging Face models in and out: what a directory or a Hub repository says of a model, and the directory we export."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -9,16 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from effreason.lm.hf import config as configs
 from effreason.lm.hf import hub, weights
-from effreason.lm.hf.config import FAMILIES, parse_config, read_config, read_json
-from effreason.lm.hf.weights import load, stored_dtype
+from effreason.lm.hf.config import exported_config, parse_config, read_json
+from effreason.lm.hf.weights import read_weights, stored_dtype, weight_files, write_weights
 from effreason.lm.model import DecoderConfig, Params
 from effreason.runtime import processes
 from effreason.runtime.errors import UserError
-
-__all__ = ["FAMILIES", "FACTS_FILE", "SHIPPED_REASONER", "Pretrained", "eos_ids", "export", "load", "load_tokenizer",
-           "load_weights", "open_pretrained", "parse_config", "read_config", "read_json", "stored_dtype", "write_model"]
 
 SHIPPED_REASONER = Path(__file__).parents[2] / "data" / "tiny" / "reasoner"
 TEMPLATE_FILE, TOKENIZER_FILE, CARD_FILE, FACTS_FILE = (
@@ -27,6 +24,7 @@ TEMPLATE_FILE, TOKENIZER_FILE, CARD_FILE, FACTS_FILE = (
 COMPANIONS = ("config.json", "tokenizer.json", TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json",
               "vocab.json", "merges.txt", "tokenizer.model", TEMPLATE_FILE, "chat_template.json",
               "generation_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+FINGERPRINT_BYTES = 2**20           # read from each end of a file of weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full", revision: str
     table = read_json(directory / "config.json")
     decoder = parse_config(table, directory / "config.json", dtype=dtype, remat=remat)
     if commit is None:
-        weights.files(directory)
+        weight_files(directory)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > decoder.vocabulary:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
@@ -70,14 +68,31 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full", revision: str
 
 
 def load_weights(pretrained: Pretrained, shardings: Params | None = None) -> Params:
-    """The weights of an opened model as `load` gives them; those of a model on the Hub are fetched now.
+    """The weights of an opened model as `read_weights` gives them; those of a model on the Hub are fetched now.
 
     Raises: UserError."""
     if pretrained.revision is not None:
         indexed = (pretrained.directory / weights.INDEX_FILE).exists()
-        wanted = weights.files(pretrained.directory) if indexed else [weights.SINGLE_FILE]
+        wanted = weight_files(pretrained.directory) if indexed else [weights.SINGLE_FILE]
         hub.fetch(pretrained.name, pretrained.revision, wanted)
-    return load(pretrained.directory, pretrained.decoder, shardings)
+    return read_weights(pretrained.directory, pretrained.decoder, shardings)
+
+
+def model_fingerprint(pretrained: Pretrained) -> str:
+    """The commit of a model on the Hub; of a directory a hash of its JSON files, and of both ends and the size of each
+    file of weights: all of them would take minutes."""
+    if pretrained.revision is not None:
+        return pretrained.revision
+    digest = hashlib.sha256()
+    for path in sorted(pretrained.directory.glob("*.safetensors")) + sorted(pretrained.directory.glob("*.json")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(-1 if path.suffix == ".json" else FINGERPRINT_BYTES))
+            if path.suffix != ".json" and size > FINGERPRINT_BYTES:
+                file.seek(-FINGERPRINT_BYTES, os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()[:12]
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -118,7 +133,7 @@ def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     return ids
 
 
-def export(params: Params, config: DecoderConfig, source: Path, target: Path, *, chat_template: str | None = None,
+def export_model(params: Params, config: DecoderConfig, source: Path, target: Path, *, chat_template: str | None = None,
            card: str | None = None, facts: Mapping[str, Any] | None = None) -> None:
     """Writes a directory that `transformers` loads: weights in the source's dtypes, and the source's companions.
 
@@ -128,7 +143,7 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path, *,
         source's; card, the text of README.md; facts, the table of effreason.json.
     Raises: OSError."""
     if not processes.is_primary():       # its part is to hand over its shards of the weights
-        weights.write(params, config, stored_dtype(source), None, weights.stored_dtypes(source))
+        write_weights(params, config, stored_dtype(source), None, weights.stored_dtypes(source))
         return
     partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old"))
     if not target.exists() and (survivor := hub.standing(target)):
@@ -145,7 +160,7 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path, *,
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
         if facts is not None:
             (partial / FACTS_FILE).write_text(_json(facts), encoding="utf-8")
-        write_model(params, config, read_json(source / "config.json"), stored_dtype(source), partial,
+        write_decoder(params, config, read_json(source / "config.json"), stored_dtype(source), partial,
                     weights.stored_dtypes(source))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,15 +172,15 @@ def export(params: Params, config: DecoderConfig, source: Path, target: Path, *,
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_model(params: Params, config: DecoderConfig, table: dict[str, Any], dtype: str, directory: Path,
+def write_decoder(params: Params, config: DecoderConfig, table: dict[str, Any], dtype: str, directory: Path,
                 dtypes: Mapping[str, str] | None = None) -> None:
     """config.json and the weights in `dtype`, those that `dtypes` names in another.
 
     Args: table, the config.json that `config` was read from."""
     directory.mkdir(parents=True, exist_ok=True)
-    exported = _json(configs.exported_config(table, config, dtype))
+    exported = _json(exported_config(table, config, dtype))
     (directory / "config.json").write_text(exported, encoding="utf-8")
-    weights.write(params, config, dtype, directory, dtypes)
+    write_weights(params, config, dtype, directory, dtypes)
 
 
 def _write_template(directory: Path, template: str) -> None:

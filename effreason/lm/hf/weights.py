@@ -99,7 +99,7 @@ def layouts(config: DecoderConfig) -> Params:
 # In
 
 
-def files(directory: Path) -> list[str]:
+def weight_files(directory: Path) -> list[str]:
     """The names of the files that hold the weights. Raises: UserError where there are none."""
     index = directory / INDEX_FILE
     if index.exists():
@@ -117,7 +117,7 @@ def files(directory: Path) -> list[str]:
         ", only weights pickled by PyTorch; convert them by save_pretrained of transformers" if pickled else ""))
 
 
-def load(directory: Path, config: DecoderConfig, shardings: Params | None = None) -> Params:
+def read_weights(directory: Path, config: DecoderConfig, shardings: Params | None = None) -> Params:
     """The weights as float32, stacked over layers, each shard read by itself and put onto its devices before the next.
 
     Args: shardings, a tree like the weights; None leaves them on the default device.
@@ -190,7 +190,7 @@ def _read_part(file: Path, layout: Layout, index: tuple[slice, ...]) -> np.ndarr
 def _headers(directory: Path) -> dict[str, Stored]:
     """What the headers of the files say of every tensor. The index names the files, the files their tensors."""
     stored: dict[str, Stored] = {}
-    for name in files(directory):
+    for name in weight_files(directory):
         file = directory / name
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:
@@ -266,7 +266,7 @@ def stored_dtype(directory: Path) -> str:
 # Out
 
 
-def write(params: Params, config: DecoderConfig, dtype: str, directory: Path | None,
+def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: Path | None,
           dtypes: Mapping[str, str] | None = None) -> None:
     """model.safetensors, or files of at most SHARD_BYTES with an index.
 
