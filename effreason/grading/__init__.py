@@ -1,1 +1,1 @@
-"""How an answer is cut out of a response and compared with the reference: used by effreason.grades, free of JAX."""
+"""Cuts the answer out of a response and compares it with the reference answer; imports no jax."""

@@ -1,32 +1,28 @@
-"""Which part of a response is its answer."""
+"""Finds the answer in a response."""
 
 import re
 
 THINK, END_OF_THINK = "<think>", "</think>"
-# A box with its brace, an escaped brace (text, not grouping), a grouping brace. \\boxed is \boxed escaped once more.
+# \boxed with its brace, an escaped brace (text, not grouping), a grouping brace. \\boxed is \boxed escaped twice.
 TOKEN = re.compile(r"(?P<box>\\{1,4}(?:boxed|fbox)\s*\{)|\\[{}\\]|(?P<brace>[{}])")
-NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or x =
+NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or "x ="
 
 
 def extract_answer(response: str) -> str | None:
-    r"""Returns what stands in the last \boxed{} after the thinking, or None.
+    r"""Returns the content of the last \boxed{} after the thinking, stripped, or None.
 
-    The last box decides, whatever stands in it: None when it is empty or never closed, when the thinking is not closed,
-    or when there is no box. Nothing else in the text counts: a number that happens to be there is no answer. Linear in
-    the length.
+    Only the last box counts: None if it is empty or never closed, if the thinking is not closed, or if there is no
+    box. Nothing else in the text counts, not even the last number. Linear in the length.
 
-    Args: response, which may begin inside the thinking (the prompt opened it) or have none at all.
-    Returns: the content of the box, stripped.
+    Args: response, which may begin inside the thinking (if the prompt opened it) or have none at all.
     """
-    answer = response[response.rfind(END_OF_THINK) + len(END_OF_THINK):] if END_OF_THINK in response else response
-    if THINK in answer:
-        return None
-    return _last_box(answer)
+    answer = _after_thinking(response)
+    return None if THINK in answer else _last_box(answer)
 
 
-def reason(response: str) -> str:
-    """Says in words why `extract_answer` finds no answer in a response."""
-    answer = response[response.rfind(END_OF_THINK) + len(END_OF_THINK):] if END_OF_THINK in response else response
+def missing_answer_reason(response: str) -> str:
+    """Says why `extract_answer` returns None for this response."""
+    answer = _after_thinking(response)
     if THINK in answer:
         return "thinking not closed"
     if _first_box(answer) < len(answer):
@@ -34,8 +30,15 @@ def reason(response: str) -> str:
     return "no box after </think>" if END_OF_THINK in response else "no box"
 
 
+def _after_thinking(response: str) -> str:
+    return response.rpartition(END_OF_THINK)[2]
+
+
 def _last_box(text: str) -> str | None:
-    r"""Finds the outermost last \boxed{} or \fbox{}; a box that is all another holds, but for x =, stands for it."""
+    r"""Returns the content of the last outermost \boxed{} or \fbox{}.
+
+    If a box contains nothing but another one, with or without "x =", the inner one counts.
+    """
     boxes: list[list[int]] = []                     # start of the command, start and end of the content; end -1: open
     open_braces: list[int | None] = []              # index into boxes, None for a brace that only groups
     for match in TOKEN.finditer(text, _first_box(text)):
@@ -48,6 +51,7 @@ def _last_box(text: str) -> str | None:
             box = open_braces.pop()
             if box is not None:
                 boxes[box][2] = match.start()
+
     last: list[int] | None = None
     for start, begin, end in boxes:
         inside = last is not None and last[2] >= 0 and start < last[2]
@@ -60,5 +64,6 @@ def _last_box(text: str) -> str | None:
 
 
 def _first_box(text: str) -> int:
-    places = [place for place in (text.find(r"\boxed"), text.find(r"\fbox")) if place >= 0]
-    return max(min(places) - 3, 0) if places else len(text)
+    """Returns an index shortly before the first box, or the length of the text if there is none."""
+    indices = [index for index in (text.find(r"\boxed"), text.find(r"\fbox")) if index >= 0]
+    return max(min(indices) - 3, 0) if indices else len(text)

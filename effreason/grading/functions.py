@@ -1,4 +1,4 @@
-"""A user's own grader, module:function. Only a worker imports and calls it."""
+"""A user's own grader, given as module:function. Only a worker imports and calls it."""
 
 import importlib
 import inspect
@@ -15,11 +15,11 @@ class BadFunction(Exception):
 
 
 class BadResult(Exception):
-    """The function has returned neither True nor False."""
+    """The function returned neither True nor False."""
 
 
 def check_name(name: str) -> None:
-    """Raises BadFunction unless the name is of the form module:function."""
+    """Raises BadFunction unless the name has the form module:function."""
     if not NAME.fullmatch(name):
         raise BadFunction("it must have the form module:function")
 
@@ -27,46 +27,52 @@ def check_name(name: str) -> None:
 def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
     """Imports the function.
 
-    Args: name, module:function; path, directories in which modules are looked for first.
+    Args: name, module:function; path, directories to search for modules before all others.
     Raises: BadFunction.
     """
     check_name(name)
-    module_name, _, names = name.partition(":")
-    sys.path[:0] = [place for place in path if place not in sys.path]
+    module_name, _, attributes = name.partition(":")
+    sys.path[:0] = [directory for directory in path if directory not in sys.path]
     try:
         function: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise BadFunction(f"there is no module {error.name} in {path[0]} or on Python's path") from None
-        raise BadFunction(f"importing {module_name} failed: {described(error)}") from None
+        raise BadFunction(f"importing {module_name} failed: {describe(error)}") from None
     except (Exception, SystemExit) as error:
-        raise BadFunction(f"importing {module_name} failed: {described(error)}") from None
-    for part in names.split("."):
-        if not hasattr(function, part):
-            raise BadFunction(f"{module_name} has no {names}")
-        function = getattr(function, part)
+        raise BadFunction(f"importing {module_name} failed: {describe(error)}") from None
+
+    for attribute in attributes.split("."):
+        if not hasattr(function, attribute):
+            raise BadFunction(f"{module_name} has no {attributes}")
+        function = getattr(function, attribute)
     if not callable(function):
-        raise BadFunction(f"{names} cannot be called, it is of type {type(function).__name__}")
+        raise BadFunction(f"{attributes} cannot be called, it is of type {type(function).__name__}")
+
     try:
         inspect.signature(function).bind("", "")
     except TypeError:
-        raise BadFunction(f"{names} must take two arguments, the response and the answer") from None
+        raise BadFunction(f"{attributes} must take two arguments, the response and the answer") from None
     except ValueError:              # written in C: its arguments are not known
         pass
     return function
 
 
 def verdict(function: Callable[[str, str], Any], response: str, answer: str) -> bool:
-    """Calls the function. Raises: BadResult unless it returns True, False, 1 or 0; whatever the function raises."""
+    """Calls the function.
+
+    Raises: BadResult unless it returns True, False, 1 or 0; and whatever the function raises.
+    """
     result = function(response, answer)
-    plain = result.item() if type(result).__module__ == "numpy" and getattr(result, "shape", None) == () else result
-    if not isinstance(plain, bool | int | float) or plain not in (0, 1):
+    scalar = type(result).__module__ == "numpy" and getattr(result, "shape", None) == ()
+    value = result.item() if scalar else result
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise BadResult(f"it returned {repr(result)[:80]}, expected True or False")
-    return bool(plain)
+    return bool(value)
 
 
-def described(error: BaseException) -> str:
-    """An exception on one line."""
+def describe(error: BaseException) -> str:
+    """Returns an exception on one line."""
     if isinstance(error, BadFunction | BadResult):
         return str(error)
     try:

@@ -1,7 +1,7 @@
-"""From a response and a reference answer to correct or not, on the host, whatever the response holds.
+"""Marks a response as correct or wrong against a reference answer, on the host, whatever the response holds.
 
-Cut out the boxed answer, settle what plain Python can settle, and give the rest to sympy in processes that can be
-killed. Nothing of a response is ever executed. See `Grade.status` for how each verdict came about.
+The boxed answer is cut out, plain Python decides what it can, and sympy decides the rest in processes that can be
+killed. Nothing in a response is ever executed. `Grade.status` says how a verdict came about.
 """
 
 import concurrent.futures
@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,55 +20,50 @@ from effreason.grading.exact import exact
 from effreason.grading.extraction import extract_answer
 from effreason.grading.kinds import Reference
 from effreason.grading.pool import Pool, Verdict, WorkerDied, WorkerStuck
+from effreason.grading.status import GradeStatus
 from effreason.runtime.errors import UserError
 
-__all__ = ["Budget", "Reference", "Grade", "Grader", "extract_answer"]
+__all__ = ["Budget", "Grade", "GradeStatus", "Grader", "Reference", "extract_answer"]
 
 MAX_ANSWER = notation.MAX_CHARACTERS
-A_DAY = 86400.0
-# Every status, and what it means.
+DAY_SECONDS = 86400.0
+# Every status in words, for people.
 REASONS = {
-    "no_answer": "no box",
-    "too_long": f"over {MAX_ANSWER} characters",
-    "exact": "decided exactly",
-    "symbolic": "compared by algebra",
-    "cached": "algebra, as before",
-    "function": "by your function",
-    "guard": "too large to compare",
-    "soft_timeout": "out of processor time",
-    "hard_kill": "stuck, worker killed",
-    "memory": "out of memory",
-    "budget": "out of the step's time",
-    "error": "the comparison failed",
+    GradeStatus.NO_ANSWER: "no box",
+    GradeStatus.TOO_LONG: f"over {MAX_ANSWER} characters",
+    GradeStatus.EXACT: "decided exactly",
+    GradeStatus.SYMBOLIC: "compared by algebra",
+    GradeStatus.CACHED: "algebra, as before",
+    GradeStatus.FUNCTION: "by your function",
+    GradeStatus.GUARD: "too large to compare",
+    GradeStatus.SOFT_TIMEOUT: "out of processor time",
+    GradeStatus.HARD_KILL: "stuck, worker killed",
+    GradeStatus.MEMORY: "out of memory",
+    GradeStatus.BUDGET: "out of the step's time",
+    GradeStatus.ERROR: "the comparison failed",
 }
-STATUSES = tuple(REASONS)
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The verdict on one response.
-
-    Statuses: no_answer (no box), too_long, exact (decided in plain Python), symbolic (decided by sympy), cached (an
-    earlier symbolic verdict), function (decided by the user's function); and, always wrong: guard (too large to try),
-    soft_timeout, hard_kill, memory, budget (the time was over), error.
-    """
+    """The verdict on one response."""
 
     correct: bool
-    answer: str | None              # what stood in the box
-    status: str                     # one of STATUSES
-    seconds: float                  # wall time this answer took; 0 where it shared another's verdict
-    reason: str = field(default="", compare=False)      # the status in words, more exactly where more is known
+    answer: str | None              # the content of the box
+    status: GradeStatus
+    seconds: float                  # wall time for this answer; 0 if it shared the verdict of an equal one
+    reason: str = field(default="", compare=False)      # the status in words, or the details if they are known
 
 
 class Budget:
-    """Seconds of grading that several calls share. Time runs only while one of them is under way."""
+    """Seconds of grading shared by several calls. The clock runs only while at least one of them is running."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._used, self._calls, self._since = seconds, 0.0, 0, 0.0
         self._lock = threading.Lock()
 
     def __enter__(self) -> float:
-        """Begins a call. Returns: when the budget will be spent if calls go on without a pause (time.monotonic)."""
+        """Begins a call. Returns: when the budget ends if calls go on without a pause (time.monotonic)."""
         with self._lock:
             if self._calls == 0:
                 self._since = time.monotonic()
@@ -84,97 +79,102 @@ class Budget:
 
 
 class Task(NamedTuple):
-    """What a worker is asked; equal tasks of one call are asked once."""
+    """A comparison for a worker; equal tasks of one call run once."""
 
     prediction: str                 # the answer, or for a user's function the whole response
     reference: str
 
 
 class Grader:
-    """Grades responses; a context manager, safe to use from several threads; its workers load while training starts.
+    """Grades responses; a context manager, safe to use from several threads.
 
-    Args: workers, processes for algebra or for the function; cpu_seconds, soft limit of one comparison; wall_seconds,
-    after which its process is killed; memory_mb, address space of a process; step_budget_seconds, limit of one call of
-    `grade` or of the calls that share a `budget`; cache_size, symbolic verdicts kept; function, module:function of a
-    user's own grader, which gets (response, answer) and returns True or False.
-    Raises: UserError when the function cannot be imported or called.
+    The workers start at once and load their libraries in the background.
+
+    Args:
+        workers: processes for sympy or for the user's function.
+        cpu_seconds: soft limit of one comparison.
+        wall_seconds: time after which the process of a comparison is killed.
+        memory_mb: address space of a process.
+        step_budget_seconds: limit of one call of `grade`, or of the calls that share a `budget`.
+        cache_size: symbolic verdicts that are kept.
+        function: a user's own grader as module:function; it gets (response, answer) and returns True or False.
+    Raises: UserError if the function cannot be imported or called.
     """
 
     def __init__(self, *, workers: int = 2, cpu_seconds: float = 1.0, wall_seconds: float = 8.0, memory_mb: int = 2048,
                  step_budget_seconds: float = 30.0, cache_size: int = 65536, function: str | None = None) -> None:
-        self.step_budget_seconds, self.cache_size, self.function = step_budget_seconds, cache_size, function
+        self.step_budget_seconds, self.cache_size = step_budget_seconds, cache_size
+        self.function = function
         if function is not None:
-            _check_name(function)
+            try:
+                functions.check_name(function)
+            except functions.BadFunction as error:
+                raise UserError(f"grade.function {function}: {error}") from None
+
         self._pool = Pool(workers, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb,
                           function=function)
-        self._finalizer = weakref.finalize(self, Pool.close, self._pool)    # a grader nobody closed leaves no processes
+        # A grader that nobody closed leaves no processes behind.
+        self._finalizer = weakref.finalize(self, Pool.close, self._pool)
         self._lock = threading.Lock()
         self._cache: OrderedDict[Task, bool] = OrderedDict()
-        self._counts: Counter[str] = Counter()
         self._askers = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="grader")
-        # One call more than there are workers: while some wait for algebra, the next brings the workers more of it.
+        # One more call than workers: while the others wait for sympy, it prepares the next tasks.
         self._background = concurrent.futures.ThreadPoolExecutor(workers + 1, thread_name_prefix="grader-submit")
         self._ready = False
         if function is not None:
-            self._check_function(function)
+            self._wait_for_function(function)
 
     def grade(self, responses: Sequence[str], references: Sequence[str | Reference], budget: Budget | None = None, *,
               bare: bool = False) -> list[Grade]:
-        """Grades responses against reference answers, one for one, within the budget; no text makes it raise.
+        """Grades each response against its reference, within the budget. No text makes it raise.
 
-        Args: references, a plain string is a `Reference` of kind "math"; budget, None = step_budget_seconds for this call alone;
-        bare, the responses are answers themselves, without a box.
-        Raises: ValueError for lists of different lengths or an unknown kind, RuntimeError when workers cannot be
-        started or the grader is closed.
+        Args:
+            references: one for each response; a string is a `Reference` of kind "math".
+            budget: None for step_budget_seconds for this call alone.
+            bare: the responses are the answers themselves, without a box.
+        Raises: ValueError for lists of different lengths or an unknown kind; RuntimeError if workers cannot be
+            started or the grader is closed.
         """
         if len(responses) != len(references):
             raise ValueError(f"grade needs as many references as responses, got {len(references)} and {len(responses)}")
-        wanted = [Reference(reference) if isinstance(reference, str) else reference for reference in references]
-        if unknown := {reference.kind for reference in wanted} - set(kinds.KINDS):
+        typed = [Reference(reference) if isinstance(reference, str) else reference for reference in references]
+        if unknown := {reference.kind for reference in typed} - set(kinds.KINDS):
             raise ValueError(f"a reference's kind must be one of {', '.join(kinds.KINDS)}, got {sorted(unknown)[0]}")
         if self._pool.closed:
             raise RuntimeError("the grader is closed")
+
         if not self._ready:
-            with contextlib.suppress(WorkerDied, WorkerStuck):      # asking a worker tells the reason
-                self._pool.wait_ready()             # loading is no grading: it costs nothing of the budget
+            with contextlib.suppress(WorkerDied, WorkerStuck):      # the first comparison raises the reason
+                self._pool.wait_ready()             # loading is not grading: it costs nothing of the budget
             self._ready = True
         with budget or self.budget() as deadline:
-            grades = self._grade(responses, wanted, deadline, bare)
-        with self._lock:
-            self._counts.update(grade.status for grade in grades)
-        return grades
+            return self._grade(responses, typed, deadline, bare)
 
     def submit(self, responses: Sequence[str], references: Sequence[str | Reference],
                budget: Budget | None = None) -> "concurrent.futures.Future[list[Grade]]":
-        """The same as `grade`, in the background; any number of calls may be under way."""
+        """Like `grade`, in the background; any number of calls may run at once."""
         return self._background.submit(self.grade, list(responses), list(references), budget)
 
     def budget(self) -> Budget:
-        """step_budget_seconds for the calls of one step that share it."""
+        """Returns step_budget_seconds for the calls of one step to share."""
         return Budget(self.step_budget_seconds)
 
     def check_references(self, references: Sequence[str | Reference]) -> list[int]:
-        r"""The places of reference answers that no response can match: not even \boxed{} round the answer itself.
+        r"""Returns the indices of references that no response can match: not even \boxed{} around the reference.
 
-        With a user's function none is checked: what it accepts is its own affair.
+        With a user's function nothing is checked, because only the function knows what it accepts.
         """
         return [row for row, grade in enumerate(self.grade_references(references)) if not grade.correct]
 
     def grade_references(self, references: Sequence[str | Reference]) -> list[Grade]:
-        r"""The verdict on \boxed{reference} for every reference answer."""
+        r"""Grades \boxed{reference} for every reference."""
         answers = [reference if isinstance(reference, str) else reference.answer for reference in references]
         if self.function is not None:
-            return [Grade(True, answer, "function", 0.0, "not checked") for answer in answers]
-        return self.grade([rf"\boxed{{{answer}}}" for answer in answers], references, Budget(A_DAY))
-
-    def stats(self) -> dict[str, int]:
-        """How often each status came up, and how workers ended: killed (stuck), died (by themselves), recycled."""
-        with self._lock:
-            counts = Counter({status: self._counts[status] for status in STATUSES})
-        return {**counts, **{what: self._pool.counts[what] for what in ("killed", "died", "recycled")}}
+            return [Grade(True, answer, GradeStatus.FUNCTION, 0.0, "not checked") for answer in answers]
+        return self.grade([rf"\boxed{{{answer}}}" for answer in answers], references, Budget(DAY_SECONDS))
 
     def close(self) -> None:
-        """Kills the workers; what is still being graded raises RuntimeError in its caller."""
+        """Kills the workers; calls that are still grading raise RuntimeError in their callers."""
         self._finalizer()
         self._background.shutdown(cancel_futures=True)
         self._askers.shutdown(cancel_futures=True)
@@ -186,84 +186,84 @@ class Grader:
                  traceback: TracebackType | None) -> None:
         self.close()
 
-    def _check_function(self, function: str) -> None:
-        """Waits for the first worker. Raises UserError when it cannot import the function."""
+    def _wait_for_function(self, function: str) -> None:
+        """Waits for the first worker. Raises UserError if it cannot import the function."""
         try:
             self._pool.wait_ready()
         except (WorkerDied, WorkerStuck) as error:
             self.close()
             raise UserError(f"grade.function {function}: {str(error) or 'importing it takes minutes'}") from None
 
-    def _grade(self, responses: Sequence[str], references: Sequence[Reference], deadline: float, bare: bool) -> list[Grade]:
+    def _grade(self, responses: Sequence[str], references: Sequence[Reference], deadline: float,
+               bare: bool) -> list[Grade]:
         grades: list[Grade] = []
-        rows_of: dict[Task, list[int]] = {}
+        rows_of_task: dict[Task, list[int]] = {}
         for row, (response, reference) in enumerate(zip(responses, references, strict=True)):
             grade, task = self._without_worker(response, reference, deadline, bare)
             grades.append(grade)
             if task is not None:
-                rows_of.setdefault(task, []).append(row)
-        asked = {task: self._askers.submit(self._ask, task, deadline) for task in rows_of}
-        for task, rows in rows_of.items():
-            verdict, seconds = asked[task].result()
-            for place, row in enumerate(rows):
-                grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status, 0.0 if place else seconds,
+                rows_of_task.setdefault(task, []).append(row)
+
+        pending = {task: self._askers.submit(self._compare, task, deadline) for task in rows_of_task}
+        for task, rows in rows_of_task.items():
+            verdict, seconds = pending[task].result()
+            for index, row in enumerate(rows):
+                grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status, 0.0 if index else seconds,
                                     verdict.reason or REASONS[verdict.status])
         return grades
 
-    def _without_worker(self, response: str, reference: Reference, deadline: float, bare: bool) -> tuple[Grade, Task | None]:
-        """The verdict, and what to ask a worker where it is not final."""
+    def _without_worker(self, response: str, reference: Reference, deadline: float,
+                        bare: bool) -> tuple[Grade, Task | None]:
+        """Returns a grade and, if it is not final, the task for a worker."""
         start = time.monotonic()
         answer = (response.strip() or None) if bare else extract_answer(response)
-        correct, status, reason, task = False, "no_answer", "", None
+        correct, status, reason, task = False, GradeStatus.NO_ANSWER, "", None
+
         if self.function is not None:
-            status, task = "function", Task(response, reference.answer)
+            status, task = GradeStatus.FUNCTION, Task(response, reference.answer)
         elif answer is None:
-            reason = "no answer" if bare else extraction.reason(response)
+            reason = "no answer" if bare else extraction.missing_answer_reason(response)
         else:
             correct, status, reason = self._exact(answer, reference, start > deadline)
-            if status == "symbolic":
+            if status == GradeStatus.SYMBOLIC:
                 task = Task(answer, reference.answer)
         return Grade(correct, answer, status, time.monotonic() - start, reason or REASONS[status]), task
 
-    def _exact(self, answer: str, reference: Reference, late: bool) -> tuple[bool, str, str]:
-        """Correct, the status and, of an error, the reason."""
+    def _exact(self, answer: str, reference: Reference, late: bool) -> tuple[bool, GradeStatus, str]:
+        """Returns the verdict, its status and, for an error, the reason."""
         if len(answer) > MAX_ANSWER or len(reference.answer) > MAX_ANSWER:
-            return False, "too_long", ""
+            return False, GradeStatus.TOO_LONG, ""
         if late:
-            return False, "budget", ""
+            return False, GradeStatus.BUDGET, ""
+
         try:
             if reference.kind == "choice":
-                return kinds.same_choice(answer, reference), "exact", ""
+                return kinds.same_choice(answer, reference), GradeStatus.EXACT, ""
             if reference.kind == "text":
-                return kinds.same_text(answer, reference), "exact", ""
+                return kinds.same_text(answer, reference), GradeStatus.EXACT, ""
             return *self._mathematics(Task(answer, reference.answer)), ""
-        except Exception as error:  # a hole in this package must not stop a training run; the status makes it seen
-            return False, "error", functions.described(error)
+        except Exception as error:  # a bug in this package must not stop a training run; the status shows it
+            return False, GradeStatus.ERROR, functions.describe(error)
 
-    def _mathematics(self, task: Task) -> tuple[bool, str]:
+    def _mathematics(self, task: Task) -> tuple[bool, GradeStatus]:
         with self._lock:
             if task in self._cache:
                 self._cache.move_to_end(task)
-                return self._cache[task], "cached"
+                return self._cache[task], GradeStatus.CACHED
+
         verdict = exact(*task)
         if verdict is not None:
-            return verdict, "exact"
-        large = any(symbolic.guard(notation.canonical(text)) for text in task)
-        return False, "guard" if large else "symbolic"
+            return verdict, GradeStatus.EXACT
+        too_large = any(symbolic.guard(notation.canonical(text)) for text in task)
+        return False, GradeStatus.GUARD if too_large else GradeStatus.SYMBOLIC
 
-    def _ask(self, task: Task, deadline: float) -> tuple[Verdict, float]:
+    def _compare(self, task: Task, deadline: float) -> tuple[Verdict, float]:
+        """Has a worker compare the pair. Returns: its verdict and the wall time in seconds."""
         start = time.monotonic()
         verdict = self._pool.compare(*task, deadline)
-        if verdict.status == "symbolic":            # a verdict that time, memory or luck has not touched
+        if verdict.status == GradeStatus.SYMBOLIC:  # only verdicts that did not depend on a limit are kept
             with self._lock:
                 self._cache[task] = verdict.correct
                 if len(self._cache) > self.cache_size:
                     self._cache.popitem(last=False)
         return verdict, time.monotonic() - start
-
-
-def _check_name(function: str) -> None:
-    try:
-        functions.check_name(function)
-    except functions.BadFunction as error:
-        raise UserError(f"grade.function {function}: {error}") from None

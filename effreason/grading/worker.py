@@ -1,8 +1,8 @@
-"""The process that compares answers with sympy, or by a user's function: JSON lines in and out.
+"""The process that compares answers with sympy or a user's function; reads and writes JSON lines.
 
-`python -m effreason.grading.worker SETTINGS`, with cpu_seconds, memory_mb, function (module:function or null) and path.
-
-Started, timed and killed by `effreason.grading.pool`. Limits are the system's: they hold whatever sympy is made to do.
+`python -m effreason.grading.worker SETTINGS` is started, timed and killed by `effreason.grading.pool`. SETTINGS is a
+JSON object with cpu_seconds, memory_mb, function (module:function or null) and path. The limits are those of the
+operating system, so they hold whatever sympy does.
 """
 
 import functools
@@ -17,51 +17,55 @@ from types import FrameType
 from typing import Any
 
 from effreason.grading import functions
+from effreason.grading.status import GradeStatus
 
-RETRY_SECONDS = 0.1                 # sympy swallows an exception here and there: the soft stop is raised again
-HARD_SECONDS = 20                   # of CPU for one task, for the case that the parent is gone and cannot kill
+RETRY_SECONDS = 0.1                 # sympy may swallow the soft stop, so it is raised again and again
+HARD_SECONDS = 20                   # CPU limit of a task in case the parent has died and cannot kill
 START_BYTES = 512 << 20             # address space that the libraries need before any task
 
 
 class SoftStop(BaseException):
-    """The task has used its CPU time. Not an Exception, so that `except Exception` in a library lets it pass."""
+    """The task used up its CPU time. Not an Exception, so that `except Exception` in a library does not catch it."""
 
 
-armed = False
+armed = False                       # whether SoftStop may be raised: only during a comparison
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What the worker is asked: how it compares, and the share of the CPU limit it gives to a pair."""
+class Comparator:
+    """How a worker compares a pair."""
 
-    status: str                     # of its verdicts
+    status: GradeStatus             # of its verdicts
     compare: Callable[[str, str], bool]
-    cpu_share: Callable[[str, str], float]
+    cpu_share: Callable[[str, str], float]      # share of the CPU limit that a pair may use
 
 
 def main() -> None:
     os.umask(0o077)
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     tasks = os.fdopen(os.dup(0), "rb")
-    quiet = os.open(os.devnull, os.O_RDWR)
-    os.dup2(quiet, 0)               # nothing a library reads may be a task,
-    os.dup2(quiet, 1)               # and nothing it prints may be taken for a verdict
+    # A library must neither read tasks from stdin nor print what would look like a verdict.
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, _on_cpu_time)
     settings = json.loads(sys.argv[1])
     try:
         _limit(resource.RLIMIT_CORE, 0)
-        judge = _function(settings) if settings["function"] else _algebra(settings)
-    except Exception as error:      # whatever it is, the parent has to hear of it: it raises it where the user sees it
-        _reply(replies, {"failed": functions.described(error)})
+        comparator = _function(settings) if settings["function"] else _algebra(settings)
+    except Exception as error:      # whatever it is, the parent reports it to the user
+        _reply(replies, {"failed": functions.describe(error)})
         return
+
     _reply(replies, {"ready": True, "rss_mb": _rss_mb()})
     for line in tasks:
         task = json.loads(line)
-        _reply(replies, {"id": task["id"], **_verdict(judge, task, settings["cpu_seconds"]), "rss_mb": _rss_mb()})
+        verdict = _verdict(comparator, task, settings["cpu_seconds"])
+        _reply(replies, {"id": task["id"], **verdict, "rss_mb": _rss_mb()})
 
 
-def _algebra(settings: dict[str, Any]) -> Judge:
+def _algebra(settings: dict[str, Any]) -> Comparator:
     _limit(resource.RLIMIT_FSIZE, 0)
     import logging
 
@@ -71,38 +75,41 @@ def _algebra(settings: dict[str, Any]) -> Judge:
 
     logging.disable(logging.CRITICAL)
     _limit(resource.RLIMIT_AS, max(settings["memory_mb"] << 20, START_BYTES))
-    return Judge("symbolic", symbolic.symbolic, symbolic.cpu_share)
+    return Comparator(GradeStatus.SYMBOLIC, symbolic.symbolic, symbolic.cpu_share)
 
 
-def _function(settings: dict[str, Any]) -> Judge:
+def _function(settings: dict[str, Any]) -> Comparator:
     function = functions.load(settings["function"], settings["path"])
-    # Its libraries may reserve any amount of address space before the first response: the limit is on what comes after.
+    # Its libraries may reserve any amount of address space while they load; the limit is on top of that.
     _limit(resource.RLIMIT_AS, _address_space() + (settings["memory_mb"] << 20))
-    return Judge("function", functools.partial(functions.verdict, function), lambda response, answer: 1.0)
+    return Comparator(GradeStatus.FUNCTION, functools.partial(functions.verdict, function),
+                      lambda response, answer: 1.0)
 
 
-def _verdict(judge: Judge, task: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
+def _verdict(comparator: Comparator, task: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
     global armed
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime + cpu_seconds + HARD_SECONDS)
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-    cpu_seconds *= judge.cpu_share(task["prediction"], task["reference"])
+
+    cpu_seconds *= comparator.cpu_share(task["prediction"], task["reference"])
     try:
         try:
             armed = True
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds, RETRY_SECONDS)
-            return {"correct": judge.compare(task["prediction"], task["reference"]), "status": judge.status}
+            correct = comparator.compare(task["prediction"], task["reference"])
+            return {"correct": correct, "status": comparator.status}
         finally:
             armed = False
             signal.setitimer(signal.ITIMER_PROF, 0)
     except SoftStop:
         armed = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        return {"correct": False, "status": "soft_timeout"}
+        return {"correct": False, "status": GradeStatus.SOFT_TIMEOUT}
     except MemoryError:
-        return {"correct": False, "status": "memory"}
-    except (Exception, SystemExit) as error:    # an answer that the code chokes on is a wrong answer, and counted
-        return {"correct": False, "status": "error", "reason": functions.described(error)}
+        return {"correct": False, "status": GradeStatus.MEMORY}
+    except (Exception, SystemExit) as error:    # an answer that crashes the comparison is wrong, and counted
+        return {"correct": False, "status": GradeStatus.ERROR, "reason": functions.describe(error)}
 
 
 def _on_cpu_time(number: int, frame: FrameType | None) -> None:
@@ -110,10 +117,10 @@ def _on_cpu_time(number: int, frame: FrameType | None) -> None:
         raise SoftStop
 
 
-def _limit(which: int, value: int) -> None:
-    _, hard = resource.getrlimit(which)
+def _limit(limit: int, value: int) -> None:
+    _, hard = resource.getrlimit(limit)
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
+    resource.setrlimit(limit, (value, value))
 
 
 def _address_space() -> int:
@@ -124,7 +131,7 @@ def _address_space() -> int:
 
 
 def _pages() -> list[int]:
-    """Pages of address space, pages in memory, and more."""
+    """Returns the pages of address space, the pages in memory, and more."""
     with open("/proc/self/statm") as file:
         return [int(number) for number in file.read().split()]
 
@@ -132,7 +139,7 @@ def _pages() -> list[int]:
 def _rss_mb() -> int:
     try:
         return _pages()[1] * os.sysconf("SC_PAGE_SIZE") >> 20
-    except OSError:                 # no /proc: the peak, in kilobytes on Linux and bytes on macOS
+    except OSError:                 # no /proc: the peak instead, in kilobytes on Linux, in bytes on macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 

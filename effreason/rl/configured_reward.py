@@ -143,7 +143,7 @@ def _imported(form: str) -> Callable[..., Any]:
     try:
         function = pkgutil.resolve_name(form)
     except (Exception, SystemExit) as error:            # importing runs the user's code
-        raise UserError(f"reward.form {form}: cannot be imported: {functions.described(error)}") from None
+        raise UserError(f"reward.form {form}: cannot be imported: {functions.describe(error)}") from None
     if not callable(function):
         raise UserError(f"reward.form {form}: cannot be called, it is of type {type(function).__name__}")
     return function
@@ -160,7 +160,7 @@ def _trace(made: Reward, form: str) -> None:
         raise UserError(f"reward.form {form}: must be of JAX operations alone, so that it can be compiled; "
                         f"{reason}") from None
     except Exception as error:
-        raise UserError(f"reward.form {form}: calling it failed: {functions.described(error)}") from None
+        raise UserError(f"reward.form {form}: calling it failed: {functions.describe(error)}") from None
     if result.shape != TRIAL:
         raise UserError(f"reward.form {form}: must return an array of the shape of its arguments, prompts x responses "
                         f"{list(TRIAL)}, got {list(result.shape)}")

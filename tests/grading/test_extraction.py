@@ -83,4 +83,4 @@ def test_256_responses_of_30_kilobytes_take_less_than_50_ms():
     (r"\boxed{5", "last box empty or open"),
 ])
 def test_why_there_is_no_answer(response, reason):
-    assert extract_answer(response) is None and extraction.reason(response) == reason
+    assert extract_answer(response) is None and extraction.missing_answer_reason(response) == reason

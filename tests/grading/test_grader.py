@@ -129,11 +129,9 @@ def test_statuses(small):
 
 
 def test_the_same_answer_is_asked_once(small):
-    before = small.stats()["symbolic"]
     grades = small.grade([boxed(r"\sqrt{50}")] * 20, [r"5\sqrt{2}"] * 20)
     assert all(grade.correct and grade.status == "symbolic" for grade in grades)
     assert sum(grade.seconds > 0 for grade in grades) == 1
-    assert small.stats()["symbolic"] == before + 20
 
 
 def test_soft_stop_keeps_the_worker_and_is_not_cached(small):
@@ -147,7 +145,7 @@ def test_a_dead_worker_is_replaced_and_the_answer_still_counts(small):
     (process,) = processes(small)
     os.kill(process.pid, signal.SIGKILL)
     assert only(small, boxed(r"\sqrt{12}"), r"2\sqrt{3}").correct
-    assert small.stats()["died"] == 1
+    assert processes(small) != [process]
 
 
 def test_a_stuck_worker_is_killed_and_nothing_is_cached(impatient):
@@ -173,7 +171,7 @@ def test_worn_workers_are_replaced(small, monkeypatch):
     monkeypatch.setattr(pool, "MAX_TASKS", 0)
     (process,) = processes(small)
     assert only(small, boxed(r"\sqrt{32}"), r"4\sqrt{2}").correct
-    assert gone(process.pid) and processes(small) != [process] and small.stats()["recycled"] == 1
+    assert gone(process.pid) and processes(small) != [process]
 
 
 def test_memory_is_bounded(small):
@@ -398,7 +396,7 @@ def test_workers_are_shielded(monkeypatch):
 
 PARENT = """
 import sys
-from effreason.grades import Grader
+from effreason.grading.grader import Grader
 grader = Grader(workers=2)
 assert grader.grade([r"\\\\boxed{\\\\sqrt{8}}"], [r"2\\\\sqrt{2}"])[0].correct
 assert not {"jax", "numpy", "sympy"} & set(sys.modules)
