@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from effreason.cli.arguments import Parser, bounded
 from effreason.grading import kinds
-from effreason.grading.grader import REASONS, Grade, Grader, Reference
+from effreason.grading.grader import REASONS, Grade, Grader, GradeStatus, Reference
 from effreason.runtime.errors import UserError
 
 CHUNK = 512                         # lines graded at once
@@ -198,7 +198,7 @@ def _print_json(verdicts: Iterable[tuple[Item, Grade]], bare: bool) -> None:
 
 
 def _print_table(verdicts: Iterable[tuple[Item, Grade]], bare: bool) -> None:
-    statuses: Counter[str] = Counter()
+    statuses: Counter[GradeStatus] = Counter()
     correct = 0
     room = WIDTH - sum(WIDTHS.values()) - len(WIDTHS)
     _write(" ".join([*(name.ljust(width) for name, width in WIDTHS.items()), "reason"]))
@@ -217,7 +217,7 @@ def _print_table(verdicts: Iterable[tuple[Item, Grade]], bare: bool) -> None:
     _write(f"\n{count} graded: {correct} correct, {count - correct} wrong")
     for status, number in statuses.most_common():
         _write(f"{number:>7}  {status:<12}  {REASONS[status]}")
-    if count and statuses["no_answer"] == count and not bare:
+    if count and statuses[GradeStatus.NO_ANSWER] == count and not bare:
         _write("no response has a box: with --bare the response is the answer itself")
     sys.stdout.flush()
 
