@@ -7,50 +7,60 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from effreason.runtime.config import Config  # noqa: E402
-from effreason.runtime.config_fields import Setting, meanings, sections, settings, written  # noqa: E402
+from effreason.runtime.config_fields import (  # noqa: E402
+    Setting,
+    meanings,
+    sections,
+    settings,
+    written,
+)
 
 PAGE = ROOT / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
 <!-- Written by docs/make_configuration.py from effreason/runtime/config.py: change it there. -->
 
-A run is described by sections of fields. They are read from a YAML file, and flags override the file:
+A configuration has sections, and a section has fields. They are read from a YAML
+file, and flags override the file:
 
 ```
 python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.alpha 0.4
 ```
 
-- Without `--config` the file is `configs/tiny.yaml`, unless `--model.path`, `--data.path` or `--evaluation.path` names
-  something other than `tiny`: its learning rate and prompt are for that model alone. The defaults then are those below.
-- `--config` may be given more than once, anywhere; a later file overrides an earlier one. What no file and no flag sets
-  has the default below.
-- `--print_config` prints the resolved configuration as YAML and exits. A run writes it into its directory.
-- `null` means that there is no value; true and false are written so.
+- Without `--config` the file is `configs/tiny.yaml`, unless `--model.path`, `--data.path` or
+  `--evaluation.path` names something other than `tiny`: the learning rate and the prompt in that
+  file are right for the tiny model only. Without a file the defaults below apply.
+- `--config` may be given several times, anywhere on the command line; a later file overrides an
+  earlier one. A field that no file and no flag sets has the default below.
+- `--print_config` prints the resolved configuration as YAML and exits. A run writes it into its
+  directory.
+- `null` means that there is no value; booleans are written `true` and `false`.
 - A mistake ends the program at once with exit code 2 and one line such as
   `error: reward.alpha must be in [0, 1), got 1.5`.
-- `evaluate.py` takes the same fields, and `--models DIR [DIR ...]` (default: `model.path`), `--seeds N [N ...]`
-  (default: `run.seed`) and `--output DIR`; `train.py` takes `--family ALPHAS`, `--baselines NAMES` and
-  `--blends WEIGHTS` ([families.md](families.md)).
+- `evaluate.py` takes the same fields, and in addition `--models DIR [DIR ...]` (default:
+  `model.path`), `--seeds N [N ...]` (default: `run.seed`) and `--output DIR`; `train.py` takes
+  `--family ALPHAS`, `--baselines NAMES` and `--blends WEIGHTS` ([families.md](families.md)).
 
-Fields must also agree: `rollout.prompts_per_step * rollout.group_size` is divisible by
-`update.updates_per_batch`; where `data.path` is not tiny, `evaluation.path` names a
-set too or `evaluation.problems` is 0; `run.resume` needs `run.directory`.
+Some fields must be consistent: `rollout.prompts_per_step * rollout.group_size` must be divisible by
+`update.updates_per_batch`; if `data.path` is not `tiny`, `evaluation.path` must name a data set or
+`evaluation.problems` must be 0; `run.resume` needs `run.directory`.
 """
 HEADER = "| field | type | default | meaning |\n|---|---|---|---|\n"
 
 
 def row(setting: Setting, meaning: str) -> str:
-    """One field as a line of a table."""
+    """Returns one field as a line of a table."""
     cells = [f"`{setting.field}`", setting.expected, f"`{written(setting.default)}`", meaning]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |\n"
 
 
 def page() -> str:
-    """docs/configuration.md."""
+    """Returns the text of docs/configuration.md."""
     parts = [INTRODUCTION]
     for name, section in sections(Config).items():
         rows = "".join(row(setting, meanings(Config)[setting.field]) for setting in settings(section))
-        parts.append(f"\n## {name}\n\n{section.__doc__}\n\n{HEADER}{rows}")
+        meaning = " ".join((section.__doc__ or "").split())
+        parts.append(f"\n## {name}\n\n{meaning}\n\n{HEADER}{rows}")
     return "".join(parts)
 
 

@@ -27,12 +27,12 @@ def run(argv: Sequence[str], prog: str) -> None:
                         help="train one model for each of these values of reward.alpha, such as "
                         "0,0.05,0.1,0.2,0.4, and compare them")
     parser.add_argument("--baselines", metavar="NAMES", type=str,
-                        help="with --family: baselines to train as well, out of "
+                        help="with --family: baselines to train for comparison, out of "
                         f"{', '.join(BASELINES)}, or none; default all")
     parser.add_argument("--blends", metavar="WEIGHTS", type=str,
-                        help="with --family: also average the weights of the base model and of the "
-                        "model with the greatest alpha, with these shares of the latter, or none; "
-                        f"default {BLENDS}")
+                        help="with --family: also evaluate weighted means of the base model and "
+                        "the model with the greatest alpha; WEIGHTS are the shares of the latter, "
+                        f"or none; default {BLENDS}")
     config, values = configuration.parse(parser, argv)
     family = _family(values)
     check(config)

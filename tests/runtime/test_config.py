@@ -198,10 +198,10 @@ def test_jsonl_data_without_held_out_problems_needs_no_evaluation():
     (["--update.objective", "sft_shortest", "--kl.form", "none", "--update.importance_cap", "2"],
      "update.importance_cap must be null with update.objective sft_shortest, got 2.0"),
     (["--reward.target_tokens", "0.5", "--evaluation.every", "0"],
-     "evaluation.every and evaluation.problems must be >= 1 where reward.target_tokens or "),
+     "evaluation.every and evaluation.problems must be >= 1 if reward.target_tokens or "),
     (["--reward.max_accuracy_drop", "1", "--reward.alpha", "0.5"],
-     "reward.alpha must be between reward.alpha_min, > 0, and reward.alpha_max where "),
-    (["--reward.target_tokens", "0.5", "--reward.form", "kimi"], "reward.form must be efficient where "),
+     "reward.alpha must be between reward.alpha_min, > 0, and reward.alpha_max if "),
+    (["--reward.target_tokens", "0.5", "--reward.form", "kimi"], "reward.form must be efficient if "),
 ])
 def test_baselines_and_a_moving_alpha_exclude_what_would_bend_them(flags, message):
     with pytest.raises(UserError) as caught:
