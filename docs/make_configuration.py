@@ -51,14 +51,16 @@ HEADER = "| field | type | default | meaning |\n|---|---|---|---|\n"
 def row(setting: Setting, meaning: str) -> str:
     """Returns one field as a line of a table."""
     cells = [f"`{setting.field}`", setting.expected, f"`{written(setting.default)}`", meaning]
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |\n"
+    escaped = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+    return f"| {' | '.join(escaped)} |\n"
 
 
 def page() -> str:
     """Returns the text of docs/configuration.md."""
     parts = [INTRODUCTION]
     for name, section in sections(Config).items():
-        rows = "".join(row(setting, meanings(Config)[setting.field]) for setting in settings(section))
+        rows = "".join(row(setting, meanings(Config)[setting.field])
+                       for setting in settings(section))
         meaning = " ".join((section.__doc__ or "").split())
         parts.append(f"\n## {name}\n\n{meaning}\n\n{HEADER}{rows}")
     return "".join(parts)

@@ -1,8 +1,8 @@
-"""Several processes, one on each host, that run the same program on the same data and make the same decisions.
+"""Several processes, one on each host, that run one program on the same data in lockstep.
 
-What could differ between hosts (a clock, a file that is there, a signal, a grader's time limit) is broadcast by one
-process for all, or all_gather from all, through the store of JAX's coordination service: host data, a few kB at a time.
-In one process all of this costs nothing and changes nothing.
+Whatever could differ between hosts (a clock, a file, a signal, a grader's time limit) is decided by
+one process and broadcast, or gathered from all. These are host data of a few kB; they travel
+through the key-value store of JAX's coordination service. With one process nothing is sent.
 """
 
 import contextlib
@@ -24,55 +24,55 @@ from effreason.runtime.errors import UserError
 from effreason.runtime.stderr_relay import StderrRelay
 
 T = TypeVar("T")
-PREFIX = "effreason"
-WAIT_MILLISECONDS = 1000            # for a value, before Python looks whether a signal has come
-POLL_SECONDS = 0.5                  # between two looks at whether a process has been told to stop
-LEAVE_SECONDS = 10.0                # that a process which has failed waits for the others to fail with it
+PREFIX = "effreason"                # of all keys in the store
+WAIT_MILLISECONDS = 1000            # in one call to the store: Python handles signals in between
+POLL_SECONDS = 0.5                  # between two checks whether a process was told to stop
+LEAVE_SECONDS = 10.0                # how long a failed process waits for the others to fail too
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return 1 if _group is None else len(_group.hosts)
 
 
 def index() -> int:
-    """Which of them this one is."""
+    """Returns the number of this process, from 0."""
     return 0 if _group is None else _group.index
 
 
 def is_primary() -> bool:
-    """Whether this is process 0: the one that writes and speaks."""
+    """Returns whether this is process 0, the one that writes files and prints."""
     return index() == 0
 
 
 def console() -> Console:
-    """Where a run speaks to people: standard output, of process 0 alone."""
+    """Returns the console of a run: standard output in process 0, nothing in the others."""
     return Console() if is_primary() else Console(quiet=True, force_interactive=False)
 
 
 def broadcast(name: str, make: Callable[[], T]) -> T:
-    """What `make` gives in process 0, in all of them; an error there is raised in all of them.
+    """Returns in all processes what `make` returns in process 0; an error there is raised in all.
 
-    Args: name, of the decision; make, gives what JSON can hold, and is called in process 0 alone."""
+    Args: name, of the decision; make, called in process 0 only, returns what JSON can hold."""
     if _group is None:
         return make()
     return _group.exchange(name, make, among=1)[0]
 
 
 def all_gather(name: str, make: Callable[[], T]) -> list[T]:
-    """What `make` gives in each process, in their order; an error in one is raised in all of them."""
+    """Returns what `make` returns in each process, in order; an error in one is raised in all."""
     if _group is None:
         return [make()]
     return _group.exchange(name, make, among=count())
 
 
 def check_same(facts: dict[str, str]) -> None:
-    """Raises UserError, in all processes, where one has other facts than process 0."""
-    reference, *others = all_gather("facts", lambda: facts)
-    for number, found in enumerate(others, start=1):
-        for name, value in reference.items():
-            if found.get(name) != value:
-                raise UserError(f"{name}: process {number}{_on(number)} has {found.get(name)}, process 0{_on(0)} has "
+    """Raises UserError, in all processes, if one has other facts than process 0."""
+    expected, *others = all_gather("facts", lambda: facts)
+    for number, theirs in enumerate(others, start=1):
+        for name, value in expected.items():
+            if theirs.get(name) != value:
+                raise UserError(f"{name}: {_label(number)} has {theirs.get(name)}, {_label(0)} has "
                                 f"{value}; all must have the same")
 
 
@@ -82,38 +82,41 @@ def check_shared(directory: Path, field: str) -> None:
         return
     token = directory / broadcast("token", lambda: f".shared-{os.getpid()}-{time.time_ns()}")
     broadcast("shared directory", lambda: token.write_text(""))
-    seen = all_gather("sight of it", lambda: appears(token.exists))
+    visible = all_gather("sight of it", lambda: appears(token.exists))
     if is_primary():
         token.unlink(missing_ok=True)
-    if not all(seen):
-        blind = ", ".join(f"process {number}{_on(number)}" for number, sees in enumerate(seen) if not sees)
-        raise UserError(f"{field}: must be on a disk that all hosts share, {blind} cannot see what process 0 wrote to "
-                        f"{directory}")
+    if not all(visible):
+        blind = ", ".join(_label(number) for number, sees in enumerate(visible) if not sees)
+        raise UserError(f"{field}: must be on a disk that all hosts share, {blind} cannot see what "
+                        f"process 0 wrote to {directory}")
 
 
-def appears(seen: Callable[[], bool], seconds: float = 15.0) -> bool:
-    """Whether something that another host wrote can be seen: on a network disk some seconds later."""
+def appears(is_visible: Callable[[], bool], seconds: float = 15.0) -> bool:
+    """Waits until something that another host wrote is visible; False after a timeout.
+
+    On a network disk this can take some seconds."""
     deadline = time.monotonic() + seconds
-    while not (found := seen()) and time.monotonic() < deadline:
+    while not (visible := is_visible()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return found
+    return visible
 
 
 def agree_on_signal(received: int | None) -> int | None:
-    """The signal at which all processes stop at this very call, whichever of them it came to; None to go on.
+    """Returns the signal at which all processes stop at this call; None to continue.
 
-    Every process makes the same calls in the same order. Args: received, a signal that has come to this one."""
-    return received if _group is None else _group.stops.reached(received)
+    All processes make the same calls in the same order, so they stop at the same one, whichever of
+    them received the signal. Args: received, the number of a signal that this process received."""
+    return received if _group is None else _group.stop.check(received)
 
 
 def enter(group: "Group") -> None:
-    """From now on this process is one of several."""
+    """Makes this process one of several."""
     global _group
     _group = group
 
 
 def leave(code: int) -> None:
-    """Parts from the others; see Group.leave."""
+    """Parts from the other processes; exits the process if they do not end with it."""
     global _group
     if _group is not None:
         _group.leave(code)
@@ -121,123 +124,145 @@ def leave(code: int) -> None:
 
 
 def advise(text: str) -> None:
-    """What the last line of this process is to say when another one is lost: what to do then."""
+    """Sets what the last line of this process recommends if another process is lost later."""
     if _group is not None:
         _group.tell(after=text)
 
 
-class Stops(threading.Thread):
-    """Agrees on where to stop: at the first check that no process has passed when all have heard of the signal."""
+class SignalAgreement(threading.Thread):
+    """Agrees on the check at which all processes stop: the first one that none has passed yet."""
 
     def __init__(self, client: Any, index: int, count: int) -> None:
-        super().__init__(name="stops", daemon=True)
+        super().__init__(name="signal agreement", daemon=True)
         self._client, self._index, self._count = client, index, count
-        self._lock = threading.Lock()       # held from when this process says where it is until all have said so
+        # Held from when this process publishes its number of checks until all have done so.
+        self._lock = threading.Lock()
         self._checks = 0
         self._received: int | None = None
-        self._agreed: tuple[int, int] | None = None       # the check, the signal
-        self._over = threading.Event()
+        self._agreed: tuple[int, int] | None = None       # the number of the check, the signal
+        self._closed = threading.Event()
 
-    def reached(self, received: int | None) -> int | None:
-        """See agree_on_signal."""
+    def check(self, received: int | None) -> int | None:
+        """Counts one check; see agree_on_signal."""
         self._received = self._received or received
         with self._lock:
             self._checks += 1
-            return self._agreed[1] if self._agreed and self._checks >= self._agreed[0] else None
+            if self._agreed is not None and self._checks >= self._agreed[0]:
+                return self._agreed[1]
+            return None
 
     def run(self) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):       # a process is lost: that ends this one anyway
-            while not self._over.wait(POLL_SECONDS):
+        """Waits for a signal to any process, then agrees on the check."""
+        # An error means that a process is lost, which ends this one anyway.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while not self._closed.wait(POLL_SECONDS):
                 if signals := self._client.key_value_dir_get_bytes(f"{PREFIX}/signal/"):
                     self._agree(int(signals[0][1]))
                     return
                 if self._received is not None:
-                    with contextlib.suppress(jax.errors.JaxRuntimeError):   # another one was first
-                        self._client.key_value_set_bytes(f"{PREFIX}/signal/first", str(self._received).encode())
+                    # Setting the key fails if another process was first.
+                    with contextlib.suppress(jax.errors.JaxRuntimeError):
+                        self._client.key_value_set_bytes(f"{PREFIX}/signal/first",
+                                                         str(self._received).encode())
 
-    def _agree(self, number: int) -> None:
+    def _agree(self, signum: int) -> None:
         with self._lock:
-            self._client.key_value_set_bytes(f"{PREFIX}/checks/{self._index}", str(self._checks).encode())
-            places: list[tuple[str, bytes]] = []
-            while len(places) < self._count and not self._over.wait(0.05):
-                places = self._client.key_value_dir_get_bytes(f"{PREFIX}/checks/")
-            if len(places) == self._count:      # else it was closed while it waited for the others
-                self._agreed = max(int(place) for _, place in places) + 1, number
+            self._client.key_value_set_bytes(f"{PREFIX}/checks/{self._index}",
+                                             str(self._checks).encode())
+            checks: list[tuple[str, bytes]] = []
+            while len(checks) < self._count and not self._closed.wait(0.05):
+                checks = self._client.key_value_dir_get_bytes(f"{PREFIX}/checks/")
+            if len(checks) == self._count:      # otherwise it was closed while waiting
+                self._agreed = max(int(number) for _, number in checks) + 1, signum
 
     def close(self) -> None:
         """Ends the thread; JAX's client must not be used any more after that."""
-        self._over.set()
+        self._closed.set()
         self.join()
 
 
 class Group:
-    """The processes that have met, as one of them sees it."""
+    """The processes that have joined, as seen by one of them."""
 
-    stops: Stops
+    stop: SignalAgreement
 
-    def __init__(self, client: Any, index: int, words: StderrRelay) -> None:
+    def __init__(self, client: Any, index: int, relay: StderrRelay) -> None:
         self.index, self.hosts = index, [""]
-        self._client, self._relay = client, words
+        self._client, self._relay = client, relay
         self._number = 0                    # of exchanges so far, the same in all processes
         self._keys: list[tuple[int, str]] = []
 
     def greet(self, processes: int) -> None:
-        """Learns who the others are. Raises: UserError where they expect another number of processes."""
+        """Learns the names of all hosts. Raises: UserError if the numbers of processes differ."""
         own = [processes, socket.gethostname()]
         self._client.key_value_set_bytes(f"{PREFIX}/hosts/{self.index}", json.dumps(own).encode())
         self.hosts = []
         for number in range(processes):
             expected, name = json.loads(self._get(f"{PREFIX}/hosts/{number}"))
             if expected != processes:
-                raise UserError(f"distributed.processes: expected {processes}, found {expected} in process {number} "
-                                f"on {name}")
+                raise UserError(f"distributed.processes: expected {processes}, found {expected} in "
+                                f"process {number} on {name}")
             self.hosts.append(name)
         self.tell(hosts=self.hosts)
         if jax.process_count() != processes:
-            raise UserError(f"distributed.processes: expected {processes}, found {jax.process_count()}, by JAX")
-        self.stops = Stops(self._client, self.index, processes)
-        self.stops.start()
+            raise UserError(f"distributed.processes: expected {processes}, JAX found "
+                            f"{jax.process_count()}")
+        self.stop = SignalAgreement(self._client, self.index, processes)
+        self.stop.start()
 
     def tell(self, **table: Any) -> None:
-        """What the last line needs to know."""
+        """Tells the relay of standard error what the last line may need; see stderr_relay."""
         self._relay.tell(table)
 
     def exchange(self, name: str, make: Callable[[], Any], among: int) -> list[Any]:
-        """The values of the first `among` processes, in all of them. Raises: UserError where one of these failed."""
+        """Returns in all processes the values of the first `among` of them.
+
+        Raises: UserError if one of these failed; in that process its own error."""
         self._number += 1
         failure: Exception | None = None
         if self.index < among:
             try:
                 outcome = {"value": make()}
             except Exception as error:
-                failure, outcome = error, {"error": str(error) if isinstance(error, UserError) else
-                                           f"process {self.index}{_on(self.index)}: {type(error).__name__}: {error}"}
+                failure, text = error, str(error)
+                if not isinstance(error, UserError):
+                    text = f"{_label(self.index)}: {type(error).__name__}: {error}"
+                outcome = {"error": text}
             key = f"{PREFIX}/values/{self._number}/{self.index}"
-            self._client.key_value_set_bytes(key, zlib.compress(json.dumps([name, outcome]).encode(), 1))
+            value = zlib.compress(json.dumps([name, outcome]).encode(), 1)
+            self._client.key_value_set_bytes(key, value)
             self._keys.append((self._number, key))
+
         values = []
         for number in range(among):
-            theirs, outcome = json.loads(zlib.decompress(self._get(f"{PREFIX}/values/{self._number}/{number}")))
-            if theirs != name:      # of other code, or of files that say something else on one of the hosts
-                raise UserError(f"process {number}{_on(number)} is at {theirs!r} where process {self.index}"
-                                f"{_on(self.index)} is at {name!r}; all must have the same code, models and data")
+            value = self._get(f"{PREFIX}/values/{self._number}/{number}")
+            other_name, outcome = json.loads(zlib.decompress(value))
+            if other_name != name:          # another version of the code, or other files
+                raise UserError(f"{_label(number)} is at {other_name!r}, but {_label(self.index)} "
+                                f"is at {name!r}; all must have the same code, models and data")
             if "error" in outcome:
-                raise failure if failure is not None and number == self.index else UserError(outcome["error"])
+                if failure is not None and number == self.index:
+                    raise failure
+                raise UserError(outcome["error"])
             values.append(outcome["value"])
-        if among == len(self.hosts):        # all are here, so nobody needs what was exchanged before
-            for _, key in [each for each in self._keys if each[0] < self._number]:
-                self._client.key_value_delete(key)
-            self._keys = [each for each in self._keys if each[0] == self._number]
+
+        if among == len(self.hosts):        # all are here: nobody needs earlier values any more
+            for exchange, key in self._keys:
+                if exchange < self._number:
+                    self._client.key_value_delete(key)
+            self._keys = [item for item in self._keys if item[0] == self._number]
         return values
 
     def leave(self, code: int) -> None:
-        """Parts from the others when all are done; where they do not fail with this one, it ends the process."""
+        """Waits until all processes are done, then parts; exits if they do not fail with this."""
         self._client.key_value_set_bytes(f"{PREFIX}/ended/{self.index}", str(code).encode())
-        together = True
         deadline = None if code == 0 else time.monotonic() + LEAVE_SECONDS
+        together = True
         for number in range(len(self.hosts)):
-            together = together and self._get(f"{PREFIX}/ended/{number}", deadline) is not None
-        self.stops.close()
+            ended = self._get(f"{PREFIX}/ended/{number}", deadline) if together else None
+            together = ended is not None
+
+        self.stop.close()
         self.tell(quiet=True)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -247,11 +272,13 @@ class Group:
             except jax.errors.JaxRuntimeError:
                 together = False
         self._relay.close()
-        if not together:                    # what JAX does at exit would wait for the others
+        if not together:                    # JAX's own exit would wait for the others
             os._exit(code)
 
     def _get(self, key: str, deadline: float | None = None) -> Any:
-        """A value of the store, once it is there; None after the deadline. A process that is lost ends this one."""
+        """Waits for a value of the store; returns None after the deadline.
+
+        If a process is lost, JAX ends this one while it waits."""
         while deadline is None or time.monotonic() < deadline:
             try:
                 return self._client.blocking_key_value_get_bytes(key, WAIT_MILLISECONDS)
@@ -264,6 +291,7 @@ class Group:
 _group: Group | None = None
 
 
-def _on(number: int) -> str:
-    """Where a process runs, for people."""
-    return f" on {_group.hosts[number]}" if _group is not None and number < len(_group.hosts) else ""
+def _label(number: int) -> str:
+    """Names a process and its host for messages."""
+    known = _group is not None and number < len(_group.hosts)
+    return f"process {number}" + (f" on {_group.hosts[number]}" if _group and known else "")

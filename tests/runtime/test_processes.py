@@ -348,7 +348,7 @@ def test_an_end_while_a_stop_is_agreed_on():
             said.set()
 
     said, failures = threading.Event(), []
-    stops = processes.Stops(Store(), 0, 2)
+    stops = processes.SignalAgreement(Store(), 0, 2)
     run = stops.run
 
     def watched():
@@ -361,7 +361,7 @@ def test_an_end_while_a_stop_is_agreed_on():
     stops.start()
     assert said.wait(60)
     stops.close()
-    assert not failures and stops.reached(None) is None
+    assert not failures and stops.check(None) is None
 
 
 def test_fields_come_from_the_environment(monkeypatch):
