@@ -27,7 +27,7 @@ from effreason.runs.session import Session, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.metrics import MetricsWriter, Unwritten
+from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import GenerationProgress, Progress
 from effreason.sampling import engine as rollouts
 from effreason.types import Outcomes, Packed, Rollouts
@@ -105,7 +105,7 @@ class Halted(Exception):
 
 
 def take_steps(session: Session, config: Config, directory: Path, state: update.TrainState, reference: model.Params,
-               course: RunState, *, writer: MetricsWriter | Unwritten, progress: Progress, watch: attempts.OnChunk,
+               course: RunState, *, writer: MetricsWriter, progress: Progress, watch: attempts.OnChunk,
                save: Callable[[update.TrainState], None]) -> tuple[dict[str, Outcomes], dict[str, Outcomes]]:
     """The evaluation before, all steps that are left with the evaluations between, and the one after the last of them.
 

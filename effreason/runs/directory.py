@@ -26,7 +26,7 @@ from effreason.runtime import processes, provenance
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk, read_json_lines, write_json
-from effreason.runtime.metrics import MetricsWriter, Unwritten
+from effreason.runtime.metrics import MetricsWriter
 from effreason.types import Outcomes
 
 FAMILY = "family.json"                                      # what tells a family's directory from a run's
@@ -101,10 +101,10 @@ def write_left_out(rows: Sequence[LeftOut], directory: Path) -> None:
         (directory / "left_out.jsonl").write_text(text, encoding="utf-8")
 
 
-def open_metrics(config: Config, directory: Path, start_step: int) -> MetricsWriter | Unwritten:
+def open_metrics(config: Config, directory: Path, start_step: int) -> MetricsWriter:
     """What writes the metrics: nothing, but in process 0."""
     return MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb, start_step=start_step,
-                         config=dataclasses.asdict(config)) if processes.is_primary() else Unwritten()
+                         config=dataclasses.asdict(config))
 
 
 def evaluations(directory: Path, step: int) -> Path:

@@ -1,6 +1,7 @@
-"""What a run leaves on disk of what it measures: JSONL, TensorBoard, wandb.
+"""What a run measures, written to disk: JSON lines, TensorBoard, wandb.
 
-A step is counted from 0: the row of step s holds what was measured on rollouts of the policy after s updates.
+Steps are counted from 0: the row of step s holds what was measured on rollouts of the policy after
+s updates.
 """
 
 import importlib
@@ -14,40 +15,53 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from effreason.runtime import processes
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import append, complete_lines, disk, json_line, replacing
 
 
 class MetricsWriter:
-    """Writes what a run measures into its directory, and to wandb where asked.
+    """Writes metrics into the directory of a run, and to wandb if configured; in process 0 only.
 
-    `metrics.jsonl` has one object for each call of `write`, `rollouts.jsonl` one for each sample; both carry "step".
-    After a resume the rows of steps that will be run again (step >= start_step) are dropped first, as is a line that a
-    crash cut off; a number that is not finite is written as null.
+    `metrics.jsonl` has one object for each call of `write`, `rollouts.jsonl` one for each sample;
+    both have a "step". On resume the rows of steps that will run again (step >= start_step) are
+    dropped first, as is a line that a crash cut off. Numbers that are not finite become null.
 
     Args:
-        directory: of the run; made if it is not there.
-        tensorboard: also write event files under directory/tensorboard.
+        directory: of the run; created if missing.
+        tensorboard: also write event files into directory/tensorboard.
         wandb: also log to wandb, which must then be installed.
         start_step: the first step this process will write.
         config: of the run, for wandb.
-    Raises: UserError where wandb is missing, a file of the run is damaged or cannot be written.
+    Raises: UserError if wandb is missing, or if a file is damaged or cannot be written.
     """
 
     def __init__(self, directory: Path, *, tensorboard: bool, wandb: bool, start_step: int,
                  config: Mapping[str, Any]) -> None:
-        # wandb first: a missing package must not cost the rows of an earlier run.
-        self._wandb = _start_wandb(directory, start_step, config) if wandb else None
         self._metrics = directory / "metrics.jsonl"
         self._rollouts = directory / "rollouts.jsonl"
+        self._wandb: _WandbRun | None = None
+        self._events: _Events | None = None
+        if not processes.is_primary():
+            return
+
+        # wandb first: a missing package must not cost the rows of an earlier run.
+        if wandb:
+            self._wandb = _start_wandb(directory, start_step, config)
         with disk(directory):
             directory.mkdir(parents=True, exist_ok=True)
         for path in (self._metrics, self._rollouts):
-            _drop_from(path, start_step)
-        self._events = _Events(directory / "tensorboard", start_step) if tensorboard else None
+            if path.exists():
+                with replacing(path) as kept, kept.open("wb") as file:
+                    file.writelines(line for line, row in complete_lines(path)
+                                    if row["step"] < start_step)
+        if tensorboard:
+            self._events = _Events(directory / "tensorboard", start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends the metrics of a step; they are on their way to the disk when this returns."""
+        """Appends the metrics of a step; they are handed to the system when this returns."""
+        if not processes.is_primary():
+            return
         row = {name: _plain(value) for name, value in metrics.items()}
         finite = {name: value for name, value in row.items() if value is not None}
         append(self._metrics, json_line({"step": step, **row}))
@@ -57,11 +71,13 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rollouts of a step for people to read."""
-        append(self._rollouts, b"".join(json_line({"step": step, **_plain(row)}) for row in rows))
+        """Appends rollouts of a step, for people to read."""
+        if processes.is_primary():
+            append(self._rollouts,
+                   b"".join(json_line({"step": step, **_plain(row)}) for row in rows))
 
     def close(self) -> None:
-        """Ends the wandb run, where there is one; the files are complete after each write."""
+        """Ends the wandb run; the files are complete after each write."""
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
@@ -74,34 +90,9 @@ class MetricsWriter:
         self.close()
 
 
-class Unwritten:
-    """What the other processes have for a MetricsWriter: process 0 alone writes."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes nothing."""
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        pass
-
-
-def _drop_from(path: Path, start_step: int) -> None:
-    """Keeps the rows of steps before start_step; the file is replaced as a whole or stays as it was."""
-    if not path.exists():
-        return
-    with replacing(path) as kept, kept.open("wb") as file:
-        file.writelines(line for line, row in complete_lines(path) if row["step"] < start_step)
-
-
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: arrays as lists, numbers that are not finite as None."""
-    if hasattr(value, "tolist"):                            # an array or scalar of NumPy or JAX
+    """Returns a value as JSON has it: arrays as lists, numbers that are not finite as None."""
+    if hasattr(value, "tolist"):                # an array or scalar of NumPy or JAX
         value = value.tolist()
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
@@ -115,30 +106,35 @@ def _plain(value: Any) -> Any:
 class _Events:
     """A TensorBoard event file, written in the calling thread.
 
-    tensorboardX's SummaryWriter hands events to a thread through a bounded queue; when that thread dies of a full disk,
-    the next writes fill the queue and the run hangs. So only its records are used here; a failure is raised at once.
+    tensorboardX's SummaryWriter hands events to a thread through a bounded queue. When a full disk
+    kills that thread, the next writes fill the queue and the run hangs. So only its record formats
+    are used here, and a failure is raised at once.
     """
 
     def __init__(self, directory: Path, start_step: int) -> None:
         from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import masked_crc32c
 
-        self._event, self._summary, self._checksum = event_pb2.Event, summary_pb2.Summary, masked_crc32c
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._checksum = masked_crc32c
         with disk(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files in the order of their names, which therefore begin with the time.
-        self._path = directory / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads the files in the order of their names, so these begin with the time.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = directory / name
         self._add(file_version="brain.Event:2")
         if start_step:
             # A session that starts at a step hides what earlier files hold from that step on.
-            self._add(step=start_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            status = event_pb2.SessionLog.START
+            self._add(step=start_step, session_log=event_pb2.SessionLog(status=status))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        values = [self._summary.Value(tag=name, simple_value=value)
+                  for name, value in metrics.items()]
         self._add(step=step, summary=self._summary(value=values))
 
     def _add(self, **content: Any) -> None:
-        """Appends one record: its length, the checksum of that, the event, the checksum of that."""
+        """Appends a record: its length, the checksum of that, the event, the checksum of that."""
         event = self._event(wall_time=time.time(), **content).SerializeToString()
         length = struct.pack("<Q", len(event))
         checksums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
@@ -154,18 +150,19 @@ class _WandbRun(Protocol):
 
 
 def _start_wandb(directory: Path, start_step: int, config: Mapping[str, Any]) -> _WandbRun:
-    """Starts a wandb run named after the directory, or goes on with the one that a resumed directory remembers."""
+    """Starts a wandb run named after the directory, or resumes the one that it remembers."""
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
-        raise UserError("log.wandb is true, but the package wandb is not installed: "
-                        "pip install 'effreason[wandb]', or set log.wandb to false") from None
-    name_of_run = directory / "wandb-run-id.txt"
-    known = name_of_run.read_text().strip() if start_step and name_of_run.exists() else None
+        raise UserError("log.wandb is true, but the package wandb is not installed: pip install "
+                        "'effreason[wandb]', or set log.wandb to false") from None
+
+    id_file = directory / "wandb-run-id.txt"
+    known = id_file.read_text().strip() if start_step and id_file.exists() else None
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    run: _WandbRun = wandb.init(project="effreason", name=directory.resolve().name, dir=str(directory),
-                                config=dict(config), id=known, resume="allow")
-    with disk(name_of_run):
-        name_of_run.write_text(run.id + "\n")
+    run: _WandbRun = wandb.init(project="effreason", name=directory.resolve().name,
+                                dir=str(directory), config=dict(config), id=known, resume="allow")
+    with disk(id_file):
+        id_file.write_text(run.id + "\n")
     return run

@@ -50,7 +50,7 @@ def decisions(directory):
     expected = (OSError, "worn out") if here else (UserError, r"process 1 on .*: OSError: worn out")
     with pytest.raises(expected[0], match=expected[1]):
         processes.all_gather("broken", lambda: fails(1, OSError("worn out")))
-    with pytest.raises(UserError, match="process .* is at '.*' where .* is at '.*'; all must have the same code"):
+    with pytest.raises(UserError, match="process .* is at '.*', but .* is at '.*'; all must have the same code"):
         processes.all_gather("one" if here else "another", lambda: here)
     processes.check_same({"data.path": "one"})
     with pytest.raises(UserError, match="data.path: process 1.* has 1, process 0.* has 0; all must have the same"):
