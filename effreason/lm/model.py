@@ -6,6 +6,7 @@ N positions, B rows, D width, V vocabulary, L layers, H query heads, K key/value
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -157,16 +158,22 @@ def init(config: DecoderConfig, key: jax.Array) -> Params:
     return nn.meta.unbox(Decoder(config).init(key, one, one, None))["params"]
 
 
+@functools.cache
+def _boxed_params(config: DecoderConfig) -> Params:
+    """Abstract weights in flax's boxes, which hold the axis names. Cached: a run asks several times for the same."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), one, one, None))["params"]
+
+
 def abstract_params(config: DecoderConfig) -> Params:
     """Shapes and dtypes of the weights, without making them."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.value, _boxed_params(config),
+                        is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata))
 
 
 def logical_axes(config: DecoderConfig) -> Params:
     """The logical axis names of every weight, as tuples in the tree of the weights."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), one, one, None))
-    return jax.tree.map(tuple, nn.get_partition_spec(boxed)["params"],
+    return jax.tree.map(tuple, nn.get_partition_spec(_boxed_params(config)),
                         is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
 
