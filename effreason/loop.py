@@ -200,7 +200,7 @@ class Batch:
 
     packed: Packed
     credit: Credit
-    fill: float                     # share of the rows' positions that hold a token
+    packing_efficiency: float       # share of the rows' positions that hold a token
 
 
 def make_experience(config: Config, engine: Engine, state: update.TrainState, reference: model.Params,
@@ -209,13 +209,13 @@ def make_experience(config: Config, engine: Engine, state: update.TrainState, re
     learning = engine.learning
     laid = learning.pack(sampled)
     packed = sharding.to_device(laid, learning.packed_sharding)
-    logprobs = packing.in_line(sampled.logprobs, laid.token_index.shape[1])
+    logprobs = packing.flatten(sampled.logprobs, laid.token_index.shape[1])
     verdict, lengths, dial, logprobs = sharding.to_device(
         (correct, sampled.lengths, np.float32(alpha), logprobs), learning.replicated)
     old = learning.score(state.params, packed)
     fixed = learning.score_reference(reference, packed) if needs_reference(config) else old
     return Batch(packed=packed, credit=learning.credit(verdict, lengths, dial, logprobs, old, fixed, packed),
-                 fill=packing.fill(laid))
+                 packing_efficiency=packing.packing_efficiency(laid))
 
 
 def measured(*metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -265,7 +265,7 @@ def make_step(config: Config, session: Session, reference: model.Params, watch: 
             "rollout/truncated": float(1.0 - sampled.ended.mean()),
             **engine_metrics(tried, rollout_seconds),
             "update/tokens_per_second": count / update_seconds,
-            "update/fill": rows.fill,
+            "update/packing_efficiency": rows.packing_efficiency,
             "time/rollout": rollout_seconds, "time/grade": tried.grading_seconds,
             "time/update": update_seconds, "time/step": ended - began}
         statuses = Counter(verdict.status for verdict in tried.verdicts)

@@ -23,7 +23,7 @@ from effreason.rl import packing, update
 from effreason.runtime import sharding
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
-from effreason.types import Problem, Response
+from effreason.types import Problem, Response, Rows
 
 QUESTIONS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
@@ -62,7 +62,9 @@ def score(decoder: model.DecoderConfig, params: model.Params, problems: list[Pro
     lines = [np.concatenate([problem.prompt, response.tokens])
              for problem, response in zip(problems, responses, strict=True)]
     score = jax.jit(functools.partial(update.score_rows, decoder, temperature=1.0, tile=2048))
-    scored = score(params, packing.one_a_row(lines))[0]
+    width = max(map(len, lines))
+    table = jax.tree.map(lambda *rows: np.stack(rows), *(packing.pack_row([line], width) for line in lines))
+    scored = score(params, Rows(**table, response_index=np.zeros_like(table["tokens"])))[0]
     return [(row[: len(problem.prompt) - 1], row[len(problem.prompt) - 1 : len(line) - 1])
             for row, problem, line in zip(np.asarray(scored), problems, lines, strict=True)]
 

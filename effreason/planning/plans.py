@@ -75,7 +75,7 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: In
     width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])
     attention = learner.choose_attention(config, decoder, width, platform=target.kind, context=shape[3])
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens, prompt_tokens=inputs.prompt_tokens,
-                                       alone=causal.one_sequence_per_row(attention))
+                                       one_sequence_per_row=causal.one_sequence_per_row(attention))
     # Without a kernel all of a cache is read, whatever is live in it.
     kernel = compile.cache_layout(config, decoder, target.kind, shape[3]) in KERNELS
     live_share = estimates.live_share(workload, capacity) if kernel else 1.0

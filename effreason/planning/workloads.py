@@ -56,18 +56,19 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
 
 
 def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS,
-                  alone: bool = False) -> Workload:
+                  one_sequence_per_row: bool = False) -> Workload:
     """The step of a configuration, with rows as wide as the longest response there can be.
 
-    Args: alone, each sequence has a row of its own."""
+    Args: one_sequence_per_row, each sequence has a row of its own."""
     settings, update = config.rollout, config.update
     drawn = lengths(settings.prompts_per_step * settings.group_size, mean_tokens, settings.max_new_tokens)
     sizes = drawn + prompt_tokens
     context = config.mesh.context
     widest = packing.row_width(config.data.max_prompt_tokens + settings.max_new_tokens, context)
-    widths = packing.row_widths(widest, context, alone)
-    laid = [packing.layout(sizes, range(first, len(sizes), update.updates_per_batch), widths,
-                           update.rows_per_micro_batch, alone) for first in range(update.updates_per_batch)]
+    widths = packing.row_widths(widest, context, one_sequence_per_row)
+    laid = [packing.assign_rows(sizes, range(first, len(sizes), update.updates_per_batch), widths,
+                                update.rows_per_micro_batch, one_sequence_per_row)
+            for first in range(update.updates_per_batch)]
     count = pairs = 0.0
     for group, width in enumerate(widths):
         needed = max(len(bins[group]) for bins in laid) / update.rows_per_micro_batch

@@ -69,7 +69,8 @@ def credit(correct: jax.Array, lengths: jax.Array, alpha: jax.Array, sampled: ja
         # Last: it weighs the gradient of a token, whatever the token is worth.
         of_tokens *= advantages.truncated_importance(old, sampled, mask, config.update.importance_cap)
     values = {"weights": worth.weights, "advantages": of_tokens, "old_logprobs": old, "reference_logprobs": reference}
-    experience = tuple(Experience(rows=rows, **{name: update.laid_out(value, rows) for name, value in values.items()})
+    experience = tuple(Experience(rows=rows, **{name: update.scatter_to_rows(value, rows)
+                                                for name, value in values.items()})
                        for rows in packed.groups)
     tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)

@@ -128,7 +128,7 @@ def make_learner(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
         pack=functools.partial(
             packing.pack, rows=learning.rows_per_micro_batch, updates=learning.updates_per_batch, context=context,
             width=width, slots=slots,
-            alone=attention.one_sequence_per_row(decoder.attention)),
+            one_sequence_per_row=attention.one_sequence_per_row(decoder.attention)),
         updates=learning.updates_per_batch)
 
 

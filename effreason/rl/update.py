@@ -69,7 +69,7 @@ def token_weights(mask: jax.Array, aggregation: str, updates: int = 1) -> jax.Ar
     return one / jnp.maximum(tokens, 1.0) / jnp.maximum(of_update((tokens > 0).astype(jnp.float32)), 1.0)
 
 
-def laid_out(values: jax.Array, rows: Rows) -> jax.Array:
+def scatter_to_rows(values: jax.Array, rows: Rows) -> jax.Array:
     """Values float32[B, T] of response tokens where the rows have them as targets: float32[..., R, N], 0 elsewhere."""
     return jnp.concatenate([values.reshape(-1), jnp.zeros(1, values.dtype)])[rows.response_index]
 

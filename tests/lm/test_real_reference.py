@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from decoders import mesh
+from decoders import mesh, rows_of
 
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import open_pretrained
 from effreason.lm.hf.weights import read_weights
-from effreason.rl import packing, update
+from effreason.rl import update
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
 from effreason.types import Problem
@@ -69,7 +69,7 @@ def test_prompt_logprobs(reference, checkpoint):
     config, params = checkpoint
     prompts = [reference[f"{prompt}_input_ids"] for prompt in PROMPTS]
     score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, tile=4096))
-    logprobs = np.asarray(score(params, packing.one_a_row(prompts))[0])
+    logprobs = np.asarray(score(params, rows_of(prompts))[0])
     for index, (found, prompt) in enumerate(zip(logprobs, prompts, strict=True)):
         np.testing.assert_allclose(found[: len(prompt) - 1], reference[f"{index}_prompt_logprobs"], rtol=0, atol=1e-3)
 

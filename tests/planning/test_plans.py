@@ -96,8 +96,8 @@ def test_packed_rows_hold_all_tokens(config):
     found = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32)
     positions = found.micro_batches * found.rows * found.width * config.update.updates_per_batch
     assert found.width == 256 and positions * found.fill == pytest.approx(found.tokens + 16 * 32)
-    alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32, alone=True)
-    assert alone.pair_batches <= alone.micro_batches
+    unpacked = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32, one_sequence_per_row=True)
+    assert unpacked.pair_batches <= unpacked.micro_batches
 
 
 # Plans by compilation

@@ -235,7 +235,7 @@ def test_score_rows_is_the_naive_score(config, tile):
                                    atol=1e-5)
 
 
-PACKING = {"rows": dict(), "one a row": dict(alone=True), "two updates": dict(updates=2)}
+PACKING = {"rows": dict(), "one per row": dict(one_sequence_per_row=True), "two updates": dict(updates=2)}
 
 
 @pytest.mark.parametrize("settings", PACKING.values(), ids=PACKING.keys())

@@ -8,7 +8,9 @@ import numpy as np
 from jax.sharding import AxisType
 
 from effreason.lm import kv_cache, model
+from effreason.rl import packing
 from effreason.runtime import sharding
+from effreason.types import Rows
 
 VOCABULARY = 24
 
@@ -45,3 +47,10 @@ def mesh(data=1, fsdp=1, tensor=1, context=1):
 def place(config, params, target):
     """Weights onto a mesh."""
     return jax.device_put(params, sharding.tree_sharding(target, model.logical_axes(config)))
+
+
+def rows_of(sequences):
+    """Rows [R, N] of one sequence each, to score outside of training."""
+    width = max(map(len, sequences))
+    table = jax.tree.map(lambda *rows: np.stack(rows), *(packing.pack_row([tokens], width) for tokens in sequences))
+    return Rows(**table, response_index=np.zeros_like(table["tokens"]))
