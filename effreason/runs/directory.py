@@ -102,9 +102,10 @@ def write_left_out(rows: Sequence[LeftOut], directory: Path) -> None:
 
 
 def open_metrics(config: Config, directory: Path, start_step: int) -> MetricsWriter:
-    """What writes the metrics: nothing, but in process 0."""
-    return MetricsWriter(directory, tensorboard=config.log.tensorboard, wandb=config.log.wandb, start_step=start_step,
-                         config=dataclasses.asdict(config))
+    """Opens the metrics files of a run; a process other than 0 writes nothing."""
+    return MetricsWriter(directory if processes.is_primary() else None,
+                         tensorboard=config.log.tensorboard, wandb=config.log.wandb,
+                         start_step=start_step, config=dataclasses.asdict(config))
 
 
 def evaluations(directory: Path, step: int) -> Path:

@@ -15,20 +15,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from effreason.runtime import processes
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import append, complete_lines, disk, json_line, replacing
 
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+
 
 class MetricsWriter:
-    """Writes metrics into the directory of a run, and to wandb if configured; in process 0 only.
+    """Writes metrics into the directory of a run, and to wandb if configured.
 
     `metrics.jsonl` has one object for each call of `write`, `rollouts.jsonl` one for each sample;
     both have a "step". On resume the rows of steps that will run again (step >= start_step) are
     dropped first, as is a line that a crash cut off. Numbers that are not finite become null.
 
     Args:
-        directory: of the run; created if missing.
+        directory: of the run, created if missing; None = write nothing, for processes but 0.
         tensorboard: also write event files into directory/tensorboard.
         wandb: also log to wandb, which must then be installed.
         start_step: the first step this process will write.
@@ -36,13 +37,12 @@ class MetricsWriter:
     Raises: UserError if wandb is missing, or if a file is damaged or cannot be written.
     """
 
-    def __init__(self, directory: Path, *, tensorboard: bool, wandb: bool, start_step: int,
-                 config: Mapping[str, Any]) -> None:
-        self._metrics = directory / "metrics.jsonl"
-        self._rollouts = directory / "rollouts.jsonl"
+    def __init__(self, directory: Path | None, *, tensorboard: bool, wandb: bool,
+                 start_step: int, config: Mapping[str, Any]) -> None:
+        self._directory = directory
         self._wandb: _WandbRun | None = None
         self._events: _Events | None = None
-        if not processes.is_primary():
+        if directory is None:
             return
 
         # wandb first: a missing package must not cost the rows of an earlier run.
@@ -50,7 +50,7 @@ class MetricsWriter:
             self._wandb = _start_wandb(directory, start_step, config)
         with disk(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        for path in (self._metrics, self._rollouts):
+        for path in (directory / METRICS, directory / ROLLOUTS):
             if path.exists():
                 with replacing(path) as kept, kept.open("wb") as file:
                     file.writelines(line for line, row in complete_lines(path)
@@ -60,11 +60,11 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends the metrics of a step; they are handed to the system when this returns."""
-        if not processes.is_primary():
+        if self._directory is None:
             return
         row = {name: _plain(value) for name, value in metrics.items()}
         finite = {name: value for name, value in row.items() if value is not None}
-        append(self._metrics, json_line({"step": step, **row}))
+        append(self._directory / METRICS, json_line({"step": step, **row}))
         if self._events is not None:
             self._events.write(step, finite)
         if self._wandb is not None:
@@ -72,9 +72,9 @@ class MetricsWriter:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends rollouts of a step, for people to read."""
-        if processes.is_primary():
-            append(self._rollouts,
-                   b"".join(json_line({"step": step, **_plain(row)}) for row in rows))
+        if self._directory is not None:
+            lines = [json_line({"step": step, **_plain(row)}) for row in rows]
+            append(self._directory / ROLLOUTS, b"".join(lines))
 
     def close(self) -> None:
         """Ends the wandb run; the files are complete after each write."""
