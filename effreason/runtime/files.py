@@ -1,4 +1,4 @@
-"""Files on disk: written completely or not at all, and every failure is one line that names the file."""
+"""Files on disk: written completely or not at all; every failure is one line naming the file."""
 
 import contextlib
 import hashlib
@@ -82,7 +82,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields the lines of such a file, each as bytes and as the object it holds.
 
-    Every write ends in a newline, so only a crash leaves a broken line, and only as the last one."""
+    Every write ends in a newline, so only a crash breaks a line, and only the last one."""
     broken = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -1,6 +1,7 @@
-"""What a run shows while it works: a live bar on a terminal, one plain line for each step otherwise.
+"""What a run shows while it works: a live bar on a terminal, otherwise one plain line for each step.
 
-A step is counted from 0: what is shown of step s was measured on rollouts of the policy after s updates.
+Steps are counted from 0: what is shown for step s was measured on rollouts of the policy after s
+updates.
 """
 
 import collections
@@ -19,14 +20,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-ETA_STEPS = 20                      # how many of the last steps the ETA is the median of
-LINE_WIDTH = 80                     # a plain line is kept within this
-# A plain line that would be too long takes the next form and keeps it, so that the lines below each other align.
+ETA_STEPS = 20                      # the ETA is the median over this many last steps
+LINE_WIDTH = 80                     # of plain lines
+# If a plain line gets too long, it and all later ones take the next form, so that lines align.
 LINE_FORMS = (("accuracy", "  "), ("acc", "  "), ("acc", " "))
 
 
 def duration(seconds: float) -> str:
-    """Seconds in at most six characters: 0:07, 12:34, 1h02m, 3d04h."""
+    """Formats seconds in at most six characters: 0:07, 12:34, 1h02m, 3d04h."""
     if not math.isfinite(seconds):
         return "-"
     whole = round(seconds)
@@ -38,60 +39,62 @@ def duration(seconds: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """A rate in at most five characters: 850, 5,012, 12.3k, 456k, 1.2M."""
+    """Formats a rate in at most five characters: 850, 5,012, 12.3k, 456k, 1.2M."""
     if not math.isfinite(per_second):
         return "-"
-    for bound, divisor, form in ((9_999.5, 1, ",.0f"), (99_950, 1e3, ".1f"), (999_500, 1e3, ".0f")):
+    for bound, divisor, form in ((9_999.5, 1, ",.0f"), (99_950, 1e3, ".1f"),
+                                 (999_500, 1e3, ".0f")):
         if per_second < bound:
             return f"{per_second / divisor:{form}}" + ("k" if divisor > 1 else "")
     return f"{per_second / 1e6:.1f}M"
 
 
 def say(text: str, console: Console) -> None:
-    """Prints a line as it stands, however long; above a live display where there is one."""
+    """Prints a line unchanged, however long; above a live display if there is one."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationProgress:
-    """How far a generation is, for people to watch."""
+    """How far a generation is."""
 
     finished: int                   # responses
     total: int
     running: int                    # in slots
     waiting: int                    # not started
-    tokens: int                     # drawn since it began, of running responses too
+    tokens: int                     # sampled so far, including those of running responses
 
 
 class _Generation:
-    """How far the generation of one step is, and how fast."""
+    """The progress and the speed of one step's generation."""
 
-    def __init__(self, headway: GenerationProgress) -> None:
-        self.headway = headway
+    def __init__(self, progress: GenerationProgress) -> None:
+        self.progress = progress
         self.over = False
-        self._first_tokens = headway.tokens
+        self._first_tokens = progress.tokens
         self._started = self._changed = time.monotonic()
 
     def rate(self) -> float:
-        """Tokens per second since the first report, up to the moment all responses were there."""
-        if self.headway.finished < self.headway.total:
+        """Returns tokens per second, from the first report until all responses are there."""
+        if self.progress.finished < self.progress.total:
             self._changed = time.monotonic()
         elapsed = self._changed - self._started
-        sampled = self.headway.tokens - self._first_tokens
+        sampled = self.progress.tokens - self._first_tokens
         return sampled / elapsed if sampled and elapsed else math.nan
 
 
 class Progress:
-    """A live bar on a terminal, one plain line for each step otherwise.
+    """Shows a live bar on a terminal, otherwise one plain line for each step.
 
     Args:
         total_steps: steps of the whole run.
         start_step: the first step of this process; > 0 after a resume.
-        console: where to print; None = standard output.
+        console: to print on; None = standard output.
     """
 
-    def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:
-        # FORCE_COLOR makes rich take a pipe for a terminal: colours are then wanted, a moving bar is not.
+    def __init__(self, total_steps: int, *, start_step: int = 0,
+                 console: Console | None = None) -> None:
+        # FORCE_COLOR makes rich take a pipe for a terminal: it asks for colours, not for a bar.
         self._console = console or Console(force_interactive=None if os.isatty(1) else False)
         self._total = total_steps
         self._done = start_step
@@ -121,12 +124,11 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows that a training step has ended.
 
-        Args: step, counted from 0; metrics of this step, of which rollout/accuracy, rollout/tokens, the two
-            tokens_per_second and time/step are shown or used where they are there.
-        """
+        Args: step, counted from 0; metrics of the step: rollout/accuracy, rollout/tokens, the two
+            tokens_per_second and time/step are used if present."""
         now = time.monotonic()
         if len(self._durations) == 1 and self._first:
-            self._durations.clear()                         # the first step compiled: it says nothing about the others
+            self._durations.clear()         # the first step compiled, so it predicts nothing
             self._first = False
         self._durations.append(float(metrics.get("time/step", now - self._step_started)))
         self._step_started = now
@@ -137,16 +139,16 @@ class Progress:
         if self._live is None:
             self.say(self._line())
 
-    def rollout(self, headway: GenerationProgress) -> None:
+    def rollout(self, progress: GenerationProgress) -> None:
         """Shows how far the generation within this step is."""
         current = self._rollout
-        if (current is None or current.over or headway.finished < current.headway.finished
-                or headway.total != current.headway.total):
-            current = self._rollout = _Generation(headway)
-        current.headway = headway
+        if (current is None or current.over or progress.total != current.progress.total
+                or progress.finished < current.progress.finished):
+            current = self._rollout = _Generation(progress)
+        current.progress = progress
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         say(text, self._console)
 
     def _value(self, key: str) -> float:
@@ -175,14 +177,16 @@ class Progress:
         ))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # The bars stand in one column, so both rows take the width of the longer label and the longer text.
-        rows = [(_counted("step", self._done, self._total), self._done, self._total, self._step_text())]
+        # The bars share a column, so both rows take the width of the longer label and text.
+        rows = [(_counted("step", self._done, self._total), self._done, self._total,
+                 self._step_text())]
         if (generation := self._rollout) is not None and self._ended is None:
-            headway = generation.headway
-            label = _counted("rollout", headway.finished, headway.total)
-            rows.append((label, headway.finished, headway.total, self._rate_text(generation)))
+            progress = generation.progress
+            label = _counted("rollout", progress.finished, progress.total)
+            rows.append((label, progress.finished, progress.total, self._rate_text(generation)))
         elif self._metrics:
             rows.append(("", 0, 0, self._rate_text(None)))
+
         used = max(len(row[0]) for row in rows) + max(row[3].cell_len for row in rows) + 3
         width = min(options.max_width - used, 40)
         grid = Table.grid(padding=(0, 1))
@@ -191,8 +195,8 @@ class Progress:
             grid.add_column(width=width)
         grid.add_column(no_wrap=True)
         for label, completed, total, text in rows:
-            bar = ProgressBar(total=total, completed=completed, width=width, complete_style="cyan",
-                              finished_style="cyan") if total else ""
+            bar = ProgressBar(total=total, completed=completed, width=width,
+                              complete_style="cyan", finished_style="cyan") if total else ""
             grid.add_row(label, *([bar] if width >= 4 else []), text)
         yield grid
 
@@ -212,9 +216,10 @@ class Progress:
     def _rate_text(self, generation: _Generation | None) -> Text:
         sampled = self._value("rollout/tokens_per_second")
         if generation is not None and not generation.over:
-            headway = generation.headway
+            progress = generation.progress
             return Text.assemble(*_pair("rollout", f"{rate(generation.rate()):>5} tok/s"),
-                                 *_pair("running", f"{headway.running}"), *_pair("waiting", f"{headway.waiting}"))
+                                 *_pair("running", f"{progress.running}"),
+                                 *_pair("waiting", f"{progress.waiting}"))
         parts = _pair("rollout", f"{rate(sampled):>5} tok/s")
         if self._metrics:
             parts += _pair("update", f"{rate(self._value('update/tokens_per_second')):>5} tok/s")

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, devices, and the commit of the code where it is a checkout."""
+"""What a result was made with: versions, devices, and the commit of the code in a checkout."""
 
 import functools
 import hashlib
@@ -14,28 +14,28 @@ from effreason import __version__
 from effreason.runtime import processes
 
 LIBRARIES = ("jax", "jaxlib", "flax", "transformers")
-GRADERS = ("math-verify", "latex2sympy2-extended", "sympy")    # what verdicts depend on beside our own code
+GRADERS = ("math-verify", "latex2sympy2-extended", "sympy")     # grades depend on these too
 GIT_SECONDS = 5.0
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and the commit; what JSON can hold. With several processes that of this one."""
+    """Returns versions, devices and the commit, as JSON can hold them; devices of this process."""
     devices = jax.devices()
     return {"effreason": __version__, "git_commit": git_commit(), "grader": grader(),
             "python": platform.python_version(), **{name: version(name) for name in LIBRARIES},
-            "platform": platform.platform(), "device": devices[0].device_kind, "device_count": len(devices),
-            "processes": processes.count()}
+            "platform": platform.platform(), "device": devices[0].device_kind,
+            "device_count": len(devices), "processes": processes.count()}
 
 
 def grader() -> str:
-    """The grader, its code and the packages that decide with it: another version of one may give other verdicts."""
+    """Identifies the grader: its code and the packages it uses, any of which may change a grade."""
     return ", ".join([f"effreason {__version__}", f"grading {grading_sha256()}",
                       *(f"{name} {version(name)}" for name in GRADERS)])
 
 
 @functools.cache
 def grading_sha256(directory: Path = Path(__file__).parents[1] / "grading") -> str:
-    """The first 12 digits of a hash of the modules of a package: between two versions its code may differ too."""
+    """Returns 12 digits of a hash of a package's modules: code may differ within a version."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.py")):
         content = path.read_bytes()
@@ -44,7 +44,7 @@ def grading_sha256(directory: Path = Path(__file__).parents[1] / "grading") -> s
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package, None without it."""
+    """Returns the version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -52,8 +52,8 @@ def version(package: str) -> str | None:
 
 
 def git_commit(directory: Path = Path(__file__).parents[2]) -> str | None:
-    """The commit of a checkout, with "+dirty" where tracked files differ from it; None where it is no checkout."""
-    if not (directory / ".git").exists():       # an installed package inside somebody else's checkout
+    """Returns the commit of a checkout, with "+dirty" after changes; None without a checkout."""
+    if not (directory / ".git").exists():       # installed, within the checkout of something else
         return None
     commit = _git(directory, "rev-parse", "HEAD")
     changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
@@ -62,8 +62,8 @@ def git_commit(directory: Path = Path(__file__).parents[2]) -> str | None:
 
 def _git(directory: Path, *arguments: str) -> str | None:
     try:
-        ended = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, text=True,
-                               timeout=GIT_SECONDS)
+        done = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True,
+                              text=True, timeout=GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return ended.stdout.strip() if ended.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None

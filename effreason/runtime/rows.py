@@ -18,13 +18,13 @@ from effreason.runtime.errors import UserError
 
 T = TypeVar("T")
 SHOWN = 60                          # characters of a wrong value that a message quotes
-WORDS = {inspect.IntType: "a whole number", inspect.FloatType: "a number", inspect.StrType: "a text",
-         inspect.BoolType: "true or false", inspect.NoneType: "null", inspect.ListType: "a list",
-         inspect.VarTupleType: "a list", inspect.TupleType: "a list"}
+WORDS = {inspect.IntType: "a whole number", inspect.FloatType: "a number",
+         inspect.StrType: "a text", inspect.BoolType: "true or false", inspect.NoneType: "null",
+         inspect.ListType: "a list", inspect.VarTupleType: "a list", inspect.TupleType: "a list"}
 
 
 def read(path: Path, kind: type[T]) -> list[T]:
-    """Reads a file of JSON lines; empty lines are skipped. Raises: UserError naming file and line."""
+    """Reads a file of JSON lines; skips empty lines. Raises: UserError naming file and line."""
     return [decode(line, kind, place) for place, line in numbered_lines(path)]
 
 
@@ -94,7 +94,7 @@ def _member(kind: Any, key: str) -> Any:
 
 
 def _item(value: Any, key: str) -> Any:
-    """Returns what a JSON value holds under a key; the value itself if msgspec does not say which."""
+    """Returns what a JSON value holds under a key; the value itself if the key is not known."""
     if isinstance(value, list):
         return value[int(key)]
     return value.get(key, value)
@@ -110,4 +110,4 @@ def _words(kind: Any) -> str:
             return f"a whole number in [{low}, {high}]"
         case inspect.IntType(ge=int() as low):
             return f"a whole number >= {low}"
-    return next((words for type_, words in WORDS.items() if isinstance(kind, type_)), "an object")
+    return next((words for each, words in WORDS.items() if isinstance(kind, each)), "an object")

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupts:
-    """Catches the first signal; a second one acts at once, as if nobody listened."""
+    """Catches the first signal; a second one has its usual effect, at once."""
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -25,12 +25,14 @@ class Interrupts:
         self._restore()
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come; to be called where stopping is safe.
+        """Raises Interrupted if a signal has come; to be called at points that are safe to stop at.
 
-        With several processes all stop at the same call, whichever of them the signal has come to."""
-        if (number := processes.agree_on_signal(self._received)) is not None:
-            # Process 0 says it for all.
-            raise Interrupted(number, f"stopped by {signal.Signals(number).name}" if processes.is_primary() else "")
+        With several processes all stop at the same call, whichever of them got the signal."""
+        number = processes.agree_on_signal(self._received)
+        if number is not None:
+            # Process 0 prints the message for all.
+            name = signal.Signals(number).name
+            raise Interrupted(number, f"stopped by {name}" if processes.is_primary() else "")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number

@@ -1,10 +1,12 @@
-"""What a process says when the JAX runtime ends it because another one is lost: one line, not a page of C++.
+"""Replaces what the JAX runtime prints when it aborts because another process is lost by one line.
 
-The runtime aborts the process from within, so the line must come from somewhere else: from this script, a process of
-its own that passes on what is written to standard error. It needs nothing but the standard library.
+The runtime aborts the process from within, after a page of C++ output. So the line must come from
+elsewhere: from this script, a child process that passes on whatever is written to standard error.
+It needs only the standard library.
 
-A line that begins with a zero byte is meant for this script: a JSON table of `hosts` (names by process), `missing`
-(what to say where the processes did not meet) and `after` (what to do when one is lost later), or `quiet`.
+A line that begins with a zero byte is a message to this script: a JSON table of `hosts` (names by
+process), `missing` (what to say if the processes did not meet), `after` (what to do if one is lost
+later) or `quiet`.
 """
 
 import json
@@ -17,47 +19,42 @@ import sys
 from typing import Any
 
 CONTROL = b"\0"
-NATIVE = re.compile(rb"[EFWI]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination_service\w*|client)\.(cc|h):\d+\]")
-CHATTER = re.compile(rb"\[external/\S*gloo/\S+\] ")      # connections between CPUs, one line for each attempt
+NATIVE = re.compile(
+    rb"[EFWI]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (coordination_service\w*|client)\.(cc|h):\d+\]")
+CHATTER = re.compile(rb"\[external/\S*gloo/\S+\] ")      # one line for each attempt to connect
 STARTS = (CONTROL, b"[", b"E", b"F", b"W", b"I")
-HELD_SECONDS = 5.0                  # what the runtime says of others is kept back so long: it may be about to abort
+HELD_SECONDS = 5.0                  # native lines are held back as long: an abort may follow
 SILENT = re.compile(r"unhealthy \(stopped sending heartbeats\):\s*((?:[^\n]*\d\n)+)")
 FIRST = re.compile(r"first task at the barrier: \S*?(\d+)\.")
 
 
-def cause(said: str, hosts: list[str]) -> str | None:
-    """Which process is lost, as the runtime's own words have it; None where the processes have never met."""
-    def named(numbers: list[int]) -> str:
-        names = [f"process {number}" + (f" on {hosts[number]}" if number < len(hosts) else "") for number in numbers]
-        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} lost"
-
-    if silent := SILENT.search(said):
-        return named([int(number) for number in re.findall(r"(\d+)\n", silent[1])])
-    if "Shutdown barrier has failed" in said and (first := FIRST.search(said)):
-        return named([int(first[1])])
-    if "RegisterTask" in said or "registration failed" in said:
+def cause(text: str, hosts: list[str]) -> str | None:
+    """Says which process is lost, from the runtime's own words; None if they have never met."""
+    if silent := SILENT.search(text):
+        numbers = [int(number) for number in re.findall(r"(\d+)\n", silent[1])]
+    elif "Shutdown barrier has failed" in text and (first := FIRST.search(text)):
+        numbers = [int(first[1])]
+    elif "RegisterTask" in text or "registration failed" in text:
         return None
-    if "Failed to send RPC" in said or "Socket closed" in said or "Connection refused" in said:
-        return named([0])
-    return "another process is lost"
+    elif any(words in text for words in ("Failed to send RPC", "Socket closed",
+                                         "Connection refused")):
+        numbers = [0]
+    else:
+        return "another process is lost"
 
-
-def last_line(said: str, table: dict[str, Any]) -> str:
-    """What takes the place of the runtime's own words."""
-    lost = cause(said, table.get("hosts", []))
-    if lost is None or "after" not in table:
-        return f"error: {table.get('missing', 'the processes did not meet')}\n"
-    return f"error: {lost}; this process ends too: {table['after']}\n"
+    names = [f"process {number}" + (f" on {hosts[number]}" if number < len(hosts) else "")
+             for number in numbers]
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} lost"
 
 
 class Relay:
-    """Passes text on, but for what the runtime says before it aborts."""
+    """Passes text on, except for what the runtime says before it aborts."""
 
     def __init__(self, target: int) -> None:
         self._target = target
         self._table: dict[str, Any] = {}
-        self._rest = b""            # of a line that has begun
-        self._held = b""            # what the runtime says of others
+        self._rest = b""            # the beginning of an unfinished line
+        self._held = b""            # native lines
         self._fatal = False
 
     def feed(self, data: bytes) -> None:
@@ -70,19 +67,24 @@ class Relay:
             self._rest = b""
 
     def release(self) -> None:
-        """Passes on what was held back: the process lives."""
+        """Passes on the lines held back: the process is alive."""
         if self._held and not self._fatal:
             self._write(self._held)
             self._held = b""
 
     def end(self) -> None:
-        """The process is gone."""
+        """Writes the last line: the process has ended."""
         if not self._fatal:
             self._write(self._held + self._rest)
         elif not self._table.get("quiet"):
             if os.isatty(self._target):
-                self._write(b"\x1b[?25h")   # a live display has hidden the cursor
-            self._write(last_line(self._held.decode(errors="replace"), self._table).encode())
+                self._write(b"\x1b[?25h")   # show the cursor that a live display has hidden
+            lost = cause(self._held.decode(errors="replace"), self._table.get("hosts", []))
+            if lost is None or "after" not in self._table:
+                line = self._table.get("missing", "the processes did not meet")
+            else:
+                line = f"{lost}; this process ends too: {self._table['after']}"
+            self._write(f"error: {line}\n".encode())
 
     def _line(self, line: bytes) -> None:
         if line.startswith(CONTROL):
@@ -101,12 +103,12 @@ class Relay:
 
     @property
     def holds(self) -> bool:
-        """Whether something waits for what comes next."""
+        """Whether lines are held back until more is known."""
         return bool(self._held) and not self._fatal
 
 
 class StderrRelay:
-    """Standard error, read by a process of its own that speaks for this one when JAX aborts it."""
+    """Sends this process's standard error through a child process that runs this script."""
 
     def __init__(self) -> None:
         sys.stderr.flush()
@@ -118,12 +120,12 @@ class StderrRelay:
         self._relay.stdin.close()
 
     def tell(self, table: dict[str, Any]) -> None:
-        """Hands over what the last line needs to know."""
+        """Sends what the last line may need."""
         sys.stderr.flush()
         os.write(2, CONTROL + json.dumps(table).encode() + b"\n")
 
     def close(self) -> None:
-        """Standard error is itself again, when all that was written is passed on."""
+        """Restores standard error, once everything written is passed on."""
         sys.stderr.flush()
         os.dup2(self._own, 2)
         os.close(self._own)
@@ -131,7 +133,7 @@ class StderrRelay:
 
 
 def main() -> None:
-    """Reads standard input to its end; what others send to the process's group is not for this one."""
+    """Relays standard input to its end, ignoring signals that the terminal sends to the group."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     relay, parent = Relay(2), os.getppid()
@@ -140,7 +142,8 @@ def main() -> None:
         data = os.read(0, 65536) if ready else b""
         if data:
             relay.feed(data)
-        elif ready or os.getppid() != parent:       # the end, or a child of the process still holds its output
+        # The end of input, or the parent is gone and one of its children holds the pipe open.
+        elif ready or os.getppid() != parent:
             relay.end()
             return
         else:

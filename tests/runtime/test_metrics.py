@@ -268,7 +268,7 @@ def test_generation_rate_stops_with_the_last_response(monkeypatch):
     now = iter([10.0, 12.0, 20.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     generation = progress._Generation(headway(0))
-    generation.headway = headway(100, 4_000)
+    generation.progress = headway(100, 4_000)
     assert generation.rate() == 2_000
-    generation.headway = headway(256, 4_000)
+    generation.progress = headway(256, 4_000)
     assert generation.rate() == 2_000
