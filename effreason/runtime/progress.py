@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar on a terminal, otherwise one plain line for each step.
+"""What a run shows while it works: a live bar on a terminal, otherwise one line for each step.
 
 Steps are counted from 0: what is shown for step s was measured on rollouts of the policy after s
 updates.
