@@ -1,180 +1,158 @@
-"""The command `effreason grade FILE.jsonl`: the verdict on every response of a file, and its reason.
+"""The command `effreason grade FILE.jsonl`: marks each response in a file, and says why.
 
-A line is an object with a response and a gold, the reference answer; it may hold a kind and choices of its own. The
+A line is an object with a response and a reference answer, and optionally a kind and choices. The
 whole file is checked before anything is graded. Needs no jax.
 """
 
 import argparse
 import contextlib
-import itertools
+import dataclasses
 import json
-import os
-import shutil
 import sys
-import tempfile
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from effreason.cli.arguments import Parser, bounded
+from rich.cells import cell_len, set_cell_size
+
+from effreason.cli.arguments import Parser, bounded, echo
 from effreason.grading import kinds
 from effreason.grading.grader import REASONS, Grade, Grader, GradeStatus, Reference
 from effreason.runtime.errors import UserError
 
 CHUNK = 512                         # lines graded at once
-RESPONSE_FIELDS = ("response", "pred", "prediction", "completion")      # the first is the name, others stand in for it
-GOLD_FIELDS = ("gold", "answer", "target")
-WIDTHS = {"line": 5, "verdict": 7, "answer": 16, "gold": 12, "status": 12}
+# The first name is the usual one; the others are accepted instead.
+RESPONSE_FIELDS = ("response", "pred", "prediction", "completion")
+REFERENCE_FIELDS = ("reference", "gold", "answer", "target")
+WIDTHS = {"line": 5, "verdict": 7, "answer": 16, "reference": 12, "status": 12}
 WIDTH = 80
-NO_BUDGET_SECONDS = 86400.0         # a file may take its time
+NO_BUDGET_SECONDS = 86400.0         # grading a file may take long
 
 _count = bounded("positive integer", int, lambda value: 0 < value < 1e6)
 _seconds = bounded("positive number", float, lambda value: 0 < value < 1e6)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Item:
     """One line of the file."""
 
     line: int
     response: str
-    gold: Reference
-    known_kind: bool                # False: its kind is none of ours
+    reference: Reference            # of a kind that may be unknown to the grader
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Grades a file and prints every verdict.
-
-    Args: argv, the arguments after the command; prog, the command's name in the help.
-    Raises: UserError, SystemExit(0) after --help.
-    """
+    """Grades a file and prints the result. Raises: UserError, SystemExit(0) after --help."""
     options = _parser(prog).parse_args(argv)
-    with _opened(options.file) as file, contextlib.suppress(BrokenPipeError):
-        odd_kinds = sum(not item.known_kind for item in _items(file, _reader(options), options.file))
-        read = _reader(options, kind_field="kind" if odd_kinds == 0 else None)
-        file.seek(0)
-        with Grader(workers=options.workers, cpu_seconds=options.cpu_seconds, wall_seconds=options.wall_seconds,
-                    step_budget_seconds=NO_BUDGET_SECONDS, function=options.function) as grader:
-            verdicts = _verdicts(grader, _items(file, read, options.file), options.bare)
-            (_print_json if options.json else _print_table)(verdicts, options.bare)
-        if odd_kinds:
-            print(f"note: on {odd_kinds} lines the field kind is none of {', '.join(kinds.KINDS)}: it must be "
-                  f"something else, and all lines were graded as {options.kind}", file=sys.stderr)
+    items = list(_read(options))
+    unknown = sum(item.reference.kind not in kinds.KINDS for item in items)
+    if unknown:
+        print(f"note: on {unknown} lines the field kind is none of {', '.join(kinds.KINDS)}: it "
+              f"must mean something else, so all lines are graded as {options.kind}",
+              file=sys.stderr)
+        items = [dataclasses.replace(item, reference=dataclasses.replace(
+            item.reference, kind=options.kind)) for item in items]
+
+    with (Grader(workers=options.workers, cpu_seconds=options.cpu_seconds,
+                 wall_seconds=options.wall_seconds, step_budget_seconds=NO_BUDGET_SECONDS,
+                 function=options.function) as grader, contextlib.suppress(BrokenPipeError)):
+        grades = _grades(grader, items, options.bare)
+        if options.json:
+            _print_json(grades)
+        else:
+            _print_table(grades, options.bare)
 
 
 def _parser(prog: str) -> Parser:
-    made = Parser(prog, "Grade the responses of a file against their golds, the reference answers, and print every "
-                  "verdict with its reason. Exit code 0 whatever the verdicts.")
-    made.add_argument("file", metavar="FILE.jsonl", help="objects with a response and a gold, one a line; - for stdin")
-    made.add_argument("--json", action="store_true", help="print one object a line: line, correct, answer, gold, "
-                      "status, reason, seconds; nothing else on stdout")
-    made.add_argument("--kind", choices=kinds.KINDS, default="math",
-                      help="how answers are compared where a line has no kind of its own; default math")
-    made.add_argument("--bare", action="store_true", help="the response is the answer itself, without a box")
-    made.add_argument("--function", metavar="MODULE:FUNCTION",
-                      help="a grader of your own: (response, gold) -> True or False")
-    made.add_argument("--response_field", metavar="NAME",
-                      help=f"default response; where it is missing, {', '.join(RESPONSE_FIELDS[1:])}")
-    made.add_argument("--gold_field", metavar="NAME",
-                      help=f"default gold; where it is missing, {', '.join(GOLD_FIELDS[1:])}")
-    made.add_argument("--workers", metavar="N", type=_count, default=2, help="processes; default 2")
-    made.add_argument("--cpu_seconds", metavar="X", type=_seconds, default=1.0,
-                      help="processor time for one comparison; default 1")
-    made.add_argument("--wall_seconds", metavar="X", type=_seconds, default=8.0,
-                      help="clock time for one comparison; default 8")
-    return made
+    parser = Parser(prog, "Mark each response in a file as correct or wrong, with the reason. "
+                    "The exit code is 0 even if responses are wrong.")
+    parser.add_argument("file", metavar="FILE.jsonl", help="one object on each line, with a "
+                        "response and a reference answer; - for standard input")
+    parser.add_argument("--json", action="store_true", help="print one object on each line: line, "
+                        "correct, answer, reference, status, reason, seconds; nothing else")
+    parser.add_argument("--kind", choices=kinds.KINDS, default="math", help="how to compare "
+                        "answers if a line has no kind of its own; default math")
+    parser.add_argument("--bare", action="store_true",
+                        help="each response is the answer itself, without a box")
+    parser.add_argument("--function", metavar="MODULE:FUNCTION",
+                        help="your own grader: (response, reference) -> True or False")
+    parser.add_argument("--response-field", metavar="NAME", help="field with the response; default "
+                        f"response, or if it is missing {', '.join(RESPONSE_FIELDS[1:])}")
+    parser.add_argument("--reference-field", metavar="NAME", help="field with the reference; "
+                        f"default reference, or if it is missing {', '.join(REFERENCE_FIELDS[1:])}")
+    parser.add_argument("--workers", metavar="N", type=_count, default=2,
+                        help="processes that compare answers; default 2")
+    parser.add_argument("--cpu-seconds", metavar="X", type=_seconds, default=1.0,
+                        help="processor time for one comparison; default 1")
+    parser.add_argument("--wall-seconds", metavar="X", type=_seconds, default=8.0,
+                        help="clock time for one comparison; default 8")
+    return parser
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    """The file, or a copy of stdin: it is read twice."""
-    if path == "-":
-        with tempfile.TemporaryFile() as copy:
-            shutil.copyfileobj(sys.stdin.buffer, copy)
-            copy.seek(0)
-            yield copy
-        return
+def _read(options: argparse.Namespace) -> Iterator[Item]:
+    """Yields the lines of the file. Raises: UserError naming the line."""
+    name = "stdin" if options.file == "-" else options.file
     try:
-        file = open(path, "rb")
+        file = sys.stdin.buffer if options.file == "-" else open(options.file, "rb")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    with file:
-        if not file.seekable():     # a pipe
-            with tempfile.TemporaryFile() as copy:
-                shutil.copyfileobj(file, copy)
-                copy.seek(0)
-                yield copy
-        else:
-            yield file
+        raise UserError(f"{name}: {error.strerror}") from None
 
-
-Read = Callable[[int, dict[str, Any]], Item]
-
-
-def _items(file: Iterable[bytes], read: Read, name: str) -> Iterator[Item]:
-    """Raises: UserError at a line that is no object with the fields wanted."""
-    name = "stdin" if name == "-" else name
-    for number, line in enumerate(file, start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if not text.strip():
+    with contextlib.nullcontext() if options.file == "-" else file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
                 continue
-            # Numbers as they are written: a gold of 10.50 stays that, and no integer is too long to be read.
-            row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+            place = f"{name}:{number}"
+            try:
+                # Numbers stay text: 10.50 keeps its zero, and no integer is too long.
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"),
+                                 parse_int=str, parse_float=str, parse_constant=str)
+            except UnicodeDecodeError:
+                raise UserError(f"{place}: not UTF-8") from None
+            except RecursionError:
+                raise UserError(f"{place}: nested too deep") from None
+            except ValueError as error:
+                raise UserError(f"{place}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
-                raise _Bad(f"expected an object, got {_shown(row)}")
-            yield read(number, row)
-        except UnicodeDecodeError:
-            raise UserError(f"{name}:{number}: not UTF-8") from None
-        except RecursionError:
-            raise UserError(f"{name}:{number}: nested too deep") from None
-        except _Bad as error:
-            raise UserError(f"{name}:{number}: {error}") from None
-        except ValueError as error:
-            raise UserError(f"{name}:{number}: not valid JSON: {error}") from None
+                raise UserError(f"{place}: expected an object, got {_shown(row)}")
+            yield _item(number, row, options, place)
 
 
-class _Bad(Exception):
-    """What is wrong with a line."""
-
-
-def _reader(options: argparse.Namespace, kind_field: str | None = "kind") -> Read:
+def _item(number: int, row: dict[str, Any], options: argparse.Namespace, place: str) -> Item:
     response_fields = (options.response_field,) if options.response_field else RESPONSE_FIELDS
-    gold_fields = (options.gold_field,) if options.gold_field else GOLD_FIELDS
-
-    def read(number: int, row: dict[str, Any]) -> Item:
-        kind = row.get(kind_field, options.kind) if kind_field else options.kind
-        gold = Reference(_text(row, gold_fields), kind if kind in kinds.KINDS else options.kind, _choices(row))
-        return Item(number, _text(row, response_fields), gold, kind in kinds.KINDS)
-
-    return read
+    reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
+    kind = row.get("kind", options.kind)
+    reference = Reference(_text(row, reference_fields, place), kind, _choices(row, place))
+    return Item(number, _text(row, response_fields, place), reference)
 
 
-def _text(row: dict[str, Any], fields: Sequence[str]) -> str:
-    """The value of the first field, or of the one other that stands in for it."""
-    found = [field for field in fields if field in row]
-    if not found:
-        raise _Bad(f"no field {fields[0]}{' (nor ' + ', '.join(fields[1:]) + ')' if len(fields) > 1 else ''}, "
-                   f"got {', '.join(map(str, list(row)[:8])) or 'an empty object'}")
-    if found[0] != fields[0] and len(found) > 1:
-        raise _Bad(f"no field {fields[0]}, and {' and '.join(found)} might both stand in for it")
-    value = row[found[0]]
+def _text(row: dict[str, Any], fields: Sequence[str], place: str) -> str:
+    """Returns the value of the first field, or else of the only other one that the row has."""
+    present = [field for field in fields if field in row]
+    if not present:
+        others = f" (nor {', '.join(fields[1:])})" if len(fields) > 1 else ""
+        raise UserError(f"{place}: no field {fields[0]}{others}, got "
+                        f"{', '.join(list(row)[:8]) or 'an empty object'}")
+    if present[0] != fields[0] and len(present) > 1:
+        raise UserError(f"{place}: no field {fields[0]}, and {' and '.join(present)} could both "
+                        "replace it")
+    value = row[present[0]]
     if not isinstance(value, str):
-        raise _Bad(f"{found[0]} must be a string or a number, got {_shown(value)}")
+        raise UserError(f"{place}: {present[0]} must be a string or a number, got {_shown(value)}")
     return value
 
 
-def _choices(row: dict[str, Any]) -> tuple[str, ...]:
-    """The texts of the choices: a list, or an object with the letters A, B, C, ... in their order."""
+def _choices(row: dict[str, Any], place: str) -> tuple[str, ...]:
+    """Returns the texts of the choices, from a list or an object with the letters A, B, C, ..."""
     choices = row.get("choices") or ()
     if isinstance(choices, dict):
-        if [letter.upper() for letter in choices] != [chr(ord("A") + place) for place in range(len(choices))]:
-            raise _Bad("choices must be a list, or an object with A, B, C, ... in their order")
+        letters = [letter.upper() for letter in choices]
+        if letters != [chr(ord("A") + index) for index in range(len(choices))]:
+            raise UserError(f"{place}: choices must be a list, or an object with A, B, C, ... in "
+                            "this order")
         choices = list(choices.values())
-    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
-        raise _Bad(f"choices must be a list of strings, got {_shown(choices)}")
+    if not (isinstance(choices, list | tuple)
+            and all(isinstance(choice, str) for choice in choices)):
+        raise UserError(f"{place}: choices must be a list of strings, got {_shown(choices)}")
     return tuple(choices)
 
 
@@ -183,72 +161,50 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _verdicts(grader: Grader, items: Iterator[Item], bare: bool) -> Iterator[tuple[Item, Grade]]:
-    while chunk := list(itertools.islice(items, CHUNK)):
-        grades = grader.grade([item.response for item in chunk], [item.gold for item in chunk], bare=bare)
+def _grades(grader: Grader, items: Sequence[Item], bare: bool) -> Iterator[tuple[Item, Grade]]:
+    for start in range(0, len(items), CHUNK):
+        chunk = items[start:start + CHUNK]
+        grades = grader.grade([item.response for item in chunk],
+                              [item.reference for item in chunk], bare=bare)
         yield from zip(chunk, grades, strict=True)
 
 
-def _print_json(verdicts: Iterable[tuple[Item, Grade]], bare: bool) -> None:
-    for item, grade in verdicts:
-        _write(json.dumps({"line": item.line, "correct": grade.correct, "answer": grade.answer,
-                           "gold": item.gold.answer, "status": grade.status, "reason": grade.reason,
-                           "seconds": round(grade.seconds, 6)}))
-    sys.stdout.flush()
+def _print_json(grades: Iterable[tuple[Item, Grade]]) -> None:
+    for item, grade in grades:
+        echo(json.dumps({"line": item.line, "correct": grade.correct, "answer": grade.answer,
+                         "reference": item.reference.answer, "status": grade.status,
+                         "reason": grade.reason, "seconds": round(grade.seconds, 6)}) + "\n")
 
 
-def _print_table(verdicts: Iterable[tuple[Item, Grade]], bare: bool) -> None:
+def _print_table(grades: Iterable[tuple[Item, Grade]], bare: bool) -> None:
     statuses: Counter[GradeStatus] = Counter()
     correct = 0
     room = WIDTH - sum(WIDTHS.values()) - len(WIDTHS)
-    _write(" ".join([*(name.ljust(width) for name, width in WIDTHS.items()), "reason"]))
-    for item, grade in verdicts:
+    echo(" ".join([*(name.ljust(width) for name, width in WIDTHS.items()), "reason"]) + "\n")
+    for item, grade in grades:
         statuses[grade.status] += 1
         correct += grade.correct
-        cells = {"line": str(item.line).rjust(WIDTHS["line"]), "verdict": "correct" if grade.correct else "wrong",
-                 "answer": "-" if grade.answer is None else grade.answer, "gold": item.gold.answer,
-                 "status": grade.status}
-        fits = len(grade.reason) <= room
-        cut = " ".join(_cell(cells[name], width) for name, width in WIDTHS.items())
-        _write(f"{cut} {grade.reason if fits else ''}".rstrip())
-        if not fits:
-            _write(f"      {_cell(grade.reason, WIDTH - 6)}".rstrip())
+        cells = [str(item.line).rjust(WIDTHS["line"]), "correct" if grade.correct else "wrong",
+                 "-" if grade.answer is None else grade.answer, item.reference.answer,
+                 grade.status]
+        row = " ".join(map(_cell, cells, WIDTHS.values()))
+        if len(grade.reason) <= room:
+            echo(f"{row} {grade.reason}".rstrip() + "\n")
+        else:
+            echo(f"{row.rstrip()}\n      {_cell(grade.reason, WIDTH - 6)}".rstrip() + "\n")
+
     count = sum(statuses.values())
-    _write(f"\n{count} graded: {correct} correct, {count - correct} wrong")
+    echo(f"\n{count} graded: {correct} correct, {count - correct} wrong\n")
     for status, number in statuses.most_common():
-        _write(f"{number:>7}  {status:<12}  {REASONS[status]}")
+        echo(f"{number:>7}  {status:<12}  {REASONS[status]}\n")
     if count and statuses[GradeStatus.NO_ANSWER] == count and not bare:
-        _write("no response has a box: with --bare the response is the answer itself")
-    sys.stdout.flush()
+        echo("no response has a box: with --bare the response is the answer itself\n")
 
 
 def _cell(text: str, width: int) -> str:
-    """The text in so many columns of a terminal, cut where it is longer; what could move the cursor is escaped."""
-    shown: list[str] = []
-    used = 0
-    for character in text:
-        character = character if character.isprintable() else repr(character)[1:-1]
-        columns = _columns(character)
-        if used + columns > width:
-            while used > width - 1:
-                used -= _columns(shown.pop())
-            return "".join([*shown, "…"]) + " " * (width - used - 1)
-        shown.append(character)
-        used += columns
-    return "".join(shown) + " " * (width - used)
-
-
-def _columns(text: str) -> int:
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
-
-
-def _write(line: str) -> None:
-    """Prints a line in whatever the terminal can show; ends quietly where nobody reads any more."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding))
-    except BrokenPipeError:
-        # The interpreter would fail once more when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+    """Fits text into columns of a terminal; escapes what could move the cursor."""
+    text = "".join(character if character.isprintable() else repr(character)[1:-1]
+                   for character in text)
+    if cell_len(text) <= width:
+        return set_cell_size(text, width)
+    return set_cell_size(text, width - 1) + "…"

@@ -10,18 +10,18 @@ import types
 import pytest
 from grading_cases import REPOSITORY, boxed
 
-from effreason.cli import grade as verdicts
+from effreason.cli import grade as command
 from effreason.runtime.errors import UserError
 
 ROWS = [
-    {"response": boxed("18"), "gold": "18"},
-    {"response": boxed(r"\sqrt{8}"), "gold": r"2\sqrt{2}"},
-    {"response": r"<think>\boxed{5}</think> so 5", "gold": 5},
-    {"response": boxed("9^{9^{9}}"), "gold": "5"},
-    {"response": boxed("bank"), "gold": "B", "kind": "choice", "choices": {"A": "river", "B": "bank"}},
-    {"response": boxed("bank"), "gold": "A", "kind": "choice", "choices": ["river", "bank"]},
-    {"response": boxed("Yes."), "gold": "yes", "kind": "text", "note": "other fields do not matter"},
-    {"response": "\x1b[31m" + boxed("\x1b[2J中文" * 20), "gold": "\ud800"},
+    {"response": boxed("18"), "reference": "18"},
+    {"response": boxed(r"\sqrt{8}"), "reference": r"2\sqrt{2}"},
+    {"response": r"<think>\boxed{5}</think> so 5", "reference": 5},
+    {"response": boxed("9^{9^{9}}"), "reference": "5"},
+    {"response": boxed("bank"), "reference": "B", "kind": "choice", "choices": {"A": "river", "B": "bank"}},
+    {"response": boxed("bank"), "reference": "A", "kind": "choice", "choices": ["river", "bank"]},
+    {"response": boxed("Yes."), "reference": "yes", "kind": "text", "note": "other fields do not matter"},
+    {"response": "\x1b[31m" + boxed("\x1b[2J中文" * 20), "reference": "\ud800"},
 ]
 
 
@@ -31,7 +31,7 @@ def write(path, rows):
 
 
 def grade(capsys, *argv):
-    verdicts.run(argv, "effreason grade")
+    command.run(argv, "effreason grade")
     return capsys.readouterr().out
 
 
@@ -39,7 +39,7 @@ def test_json(tmp_path, capsys):
     lines = [json.loads(line) for line in grade(capsys, write(tmp_path / "rows.jsonl", ROWS), "--json").splitlines()]
     assert [line["correct"] for line in lines] == [True, True, False, False, True, False, True, False]
     assert [line["status"] for line in lines[:6]] == ["exact", "symbolic", "no_answer", "guard", "exact", "exact"]
-    assert lines[2] | {"seconds": 0} == {"line": 3, "correct": False, "answer": None, "gold": "5",
+    assert lines[2] | {"seconds": 0} == {"line": 3, "correct": False, "answer": None, "reference": "5",
                                          "status": "no_answer", "reason": "no box after </think>", "seconds": 0}
     assert all(line["seconds"] >= 0 for line in lines)
 
@@ -59,15 +59,15 @@ def test_bare_answers_and_other_names_of_fields(tmp_path, capsys):
     assert [line["correct"] for line in lines] == [True, False]
     assert "--bare the response is the answer itself" in grade(capsys, path)
     path = write(tmp_path / "rows.jsonl", [{"mine": boxed("1"), "yours": "1.0", "response": "x"}])
-    fields = ("--response_field", "mine", "--gold_field", "yours")
+    fields = ("--response-field", "mine", "--reference-field", "yours")
     assert "1 correct, 0 wrong" in grade(capsys, path, *fields)
     assert "0 correct, 1 wrong" in grade(capsys, path, *fields, "--kind", "text")
 
 
 def test_a_kind_that_is_something_else_is_no_kind(tmp_path, capsys):
-    rows = [{"response": boxed("1.0"), "gold": "1", "kind": "text"},
-            {"response": boxed("2"), "gold": "2", "kind": "sum"}]
-    verdicts.run([write(tmp_path / "rows.jsonl", rows)], "effreason grade")
+    rows = [{"response": boxed("1.0"), "reference": "1", "kind": "text"},
+            {"response": boxed("2"), "reference": "2", "kind": "sum"}]
+    command.run([write(tmp_path / "rows.jsonl", rows)], "effreason grade")
     out, errors = capsys.readouterr()
     assert "2 correct" in out and "on 1 lines the field kind is none of math, choice, text" in errors
 
@@ -75,7 +75,7 @@ def test_a_kind_that_is_something_else_is_no_kind(tmp_path, capsys):
 def test_a_function_of_ones_own(tmp_path, capsys, monkeypatch):
     (tmp_path / "own_verdicts.py").write_text("def longer(response, answer): return len(response) > len(answer)\n")
     monkeypatch.chdir(tmp_path)
-    path = write(tmp_path / "rows.jsonl", [{"response": "abc", "gold": "ab"}, {"response": "a", "gold": "ab"}])
+    path = write(tmp_path / "rows.jsonl", [{"response": "abc", "reference": "ab"}, {"response": "a", "reference": "ab"}])
     assert "1 correct, 1 wrong" in grade(capsys, path, "--function", "own_verdicts:longer")
     with pytest.raises(UserError, match="grade.function own_verdicts:none: own_verdicts has no none"):
         grade(capsys, path, "--function", "own_verdicts:none")
@@ -83,12 +83,12 @@ def test_a_function_of_ones_own(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("line", "message"), [
     ("{", "not valid JSON: "), ("5", "expected an object, got \"5\""), ("[]", "expected an object, got []"),
-    ('{"gold": "5"}', "no field response (nor pred, prediction, completion), got gold"),
-    ('{"response": "5"}', "no field gold (nor answer, target), got response"),
-    ('{"response": "5", "gold": null}', "gold must be a string or a number, got null"),
-    ('{"pred": "5", "completion": "5", "gold": "5"}', "no field response, and pred and completion might both stand"),
-    ('{"response": "5", "gold": "5", "choices": "AB"}', 'choices must be a list of strings, got "AB"'),
-    ('{"response": "5", "gold": "5", "choices": {"B": "x"}}', "choices must be a list, or an object with A, B, C"),
+    ('{"reference": "5"}', "no field response (nor pred, prediction, completion), got reference"),
+    ('{"response": "5"}', "no field reference (nor gold, answer, target), got response"),
+    ('{"response": "5", "reference": null}', "reference must be a string or a number, got null"),
+    ('{"pred": "5", "completion": "5", "reference": "5"}', "no field response, and pred and completion could both replace it"),
+    ('{"response": "5", "reference": "5", "choices": "AB"}', 'choices must be a list of strings, got "AB"'),
+    ('{"response": "5", "reference": "5", "choices": {"B": "x"}}', "choices must be a list, or an object with A, B, C"),
     (b'{"response": "\xff"}', "not UTF-8"), ("[" * 100_000, "nested too deep"),
 ])
 def test_a_broken_line_is_told_before_anything_is_graded(tmp_path, capsys, line, message):
@@ -109,7 +109,7 @@ def test_a_broken_line_is_told_before_anything_is_graded(tmp_path, capsys, line,
 ])
 def test_mistakes_on_the_command_line(argv, message):
     with pytest.raises(UserError, match=message):
-        verdicts.run(argv, "effreason grade")
+        command.run(argv, "effreason grade")
 
 
 def test_stdin_and_no_lines(capsys, monkeypatch):
