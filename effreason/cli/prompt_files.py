@@ -1,80 +1,97 @@
-"""What a model is to be asked, outside training: a text, messages or token ids, from a file or a command line."""
+"""Prompts for `effreason generate`: texts, messages or token ids, from a file or an option."""
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from effreason.data import files
+from effreason.runtime import rows
 from effreason.runtime.errors import UserError
 
-FORMS = ("prompt", "problem", "messages", "tokens")     # the fields of a row that may hold what is asked
-NEW_TOKENS = 1024                   # of a response at most, where nothing else is said
+FORMS = ("prompt", "problem", "messages", "tokens")     # fields of a row, of which it has one
+NEW_TOKENS = 1024                   # default length limit of a response
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is to be answered, in one of three forms."""
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
 
-    name: Any                       # of a row, its id: the field, or its line
-    place: str                      # for messages about it
-    text: str | None = None         # a user's turn, or with --raw all of it
-    messages: list[dict[str, str]] | None = None
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a file of prompts."""
+
+    prompt: str | None = None
+    problem: str | None = None      # the same as prompt
+    messages: list[Message] | None = None
+    tokens: list[TokenId] | None = None
+    id: str | int = ""              # default: the number of the line
+    max_new_tokens: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What to respond to, in one of three forms."""
+
+    name: str | int
+    place: str                      # FILE:LINE or the option, for error messages
+    text: str | None = None         # the user's message, or with --raw the whole text
+    messages: list[Message] | None = None
     tokens: list[int] | None = None
     max_new_tokens: int | None = None
 
 
-def read(path: Path) -> Iterator[Question]:
-    """The rows of a file of prompts. Raises: UserError that names the line."""
+def read(path: Path) -> Iterator[Prompt]:
+    """Yields the prompts of a file. Raises: UserError naming the line."""
     empty = True
-    for place, row in files.jsonl_rows(path):
+    for place, values in files.jsonl_rows(path):
         empty = False
-        yield _question(row, place)
+        yield _prompt(values, place)
     if empty:
         raise UserError(f"{path}: holds no prompts")
 
 
-def _question(row: dict[str, Any], place: str) -> Question:
-    found = [form for form in FORMS if form in row]
-    if len(found) != 1:
-        held = " and ".join(found) or ", ".join(map(ascii, list(row)[:8])) or "an empty object"
-        raise UserError(f"{place}: expected one of the fields {', '.join(FORMS)}, found {held}")
-    name, limit = row.get("id", int(place.rpartition(":")[2])), row.get("max_new_tokens")
-    if isinstance(name, bool) or not isinstance(name, str | int):
-        raise UserError(f"{place}: id must be a string or an integer, found {type(name).__name__}")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit < 2**31):
-        raise UserError(f"{place}: max_new_tokens must be an integer >= 1, found {ascii(limit)[:40]}")
-    value = row[found[0]]
-    forms: dict[str, Any] = {}
-    if found[0] == "tokens":
-        if not isinstance(value, list) or not value or not all(type(token) is int and token >= 0 for token in value):
-            raise UserError(f"{place}: tokens must be a list of token ids, found {ascii(value)[:40]}")
-        forms["tokens"] = value
-    elif found[0] == "messages":
-        if not isinstance(value, list) or not value or not all(
-                isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value):
-            raise UserError(f"{place}: messages must be a list of objects with role and content, found "
-                            f"{ascii(value)[:40]}")
-        forms["messages"] = [{"role": _text(turn["role"], f"{place}: role"),
-                              "content": _text(turn.get("content"), f"{place}: content")} for turn in value]
-    else:
-        forms["text"] = user_turn(value, f"{place}: {found[0]}")
-    return Question(name=name, place=place, max_new_tokens=limit, **forms)
+def _prompt(values: dict[str, Any], place: str) -> Prompt:
+    forms = [form for form in FORMS if form in values]
+    if len(forms) != 1:
+        present = " and ".join(forms) or ", ".join(map(ascii, list(values)[:8]))
+        raise UserError(f"{place}: expected one of the fields {', '.join(FORMS)}, found "
+                        f"{present or 'an empty object'}")
+    row, form = rows.convert(values, Row, place), forms[0]
+    if not getattr(row, form):
+        raise UserError(f"{place}: {form}: expected a prompt, found nothing")
+
+    prompt = Prompt(name=row.id or int(place.rpartition(":")[2]), place=place,
+                    messages=row.messages, tokens=row.tokens, max_new_tokens=row.max_new_tokens)
+    for message in row.messages or ():
+        check_text(message.role + message.content, f"{place}: messages")
+    if row.messages is None and row.tokens is None:
+        text = user_message(row.prompt or row.problem or "", f"{place}: {form}")
+        return dataclasses.replace(prompt, text=text)
+    return prompt
 
 
-def user_turn(value: Any, place: str) -> str:
-    """A text to be answered. Raises: UserError."""
-    if not _text(value, place).strip():
+def user_message(text: str, place: str) -> str:
+    """Returns a text to respond to. Raises: UserError if it is blank."""
+    check_text(text, place)
+    if not text.strip():
         raise UserError(f"{place}: expected a prompt, found nothing")
-    return value
+    return text
 
 
-def _text(value: Any, place: str) -> str:
-    """Raises: UserError for what is no text: JSON and a command line can hold half of a surrogate pair."""
-    if not isinstance(value, str):
-        raise UserError(f"{place} must be a text, found {type(value).__name__}")
+def check_text(text: str, place: str) -> None:
+    """Raises UserError for half of a surrogate pair, which JSON and a command line can hold."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place} holds {ascii(value[error.start])}, which is no character") from None
-    return value
+        character = ascii(text[error.start])
+        raise UserError(f"{place} holds {character}, which is no character") from None

@@ -1,4 +1,4 @@
-"""What `effreason generate` does once its options are checked: a model opened, responses to a terminal or a file.
+"""`effreason generate` after its options are checked: a model and its responses, as they grow.
 
 The text of responses goes to standard output, everything else to standard error.
 """
@@ -13,21 +13,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
-from effreason.cli.prompt_files import NEW_TOKENS, Question
+from effreason.cli.arguments import echo
+from effreason.cli.prompt_files import NEW_TOKENS, Prompt
 from effreason.data import templates
 from effreason.data.files import one_line
 from effreason.lm import model
-from effreason.lm.hf.pretrained import Pretrained, load_weights, open_pretrained
+from effreason.lm.hf.pretrained import load_weights, open_pretrained
 from effreason.runtime import sharding
 from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import Interrupted, UserError
@@ -39,118 +38,122 @@ from effreason.sampling.draws import SamplingParams
 from effreason.sampling.generate import TextStream, decode, make_requests
 from effreason.types import Response
 
-STREAM_CACHE = 2048                 # positions of the first cache of a stream: no pause to compile a larger one
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")         # all but tabs and line ends: they could do anything
+STREAM_CACHE = 2048                 # positions of a stream's first cache: no pause to compile more
+# Control characters could do anything to a terminal; tabs and line ends are harmless.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class TokenizedPrompt:
     """A prompt as the model reads it."""
 
-    question: Question
+    prompt: Prompt
     tokens: np.ndarray              # int32[S']
     max_new_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A model but its weights, and how it is to read prompts."""
-
-    options: argparse.Namespace
-    pretrained: Pretrained
-    template: templates.Template | None         # None: texts are read as they stand
-    console: Console                            # standard error
-
-    def read(self, question: Question) -> Asked:
-        """Raises: UserError for a prompt that this model cannot read or has no room for."""
-        tokens, positions = self._tokens(question), self.pretrained.max_positions
-        room = positions - len(tokens)
-        limit = question.max_new_tokens or self.options.max_new_tokens or max(min(NEW_TOKENS, room), 1)
-        if not len(tokens) or limit > room:
-            raise UserError(f"{question.place}: a prompt of {len(tokens):,} tokens and {limit:,} new ones, expected at "
-                            f"least 1 and together at most the model's {positions:,} positions")
-        return Asked(question=question, tokens=np.array(tokens, np.int32), max_new_tokens=limit)
-
-    def _tokens(self, question: Question) -> list[int]:
-        tokenizer, vocabulary = self.pretrained.tokenizer, self.pretrained.decoder.vocabulary
-        if question.tokens is not None:
-            if max(question.tokens) >= vocabulary:
-                raise UserError(f"{question.place}: tokens must be below the model's vocabulary, {vocabulary}, found "
-                                f"{max(question.tokens)}")
-            return question.tokens
-        if self.template is None:
-            if question.text is None:
-                raise UserError(f"{question.place}: messages need a chat template; --template names one")
-            # With the BOS that the tokenizer puts first, unless it stands there.
-            has_bos = tokenizer.bos_token is not None and question.text.startswith(tokenizer.bos_token)
-            return tokenizer(question.text, add_special_tokens=not has_bos, verbose=False)["input_ids"]
-        messages = question.messages or [{"role": "user", "content": question.text or ""}]
-        try:
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                     chat_template=self.template.text)
-        except Exception as error:      # a template may refuse a role, or do anything else
-            raise UserError(f"{question.place}: the template {self.template.name} cannot be rendered "
-                            f"({one_line(error)})") from None
-        return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Session:
-    """A model ready to generate."""
+    """A model that responds to prompts: its tokenizer at first, its weights after `load`.
 
-    reader: Reader
-    sampler: engine.Sampler
-    params: model.Params
-    sampling: SamplingParams
+    Raises: UserError if the model or the template cannot be used."""
 
-    def start(self, asked: Sequence[Asked], uids: Sequence[int] | None = None) -> engine.Generation:
-        """All samples of all prompts, as the options say."""
-        options = self.reader.options
-        requests = make_requests([each.tokens for each in asked], [each.max_new_tokens for each in asked], uids=uids,
-                                 samples=options.samples, vocabulary=self.reader.pretrained.decoder.vocabulary)
-        return self.sampler(self.params, requests, jax.random.key(options.seed), self.sampling)
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        # Whatever FORCE_COLOR says: a pipe must not get a moving line.
+        self.console = Console(stderr=True, force_terminal=os.isatty(2))
+        dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        self.template: templates.Template | None = None         # None: texts are read unchanged
+        try:
+            self.pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype)
+            if options.template or (self.pretrained.tokenizer.chat_template and not options.raw):
+                data = DataConfig(template=options.template, user_prompt="{problem}")
+                self.template = templates.choose(self.pretrained.tokenizer, data)
+        except UserError as error:
+            # Other commands have the same options under these names.
+            raise UserError(str(error).replace("data.template", "--template")
+                            .replace("model.revision", "--revision")) from None
 
+        if self.template is None and not options.raw:
+            say(f"{options.model} has no chat template: prompts are read unchanged", self.console)
+        elif self.template is not None and self.template.note:
+            say(self.template.note.replace("data.template", "--template"), self.console)
 
-def open_reader(options: argparse.Namespace) -> Reader:
-    """Opens a model. Raises: UserError."""
-    console = Console(stderr=True, force_interactive=None if os.isatty(2) else False)
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    try:
-        pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype)
-        template = None
-        if options.template is not None or (pretrained.tokenizer.chat_template and not options.raw):
-            data = DataConfig(template=options.template, user_prompt="{problem}")
-            template = templates.choose(pretrained.tokenizer, data)
-    except UserError as error:
-        # Other commands have the same under these names.
-        message = str(error).replace("data.template", "--template").replace("model.revision", "--revision")
-        raise UserError(message) from None
-    if template is None and not options.raw:
-        say(f"{options.model} has no chat template: prompts are read as they stand", console)
-    elif template is not None and template.note:
-        say(template.note.replace("data.template", "--template"), console)
-    return Reader(options=options, pretrained=pretrained, template=template, console=console)
+    def read(self, prompt: Prompt) -> TokenizedPrompt:
+        """Tokenizes a prompt. Raises: UserError if the model cannot read it or has no room."""
+        tokens, positions = self._tokens(prompt), self.pretrained.max_positions
+        room = positions - len(tokens)
+        limit = prompt.max_new_tokens or self.options.max_new_tokens
+        limit = limit or max(min(NEW_TOKENS, room), 1)
+        if not len(tokens) or limit > room:
+            raise UserError(f"{prompt.place}: a prompt of {len(tokens):,} tokens and {limit:,} new "
+                            f"ones, expected at least 1 and together at most the model's "
+                            f"{positions:,} positions")
+        return TokenizedPrompt(prompt=prompt, tokens=np.array(tokens, np.int32),
+                               max_new_tokens=limit)
 
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        tokenizer, vocabulary = self.pretrained.tokenizer, self.pretrained.decoder.vocabulary
+        if prompt.tokens is not None:
+            if max(prompt.tokens) >= vocabulary:
+                raise UserError(f"{prompt.place}: tokens must be below the model's vocabulary, "
+                                f"{vocabulary}, found {max(prompt.tokens)}")
+            return prompt.tokens
 
-def load(reader: Reader, asked: Sequence[Asked] | None, *, chunk: int) -> Session:
-    """Reads the weights. Args: asked, all prompts where they are known and are not streamed. Raises: UserError."""
-    sharding.use_compilation_cache()
-    mesh, options, pretrained = sharding.make_mesh(data=-1), reader.options, reader.pretrained
-    with _line(reader.console, "reading the weights"):
-        params = load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))
-    longest = pretrained.max_positions if asked is None else max(
-        len(each.tokens) + each.max_new_tokens for each in asked)
-    sampler = engine.make_sampler(pretrained.decoder, mesh, slots=options.slots, chunk=chunk, positions=longest,
-                                    smallest=STREAM_CACHE if asked is None else None)
-    sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
-                        min_p=options.min_p, eos_ids=pretrained.eos_ids)
-    return Session(reader=reader, sampler=sampler, params=params, sampling=sampling)
+        if self.template is None:
+            if prompt.text is None:
+                raise UserError(f"{prompt.place}: messages need a chat template; name one with "
+                                "--template")
+            # The tokenizer adds its BOS, unless the text begins with it.
+            has_bos = (tokenizer.bos_token is not None
+                       and prompt.text.startswith(tokenizer.bos_token))
+            return tokenizer(prompt.text, add_special_tokens=not has_bos,
+                             verbose=False)["input_ids"]
+
+        messages = ([asdict(message) for message in prompt.messages] if prompt.messages
+                    else [{"role": "user", "content": prompt.text or ""}])
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False,
+                                                 add_generation_prompt=True,
+                                                 chat_template=self.template.text)
+        except Exception as error:      # a template may refuse a role, or do anything else
+            raise UserError(f"{prompt.place}: the template {self.template.name} cannot be rendered "
+                            f"({one_line(error)})") from None
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def load(self, prompts: Sequence[TokenizedPrompt] | None, chunk: int) -> None:
+        """Reads the weights and builds the sampler.
+
+        Args: prompts, all of them if they are known and not streamed. Raises: UserError."""
+        sharding.use_compilation_cache()
+        mesh, decoder = sharding.make_mesh(data=-1), self.pretrained.decoder
+        with self.console.status("reading the weights"):
+            self._params = load_weights(
+                self.pretrained, sharding.tree_sharding(mesh, model.logical_axes(decoder)))
+        longest = self.pretrained.max_positions
+        if prompts is not None:
+            longest = max(len(each.tokens) + each.max_new_tokens for each in prompts)
+        self._sampler = engine.make_sampler(decoder, mesh, slots=self.options.slots, chunk=chunk,
+                                            positions=longest,
+                                            smallest=STREAM_CACHE if prompts is None else None)
+
+    def start(self, prompts: Sequence[TokenizedPrompt],
+              uids: Sequence[int] | None = None) -> engine.Generation:
+        """Starts to generate all samples for all prompts."""
+        options = self.options
+        sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p,
+                                  top_k=options.top_k, min_p=options.min_p,
+                                  eos_ids=self.pretrained.eos_ids)
+        requests = make_requests([each.tokens for each in prompts],
+                                 [each.max_new_tokens for each in prompts], uids=uids,
+                                 samples=options.samples,
+                                 vocabulary=self.pretrained.decoder.vocabulary)
+        return self._sampler(self._params, requests, jax.random.key(options.seed), sampling)
 
 
 def converse(session: Session) -> None:
-    """Answers each line typed, until an empty one or the end of input; Ctrl-C stops a response, then the program."""
+    """Responds to each line typed, until an empty one; Ctrl-C stops a response or the program."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  lines can be edited from here on
+        import readline  # noqa: F401  makes lines editable
     count = 0
     while True:
         try:
@@ -159,126 +162,136 @@ def converse(session: Session) -> None:
             _write("\n")
             return
         except UnicodeDecodeError:
-            say("not UTF-8", session.reader.console)
+            say("not UTF-8", session.console)
             continue
         if not line.strip():
             return
+
         try:
-            stream(session, session.reader.read(Question(name=count, place="prompt", text=line)), uid=count)
+            prompt = session.read(Prompt(name=count, place="prompt", text=line))
+            stream(session, prompt, uid=count)
         except UserError as error:
-            say(f"error: {error}", session.reader.console)
+            say(f"error: {error}", session.console)
         except Interrupted as stop:
             if stop.signum != signal.SIGINT:
                 raise
-            _say_dim(stop.message, session.reader.console)
+            _say_dim(stop.message, session.console)
         count += 1
 
 
-def stream(session: Session, asked: Asked, uid: int = 0) -> None:
-    """Shows the responses to a prompt while they grow, one below the other. Raises: Interrupted."""
-    samples, console, speed = session.reader.options.samples, session.reader.console, _Speed()
-    streams = [TextStream(session.reader.pretrained.tokenizer) for _ in range(samples)]
-    over: dict[int, Response] = {}
-    current, last = 0, "\n"             # the sample that is shown, and the last character that has been
+def stream(session: Session, prompt: TokenizedPrompt, uid: int = 0) -> None:
+    """Shows the responses to a prompt as they grow, one after the other. Raises: Interrupted."""
+    samples, speed = session.options.samples, _Speed()
+    streams = [TextStream(session.pretrained.tokenizer) for _ in range(samples)]
+    done: dict[int, Response] = {}
+    current, newline = 0, True          # the sample shown; whether the output ends in a newline
 
-    with Interrupts() as interrupts, _line(console, "reading the prompt") as show:
+    with Interrupts() as interrupts, session.console.status("reading the prompt") as status:
 
         def put(text: str) -> None:
-            nonlocal last
+            nonlocal newline
             if text:
-                show("")
+                status.stop()           # rich redirects standard output while it shows a status
                 _write(text)
-                last = text[-1]
+                newline = text.endswith("\n")
 
-        generation = session.start([asked], [uid])
+        generation = session.start([prompt], [uid])
         for finished in generation:
-            over |= {response.sample: response for response in finished}
-            growing = {response.sample: response for response in generation.unfinished()} | over
+            done |= {response.sample: response for response in finished}
+            growing = {response.sample: response for response in generation.unfinished()} | done
             speed.look(generation.tokens)
             while current in growing:
-                put(streams[current].more(growing[current].tokens, over=current in over))
-                if current not in over:
+                put(streams[current].more(growing[current].tokens, over=current in done))
+                if current not in done:
                     break
-                put("" if last == "\n" else "\n")
-                show("")
-                _say_dim(_summary(over[current], speed, generation.tokens, samples), console)
+                put("" if newline else "\n")
+                status.stop()
+                _say_dim(_summary(done[current], speed, generation.tokens, samples),
+                         session.console)
                 current += 1
             try:
                 interrupts.check()
             except Interrupted as stop:
-                put("" if last == "\n" else "\n")
-                raise Interrupted(stop.signum, f"{stop.message} after {generation.tokens:,} tokens") from None
+                put("" if newline else "\n")
+                raise Interrupted(stop.signum, f"{stop.message} after {generation.tokens:,} tokens"
+                                  ) from None
 
 
 def _summary(response: Response, speed: "_Speed", tokens: int, samples: int) -> str:
-    """One line on a response. Args: tokens, of all samples so far."""
-    which, together = (f"sample {response.sample}: ", " together") if samples > 1 else ("", "")
-    return (f"{which}{len(response.tokens):,} tokens, {speed.rate(tokens)} tokens/s{together}, the first after "
-            f"{speed.first_seconds:.1f} s, finish {response.finish}")
+    """Describes a response in one line. Args: tokens, of all samples so far."""
+    label, together = (f"sample {response.sample}: ", " together") if samples > 1 else ("", "")
+    return (f"{label}{len(response.tokens):,} tokens, {speed.rate(tokens)} tokens/s{together}, the "
+            f"first after {speed.first_seconds:.1f} s, finish {response.finish}")
 
 
-def write_all(session: Session, asked: Sequence[Asked]) -> None:
-    """Writes all responses in the order of the prompts, each as soon as those before it are there.
+def write_all(session: Session, prompts: Sequence[TokenizedPrompt]) -> None:
+    """Writes all responses in the order of the prompts, each as soon as those before it are done.
 
-    Raises: Interrupted, when what has finished is written."""
-    reader, speed = session.reader, _Speed()
-    options, total = reader.options, len(asked) * reader.options.samples
-    names = iter([(prompt, sample) for prompt in range(len(asked)) for sample in range(options.samples)])
+    Raises: Interrupted, after writing the finished ones."""
+    options, speed, samples = session.options, _Speed(), session.options.samples
+    total = len(prompts) * samples
+    order = iter([(prompt, sample) for prompt in range(len(prompts)) for sample in range(samples)])
+    due: tuple[int, int] | None = next(order)
     waiting: dict[tuple[int, int], Response] = {}
     finishes: Counter[str] = Counter()
-    due: tuple[int, int] | None = next(names)
     form = _json_line if options.json or options.output else _block
-    with Interrupts() as interrupts, _sink(options.output) as write, _line(reader.console, "starting") as show:
+    with (Interrupts() as interrupts, _sink(options.output) as write,
+          session.console.status("starting") as status):
 
         def put(response: Response) -> None:
-            if options.output is None and sys.stdout.isatty():
-                show("")
-            write(form(asked[response.prompt], response, reader.pretrained.tokenizer))
+            status.stop()
+            write(form(prompts[response.prompt], response, session.pretrained.tokenizer))
 
-        generation = session.start(asked)
+        generation = session.start(prompts)
         try:
             for finished in generation:
-                waiting |= {(response.prompt, response.sample): response for response in finished}
-                finishes.update(str(response.finish) for response in finished)
+                for response in finished:
+                    waiting[response.prompt, response.sample] = response
+                    finishes[str(response.finish)] += 1
                 while due in waiting:
                     put(waiting.pop(due))
-                    due = next(names, None)
+                    due = next(order, None)
                 speed.look(generation.tokens)
-                show(f"{generation.finished}/{total} responses  {speed.rate(generation.tokens)} tokens/s  "
-                     f"{generation.running} running  {generation.waiting} waiting")
+                status.update(f"{generation.finished}/{total} responses  "
+                              f"{speed.rate(generation.tokens)} tokens/s  "
+                              f"{generation.running} running  {generation.waiting} waiting")
+                status.start()
                 interrupts.check()
         except Interrupted as stop:
             for name in sorted(waiting):
                 put(waiting[name])
-            raise Interrupted(stop.signum, f"{stop.message}: {generation.finished} of {total} responses are written"
-                              ) from None
+            raise Interrupted(stop.signum, f"{stop.message}: {generation.finished} of {total} "
+                              "responses are written") from None
     ends = ", ".join(f"{finish} {count}" for finish, count in sorted(finishes.items()))
-    _say_dim(f"{total} responses, {generation.tokens:,} tokens, {speed.rate(generation.tokens)} tokens/s, the first "
-             f"after {speed.first_seconds:.1f} s; finish: {ends}", reader.console)
+    _say_dim(f"{total} responses, {generation.tokens:,} tokens, {speed.rate(generation.tokens)} "
+             f"tokens/s, the first after {speed.first_seconds:.1f} s; finish: {ends}",
+             session.console)
 
 
-def _json_line(asked: Asked, response: Response, tokenizer: Any) -> str:
+def _json_line(prompt: TokenizedPrompt, response: Response, tokenizer: Any) -> str:
     def shortest(values: np.ndarray) -> list[float]:
         # The shortest decimals that are the same float32; adding 0 turns -0.0 into 0.0.
         return [float(str(value)) for value in values + np.float32(0)]
 
-    return json.dumps({"id": asked.question.name, "sample": response.sample, "tokens": response.tokens.tolist(),
-                       "text": decode(tokenizer, response.tokens), "logprobs": shortest(response.sampling_logprobs),
-                       "model_logprobs": shortest(response.model_logprobs), "finish": response.finish,
-                       "prompt_tokens": len(asked.tokens)}) + "\n"
+    return json.dumps({"id": prompt.prompt.name, "sample": response.sample,
+                       "tokens": response.tokens.tolist(),
+                       "text": decode(tokenizer, response.tokens),
+                       "logprobs": shortest(response.sampling_logprobs),
+                       "model_logprobs": shortest(response.model_logprobs),
+                       "finish": response.finish, "prompt_tokens": len(prompt.tokens)}) + "\n"
 
 
-def _block(asked: Asked, response: Response, tokenizer: Any) -> str:
-    return (f"--- id {asked.question.name}, sample {response.sample}: {len(response.tokens):,} tokens, finish "
-            f"{response.finish}\n{decode(tokenizer, response.tokens)}\n\n")
+def _block(prompt: TokenizedPrompt, response: Response, tokenizer: Any) -> str:
+    return (f"--- id {prompt.prompt.name}, sample {response.sample}: {len(response.tokens):,} "
+            f"tokens, finish {response.finish}\n{decode(tokenizer, response.tokens)}\n\n")
 
 
 class _Speed:
-    """Tokens per second from the first ones on: what stands before them is mostly the compilation."""
+    """Tokens per second after the first ones, which wait for the compilation."""
 
     def __init__(self) -> None:
         self._started = self._first = self._now = time.perf_counter()
-        self._first_tokens = self._tokens = 0
+        self._first_tokens = 0
 
     @property
     def first_seconds(self) -> float:
@@ -286,13 +299,13 @@ class _Speed:
         return self._first - self._started
 
     def look(self, tokens: int) -> None:
-        """To be called after every chunk."""
+        """Notes the time; to be called after every chunk."""
         self._now = time.perf_counter()
         if not self._first_tokens:
             self._first, self._first_tokens = self._now, tokens
 
     def rate(self, tokens: int) -> str:
-        """For people, at most five characters."""
+        """Formats the rate in at most five characters."""
         more, seconds = tokens - self._first_tokens, self._now - self._first
         if not more:
             more, seconds = tokens, self._now - self._started
@@ -300,31 +313,8 @@ class _Speed:
 
 
 @contextlib.contextmanager
-def _line(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """A line at the bottom of a terminal, and what replaces it; "" clears it until the next text. Nothing elsewhere."""
-    if not console.is_interactive:
-        yield lambda text: None
-        return
-    # Standard output is not redirected to where the line is: it may be a file.
-    live = Live(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-
-    def show(text: str) -> None:
-        if text:
-            live.update(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
-            live.start()
-        else:
-            live.stop()
-
-    show(text)
-    try:
-        yield show
-    finally:
-        live.stop()
-
-
-@contextlib.contextmanager
 def _sink(path: str | None) -> Iterator[Callable[[str], None]]:
-    """Where responses are written: a new file, or standard output."""
+    """Yields the function that writes responses: to a new file, or to standard output."""
     if path is None:
         yield _write
         return
@@ -337,16 +327,10 @@ def _sink(path: str | None) -> Iterator[Callable[[str], None]]:
 
 
 def _write(text: str) -> None:
-    """Onto standard output as far as it can show it; ends quietly where nobody reads any more."""
+    """Writes to standard output; escapes control characters on a terminal."""
     if sys.stdout.isatty():
         text = CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
-    except BrokenPipeError:
-        # The interpreter would fail once more when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+    echo(text)
 
 
 def _say_dim(text: str, console: Console) -> None:

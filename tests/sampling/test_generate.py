@@ -312,13 +312,17 @@ def test_raw_text_gets_the_tokenizers_own_bos_and_no_template(capsys, tiny):
     ("{", "not valid JSON"), ("5", "expected JSONL, one object a line, found int"),
     ('{"text": "x"}', "expected one of the fields prompt, problem, messages, tokens, found 'text'"),
     ('{"prompt": "x", "problem": "x"}', "found prompt and problem"), ("{}", "found an empty object"),
-    ('{"prompt": 5}', "prompt must be a text, found int"), ('{"prompt": " "}', "prompt: expected a prompt, found noth"),
+    ('{"prompt": 5}', "prompt must be a text or null, got 5"),
+    ('{"prompt": " "}', "prompt: expected a prompt, found nothing"),
     ('{"prompt": "\\ud800"}', "which is no character"),
-    ('{"messages": []}', "messages must be a list of objects with role and content, found []"),
-    ('{"messages": [{"role": "user"}]}', "content must be a text, found NoneType"),
-    ('{"tokens": [1, true]}', "tokens must be a list of token ids, found [1, True]"), ('{"tokens": []}', "tokens must"),
-    ('{"tokens": [-1]}', "tokens must be"), ('{"prompt": "x", "id": null}', "id must be a string or an integer"),
-    ('{"prompt": "x", "max_new_tokens": 0}', "max_new_tokens must be an integer >= 1, found 0"),
+    ('{"messages": []}', "messages: expected a prompt, found nothing"),
+    ('{"messages": [{"role": "user"}]}', "messages.0.content must be a text, got no content"),
+    ('{"tokens": [1, true]}', "tokens.1 must be a whole number >= 0, got true"),
+    ('{"tokens": []}', "tokens: expected a prompt, found nothing"),
+    ('{"tokens": [-1]}', "tokens.0 must be a whole number >= 0, got -1"),
+    ('{"prompt": "x", "id": null}', "id must be a text or a whole number, got null"),
+    ('{"prompt": "x", "max_new_tokens": 0}',
+     "max_new_tokens must be a whole number in [1, 2147483647] or null, got 0"),
     # These need the tokenizer.
     ('{"tokens": [40]}', "tokens must be below the model's vocabulary, 40, found 40"),
     ('{"prompt": "1", "max_new_tokens": 1024}', "together at most the model's 1,024 positions"),
@@ -343,7 +347,7 @@ def test_a_bad_row_is_told_before_the_weights_are_read(tmp_path, capsys, monkeyp
     (["--raw", "--template", "r1"], "not allowed with argument"),
 ])
 def test_mistakes_on_the_command_line(argv, message, monkeypatch):
-    monkeypatch.setattr(streaming, "open_reader", None)
+    monkeypatch.setattr(streaming, "Session", None)
     with pytest.raises(UserError, match=message):
         run(*argv)
 
@@ -353,7 +357,7 @@ def test_messages_without_a_template(rows):
         run("--prompts", rows, "--raw")
 
 
-@pytest.mark.parametrize(("name", "message"), [("absent", "no such directory"), ("rows.jsonl", "is a file"),
+@pytest.mark.parametrize(("name", "message"), [("absent", "does not exist"), ("rows.jsonl", "is a file"),
                                                (".", "holds no config.json")])
 def test_a_model_that_is_none(tmp_path, rows, name, message):
     with pytest.raises(UserError, match=message):
@@ -391,7 +395,7 @@ def test_mistakes_are_told_before_jax_is_imported(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": 5}])
     done = subprocess.run([sys.executable, "-c", program, "--model", "tiny", "--prompts", path], cwd=ROOT,
                           capture_output=True, text=True)
-    assert done.stdout == f"{path}:1: prompt must be a text, found int []\n", done.stderr
+    assert done.stdout == f"{path}:1: prompt must be a text or null, got 5 []\n", done.stderr
 
 
 def test_each_line_typed_is_a_prompt_until_an_empty_one(whole, capsys, monkeypatch):
