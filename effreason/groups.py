@@ -121,6 +121,7 @@ def describe(groups: Groups, reward: np.ndarray, advantage: np.ndarray, wanted: 
     found, wanted = [], min(wanted, len(groups.batch))
     for place in [group * len(groups.batch) // wanted for group in range(wanted)]:
         for sample in range(reward.shape[1]):
-            found.append(responses.row(groups.batch, groups.tried, place, sample) | {
+            graded = responses.graded_response(groups.batch, groups.tried, place, sample)
+            found.append(dataclasses.asdict(graded) | {
                 "reward": float(reward[place, sample]), "advantage": float(advantage[place, sample])})
     return found

@@ -22,8 +22,7 @@ from effreason.rl.learner import Engine, needs_reference
 from effreason.runs import directory as runs
 from effreason.runs import unfinished
 from effreason.runs.export import export, origin
-from effreason.runs.inputs import Inputs
-from effreason.runs.session import Session, open_session
+from effreason.runs.session import Inputs, Session, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
@@ -113,8 +112,8 @@ def take_steps(session: Session, config: Config, directory: Path, state: update.
     step = make_step(config, session, reference, watch, course, directory)
 
     def evaluate(done: int, names: Sequence[str] | None = None) -> dict[str, Outcomes]:
-        return session.evaluate(state.params, watch, weights=f"step {done}", expected=known, names=names,
-                                directory=runs.evaluations(directory, done))
+        return session.evaluator.measure_all(state.params, watch, weights=f"step {done}", expected=known, names=names,
+                                             directory=runs.evaluations(directory, done))
 
     try:
         base = evaluate_base(session, reference, directory, progress, watch)
@@ -283,8 +282,8 @@ def evaluate_base(session: Session, reference: model.Params, directory: Path, pr
         return {}
     progress.say("evaluating the model before training")
     original = jax.device_put(reference, session.engine.learning.params_sharding)
-    return session.evaluate(original, watch, weights=model_fingerprint(session.inputs.pretrained),
-                            directory=runs.evaluations(directory, 0))
+    return session.evaluator.measure_all(original, watch, weights=model_fingerprint(session.inputs.pretrained),
+                                         directory=runs.evaluations(directory, 0))
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:

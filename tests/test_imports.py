@@ -29,7 +29,7 @@ MODULES = {
     .removesuffix("."): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-TO_BE_MOVED = {("evaluation.journal", "runs.unfinished"), ("loop", "groups")}
+TO_BE_MOVED = {("loop", "groups")}
 
 
 def layer(module):

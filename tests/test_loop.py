@@ -288,7 +288,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
         assert len([row for row in lasting(directory) if "rollout/tokens" in row]) == done
         assert (directory / "model" / "model.safetensors").exists()
         assert not (directory / "summary.json").exists()
-        assert (directory / "unfinished.npz").exists() == (where == "within")
+        assert (directory / "unfinished.jsonl").exists() == (where == "within")
     with contextlib.redirect_stdout(None):
         assert main.main(["train", "--config", str(directory / "config.yaml"), "--run.resume", "true"]) == 0
     assert_same_run(finished, directory)

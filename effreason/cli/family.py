@@ -21,11 +21,10 @@ from effreason.lm.hf.pretrained import load_weights, model_fingerprint, open_pre
 from effreason.rl import alpha_control, configured_reward
 from effreason.rl.learner import make_learner
 from effreason.runs import directory as runs
-from effreason.runs.inputs import Inputs
 from effreason.runs.report import page
 from effreason.runs.report import summary as report
 from effreason.runs.report.results import BASE, BASELINE, BLEND, MEMBER
-from effreason.runs.session import Session, longest_prompt, open_session
+from effreason.runs.session import Inputs, Session, longest_prompt, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
@@ -123,7 +122,7 @@ def baseline(config: Config, objective: Any) -> Config:
 def evaluate_base(session: Session, directory: Path) -> Point:
     """The model before training, evaluated once for all members."""
     say("evaluating the model before training", processes.console())
-    outcomes = session.evaluate(
+    outcomes = session.evaluator.measure_all(
         session.load_weights(), lambda now: session.interrupts.check(),
         weights=model_fingerprint(session.inputs.pretrained), directory=directory / FOLDER)
     return Point(name="base", kind=BASE, directory=directory / FOLDER, outcomes=outcomes)
@@ -164,7 +163,7 @@ def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
         raise UserError(f"run.steps must be at least the {done} steps that {directory} has done, got {steps}")
     evaluated = runs.evaluations(directory, steps)
     return done == steps and all((evaluated / (name + responses.SUFFIX)).exists()
-                                 for name in responses.safe_names(sets).values())
+                                 for name in responses.file_names(sets).values())
 
 
 def adopt(evaluated: Path, target: Path) -> None:
@@ -199,7 +198,7 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
         name = f"blend {weight:g}"
         say(f"{name}: {1 - weight:g} of the base and {weight:g} of {trained.name}", processes.console())
         path = directory / f"blend{weight:g}-{trained.directory.name}-step{session.config.run.steps}"
-        outcomes = session.evaluate(
+        outcomes = session.evaluator.measure_all(
             mix(base, other, sharding.to_device(jax.numpy.float32(weight), session.engine.learning.replicated)),
             lambda now: session.interrupts.check(), weights=f"{weight:g} of {model_fingerprint(pretrained)}",
             directory=path)

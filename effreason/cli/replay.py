@@ -19,7 +19,7 @@ from effreason.lm import model
 from effreason.lm.hf.pretrained import Pretrained, load_weights
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import Engine, make_engine
-from effreason.runs.inputs import open_inputs
+from effreason.runs.session import open_inputs
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.runtime.config import Config

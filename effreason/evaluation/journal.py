@@ -1,56 +1,78 @@
-"""Finished responses of an evaluation as they come, so that one that was killed goes on where it was.
+"""Append-only log of responses, so that a killed evaluation resumes where it stopped.
 
-A file of JSON lines: what the evaluation is made with, then one line for each response, token ids and no log-probs. A
-signal adds the responses that were begun, which go on from there; of several lines on a response the last one counts.
-Process 0 alone writes, all read.
+JSON lines: first the facts, which say what the responses were sampled with, then one line for each
+response. A signal adds the responses that are not finished, which are continued from there; the
+last of several lines on a response counts. Process 0 alone writes, all read. The unfinished
+responses of a training step are stored in the same format (runs/unfinished.py).
 """
 
+import base64
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Annotated, Any, Self
 
 import numpy as np
+from msgspec import Meta
 
-from effreason.runs.unfinished import digest
-from effreason.runtime import processes
+from effreason.evaluation.responses import check_facts
+from effreason.runtime import files, processes, rows
 from effreason.runtime.errors import UserError
-from effreason.runtime.files import disk
 from effreason.types import FinishReason, Response
 
 SUFFIX = ".journal"
-Check = Callable[[Path, Mapping[str, Any]], None]
-Fits = Callable[[Response], bool]
+LOGPROBS = ("logprobs", "sampling_logprobs", "model_logprobs")
+
+Int32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A response; evaluations need no log-probs, and store none."""
+
+    prompt: Int32
+    sample: Int32
+    finish: FinishReason | None
+    repeated: bool
+    tokens: list[Int32]
+    logprobs: str = ""              # base64 of float32[3, T'], little-endian, in the order of LOGPROBS
 
 
 class Journal:
-    """The journal of one set of an evaluation: made, or gone on with.
+    """The log of one set of an evaluation: a new one, or one to resume.
 
-    Attributes: drawn, the responses that were there, finished and begun.
-    Args: facts, of the evaluation, for the first line of a new file; check, given those of a file that is there, raises
-        UserError where they are of another evaluation; fits, whether a response can be one of this evaluation.
-    Raises: UserError for a damaged file; the end of one that a crash cut off is dropped."""
+    Attributes: resumed, the responses that it held, finished or not.
+    Args: facts, of the evaluation, see evaluate.Evaluator.facts; vocabulary, of the model.
+    Raises: UserError for a file with other facts, and for a damaged one. A last line that a crash
+        cut off is dropped."""
 
-    def __init__(self, path: Path, facts: Mapping[str, Any], check: Check, fits: Fits = lambda response: True) -> None:
-        self._path = path
+    def __init__(self, path: Path, facts: Mapping[str, Any], vocabulary: int) -> None:
+        self._path, self._facts, self._vocabulary = path, facts, vocabulary
         self._file: IO[bytes] | None = None
-        self.drawn: list[Response] = []
-        if processes.broadcast("journal", lambda: self._open(facts, check, fits)) and seen(path):
-            self.drawn = _read(path, check, fits)[1]
-        # None reads what process 0 has begun to add to already.
+        self.resumed: list[Response] = []
+        if processes.broadcast("journal", self._open) and visible_to_all(path):
+            self.resumed = self._read()[1]
+        # Nobody may read what process 0 has already begun to append.
         processes.all_gather("journal read", lambda: None)
 
-    def add(self, responses: Sequence[Response]) -> None:
-        """Adds responses; they are on their way to the disk when this returns."""
-        if self._file is not None and responses:
-            with disk(self._path):
-                self._file.write(b"".join(_line(each) for each in responses))
+    def add(self, responses: Iterable[Response]) -> None:
+        """Appends responses; they are handed to the operating system before this returns."""
+        if self._file is not None:
+            with files.disk(self._path):
+                self._file.write(b"".join(encode(response) for response in responses))
                 self._file.flush()
 
-    def keep(self, responses: Sequence[Response]) -> None:
-        """Adds what was begun; see attempts.attempt. What has finished is there already."""
-        self.add([each for each in responses if not each.finish and len(each.tokens)])
+    def add_unfinished(self, responses: Iterable[Response]) -> None:
+        """Appends the responses that are not finished; the others are in the file already."""
+        self.add(response for response in responses
+                 if not response.finish and len(response.tokens))
 
     def close(self) -> None:
         """Closes the file."""
@@ -59,7 +81,7 @@ class Journal:
             self._file = None
 
     def remove(self) -> None:
-        """Removes the file: what it was for is done."""
+        """Removes the file: the graded responses are written."""
         self.close()
         if processes.is_primary():
             self._path.unlink(missing_ok=True)
@@ -70,69 +92,93 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _open(self, facts: Mapping[str, Any], check: Check, fits: Fits) -> bool:
-        """Opens the file to add to it; whether it holds responses already."""
-        with disk(self._path):
+    def _open(self) -> bool:
+        """Opens the file to append to it; returns whether it holds responses already."""
+        with files.disk(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            found, drawn, whole = _read(self._path, check, fits) if self._path.exists() else (None, [], 0)
+            stored, responses, size = self._read() if self._path.exists() else (None, [], 0)
             self._file = self._path.open("ab")
-            if os.fstat(self._file.fileno()).st_size > whole:
-                self._file.truncate(whole)      # a line that a crash cut off
-            if found is None:
-                self._file.write((json.dumps({"facts": facts}) + "\n").encode())
+
+            if os.fstat(self._file.fileno()).st_size > size:
+                self._file.truncate(size)       # a line that a crash cut off
+            if stored is None:
+                self._file.write(files.json_line({"facts": self._facts}))
                 self._file.flush()
-        return bool(drawn)
+        return bool(responses)
+
+    def _read(self) -> tuple[dict[str, Any] | None, list[Response], int]:
+        stored, responses, size = read(self._path)
+        if stored is not None:
+            check_facts(self._path, stored, self._facts)
+
+        for number, response in enumerate(responses, start=2):
+            if not self._is_valid(response):
+                raise _damaged(self._path, number)
+        # The last line on a response counts.
+        latest = {(response.prompt, response.sample): response for response in responses}
+        return stored, list(latest.values()), size
+
+    def _is_valid(self, response: Response) -> bool:
+        """Returns whether a response can belong to this evaluation."""
+        return (response.prompt < self._facts["problems"]
+                and response.sample < self._facts["evaluation.samples"]
+                and len(response.tokens) <= self._facts["evaluation.max_new_tokens"]
+                and bool(np.all(response.tokens < self._vocabulary)))
 
 
-def seen(path: Path) -> bool:
-    """Whether process 0 has a file, once this process sees the same one.
+def visible_to_all(path: Path) -> bool:
+    """Returns whether process 0 has a file, once every process sees the same one.
 
-    Raises: UserError where this process does not."""
-    wanted = processes.broadcast("a file of an evaluation", lambda: digest(path))
-    if wanted is not None and not processes.is_primary() and not processes.appears(lambda: digest(path) == wanted):
-        raise UserError(f"{path}: process {processes.index()} does not see the file that process 0 has; the disk must "
-                        "be one that all hosts share")
-    return wanted is not None
-
-
-def _line(response: Response) -> bytes:
-    facts = {"prompt": response.prompt, "sample": response.sample, "finish": response.finish,
-             "repeated": response.repeated, "tokens": response.tokens.tolist()}
-    return (json.dumps(facts, separators=(",", ":")) + "\n").encode()
+    Raises: UserError if this process does not."""
+    digest = processes.broadcast(f"the file {path.name}", lambda: files.digest(path))
+    if digest is not None and not processes.is_primary() and not processes.appears(
+            lambda: files.digest(path) == digest):
+        raise UserError(f"{path}: process {processes.index()} does not see the file that process 0 "
+                        "has; all hosts must share the disk")
+    return digest is not None
 
 
-def _read(path: Path, check: Check, fits: Fits) -> tuple[dict[str, Any] | None, list[Response], int]:
-    """The facts, None where not even they are there; the responses; and the bytes of all whole lines."""
-    found: dict[tuple[int, int], Response] = {}
-    facts, whole = None, 0
+def encode(response: Response, *, logprobs: bool = False) -> bytes:
+    """Returns a response as one line."""
+    line = {"prompt": response.prompt, "sample": response.sample, "finish": response.finish,
+            "repeated": response.repeated, "tokens": response.tokens.tolist()}
+    if logprobs:
+        arrays = np.array([getattr(response, name) for name in LOGPROBS], "<f4")
+        line["logprobs"] = base64.b64encode(arrays.tobytes()).decode()
+    return (json.dumps(line, separators=(",", ":")) + "\n").encode()
+
+
+def read(path: Path) -> tuple[dict[str, Any] | None, list[Response], int]:
+    """Reads the facts, None if even they were cut off; a response a line; the complete lines' bytes.
+
+    Raises: UserError for a damaged line."""
+    facts, responses, size = None, list[Response](), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):        # the last one
+            if not line.endswith(b"\n"):        # the last one, cut off by a crash
                 break
             try:
-                table = json.loads(line)
-                if number == 1:
-                    facts = dict(table["facts"].items())
-                    check(path, facts)          # before the responses, which fit no other evaluation
+                if facts is None:
+                    facts = rows.decode(line, _Header, path.name).facts
                 else:
-                    response = _response(table)
-                    if not fits(response):
-                        raise ValueError
-                    found[response.prompt, response.sample] = response
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                raise UserError(f"{path}: line {number} is damaged; remove the file to generate its responses again"
-                                ) from None
-            whole += len(line)
-    return facts, list(found.values()), whole
+                    responses.append(_decode(line))
+            except (UserError, ValueError):
+                raise _damaged(path, number) from None
+            size += len(line)
+    return facts, responses, size
 
 
-def _response(table: dict[str, Any]) -> Response:
-    """Log-probs are 0: nobody asks for those of an evaluation."""
-    numbers = [table["prompt"], table["sample"], *table["tokens"]]
-    if not all(type(number) is int for number in numbers):
-        raise TypeError
-    tokens = np.array(table["tokens"], np.int32)
-    unknown = np.zeros(len(tokens), np.float32)
-    return Response(prompt=table["prompt"], sample=table["sample"], tokens=tokens, logprobs=unknown,
-                    sampling_logprobs=unknown, model_logprobs=unknown, finish=FinishReason(table["finish"]) if table["finish"] else None,
-                    repeated=bool(table["repeated"]))
+def _damaged(path: Path, number: int) -> UserError:
+    return UserError(f"{path}: line {number} is damaged; remove the file to generate its responses "
+                     "again")
+
+
+def _decode(line: bytes) -> Response:
+    """Parses a response; log-probs that are not stored are 0. Raises: UserError or ValueError."""
+    row = rows.decode(line, _Line, "response")
+    count = len(row.tokens)
+    stored = np.frombuffer(base64.b64decode(row.logprobs, validate=True), "<f4")
+    logprobs = (stored if row.logprobs else np.zeros(3 * count, np.float32)).reshape(3, count)
+    return Response(prompt=row.prompt, sample=row.sample, tokens=np.array(row.tokens, np.int32),
+                    finish=row.finish, repeated=row.repeated,
+                    **dict(zip(LOGPROBS, logprobs.astype(np.float32), strict=True)))

@@ -1,6 +1,7 @@
 """The models that an evaluation compares: opened and checked before anything is sampled.
 
-Each is a Hugging Face directory, an id on its Hub, or a checkpoint of a run, RUN/checkpoints/STEP.
+Each is a Hugging Face directory, the id of a model on the Hub, or a checkpoint of a run,
+RUN/checkpoints/STEP.
 """
 
 import dataclasses
@@ -26,110 +27,143 @@ from effreason.lm.hf.pretrained import (
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import check_model, make_learner
 from effreason.runtime import config as configuration
-from effreason.runtime import sharding
+from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """A model to evaluate, but its weights, and the prompts it will read."""
+    """A model to evaluate, without its weights."""
 
     name: str                       # as the user named it
-    pretrained: Pretrained       # of a checkpoint, the model that its run started from
+    pretrained: Pretrained          # of a checkpoint, the model that its run started from
     template: templates.Template
-    facts: Mapping[str, Any] | None     # what it was trained from, where effreason has trained it
-    fingerprint: str                # other weights have another one
+    facts: Mapping[str, Any] | None     # of its training, if effreason trained it
+    fingerprint: str                # identifies the weights
+    mesh: Mesh
     load: Callable[[], model.Params]
+
+
+def open_models(config: Config, paths: Sequence[str]) -> dict[str, EvaluatedModel]:
+    """Opens models and checks that they can be compared. Returns: them by path. Raises: UserError."""
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    with_revision = model_with_revision(config, paths)
+    revisions = {path: config.model.revision if path == with_revision else None for path in paths}
+    models = {path: open_model(config, path, revisions[path], mesh) for path in paths}
+
+    check_same_template(list(models.values()), config)
+    processes.check_same(
+        {f"the model {path}": opened.fingerprint for path, opened in models.items()}
+        | {f"the template of {path}": opened.template.sha256[:12] for path, opened in models.items()})
+    return models
 
 
 def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> EvaluatedModel:
     """Opens a model and checks it. Raises: UserError."""
     if is_checkpoint(Path(path)):
-        return _of_checkpoint(config, Path(path), mesh)
-    pretrained = open_pretrained(path, revision=revision, dtype=config.model.dtype, remat=config.model.remat)
+        return _open_checkpoint(config, Path(path), mesh)
+
+    pretrained = open_pretrained(path, revision=revision, dtype=config.model.dtype,
+                                 remat=config.model.remat)
     facts_file = pretrained.directory / FACTS_FILE
-    return _checked(config, mesh, EvaluatedModel(
-        name=pretrained.name, pretrained=pretrained, template=templates.choose(pretrained.tokenizer, config.data),
-        facts=read_json(facts_file) if facts_file.exists() else None, fingerprint=model_fingerprint(pretrained),
-        load=lambda: load_weights(pretrained, sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder)))))
+    shardings = sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder))
+    return _checked(config, EvaluatedModel(
+        name=pretrained.name, pretrained=pretrained,
+        template=templates.choose(pretrained.tokenizer, config.data),
+        facts=read_json(facts_file) if facts_file.exists() else None,
+        fingerprint=model_fingerprint(pretrained), mesh=mesh,
+        load=lambda: load_weights(pretrained, shardings)))
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path has the form of a run's checkpoint, and a run is there."""
-    return path.is_dir() and path.parent.name == "checkpoints" and (path.parents[1] / "config.yaml").is_file()
+    """Returns whether a path looks like RUN/checkpoints/STEP, and RUN is a run."""
+    return (path.is_dir() and path.parent.name == "checkpoints"
+            and (path.parents[1] / "config.yaml").is_file())
 
 
-def _of_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
-    """A checkpoint of a run, whose configuration says which model it began with. Its whole state is read at first."""
+def _open_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
+    """Opens a checkpoint of a run, whose configuration names the model that the run started from.
+
+    Loading reads the whole training state, then keeps the parameters."""
     run = configuration.load(path.parents[1] / "config.yaml")
-    pretrained = open_pretrained(run.model.path, revision=run.model.revision, dtype=config.model.dtype,
-                                    remat=config.model.remat)
-    with Checkpoints(path.parent, keep=None) as saved:
-        if not path.name.isdecimal() or int(path.name) not in saved.steps:
-            raise UserError(f"{path}: is no whole checkpoint; those of the run are {saved.steps}")
-        facts = saved.facts(int(path.name))
+    pretrained = open_pretrained(run.model.path, revision=run.model.revision,
+                                 dtype=config.model.dtype, remat=config.model.remat)
+
+    with Checkpoints(path.parent, keep=None) as checkpoints:
+        if not path.name.isdecimal() or int(path.name) not in checkpoints.steps:
+            raise UserError(f"{path}: is not a complete checkpoint; those of the run are "
+                            f"{checkpoints.steps}")
+        facts = checkpoints.facts(int(path.name))
+
     # The problems and weights of the run, on the devices of this evaluation.
-    here = dataclasses.replace(run, mesh=config.mesh, update=dataclasses.replace(
+    run_here = dataclasses.replace(run, mesh=config.mesh, update=dataclasses.replace(
         run.update, rows_per_micro_batch=sharding.batch_shards(mesh), offload_optimizer=False))
 
     def load() -> model.Params:
-        state = make_learner(here, pretrained.decoder, mesh).abstract_state
-        with Checkpoints(path.parent, keep=None) as saved:
-            params: model.Params = saved.restore(state, int(path.name))[0].params
+        state = make_learner(run_here, pretrained.decoder, mesh).abstract_state
+        with Checkpoints(path.parent, keep=None) as checkpoints:
+            params: model.Params = checkpoints.restore(state, int(path.name))[0].params
         return params
 
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return _checked(config, mesh, EvaluatedModel(
-        name=str(path), pretrained=pretrained, template=templates.choose(pretrained.tokenizer, config.data),
-        facts=facts | {"data": [spec.name for spec in sources.parse(run.data.path, "data.path")]},
-        fingerprint=f"{model_fingerprint(pretrained)} step {path.name} {digest[:12]}", load=load))
+    data = [source.name for source in sources.parse(run.data.path, "data.path")]
+    return _checked(config, EvaluatedModel(
+        name=str(path), pretrained=pretrained, facts=facts | {"data": data}, load=load, mesh=mesh,
+        template=templates.choose(pretrained.tokenizer, config.data),
+        fingerprint=f"{model_fingerprint(pretrained)} step {path.name} {digest[:12]}"))
 
 
-def _checked(config: Config, mesh: Mesh, candidate: EvaluatedModel) -> EvaluatedModel:
-    check_model(candidate.pretrained, config, mesh)
-    check_template(candidate, config)
-    return candidate
+def _checked(config: Config, opened: EvaluatedModel) -> EvaluatedModel:
+    check_model(opened.pretrained, config, opened.mesh)
+    check_template(opened, config)
+    return opened
 
 
-def revised(config: Config, models: Sequence[str]) -> str | None:
-    """The model that model.revision is of: model.path where it is among the models, else the one on the Hub.
+def model_with_revision(config: Config, models: Sequence[str]) -> str | None:
+    """Returns the model `model.revision` applies to.
 
-    Raises: UserError where that leaves a choice."""
+    It is `model.path` if that is evaluated, otherwise the only Hub model. Raises: UserError."""
     if config.model.revision is None or config.model.path in models:
         return config.model.path
     on_hub = [path for path in models if path != "tiny" and hub.standing(Path(path)) is None]
     if len(on_hub) != 1:
-        raise UserError(f"model.revision is for one model on the Hub, got {config.model.revision} and {len(on_hub)} "
-                        "of them in models; name it in model.path too")
+        raise UserError(
+            f"model.revision is for one model on the Hub, got {config.model.revision} and "
+            f"{len(on_hub)} of them in models; name it in model.path too")
     return on_hub[0]
 
 
-def check_template(candidate: EvaluatedModel, config: Config) -> None:
-    """Raises UserError where a model was trained on other prompts than it would be evaluated on."""
-    if config.evaluation.any_template or candidate.facts is None:
+def check_template(opened: EvaluatedModel, config: Config) -> None:
+    """Raises UserError if a model was trained on other prompts than it would be evaluated on."""
+    if config.evaluation.any_template or opened.facts is None:
         return
-    trained, template = candidate.facts.get("template"), candidate.template
+    trained, template = opened.facts.get("template"), opened.template
     if not isinstance(trained, dict):
-        raise UserError(f"{candidate.pretrained.directory / FACTS_FILE}: has no table template; is it what "
-                        "effreason wrote?")
+        raise UserError(f"{opened.pretrained.directory / FACTS_FILE}: has no table template; was it "
+                        "written by effreason?")
     if trained.get("sha256") != template.sha256:
         raise UserError(
-            f"{candidate.name}: was trained with the template {trained.get('name')} and the user prompt "
-            f"{trained.get('user_prompt')!r}, the evaluation has {template.name} and {template.user_prompt!r}; set "
-            "data.template and data.user_prompt as in its training, or evaluation.any_template true")
+            f"{opened.name}: was trained with the template {trained.get('name')} and the user "
+            f"prompt {trained.get('user_prompt')!r}, the evaluation has {template.name} and "
+            f"{template.user_prompt!r}; set data.template and data.user_prompt as in its training, "
+            "or evaluation.any_template true")
 
 
-def check_alike(candidates: Sequence[EvaluatedModel], config: Config) -> None:
-    """Raises UserError where models would be compared on different prompts."""
-    first, *others = candidates
+def check_same_template(models: Sequence[EvaluatedModel], config: Config) -> None:
+    """Raises UserError if models would be compared on different prompts."""
+    first, *others = models
     for other in [] if config.evaluation.any_template else others:
         if other.template.sha256 != first.template.sha256:
-            raise UserError(f"{first.name} and {other.name} have different chat templates, and would be compared on "
-                            "different prompts; name one with data.template, or set evaluation.any_template true")
+            raise UserError(
+                f"{first.name} and {other.name} have different chat templates, and would be "
+                "compared on different prompts; name one with data.template, or set "
+                "evaluation.any_template true")
 
 
-def trained_on(config: Config, candidate: EvaluatedModel) -> list[str]:
-    """The names of the sets that a model was trained on: what it says itself, else those of data.path."""
-    names = None if candidate.facts is None else candidate.facts.get("data")
-    return names if isinstance(names, list) else [spec.name for spec in sources.parse(config.data.path, "data.path")]
+def training_sets(config: Config, opened: EvaluatedModel) -> list[str]:
+    """Returns the sets that a model was trained on: those it names itself, else data.path's."""
+    names = None if opened.facts is None else opened.facts.get("data")
+    if isinstance(names, list):
+        return names
+    return [source.name for source in sources.parse(config.data.path, "data.path")]

@@ -15,12 +15,13 @@ from effreason.data.prompts import LeftOut
 from effreason.evaluation import statistics
 from effreason.lm.hf.pretrained import CARD_FILE
 from effreason.rl import alpha_control
-from effreason.runs.export import card, origin
-from effreason.runs.inputs import Inputs
+from effreason.runs.export import origin
+from effreason.runs.model_card import model_card
 from effreason.runs.report import figures
 from effreason.runs.report import page as pages
 from effreason.runs.report import summary as report
 from effreason.runs.report.summary import Results
+from effreason.runs.session import Inputs
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance
 from effreason.runtime.config import Config
@@ -135,7 +136,7 @@ def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, 
     Args: alpha, the last one."""
     base, trained = next(iter(results.values()))[:2] if results else (None, None)
     with disk(directory / "model"):
-        text = card(config.run.steps, config, inputs, alpha, base, trained)
+        text = model_card(config, inputs, step=config.run.steps, alpha=alpha, before=base, after=trained)
         (directory / "model" / CARD_FILE).write_text(text, encoding="utf-8")
     summary = report.summary(config, results, wall_seconds, alpha=alpha) if results else None
     console = Console()

@@ -1,107 +1,136 @@
-"""The model card of an exported directory: where the model comes from, what was measured, and how to use it."""
+"""The model card of an exported directory: base model, measurements, and how to use the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from effreason import __version__
+from effreason.data.presets import PRESETS
+from effreason.evaluation import wording
 from effreason.evaluation.statistics import Summary
 from effreason.lm.hf.hub import is_hub_id
+from effreason.runs.session import Inputs
+from effreason.runtime.config import Config
 from effreason.types import LevelResult
 
 PAPER = "https://arxiv.org/abs/2502.04463"
-TAGS = ["effreason", "reasoning", "efficient-reasoning", "reinforcement-learning", "arxiv:2502.04463"]
+TAGS = ["effreason", "reasoning", "efficient-reasoning", "reinforcement-learning",
+        "arxiv:2502.04463"]
 
 
-def model_card(*, base_model: str, base_revision: str | None, alpha: float, data: str, step: int, version: str,
-               template: str, template_sha256: str, user_prompt: str, temperature: float, top_p: float,
-               max_new_tokens: int, datasets: Sequence[str] = (), evaluation_set: str | None = None,
-               before: Summary | None = None, after: Summary | None = None,
-               settings: Mapping[str, Any] | None = None) -> str:
-    """The text of README.md, as the Hugging Face Hub shows it.
+def public_name(name: str) -> str:
+    """Returns a model's or data set's name for others: the last part of a path on this machine."""
+    path = Path(name)
+    return path.name if path.name and (path.is_absolute() or path.exists()) else name
 
-    Args: base_model, as the user named it, and the commit of one on the Hub; data, the problems as the configuration
-        names them, and datasets, those of them that are on the Hub; step, updates done; template, the name of the chat
-        template, and the hash of its text; user_prompt, the user's turn, where {problem} stands for the problem;
-        max_new_tokens, of a training response; before and after, the base model and this one on evaluation_set, None
-        where it was not measured; settings, other facts worth a row, by name.
-    Returns: Markdown behind a YAML header."""
-    on_hub = base_revision is not None and is_hub_id(base_model)
-    # A path on the machine of the training says nothing to a reader of the card.
-    base = base_model if on_hub else Path(base_model).name or base_model
+
+def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
+               before: Summary | None = None, after: Summary | None = None) -> str:
+    """Returns the text of README.md for the Hugging Face Hub: Markdown after a YAML header.
+
+    Args: step, updates made; alpha, the last one; before and after, the base model and this one on
+        the first evaluation set, None = not measured."""
+    revision, template = inputs.pretrained.revision, inputs.template
+    base = public_name(inputs.pretrained.name)
+    link = f"[{base}](https://huggingface.co/{base}/tree/{revision})" if revision else f"`{base}`"
     header = ModelCardData(
-        base_model=base if on_hub else None, base_model_relation="finetune" if on_hub else None,
-        library_name="transformers", pipeline_tag="text-generation", tags=TAGS,
-        datasets=[each for each in datasets if is_hub_id(each)] or None).to_yaml()
-    named = f"[{base}](https://huggingface.co/{base}/tree/{base_revision})" if on_hub else f"`{base}`"
-    facts = {"base model": f"{base} at commit {base_revision}" if on_hub else base, "alpha": f"{alpha:g}",
-             "trained on": data, "steps": f"{step:,}", "sampling temperature": f"{temperature:g}",
-             "longest training response": f"{max_new_tokens:,} tokens",
-             "chat template": f"{template}, SHA-256 {template_sha256}", "effreason": version, **(settings or {})}
+        base_model=base if revision else None,
+        base_model_relation="finetune" if revision else None, library_name="transformers",
+        pipeline_tag="text-generation", tags=TAGS, datasets=_hub_datasets(inputs)).to_yaml()
+
+    training = {
+        "base model": f"{base} at commit {revision}" if revision else base, "alpha": f"{alpha:g}",
+        "trained on": ", ".join(public_name(source.name) for source in inputs.problems.sources),
+        "steps": f"{step:,}", "sampling temperature": f"{config.rollout.temperature:g}",
+        "longest training response": f"{config.rollout.max_new_tokens:,} tokens",
+        "chat template": f"{template.name}, SHA-256 {template.sha256}", "effreason": __version__}
+    if config.update.objective != "policy_gradient":
+        training["objective"] = config.update.objective
+    if config.reward.form != "efficient":
+        training["reward"] = config.reward.form
+
     return "\n\n".join([
         f"---\n{header}\n---",
         f"# {base}, taught to reason efficiently (α = {alpha:g})",
-        f"{named} after {step:,} steps of reinforcement learning with effreason {version}, by the method of "
-        f"[Training Language Models to Reason Efficiently]({PAPER}): of the correct answers to a problem, one that is "
-        "longer than the others earns a little less. α says how much less: at 0 only correctness counts, and the "
-        "larger it is, the shorter the reasoning.",
-        *_evaluation(evaluation_set, before, after),
-        *_use(user_prompt, temperature, top_p, max_new_tokens),
+        f"{link} after {step:,} steps of reinforcement learning with effreason {__version__}, by the "
+        f"method of [Training Language Models to Reason Efficiently]({PAPER}): of the correct "
+        "answers to a problem, one that is longer than the others earns a little less. α says how "
+        "much less: at 0 only correctness counts, and the larger it is, the shorter the reasoning.",
+        *_evaluation(next(iter(inputs.held_out), None), before, after),
+        *_use(config, template.user_prompt),
         "## Training",
-        _table(("", ""), [(name, str(value)) for name, value in facts.items()]),
+        _table(("", ""), list(training.items())),
     ]) + "\n"
 
 
+def _hub_datasets(inputs: Inputs) -> list[str] | None:
+    """Returns the ids of the training data on the Hub."""
+    ids = [PRESETS[source.name].hub if source.name in PRESETS else source.name
+           for source in inputs.problems.sources]
+    return [name for name in ids if name and is_hub_id(name) and not Path(name).exists()] or None
+
+
 def _evaluation(name: str | None, before: Summary | None, after: Summary | None) -> list[str]:
-    """The section with the measurements, as far as there are any."""
+    """Returns the section with the measurements, as far as there are any."""
     known = after or before
     if known is None:
         return ["## Evaluation", "This model was not evaluated."]
-    text = (f"{known.problems:,} held-out problems{f' of {name}' if name else ''}, {known.samples} sampled "
-            f"response{'s' * (known.samples > 1)} to each. Tokens are the mean length of a response.")
+
+    text = (f"{known.problems:,} held-out problems{f' of {public_name(name)}' if name else ''}, "
+            f"{known.samples} sampled response{'s' * (known.samples > 1)} to each. Tokens are the "
+            "mean length of a response.")
     if before is None or after is None:
         text += f" Only {'this model' if before is None else 'the base model'} was evaluated."
+
     levels = list(known.by_level) if len(known.by_level) > 1 else []
-    rows = [_row(level, before and before.by_level.get(level), after and after.by_level.get(level)) for level in levels]
-    head = ["problems", *["accuracy before"] * bool(before), *["accuracy after"] * bool(after),
-            *["tokens before"] * bool(before), *["tokens after"] * bool(after),
-            *["tokens saved"] * bool(before and after)]
+    rows = [_row(level, before and before.by_level.get(level), after and after.by_level.get(level))
+            for level in levels]
+    times = [time for time, summary in (("before", before), ("after", after)) if summary]
+    head = ["problems", *(f"accuracy {time}" for time in times), *(f"tokens {time}" for time in times),
+            *["tokens saved"] * (len(times) == 2)]
     return ["## Evaluation", text, _table(head, [*rows, _row("all", before, after)])]
 
 
-def _row(name: str, before: Summary | LevelResult | None, after: Summary | LevelResult | None) -> list[str]:
-    measured = [each for each in (before, after) if each is not None]
-    row = [name, *(f"{100 * each.accuracy:.1f} %" for each in measured), *(f"{each.tokens:,.0f}" for each in measured)]
+def _row(name: str, before: Summary | LevelResult | None,
+         after: Summary | LevelResult | None) -> list[str]:
+    measured = [result for result in (before, after) if result is not None]
+    row = [name, *(wording.percent(result.accuracy) for result in measured),
+           *(f"{result.tokens:,.0f}" for result in measured)]
     if before is not None and after is not None:
-        row.append(f"{100 * (1 - after.tokens / before.tokens):.1f} %" if before.tokens else "0.0 %")
+        row.append(wording.percent(1 - after.tokens / before.tokens if before.tokens else 0.0))
     return row
 
 
-def _use(user_prompt: str, temperature: float, top_p: float, max_new_tokens: int) -> list[str]:
-    sampling = f"temperature={temperature:g}, top_p={top_p:g}"
-    message = user_prompt.replace("{problem}", "What is the sum of the first 100 positive integers?")
+def _use(config: Config, user_prompt: str) -> list[str]:
+    rollout = config.rollout
+    sampling = f"temperature={rollout.temperature:g}, top_p={rollout.top_p:g}"
+    message = user_prompt.replace("{problem}",
+                                  "What is the sum of the first 100 positive integers?")
     return [
         "## Use",
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'path = "."  # this directory, or its id on the Hub\n'
-        "tokenizer = AutoTokenizer.from_pretrained(path)\n"
-        'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")\n'
-        f"messages = [{{\"role\": \"user\", \"content\": {message!r}}}]\n"
-        "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors=\"pt\",\n"
-        "                                       return_dict=True).to(model.device)\n"
-        f"output = model.generate(**prompt, do_sample=True, {sampling}, top_k=0, max_new_tokens={max_new_tokens})\n"
-        "print(tokenizer.decode(output[0, prompt[\"input_ids\"].shape[1]:], skip_special_tokens=True))\n"
-        "```",
-        f"Sample rather than decode greedily, best as here ({sampling}): the model was trained on responses drawn at "
-        f"temperature {temperature:g}, of at most {max_new_tokens:,} tokens. Put the question into the user's turn as "
-        "above, without a system prompt; the chat template that comes with the model is the one of its training.",
+        f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")
+messages = [{{"role": "user", "content": {message!r}}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
+                                       return_dict=True).to(model.device)
+output = model.generate(**prompt, do_sample=True, {sampling}, top_k=0,
+                        max_new_tokens={rollout.max_new_tokens})
+print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
+```""",
+        f"Sample rather than decode greedily, best as here ({sampling}): the model was trained on "
+        f"responses sampled at temperature {rollout.temperature:g}, of at most "
+        f"{rollout.max_new_tokens:,} tokens. Put the question into the user's turn as above, without "
+        "a system prompt; the chat template in this directory is the one of the training.",
     ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; what would end a cell is escaped."""
+    """Returns a Markdown table; characters that would end a cell are escaped."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in line) + " |"
-                     for line in lines)
+    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in line)
+                     + " |" for line in lines)

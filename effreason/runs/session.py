@@ -1,25 +1,43 @@
-"""What is open while training goes on: mesh, model, problems, compiled functions, grader; checked before it costs."""
+"""Everything a run has open: mesh, model, problems, compiled functions, grader, evaluator.
+
+It is opened and checked before anything that takes long.
+"""
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
 
-from effreason.data import prompts
-from effreason.evaluation import evaluate as evaluation
+from effreason.data import loading, prompts, templates
+from effreason.evaluation.evaluate import Evaluator, make_grader
 from effreason.grading.grader import Grader
 from effreason.lm import model
-from effreason.lm.hf.pretrained import load_weights
-from effreason.rl.learner import Engine, make_engine
-from effreason.runs.inputs import Inputs, in_common, open_inputs
+from effreason.lm.hf.pretrained import Pretrained, load_weights, model_fingerprint, open_pretrained
+from effreason.rl.learner import Engine, check_model, make_engine
+from effreason.rl.rollouts import unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.progress import say
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import capacity
+from effreason.types import Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The model without its weights, and the problems, tokenised for it."""
+
+    pretrained: Pretrained
+    template: templates.Template
+    problems: prompts.Problems
+    held_out: dict[str, list[Problem]]      # by set; empty: no evaluation
+    notes: list[str]                # what became of the data, for people
+    problems_sha256: str            # of the problems and of held_out: a resumed run needs the same
+    held_out_sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,50 +50,90 @@ class Session:
     engine: Engine
     grader: Grader
     interrupts: Interrupts
-    evaluate: evaluation.Evaluate
+    evaluator: Evaluator
 
     def load_weights(self) -> model.Params:
-        """The weights of the model before training."""
+        """Loads the weights of the model before training."""
         return load_weights(self.inputs.pretrained, self.engine.learning.params_sharding)
 
 
 @contextlib.contextmanager
 def open_session(config: Config) -> Iterator[Session]:
-    """Opens and checks all that a run needs but its weights. Raises: UserError."""
-    processes.check_same(configuration.facts(config))       # what differs would be asked for in other ways
+    """Opens and checks everything a run needs except the weights. Raises: UserError."""
+    processes.check_same(configuration.facts(config))       # first: later exchanges depend on it
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    with jax.set_mesh(mesh), Interrupts() as interrupts, evaluation.make_grader(config) as grader:
+
+    with jax.set_mesh(mesh), Interrupts() as interrupts, make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
-        processes.check_same(in_common(inputs))
-        sampler = capacity.describe(config, inputs.pretrained.decoder, mesh, capacity.training_weight_bytes(config))
-        for line in [*inputs.notes, sampler, *warnings(config)]:    # before the weights: there may be something to mend
-            say(line, processes.console())
-        # A resumed run takes the very weights it began with, wherever the branch has moved since.
+        processes.check_same({
+            "the version of JAX": jax.__version__,
+            "model.path": model_fingerprint(inputs.pretrained),
+            "the chat template": inputs.template.sha256[:12],
+            "the problems of data.path": inputs.problems_sha256[:12],
+            "the problems of evaluation.path": inputs.held_out_sha256[:12]})
+
+        # Before the weights are loaded: there may be something to correct.
+        sampler_note = capacity.describe(config, inputs.pretrained.decoder, mesh,
+                                         capacity.training_weight_bytes(config))
+        for note in [*inputs.notes, sampler_note, *warnings(config)]:
+            say(note, processes.console())
+
+        # A resumed run uses the weights it began with, even if the branch has moved since.
         config = dataclasses.replace(config, model=dataclasses.replace(
             config.model, revision=inputs.pretrained.revision))
         engine = make_engine(config, inputs.pretrained, mesh, longest_prompt(inputs.problems))
-        evaluate = evaluation.make_evaluator(config, inputs.pretrained, inputs.template, engine.sampler,
-                                             inputs.held_out, grader)
-        yield Session(config=config, inputs=inputs, mesh=mesh, engine=engine, grader=grader, interrupts=interrupts,
-                      evaluate=evaluate)
+        evaluator = Evaluator(
+            config=config, pretrained=inputs.pretrained, template=inputs.template,
+            sampler=engine.sampler, sets=inputs.held_out, grader=grader, seed=config.run.seed)
+        yield Session(config=config, inputs=inputs, mesh=mesh, engine=engine, grader=grader,
+                      interrupts=interrupts, evaluator=evaluator)
+
+
+def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
+    """Opens the model and reads the problems. Raises: UserError."""
+    pretrained = open_pretrained(config.model.path, revision=config.model.revision,
+                                 dtype=config.model.dtype, remat=config.model.remat)
+    check_model(pretrained, config, mesh)
+    tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
+
+    check_references = functools.partial(unmatched, grader)
+    problems = loading.load_training(config, tokenizer, template, check_references)
+    held_out: dict[str, list[Problem]] = {}
+    held_out_notes: tuple[str, ...] = ()
+    if config.evaluation.problems:
+        held_out, held_out_notes = loading.load_held_out(config, tokenizer, template,
+                                                         check_references)
+
+    # The first batch, at once: there may be too few problems.
+    first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)[0]
+    prompt = templates.display(templates.render(tokenizer, template, first.text))
+    notes = [*problems.notes, *held_out_notes,
+             f"the first prompt, by the template {template.name}:", prompt]
+    all_held_out = [problem for problems in held_out.values() for problem in problems]
+    return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
+                  notes=notes, problems_sha256=prompts.fingerprint(problems),
+                  held_out_sha256=prompts.fingerprint(all_held_out))
 
 
 def longest_prompt(problems: prompts.Problems) -> int:
-    """In tokens, of all that is trained on: what the rows must have room for."""
+    """Returns the tokens of the longest training prompt, which rows must have room for."""
     return max(len(problem.prompt) for source in problems.sources for problem in source.problems)
 
 
 def warnings(config: Config) -> list[str]:
-    """What a user may not expect of these settings."""
+    """Returns warnings about settings whose effect may surprise."""
     lines = []
     if config.advantage.group_std:
-        lines.append("warning: advantage.group_std takes reward.alpha out of groups that are all correct")
+        lines.append("warning: advantage.group_std cancels reward.alpha in groups that are all "
+                     "correct")
     if config.advantage.whiten:
-        lines.append("warning: advantage.whiten pulls on length even at reward.alpha 0: run that control too")
+        lines.append("warning: advantage.whiten pulls on length even at reward.alpha 0: run that "
+                     "control too")
     if config.rollout.top_p < 1 or config.rollout.top_k is not None or config.rollout.min_p > 0:
-        lines.append("warning: rollout.top_p, top_k and min_p sample from less than the policy that is updated")
+        lines.append("warning: rollout.top_p, top_k and min_p sample from a truncation of the "
+                     "policy that is updated")
     if config.rollout.policy == "initial" and config.update.objective == "policy_gradient":
-        lines.append("warning: rollout.policy initial makes the policy gradient that of another policy, the further "
-                     "training goes")
+        lines.append("warning: with rollout.policy initial the policy gradient is that of the "
+                     "initial policy, and less valid the further training goes")
     return lines

@@ -127,8 +127,10 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
     sets, _ = loading.load_held_out(config, tiny.tokenizer, template)
     with evaluation.make_grader(config) as grader:
         sampler = capacity.make_configured_sampler(config, tiny.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
-        evaluate = evaluation.make_evaluator(config, tiny, template, sampler, sets, grader)
-        found = statistics.summarize(evaluate(params, lambda now: None, weights="the base")["tiny"])
+        evaluator = evaluation.Evaluator(config=config, pretrained=tiny, template=template, sets=sets,
+                                         sampler=sampler, grader=grader, seed=config.run.seed)
+        outcomes = evaluator.measure_all(params, lambda progress: None, weights="the base")
+        found = statistics.summarize(outcomes["tiny"])
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses
     assert found.by_level["easy"].tokens > 3 * 20               # 20 tokens write every step once
 

@@ -16,6 +16,7 @@ from effreason.data import loading, prompts
 from effreason.data.templates import Template
 from effreason.evaluation import evaluate as evaluation
 from effreason.evaluation import models, responses
+from effreason.evaluation.evaluate import Evaluator
 from effreason.lm import model
 from effreason.lm.hf.pretrained import Pretrained
 from effreason.runtime import sharding
@@ -48,10 +49,13 @@ class Bench:
     asked: list
 
     def evaluate(self, watch=lambda now: None, *, seed=None, config=None, sets=None, template=None, **settings):
-        evaluate = evaluation.make_evaluator(
-            config or self.config, self.pretrained, template or self.template, self.counting, sets or self.sets,
-            self.grader, seed=seed)
-        return evaluate(self.params, watch, **{"weights": "base"} | settings)
+        evaluator = self.evaluator(seed=(config or self.config).run.seed if seed is None else seed, **{
+            name: value for name, value in {"config": config, "sets": sets, "template": template}.items() if value})
+        return evaluator.measure_all(self.params, watch, **{"weights": "base"} | settings)
+
+    def evaluator(self, **changes):
+        return Evaluator(**{"config": self.config, "pretrained": self.pretrained, "template": self.template,
+                            "sampler": self.counting, "sets": self.sets, "grader": self.grader, "seed": 0} | changes)
 
     def counting(self, params, requests, key, sampling):
         self.asked.append([(request.uid, request.sample, request.prefix) for request in requests])
@@ -115,7 +119,7 @@ def test_each_set_is_measured_on_its_own(bench, whole, world):
         assert outcomes.correct.shape == (len(bench.sets[name]), 2)
         rows = responses.read(whole / files(world)[list(found).index(name)])[1]
         np.testing.assert_equal(dataclasses.asdict(responses.outcomes(rows)), dataclasses.asdict(outcomes))
-        assert {row["set"] for row in rows} == {name} and [row["uid"] for row in rows[::2]] == outcomes.uids.tolist()
+        assert {row.set for row in rows} == {name} and [row.uid for row in rows[::2]] == outcomes.uids.tolist()
         correct, stated = outcomes.correct, outcomes.first_answer_token
         assert correct.any() and not correct.all()
         assert (stated[correct] <= outcomes.lengths[correct]).all() and (stated[correct] > 0).all()
@@ -234,8 +238,7 @@ def test_a_journal_of_what_cannot_be_is_one_line(bench, whole, world, tmp_path, 
 
 def test_facts_are_those_of_the_process_that_sampled(bench, whole, world, tmp_path, monkeypatch):
     name = str(world / "test.jsonl")
-    measure = evaluation.make_measure(bench.config, bench.pretrained, bench.template, bench.sampler, bench.sets,
-                                      bench.grader)
+    measure = bench.evaluator().measure
     monkeypatch.setattr(evaluation.provenance, "git_commit", lambda: "of the reader")
     measured = measure(name, lambda: pytest.fail("loaded"), lambda now: None, weights="base", directory=whole)
     assert measured.facts == responses.read_facts(whole / files(world)[0])
@@ -273,7 +276,7 @@ def test_facts_say_what_decides_responses_and_verdicts(bench, whole, world):
     assert facts["environment"]["grader"] == facts["grader"] and "git_commit" in facts["environment"]
     assert not any(name.startswith(("mesh", "rollout.slots", "run.directory")) for name in facts)
     looping = dataclasses.replace(bench.config, repetition=dataclasses.replace(bench.config.repetition, stop=True))
-    made = evaluation.make_facts(looping, bench.template, facts["set"], bench.sets[facts["set"]], 0, "base")
+    made = bench.evaluator(config=looping).facts(facts["set"], "base")
     assert made["repetition.stop"] and made["repetition.window"] == 512 and "repetition.window" not in facts
 
 
@@ -303,7 +306,7 @@ def test_the_command_keeps_compares_and_goes_on(evaluated, world, tmp_path, monk
     rows = list(csv.DictReader((output / "results.csv").open(newline="")))
     assert [(row["model"], row["run.seed"], row["problems"]) for row in rows] == [
         (base, "0", "8"), (base, "0", "4"), (other, "1", "8"), (other, "1", "4")]
-    folder = responses.safe_names([str(world / "base")])[str(world / "base")]
+    folder = responses.file_names([str(world / "base")])[str(world / "base")]
     assert sorted(str(path.relative_to(output)) for path in output.rglob("*.jsonl")) == sorted(
         f"{folder}/seed{seed}/{name}" for seed in (0, 1) for name in files(world))
     lines = said.splitlines()
@@ -344,7 +347,7 @@ def test_a_signal_ends_the_command_with_a_line_that_says_how_to_go_on(evaluated,
     monkeypatch.setattr(evaluation.Interrupts, "check", check_after)
     output = tmp_path / "out"
     error = evaluated(output, code=128 + signal.SIGTERM)
-    assert error == f"stopped by SIGTERM; the same command goes on from what {output} holds\n"
+    assert error == f"stopped by SIGTERM; the same command continues from what {output} holds\n"
     assert len(list(output.rglob("*.journal"))) == 1 and not (output / "results.json").exists()
     evaluated(output)
     assert not list(output.rglob("*.journal")) and (output / "results.json").exists()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from effreason.data.templates import Template
-from effreason.evaluation import models as candidates
+from effreason.evaluation import models
 from effreason.evaluation.models import EvaluatedModel
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
@@ -13,48 +13,48 @@ from effreason.runtime.errors import UserError
 ANYWAY = dataclasses.replace(Config(), evaluation=dataclasses.replace(Config().evaluation, any_template=True))
 
 
-def candidate(name="model", text="a", facts=None):
+def opened(name="model", text="a", facts=None):
     return EvaluatedModel(name=name, pretrained=None, template=Template("the checkpoint's own", text, "{problem}"),
-                     facts=facts, fingerprint=name, load=lambda: None)
+                     facts=facts, fingerprint=name, load=lambda: None, mesh=None)
 
 
 def test_what_a_model_was_trained_on():
-    assert candidates.trained_on(Config(), candidate()) == ["tiny"]             # it does not say: those of data.path
-    assert candidates.trained_on(Config(), candidate(facts={"data": ["gsm8k", "math"]})) == ["gsm8k", "math"]
+    assert models.training_sets(Config(), opened()) == ["tiny"]             # it does not say: those of data.path
+    assert models.training_sets(Config(), opened(facts={"data": ["gsm8k", "math"]})) == ["gsm8k", "math"]
 
 
-@pytest.mark.parametrize(("path", "models", "found"), [
+@pytest.mark.parametrize(("path", "paths", "expected"), [
     ("org/base", ["org/base", "run/model/of/mine"], "org/base"), ("tiny", ["org/other", "tiny"], "tiny"),
     ("org/base", ["org/other"], "org/other"), ("org/base", ["org/other", "a/b/c"], None)])
-def test_a_revision_belongs_to_one_model(path, models, found):
+def test_a_revision_belongs_to_one_model(path, paths, expected):
     config = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, path=path, revision="abc"))
-    if found is None:
+    if expected is None:
         with pytest.raises(UserError, match=r"^model\.revision is for one model on the Hub, got abc and 2 of them"):
-            candidates.revised(config, models)
+            models.model_with_revision(config, paths)
     else:
-        assert candidates.revised(config, models) == found
+        assert models.model_with_revision(config, paths) == expected
 
 
 def test_models_are_not_compared_on_different_prompts():
-    alike = [candidate("base"), candidate("trained")]
-    candidates.check_alike(alike, Config())
+    alike = [opened("base"), opened("trained")]
+    models.check_same_template(alike, Config())
     with pytest.raises(UserError, match="^base and other have different chat templates"):
-        candidates.check_alike([*alike, candidate("other", "b")], Config())
-    candidates.check_alike([*alike, candidate("other", "b")], ANYWAY)
+        models.check_same_template([*alike, opened("other", "b")], Config())
+    models.check_same_template([*alike, opened("other", "b")], ANYWAY)
 
 
 def test_a_model_is_evaluated_on_the_prompts_of_its_training():
-    candidates.check_template(candidate(), Config())                            # trained by nobody here: any will do
-    facts = {"template": candidate().template.facts()}
-    candidates.check_template(candidate(facts=facts), Config())
+    models.check_template(opened(), Config())                            # trained by nobody here: any will do
+    facts = {"template": opened().template.facts()}
+    models.check_template(opened(facts=facts), Config())
     with pytest.raises(UserError, match=r"was trained with the template .* set data.template and data.user_prompt"):
-        candidates.check_template(candidate(text="b", facts=facts), Config())
-    candidates.check_template(candidate(text="b", facts=facts), ANYWAY)
+        models.check_template(opened(text="b", facts=facts), Config())
+    models.check_template(opened(text="b", facts=facts), ANYWAY)
 
 
-def test_a_directory_is_a_checkpoint_only_beside_its_run(tmp_path):
+def test_a_directory_is_a_checkpoint_only_next_to_its_run(tmp_path):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    assert not candidates.is_checkpoint(tmp_path / "checkpoints" / "3")
+    assert not models.is_checkpoint(tmp_path / "checkpoints" / "3")
     (tmp_path / "config.yaml").write_text("")
-    assert candidates.is_checkpoint(tmp_path / "checkpoints" / "3")
-    assert not candidates.is_checkpoint(tmp_path / "checkpoints" / "4") and not candidates.is_checkpoint(tmp_path)
+    assert models.is_checkpoint(tmp_path / "checkpoints" / "3")
+    assert not models.is_checkpoint(tmp_path / "checkpoints" / "4") and not models.is_checkpoint(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import types
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ CORRECT = [[True, False], [False, False]]
 PROBLEMS = [problem(30), problem(4, level="hard")]
 
 
-def attempts():
+def graded():
     """Two problems, two samples of each."""
     answers = [["7", "9"], ["8", None]]
     verdicts = [Grade(correct, answer, status, 0.0) for correct, answer, status in zip(
@@ -31,29 +32,36 @@ def attempts():
     return types.SimpleNamespace(rollouts=rollouts, texts=sum(TEXTS, []), verdicts=verdicts, correct=np.array(CORRECT))
 
 
-def test_rows_stand_beside_their_problems():
-    rows = responses.rows("gsm8k", PROBLEMS, attempts())
-    assert [(row["uid"], row["sample"], row["response"]) for row in rows] == [
+def test_rows_are_next_to_their_problems():
+    rows = responses.evaluated_responses("gsm8k", PROBLEMS, graded())
+    assert [(row.uid, row.sample, row.response) for row in rows] == [
         (30, 0, TEXTS[0][0]), (30, 1, TEXTS[0][1]), (4, 0, TEXTS[1][0]), (4, 1, TEXTS[1][1])]
-    assert rows[0] == {"set": "gsm8k", "uid": 30, "sample": 0, "level": "easy", "problem": "problem 30",
-                       "reference_answer": "7", "response": TEXTS[0][0], "answer": "7", "status": "symbolic",
-                       "correct": True, "tokens": 18, "finish": "eos", "stated": 18 * len("3+4 = 7") / 18}
-    assert [row["stated"] for row in rows] == [7.0, None, round(40 * len("so 7 = 7") / len(TEXTS[1][0]), 1), None]
-    assert responses.row(PROBLEMS, attempts(), 1, 0) == {
-        name: value for name, value in rows[2].items() if name not in ("set", "stated")}
+    assert asdict(rows[0]) == {
+        "set": "gsm8k", "uid": 30, "sample": 0, "level": "easy", "problem": "problem 30",
+        "reference_answer": "7", "response": TEXTS[0][0], "answer": "7", "status": "symbolic",
+        "correct": True, "tokens": 18, "finish": "eos",
+        "first_answer_token": 18 * len("3+4 = 7") / 18}
+    assert [row.first_answer_token for row in rows] == [
+        7.0, None, round(40 * len("so 7 = 7") / len(TEXTS[1][0]), 1), None]
+    assert asdict(responses.graded_response(PROBLEMS, graded(), 1, 0)) == {
+        name: value for name, value in asdict(rows[2]).items()
+        if name not in ("set", "first_answer_token")}
 
 
 def test_a_correct_response_has_stated_its_answer_by_its_end():
-    right = {"correct": True, "tokens": 10}
-    by_algebra = {"response": "hm \\boxed{x+1} ok", **right}
-    assert responses.stated(problem(0, "1+x"), by_algebra) == pytest.approx(10 * 14 / 17, abs=0.05)
-    assert responses.stated(problem(0, "1+x"), by_algebra | {"correct": False}) is None
-    assert responses.stated(problem(0), {"response": "seven", **right}) == 10.0        # by a grader of one's own
-    assert responses.stated(problem(0), {"response": "", "correct": False, "tokens": 1}) is None
+    def first(problem, response, correct, tokens=10):
+        row = types.SimpleNamespace(response=response, correct=correct, tokens=tokens)
+        return responses.first_answer_token(problem, row)
+
+    by_algebra = "hm \\boxed{x+1} ok"
+    assert first(problem(0, "1+x"), by_algebra, True) == pytest.approx(10 * 14 / 17, abs=0.05)
+    assert first(problem(0, "1+x"), by_algebra, False) is None
+    assert first(problem(0), "seven", True) == 10.0                     # by a user's own grader
+    assert first(problem(0), "", False, tokens=1) is None
 
 
 def test_rows_become_arrays_whatever_their_order():
-    rows = responses.rows("gsm8k", PROBLEMS, attempts())
+    rows = responses.evaluated_responses("gsm8k", PROBLEMS, graded())
     found = responses.outcomes([rows[1], rows[2], rows[0], rows[3]])
     np.testing.assert_array_equal(found.uids, np.array([30, 4], np.int64), strict=True)
     np.testing.assert_array_equal(found.correct, np.array(CORRECT), strict=True)
@@ -70,7 +78,7 @@ def test_rows_become_arrays_whatever_their_order():
 
 def test_files_come_back(tmp_path):
     path, facts = tmp_path / "new" / "gsm8k.jsonl", {"weights": "abc", "run.seed": 0}
-    rows = responses.rows("gsm8k", PROBLEMS, attempts())
+    rows = responses.evaluated_responses("gsm8k", PROBLEMS, graded())
     responses.write(path, facts, rows)
     assert responses.read(path) == (facts, rows) and responses.read_facts(path) == facts
     assert [each.name for each in path.parent.iterdir()] == ["gsm8k.jsonl"]
@@ -80,13 +88,16 @@ def test_files_come_back(tmp_path):
 
 def test_what_is_no_such_file_is_one_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    for text in ("", "[]\n", '{"uid": 1}\n', '{"facts": {}}\n{"uid"', "\udc80", '{"facts": 5}\n', "5\n"):
+    for text in ("", "[]\n", '{"uid": 1}\n', "\udc80", '{"facts": 5}\n', "5\n"):
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        with pytest.raises(UserError, match=r"a\.jsonl: expected graded responses"):
+        with pytest.raises(UserError, match=r"a\.jsonl: expected a first line with facts"):
             responses.read(path)
+    path.write_text('{"facts": {}}\n{"uid"')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: expected a JSON object, found .*; repair or remove"):
+        responses.read(path)
     for text in ('{"facts": 5}\n', "[" * 100_000 + "\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match=r"a\.jsonl: expected graded responses behind a line with facts"):
+        with pytest.raises(UserError, match=r"a\.jsonl: expected a first line with facts, then graded"):
             responses.read_facts(path)
     with pytest.raises(UserError, match="No such file"):
         responses.read_facts(tmp_path / "nowhere")
@@ -96,27 +107,35 @@ def test_what_is_no_such_file_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("bad", "message"), [
-    (5, "expected a JSON object, found 5"), ({"uid": None}, "uid must be a whole number, got null"),
-    ({"uid": 2**70}, r"uid must be within \[0, 9223372036854775808\), got 1180"),
-    ({"tokens": 2**31}, r"tokens must be within \[0, 2147483648\), got 2147483648"),
-    ({"tokens": -1}, "tokens must be within"), ({"correct": 1}, "correct must be true or false, got 1"),
-    ({"stated": "7"}, 'stated must be a number or null, got "7"'), ({"answer": 7}, "answer must be a text or null"),
-    ({"sample": True}, "sample must be a whole number, got true"), ("finish", "finish must be a text, got no finish")])
+    (5, "expected a JSON object, found 5"), ({"uid": None}, "uid must be a whole number .*, got null"),
+    ({"uid": 2**70}, r"uid must be a whole number in \[0, 9223372036854775807\], got 1180"),
+    ({"tokens": 2**31}, r"tokens must be a whole number in \[0, 2147483647\], got 2147483648"),
+    ({"tokens": -1}, r"tokens must be a whole number in \[0, 2147483647\], got -1"),
+    ({"correct": 1}, "correct must be true or false, got 1"),
+    ({"first_answer_token": "7"}, 'first_answer_token must be a number or null, got "7"'),
+    ({"answer": 7}, "answer must be a text or null"), ({"sample": True}, "sample must be a whole number .*, got true"),
+    ({"finish": "loop"}, 'finish must be one of eos, length, repetition, got "loop"'),
+    ("finish", "finish must be one of eos, length, repetition, got no finish")])
 def test_a_damaged_row_is_one_line(tmp_path, bad, message):
-    path, rows = tmp_path / "a.jsonl", responses.rows("gsm8k", PROBLEMS, attempts())
+    path = tmp_path / "a.jsonl"
+    responses.write(path, {}, responses.evaluated_responses("gsm8k", PROBLEMS, graded()))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    row = json.loads(lines[2])
     if isinstance(bad, dict):
-        rows[1] |= bad
+        row |= bad
     elif bad == "finish":
-        del rows[1][bad]
+        del row[bad]
     else:
-        rows[1] = bad
-    responses.write(path, {}, rows)
-    with pytest.raises(UserError, match=rf"a\.jsonl: line 3: {message}.*; repair or remove it"):
+        row = bad
+    lines[2] = json.dumps(row)
+
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"a\.jsonl:3: {message}.*; repair or remove the file"):
         responses.read(path)
 
 
 def test_a_file_that_lost_rows_is_no_smaller_set(tmp_path):
-    path, rows = tmp_path / "a.jsonl", responses.rows("gsm8k", PROBLEMS, attempts())
+    path, rows = tmp_path / "a.jsonl", responses.evaluated_responses("gsm8k", PROBLEMS, graded())
     facts = {"problems": 2, "evaluation.samples": 2}
     responses.write(path, facts, rows)
     found, outcomes = responses.read_outcomes(path)
@@ -129,7 +148,7 @@ def test_a_file_that_lost_rows_is_no_smaller_set(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl: expected the same samples of each of 2 problems, found 4 rows"):
         responses.read_outcomes(path)
     responses.write(path, {}, [])
-    with pytest.raises(UserError, match=r"a\.jsonl: expected responses, found none; repair or remove it"):
+    with pytest.raises(UserError, match=r"a\.jsonl: expected responses, found none; repair or remove the file"):
         responses.read_outcomes(path)
 
 
@@ -144,8 +163,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 def test_names_of_files_are_safe_short_and_apart():
     names = ["gsm8k", "org/name@main", "/home/me/data/test.jsonl", "../data/test.jsonl", "..", "MATH", "math",
              "x" * 300, "a b:c"]
-    found = responses.safe_names(names)
+    found = responses.file_names(names)
     assert list(found) == names
     assert list(found.values()) == ["gsm8k", "org_name_main", "data_test", "data_test-2", "unnamed", "MATH", "math-2",
                                     "x" * 100, "a_b_c"]
-    assert responses.safe_names(names[:3])["/home/me/data/test.jsonl"] == found["/home/me/data/test.jsonl"]
+    assert responses.file_names(names[:3])["/home/me/data/test.jsonl"] == found["/home/me/data/test.jsonl"]

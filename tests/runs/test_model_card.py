@@ -8,14 +8,14 @@ import huggingface_hub
 import pytest
 import yaml
 
+from effreason import __version__
 from effreason.runs.model_card import model_card
+from effreason.runtime.config import Config, KLConfig, RewardConfig, RolloutConfig, UpdateConfig
 from effreason.types import LevelResult
 
 COMMIT = "6a6f4aa4197940add57724a7707d069478df56b1"
-FACTS = dict(base_model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", base_revision=COMMIT, alpha=0.1,
-             data="gsm8k=0.3,math=0.7", step=1200, version="0.1.0", template="r1_think", template_sha256="ab12" * 16,
-             user_prompt=r"Reason, and put the answer in \boxed{}. Question: {problem}", temperature=1.0, top_p=1.0,
-             max_new_tokens=32_000, datasets=["openai/gsm8k", "data/my.jsonl/x", "tiny"])
+BASE = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+USER_PROMPT = r"Reason, and put the answer in \boxed{}. Question: {problem}"
 MEASURED = dict(truncated=0.0, problems=600, samples=4)
 BEFORE = SimpleNamespace(accuracy=0.75, tokens=4000.0, by_level={
     "easy": LevelResult(accuracy=0.9, tokens=2000.0, problems=300),
@@ -25,8 +25,15 @@ AFTER = SimpleNamespace(accuracy=0.76, tokens=2500.0, by_level={
     "hard": LevelResult(accuracy=0.6, tokens=4500.0, problems=300)}, **MEASURED)
 
 
-def card(**changes):
-    return model_card(**FACTS | dict(evaluation_set="math500", before=BEFORE, after=AFTER) | changes)
+def card(*, base=BASE, revision=COMMIT, user_prompt=USER_PROMPT, before=BEFORE, after=AFTER,
+         sources=("gsm8k", "openai/other", "data/my.jsonl/x", "tiny"), update=None, reward=None):
+    config = Config(rollout=RolloutConfig(max_new_tokens=32_000), kl=KLConfig(form="none"), update=update or UpdateConfig(),
+                    reward=reward or RewardConfig())
+    inputs = SimpleNamespace(
+        pretrained=SimpleNamespace(name=base, revision=revision), held_out={"math500": []},
+        problems=SimpleNamespace(sources=[SimpleNamespace(name=name) for name in sources]),
+        template=SimpleNamespace(name="r1_think", sha256="ab12" * 16, user_prompt=user_prompt))
+    return model_card(config, inputs, step=1200, alpha=0.1, before=before, after=after)
 
 
 def header(text):
@@ -46,9 +53,9 @@ def tables(text):
 
 def test_the_header_is_what_the_hub_reads():
     table = header(card())
-    assert table["base_model"] == FACTS["base_model"] and table["base_model_relation"] == "finetune"
+    assert table["base_model"] == BASE and table["base_model_relation"] == "finetune"
     assert (table["library_name"], table["pipeline_tag"]) == ("transformers", "text-generation")
-    assert table["datasets"] == ["openai/gsm8k"] and "efficient-reasoning" in table["tags"]
+    assert table["datasets"] == ["openai/gsm8k", "openai/other"] and "efficient-reasoning" in table["tags"]
     parsed = huggingface_hub.ModelCard(card())
     assert parsed.data.to_dict() == table and parsed.text.strip().startswith("# deepseek-ai/")
 
@@ -63,7 +70,8 @@ def test_the_evaluation_by_level():
         ["all", "75.0 %", "76.0 %", "4,000", "2,500", "37.5 %"]]
     facts = {row[0]: row[1] for row in training}
     assert facts["base model"].endswith(COMMIT) and facts["alpha"] == "0.1" and facts["steps"] == "1,200"
-    assert facts["trained on"] == "gsm8k=0.3,math=0.7" and facts["effreason"] == "0.1.0"
+    assert facts["trained on"] == "gsm8k, openai/other, data/my.jsonl/x, tiny"
+    assert facts["effreason"] == __version__ and facts["sampling temperature"] == "1"
     assert "ab12" * 16 in facts["chat template"]
     assert "600 held-out problems of math500, 4 sampled responses" in card()
 
@@ -87,9 +95,9 @@ def test_one_level_makes_one_row():
 
 
 def test_a_local_base_model_is_named_without_its_path():
-    text = card(base_model="/home/someone/secret/runs/7/model", base_revision=None)
+    text = card(base="/home/someone/secret/runs/7/model", revision=None)
     assert "secret" not in text and "base_model" not in header(text) and "# model, taught" in text
-    assert header(card(base_model="tiny", base_revision=None, datasets=())).keys() == {
+    assert header(card(base="tiny", revision=None, sources=["tiny"])).keys() == {
         "library_name", "pipeline_tag", "tags"}
 
 
@@ -101,9 +109,10 @@ def test_the_example_is_python():
 
 
 def test_nothing_is_left_to_fill_in_and_no_cell_breaks():
-    text = card(settings={"learning rate": 2e-6, "grader": "a|b\nc"}, data="x|y")
+    text = card(sources=["a|b\nc", "x"], update=UpdateConfig(objective="dpo"), reward=RewardConfig(form="kimi"))
     assert not re.search(r"None|TODO|\[More Information Needed\]|\{problem\}|@[A-Z]+@|nan", text)
     training = tables(text)[1]
     assert {len(row) for row in training} == {2}
-    assert ["grader", r"a\|b c"] in training and ["learning rate", "2e-06"] in training
+    assert ["trained on", r"a\|b c, x"] in training
+    assert ["objective", "dpo"] in training and ["reward", "kimi"] in training
     assert max(map(len, text.splitlines())) < 600 and text.endswith("|\n")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from effreason.evaluation import journal
 from effreason.runs import unfinished
 from effreason.runtime.errors import UserError
 from effreason.types import Response
@@ -21,39 +22,40 @@ KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, None), response(2, 7, 9, "re
 
 @pytest.mark.parametrize("kept", [KEPT, KEPT[:1], KEPT[1:2], []], ids=len)
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, kept):
-    path = tmp_path / "unfinished.npz"
+    path = tmp_path / "unfinished.jsonl"
     unfinished.save(path, 7, kept)
     found = unfinished.load(path, 7)
     assert len(found) == len(kept)
     for one, other in zip(found, kept, strict=True):
         assert (one.prompt, one.sample, one.finish, one.repeated) == (
             other.prompt, other.sample, other.finish, other.repeated)
-        for name in ("tokens", *unfinished.LOGPROBS):
+        for name in ("tokens", *journal.LOGPROBS):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
-    assert [each.name for each in tmp_path.iterdir()] == ["unfinished.npz"]
+    assert [each.name for each in tmp_path.iterdir()] == ["unfinished.jsonl"]
 
 
 def test_another_step_and_no_file_have_nothing(tmp_path):
-    path = tmp_path / "unfinished.npz"
+    path = tmp_path / "unfinished.jsonl"
     assert unfinished.load(path, 7) == []
     unfinished.save(path, 7, KEPT)
     assert unfinished.load(path, 8) == []
 
 
 def test_a_damaged_file_is_one_line_that_says_what_to_do(tmp_path):
-    path = tmp_path / "unfinished.npz"
+    path = tmp_path / "unfinished.jsonl"
     unfinished.save(path, 7, KEPT)
-    whole = path.read_bytes()
-    flipped = bytes(byte ^ 255 if 40 <= place < 60 else byte for place, byte in enumerate(whole))
-    for damaged in (whole[:300], b"", flipped, b"not an archive"):
+    complete = path.read_bytes()
+    lines = complete.splitlines(keepends=True)
+    flipped = bytes(byte ^ 255 if 40 <= place < 60 else byte for place, byte in enumerate(complete))
+    shorter = lines[1].replace(b'"tokens":[', b'"tokens":[1,')     # more tokens than log-probs
+
+    for damaged in (complete[:300], b"".join(lines[:-1]), b"", flipped, b"not JSON\n",
+                    b"".join([lines[0], shorter, *lines[2:]])):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"unfinished.npz: cannot be read .*; remove it to generate step 7"):
+        with pytest.raises(UserError, match=r"unfinished\.jsonl: .*damaged; remove (it|the file) to generate"):
             unfinished.load(path, 7)
-    np.savez(path.open("wb"), step=np.int64(7))
-    with pytest.raises(UserError, match="cannot be read"):
-        unfinished.load(path, 7)
 
 
 def test_a_directory_that_is_gone_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
-        unfinished.save(tmp_path / "gone" / "unfinished.npz", 7, KEPT)
+        unfinished.save(tmp_path / "gone" / "unfinished.jsonl", 7, KEPT)

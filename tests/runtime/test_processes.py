@@ -279,7 +279,7 @@ def test_a_signal_to_one_process_saves_both_and_the_run_goes_on(world, alone):
     resumed = both("train", "--config", directory / "config.yaml", "--run.resume", "true")
     assert [code for code, _, _ in resumed] == [0, 0], resumed
     check_same_run(directory, alone)
-    assert not (directory / "unfinished.npz").exists()
+    assert not (directory / "unfinished.jsonl").exists()
 
 
 # In one process

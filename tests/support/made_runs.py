@@ -6,6 +6,7 @@ import json
 import numpy as np
 
 from effreason.evaluation import responses, statistics
+from effreason.evaluation.responses import EvaluatedResponse
 from effreason.runs.report import summary as report
 from effreason.runtime import config as configuration
 from effreason.runtime.config import Config
@@ -35,11 +36,11 @@ def graded_rows(name, *, seed=0, alpha=0.0, progress=0.0, problems=60, samples=1
             answer = str(digits.sum() % 10 if correct else (digits.sum() + 1) % 10)
             thinking = "".join(f"{digits[i % operations]}+{digits[i % operations + 1]}={i % 10};"
                                for i in range(max(tokens // 6, 1)))
-            rows.append({"set": name, "uid": uid * 17 + 5, "sample": sample, "level": level,
+            rows.append(EvaluatedResponse(**{"set": name, "uid": uid * 17 + 5, "sample": sample, "level": level,
                          "problem": f"({'+'.join(map(str, digits))})%10", "reference_answer": str(digits.sum() % 10),
                          "response": response or f"{thinking}</think>\\boxed{{{answer}}}", "answer": answer,
                          "status": "exact", "correct": correct, "tokens": tokens, "finish": "eos",
-                         "stated": tokens - 8.0 if correct else None})
+                         "first_answer_token": tokens - 8.0 if correct else None}))
     return rows
 
 
@@ -71,12 +72,12 @@ def rollout_rows(steps, alpha, *, groups=1, group_size=8, seed=0, response=None)
     for step in range(steps):
         tried = graded_rows("train", seed=1000 * seed + step, alpha=alpha, progress=step / max(steps - 1, 1),
                             problems=groups, samples=group_size, response=response)
-        lengths = np.array([row["tokens"] for row in tried], float)
-        rewards = np.array([row["correct"] for row in tried]) * (1 - alpha / (1 + np.exp(-(lengths - lengths.mean())
+        lengths = np.array([row.tokens for row in tried], float)
+        rewards = np.array([row.correct for row in tried]) * (1 - alpha / (1 + np.exp(-(lengths - lengths.mean())
                                                                                          / (lengths.std() + 1e-7))))
         for row, reward in zip(tried, rewards, strict=True):
-            kept = {key: value for key, value in row.items() if key not in ("set", "stated")}
-            rows.append({"step": step, **kept, "uid": row["uid"] + step, "reward": float(reward),
+            kept = {key: value for key, value in vars(row).items() if key not in ("set", "first_answer_token")}
+            rows.append({"step": step, **kept, "uid": row.uid + step, "reward": float(reward),
                          "advantage": float((reward - rewards.mean()) * group_size / (group_size - 1))})
     return rows
 
@@ -94,7 +95,7 @@ def make_run(directory, *, alpha=0.2, steps=30, sets=("tiny", "tiny_long"), prob
     write_rows(directory / "rollouts.jsonl", rollout_rows(steps, alpha, groups=groups, seed=seed, response=response))
     (directory / "environment.json").write_text(json.dumps(ENVIRONMENT))
     outcomes = {}
-    files = responses.safe_names(sets)
+    files = responses.file_names(sets)
     for step, progress in ((0, 0.0), (steps // 2, 0.7), (steps, 1.0)):
         for name in sets if step in (0, steps) else sets[:1]:
             rows = graded_rows(name, seed=seed, alpha=alpha, progress=progress, problems=problems, samples=samples,
@@ -123,7 +124,7 @@ def make_family(directory, *, alphas=(0.0, 0.05, 0.1, 0.2, 0.4), sets=("tiny", "
     """A finished family with two baselines and three blends; returns family.json as a table."""
     directory.mkdir(parents=True)
     write_config(directory, model=model, steps=steps)
-    files = responses.safe_names(sets)
+    files = responses.file_names(sets)
     base = {name: graded_rows(name, problems=problems, response=response) for name in sets}
     for name, rows in base.items():
         responses.write(directory / "base" / f"{files[name]}.jsonl", {"set": name}, rows)

@@ -3,6 +3,7 @@
 A number in a table is a pair: what is read first, and its 95 % interval or a remark in small type.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,8 +279,8 @@ def graded_rows(findings: Findings, directory: Path | None) -> list[dict[str, An
     """Graded responses of a directory on the first set; [] where there are none. Raises: UserError."""
     if directory is None or not findings.sets:
         return []
-    path = directory / f"{responses.safe_names(findings.sets)[findings.sets[0]]}{responses.SUFFIX}"
-    return responses.read(path)[1] if path.exists() else []
+    path = directory / f"{responses.file_names(findings.sets)[findings.sets[0]]}{responses.SUFFIX}"
+    return [dataclasses.asdict(row) for row in responses.read(path)[1]] if path.exists() else []
 
 
 MEASURES = (                        # what is drawn against steps: key, title, note, percent, from zero
