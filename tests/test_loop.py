@@ -231,7 +231,7 @@ def test_a_checkpoint_that_is_not_whole_is_one_line(finished, world, tmp_path, c
 
 @pytest.mark.parametrize(("argv", "error"), [
     (["--step", "0", "--uid", "99999"], "--uid must be a problem of step 0: "),
-    (["--step", "1", "--uid", "UID"], "--step must be one whose weights are there, 0, 3, 6 in "),
+    (["--step", "1", "--uid", "UID"], "--step must be one of 0, 3, 6, whose weights are stored in "),
     (["--step", "0", "--uid", "1", "--sample", "4"], "--sample must be in [0, 3], got 4"),
     (["--step", "-1", "--uid", "1"], "--step must be >= 0, got -1"),
 ])

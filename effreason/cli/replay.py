@@ -1,6 +1,7 @@
-"""The command `effreason replay RUN --step S --uid U --sample I`: one response of a run, generated once more.
+"""The command `effreason replay`: generates one response of a training run again.
 
-A response is a function of the weights of its step and of (seed, step, uid, sample): nothing else needs to be kept.
+A response is a function of the weights at its step and of (seed, step, uid, sample), so nothing
+else needs to be stored.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from effreason.cli.arguments import Parser
 from effreason.data import prompts
@@ -39,12 +39,17 @@ def run(argv: Sequence[str], prog: str) -> None:
     if options.step < 0:
         raise UserError(f"--step must be >= 0, got {options.step}")
     if not 0 <= options.sample < config.rollout.group_size:
-        raise UserError(f"--sample must be in [0, {config.rollout.group_size - 1}], got {options.sample}")
+        raise UserError(f"--sample must be in [0, {config.rollout.group_size - 1}], got "
+                        f"{options.sample}")
+
     sharding.use_compilation_cache()
-    mesh = _mesh(config)
+    try:
+        mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    except UserError:               # other devices than the run had: split the slots alone
+        mesh = sharding.make_mesh(data=-1)
     with jax.set_mesh(mesh), make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
-        problem = _asked_for(inputs.problems, config, options.uid, options.step)
+        problem = _problem(inputs.problems, config, options.uid, options.step)
         engine = make_engine(config, inputs.pretrained, mesh)
         step = options.step if config.rollout.policy == "current" else 0
         params = _policy(engine, inputs.pretrained, directory, step)
@@ -55,75 +60,78 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 def replay(engine: Engine, params: model.Params, problem: Problem, config: Config, step: int,
            sample: int) -> Response:
-    """One response of a training step.
+    """Generates one response of a training step.
 
-    All slots generate it: products of another number of rows are rounded otherwise, and in bfloat16 that parts two
-    responses soon. Args: params, of the policy after `step` updates."""
+    All slots generate the same response: with another number of rows matrix products round
+    differently, and in bfloat16 the responses soon differ.
+    Args: params, of the policy after `step` updates."""
     request = rollouts.Request(prompt=0, tokens=problem.prompt, uid=problem.uid, sample=sample,
                                max_new_tokens=config.rollout.max_new_tokens)
     key = rollouts.step_key(config.run.seed, "train", step)
-    alike = [request] * (config.rollout.prompts_per_step * config.rollout.group_size)
-    return next(response for finished in engine.sampler(params, alike, key, engine.sampling) for response in finished)
+    copies = [request] * (config.rollout.prompts_per_step * config.rollout.group_size)
+    generation = engine.sampler(params, copies, key, engine.sampling)
+    return next(response for finished in generation for response in finished)
 
 
 def _parser(prog: str) -> Parser:
-    made = Parser(prog, "Generate one response of a training step again, from the weights of that step: those of a "
-                  "checkpoint, or of the model the run started from for step 0.")
-    made.add_argument("run", metavar="RUN", help="directory of the run")
-    made.add_argument("--step", metavar="S", type=int, required=True, help="training step, counted from 0")
-    made.add_argument("--uid", metavar="U", type=int, required=True, help="of the problem, as in rollouts.jsonl")
-    made.add_argument("--sample", metavar="I", type=int, default=0, help="which of its responses; default 0")
-    made.add_argument("--json", action="store_true", help="print one object with token ids and log-probs")
-    return made
+    parser = Parser(prog, "Generate one response of a training step again, from the weights of "
+                    "that step: those of a checkpoint, or for step 0 those of the model the run "
+                    "started from.")
+    parser.add_argument("run", metavar="RUN", help="directory of the run")
+    parser.add_argument("--step", metavar="S", type=int, required=True,
+                        help="training step, counted from 0")
+    parser.add_argument("--uid", metavar="U", type=int, required=True,
+                        help="uid of the problem, as in rollouts.jsonl")
+    parser.add_argument("--sample", metavar="I", type=int, default=0,
+                        help="number of the response to it; default 0")
+    parser.add_argument("--json", action="store_true",
+                        help="print one object with token ids and log-probs")
+    return parser
 
 
-def _mesh(config: Config) -> Mesh:
-    """The run's mesh, or with other devices than the run had, one that splits the slots alone."""
-    try:
-        return sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    except UserError:
-        return sharding.make_mesh(data=-1)
-
-
-def _asked_for(problems: prompts.Problems, config: Config, uid: int, step: int) -> Problem:
+def _problem(problems: prompts.Problems, config: Config, uid: int, step: int) -> Problem:
     batch = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, step)
-    if config.rollout.refill_rounds:        # any problem may have come in the place of one of these
+    if config.rollout.refill_rounds:        # any problem may have replaced one of these
         batch = [problem for source in problems.sources for problem in source.problems]
     for problem in batch:
         if problem.uid == uid:
             return problem
-    raise UserError(f"--uid must be a problem of step {step}: {', '.join(str(problem.uid) for problem in batch)}; "
-                    f"got {uid}")
+    raise UserError(f"--uid must be a problem of step {step}: "
+                    f"{', '.join(str(problem.uid) for problem in batch)}; got {uid}")
 
 
 def _policy(engine: Engine, pretrained: Pretrained, directory: Path, step: int) -> model.Params:
-    """The weights after `step` updates. Raises: UserError where they are not there any more."""
+    """Returns the weights after `step` updates. Raises: UserError if they are not stored."""
     if step == 0:
         return load_weights(pretrained, engine.learning.params_sharding)
     with Checkpoints(directory / "checkpoints", keep=None) as saved:
         if step not in saved.steps:
             kept = ", ".join(map(str, [0, *saved.steps]))
-            raise UserError(f"--step must be one whose weights are there, {kept} in {directory / 'checkpoints'}; "
-                            f"got {step}; a run keeps more of them with checkpoint.every and checkpoint.keep")
+            raise UserError(f"--step must be one of {kept}, whose weights are stored in "
+                            f"{directory / 'checkpoints'}; got {step}; a run keeps more of them "
+                            "with checkpoint.every and checkpoint.keep")
         return saved.restore(engine.learning.abstract_state, step)[0].params
 
 
 def _as_logged(directory: Path, options: Any, text: str) -> bool | None:
-    """Whether the text is that of the run's log; None where it was not logged."""
+    """Returns whether the text equals the one in the run's log; None if it was not logged."""
     for row in read_json_lines(directory / "rollouts.jsonl"):
         if (row["step"], row["uid"], row["sample"]) == (options.step, options.uid, options.sample):
             return row["response"] == text
     return None
 
 
-def _show(options: Any, problem: Problem, response: Response, text: str, as_logged: bool | None) -> None:
-    facts = {"step": options.step, "uid": options.uid, "sample": options.sample, "finish": response.finish,
-             "as_logged": as_logged}
+def _show(options: Any, problem: Problem, response: Response, text: str,
+          as_logged: bool | None) -> None:
     if options.json:
-        print(json.dumps(facts | {"problem": problem.text, "text": text, "tokens": response.tokens.tolist(),
-                                  "logprobs": response.logprobs.tolist()}, ensure_ascii=False))
+        print(json.dumps({
+            "step": options.step, "uid": options.uid, "sample": options.sample,
+            "finish": response.finish, "as_logged": as_logged, "problem": problem.text,
+            "text": text, "tokens": response.tokens.tolist(),
+            "logprobs": response.logprobs.tolist()}, ensure_ascii=False))
         return
-    said = {True: "the same text as in rollouts.jsonl", None: "not among those in rollouts.jsonl",
-            False: "not the text in rollouts.jsonl: rounding differs between devices and numbers of slots"}
-    print(f"problem: {problem.text}\n\n{text}\n\n{len(response.tokens)} tokens, finish {response.finish}; "
-          f"{said[as_logged]}")
+    comparison = {True: "the same text as in rollouts.jsonl", None: "not in rollouts.jsonl",
+                  False: "not the text in rollouts.jsonl: rounding differs between devices and "
+                  "numbers of slots"}[as_logged]
+    print(f"problem: {problem.text}\n\n{text}\n\n{len(response.tokens)} tokens, finish "
+          f"{response.finish}; {comparison}")

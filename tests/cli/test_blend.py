@@ -112,14 +112,14 @@ def test_a_place_that_cannot_be_written_is_found_before_the_models_are_read(tmp_
 
 def test_a_revision_is_for_the_hub(tmp_path):
     for base in ("tiny", str(tmp_path)):
-        with pytest.raises(UserError, match=f"^--revision is for a base on the Hub, --base is {base}$"):
+        with pytest.raises(UserError, match=f"^--revision is for a model on the Hub, --base is {base}$"):
             blends.run(["--base", base, "--revision", "abc", "--trained", "tiny", "--weight", "0.5", "--output",
                         str(tmp_path / "mixed")], "blend")
 
 
 def test_models_of_different_architectures_are_refused(trained, tmp_path):
     edit(trained, rms_norm_eps=1e-5)
-    with pytest.raises(UserError, match=r"^--trained must be of the base's architecture: norm_eps of .* is 1e-05, of "
+    with pytest.raises(UserError, match=r"^--trained must have the architecture of the base: norm_eps of .* is 1e-05, of "
                                         r"tiny 1e-06$"):
         blend(trained, tmp_path / "mixed", "0.5")
     edit(trained, rms_norm_eps=1e-6, hidden_size=128)
@@ -134,7 +134,7 @@ def test_models_with_different_tokens_are_refused(trained, tmp_path):
     words = table["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     path.write_text(json.dumps(table), encoding="utf-8")
-    with pytest.raises(UserError, match="^--trained must have the base's tokens: the tokenizers of .* and tiny have"):
+    with pytest.raises(UserError, match="^--trained must have the tokens of the base: the tokenizers of .* and tiny have"):
         blend(trained, tmp_path / "mixed", "0.5")
 
 
