@@ -1,8 +1,8 @@
-"""The same figures from formulas, without compiling: for GPUs, and to rank candidates before the best are compiled.
+"""Computes the figures of compiled programs from formulas: for GPUs, and to rank candidates before compiling any.
 
 L layers, D width, F feed-forward width, H heads, K key/value heads, h head width, V vocabulary, N positions of a row.
-`d`, `f`, `t`, `c` are the sizes of the mesh axes data, fsdp, tensor, context. Tests hold the formulas against compiled
-programs: FLOPs within a few percent, memory within the factor that docs/scaling.md states.
+Tests compare the formulas with compiled programs: FLOPs agree within a few percent, memory within the factor given in
+docs/scaling.md.
 """
 
 import dataclasses
@@ -12,23 +12,26 @@ import jax.numpy as jnp
 from effreason.lm.model import DecoderConfig
 from effreason.planning import shapes
 from effreason.planning.costs import Collective, Cost
-from effreason.planning.estimates import TILE, Function
+from effreason.planning.estimates import TILE, PlannedFunction
 from effreason.planning.workloads import Workload
 from effreason.runtime.config import Config
 
-# Products of attention for each pair of positions, 2 H h FLOPs each: forward, forward again, and backward.
+# Attention products for each pair of positions, 2 H h FLOPs each: in a forward pass and in a backward pass.
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "xla": (2, 4), "blockwise": (2, 6)}
-# Pairs that are computed, of all N * N: kernels leave out what is above the diagonal by blocks, XLA by eighths.
+# Share of the N * N pairs that is computed: kernels skip the blocks above the diagonal, XLA skips eighths.
 PAIRS = {"splash": 0.5, "cudnn": 0.5, "xla": 9 / 16, "blockwise": 0.5}
-BLOCK_ARRAYS = 9, 14                # arrays of F and of D a token that a block's backward pass holds at once
-FORWARD_ARRAYS = 3, 5               # the same of a forward pass alone
-ROW_ARRAYS, EXPERIENCE_ARRAYS = 5, 9            # of Rows, and of Experience with its rows
-CREDIT_ARRAYS = 10                  # of one number for each response token, on every chip at once
+# Arrays of F and of D values a token that are alive at once, in a block's backward pass and in a forward pass.
+BLOCK_ARRAYS, FORWARD_ARRAYS = (9, 14), (3, 5)
+ROW_ARRAYS = 5                      # arrays in Rows
+EXPERIENCE_ARRAYS = 9               # arrays in Experience, with its Rows
+ADVANTAGE_ARRAYS = 10               # arrays of a number for each response token, all of them on every chip
+
+Costs = dict[str, tuple[float, Cost]]           # (own bytes, cost of a call) of a function, by its name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Numbers of weights, and what one chip has of a step."""
+class StepSizes:
+    """Parameter counts, and the shards that one chip has in a training step."""
 
     decoder: DecoderConfig
     data: int
@@ -44,12 +47,12 @@ class Sizes:
 
     @property
     def table(self) -> int:
-        """Weights of the embedding, as many as the head's."""
+        """Parameters of the embedding; the head has as many."""
         return self.decoder.vocabulary * self.decoder.width
 
     @property
     def products(self) -> int:
-        """Weights of all layers that tokens are multiplied by."""
+        """Parameters of all layers in matrix products with tokens."""
         c = self.decoder
         return c.layers * c.width * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width)
 
@@ -59,25 +62,25 @@ class Sizes:
 
     @property
     def shards(self) -> int:
-        """Of weights and optimiser."""
+        """Shards of the weights and of the optimiser."""
         return self.fsdp * self.tensor
 
     @property
     def saved(self) -> str:
-        """What rematerialisation saves: nothing of cuDNN's attention, whose backward pass needs its own statistics."""
+        """What remat saves. It cannot save cuDNN's attention, whose backward pass needs statistics of its own."""
         return "full" if (self.attention, self.remat) == ("cudnn", "attention") else self.remat
 
     @property
-    def again(self) -> float:
-        """Share of the products with weights that the backward pass does once more: all but the last of a block."""
+    def recomputed(self) -> float:
+        """Share of the products with weights that the backward pass repeats: all but the last of each block."""
         if self.remat == "none":
             return 0.0
         return 1 - self.decoder.layers * self.decoder.width * self.decoder.mlp_width / self.products
 
     def attention_flops(self, pairs: float, backward: bool) -> float:
-        """Of one chip, for pairs of positions in one layer's whole row before the diagonal is thought of."""
+        """Returns one chip's FLOPs in one layer. Args: pairs, of positions, without regard to the causal mask."""
         forward, back = ATTENTION_PRODUCTS[self.attention]
-        # In zig-zag order XLA's own attention masks instead of leaving out.
+        # In zig-zag order XLA's own attention masks pairs instead of skipping them.
         computed = 1.0 if self.attention == "xla" and self.context > 1 else PAIRS[self.attention]
         products = forward * (1 + (backward and self.saved == "full")) + back * backward
         c = self.decoder
@@ -85,37 +88,38 @@ class Sizes:
 
 
 def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int, int, int], *, slots: int,
-                   capacity: int, workload: Workload, attention: str, live_share: float) -> dict[str, Function]:
-    """Every function of a training step, by formula."""
-    sizes = Sizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2], context=shape[3],
-                  attention=attention, remat=decoder.remat)
-    held = _held(config, sizes, slots=slots, capacity=capacity)
+                   capacity: int, workload: Workload, attention: str, live_share: float) -> dict[str, PlannedFunction]:
+    """Returns every function of a training step, by formula."""
+    sizes = StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2], context=shape[3],
+                      attention=attention, remat=decoder.remat)
+    resident = _resident_bytes(config, sizes, slots=slots, capacity=capacity)
     updates = config.update.updates_per_batch
-    trained = _learning(config, sizes, workload)
-    sampled, banks = _sampling(config, sizes, held, slots=slots, capacity=capacity, live_share=live_share)
-    state = held["params"] + held["optimizer"]
+    learner_costs = _learner_costs(config, sizes, workload)
+    sampler_costs, (height, batches) = _sampler_costs(config, sizes, resident, slots=slots, capacity=capacity,
+                                                      live_share=live_share)
+    state = resident["params"] + resident["optimizer"]
     tokens, rows = _step_arrays(config, sizes, workload)
     experience = tokens + EXPERIENCE_ARRAYS * rows
 
-    beside_sampler, figures = state + held["reference"], trained | sampled
-    calls = {                           # name: what one call is for, calls of a step, what else is on the chip then
-        "unstack": ("a step", 1, held["optimizer"] + held["reference"]),
-        "read": (f"{banks[0]} prompts", banks[1], beside_sampler + held["slots"]),
-        "start": ("a slot", len(workload.lengths), beside_sampler + held["weights"]),
-        "decode": ("a token", 0, beside_sampler + held["bank"]),
-        "score": ("a step", 1, held["optimizer"] + held["reference"] + tokens),
+    training, costs = state + resident["reference"], learner_costs | sampler_costs
+    calls = {                           # name: what one call covers, calls of a step, other bytes in HBM
+        "unstack": ("a step", 1, resident["optimizer"] + resident["reference"]),
+        "prefill": (f"{height} prompts", batches, training + resident["slots"]),
+        "insert": ("a slot", len(workload.lengths), training + resident["weights"]),
+        "decode": ("a token", 0, training + resident["prefilled"]),
+        "score": ("a step", 1, resident["optimizer"] + resident["reference"] + tokens),
         "score_reference": ("a step", int(config.kl.form != "none"), state + 2 * tokens),
-        "credit": ("a step", 1, beside_sampler),
-        "gradients": ("an update", updates, held["optimizer"] + held["reference"] + tokens),
-        "apply": ("an update", updates, held["reference"] + experience),
+        "experience": ("a step", 1, training),
+        "gradients": ("an update", updates, resident["optimizer"] + resident["reference"] + tokens),
+        "apply_gradients": ("an update", updates, resident["reference"] + experience),
     }
-    return {name: Function(name=name, per=per, calls=count, own_bytes=figures[name][0], beside_bytes=beside,
-                           cost=figures[name][1], source="analytic")
-            for name, (per, count, beside) in calls.items()}
+    return {name: PlannedFunction(name=name, per=per, calls=count, own_bytes=costs[name][0], other_bytes=other,
+                                  cost=costs[name][1], source="analytic")
+            for name, (per, count, other) in calls.items()}
 
 
-def _held(config: Config, sizes: Sizes, *, slots: int, capacity: int) -> dict[str, float]:
-    """Bytes in one chip's memory of what outlives a function."""
+def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: int) -> dict[str, float]:
+    """Returns the bytes in one chip's memory of the arrays that outlive a function."""
     c = sizes.decoder
     weights = sizes.weights
     position = 2 * c.layers * c.kv_heads * c.head_dim * sizes.itemsize / sizes.tensor
@@ -126,120 +130,147 @@ def _held(config: Config, sizes: Sizes, *, slots: int, capacity: int) -> dict[st
         "weights": sizes.itemsize * weights / sizes.tensor,
         "position": position,
         "slots": slots / (sizes.data * sizes.fsdp) * capacity / sizes.context * position,
-        "bank": 8 * config.data.max_prompt_tokens * position,
+        "prefilled": 8 * config.data.max_prompt_tokens * position,
     }
 
 
-def _step_arrays(config: Config, sizes: Sizes, workload: Workload) -> tuple[float, float]:
-    """Bytes on one chip of a number for each response token, which every chip has, and for each position of a row."""
+def _step_arrays(config: Config, sizes: StepSizes, workload: Workload) -> tuple[float, float]:
+    """Returns one chip's bytes of a number for each response token (on every chip) and for each row position."""
     update = config.update
     positions = update.updates_per_batch * workload.room * workload.rows * workload.width * workload.widths
     shards = sizes.data * sizes.fsdp * sizes.context
     return 4.0 * len(workload.lengths) * config.rollout.max_new_tokens, 4.0 * positions / shards
 
 
-def _gathered(sizes: Sizes, weights: float, count: float = 1) -> Collective:
-    """The gathering of split weights over fsdp, in the compute dtype."""
+def _weight_gather(sizes: StepSizes, weights: float, count: float = 1) -> Collective:
+    """Gathers split weights over fsdp, in the compute dtype."""
     sent = sizes.itemsize * weights / sizes.tensor * (sizes.fsdp - 1) / sizes.fsdp
     return Collective("all-gather", sizes.fsdp, count, sent)
 
 
-def _summed(group: int, size: float, kind: str = "all-reduce", count: float = 1) -> Collective:
-    """Sums over a group, of so many bytes a chip all together."""
+def _reduction(group: int, size: float, kind: str = "all-reduce", count: float = 1) -> Collective:
+    """Sums over a group. Args: size, bytes on one chip in all `count` collectives together."""
     factor = 2 if kind == "all-reduce" else 1
     return Collective(kind, group, count, factor * size * (group - 1) / group)
 
 
-def _learning(config: Config, sizes: Sizes, workload: Workload) -> dict[str, tuple[float, Cost]]:
-    """Scoring and the update: (own bytes, cost of a call)."""
-    c, s, trips, updates = sizes.decoder, sizes.itemsize, workload.micro_batches, config.update.updates_per_batch
+def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Costs:
+    """Returns the costs of scoring and of the update."""
+    s, trips, updates = sizes.itemsize, workload.micro_batches, config.update.updates_per_batch
+    score_bytes, gradient_bytes = _activation_bytes(config, sizes, workload)
+    forward, step = _pass_costs(config, sizes, workload)
+    of_tokens, of_rows = _step_arrays(config, sizes, workload)
+
+    split = 1 / sizes.shards
+    experience = ADVANTAGE_ARRAYS * of_tokens + EXPERIENCE_ARRAYS * of_rows
+    host = 16 * sizes.weights * split if config.update.offload_optimizer else 0.0
+    from_host = s * sizes.weights * split if config.kl.offload_reference else 0.0
+    times = trips * updates
+    return {
+        "score": ((4 + s) * sizes.weights * split + score_bytes, forward * times),
+        "score_reference": (s * sizes.weights * split + score_bytes,
+                            dataclasses.replace(forward * times, host_bytes=from_host)),
+        "experience": (experience, Cost(bytes=2 * experience)),
+        "gradients": (gradient_bytes, step * trips),
+        "apply_gradients": (20 * sizes.weights * split, Cost(bytes=28 * sizes.weights * split, host_bytes=host)),
+    }
+
+
+def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[Cost, Cost]:
+    """Returns the cost of one micro-batch's forward pass, and of its forward and backward pass."""
+    c, s = sizes.decoder, sizes.itemsize
     rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
     tokens, pairs = rows * workload.width / sizes.context, rows * workload.width**2 / sizes.context
-    pairs *= workload.pair_batches / trips              # of rows that are narrower
+    pairs *= workload.pair_batches / workload.micro_batches         # averaged over the narrower rows
     layers, head = 2.0 * tokens * sizes.products / sizes.tensor, 2.0 * tokens * sizes.table / sizes.tensor
     activation = tokens * c.width * s
     keys = 2 * rows * workload.width * c.kv_heads * c.head_dim * s / sizes.tensor
 
     def passes(count: float) -> list[Collective]:
-        """Collectives of so many passes over the layers: weights, sums over tensor, keys and values over context."""
-        found = [_gathered(sizes, sizes.products, 7 * c.layers),
-                 _summed(sizes.tensor, 2 * c.layers * activation, count=2 * c.layers),
-                 _summed(sizes.context, c.layers * keys, "all-gather", 2 * c.layers)]
-        return [dataclasses.replace(each, count=each.count * count, bytes=each.bytes * count) for each in found]
+        """Collectives of `count` passes over the layers: weights, sums over tensor, keys and values over context."""
+        collectives = [_weight_gather(sizes, sizes.products, 7 * c.layers),
+                       _reduction(sizes.tensor, 2 * c.layers * activation, count=2 * c.layers),
+                       _reduction(sizes.context, c.layers * keys, "all-gather", 2 * c.layers)]
+        return [dataclasses.replace(one, count=one.count * count, bytes=one.bytes * count) for one in collectives]
 
-    ends = [_gathered(sizes, 2 * sizes.table)]          # embedding and head
+    ends = [_weight_gather(sizes, 2 * sizes.table)]     # embedding and head
     width_f, width_d = c.mlp_width / sizes.tensor, c.width
     moved = tokens * c.layers * s
     forward = Cost(flops=layers + head + c.layers * sizes.attention_flops(pairs, False),
                    bytes=moved * (6 * width_f + 20 * width_d) + s * (sizes.products + 2 * sizes.table) / sizes.tensor,
                    collectives=tuple(passes(1) + ends))
-    again = sizes.again > 0
-    gradients = [_summed(sizes.fsdp, s * sizes.weights / sizes.tensor, "reduce-scatter"),
-                 _summed(sizes.data * sizes.context, s * sizes.weights / sizes.shards)]
-    step = Cost(flops=layers * (3 + sizes.again) + 4 * head + c.layers * sizes.attention_flops(pairs, True),
-                bytes=moved * (20 * width_f + 60 * width_d) + (3 + again) * s * sizes.weights / sizes.tensor
+
+    recomputes = sizes.recomputed > 0
+    gradients = [_reduction(sizes.fsdp, s * sizes.weights / sizes.tensor, "reduce-scatter"),
+                 _reduction(sizes.data * sizes.context, s * sizes.weights / sizes.shards)]
+    step = Cost(flops=layers * (3 + sizes.recomputed) + 4 * head + c.layers * sizes.attention_flops(pairs, True),
+                bytes=moved * (20 * width_f + 60 * width_d) + (3 + recomputes) * s * sizes.weights / sizes.tensor
                 + 8 * sizes.weights / sizes.shards,
-                collectives=tuple(passes(2 + again) + ends + gradients))
+                collectives=tuple(passes(2 + recomputes) + ends + gradients))
+    return forward, step
+
+
+def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> tuple[float, float]:
+    """Returns one chip's bytes for scoring, without the weights, and for the gradients, with them."""
+    c, s = sizes.decoder, sizes.itemsize
+    rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
+    tokens = rows * workload.width / sizes.context
+    activation = tokens * c.width * s
+    width_f, width_d = c.mlp_width / sizes.tensor, c.width
     tile = 4 * tokens * min(config.update.vocabulary_tile, c.vocabulary / sizes.tensor)
     table = sizes.table / sizes.tensor
     of_tokens, of_rows = _step_arrays(config, sizes, workload)
-    kept = {"full": 2.0, "attention": 2.0 + c.heads * c.head_dim / sizes.tensor / c.width,
-            "none": 12.0 + 5 * width_f / c.width}[sizes.saved] * c.layers * activation
+    saved = {"full": 2.0, "attention": 2.0 + c.heads * c.head_dim / sizes.tensor / c.width,
+             "none": 12.0 + 5 * width_f / c.width}[sizes.saved] * c.layers * activation
 
     def working(arrays: tuple[int, int]) -> float:
         one_layer = 2 * s * sizes.products / c.layers / sizes.tensor
         return tokens * s * (arrays[0] * width_f + arrays[1] * width_d) + one_layer
 
+    flat = of_rows * sizes.data * sizes.fsdp * sizes.context        # all rows' log-probs, on every chip
+    score = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + (ROW_ARRAYS + 1) * of_rows
+             + flat + 2 * of_tokens)
+
     split = 1 / sizes.shards
-    line = of_rows * sizes.data * sizes.fsdp * sizes.context        # every chip has that of all
-    scored = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + (ROW_ARRAYS + 1) * of_rows
-              + line + 2 * of_tokens)
-    credit = CREDIT_ARRAYS * of_tokens + EXPERIENCE_ARRAYS * of_rows
     sums = 4 * sizes.weights * split
-    gradient = (4 + s) * sizes.weights * split + 2 * sums + kept + max(
+    gradients = (4 + s) * sizes.weights * split + 2 * sums + saved + max(
         working(BLOCK_ARRAYS), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
-    gradient += EXPERIENCE_ARRAYS * of_rows + s * table
-    host = 16 * sizes.weights * split if config.update.offload_optimizer else 0.0
-    fetched = s * sizes.weights * split if config.kl.offload_reference else 0.0
-    times = trips * updates
-    return {
-        "score": ((4 + s) * sizes.weights * split + scored, forward * times),
-        "score_reference": (s * sizes.weights * split + scored,
-                            dataclasses.replace(forward * times, host_bytes=fetched)),
-        "credit": (credit, Cost(bytes=2 * credit)),
-        "gradients": (gradient, step * trips),
-        "apply": (20 * sizes.weights * split, Cost(bytes=28 * sizes.weights * split, host_bytes=host)),
-    }
+    gradients += EXPERIENCE_ARRAYS * of_rows + s * table
+    return score, gradients
 
 
-def _sampling(config: Config, sizes: Sizes, held: dict[str, float], *, slots: int, capacity: int,
-              live_share: float) -> tuple[dict[str, tuple[float, Cost]], tuple[int, int]]:
-    """The sampler's functions: (own bytes, cost of a call), and (prompts of a bank, banks of a step)."""
+def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float], *, slots: int, capacity: int,
+                   live_share: float) -> tuple[Costs, tuple[int, int]]:
+    """Returns the costs of the sampler's functions, and (prompts of a prefill batch, prefill batches of a step)."""
     c, s = sizes.decoder, sizes.itemsize
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots, 8, 8192 // width), 1)
-    here = slots / (sizes.data * sizes.fsdp)
-    live = live_share * capacity / sizes.context * here             # positions on one chip
-    sums = _summed(sizes.tensor, 2 * c.layers * c.width * s * here, count=2 * c.layers)
-    read = height * width
-    logits = 4 * here * c.vocabulary / sizes.tensor
-    without_embedding = held["weights"] - (0 if c.tied else s * sizes.table / sizes.tensor)
+    local_slots = slots / (sizes.data * sizes.fsdp)
+    live = live_share * capacity / sizes.context * local_slots      # positions on one chip
+    position, prefill_tokens = resident["position"], height * width
+
+    sums = _reduction(sizes.tensor, 2 * c.layers * c.width * s * local_slots, count=2 * c.layers)
+    logits = 4 * local_slots * c.vocabulary / sizes.tensor
+    without_embedding = resident["weights"] - (0 if c.tied else s * sizes.table / sizes.tensor)
     decode = Cost(
-        flops=2.0 * here * (sizes.products + sizes.table) / sizes.tensor
+        flops=2.0 * local_slots * (sizes.products + sizes.table) / sizes.tensor
         + 4.0 * live * c.layers * c.heads * c.head_dim / sizes.tensor,
-        bytes=without_embedding + live * held["position"] + here * TILE * 2 * held["position"] + 3 * logits,
+        bytes=without_embedding + live * position + local_slots * TILE * 2 * position + 3 * logits,
         collectives=(sums,))
-    prefill = Cost(flops=2.0 * read * sizes.products / sizes.tensor
-                   + 4.0 * read * width * c.layers * c.heads * c.head_dim / sizes.tensor,
-                   bytes=held["weights"] + read * c.layers * s * (6 * c.mlp_width / sizes.tensor + 20 * c.width),
-                   collectives=(_summed(sizes.tensor, 2 * c.layers * c.width * s * read),))
-    scores = 4 * read * width * c.heads / sizes.tensor
-    gathered = _gathered(sizes, sizes.weights)
+    prefill = Cost(
+        flops=2.0 * prefill_tokens * sizes.products / sizes.tensor
+        + 4.0 * prefill_tokens * width * c.layers * c.heads * c.head_dim / sizes.tensor,
+        bytes=resident["weights"]
+        + prefill_tokens * c.layers * s * (6 * c.mlp_width / sizes.tensor + 20 * c.width),
+        collectives=(_reduction(sizes.tensor, 2 * c.layers * c.width * s * prefill_tokens),))
+
+    scores = 4 * prefill_tokens * width * c.heads / sizes.tensor
     return {
-        "unstack": (held["params"] + held["weights"] * 1.3,
-                    Cost(bytes=held["params"] + 2 * held["weights"], collectives=(gathered,))),
-        "read": (held["weights"] + held["bank"] + min(scores, 2**27 * c.heads) + read * 8 * c.width * s,
-                 prefill),
-        "start": (held["slots"] + held["bank"], Cost(bytes=2 * width * held["position"])),
-        "decode": (held["weights"] + held["slots"] + 3 * logits, decode),
+        "unstack": (resident["params"] + resident["weights"] * 1.3,
+                    Cost(bytes=resident["params"] + 2 * resident["weights"],
+                         collectives=(_weight_gather(sizes, sizes.weights),))),
+        "prefill": (resident["weights"] + resident["prefilled"] + min(scores, 2**27 * c.heads)
+                    + prefill_tokens * 8 * c.width * s, prefill),
+        "insert": (resident["slots"] + resident["prefilled"], Cost(bytes=2 * width * position)),
+        "decode": (resident["weights"] + resident["slots"] + 3 * logits, decode),
     }, (height, -(-config.rollout.prompts_per_step // height))

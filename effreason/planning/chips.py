@@ -1,7 +1,7 @@
-"""The machines a plan can be made for: what one chip has, how chips are joined, and how both are named.
+"""The machines a plan can be made for: the figures of a chip, how chips are connected, and their names.
 
-Peak figures are the makers'; what a program reaches of them is an input of the estimate (estimates.Efficiency).
-Nothing here imports jax.
+Peak figures are the manufacturers'; the share that a program reaches is an input (estimates.Efficiency). Imports no
+jax.
 """
 
 import dataclasses
@@ -17,30 +17,30 @@ DEFAULT_SHAPES = "tpu:v5e:4x4, tpu:v5p:2x2x4, tpu:v6e:4x4, gpu:h100:8, gpu:h200:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator, as its maker describes it."""
+    """One accelerator, as its manufacturer describes it."""
 
-    name: str                       # as people write it
-    hbm_bytes: float                # that a program may use
-    flops: float                    # a second, dense products in bfloat16
+    name: str                       # for people
+    hbm_bytes: float                # available to a program
+    flops: float                    # a second, dense bfloat16 products
     hbm_bandwidth: float            # bytes a second
     link_bandwidth: float           # bytes a second, one way: of one torus link (TPU), of all NVLinks (GPU)
     network_bandwidth: float = 0.0  # bytes a second, one way, for each GPU, between nodes
     host_bandwidth: float           # bytes a second between the chip and its host's memory
-    latency: float                  # seconds until a collective has begun to move something
+    latency: float                  # seconds before a collective moves anything
     watts: float                    # of the chip under load, without its host and cooling
     chips_per_host: int
     axes: int = 1                   # of the torus; 1 = all to all inside a node
-    wraps_at: int = 0               # a torus axis of a multiple of so many chips is a ring, else a line
+    wraps_at: int = 0               # a torus axis whose size is a multiple of this is a ring, otherwise a line
     most: int = 0                   # chips that one interconnect joins
 
 
-# TPU: cloud.google.com/tpu/docs/v5e, v5p, v6e (HBM, FLOP/s, bandwidths); what a program may use of the HBM is what the
-# compiler itself says when one does not fit. A link's one-way rate and rings: jax-ml.github.io/scaling-book/tpus.
-# Google publishes no power for these chips; TPU v4 draws 170 W on the mean (arXiv 2304.01433). The figures here are
-# round guesses in proportion: give your own with --watts.
-# Latencies are round figures of the order of what is measured: a few microseconds, ten through NCCL.
-# GPU: NVIDIA's data sheets of the SXM modules (dense bfloat16, half the figure "with sparsity"; NVLink is there counted
-# both ways); one 400 Gb/s adapter a GPU, 200 Gb/s for the A100; of the HBM, the 92 % that a run is started with.
+# TPU: cloud.google.com/tpu/docs/v5e, v5p, v6e (HBM, FLOP/s, bandwidths). The usable HBM is the limit the compiler
+# reports for a program that does not fit. Link rates, one way, and rings: jax-ml.github.io/scaling-book/tpus.
+# Google publishes no power for these chips; TPU v4 draws 170 W on average (arXiv 2304.01433). The figures here are
+# round guesses in proportion: pass --watts for your own.
+# Latencies are rounded from measurements: a few microseconds, ten through NCCL.
+# GPU: NVIDIA's data sheets for the SXM modules (dense bfloat16 is half the figure "with sparsity"; NVLink is counted
+# both ways there); one 400 Gb/s adapter per GPU, 200 Gb/s for the A100; 92 % of the HBM, as a run is started with.
 CHIPS = {
     "tpu:v5e": Chip(
         name="TPU v5e", hbm_bytes=15.75 * GIB, flops=197e12, hbm_bandwidth=819e9, link_bandwidth=45e9,
@@ -68,7 +68,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """Chips joined to a machine."""
+    """A machine: connected chips."""
 
     text: str                       # as given on the command line
     kind: str                       # tpu | gpu | cpu
@@ -85,35 +85,38 @@ class Target:
 
     @property
     def topology(self) -> str:
-        """The name by which libtpu knows it."""
+        """The name that libtpu uses."""
         return f"{self.text.split(':')[1]}:{'x'.join(map(str, self.shape))}"
 
     def bandwidth(self, group: int, stride: int = 1) -> float:
-        """Bytes a second that one chip sends in a collective over a group of chips.
+        """Returns the bytes a second that one chip sends in a collective over a group of chips.
 
-        A group that one axis of the torus holds is taken for a ring (or line) on it, a larger one to use all axes; GPUs
-        of one node use its links, those of several the network, through all adapters of a node where the group holds
-        whole nodes. Args: stride, between neighbours of the group."""
+        A TPU group uses as many torus axes, largest first, as it needs to hold all its chips. GPUs of one node use its
+        links, those of several nodes the network, through all adapters of a node if the group holds whole nodes.
+        Args: stride, between neighbours of the group.
+        """
         if group <= 1 or self.kind == "cpu":
             return math.inf if group <= 1 else self.chip.link_bandwidth
         if self.kind == "gpu":
             node = self.shape[-1]
             if group * stride <= node:
                 return self.chip.link_bandwidth
-            inside = max(node // stride, 1)             # of the group, on one node
-            return min(self.chip.link_bandwidth, inside * self.chip.network_bandwidth)
-        used, joined = 0.0, 1
+            members = max(node // stride, 1)            # of the group, on one node
+            return min(self.chip.link_bandwidth, members * self.chip.network_bandwidth)
+
+        bandwidth, covered = 0.0, 1
         for size in sorted(self.shape, reverse=True):
-            if size > 1 and joined < group:
-                ring = 2 if size % self.chip.wraps_at == 0 else 1
-                used, joined = used + ring * self.chip.link_bandwidth, joined * size
-        return used
+            if size > 1 and covered < group:
+                links = 2 if size % self.chip.wraps_at == 0 else 1      # a ring sends both ways
+                bandwidth, covered = bandwidth + links * self.chip.link_bandwidth, covered * size
+        return bandwidth
 
 
 def parse(text: str) -> Target:
-    """A target from its name: tpu:v5e:4x4, gpu:h100:8, gpu:h100:2x8 (nodes x GPUs), cpu, cpu:8 (virtual devices).
+    """Parses a target: tpu:v5e:4x4, gpu:h100:8, gpu:h100:2x8 (nodes x GPUs), cpu, cpu:8 (virtual devices).
 
-    Raises: UserError."""
+    Raises: UserError.
+    """
     family, _, rest = text.partition(":")
     if family == "cpu":
         if rest and not re.fullmatch(r"[1-9]\d{0,3}", rest):
@@ -126,7 +129,7 @@ def parse(text: str) -> Target:
                         f"{DEFAULT_SHAPES}")
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         example = {"tpu": "4x4" if chip.axes == 2 else "2x2x4", "gpu": "8 or 2x8"}[family]
-        raise UserError(f"--chips {text}: expected a size behind {family}:{name}, such as {example}, found {size!r}")
+        raise UserError(f"--chips {text}: expected a size after {family}:{name}, such as {example}, found {size!r}")
     shape = tuple(map(int, size.split("x")))
     target = Target(text=text, kind=family, chip=chip, shape=shape)
     (_check_tpu if family == "tpu" else _check_gpu)(target)
@@ -156,9 +159,9 @@ def _check_gpu(target: Target) -> None:
 
 
 def cpu(devices: int) -> Target:
-    """This machine; virtual devices share it. Its rates are coarse: only the memory and the counts mean something."""
+    """Returns this machine, shared by virtual devices. Its rates are coarse; only memory and counts are meaningful."""
     cores = os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2   # the other half is for the rest of a run
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2   # half is left for the rest of a run
     chip = Chip(name="this machine's CPU" if devices == 1 else f"1/{devices} of this machine's CPU",
                 hbm_bytes=memory / devices, flops=40e9 * cores / devices, hbm_bandwidth=20e9 / devices,
                 link_bandwidth=5e9 / devices, host_bandwidth=10e9 / devices,

@@ -1,4 +1,4 @@
-"""The functions of a run, compiled ahead of time for chips that need not be here, and what the compiler says."""
+"""Compiles the functions of a training run ahead of time, for chips that need not be present."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,50 +23,49 @@ from effreason.rl import learner
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
-from effreason.sampling import capacity as memory
-from effreason.sampling import engine as rollouts
-from effreason.sampling import scheduler, slots
+from effreason.sampling import capacity, scheduler, slots
 from effreason.sampling.draws import SamplingParams
+from effreason.sampling.engine import cache_positions
 
-EOS = (0,)                          # which token ends a response changes nothing of what is compiled
+EOS = (0,)                          # the EOS token does not change what is compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One function of a run with the shapes it is called with."""
+class PlannedProgram:
+    """A function of a training step with the shapes of its arguments, not yet compiled."""
 
     name: str
-    per: str                        # what one call is for
-    lower: Callable[[], Any]        # traces it: a jax.stages.Lowered
-    trips: float                    # how often a loop runs whose length depends on the data
-    calls: float                    # of one training step; of decode: 0, its calls follow from the lengths
-    divide: float                   # what one call is for is this part of a run of the program
-    beside_bytes: float             # in HBM while it runs, beyond its own arguments and results
+    per: str                        # what one call covers
+    lower: Callable[[], Any]        # traces it; returns a jax.stages.Lowered
+    trips: float                    # runs of a loop whose length depends on the data
+    calls: float                    # in a training step; 0 for decode, whose calls follow from the lengths
+    divide: float                   # calls covered by one run of the program
+    other_bytes: float              # HBM in use while it runs, without its own arguments and results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """What the compiler says of a program, for one device."""
+class CompiledProgram:
+    """What the compiler reports about a program, for one device."""
 
-    own_bytes: float                # of HBM: arguments, results that are no arguments, temporaries, code
-    cost: Cost | None               # of one call; None: it did not fit, own_bytes is what it would have needed
+    own_bytes: float                # HBM: arguments, results that alias none of them, temporaries, code
+    cost: Cost | None               # of one call; None if it did not fit: own_bytes is then what it needs
 
 
-def make_mesh(config: Config, target: Target) -> Mesh:
-    """The configuration's mesh over the target's devices, which for a TPU are only described. Raises: UserError."""
+def target_mesh(config: Config, target: Target) -> Mesh:
+    """Returns the configuration's mesh over the target's devices; TPU devices are only described. Raises: UserError."""
     shape = mesh_shape(config, target.chips)
-    if target.kind == "cpu":
-        devices = jax.devices("cpu")[: target.chips]
-        if len(devices) < target.chips:
-            raise UserError(f"--chips {target.text}: JAX has {len(devices)} CPU devices already, expected "
-                            f"{target.chips}; set XLA_FLAGS=--xla_force_host_platform_device_count={target.chips}")
-    else:
-        devices = _described(target)
+    if target.kind != "cpu":
+        return sharding.arranged(shape, _described_devices(target))
+
+    devices = jax.devices("cpu")[: target.chips]
+    if len(devices) < target.chips:
+        raise UserError(f"--chips {target.text}: JAX has {len(devices)} CPU devices already, expected "
+                        f"{target.chips}; set XLA_FLAGS=--xla_force_host_platform_device_count={target.chips}")
     return sharding.arranged(shape, devices)
 
 
 def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
-    """Sizes of the mesh axes on so many chips. Raises: UserError where they do not multiply to them."""
+    """Returns the sizes of the mesh axes. Raises: UserError if their product is not the number of chips."""
     mesh = config.mesh
     others = mesh.fsdp * mesh.tensor * mesh.context
     data = max(chips // others, 1) if mesh.data == -1 else mesh.data
@@ -76,176 +75,202 @@ def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
     return data, mesh.fsdp, mesh.tensor, mesh.context
 
 
-def _described(target: Target) -> Any:
-    """The devices of a TPU slice that need not exist. Raises: UserError where libtpu knows no such slice."""
+def _described_devices(target: Target) -> Any:
+    """Returns descriptions of the devices of a TPU slice. Raises: UserError if libtpu knows no such slice."""
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
     try:
-        with quiet():
+        with quiet_stderr():
             return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options).devices
-    except Exception as error:          # JAX, libtpu and the loader of libraries each raise their own
+    except Exception as error:          # JAX, libtpu and the library loader raise different types
         reason = " ".join(str(error).split())
         raise UserError(f"--chips {target.text}: libtpu cannot describe it ({reason[:160]})") from None
 
 
 def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Any) -> int:
-    """Responses in flight: as the run would choose on chips with this much memory. Args: mesh, or an abstract one."""
+    """Returns the responses in flight, as the run would choose them on these chips. `mesh` may be abstract."""
     settings = config.rollout
+    training_bytes = capacity.training_weight_bytes(config)
     if settings.slots is None and settings.memory_gib is None:
         weights = shapes.weight_count(decoder)
-        itemsize, tensor = jnp.dtype(decoder.dtype).itemsize, mesh.shape["tensor"]
-        beside = memory.training_weight_bytes(config) / mesh.shape["fsdp"] + itemsize
-        left = target.chip.hbm_bytes * (1 - memory.RESERVE) - beside * weights / tensor
-        settings = dataclasses.replace(settings, memory_gib=max(left * mesh.size / GIB, 1e-6))
+        weight_bytes = training_bytes / mesh.shape["fsdp"] + jnp.dtype(decoder.dtype).itemsize
+        free = target.chip.hbm_bytes * (1 - capacity.RESERVE) - weight_bytes * weights / mesh.shape["tensor"]
+        settings = dataclasses.replace(settings, memory_gib=max(free * mesh.size / GIB, 1e-6))
+
     shards = sharding.batch_shards(mesh)
-    count = memory.slot_count(dataclasses.replace(config, rollout=settings), decoder, mesh, memory.training_weight_bytes(config))
+    count = capacity.slot_count(dataclasses.replace(config, rollout=settings), decoder, mesh, training_bytes)
     return -(-count // shards) * shards
 
 
-def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slots_count: int,
-                  workload: Workload) -> dict[str, Program]:
-    """Every function of a training step, in the order in which a step calls them; nothing is compiled yet."""
+def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slot_count: int,
+                  workload: Workload) -> dict[str, PlannedProgram]:
+    """Returns every function of a training step in call order; compiles nothing."""
     learning: Any = learner.make_learner(config, decoder, mesh)
     packed = learner.abstract_packed(config, learning, width=workload.width, micro_batches=workload.room)
     experience = learner.abstract_experience(packed)
     state, reference = learning.abstract_state, learning.abstract_reference
-    updates, responses = config.update.updates_per_batch, len(workload.lengths)
+    logprobs = _array(learning.replicated, jnp.float32, *packed.token_index.shape)
 
-    def everywhere(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=learning.replicated)
+    resident = {name: bytes_per_device(tree) for name, tree in (
+        ("params", state.params), ("optimizer", state.opt_state), ("reference", reference),
+        ("experience", experience), ("tokens", logprobs))}
+    # Only the widest rows are compiled. Scoring needs the log-probs of all groups, flat, on every chip.
+    narrower = workload.widths - 1
+    resident["narrower"] = narrower * resident["experience"]
+    resident["narrower_scored"] = narrower * (
+        bytes_per_device(packed.groups) + 4 * math.prod(packed.groups[0].tokens.shape))
 
-    one, of_tokens = everywhere(jnp.int32), everywhere(jnp.float32, *packed.token_index.shape)
-    groups = config.rollout.prompts_per_step, config.rollout.group_size
+    programs = [
+        *_sampler_programs(config, decoder, mesh, state.params, resident, slot_count, len(workload.lengths)),
+        *_learner_programs(config, learning, packed, experience, logprobs, resident, workload)]
+    return {program.name: program for program in programs}
 
-    sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=cache_layout(
-        config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])), mesh)
-    capacity = rollouts.cache_positions(memory.max_positions(config))
-    width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
-    height = max(min(slots_count, scheduler.READ_ROWS, scheduler.READ_TOKENS // width), 1)
+
+def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, params: Any,
+                      resident: Mapping[str, float], slot_count: int, responses: int) -> list[PlannedProgram]:
+    """Returns the functions of stage 2. Args: resident, HBM bytes of the arrays that outlive a function."""
+    layout = cache_layout(config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])
+    sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=layout), mesh)
+    positions = cache_positions(capacity.max_positions(config))
+    width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), positions)
+    height = max(min(slot_count, scheduler.READ_ROWS, scheduler.READ_TOKENS // width), 1)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sampler.replicated)
+        return _array(sampler.replicated, jnp.int32, *shape)
 
-    weights = sampler.unstack.eval_shape(state.params)
-    bank = sampler.read.eval_shape(weights, integers(height, width))
-    running = sampler.empty.eval_shape(count=slots_count, capacity=capacity)
+    weights = sampler.unstack.eval_shape(params)
+    prefilled = sampler.read.eval_shape(weights, integers(height, width))
+    running = sampler.empty.eval_shape(count=slot_count, capacity=positions)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sampler.replicated)
+    fresh = integers(len(slots.FRESH), slot_count)
+
     settings, chunk = config.rollout, config.rollout.chunk
     sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-                        min_p=settings.min_p, eos_ids=EOS)
-    sizes = {name: device_bytes(tree) for name, tree in (
-        ("params", state.params), ("optimizer", state.opt_state), ("reference", reference), ("weights", weights),
-        ("slots", running), ("bank", bank), ("experience", experience), ("tokens", of_tokens))}
-    # Of the rows only the widest are compiled. In scoring, the log-probs of all stand in line on every chip.
-    narrower = workload.widths - 1
-    sizes["narrower"] = narrower * sizes["experience"]
-    sizes["narrower_scored"] = narrower * (device_bytes(packed.groups) + 4 * math.prod(packed.groups[0].tokens.shape))
+                              min_p=settings.min_p, eos_ids=EOS)
+    training_bytes = resident["params"] + resident["optimizer"] + resident["reference"]
+    batches = -(-settings.prompts_per_step // height)
+    return [
+        PlannedProgram(name="unstack", per="a step", calls=1, trips=1, divide=1,
+                       other_bytes=resident["optimizer"] + resident["reference"],
+                       lower=lambda: sampler.unstack.lower(params)),
+        PlannedProgram(name="prefill", per=f"{height} prompts", calls=batches, trips=1, divide=1,
+                       other_bytes=training_bytes + bytes_per_device(running),
+                       lower=lambda: sampler.read.lower(weights, integers(height, width))),
+        PlannedProgram(name="insert", per="a slot", calls=responses, trips=height, divide=height,
+                       other_bytes=training_bytes + bytes_per_device(weights),
+                       lower=lambda: sampler.start.lower(running, prefilled, fresh, key)),
+        PlannedProgram(name="decode", per="a token", calls=0, trips=chunk, divide=chunk,
+                       other_bytes=training_bytes + bytes_per_device(prefilled),
+                       lower=lambda: sampler.advance.lower(weights, running, integers(1 + slot_count),
+                                                           sampling=sampling, chunk=chunk))]
 
-    def beside(*names: str) -> float:
-        return sum(sizes[name] for name in names)
 
-    banks = -(-settings.prompts_per_step // height)
-    found = [
-        Program(name="unstack", per="a step", calls=1, beside_bytes=beside("optimizer", "reference"),
-                lower=lambda: sampler.unstack.lower(state.params), trips=1, divide=1),
-        Program(name="read", per=f"{height} prompts", calls=banks, trips=1, divide=1,
-                beside_bytes=beside("params", "optimizer", "reference", "slots"),
-                lower=lambda: sampler.read.lower(weights, integers(height, width))),
-        Program(name="start", per="a slot", calls=responses, trips=height, divide=height,
-                beside_bytes=beside("params", "optimizer", "reference", "weights"),
-                lower=lambda: sampler.start.lower(running, bank, integers(len(slots.FRESH), slots_count), key)),
-        Program(name="decode", per="a token", calls=0, trips=chunk, divide=chunk,
-                beside_bytes=beside("params", "optimizer", "reference", "bank"),
-                lower=lambda: sampler.advance.lower(weights, running, integers(1 + slots_count), sampling=sampling,
-                                                    chunk=chunk)),
-        Program(name="score", per="a step", calls=1, trips=workload.micro_batches, divide=1,
-                beside_bytes=beside("optimizer", "reference", "tokens", "narrower_scored"),
-                lower=lambda: learning.score.lower(state.params, packed)),
-        Program(name="score_reference", per="a step", calls=int(learner.needs_reference(config)),
-                trips=workload.micro_batches, divide=1,
-                beside_bytes=beside("params", "optimizer", "tokens", "tokens", "narrower_scored"),
-                lower=lambda: learning.score_reference.lower(reference, packed)),
-        Program(name="credit", per="a step", calls=1, trips=1, divide=1,
-                beside_bytes=beside("params", "optimizer", "reference", "narrower"),
-                lower=lambda: learning.credit.lower(everywhere(jnp.bool_, *groups), everywhere(jnp.int32, *groups),
-                                                    everywhere(jnp.float32), of_tokens, of_tokens, of_tokens, packed)),
-        Program(name="gradients", per="an update", calls=updates, trips=workload.micro_batches, divide=1,
-                beside_bytes=beside("optimizer", "reference", "tokens", "narrower"),
-                lower=lambda: learning.gradients.lower(state.params, experience, packed.counts, one)),
-        Program(name="apply", per="an update", calls=updates, trips=1, divide=1,
-                beside_bytes=beside("reference", "experience", "tokens", "narrower"),
-                lower=lambda: learning.apply_gradients.lower(state, state.params, one)),
-    ]
-    return {program.name: program for program in found}
+def _learner_programs(config: Config, learning: Any, packed: Any, experience: Any, logprobs: Any,
+                      resident: Mapping[str, float], workload: Workload) -> list[PlannedProgram]:
+    """Returns the functions of stages 4 to 6. Args: as in `_sampler_programs`; logprobs, float32[B, T]."""
+    state, reference = learning.abstract_state, learning.abstract_reference
+    updates, trips = config.update.updates_per_batch, workload.micro_batches
+    groups = config.rollout.prompts_per_step, config.rollout.group_size
+    index, alpha = _array(learning.replicated, jnp.int32), _array(learning.replicated, jnp.float32)
+    correct = _array(learning.replicated, jnp.bool_, *groups)
+    lengths = _array(learning.replicated, jnp.int32, *groups)
+
+    def resident_bytes(*names: str) -> float:
+        return sum(resident[name] for name in names)
+
+    return [
+        PlannedProgram(name="score", per="a step", calls=1, trips=trips, divide=1,
+                       other_bytes=resident_bytes("optimizer", "reference", "tokens", "narrower_scored"),
+                       lower=lambda: learning.score.lower(state.params, packed)),
+        PlannedProgram(name="score_reference", per="a step", calls=int(learner.needs_reference(config)),
+                       trips=trips, divide=1,
+                       other_bytes=resident_bytes("params", "optimizer", "tokens", "tokens", "narrower_scored"),
+                       lower=lambda: learning.score_reference.lower(reference, packed)),
+        PlannedProgram(name="experience", per="a step", calls=1, trips=1, divide=1,
+                       other_bytes=resident_bytes("params", "optimizer", "reference", "narrower"),
+                       lower=lambda: learning.credit.lower(correct, lengths, alpha, logprobs, logprobs, logprobs,
+                                                           packed)),
+        PlannedProgram(name="gradients", per="an update", calls=updates, trips=trips, divide=1,
+                       other_bytes=resident_bytes("optimizer", "reference", "tokens", "narrower"),
+                       lower=lambda: learning.gradients.lower(state.params, experience, packed.counts, index)),
+        PlannedProgram(name="apply_gradients", per="an update", calls=updates, trips=1, divide=1,
+                       other_bytes=resident_bytes("reference", "experience", "tokens", "narrower"),
+                       lower=lambda: learning.apply_gradients.lower(state, state.params, index))]
+
+
+def _array(sharding: Any, dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, context: int) -> str:
-    """The cache layout of the run; whether its kernel works can only be tried on the machine itself."""
-    wanted: str = config.rollout.cache_layout
-    if wanted == "auto":
+    """Returns the cache layout of the run. Whether its kernel works can only be tried on the machine itself."""
+    layout: str = config.rollout.cache_layout
+    if layout == "auto":
         return kv_cache.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
-    if reason := kv_cache.unsupported_reason(wanted, platform, decoder.head_dim, decoder.dtype, context):
-        raise UserError(f"rollout.cache_layout {wanted} does not fit: {reason}")
-    return wanted
+    if reason := kv_cache.unsupported_reason(layout, platform, decoder.head_dim, decoder.dtype, context):
+        raise UserError(f"rollout.cache_layout {layout} does not fit: {reason}")
+    return layout
 
 
-def device_bytes(tree: Any) -> float:
-    """What one device holds of a tree of shapes with shardings, in its own memory."""
-    found = 0.0
+def bytes_per_device(tree: Any) -> float:
+    """Returns what one device holds, in its own memory, of a tree of shapes with shardings."""
+    total = 0.0
     for leaf in jax.tree.leaves(tree):
-        placed = leaf.sharding
-        if placed is None or placed.memory_kind == "pinned_host":
+        placement = leaf.sharding
+        if placement is None or placement.memory_kind == "pinned_host":
             continue
         itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize
-        found += math.prod(placed.shard_shape(leaf.shape)) * itemsize
-    return found
+        total += math.prod(placement.shard_shape(leaf.shape)) * itemsize
+    return total
 
 
-def compile_program(program: Program, mesh: Mesh) -> Compiled:
-    """Compiles one program and reads what the compiler says of it."""
-    with jax.set_mesh(mesh), quiet():
+def compile_program(program: PlannedProgram, mesh: Mesh) -> CompiledProgram:
+    """Compiles a program and reads its memory and its cost."""
+    with jax.set_mesh(mesh), quiet_stderr():
         lowered = program.lower()
         try:
             compiled = lowered.compile()
         except Exception as error:
-            needed = too_large(str(error))
+            needed = needed_bytes(str(error))
             if needed is None:
                 raise
-            return Compiled(own_bytes=needed, cost=None)
+            return CompiledProgram(own_bytes=needed, cost=None)
+
     stats = compiled.memory_analysis()
-    own = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-           + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
-    return Compiled(own_bytes=own, cost=costs.read(compiled.as_text(), trips=program.trips) * (1 / program.divide))
+    own_bytes = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+                 + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
+    cost = costs.read(compiled.as_text(), trips=program.trips) * (1 / program.divide)
+    return CompiledProgram(own_bytes=own_bytes, cost=cost)
 
 
-def too_large(message: str) -> float | None:
-    """Bytes of HBM that a program needs, from the compiler's refusal; None where it failed for another reason."""
+def needed_bytes(message: str) -> float | None:
+    """Returns the HBM that a program needs, from the compiler's out-of-memory error; None for any other error."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    if found := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
-        return float(found[1]) * units[found[2]]
-    if found := re.search(r"size=(\d+)\) would exceed memory", message):
-        return float(found[1])
+    if match := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
+        return float(match[1]) * units[match[2]]
+    if match := re.search(r"size=(\d+)\) would exceed memory", message):
+        return float(match[1])
     return math.inf
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps what libraries write to the file of standard error from the terminal: libtpu looks for machines that are
-    not there and says so in capital letters."""
+def quiet_stderr() -> Iterator[None]:
+    """Discards what libraries write to file descriptor 2: libtpu logs loudly that it finds no machine."""
     sys.stderr.flush()
     try:
-        kept = os.dup(2)
+        saved = os.dup(2)
     except OSError:                     # there is no standard error
         yield
         return
+
     with tempfile.TemporaryFile() as sink:
         os.dup2(sink.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(saved, 2)
+            os.close(saved)

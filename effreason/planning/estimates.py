@@ -1,7 +1,7 @@
-"""From what each function costs to seconds, tokens a second, hours, energy and money: a roofline model.
+"""Turns the costs of a run's functions into seconds, tokens per second, hours, energy and money: a roofline model.
 
-A function takes as long as the slowest of four things that overlap: products, traffic of device memory, collectives,
-traffic to the host's memory; each at the share of the peak rate that Efficiency states.
+A function takes as long as the slowest of four overlapping things: matrix products, device memory traffic,
+collectives, and traffic to the host's memory. Each runs at the share of its peak rate given by `Efficiency`.
 """
 
 import dataclasses
@@ -13,68 +13,71 @@ import numpy as np
 from effreason.data import loading
 from effreason.planning import costs
 from effreason.planning.chips import Target
-from effreason.planning.costs import Cost, Kernel
+from effreason.planning.costs import Cost, KernelCall
 from effreason.planning.workloads import Workload, generate
 from effreason.runtime.config import Config
 
 COMPUTE, MEMORY, LINKS, HOST = "compute", "memory", "links", "host"
-TILE = 16                           # positions that lm.kernels.paged_write reads and puts back for one
+TILE = 16                           # positions that lm.decode_kernels.paged_write rewrites to change one
+# All that an estimate of the run needs.
+NEEDED = frozenset(("unstack", "prefill", "insert", "decode", "score", "score_reference", "experience", "gradients",
+                    "apply_gradients"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of the peak rates that programs reach; measured ones replace these guesses from published runs."""
+    """Shares of the peak rates that programs reach: guesses from published runs, to be replaced by measured ones."""
 
-    compute: float = 0.5            # large products: 0.4 to 0.6 in training runs of such models
+    compute: float = 0.5            # of FLOP/s in large products: 0.4 to 0.6 in training such models
     memory: float = 0.6             # of HBM bandwidth in decoding: 0.4 to 0.85
     interconnect: float = 0.7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Function:
-    """One compiled function of a run, on one chip."""
+class PlannedFunction:
+    """A function of a training step on one chip: its memory and its cost."""
 
     name: str
-    per: str                        # what one call is for
-    calls: float                    # in a training step; of decode: 0, its calls follow from the lengths
-    own_bytes: float                # of HBM: arguments, results, temporaries, code
-    beside_bytes: float             # what else lives there at that time
-    cost: Cost | None               # of one call, without kernels; None: it is too large to be compiled
+    per: str                        # what one call covers
+    calls: float                    # in a training step; 0 for decode, whose calls follow from the lengths
+    own_bytes: float                # HBM: arguments, results, temporaries, code
+    other_bytes: float              # other HBM in use at that time
+    cost: Cost | None               # of one call, without kernels; None if it is too large to compile
     source: str                     # compiled | analytic
-    live_share: float = 1.0         # of the cache's positions, that a decode step reads
-    pair_share: float = 1.0         # of the pairs of rows as wide as those it was compiled with: some are narrower
+    live_share: float = 1.0         # share of the cache's positions that a decode step reads
+    pair_share: float = 1.0         # share of the pairs of positions that is computed, as some rows are narrower
 
     @property
     def hbm_bytes(self) -> float:
-        """All that is on a chip when it runs."""
-        return self.own_bytes + self.beside_bytes
+        """Everything in a chip's memory while it runs."""
+        return self.own_bytes + self.other_bytes
 
     @property
-    def whole_cost(self) -> Cost | None:
-        """The cost of one call with that of its kernels."""
+    def full_cost(self) -> Cost | None:
+        """The cost of one call including its kernels."""
         return None if self.cost is None else with_kernels(self.cost, self.live_share, self.pair_share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What the times are worked out for."""
+class PlannedMachine:
+    """The chips that times are estimated for."""
 
     target: Target
     efficiency: Efficiency
-    batch_shards: int               # ways in which slots and rows are split
+    batch_shards: int               # shards of slots and rows
 
     def seconds(self, cost: Cost) -> float:
         return roofline(cost, self.target, self.efficiency)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A whole run, by the model."""
+class RunEstimate:
+    """The estimated times, energy and price of a training run."""
 
     slots: int
     rollout_tokens_per_second: float
-    rollout_seconds: float          # of a step: weights for the sampler, prompts, decoding
-    score_seconds: float            # with credit
+    rollout_seconds: float          # of a step: weights for the sampler, prefill, decoding
+    score_seconds: float            # with the advantages
     update_seconds: float
     step_seconds: float
     evaluation_hours: float
@@ -83,15 +86,15 @@ class Run:
     energy_kwh: float               # of the chips
     money: float | None
     row_fill: float                 # share of the trained positions that hold a token
-    update_mfu: float               # FLOPs that the update's tokens need by 6 N, over those of the chips in its time
+    update_mfu: float               # FLOPs of the update's tokens by the 6 N rule, over the chips' in that time
 
 
 def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float, str]:
-    """Seconds of one call, and which of the four it waits for."""
+    """Returns the seconds of one call and which of the four limits it."""
     chip = target.chip
-    crossing = [each for each in cost.collectives if each.group > 1]
-    links = sum(each.bytes / target.bandwidth(each.group) for each in crossing) / efficiency.interconnect
-    links += sum(each.count for each in crossing) * chip.latency
+    collectives = [collective for collective in cost.collectives if collective.group > 1]
+    links = sum(one.bytes / target.bandwidth(one.group) for one in collectives) / efficiency.interconnect
+    links += sum(one.count for one in collectives) * chip.latency
     times = {COMPUTE: cost.flops / (chip.flops * efficiency.compute),
              MEMORY: cost.bytes / (chip.hbm_bandwidth * efficiency.memory),
              LINKS: links, HOST: cost.host_bytes / chip.host_bandwidth}
@@ -99,12 +102,13 @@ def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float,
     return times[limit], limit
 
 
-def kernel_cost(kernel: Kernel, live_share: float, pair_share: float = 1.0) -> Cost:
-    """What one call of a kernel costs, by its shapes: XLA says nothing of it.
+def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) -> Cost:
+    """Returns the cost of one call of a kernel, from its shapes, because XLA does not report it.
 
-    Splash leaves out the blocks above the diagonal, whatever the segments; its backward pass computes the scores again
-    in each of its two kernels. Paged attention fetches what is live of the cache.
-    Args: live_share, of the cache's positions; pair_share, of the pairs of a row, on the mean over narrower ones."""
+    Splash skips the blocks above the diagonal, whatever the segments; its backward pass recomputes the scores in each
+    of its two kernels. Paged attention reads the live part of the cache.
+    Args: live_share, of the cache's positions; pair_share, of a row's pairs of positions, averaged over narrower rows.
+    """
     path, operands = kernel.name, kernel.operands
     if "splash" in path:
         query, key = [array for array in operands if len(array.dimensions) >= 3 and array.dtype in ("bf16", "f32")][:2]
@@ -113,81 +117,94 @@ def kernel_cost(kernel: Kernel, live_share: float, pair_share: float = 1.0) -> C
         return Cost(flops=2.0 * products * pairs * query.dimensions[-1], bytes=kernel.bytes)
     if "paged_attention" in path:
         cache = [array for array in operands if len(array.dimensions) == 4][-2:]
-        queries = max((array for array in operands if len(array.dimensions) == 4), key=lambda each: each.dtype == "f32")
+        queries = max((array for array in operands if len(array.dimensions) == 4), key=lambda array: array.dtype == "f32")
         live = sum(array.bytes for array in cache) * live_share
         grouped = queries.dimensions[1]
         return Cost(flops=2.0 * grouped * live / (cache[0].bytes / cache[0].elements), bytes=live)
+    # A cache that is returned in place: one position of each row was written.
     aliased = [array for array in kernel.results if len(array.dimensions) == 4 and array in operands]
-    if aliased:                         # one position of each row, in place
+    if aliased:
         tiles = sum(array.bytes / array.dimensions[2] * TILE for array in aliased)
         return Cost(bytes=2 * tiles)
     return Cost(bytes=kernel.bytes)
 
 
 def with_kernels(cost: Cost, live_share: float = 1.0, pair_share: float = 1.0) -> Cost:
-    """The cost with that of the kernels put in."""
-    known = costs.total(kernel_cost(each, live_share, pair_share) * each.count for each in cost.kernels)
-    return dataclasses.replace(cost, kernels=(), flops=cost.flops + known.flops, bytes=cost.bytes + known.bytes)
+    """Returns the cost including that of its kernels."""
+    kernels = costs.total(kernel_cost(kernel, live_share, pair_share) * kernel.count for kernel in cost.kernels)
+    return dataclasses.replace(cost, kernels=(), flops=cost.flops + kernels.flops, bytes=cost.bytes + kernels.bytes)
 
 
 def live_share(workload: Workload, capacity: int) -> float:
-    """Positions that are live in a slot on the mean over time, of those it has."""
-    drawn = workload.lengths.astype(float)
-    return float((workload.prompt_tokens + np.sum(drawn**2) / (2 * np.sum(drawn))) / capacity)
+    """Returns the share of a slot's positions that are live, averaged over time."""
+    lengths = workload.lengths.astype(float)
+    return float((workload.prompt_tokens + np.sum(lengths**2) / (2 * np.sum(lengths))) / capacity)
 
 
-def decode_seconds(decode: Function, machine: Machine, *, slots: int, capacity: int, weights_bytes: float,
+def decode_seconds(decode: PlannedFunction, machine: PlannedMachine, *, slots: int, capacity: int, weights_bytes: float,
                    lengths: np.ndarray, prompt_tokens: int, smallest: int) -> float:
-    """Seconds to generate responses of these lengths.
+    """Returns the seconds to generate responses of these lengths.
 
-    The weights are read whatever the slots; all else of a step goes with them, and the cache with what is live in it.
-    Args: slots and capacity, that decode was compiled with; weights_bytes, read by one chip in each step."""
+    Each decode step reads all weights. Its other costs are proportional to the slots, those of the cache to its live
+    positions.
+    Args: slots and capacity, those that decode was compiled for; weights_bytes, read by one chip in each step.
+    """
     cost = decode.cost
     assert cost is not None
     idle, full = with_kernels(cost, 0.0), with_kernels(cost, 1.0)
-    kept = min(weights_bytes, idle.bytes)
+    fixed_bytes = min(weights_bytes, idle.bytes)
 
-    def seconds(now: int, live: float) -> float:
-        share, read = now / slots, live / (slots * capacity)
+    def seconds(active_slots: int, live: float) -> float:
+        share, read = active_slots / slots, live / (slots * capacity)
         flops = idle.flops * share + (full.flops - idle.flops) * read
-        moved = kept + (idle.bytes - kept) * share + (full.bytes - idle.bytes) * read
-        sent = tuple(dataclasses.replace(each, bytes=each.bytes * share) for each in cost.collectives)
+        moved = fixed_bytes + (idle.bytes - fixed_bytes) * share + (full.bytes - idle.bytes) * read
+        sent = tuple(dataclasses.replace(one, bytes=one.bytes * share) for one in cost.collectives)
         return machine.seconds(Cost(flops=flops, bytes=moved, collectives=sent))
 
     return generate(lengths, prompt_tokens=prompt_tokens, slots=slots, shards=machine.batch_shards,
                     smallest=smallest, seconds=seconds)
 
 
-def make_run(config: Config, functions: Mapping[str, Function], workload: Workload, machine: Machine, *, slots: int,
-             capacity: int, weights_bytes: float, flops_per_token: float, smallest: int,
-             price: float | None, watts: float | None) -> Run | None:
-    """The run that these functions make; None where one of them is missing or too large.
+def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workload: Workload, machine: PlannedMachine,
+                 *, slots: int, capacity: int, weights_bytes: float, flops_per_token: float, smallest: int,
+                 price: float | None, watts: float | None) -> RunEstimate | None:
+    """Estimates the whole run; None if one of its functions is missing or too large to compile.
 
-    Grading, which overlaps with generation, checkpoints and compilation are not in it.
-    Args: flops_per_token, of a forward pass; smallest, slots of a device that are not halved; price, of a chip-hour;
-        watts, of a chip."""
-    needed = {"unstack", "read", "start", "decode", "score", "score_reference", "credit", "gradients", "apply"}
-    if needed - functions.keys() or any(functions[name].cost is None for name in needed):
+    Not included: grading, which overlaps with generation, checkpoints and compilation.
+    Args: flops_per_token, of a forward pass; smallest, slots of one device that are not halved further; price, of a
+        chip-hour; watts, of a chip.
+    """
+    if NEEDED - functions.keys() or any(functions[name].cost is None for name in NEEDED):
         return None
-    seconds = {name: machine.seconds(each.whole_cost) * each.calls for name, each in functions.items()
-               if each.whole_cost is not None}
+
+    seconds = {name: machine.seconds(function.full_cost) * function.calls for name, function in functions.items()
+               if function.full_cost is not None}
     decode = decode_seconds(functions["decode"], machine, slots=slots, capacity=capacity,
                             weights_bytes=weights_bytes, lengths=workload.lengths,
                             prompt_tokens=workload.prompt_tokens, smallest=smallest)
-    rollout = seconds["unstack"] + seconds["read"] + seconds["start"] + decode
-    score = seconds["score"] + seconds["score_reference"] + seconds["credit"]
-    update = seconds["gradients"] + seconds["apply"]
+    rollout = seconds["unstack"] + seconds["prefill"] + seconds["insert"] + decode
+    score = seconds["score"] + seconds["score_reference"] + seconds["experience"]
+    update = seconds["gradients"] + seconds["apply_gradients"]
     step = rollout + score + update
+
     rate = workload.tokens / rollout
-    settings = config.evaluation
-    evaluations = (2 + ((config.run.steps - 1) // settings.every if settings.every else 0)) if settings.problems else 0
-    responses = settings.problems * sum(loading.evaluation_samples(config).values())
-    evaluated = evaluations * responses * float(workload.lengths.mean()) / rate
+    evaluated = _evaluated_tokens(config, workload) / rate
     hours, chips = (config.run.steps * step + evaluated) / 3600, machine.target.chips
     trained = workload.tokens + len(workload.lengths) * workload.prompt_tokens
-    drawn = machine.target.chip.watts if watts is None else watts
-    return Run(slots=slots, rollout_tokens_per_second=rate, rollout_seconds=rollout, score_seconds=score,
-               update_seconds=update, step_seconds=step, evaluation_hours=evaluated / 3600, hours=hours,
-               chip_hours=hours * chips, energy_kwh=hours * chips * drawn / 1000,
-               money=None if price is None else hours * chips * price, row_fill=workload.fill,
-               update_mfu=3 * flops_per_token * trained / (update * chips * machine.target.chip.flops))
+    chip_watts = machine.target.chip.watts if watts is None else watts
+    return RunEstimate(
+        slots=slots, rollout_tokens_per_second=rate, rollout_seconds=rollout, score_seconds=score,
+        update_seconds=update, step_seconds=step, evaluation_hours=evaluated / 3600, hours=hours,
+        chip_hours=hours * chips, energy_kwh=hours * chips * chip_watts / 1000,
+        money=None if price is None else hours * chips * price, row_fill=workload.fill,
+        update_mfu=3 * flops_per_token * trained / (update * chips * machine.target.chip.flops))
+
+
+def _evaluated_tokens(config: Config, workload: Workload) -> float:
+    """Returns the tokens generated by all evaluations of the run."""
+    settings = config.evaluation
+    if not settings.problems:
+        return 0.0
+    evaluations = 2 + ((config.run.steps - 1) // settings.every if settings.every else 0)
+    responses = settings.problems * sum(loading.evaluation_samples(config).values())
+    return evaluations * responses * float(workload.lengths.mean())

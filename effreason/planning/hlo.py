@@ -1,6 +1,6 @@
-"""Compiled programs as text (XLA's HLO), read into instructions, shapes and loop lengths.
+"""Parses the text of compiled programs (XLA's HLO) into instructions, shapes and loop lengths.
 
-The text is what `jax.stages.Compiled.as_text()` gives: one line for an instruction, computations in braces.
+The text comes from `jax.stages.Compiled.as_text()`: one line for each instruction, computations in braces.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 
-# Memory of an array, from the S(n) of its layout; without one it is the device's own memory.
+# Memory spaces, the n in S(n) of an array's layout; without S(n) it is the device's own memory.
 DEVICE, ON_CHIP, HOST = 0, 1, 5
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
@@ -20,7 +20,7 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Shape of one array, and which memory it lies in."""
+    """The shape of an array and its memory space."""
 
     dtype: str
     dimensions: tuple[int, ...]
@@ -44,60 +44,61 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]       # what it makes; several for a tuple
+    arrays: tuple[Array, ...]       # results; several for a tuple
     operands: tuple[str, ...]       # names of instructions of the same computation
-    inside: str                     # the text between the operands' parentheses
-    attributes: str                 # the text behind them
+    inside: str                     # text in the operands' parentheses
+    attributes: str                 # text after them
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """A simple attribute, such as calls=%fused or direction=LT, without the %."""
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+        """Returns a simple attribute, such as calls=%fused or direction=LT, without the %."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else None
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """An attribute of the form name={0,1}; () where there is none."""
-        found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(map(int, found[1].split(","))) if found and found[1] else ()
+        """Returns an attribute of the form name={0,1}; () if there is none."""
+        match = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(map(int, match[1].split(","))) if match and match[1] else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A list of instructions; the root is what it returns."""
+    """A list of instructions; it returns the root."""
 
     name: str
     instructions: dict[str, Instruction]
 
     @functools.cached_property
     def root(self) -> Instruction:
-        return next((each for each in self.instructions.values() if each.root), next(reversed(
-            self.instructions.values())))
+        last = next(reversed(self.instructions.values()))
+        return next((instruction for instruction in self.instructions.values() if instruction.root), last)
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction."""
-        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
-        for each in self.instructions.values():
-            for operand in dict.fromkeys(each.operands):
-                if operand in found:
-                    found[operand].append(each)
-        return found
+        """The instructions that read each instruction."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(instruction.operands):
+                if operand in users:
+                    users[operand].append(instruction)
+        return users
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        return {int(each.inside): each for each in self.instructions.values() if each.opcode == "parameter"}
+        return {int(instruction.inside): instruction for instruction in self.instructions.values()
+                if instruction.opcode == "parameter"}
 
     def through(self, name: str, opcodes: tuple[str, ...] = ("copy", "bitcast", "convert", "reshape")) -> Instruction:
-        """The instruction of that name, or what it only passes on."""
-        found = self.instructions[name]
-        while found.opcode in opcodes and found.operands:
-            found = self.instructions[found.operands[0]]
-        return found
+        """Returns the instruction of that name, or the source of its value if these opcodes only pass it on."""
+        source = self.instructions[name]
+        while source.opcode in opcodes and source.operands:
+            source = self.instructions[source.operands[0]]
+        return source
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A whole program, for one of the devices that run it."""
+    """A whole program, as one of its devices runs it."""
 
     computations: dict[str, Computation]
     entry: str
@@ -105,7 +106,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The text of a compiled program. Raises: ValueError where it has no entry."""
+    """Parses the text of a compiled program. Raises: ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
     entry = name = ""
     instructions: dict[str, Instruction] = {}
@@ -118,33 +119,37 @@ def parse(text: str) -> Module:
         elif line.startswith("  ") and " = " in line and name:
             instruction = _instruction(line)
             instructions[instruction.name] = instruction
+
     if not entry:
         raise ValueError("no compiled program: the text has no line that begins with ENTRY")
-    found = re.search(r"\bnum_partitions=(\d+)", text[:100_000].partition("\n")[0])
-    return Module(computations, entry, int(found[1]) if found else 1)
+    match = re.search(r"\bnum_partitions=(\d+)", text[:100_000].partition("\n")[0])
+    return Module(computations, entry, int(match[1]) if match else 1)
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs, where that follows from the text; None where it depends on the data.
+    """Returns how often the body of a `while` runs; None if that depends on the data.
 
-    XLA for CPUs notes it; for TPUs it is read from the condition: a counter, its first value, its step, its bound."""
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
-    if noted:
-        return int(noted[1])
+    XLA for CPUs states it. For TPUs it follows from the condition: a counter, its first value, its step, its bound.
+    """
+    stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+    if stated:
+        return int(stated[1])
+
     condition = module.computations[loop.attribute("condition") or ""]
     body = module.computations[loop.attribute("body") or ""]
-    compared = _comparison(module, condition)
-    if compared is None:
+    comparison = _comparison(module, condition)
+    if comparison is None:
         return None
-    counter, bound, inclusive = compared
+    counter, bound, inclusive = comparison
     start = computation.through(loop.operands[0]) if loop.operands else None
     if start is None or start.opcode != "tuple" or counter >= len(start.operands):
         return None
-    if isinstance(bound, str):                          # a part of the loop's state: a constant from outside
-        place = int(bound)
-        if _passed(body, place) is not True:
+
+    if isinstance(bound, str):                          # part of the loop's state: a constant from outside
+        index = int(bound)
+        if not _is_unchanged(body, index):
             return None
-        bound = _constant(computation, start.operands[place])
+        bound = _constant(computation, start.operands[index])
     first, step = _constant(computation, start.operands[counter]), _step(module, body, counter)
     if bound is None or first is None or not step or step < 0:
         return None
@@ -152,7 +157,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[int, int | str | None, int] | None:
-    """(place of the counter, bound or the place that holds it, 1 where the bound itself is reached)."""
+    """Returns the counter's index in the state, the bound or (as str) its index, and 1 for <=, 0 for <."""
     root, inner, sources = condition.root, condition, {}
     if root.opcode == "fusion":
         inner = module.computations[root.attribute("calls") or ""]
@@ -162,8 +167,8 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | str 
         return None
 
     def side(name: str) -> Instruction:
-        found = inner.through(name)
-        return condition.through(sources[found.name]) if found.name in sources else found
+        source = inner.through(name)
+        return condition.through(sources[source.name]) if source.name in sources else source
 
     left, right = (side(name) for name in root.operands[:2])
     if left.opcode != "get-tuple-element":
@@ -176,34 +181,34 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | str 
     return int(left.attribute("index") or 0), bound, int(root.attribute("direction") == "LE")
 
 
-def _passed(body: Computation, place: int) -> bool:
-    """Whether a loop leaves this part of its state as it is."""
+def _is_unchanged(body: Computation, index: int) -> bool:
+    """Returns whether the loop keeps this part of its state."""
     if body.root.opcode != "tuple":
         return False
-    found = body.through(body.root.operands[place])
-    return found.opcode == "get-tuple-element" and int(found.attribute("index") or -1) == place
+    source = body.through(body.root.operands[index])
+    return source.opcode == "get-tuple-element" and int(source.attribute("index") or -1) == index
 
 
-def _step(module: Module, body: Computation, place: int) -> int | None:
-    """What a loop adds to its counter each time."""
+def _step(module: Module, body: Computation, index: int) -> int | None:
+    """Returns what the loop adds to this part of its state, its counter."""
     if body.root.opcode != "tuple":
         return None
-    found = body.through(body.root.operands[place])
-    if found.opcode == "fusion":                        # the addition of a counter, alone in a fusion
-        inner = module.computations[found.attribute("calls") or ""]
-        added = inner.through(inner.root.name)
-        operands = [inner.through(name) for name in added.operands]
+    source = body.through(body.root.operands[index])
+    if source.opcode == "fusion":                       # of nothing but the addition
+        inner = module.computations[source.attribute("calls") or ""]
+        addition = inner.through(inner.root.name)
+        operands = [inner.through(name) for name in addition.operands]
     else:
-        added, operands = found, [body.through(name) for name in found.operands]
-    if added.opcode != "add":
+        addition, operands = source, [body.through(name) for name in source.operands]
+    if addition.opcode != "add":
         return None
-    steps = [_integer(each) for each in operands if each.opcode == "constant"]
+    steps = [_integer(operand) for operand in operands if operand.opcode == "constant"]
     return steps[0] if len(steps) == 1 else None
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    found = computation.through(name)
-    return _integer(found) if found.opcode == "constant" else None
+    source = computation.through(name)
+    return _integer(source) if source.opcode == "constant" else None
 
 
 def _integer(constant: Instruction) -> int | None:
@@ -213,28 +218,28 @@ def _integer(constant: Instruction) -> int | None:
 def _instruction(line: str) -> Instruction:
     left, _, right = line.strip().partition(" = ")
     end = _closing(right, 0) if right.startswith("(") else right.index(" ")
-    made, rest = right[:end], right[end:]
+    result_type, rest = right[:end], right[end:]
     opcode = _OPCODE.match(rest)
     assert opcode is not None, line[:200]
     close = _closing(rest, opcode.end() - 1)
     inside = rest[opcode.end() : close - 1]
-    return Instruction(name=left.removeprefix("ROOT ").lstrip("%"), opcode=opcode[1], arrays=tuple(arrays(made)),
+    return Instruction(name=left.removeprefix("ROOT ").lstrip("%"), opcode=opcode[1], arrays=tuple(arrays(result_type)),
                        operands=tuple(_NAME.findall(inside)), inside=inside, attributes=rest[close:],
                        root=left.startswith("ROOT "))
 
 
 def _closing(text: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return found.end()
+            return match.end()
     raise ValueError(f"no closing parenthesis: {text[:80]}")
 
 
 def arrays(text: str) -> Iterator[Array]:
-    """The arrays of a type, one or a tuple of them: bf16[8,128]{1,0:T(8,128)(2,1)S(1)}."""
+    """Yields the arrays of a type, an array or a tuple: bf16[8,128]{1,0:T(8,128)(2,1)S(1)}."""
     for dtype, dimensions, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", text)):
         space = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(size.strip("<= ")) for size in dimensions.split(",") if size.strip())
@@ -242,8 +247,8 @@ def arrays(text: str) -> Iterator[Array]:
 
 
 def _bits(dtype: str) -> int:
-    """Bits of an element: those of its name but for a few."""
+    """Returns the bits of an element."""
     if dtype in _BITS:
         return _BITS[dtype]
-    found = re.match(r"[a-z]+(\d+)", dtype)             # f32, s4, u8, f8e4m3fn
-    return int(found[1]) if found else 0
+    match = re.match(r"[a-z]+(\d+)", dtype)             # f32, s4, u8, f8e4m3fn
+    return int(match[1]) if match else 0

@@ -1,94 +1,102 @@
-"""The search of `effreason plan --fit`: by formula over everything, then the best few compiled."""
+"""Searches for the fastest plan that fits (`effreason plan --fit`): formulas rank all, then the best are compiled."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 from effreason.lm.model import DecoderConfig
 from effreason.planning import plans
 from effreason.planning.chips import Target
-from effreason.planning.plans import Inputs, Plan
+from effreason.planning.plans import Plan, PlanInputs
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 
-MARGIN = 0.9                        # of the memory, that a plan by formula may take
-UNROLLED = 16                       # layers, up to which none is rematerialised: they are compiled one by one then
-COMPILED, MOST = 2, 6               # plans that fit to choose from, and plans compiled in search of them
+MARGIN = 0.9                        # share of the memory that a plan by formula may use
+# Up to this depth remat "none" is tried: without remat the layers are compiled one by one.
+MAX_UNROLLED_LAYERS = 16
+ENOUGH_FITTING = 2                  # compiled plans that fit, to choose from
+MAX_COMPILED = 6                    # plans compiled to find them
 
 
-def search(config: Config, decoder: DecoderConfig, target: Target, inputs: Inputs, *,
-           say: Callable[[str], None] = lambda line: None) -> Plan:
-    """The fastest plan that fits, or, where none does, the one that needs the least memory.
+def search(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanInputs, *,
+           log: Callable[[str], None] = lambda line: None) -> Plan:
+    """Returns the fastest plan that fits or, if none does, the one that needs the least memory.
 
-    What it may change: mesh, rollout.slots, update.rows_per_micro_batch, model.remat and what is kept on the host.
-    Raises: UserError where no mesh splits the model over so many chips, or none has the attention that is asked for."""
-    found: list[tuple[Plan, DecoderConfig]] = []
-    refusal: UserError | None = None
-    for candidate in candidates(config, decoder, target):
-        shaped = dataclasses.replace(decoder, remat=candidate.model.remat)
-        try:
-            for moved in on_the_host(candidate):
-                plan = plans.make_plan(moved, shaped, target, inputs, compiled=False, give_up=True)
-                if _by_formula(plan):
-                    break               # what is fetched from the host only costs time
-        except UserError as error:      # an attention or a layout of the cache that this mesh has not
-            refusal = error
-            continue
-        found.append((plan, shaped))
-    if not found and refusal is not None:
-        raise refusal
-    if not found:
-        raise UserError(f"--chips {target.text}: no mesh of {target.chips} chips divides this model; its heads, "
-                        "key/value heads, feed-forward width, vocabulary and width must be divisible by their axes")
-    ranked = sorted(found, key=lambda each: _rank(each[0]))
-    say(f"{len(found):,} candidates by formula, {sum(_by_formula(plan) for plan, _ in found):,} of them fit")
+    It may change the mesh, rollout.slots, update.rows_per_micro_batch, model.remat and what is kept on the host.
+    Raises: UserError if no mesh of this many chips divides the model, or none supports the chosen attention.
+    """
+    ranked = _plans_by_formula(config, decoder, target, inputs)
+    fitting = sum(_fits_by_formula(plan) for plan, _ in ranked)
+    log(f"{len(ranked):,} candidates by formula, {fitting:,} of them fit")
     if target.kind == "gpu":
         return ranked[0][0]
-    good: list[Plan] = []
-    tried: list[Plan] = []
-    for plan, shaped in ranked[:MOST]:
-        say(_words(plan))
-        compiled = plans.make_plan(plan.config, shaped, target, inputs, give_up=True, say=say)
-        (good if compiled.all_fit else tried).append(compiled)
-        if len(good) == COMPILED:
+
+    fit: list[Plan] = []
+    too_large: list[Plan] = []
+    for candidate, candidate_decoder in ranked[:MAX_COMPILED]:
+        log(_describe(candidate))
+        plan = plans.make_plan(candidate.config, candidate_decoder, target, inputs, stop_early=True, log=log)
+        (fit if plan.all_fit else too_large).append(plan)
+        if len(fit) == ENOUGH_FITTING:
             break
-    return min(good, key=_rank) if good else min(tried, key=lambda each: max(
-        one.hbm_bytes for one in each.functions.values()))
+    return min(fit, key=_rank) if fit else min(too_large, key=_largest_bytes)
+
+
+def _plans_by_formula(config: Config, decoder: DecoderConfig, target: Target,
+                      inputs: PlanInputs) -> list[tuple[Plan, DecoderConfig]]:
+    """Returns the plans of all candidates, best first. Raises: UserError if there are none."""
+    candidate_plans: list[tuple[Plan, DecoderConfig]] = []
+    refusal: UserError | None = None
+    for candidate in candidates(config, decoder, target):
+        candidate_decoder = dataclasses.replace(decoder, remat=candidate.model.remat)
+        try:
+            for variant in host_offload_variants(candidate):
+                plan = plans.make_plan(variant, candidate_decoder, target, inputs, compiled=False, stop_early=True)
+                if _fits_by_formula(plan):
+                    break               # fetching more from the host would only cost time
+        except UserError as error:      # this mesh does not support an attention or a cache layout
+            refusal = error
+            continue
+        candidate_plans.append((plan, candidate_decoder))
+
+    if not candidate_plans:
+        raise refusal or UserError(
+            f"--chips {target.text}: no mesh of {target.chips} chips divides this model; its heads, key/value heads, "
+            "feed-forward width, vocabulary and width must be divisible by their axes")
+    return sorted(candidate_plans, key=lambda candidate: _rank(candidate[0]))
 
 
 def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterator[Config]:
-    """Every configuration that is considered, but for what could be kept on the host."""
+    """Yields every configuration to consider, apart from what is kept on the host."""
     remats: tuple[Literal["full", "attention", "none"], ...] = (
-        "full", "attention", "none") if decoder.layers <= UNROLLED else ("full", "attention")
+        "full", "attention", "none") if decoder.layers <= MAX_UNROLLED_LAYERS else ("full", "attention")
     for data, fsdp, tensor, context in meshes(decoder, target.chips):
         if target.kind == "gpu" and context > 1:        # cuDNN's attention has no context axis
             continue
         shards, responses = data * fsdp, config.rollout.prompts_per_step * config.rollout.group_size
-        rows = [shards * each for each in (1, 2, 4) if each == 1 or shards * each <= responses]
-        slots = sorted({-(-min(responses, most) // shards) * shards for most in (
-            responses, responses // 2, responses // 4, responses // 8) if most})
-        for micro_batch in rows:
-            for count in slots:
-                for remat in remats:
-                    yield dataclasses.replace(
-                        config, mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor,
-                                                         context=context),
-                        model=dataclasses.replace(config.model, remat=remat),
-                        rollout=dataclasses.replace(config.rollout, slots=count),
-                        update=dataclasses.replace(config.update, rows_per_micro_batch=micro_batch))
+        mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, context=context)
+        row_counts = [shards * factor for factor in (1, 2, 4) if factor == 1 or shards * factor <= responses]
+        slot_counts = sorted({-(-min(responses, limit) // shards) * shards for limit in (
+            responses, responses // 2, responses // 4, responses // 8) if limit})
+        for rows, slots, remat in itertools.product(row_counts, slot_counts, remats):
+            yield dataclasses.replace(
+                config, mesh=mesh, model=dataclasses.replace(config.model, remat=remat),
+                rollout=dataclasses.replace(config.rollout, slots=slots),
+                update=dataclasses.replace(config.update, rows_per_micro_batch=rows))
 
 
-def on_the_host(config: Config) -> Iterator[Config]:
-    """With nothing in the host's memory, with the reference, with the reference and the optimiser's moments."""
+def host_offload_variants(config: Config) -> Iterator[Config]:
+    """Yields the configuration with nothing on the host, with the reference, and with the optimiser's moments too."""
     for reference, optimizer in ((False, False), (True, False), (True, True)):
         yield dataclasses.replace(config, kl=dataclasses.replace(config.kl, offload_reference=reference),
                                   update=dataclasses.replace(config.update, offload_optimizer=optimizer))
 
 
 def meshes(decoder: DecoderConfig, chips: int) -> Iterator[tuple[int, int, int, int]]:
-    """Sizes of data, fsdp, tensor and context that multiply to the chips and divide the model."""
+    """Yields sizes of (data, fsdp, tensor, context) whose product is `chips` and that divide the model."""
     def divisors(number: int) -> list[int]:
-        return [each for each in range(1, number + 1) if number % each == 0]
+        return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
     for tensor in divisors(chips):
         if any(size % tensor for size in (decoder.heads, decoder.kv_heads, decoder.mlp_width, decoder.vocabulary)):
@@ -99,21 +107,23 @@ def meshes(decoder: DecoderConfig, chips: int) -> Iterator[tuple[int, int, int, 
                     yield chips // tensor // context // fsdp, fsdp, tensor, context
 
 
-def _by_formula(plan: Plan) -> bool:
-    room = MARGIN * plan.target.chip.hbm_bytes
-    return all(each.hbm_bytes <= room for each in plan.functions.values())
+def _fits_by_formula(plan: Plan) -> bool:
+    return _largest_bytes(plan) <= MARGIN * plan.target.chip.hbm_bytes
+
+
+def _largest_bytes(plan: Plan) -> float:
+    return max(function.hbm_bytes for function in plan.functions.values())
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:
-    """What fits before what does not; then the faster, or the smaller."""
-    largest = max(each.hbm_bytes for each in plan.functions.values())
-    fits = plan.all_fit if plan.functions["decode"].source == "compiled" else _by_formula(plan)
-    return not fits, plan.run.step_seconds if fits and plan.run is not None else largest
+    """Sorts plans that fit first, by their time; the others by their memory."""
+    fits = plan.all_fit if plan.functions["decode"].source == "compiled" else _fits_by_formula(plan)
+    return not fits, plan.run.step_seconds if fits and plan.run is not None else _largest_bytes(plan)
 
 
-def _words(plan: Plan) -> str:
+def _describe(plan: Plan) -> str:
     config = plan.config
-    host = [name for name, is_there in (("reference", config.kl.offload_reference),
-                                        ("optimiser", config.update.offload_optimizer)) if is_there]
+    offloads = (("reference", config.kl.offload_reference), ("optimiser", config.update.offload_optimizer))
+    on_host = [name for name, offloaded in offloads if offloaded]
     return (f"mesh {' x '.join(map(str, plan.shape))}, {plan.slots} slots, {config.update.rows_per_micro_batch} rows, "
-            f"remat {config.model.remat}" + (f", {' and '.join(host)} on the host" if host else ""))
+            f"remat {config.model.remat}" + (f", {' and '.join(on_host)} on the host" if on_host else ""))

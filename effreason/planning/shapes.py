@@ -1,4 +1,4 @@
-"""The shape of the model a plan is for: from a shipped table, a directory or the Hub; never its weights."""
+"""Finds the shape of the model to plan for, in a shipped table, a directory or the Hub; never reads weights."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from effreason.lm import model
-from effreason.lm.hf import config as configs
 from effreason.lm.hf import hub
+from effreason.lm.hf.config import parse_config, read_json
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
@@ -22,7 +22,7 @@ _QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6, 
 _QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
           "rope_theta": 1000000.0, "max_position_embeddings": 40960, "vocab_size": 151936}
 
-# What the config.json of the recipes' models says of their shape: a plan for them needs neither network nor files.
+# The shapes in config.json of the recipes' models, so that a plan for them needs neither network nor files.
 SHIPPED: dict[str, dict[str, Any]] = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN2 | {
         "vocab_size": 151936, "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2,
@@ -40,15 +40,15 @@ SHIPPED: dict[str, dict[str, Any]] = {
 
 
 def open_decoder(config: Config) -> DecoderConfig:
-    """The decoder of model.path. Raises: UserError, also where a run's sequences are longer than it was made for."""
+    """Returns the decoder of model.path. Raises: UserError, also if the run's sequences are too long for it."""
     name = config.model.path
     if name in SHIPPED and not Path(name).exists():
         table, path = SHIPPED[name], Path(name) / "config.json"
     else:
         directory = SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
         path = directory / "config.json"
-        table = configs.read_json(path)
-    decoder = configs.parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)
+        table = read_json(path)
+    decoder = parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)
     most, longest = table.get("max_position_embeddings"), capacity.max_positions(config)
     if isinstance(most, int) and 0 < most < longest:
         raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or evaluation.max_new_tokens) must be at "
@@ -62,12 +62,12 @@ def _directory(name: str, revision: str | None) -> Path:
     except UserError as error:
         if not hub.is_hub_id(name) or Path(name).exists():
             raise
-        raise UserError(f"{error}; a plan needs its config.json alone, and has that of {', '.join(SHIPPED)} itself"
+        raise UserError(f"{error}; a plan needs only its config.json, and has those of {', '.join(SHIPPED)}"
                         ) from None
 
 
 def weight_count(decoder: DecoderConfig) -> int:
-    """Numbers in all weights."""
+    """Returns the number of parameters."""
     return _weight_count(dataclasses.replace(decoder, remat="full", attention="xla", cache_layout="transposed"))
 
 

@@ -1,20 +1,20 @@
-"""A plan for people, at 80 columns, and for programs, as JSON."""
+"""Prints a plan as a table of 80 columns or as JSON."""
 
 import dataclasses
 import math
 from typing import Any
 
 from effreason.planning.chips import GIB
-from effreason.planning.estimates import Function
+from effreason.planning.estimates import PlannedFunction
 from effreason.planning.plans import Plan, fits
 from effreason.runtime.sharding import MESH_AXES
 
-HEAD = ("function", "for", "own", "beside", "FLOPs", "moved", "sent", "time", "limit", "fits")
+HEAD = ("function", "for", "own", "other", "FLOPs", "moved", "sent", "time", "limit", "fits")
 WIDTHS = (15, 9, 6, 6, 5, 5, 5, 7, 7, 4)
 
 
 def scaled(value: float, digits: int = 3) -> str:
-    """A number with a unit prefix: 2.45T, 310G, 0."""
+    """Formats a number with a unit prefix: 2.45T, 310G, 0."""
     if not math.isfinite(value):
         return "-"
     prefixes = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
@@ -25,7 +25,7 @@ def scaled(value: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 12 us, 3.4 ms, 2.5 s, 41 min, 12 h."""
+    """Formats seconds: 12 us, 3.4 ms, 2.5 s, 41 min, 12 h."""
     for least, size, unit in ((3 * 3600, 3600, "h"), (180, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
         if seconds >= least:
             return f"{_digits(seconds / size)} {unit}"
@@ -33,18 +33,18 @@ def duration(seconds: float) -> str:
 
 
 def _digits(value: float, digits: int = 3) -> str:
-    """Three digits that mean something, without an exponent."""
+    """Formats a number with this many significant digits, at most two decimals and no exponent."""
     if value == 0:
         return "0"
-    behind = min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 2)
-    text = f"{value:.{behind}f}"
-    return text.rstrip("0").rstrip(".") if behind else text
+    decimals = min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 2)
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def render(plan: Plan) -> str:
-    """The whole plan as lines of at most 80 columns."""
+    """Formats the whole plan in lines of at most 80 columns."""
     lines = [*_heading(plan), "", _row(HEAD)]
-    lines += [_row(_cells(plan, each)) for each in plan.functions.values()]
+    lines += [_row(_cells(plan, function)) for function in plan.functions.values()]
     lines += ["", *_legend(plan), *_collectives(plan), "", *_verdict(plan), *_run(plan)]
     return "\n".join(lines)
 
@@ -65,39 +65,41 @@ def _heading(plan: Plan) -> list[str]:
 
 def _row(cells: tuple[str, ...]) -> str:
     left = (0, 1, 8, 9)
-    return " ".join(cell.ljust(width) if place in left else cell.rjust(width)
-                    for place, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))).rstrip()
+    return " ".join(cell.ljust(width) if column in left else cell.rjust(width)
+                    for column, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))).rstrip()
 
 
-def _cells(plan: Plan, each: Function) -> tuple[str, ...]:
-    cost, timed = each.whole_cost, plan.seconds(each)
-    own, beside = f"{each.own_bytes / GIB:.2f}", f"{each.beside_bytes / GIB:.2f}"
-    if cost is None or timed is None:
-        return each.name, each.per, own, beside, "-", "-", "-", "-", "-", "no"
+def _cells(plan: Plan, function: PlannedFunction) -> tuple[str, ...]:
+    cost, timing = function.full_cost, plan.seconds(function)
+    own, other = f"{function.own_bytes / GIB:.2f}", f"{function.other_bytes / GIB:.2f}"
+    if cost is None or timing is None:
+        return function.name, function.per, own, other, "-", "-", "-", "-", "-", "no"
+
     sent = sum(collective.bytes for collective in cost.collectives)
-    return (each.name, each.per, own, beside, scaled(cost.flops), scaled(cost.bytes), scaled(sent), duration(timed[0]),
-            timed[1], "yes" if fits(each, plan.target) else "NO")
+    return (function.name, function.per, own, other, scaled(cost.flops), scaled(cost.bytes), scaled(sent),
+            duration(timing[0]), timing[1], "yes" if fits(function, plan.target) else "NO")
 
 
 def _legend(plan: Plan) -> list[str]:
     efficiency = plan.inputs.efficiency
-    source = "formulas (analytic)" if any(each.source == "analytic" for each in plan.functions.values()) else \
-        "the compiled programs"
-    return [f"One chip, from {source}. own: GiB of HBM of its arguments, results,",
-            "temporaries, code; beside: GiB of what else is there then. moved: bytes in HBM,",
+    analytic = any(function.source == "analytic" for function in plan.functions.values())
+    source = "formulas (analytic)" if analytic else "the compiled programs"
+    return [f"One chip, from {source}. own: GiB of HBM for arguments, results,",
+            "temporaries, code; other: GiB of HBM in use besides. moved: bytes in HBM,",
             "sent: bytes over links. time: the longest of FLOPs, moved, sent at "
             f"{efficiency.compute:.0%}, {efficiency.memory:.0%},",
-            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which. Kernels, which XLA does not count, are",
-            f"in by formula; a decode step reads {plan.live:,.0f} positions of a slot."]
+            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which one. Kernels, which XLA does not count,",
+            f"are added by formula; a decode step reads {plan.live:,.0f} positions of a slot."]
 
 
 def _collectives(plan: Plan) -> list[str]:
     lines: list[tuple[str, str]] = []
-    for each in plan.functions.values():
-        found = [one for one in (each.cost.collectives if each.cost else ()) if one.group > 1 and one.bytes >= 1e6]
-        for one in sorted(found, key=lambda one: -one.bytes):
-            label = "" if lines and lines[-1][0] == each.name else each.name
-            lines.append((each.name, f"  {label:<16}{one.kind:<19}{one.count:>9,.0f} x over {one.group:>5,}"
+    for function in plan.functions.values():
+        collectives = function.cost.collectives if function.cost else ()
+        large = [one for one in collectives if one.group > 1 and one.bytes >= 1e6]
+        for one in sorted(large, key=lambda one: -one.bytes):
+            label = "" if lines and lines[-1][0] == function.name else function.name
+            lines.append((function.name, f"  {label:<16}{one.kind:<19}{one.count:>9,.0f} x over {one.group:>5,}"
                                      f"{scaled(one.bytes):>9}B"))
     return ["", "collectives of a call, above 1 MB", *(line for _, line in lines)] if lines else []
 
@@ -105,47 +107,47 @@ def _collectives(plan: Plan) -> list[str]:
 def _verdict(plan: Plan) -> list[str]:
     if not plan.functions:
         return []
-    worst = max(plan.functions.values(), key=lambda each: each.hbm_bytes)
-    room = plan.target.chip.hbm_bytes / GIB
-    word = "fits" if plan.all_fit else "DOES NOT FIT"
-    return [f"{word}: {worst.hbm_bytes / GIB:.2f} of {room:.2f} GiB a chip at most, in {worst.name}"]
+    worst = max(plan.functions.values(), key=lambda function: function.hbm_bytes)
+    available = plan.target.chip.hbm_bytes / GIB
+    verdict = "fits" if plan.all_fit else "DOES NOT FIT"
+    return [f"{verdict}: {worst.hbm_bytes / GIB:.2f} of {available:.2f} GiB per chip at most, in {worst.name}"]
 
 
 def _run(plan: Plan) -> list[str]:
     run, inputs, config = plan.run, plan.inputs, plan.config
     if run is None:
-        return ["no estimate of the run: it needs all functions, and that they fit"]
+        return ["no estimate of the run: it needs all functions, and all of them must fit"]
     money = "" if run.money is None else f", {run.money:,.0f} in money"
     rows = [
-        ("lengths", f"{len(plan.workload.lengths):,} responses, {inputs.mean_tokens:,.0f} tokens on the mean (input)"),
+        ("lengths", f"{len(plan.workload.lengths):,} responses, {inputs.mean_tokens:,.0f} tokens on average (input)"),
         ("rollouts", f"{run.rollout_tokens_per_second:,.0f} tokens/s, {duration(run.rollout_seconds)} a step"),
         ("scoring", f"{duration(run.score_seconds)} a step"),
         ("update", f"{duration(run.update_seconds)} a step; rows {run.row_fill:.0%} full; "
                    f"{run.update_mfu:.0%} of the chips' FLOP/s"),
         ("step", duration(run.step_seconds)),
         ("run", f"{config.run.steps:,} steps in {run.hours:,.1f} h, {run.evaluation_hours:,.1f} of them evaluation"),
-        ("cost", f"{run.chip_hours:,.0f} chip-hours, {run.energy_kwh:,.0f} kWh by the chips{money}"),
+        ("cost", f"{run.chip_hours:,.0f} chip-hours, {run.energy_kwh:,.0f} kWh for the chips{money}"),
     ]
     return [f"{name:<10}{text}" for name, text in rows]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as a table of numbers; of one chip, one call."""
-    def function(each: Function) -> dict[str, Any]:
-        cost, timed = each.whole_cost, plan.seconds(each)
-        known: dict[str, Any] = dict.fromkeys(("flops", "bytes", "host_bytes", "seconds", "limit"))
-        if cost is not None and timed is not None:
-            known = {"flops": cost.flops, "bytes": cost.bytes, "host_bytes": cost.host_bytes, "seconds": timed[0],
-                     "limit": timed[1]}
-        return {"fits": fits(each, plan.target), "hbm_bytes": each.hbm_bytes, "own_bytes": each.own_bytes,
-                "beside_bytes": each.beside_bytes, **known,
+    """Returns the plan as a JSON object; the numbers of a function are for one call on one chip."""
+    def as_object(function: PlannedFunction) -> dict[str, Any]:
+        cost, timing = function.full_cost, plan.seconds(function)
+        figures: dict[str, Any] = dict.fromkeys(("flops", "bytes", "host_bytes", "seconds", "limit"))
+        if cost is not None and timing is not None:
+            figures = {"flops": cost.flops, "bytes": cost.bytes, "host_bytes": cost.host_bytes, "seconds": timing[0],
+                       "limit": timing[1]}
+        return {"fits": fits(function, plan.target), "hbm_bytes": function.hbm_bytes, "own_bytes": function.own_bytes,
+                "other_bytes": function.other_bytes, **figures,
                 "collectives": [dataclasses.asdict(one) for one in (cost.collectives if cost else ())],
-                "per": each.per, "calls_per_step": each.calls, "source": each.source}
+                "per": function.per, "calls_per_step": function.calls, "source": function.source}
 
     return {"model": plan.config.model.path, "chips": plan.target.text, "chip_count": plan.target.chips,
             "hbm_bytes_per_chip": plan.target.chip.hbm_bytes, "mesh": dict(zip(MESH_AXES, plan.shape, strict=True)),
             "slots": plan.slots, "cache_positions": plan.capacity, "row_positions": plan.workload.width,
             "rows_per_micro_batch": plan.workload.rows, "micro_batches": plan.workload.micro_batches,
             "remat": plan.config.model.remat, "inputs": dataclasses.asdict(plan.inputs), "fits": plan.all_fit,
-            "functions": {name: function(each) for name, each in plan.functions.items()},
+            "functions": {name: as_object(function) for name, function in plan.functions.items()},
             "run": None if plan.run is None else dataclasses.asdict(plan.run)}

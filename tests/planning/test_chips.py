@@ -20,7 +20,7 @@ def test_targets(text, count, kind):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("tpu", "expected cpu or one of tpu:v5e"), ("v5e:4x4", "expected cpu or one of"),
-    ("tpu:v9:4x4", "expected cpu or one of"), ("gpu:h100", "expected a size behind gpu:h100, such as 8 or 2x8"),
+    ("tpu:v9:4x4", "expected cpu or one of"), ("gpu:h100", "expected a size after gpu:h100, such as 8 or 2x8"),
     ("tpu:v5e:4by4", "such as 4x4, found '4by4'"), ("tpu:v5e:0x4", "found '0x4'"),
     ("tpu:v5e:2x2x4", "has 2 axes, such as 4x4, found 3"), ("tpu:v5p:4x4", "has 3 axes, such as 4x4x4, found 2"),
     ("tpu:v5e:32x32", "at most 256 chips, found 1,024"), ("tpu:v5e:3x4", "must be even"),

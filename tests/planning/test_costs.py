@@ -11,7 +11,7 @@ from decoders import mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from effreason.planning import costs, hlo
-from effreason.planning.costs import Cost, Kernel
+from effreason.planning.costs import Cost, KernelCall
 from effreason.planning.estimates import kernel_cost, with_kernels
 from effreason.planning.hlo import Array
 
@@ -207,7 +207,7 @@ def test_splash_computes_what_is_below_the_diagonal():
     query, keys = Array("bf16", (heads, length, width)), Array("bf16", (kv_heads, length, width))
     forward = 4 * heads * width * length**2 / 2         # two products
     for name, products in (("splash_mha_fwd_segmented", 2), ("splash_mha_dkv", 4), ("splash_mha_dq", 3)):
-        kernel = Kernel(f"jit(f)/{name}", (Array("s8", (1, 2, 2)), query, keys, keys), (query,), 1)
+        kernel = KernelCall(f"jit(f)/{name}", (Array("s8", (1, 2, 2)), query, keys, keys), (query,), 1)
         assert kernel_cost(kernel, 1.0).flops == products / 2 * forward
 
 
@@ -215,7 +215,7 @@ def test_paged_attention_reads_what_is_live():
     rows, kv_heads, grouped, positions, width = 16, 2, 6, 4096, 128
     query = Array("f32", (rows * kv_heads, grouped, 1, width))
     pages = Array("bf16", (1, rows * kv_heads * positions // 512, 512, width))
-    kernel = Kernel("while/body/jit(paged_attention)/pallas_call", (Array("s32", (32,)), query, pages, pages), (), 3)
+    kernel = KernelCall("while/body/jit(paged_attention)/pallas_call", (Array("s32", (32,)), query, pages, pages), (), 3)
     found = with_kernels(Cost(kernels=(kernel,)), 0.25)
     live = rows * positions / 4
     assert found.bytes == 3 * 2 * live * kv_heads * width * 2
@@ -224,7 +224,7 @@ def test_paged_attention_reads_what_is_live():
 
 def test_a_token_is_written_by_tiles():
     cache = Array("bf16", (16, 2, 4096, 128))
-    kernel = Kernel("shard_map/pallas_call", (Array("bf16", (16, 2, 1, 128)),) * 2 + (cache, cache), (cache, cache), 1)
+    kernel = KernelCall("shard_map/pallas_call", (Array("bf16", (16, 2, 1, 128)),) * 2 + (cache, cache), (cache, cache), 1)
     assert kernel_cost(kernel, 1.0).bytes == 2 * 2 * 16 * 2 * 16 * 128 * 2      # read and put back
 
 

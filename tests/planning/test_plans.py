@@ -23,7 +23,7 @@ FLAGS = ["--data.path", "tiny", "--data.max_prompt_tokens", "64", "--rollout.max
          "float32", "--update.rows_per_micro_batch", "8", "--update.updates_per_batch", "2",
          "--update.vocabulary_tile", "512", "--run.steps", "10"]
 MESH = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
-INPUTS = plans.Inputs(mean_tokens=48, prompt_tokens=32)
+INPUTS = plans.PlanInputs(mean_tokens=48, prompt_tokens=32)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def test_packed_rows_hold_all_tokens(config):
     found = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32)
     positions = found.micro_batches * found.rows * found.width * config.update.updates_per_batch
     assert found.width == 256 and positions * found.fill == pytest.approx(found.tokens + 16 * 32)
-    unpacked = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32, one_sequence_per_row=True)
-    assert unpacked.pair_batches <= unpacked.micro_batches
+    alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32, one_sequence_per_row=True)
+    assert alone.pair_batches <= alone.micro_batches
 
 
 # Plans by compilation
@@ -129,8 +129,8 @@ def test_formulas_against_compiled_programs(config, mesh, remat):
     setting = on(config, **mesh, remat=remat)
     setting = dataclasses.replace(setting, model=dataclasses.replace(setting.model, attention="xla"))
     target = f"cpu:{math.prod(mesh.values())}"
-    wanted = ("decode", "score", "gradients", "apply") if not mesh else ("gradients",)
-    compiled, formula = (planned(setting, target, wanted=wanted, compiled=each).functions for each in (True, False))
+    wanted = ("decode", "score", "gradients", "apply_gradients") if not mesh else ("gradients",)
+    compiled, formula = (planned(setting, target, names=wanted, compiled=each).functions for each in (True, False))
     for name in wanted:
         found, expected = formula[name], compiled[name]
         assert found.source == "analytic"
@@ -141,29 +141,29 @@ def test_formulas_against_compiled_programs(config, mesh, remat):
 
 def test_thousands_of_responses_need_memory_on_every_chip(config):
     many = on(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, prompts_per_step=4096)), data=8)
-    wanted = ("score", "score_reference", "credit", "gradients", "apply")
-    compiled, formula = (planned(many, "cpu:8", wanted=wanted, compiled=each) for each in (True, False))
+    wanted = ("score", "score_reference", "experience", "gradients", "apply_gradients")
+    compiled, formula = (planned(many, "cpu:8", names=wanted, compiled=each) for each in (True, False))
     of_tokens = 4 * 16_384 * 192
-    for name in ("score", "credit"):
+    for name in ("score", "experience"):
         found, expected = formula.functions[name], compiled.functions[name]
         assert expected.own_bytes > (2 if name == "score" else 4) * of_tokens       # what it takes and returns
         assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes, expected.hbm_bytes)
-    few = planned(on(config, data=8), "cpu:8", wanted=wanted, compiled=False).functions
+    few = planned(on(config, data=8), "cpu:8", names=wanted, compiled=False).functions
     for plan in (compiled, formula):    # beside the functions: 1 - 16 / 16,384 of these arrays more than with 16
-        for name, least in (("score", 1), ("score_reference", 2), ("gradients", 1), ("apply", 1)):
-            assert plan.functions[name].beside_bytes - few[name].beside_bytes > 0.99 * least * of_tokens, name
+        for name, least in (("score", 1), ("score_reference", 2), ("gradients", 1), ("apply_gradients", 1)):
+            assert plan.functions[name].other_bytes - few[name].other_bytes > 0.99 * least * of_tokens, name
     # A chip with a little less than credit needs: the plan says so.
     needed = max(each.hbm_bytes for each in compiled.functions.values())
     small = dataclasses.replace(compiled.target, chip=dataclasses.replace(compiled.target.chip, hbm_bytes=needed - 1))
     assert compiled.all_fit and not dataclasses.replace(compiled, target=small).all_fit
-    assert compiled.functions["credit"].hbm_bytes == needed
+    assert compiled.functions["experience"].hbm_bytes == needed
 
 
 def test_saving_attention_saves_nothing_of_cudnn(config):
     def gradients(remat, platform):
         setting = on(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")),
                      remat=remat)
-        found = planned(setting, platform, wanted=("gradients",), compiled=False).functions["gradients"]
+        found = planned(setting, platform, names=("gradients",), compiled=False).functions["gradients"]
         return found.cost.flops, found.own_bytes
 
     assert gradients("attention", "gpu:h100:1") == gradients("full", "gpu:h100:1")
@@ -172,25 +172,25 @@ def test_saving_attention_saves_nothing_of_cudnn(config):
 
 
 def test_more_chips_hold_less_each(config):
-    one, eight = (planned(on(config, fsdp=count), f"cpu:{count}", wanted=("apply",)) for count in (1, 8))
-    assert eight.functions["apply"].own_bytes < one.functions["apply"].own_bytes / 7
+    one, eight = (planned(on(config, fsdp=count), f"cpu:{count}", names=("apply_gradients",)) for count in (1, 8))
+    assert eight.functions["apply_gradients"].own_bytes < one.functions["apply_gradients"].own_bytes / 7
 
 
 def test_what_is_on_the_host_is_not_on_the_chip(config):
     away = dataclasses.replace(config, update=dataclasses.replace(config.update, offload_optimizer=True),
                                kl=dataclasses.replace(config.kl, offload_reference=True))
-    here, there = (planned(on(each, fsdp=2), "cpu:2", wanted=("decode",)).functions["decode"]
+    here, there = (planned(on(each, fsdp=2), "cpu:2", names=("decode",)).functions["decode"]
                    for each in (config, away))
     moments_and_reference = (8 + 4) * shapes.weight_count(shapes.open_decoder(config)) / 2
-    assert here.beside_bytes - there.beside_bytes == pytest.approx(moments_and_reference, rel=0.01)
+    assert here.other_bytes - there.other_bytes == pytest.approx(moments_and_reference, rel=0.01)
 
 
 def test_a_program_that_is_too_large_is_no_traceback():
     message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G"
                " of 15.75G hbm. Exceeded hbm capacity by 4.75G.")
-    assert compile.too_large(message) == 20.5 * 2**30
-    assert compile.too_large("RESOURCE_EXHAUSTED: Allocation (size=1024) would exceed memory (size=1)") == 1024
-    assert compile.too_large("INVALID_ARGUMENT: something else") is None
+    assert compile.needed_bytes(message) == 20.5 * 2**30
+    assert compile.needed_bytes("RESOURCE_EXHAUSTED: Allocation (size=1024) would exceed memory (size=1)") == 1024
+    assert compile.needed_bytes("INVALID_ARGUMENT: something else") is None
 
 
 # The command
@@ -210,10 +210,10 @@ def planned_by_command(capsys, argv, code=0):
 
 
 def test_json_and_table(capsys, model):
-    argv = ["--model.path", model, *FLAGS, *MESH, "--chips", "cpu:8", "--functions", "decode,apply", "--json",
+    argv = ["--model.path", model, *FLAGS, *MESH, "--chips", "cpu:8", "--functions", "decode,apply_gradients", "--json",
             "--price-per-chip-hour", "2"]
     table = json.loads(planned_by_command(capsys, argv))
-    assert table["fits"] is True and list(table["functions"]) == ["decode", "apply"] and table["run"] is None
+    assert table["fits"] is True and list(table["functions"]) == ["decode", "apply_gradients"] and table["run"] is None
     for each in table["functions"].values():
         assert each["hbm_bytes"] > 0 and each["seconds"] > 0 and each["source"] == "compiled" and each["fits"]
         assert {"flops", "bytes", "collectives", "limit"} <= each.keys()
@@ -239,15 +239,15 @@ def test_what_does_not_fit_ends_with_1(capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     ([], "--chips must name the machine"),
     (["--chips", "tpu:v5e:4"], "--chips tpu:v5e:4: a TPU v5e slice has 2 axes"),
-    (["--chips", "cpu", "--functions", "decode,update"], "--functions must be of unstack"),
+    (["--chips", "cpu", "--functions", "decode,update"], "--functions must be among unstack"),
     (["--chips", "cpu", "--mean-tokens", "0"], "--mean-tokens must be a number in [1, 288], got 0"),
     (["--chips", "cpu", "--mean-tokens", "nan"], "--mean-tokens must be a number in [1, 288], got nan"),
     (["--chips", "cpu", "--price-per-chip-hour", "nan"], "--price-per-chip-hour must be a number >= 0 and finite, got"),
     (["--chips", "cpu", "--compute-efficiency", "abc"], "--compute-efficiency must be a number in (0, 1], got abc"),
     (["--chips", "cpu", "--watts", "-1"], "--watts must be a number >= 0 and finite, got -1"),
     (["--chips", "cpu", "--compute-efficiency", "1.5"], "--compute-efficiency must be a number in (0, 1], got 1.5"),
-    (["--chips", "cpu", "--output", "x.yaml"], "--output is for --fit"),
-    (["--chips", "cpu", "--fit", "--output", "setup.py"], "setup.py exists already"),
+    (["--chips", "cpu", "--output", "x.yaml"], "--output needs --fit"),
+    (["--chips", "cpu", "--fit", "--output", "setup.py"], "setup.py already exists"),
     (["--chips", "gpu:h100:8", "--mesh.fsdp", "3"], "= 6, --chips has 8; --fit finds a mesh"),
     (["--chips", "gpu:h100:8", "--mesh.tensor", "8"], "mesh.tensor must divide the model's"),
     (["--chips", "gpu:h100:1", "--model.attention", "splash"],
@@ -321,10 +321,10 @@ def test_the_search_finds_what_fits_into_little_memory(config):
     decoder = shapes.open_decoder(config)
     target = chips.parse("cpu:4")
     tight = dataclasses.replace(target, chip=dataclasses.replace(target.chip, hbm_bytes=12e6))
-    as_it_is = plans.make_plan(on(config, data=4), decoder, tight, INPUTS, wanted=("gradients", "apply"))
+    as_it_is = plans.make_plan(on(config, data=4), decoder, tight, INPUTS, names=("gradients", "apply_gradients"))
     assert not as_it_is.all_fit
     lines = []
-    found = search.search(config, decoder, tight, INPUTS, say=lines.append)
+    found = search.search(config, decoder, tight, INPUTS, log=lines.append)
     assert found.all_fit and found.run is not None and found.functions["gradients"].source == "compiled"
     assert math.prod(found.shape) == 4 and any("candidates by formula" in line for line in lines)
 
@@ -387,10 +387,10 @@ def test_a_tpu_slice_of_several_hosts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"head_dim": 128}))
     program = f"""
 import sys
-from effreason import cli
-sys.exit(cli.main(["plan", "--model.path", {model!r}, *{FLAGS!r}, "--model.dtype", "bfloat16", "--mesh.fsdp", "16",
+from effreason.cli import main
+sys.exit(main.main(["plan", "--model.path", {model!r}, *{FLAGS!r}, "--model.dtype", "bfloat16", "--mesh.fsdp", "16",
                    "--update.rows_per_micro_batch", "16", "--chips", "tpu:v5e:4x4", "--json", "--functions",
-                   "decode,gradients,apply"]))
+                   "decode,gradients,apply_gradients"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
