@@ -29,6 +29,7 @@ from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import GenerationProgress, Progress
 from effreason.sampling import engine as rollouts
+from effreason.sampling.scheduler import make_requests
 from effreason.types import Outcomes, Packed, Rollouts
 
 
@@ -181,8 +182,9 @@ def check_parity(config: Config, engine: Engine, problems: prompts.Problems, sta
     batch = prompts.batch(problems, settings.prompts_per_step, config.run.seed, 0)
     key = rollouts.step_key(config.run.seed, "parity", 0)
     with jax.transfer_guard("disallow"):
-        requests = rollouts.make_requests(batch, settings.group_size,
-                                          min(parity.START_TOKENS, settings.max_new_tokens))
+        requests = make_requests([problem.prompt for problem in batch], settings.group_size,
+                                 min(parity.START_TOKENS, settings.max_new_tokens),
+                                 uids=[problem.uid for problem in batch])
         responses, _ = attempts.generate(
             lambda requests: engine.sampler(state.params, requests, key, engine.sampling), requests, watch)
         sampled = rollouts.collect(batch, responses, settings.group_size)

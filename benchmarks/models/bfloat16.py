@@ -23,6 +23,7 @@ from effreason.rl import packing, update
 from effreason.runtime import sharding
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
+from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem, Response, Rows
 
 QUESTIONS = (
@@ -52,7 +53,9 @@ def sample(decoder: model.DecoderConfig, params: model.Params, problems: list[Pr
     """One response to each prompt, in their order, none ended by an EOS."""
     sampling = SamplingParams(temperature=temperature, eos_ids=())
     sampler = engine.make_sampler(decoder, sharding.make_mesh(), slots=len(problems), chunk=16)
-    chunks = sampler(params, engine.make_requests(problems, 1, tokens), jax.random.key(0), sampling)
+    requests = make_requests([problem.prompt for problem in problems], 1, tokens,
+                             uids=[problem.uid for problem in problems])
+    chunks = sampler(params, requests, jax.random.key(0), sampling)
     return sorted((response for chunk in chunks for response in chunk), key=lambda response: response.prompt)
 
 

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from effreason.lm import kv_cache, model
 from effreason.lm.hf.pretrained import write_decoder
 from effreason.sampling import draws, engine, slots
+from effreason.sampling.scheduler import Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,8 @@ def make_ours(config: model.DecoderConfig, params: model.Params, mesh: Mesh, wor
               greedy: bool = False) -> Engine:
     """The engine. It holds the limits on the device, where they end a row as an EOS would; nothing plans with them:
     `expected_tokens` is None and the cache's capacity follows from the longest response allowed."""
-    sampler = engine.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions)
+    sampler = engine.make_sampler(config, mesh, slots=workload.rows, chunk=chunk,
+                                  max_positions=workload.positions)
     sampling = draws.SamplingParams(temperature=0.0 if greedy else 1.0, eos_ids=())
     figures: dict[str, float] = {"compiled": 0}
 
@@ -84,9 +86,9 @@ def make_ours(config: model.DecoderConfig, params: model.Params, mesh: Mesh, wor
     return Engine(generate=generate, compiled=lambda: int(figures["compiled"]), ragged=True, figures=figures)
 
 
-def make_requests(workload: Workload) -> list[engine.Request]:
+def make_requests(workload: Workload) -> list[Request]:
     """The rows as the engine takes them."""
-    return [engine.Request(prompt=row // workload.samples, tokens=workload.prompts[row // workload.samples],
+    return [Request(prompt=row // workload.samples, tokens=workload.prompts[row // workload.samples],
                              uid=row // workload.samples, sample=row % workload.samples, max_new_tokens=int(limit))
             for row, limit in enumerate(workload.limits)]
 
@@ -101,7 +103,7 @@ def make_static(config: model.DecoderConfig, params: model.Params, mesh: Mesh, w
         sampling = draws.SamplingParams(temperature=0.0 if greedy else 1.0, eos_ids=())
         pieces = Pieces(prepare=jax.jit(functools.partial(model.unstack, config)),
                         extend=functools.partial(model.extend, config),
-                        empty_cache=functools.partial(model.empty_cache, config), logits=slots.logits,
+                        empty_cache=functools.partial(model.empty_cache, config), logits=slots.next_token_logits,
                         draw=lambda logits, key: draws.draw(logits, jax.random.split(key, logits.shape[0]),
                                                             sampling).tokens)
     else:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from benchmarks.sampling.engines import Workload, make_requests
 from effreason.lm import model
 from effreason.sampling import capacity, draws, engine, slots
-from effreason.sampling.scheduler import READ_ROWS
+from effreason.sampling.scheduler import PREFILL_ROWS, Request
 
 DRAWN = draws.SamplingParams(temperature=1.0, eos_ids=())
 BATCHES = (64, 32, 16, 8, 4)
@@ -79,7 +79,7 @@ def products(config: model.DecoderConfig, weights: dict[str, Any], x: jax.Array,
             x = x + (x @ layer["query"] + mixed) @ layer["output"]
             x = x + ((x @ layer["gate"]) * (x @ layer["up"])) @ layer["down"]
             x = x / (1.0 + jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))      # finite for ever
-        logits = slots.logits(weights, x)
+        logits = slots.next_token_logits(weights, x)
         # Carried, and the next step depends on one of them: the product can neither be dropped nor cut down.
         x, logits = jax.lax.optimization_barrier((x, logits))
         return x + 1e-6 * logits[:, :1], logits
@@ -125,8 +125,8 @@ def prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh, repea
     with jax.set_mesh(mesh):
         weights = programs.unstack(params)
         for length in (64, 1024):
-            prompts = jax.device_put(np.zeros((READ_ROWS, length), np.int32), programs.replicated)
-            rates[f"{READ_ROWS} x {length}"] = prompts.size / median_seconds(programs.read, weights, prompts,
+            prompts = jax.device_put(np.zeros((PREFILL_ROWS, length), np.int32), programs.replicated)
+            rates[f"{PREFILL_ROWS} x {length}"] = prompts.size / median_seconds(programs.prefill, weights, prompts,
                                                                              repeats=repeats)
     return rates
 
@@ -135,10 +135,11 @@ def group_prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
                   samples: int = 8, length: int = 1024) -> dict[str, float]:
     """Seconds until all samples of some prompts have their first token: prompts read once, or once for each sample."""
     tokens = np.random.default_rng(3).integers(0, config.vocabulary, (prompts, length)).astype(np.int32)
-    sampler = engine.make_sampler(config, mesh, slots=prompts * samples, chunk=1, positions=length + 1)
+    sampler = engine.make_sampler(config, mesh, slots=prompts * samples, chunk=1,
+                                  max_positions=length + 1)
 
     def seconds(shared: bool) -> float:
-        requests = [engine.Request(prompt=prompt if shared else prompt * samples + sample, tokens=tokens[prompt],
+        requests = [Request(prompt=prompt if shared else prompt * samples + sample, tokens=tokens[prompt],
                                      uid=prompt, sample=sample, max_new_tokens=1)
                     for prompt in range(prompts) for sample in range(samples)]
         started = time.perf_counter()
@@ -164,7 +165,7 @@ def step_seconds(programs: slots.Programs, weights: Any, *, rows: int, positions
         state = dataclasses.replace(state, **jax.device_put(there, programs.by_rows))
         jax.block_until_ready(state)
         started = time.perf_counter()
-        state, drawn = programs.advance(weights, state, control, sampling=DRAWN, chunk=steps)
+        state, drawn = programs.decode(weights, state, control, sampling=DRAWN, chunk=steps)
         jax.block_until_ready(drawn)
         times.append((time.perf_counter() - started) / steps)
     return statistics.median(times[1:])
@@ -194,7 +195,8 @@ def draw_ms(config: model.DecoderConfig, repeats: int, rows: int = 64) -> dict[s
 def profile(config: model.DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload,
             chunk: int) -> list[dict[str, float]]:
     """Where the time of the engine goes: by slots and cache positions, from chunk to chunk, host included."""
-    sampler = engine.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions)
+    sampler = engine.make_sampler(config, mesh, slots=workload.rows, chunk=chunk,
+                                  max_positions=workload.positions)
     for _ in range(2):              # the first compiles
         totals: dict[tuple[int, int], collections.Counter[str]] = collections.defaultdict(collections.Counter)
         with jax.set_mesh(mesh):

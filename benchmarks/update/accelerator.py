@@ -66,7 +66,7 @@ def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: i
                         lengths=workload.limits, correct=random.random((prompts, samples)) < 0.5,
                         longest=response)
     learner = steps.make_ours(config, batch, mesh, rows=rows, remat=remat, dtype=dtype)
-    sampler = rollouts.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, positions=workload.positions,
+    sampler = rollouts.make_sampler(config, mesh, slots=workload.rows, chunk=chunk, max_positions=workload.positions,
                                     cache_layout="auto")
     times: dict[str, list[float]] = {"rollout": [], "learning": []}
     for index in range(repeats + 1):

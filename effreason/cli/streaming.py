@@ -35,7 +35,8 @@ from effreason.runtime.progress import rate, say
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
-from effreason.sampling.generate import TextStream, decode, make_requests
+from effreason.sampling.generate import TextStream, decode
+from effreason.sampling.scheduler import make_requests
 from effreason.types import Response
 
 STREAM_CACHE = 2048                 # positions of a stream's first cache: no pause to compile more
@@ -133,8 +134,8 @@ class Session:
         if prompts is not None:
             longest = max(len(each.tokens) + each.max_new_tokens for each in prompts)
         self._sampler = engine.make_sampler(decoder, mesh, slots=self.options.slots, chunk=chunk,
-                                            positions=longest,
-                                            smallest=STREAM_CACHE if prompts is None else None)
+                                            max_positions=longest,
+                                            min_positions=STREAM_CACHE if prompts is None else None)
 
     def start(self, prompts: Sequence[TokenizedPrompt],
               uids: Sequence[int] | None = None) -> engine.Generation:
@@ -143,9 +144,8 @@ class Session:
         sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p,
                                   top_k=options.top_k, min_p=options.min_p,
                                   eos_ids=self.pretrained.eos_ids)
-        requests = make_requests([each.tokens for each in prompts],
+        requests = make_requests([each.tokens for each in prompts], options.samples,
                                  [each.max_new_tokens for each in prompts], uids=uids,
-                                 samples=options.samples,
                                  vocabulary=self.pretrained.decoder.vocabulary)
         return self._sampler(self._params, requests, jax.random.key(options.seed), sampling)
 
@@ -201,7 +201,7 @@ def stream(session: Session, prompt: TokenizedPrompt, uid: int = 0) -> None:
             growing = {response.sample: response for response in generation.unfinished()} | done
             speed.look(generation.tokens)
             while current in growing:
-                put(streams[current].more(growing[current].tokens, over=current in done))
+                put(streams[current].update(growing[current].tokens, final=current in done))
                 if current not in done:
                     break
                 put("" if newline else "\n")

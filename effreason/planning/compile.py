@@ -133,18 +133,18 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
     layout = cache_layout(config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=layout), mesh)
     positions = cache_positions(capacity.max_positions(config))
-    width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), positions)
-    height = max(min(slot_count, scheduler.READ_ROWS, scheduler.READ_TOKENS // width), 1)
+    width = scheduler.prefill_width(config.data.max_prompt_tokens, positions)
+    height = scheduler.prefill_rows(width, slot_count)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return _array(sampler.replicated, jnp.int32, *shape)
 
     weights = sampler.unstack.eval_shape(params)
-    prefilled = sampler.read.eval_shape(weights, integers(height, width))
+    prefilled = sampler.prefill.eval_shape(weights, integers(height, width))
     running = sampler.empty.eval_shape(count=slot_count, capacity=positions)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sampler.replicated)
-    fresh = integers(len(slots.FRESH), slot_count)
+    fresh = integers(len(slots.INSERT_FIELDS), slot_count)
 
     settings, chunk = config.rollout, config.rollout.chunk
     sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
@@ -157,13 +157,13 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                        lower=lambda: sampler.unstack.lower(params)),
         PlannedProgram(name="prefill", per=f"{height} prompts", calls=batches, trips=1, divide=1,
                        other_bytes=training_bytes + bytes_per_device(running),
-                       lower=lambda: sampler.read.lower(weights, integers(height, width))),
+                       lower=lambda: sampler.prefill.lower(weights, integers(height, width))),
         PlannedProgram(name="insert", per="a slot", calls=responses, trips=height, divide=height,
                        other_bytes=training_bytes + bytes_per_device(weights),
-                       lower=lambda: sampler.start.lower(running, prefilled, fresh, key)),
+                       lower=lambda: sampler.insert.lower(running, prefilled, fresh, key)),
         PlannedProgram(name="decode", per="a token", calls=0, trips=chunk, divide=chunk,
                        other_bytes=training_bytes + bytes_per_device(prefilled),
-                       lower=lambda: sampler.advance.lower(weights, running, integers(1 + slot_count),
+                       lower=lambda: sampler.decode.lower(weights, running, integers(1 + slot_count),
                                                            sampling=sampling, chunk=chunk))]
 
 

@@ -18,7 +18,8 @@ from effreason.rl import learner, packing
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.sampling.capacity import max_positions
-from effreason.sampling.engine import SMALLEST, cache_positions
+from effreason.sampling.engine import cache_positions
+from effreason.sampling.scheduler import MIN_SLOTS_PER_DEVICE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def _estimate(config: Config, decoder: DecoderConfig, target: Target, shape: tup
     return estimates.estimate_run(
         config, functions, workload, machine, slots=slots, capacity=capacity,
         weights_bytes=sizes.itemsize * weights_read / shape[2],
-        flops_per_token=2.0 * (sizes.products + sizes.table), smallest=SMALLEST,
+        flops_per_token=2.0 * (sizes.products + sizes.table), smallest=MIN_SLOTS_PER_DEVICE,
         price=inputs.price, watts=inputs.watts)
 
 

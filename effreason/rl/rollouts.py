@@ -18,7 +18,8 @@ from effreason.grading.kinds import Reference
 from effreason.runtime import processes
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import GenerationProgress
-from effreason.sampling.engine import Generation, Request, collect, make_requests
+from effreason.sampling.engine import Generation, collect
+from effreason.sampling.scheduler import Request, make_requests
 from effreason.types import Problem, Response, Rollouts
 
 GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seconds
@@ -109,7 +110,9 @@ def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_
     before = [response for response in drawn if response.finish]
     for first in range(0, len(before), GRADED_AT_ONCE):
         submit(before[first : first + GRADED_AT_ONCE])
-    requests = remaining(make_requests(problems, group_size, max_new_tokens, expected), drawn)
+    requests = make_requests([problem.prompt for problem in problems], group_size, max_new_tokens,
+                             uids=[problem.uid for problem in problems], expected=expected)
+    requests = remaining(requests, drawn)
     responses, generation = generate(start, requests, watch, submit=take, keep=lambda now: keep([*before, *now]))
     rollouts = collect(problems, [*before, *responses], group_size)
     generated = time.monotonic()

@@ -34,7 +34,7 @@ def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: 
 
     return make_sampler(
         decoder, mesh, slots=slot_count(config, decoder, mesh, weight_bytes), chunk=settings.chunk,
-        positions=max_positions(config), repetition=repetition, cache_layout=settings.cache_layout)
+        max_positions=max_positions(config), repetition=repetition, cache_layout=settings.cache_layout)
 
 
 def slot_count(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""What is asked of the engine, in which order it is taken up, and what has to be read for it."""
+"""The host's side of a generation: requests, their order, prefill batches, and who has a slot."""
 
 import collections
 import dataclasses
@@ -7,57 +7,117 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from effreason.types import Problem, Response
+from effreason.sampling.draws import SamplingParams, recorded_logprobs
+from effreason.sampling.repetition import RepetitionStopping
+from effreason.sampling.slots import INSERT_FIELDS
+from effreason.types import FinishReason, Response
 
-READ_ROWS, READ_TOKENS = 8, 8192    # prompts read at once, and padded tokens of them together, at most
+PREFILL_ROWS = 8                    # prompts prefilled at once, at most
+PREFILL_TOKENS = 8192               # padded tokens of them together, at most
+MIN_SLOTS_PER_DEVICE = 8            # not halved further: a step costs about the same
+REFILL_SHARE = 8                    # one free slot in 8 ends a chunk early if something waits
+
+Prompt = Sequence[int] | Int[np.ndarray, " S"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One response to be made."""
+    """One response to generate."""
 
-    prompt: int                     # index among the prompts; those of one index share their tokens, read once
-    tokens: np.ndarray              # int32[S'], the prompt
-    uid: int                        # with the sample and the position it makes the key of every token
+    prompt: int                     # index of the prompt; requests of one index share its prefill
+    tokens: Int[np.ndarray, " S"]   # the prompt
+    uid: int                        # with sample and position it makes the key of every token
     sample: int
     max_new_tokens: int
-    expected_tokens: float | None = None    # longest first, where it is known; never decides more than the order
-    prefix: Response | None = None  # what was drawn already: it goes on from there
+    expected_tokens: float | None = None    # the longest start first; decides nothing but the order
+    prefix: Response | None = None  # what was drawn before, to be continued
 
     @property
-    def known(self) -> np.ndarray:
-        """int32[...], the prompt and what was drawn already."""
-        return self.tokens if self.prefix is None else np.concatenate([self.tokens, self.prefix.tokens])
+    def known(self) -> Int[np.ndarray, " length"]:
+        """The prompt and what was drawn before."""
+        if self.prefix is None:
+            return self.tokens
+        return np.concatenate([self.tokens, self.prefix.tokens])
 
 
-def make_requests(problems: Sequence[Problem], group_size: int, max_new_tokens: int,
+def make_requests(prompts: Sequence[Prompt], samples: int, max_new_tokens: int | Sequence[int], *,
+                  uids: Sequence[int] | None = None, vocabulary: int | None = None,
                   expected: Mapping[int, float] = MappingProxyType({})) -> list[Request]:
-    """A group of responses to each problem. Args: expected, tokens by uid, of those of which something is known."""
-    return [Request(prompt=index, tokens=problem.prompt, uid=problem.uid, sample=sample, max_new_tokens=max_new_tokens,
-                    expected_tokens=expected.get(problem.uid))
-            for index, problem in enumerate(problems) for sample in range(group_size)]
+    """Returns the requests for `samples` responses to each prompt.
+
+    Args:
+        max_new_tokens: for all prompts, or one for each.
+        uids: in [0, 2**31); None = the indices of the prompts.
+        vocabulary: token ids must be below it, if given.
+        expected: response tokens by uid, if something is known of it.
+
+    Raises:
+        ValueError: for prompts, limits or uids that are not valid.
+    """
+    count = len(prompts)
+    limits = ([int(max_new_tokens)] * count if isinstance(max_new_tokens, int | np.integer)
+              else list(max_new_tokens))
+    uids = list(range(count)) if uids is None else list(uids)
+    if len(limits) != count or len(uids) != count:
+        raise ValueError(f"expected {count} max_new_tokens and uids, as there are prompts, "
+                         f"got {len(limits)} and {len(uids)}")
+    if samples < 1 or min(limits, default=1) < 1:
+        raise ValueError("samples and max_new_tokens must be at least 1, "
+                         f"got {samples} and {min(limits, default=1)}")
+    if not all(0 <= uid < 2**31 for uid in uids):
+        raise ValueError(f"uids must be in [0, 2**31), got {min(uids)} to {max(uids)}")
+
+    requests = []
+    for index, (prompt, uid, limit) in enumerate(zip(prompts, uids, limits, strict=True)):
+        tokens = np.asarray(prompt)
+        if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
+            raise ValueError(f"prompt {index} must be a list of token ids, "
+                             f"got shape {tokens.shape}, {tokens.dtype}")
+        if vocabulary is not None and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            raise ValueError(f"prompt {index}: token ids must be in [0, {vocabulary}), "
+                             f"got {tokens.min()} to {tokens.max()}")
+        tokens = tokens.astype(np.int32)
+        requests += [Request(prompt=index, tokens=tokens, uid=uid, sample=sample,
+                             max_new_tokens=int(limit), expected_tokens=expected.get(uid))
+                     for sample in range(samples)]
+    return requests
 
 
-def check(requests: Sequence[Request], positions: int | None) -> None:
+def check_requests(requests: Sequence[Request], max_positions: int | None) -> None:
     """Raises ValueError for a request that cannot be served."""
     for request in requests:
-        name, drawn = f"prompt {request.prompt}, sample {request.sample}", len(request.known) - len(request.tokens)
+        name = f"prompt {request.prompt}, sample {request.sample}"
+        drawn = len(request.known) - len(request.tokens)
         if not len(request.tokens):
             raise ValueError(f"{name}: the prompt must have at least 1 token, got 0")
         if request.max_new_tokens <= drawn:
             raise ValueError(f"{name}: max_new_tokens must be above the {drawn} drawn already, "
                              f"got {request.max_new_tokens}")
-        if positions is not None and len(request.tokens) + request.max_new_tokens > positions:
-            raise ValueError(f"{name}: prompt and max_new_tokens must be at most {positions} positions, "
-                             f"got {len(request.tokens)} + {request.max_new_tokens}")
+        if (max_positions is not None
+                and len(request.tokens) + request.max_new_tokens > max_positions):
+            raise ValueError(f"{name}: prompt and max_new_tokens must be at most {max_positions} "
+                             f"positions, got {len(request.tokens)} + {request.max_new_tokens}")
+
+
+def order_requests(requests: Sequence[Request]) -> list[Request]:
+    """Sorts by expected length, unknown first, then longest; samples of a prompt stay together."""
+    expected: dict[int, list[float]] = collections.defaultdict(list)
+    for request in requests:
+        expected[request.prompt].append(
+            float("inf") if request.expected_tokens is None else request.expected_tokens)
+
+    ranks = {prompt: rank for rank, prompt in enumerate(expected)}
+    means = {prompt: sum(tokens) / len(tokens) for prompt, tokens in expected.items()}
+    return sorted(requests, key=lambda request: (-means[request.prompt], ranks[request.prompt]))
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillKey:
-    """Tokens to read before a response can go on; equal ones are read once."""
+    """Tokens to prefill before a response can continue; equal ones are prefilled once."""
 
-    name: tuple[int, ...]           # the prompt, and the sample where the response has a prefix of its own
+    name: tuple[int, ...]           # the prompt, and the sample if the response has a prefix
     known: np.ndarray = dataclasses.field(compare=False)
 
     @classmethod
@@ -68,64 +128,253 @@ class PrefillKey:
 
 @dataclasses.dataclass(kw_only=True)
 class PrefillBatch:
-    """Prompts of about one length that are read together, until all their responses have started."""
+    """Prompts of similar length, prefilled together and kept until all their responses start."""
 
     rows: dict[PrefillKey, int]
     waiting: int                    # responses that will still start from it
     width: int                      # positions of a row
     height: int                     # rows, some of them empty
-    cache: Any = None               # on the device, once it is read
+    cache: Any = None               # on the device, once it is prefilled
 
-    def prompts(self) -> np.ndarray:
-        """int32[height, width], padded on the right."""
-        table = np.zeros((self.height, self.width), np.int32)
-        for source, row in self.rows.items():
-            # The last token stays out: the first decode step reads it, and draws from what it predicts.
-            table[row, : len(source.known) - 1] = source.known[:-1]
-        return table
+    def prompts(self) -> Int[np.ndarray, "height width"]:
+        """Returns the tokens, padded on the right."""
+        prompts = np.zeros((self.height, self.width), np.int32)
+        for key, row in self.rows.items():
+            # The last token is left to the first decode step, which draws from its prediction.
+            prompts[row, : len(key.known) - 1] = key.known[:-1]
+        return prompts
 
 
 class PrefillQueue:
-    """All that is to be read, in the order in which it is needed, by padded length.
+    """Everything to prefill, in the order it is needed, by padded length.
 
-    Args: queue, in their order; most, the largest width; rows, of a bank at most."""
+    Args:
+        requests: in their order.
+        max_width: of a batch.
+        max_rows: of a batch.
+    """
 
-    def __init__(self, queue: Sequence[Request], most: int | None, rows: int) -> None:
-        self._most, self._rows = most, rows
-        self._unread: dict[int, collections.deque[tuple[PrefillKey, int]]] = collections.defaultdict(collections.deque)
-        for source, count in collections.Counter(PrefillKey.of(request) for request in queue).items():
-            self._unread[self._width(source)].append((source, count))
-        self._banks: list[PrefillBatch] = []
+    def __init__(self, requests: Sequence[Request], max_width: int | None, max_rows: int) -> None:
+        self._max_width, self._max_rows = max_width, max_rows
+        self._batches: list[PrefillBatch] = []
+        self._waiting: dict[int, collections.deque[tuple[PrefillKey, int]]]
+        self._waiting = collections.defaultdict(collections.deque)
+        counts = collections.Counter(PrefillKey.of(request) for request in requests)
+        for key, count in counts.items():
+            self._waiting[prefill_width(len(key.known), max_width)].append((key, count))
 
-    def bank_of(self, source: PrefillKey) -> PrefillBatch:
-        """The bank that holds a source; a new one holds the next ones of about its length too."""
-        for bank in self._banks:
-            if source in bank.rows:
-                return bank
-        width = self._width(source)
-        # Always as many rows, filled or not: what is read does not depend, even by rounding, on what else waits.
-        height = max(min(self._rows, READ_ROWS, READ_TOKENS // width), 1)
-        unread = self._unread[width]
-        taken = [unread.popleft() for _ in range(min(len(unread), height))]
-        bank = PrefillBatch(rows={each: row for row, (each, _) in enumerate(taken)}, waiting=sum(count for _, count in taken),
-                    width=width, height=height)
-        self._banks.append(bank)
-        return bank
+    def batch_of(self, key: PrefillKey) -> PrefillBatch:
+        """Returns the batch that holds a key; a new one takes the next keys of its width, too."""
+        for batch in self._batches:
+            if key in batch.rows:
+                return batch
 
-    def forget(self) -> None:
-        """Lets go of banks from which nothing will start any more."""
-        self._banks = [bank for bank in self._banks if bank.waiting]
+        width = prefill_width(len(key.known), self._max_width)
+        height = prefill_rows(width, self._max_rows)
+        waiting = self._waiting[width]
+        taken = [waiting.popleft() for _ in range(min(len(waiting), height))]
+        batch = PrefillBatch(rows={key: row for row, (key, _) in enumerate(taken)},
+                             waiting=sum(count for _, count in taken), width=width, height=height)
+        self._batches.append(batch)
+        return batch
 
-    def _width(self, source: PrefillKey) -> int:
-        width = max(16, 1 << (len(source.known) - 1).bit_length())
-        return width if self._most is None else min(width, self._most)
+    def drop_started(self) -> None:
+        """Forgets the batches whose responses have all started."""
+        self._batches = [batch for batch in self._batches if batch.waiting]
 
 
-def in_order(requests: Sequence[Request]) -> list[Request]:
-    """Longest expected first, those of which nothing is known before them; the samples of a prompt stay together."""
-    known: dict[int, list[float]] = collections.defaultdict(list)
-    for request in requests:
-        known[request.prompt].append(float("inf") if request.expected_tokens is None else request.expected_tokens)
-    places = {prompt: place for place, prompt in enumerate(known)}
-    return sorted(requests, key=lambda request: (-sum(known[request.prompt]) / len(known[request.prompt]),
-                                                 places[request.prompt]))
+def prefill_width(tokens: int, max_width: int | None) -> int:
+    """Returns the padded length of a prompt."""
+    width = max(16, 1 << (tokens - 1).bit_length())
+    return width if max_width is None else min(width, max_width)
+
+
+def prefill_rows(width: int, slots: int) -> int:
+    """Returns the rows of a batch, filled or not: rounding must not depend on what else waits."""
+    return max(min(slots, PREFILL_ROWS, PREFILL_TOKENS // width), 1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Running:
+    """The response in a slot, as the host knows it."""
+
+    request: Request
+    key: PrefillKey
+    length: int                     # tokens in the slot's cache, at most
+    generated: int
+    tokens: list[np.ndarray]        # one piece for each chunk
+    logprobs: dict[str, list[np.ndarray]]
+    repeated: bool = False
+
+    @classmethod
+    def start(cls, request: Request, sampling: SamplingParams) -> "Running":
+        prefix, key = request.prefix, PrefillKey.of(request)
+        return cls(request=request, key=key, length=len(key.known) - 1,
+                   generated=len(key.known) - len(request.tokens),
+                   tokens=[] if prefix is None else [prefix.tokens],
+                   logprobs={name: [] if prefix is None else [getattr(prefix, name)]
+                             for name in recorded_logprobs(sampling)},
+                   repeated=prefix is not None and prefix.repeated)
+
+    def extend(self, outputs: Mapping[str, np.ndarray], slot: int, count: int) -> None:
+        """Appends `count` tokens of a chunk."""
+        self.tokens.append(outputs["tokens"][:count, slot])
+        for name, pieces in self.logprobs.items():
+            pieces.append(outputs[name][:count, slot])
+        self.length += count
+        self.generated += count
+
+    def response(self, finish: FinishReason | None, length: int | None = None) -> Response:
+        """Joins the pieces, cut at `length` if given."""
+        def join(pieces: list[np.ndarray], dtype: Any) -> np.ndarray:
+            return (np.concatenate(pieces) if pieces else np.zeros(0, dtype))[:length]
+
+        logprobs = {name: join(pieces, np.float32) for name, pieces in self.logprobs.items()}
+        for name in ("sampling_logprobs", "model_logprobs"):
+            logprobs.setdefault(name, logprobs["logprobs"])
+        return Response(prompt=self.request.prompt, sample=self.request.sample, finish=finish,
+                        tokens=join(self.tokens, np.int32), repeated=self.repeated, **logprobs)
+
+
+class Schedule:
+    """Which response is in which slot; each device has the same number of consecutive slots."""
+
+    def __init__(self, requests: Sequence[Request], sampling: SamplingParams, *, slots: int,
+                 shards: int, max_width: int | None, repetition: RepetitionStopping | None) -> None:
+        self._sampling, self._shards, self._repetition = sampling, shards, repetition
+        self._queue = collections.deque(order_requests(requests))
+        # For fewer responses a power of two, so that they share programs; a multiple of the shards.
+        slots = min(slots, 1 << max(len(requests) - 1, 0).bit_length())
+        slots = -(-slots // shards) * shards
+        self._slots: list[Running | None] = [None] * slots
+        self._stopped = np.zeros(slots, bool)       # on the host; the device does not know yet
+        self.prefills = PrefillQueue(self._queue, max_width, slots)
+
+    @property
+    def slots(self) -> int:
+        """Slots at present: fewer in the tail."""
+        return len(self._slots)
+
+    @property
+    def running(self) -> list[Running]:
+        """The responses in slots."""
+        return [response for response in self._slots if response is not None]
+
+    @property
+    def waiting(self) -> int:
+        """Number of responses that have not started."""
+        return len(self._queue)
+
+    def unfinished(self) -> list[Response]:
+        """Returns the responses that have started, with finish None, as prefixes to continue."""
+        return [*(response.response(None) for response in self.running),
+                *(request.prefix for request in self._queue if request.prefix is not None)]
+
+    def fill(self) -> list[tuple[PrefillBatch, list[Running]]]:
+        """Gives free slots to waiting responses; returns those, by the batch with their prompts."""
+        # Dealt out over the devices: they shrink together, when the busiest of them allows it.
+        per_shard = len(self._slots) // self._shards
+        free = [slot for slot, response in enumerate(self._slots) if response is None]
+        free.sort(key=lambda slot: (slot % per_shard, slot))
+
+        started: dict[int, tuple[PrefillBatch, list[Running]]] = {}
+        for slot in free[: len(self._queue)]:
+            response = Running.start(self._queue.popleft(), self._sampling)
+            batch = self.prefills.batch_of(response.key)
+            batch.waiting -= 1
+            self._slots[slot], self._stopped[slot] = response, False
+            started.setdefault(id(batch), (batch, []))[1].append(response)
+        return list(started.values())
+
+    def insert_table(self, batch: PrefillBatch,
+                     started: Sequence[Running]) -> Int[np.ndarray, "8 S"]:
+        """Returns the table for `slots.insert` that starts these responses."""
+        slots = {id(response): slot for slot, response in enumerate(self._slots)}
+        table = np.full((len(INSERT_FIELDS), len(self._slots)), -1, np.int32)
+        for column, response in enumerate(started):
+            request = response.request
+            values = {"slot": slots[id(response)], "row": batch.rows[response.key],
+                      "token": response.key.known[-1], "length": response.length,
+                      "generated": response.generated, "limit": request.max_new_tokens,
+                      "uid": request.uid, "sample": request.sample}
+            table[:, column] = [values[name] for name in INSERT_FIELDS]
+        return table
+
+    def control(self) -> Int[np.ndarray, " S_plus_1"]:
+        """Returns the control of `slots.decode`: when to end a chunk early, which rows to give up."""
+        running, slots = len(self.running), len(self._slots)
+        if self._queue:
+            min_active = max(running - max(slots // REFILL_SHARE, 1), 0)
+        else:
+            half = -(-slots // self._shards // 2)       # of each device
+            can_halve = half >= MIN_SLOTS_PER_DEVICE
+            min_active = min(half * self._shards if can_halve else 0, running - 1)
+
+        control = np.concatenate([[min_active], self._stopped]).astype(np.int32)
+        self._stopped = np.zeros(slots, bool)
+        return control
+
+    def harvest(self, outputs: Mapping[str, np.ndarray]) -> list[Response]:
+        """Appends the tokens of a chunk to their responses; returns the finished ones."""
+        finished = []
+        counts, active = outputs["count"].tolist(), outputs["active"].tolist()
+        # Of idle rows too, whose numbers mean nothing: only if this fails each row is looked at.
+        all_finite = np.isfinite(outputs["logprobs"]).all()
+
+        for slot, response in enumerate(self._slots):
+            if response is None:
+                continue
+            count = counts[slot]
+            if not (all_finite or np.isfinite(outputs["logprobs"][:count, slot]).all()):
+                raise FloatingPointError(
+                    f"uid {response.request.uid}, sample {response.request.sample}: after "
+                    f"{response.generated} tokens of the response the model gives no finite "
+                    "log-prob")
+            response.extend(outputs, slot, count)
+
+            finish = None
+            if not active[slot]:
+                is_eos = response.tokens[-1][-1] in self._sampling.eos_ids
+                finish = FinishReason.EOS if is_eos else FinishReason.LENGTH
+            length = self._repetition_length(response, count)
+            if length is not None:
+                self._stopped[slot] = finish is None
+                finish = FinishReason.REPETITION
+            if finish is not None:
+                finished.append(response.response(finish, length))
+                self._slots[slot] = None
+        return finished
+
+    def _repetition_length(self, response: Running, count: int) -> int | None:
+        """Returns the length to stop a response at because its last `count` tokens repeat."""
+        if self._repetition is None or response.repeated or not count:
+            return None
+        length = self._repetition.stop_length(response.tokens, response.generated, count)
+        response.repeated = length is not None
+        request = response.request
+        is_audited = length is not None and self._repetition.is_audited(request.uid, request.sample)
+        return None if is_audited else length
+
+    def compact(self) -> Int[np.ndarray, " kept"] | None:
+        """Halves the slots while half of them, on every device, are enough.
+
+        Returns:
+            The rows to keep, indices local to each device; None if all.
+        """
+        size = len(self._slots) // self._shards
+        shards = [range(first, first + size) for first in range(0, len(self._slots), size)]
+        busy = [[slot for slot in shard if self._slots[slot] is not None] for shard in shards]
+        needed = max(MIN_SLOTS_PER_DEVICE, *map(len, busy))
+        kept = size
+        while needed <= (half := -(-kept // 2)) < kept:
+            kept = half
+        if kept == size:
+            return None
+
+        slots = []
+        for shard, running in zip(shards, busy, strict=True):
+            idle = [slot for slot in shard if self._slots[slot] is None]
+            slots += (running + idle)[:kept]
+        self._slots = [self._slots[slot] for slot in slots]
+        self._stopped = self._stopped[slots]
+        return np.array([slot % size for slot in slots], np.int32)

@@ -19,6 +19,7 @@ from effreason.lm.hf.weights import read_weights
 from effreason.rl import update
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
+from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem
 
 NAMES = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
@@ -80,7 +81,7 @@ def test_greedy_tokens(reference, checkpoint):
                         level="all") for prompt in PROMPTS]
     expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
     sample = engine.make_sampler(config, mesh(), slots=8, chunk=16)
-    requests = engine.make_requests(problems, 1, len(expected[0]))
+    requests = make_requests([problem.prompt for problem in problems], 1, len(expected[0]))
     responses = [response for chunk in sample(params, requests, jax.random.key(0), SamplingParams(temperature=0, eos_ids=()))
                  for response in chunk]
     assert sorted(response.prompt for response in responses) == list(PROMPTS)

@@ -31,6 +31,7 @@ from effreason.runtime.config import (
 )
 from effreason.sampling import engine as rollouts
 from effreason.sampling.draws import SamplingParams
+from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem, Rollouts
 
 WHOLE = read_config(SHIPPED_REASONER)
@@ -79,8 +80,8 @@ def found(shape):
     learning = learner.make_learner(config, DECODER, target)
     with jax.set_mesh(target):
         params = jax.device_put(weights(), learning.params_sharding)
-        sample = rollouts.make_sampler(DECODER, target, slots=8, chunk=8, positions=64)
-        requests = rollouts.make_requests(problems(), 2, GREEDY)
+        sample = rollouts.make_sampler(DECODER, target, slots=8, chunk=8, max_positions=64)
+        requests = make_requests([problem.prompt for problem in problems()], 2, GREEDY)
         responses = [response for chunk in sample(params, requests, jax.random.key(0),
                                                   SamplingParams(temperature=0, eos_ids=())) for response in chunk]
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))

@@ -12,6 +12,7 @@ from effreason.rl import rollouts as attempts
 from effreason.runtime.config import Config, ModelConfig, RolloutConfig
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
+from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem
 
 
@@ -54,7 +55,7 @@ def sampled():
     with jax.set_mesh(target):
         responses, _ = attempts.generate(
             lambda requests: sampler(weights(QWEN2), requests, jax.random.key(0), sampling),
-            engine.make_requests(problems, 4, 24), lambda now: None)
+            make_requests([problem.prompt for problem in problems], 4, 24), lambda now: None)
     return engine.collect(problems, responses, 4)
 
 

@@ -11,7 +11,7 @@ from effreason.grading.grader import Grade, Grader
 from effreason.grading.kinds import Reference
 from effreason.rl import rollouts
 from effreason.runtime.errors import Interrupted
-from effreason.sampling.engine import make_requests
+from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem, Response
 
 TOKENS = tokenizer.build()
@@ -129,7 +129,7 @@ def test_texts_keep_the_think_tags_and_lose_eos():
 
 def test_generate_watches_every_chunk():
     seen = []
-    requests = make_requests([problem(0), problem(1)], 2, 40)
+    requests = make_requests([problem(0).prompt, problem(1).prompt], 2, 40)
     responses, generation = rollouts.generate(playing(*CHUNKS), requests, seen.append)
     assert [(now.finished, now.total, now.waiting, now.tokens) for now in seen] == [
         (0, 4, 4, 0), (2, 4, 2, 8), (2, 4, 2, 8), (3, 4, 1, 9), (4, 4, 0, 11)]
@@ -147,7 +147,7 @@ def test_generate_stops_when_the_watch_raises():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rollouts.generate(lambda requests: Played(requests, chunks()), make_requests([problem(0)], 2, 40), watch)
+        rollouts.generate(lambda requests: Played(requests, chunks()), make_requests([problem(0).prompt], 2, 40), watch)
 
 
 def test_every_response_is_recorded_once_and_before_anybody_may_stop():

@@ -17,6 +17,8 @@ from effreason.runtime.errors import UserError
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
+from effreason.sampling.scheduler import Request, make_requests
+from effreason.sampling.slots import INSERT_FIELDS, make_programs
 from effreason.types import Problem, Response
 
 EOS = (3, 18)
@@ -42,6 +44,11 @@ def sampler(shape=(), *, slots=8, chunk=4, **settings):
     return target, engine.make_sampler(QWEN2, target, slots=slots, chunk=chunk, **settings)
 
 
+def requests_for(problems, group_size, max_new_tokens, expected=None):
+    return make_requests([problem.prompt for problem in problems], group_size, max_new_tokens,
+                         uids=[problem.uid for problem in problems], expected=expected or {})
+
+
 def generation(requests, *, seed=0, sampling=ANY, **settings):
     target, sample = sampler(**settings)
     return sample(place(QWEN2, weights(QWEN2), target), requests, jax.random.key(seed), sampling)
@@ -55,7 +62,7 @@ def named(responses, problems):
 
 
 def sampled(problems=PROBLEMS, group_size=GROUP, max_new_tokens=LIMIT, expected=None, **settings):
-    requests = engine.make_requests(problems, group_size, max_new_tokens, expected or {})
+    requests = requests_for(problems, group_size, max_new_tokens, expected)
     return named([response for chunk in generation(requests, **settings) for response in chunk], problems)
 
 
@@ -191,17 +198,17 @@ def test_eight_devices_sample_what_one_does(baseline, shape):
 def test_no_cache_moves_between_devices():
     target = mesh(**MESHES["all"])
     config = dataclasses.replace(QWEN2, layers=1)
-    programs, rows, capacity = engine.device.make_programs(config, target), 16, 4096
+    programs, rows, capacity = make_programs(config, target), 16, 4096
     with jax.set_mesh(target):
         params = programs.unstack(place(config, weights(config), target))
         state = programs.empty(count=rows, capacity=capacity)
-        bank = programs.read(params, np.zeros((8, 64), np.int32))
-        fresh, kept = np.zeros((len(engine.device.FRESH), rows), np.int32), np.zeros(rows // 2, np.int32)
+        bank = programs.prefill(params, np.zeros((8, 64), np.int32))
+        fresh, kept = np.zeros((len(INSERT_FIELDS), rows), np.int32), np.zeros(rows // 2, np.int32)
         control = np.zeros(1 + rows, np.int32)
-        lowered = [programs.advance.lower(params, state, control, sampling=ANY, chunk=4),
-                   programs.start.lower(state, bank, fresh, jax.random.key(0)),
+        lowered = [programs.decode.lower(params, state, control, sampling=ANY, chunk=4),
+                   programs.insert.lower(state, bank, fresh, jax.random.key(0)),
                    programs.grow.lower(state.cache[0], capacity=2 * capacity),
-                   programs.shrink.lower(state.cache[0], kept)]
+                   programs.compact_cache.lower(state.cache[0], kept)]
     of_a_device = rows * config.kv_heads * config.head_dim * capacity // 8
     all_moved = [re.findall(r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-reduce|all-to-all|collective-permute)\(",
                             program.compile().as_text()) for program in lowered]
@@ -225,7 +232,7 @@ def test_eos_as_the_first_token_is_a_response_of_length_one(limit):
 
 
 def test_an_iterator_yields_after_every_chunk_and_may_be_dropped():
-    chunks = generation(engine.make_requests(PROBLEMS, GROUP, LIMIT))
+    chunks = generation(requests_for(PROBLEMS, GROUP, LIMIT))
     before = chunks.running, chunks.waiting
     assert before == (8, 12)
     first = next(chunks)
@@ -240,7 +247,7 @@ def test_host_and_device_meet_only_where_they_say_so(shape):
     target, sample = sampler(tuple(shape.items()))
     params, key = place(QWEN2, weights(QWEN2), target), jax.device_put(jax.random.key(0), sharding.sharding(target))
     with jax.transfer_guard("disallow"):
-        requests = engine.make_requests(PROBLEMS, GROUP, LIMIT)
+        requests = requests_for(PROBLEMS, GROUP, LIMIT)
         assert sum(len(chunk) for chunk in sample(params, requests, key, ANY)) == GROUP * len(PROBLEMS)
 
 
@@ -249,11 +256,11 @@ def ragged(seed):
     generator = np.random.default_rng(seed)
     problems = [problem(seed * 10 + row, length) for row, length in enumerate(generator.integers(1, 33, 5))]
     return [dataclasses.replace(request, max_new_tokens=int(generator.integers(1, 90)))
-            for request in engine.make_requests(problems, GROUP, 1)]
+            for request in requests_for(problems, GROUP, 1)]
 
 
 def test_twenty_ragged_batches_compile_nothing_after_the_warm_up(caplog):
-    settings = dict(slots=8, chunk=8, positions=32 + 90)
+    settings = dict(slots=8, chunk=8, max_positions=32 + 90)
     for seed in range(100, 130):                                # every width of prompts meets every size of the cache
         for _ in generation(ragged(seed), **settings):
             pass
@@ -262,11 +269,11 @@ def test_twenty_ragged_batches_compile_nothing_after_the_warm_up(caplog):
             chunks = generation(ragged(seed), seed=seed, **settings)
             assert sum(len(finished) for finished in chunks) == 5 * GROUP
             assert chunks.compilations == 0
-    assert not re.findall(r"Compiling jit\((decode|read|start|grow|shrink|empty)\)", caplog.text)
+    assert not re.findall(r"Compiling jit\((decode|prefill|insert|grow|compact|empty)\)", caplog.text)
 
 
 def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
-    rows, make_programs = [], engine.device.make_programs
+    rows = []
 
     class Spy:
         """A compiled function that writes down what it is called with."""
@@ -280,12 +287,12 @@ def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
 
     def spied(*arguments):
         programs = make_programs(*arguments)
-        return dataclasses.replace(programs, read=Spy(programs.read))
+        return dataclasses.replace(programs, prefill=Spy(programs.prefill))
 
-    monkeypatch.setattr(engine.device, "make_programs", spied)
+    monkeypatch.setattr(engine, "make_programs", spied)
     sample = engine.make_sampler(QWEN2, mesh(), slots=3, chunk=4)
     problems = [problem(uid, 5) for uid in range(9)]
-    requests = engine.make_requests(problems, GROUP, 9)
+    requests = requests_for(problems, GROUP, 9)
     assert sum(len(each) for each in sample(weights(QWEN2), requests, jax.random.key(0), ANY)) == 36
     assert rows == [(3, 16)] * 3                                # as many at once as there are slots
 
@@ -293,9 +300,9 @@ def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
 def test_slots_are_halved_in_the_tail_and_lose_nothing():
     problems = [problem(uid, 6) for uid in range(4)]
     limits = [60 if request.sample == 0 and request.prompt == 2 else 7 + request.sample
-              for request in engine.make_requests(problems, 8, 1)]
+              for request in requests_for(problems, 8, 1)]
     requests = [dataclasses.replace(request, max_new_tokens=limit) for request, limit in zip(
-        engine.make_requests(problems, 8, 1), limits, strict=True)]
+        requests_for(problems, 8, 1), limits, strict=True)]
     chunks = generation(requests, slots=32, sampling=ENDLESS)
     sizes, responses = [], []
     for finished in chunks:
@@ -311,7 +318,7 @@ def test_slots_are_halved_in_the_tail_and_lose_nothing():
 
 def test_requests_of_one_prompt_may_have_limits_of_their_own(baseline):
     requests = [dataclasses.replace(request, max_new_tokens=1 + 3 * request.sample)
-                for request in engine.make_requests(PROBLEMS, GROUP, LIMIT)]
+                for request in requests_for(PROBLEMS, GROUP, LIMIT)]
     responses = named([response for chunk in generation(requests) for response in chunk], PROBLEMS)
     for (uid, sample), response in responses.items():
         np.testing.assert_array_equal(response.tokens, baseline[uid, sample].tokens[: 1 + 3 * sample])
@@ -320,7 +327,7 @@ def test_requests_of_one_prompt_may_have_limits_of_their_own(baseline):
 
 def test_the_longest_expected_comes_first_and_what_is_unknown_before_it():
     expected = {PROBLEMS[0].uid: 5.0, PROBLEMS[1].uid: 50.0, PROBLEMS[3].uid: 9.0, PROBLEMS[4].uid: 50.0}
-    chunks = generation(engine.make_requests(PROBLEMS, 2, LIMIT, expected), slots=10)
+    chunks = generation(requests_for(PROBLEMS, 2, LIMIT, expected), slots=10)
     order = [row.prompt for row in chunks.unfinished()]
     assert order == [2, 2, 1, 1, 4, 4, 3, 3, 0, 0]
 
@@ -332,7 +339,7 @@ def test_nothing_to_do_is_over_at_once():
 def test_with_the_slots_fixed_a_response_is_the_same_bit_for_bit():
     """4 slots are never halved. In bfloat16, where the least difference in rounding parts two responses."""
     config = dataclasses.replace(QWEN2, dtype=jax.numpy.bfloat16)
-    requests = engine.make_requests(PROBLEMS, GROUP, LIMIT)
+    requests = requests_for(PROBLEMS, GROUP, LIMIT)
 
     def drawn(requests, chunk):
         sample = engine.make_sampler(config, mesh(), slots=4, chunk=chunk)
@@ -348,12 +355,12 @@ def test_with_the_slots_fixed_a_response_is_the_same_bit_for_bit():
 
 def test_reading_long_prompts_takes_memory_in_proportion_to_them():
     config = dataclasses.replace(QWEN2, layers=1)
-    programs = engine.device.make_programs(config, mesh())
+    programs = make_programs(config, mesh())
     params = programs.unstack(weights(config))
 
     def temporary(width):
         prompts = jax.ShapeDtypeStruct((1, width), np.int32)
-        return programs.read.lower(params, prompts).compile().memory_analysis().temp_size_in_bytes
+        return programs.prefill.lower(params, prompts).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(16384) < 3 * temporary(8192)
 
@@ -365,7 +372,7 @@ def test_a_number_that_is_none_ends_the_generation_and_names_the_response():
     target, sample = sampler()
     problems = [dataclasses.replace(PROBLEMS[0], prompt=np.array([2, 5, 7], np.int32))]
     with pytest.raises(FloatingPointError, match="uid 31, sample 0: after 0 tokens of the response the model gives no"):
-        for _ in sample(place(QWEN2, broken, target), engine.make_requests(problems, 2, 9), jax.random.key(0), ANY):
+        for _ in sample(place(QWEN2, broken, target), requests_for(problems, 2, 9), jax.random.key(0), ANY):
             pass
 
 
@@ -375,14 +382,14 @@ def test_a_number_that_is_none_ends_the_generation_and_names_the_response():
     (dict(max_new_tokens=64), r"at most 64 positions, got 9 \+ 64"),
 ])
 def test_what_cannot_be_served_is_refused_before_anything_is_drawn(changes, message):
-    request = dataclasses.replace(engine.make_requests(PROBLEMS[2:3], 1, LIMIT)[0], **changes)
+    request = dataclasses.replace(requests_for(PROBLEMS[2:3], 1, LIMIT)[0], **changes)
     with pytest.raises(ValueError, match=message):
-        generation([request], positions=64)
+        generation([request], max_positions=64)
 
 
 def test_an_odd_number_of_slots_is_halved_too():
     requests = [dataclasses.replace(request, max_new_tokens=60 if request.sample == 0 else 4)
-                for request in engine.make_requests(PROBLEMS[:1], 25, 1)]
+                for request in requests_for(PROBLEMS[:1], 25, 1)]
     chunks = generation(requests, slots=25, sampling=ENDLESS)
     assert sum(len(finished) for finished in chunks) == 25
     assert chunks.slot_steps < 25 * 10 + 13 * 60 and chunks.slots == 13
@@ -390,7 +397,7 @@ def test_an_odd_number_of_slots_is_halved_too():
 
 def test_the_longest_are_dealt_out_over_the_devices():
     target, sample = sampler((("data", 8),), slots=16)
-    requests = engine.make_requests([problem(uid, 4) for uid in range(16)], 1, LIMIT,
+    requests = requests_for([problem(uid, 4) for uid in range(16)], 1, LIMIT,
                                       {uid: 100.0 - uid for uid in range(16)})
     chunks = sample(place(QWEN2, weights(QWEN2), target), requests, jax.random.key(0), ANY)
     by_device = np.array([response.prompt for response in chunks.unfinished()]).reshape(8, 2)
@@ -400,7 +407,7 @@ def test_the_longest_are_dealt_out_over_the_devices():
 def test_replay_one_response_by_its_name(baseline):
     """A step is named by its key, a response by uid and sample: alone in the engine it is the same."""
     for problem_ in PROBLEMS[1:3]:
-        request = engine.Request(prompt=0, tokens=problem_.prompt, uid=problem_.uid, sample=2, max_new_tokens=LIMIT)
+        request = Request(prompt=0, tokens=problem_.prompt, uid=problem_.uid, sample=2, max_new_tokens=LIMIT)
         (response,) = [response for chunk in generation([request]) for response in chunk]
         assert_same({(problem_.uid, 2): response}, baseline)
 
@@ -412,7 +419,7 @@ def test_replay_one_response_by_its_name(baseline):
 @pytest.mark.parametrize("shape", [{}, MESHES["all"]], ids=["one device", "eight devices"])
 def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(chunks, shape):
     shape = tuple(shape.items())
-    requests = engine.make_requests(PROBLEMS, GROUP, LIMIT)
+    requests = requests_for(PROBLEMS, GROUP, LIMIT)
     expected = sampled(shape=shape)
     first = generation(requests, shape=shape)
     before = [response for _ in range(chunks) for response in next(first)]

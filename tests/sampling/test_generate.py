@@ -176,8 +176,8 @@ def shown(tokenizer, tokens, sizes):
     while end < len(tokens):
         end += sizes[turn % len(sizes)]
         turn += 1
-        parts.append(stream.more(np.array(tokens[:end], np.int32), over=False))
-    parts.append(stream.more(np.array(tokens, np.int32), over=True))
+        parts.append(stream.update(np.array(tokens[:end], np.int32), final=False))
+    parts.append(stream.update(np.array(tokens, np.int32), final=True))
     return parts
 
 

@@ -33,7 +33,7 @@ def fed(tokens, sizes, stopping):
         pieces.append(tokens[length : length + sizes[len(pieces) % len(sizes)]])
         new = len(pieces[-1])
         length += new
-        if (found := stopping.cut(pieces, length, new)) is not None:
+        if (found := stopping.stop_length(pieces, length, new)) is not None:
             return found
     return None
 
@@ -52,7 +52,7 @@ def responses(draw):
 @given(responses(), some.integers(1, 6), some.integers(0, 8))
 def test_looping_finds_what_brute_force_finds(tokens, longest_period, more):
     window = 2 * longest_period + more
-    found = repetition.looping(tokens, window=window, longest_period=longest_period)
+    found = repetition.is_repeating(tokens, window=window, longest_period=longest_period)
     assert found is repeats(tokens, window, longest_period)
 
 
@@ -60,17 +60,17 @@ def test_looping_finds_what_brute_force_finds(tokens, longest_period, more):
 def test_the_defaults_take_four_repeats_of_any_block_they_allow(period):
     block = np.random.default_rng(period).permutation(1000)[:period]
     tokens = np.concatenate([np.arange(2000, 2300), np.tile(block, 512)[:512]]).astype(np.int32)
-    assert repetition.looping(tokens, window=512, longest_period=128)
-    assert not repetition.looping(tokens, window=513, longest_period=128)
-    assert period == 1 or not repetition.looping(tokens, window=512, longest_period=period - 1)
+    assert repetition.is_repeating(tokens, window=512, longest_period=128)
+    assert not repetition.is_repeating(tokens, window=513, longest_period=128)
+    assert period == 1 or not repetition.is_repeating(tokens, window=512, longest_period=period - 1)
     tokens[-200] = -1
-    assert not repetition.looping(tokens, window=512, longest_period=128)
+    assert not repetition.is_repeating(tokens, window=512, longest_period=128)
 
 
 def test_a_block_longer_than_allowed_is_no_loop():
     tokens = np.tile(np.arange(129), 10).astype(np.int32)
-    assert not repetition.looping(tokens, window=512, longest_period=128)
-    assert repetition.looping(tokens, window=512, longest_period=129)
+    assert not repetition.is_repeating(tokens, window=512, longest_period=128)
+    assert repetition.is_repeating(tokens, window=512, longest_period=129)
 
 
 @given(responses(), some.lists(some.integers(1, 20), min_size=1, max_size=5))
@@ -93,27 +93,27 @@ def test_a_loop_that_begins_and_ends_between_two_looks_cuts_nothing():
 
 def test_a_cut_lies_in_the_new_tokens_alone():
     tokens = np.ones(24, np.int32)
-    assert SMALL.cut([tokens], 24, 24) == 12
-    assert SMALL.cut([tokens[:11], tokens[11:]], 24, 13) == 12
-    assert SMALL.cut([tokens[:12], tokens[12:]], 24, 12) == 16
-    assert SMALL.cut([tokens[:22], tokens[22:23]], 23, 1) is None
-    assert SMALL.cut([tokens], 24, 0) is None
-    assert SMALL.cut([], 0, 0) is None
+    assert SMALL.stop_length([tokens], 24, 24) == 12
+    assert SMALL.stop_length([tokens[:11], tokens[11:]], 24, 13) == 12
+    assert SMALL.stop_length([tokens[:12], tokens[12:]], 24, 12) == 16
+    assert SMALL.stop_length([tokens[:22], tokens[22:23]], 23, 1) is None
+    assert SMALL.stop_length([tokens], 24, 0) is None
+    assert SMALL.stop_length([], 0, 0) is None
 
 
 def test_an_end_of_sequence_breaks_the_loop_before_it():
     tokens = np.array([5] * 11 + [2], np.int32)
-    assert SMALL.cut([tokens], 12, 12) is None
+    assert SMALL.stop_length([tokens], 12, 12) is None
 
 
 def test_audited_is_a_fixed_choice_of_about_the_share():
     names = [(step, uid, sample) for step in range(5) for uid in range(100, 300) for sample in range(4)]
     for share in (0.0, 0.1, 0.5, 1.0):
         stopping = RepetitionStopping(audit_share=share)
-        chosen = np.array([stopping.audited(*name) for name in names])
+        chosen = np.array([stopping.is_audited(*name) for name in names])
         assert abs(chosen.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(names)) + 1e-12
-        assert [stopping.audited(*name) for name in names] == chosen.tolist()
-    half = np.array([RepetitionStopping(audit_share=0.5).audited(*name) for name in names]).reshape(5, 200, 4)
+        assert [stopping.is_audited(*name) for name in names] == chosen.tolist()
+    half = np.array([RepetitionStopping(audit_share=0.5).is_audited(*name) for name in names]).reshape(5, 200, 4)
     for axis in range(3):                                       # no step, prompt or sample is always or never chosen
         shares = half.mean(axis=tuple(other for other in range(3) if other != axis))
         count = half.size / len(shares)
@@ -123,14 +123,14 @@ def test_audited_is_a_fixed_choice_of_about_the_share():
 def test_audited_follows_splitmix64():
     # The first number of the generator with seed 0, as published: 0xE220A8397B1DCDAF.
     share = 0xE220A8397B1DCDAF / 2**64
-    assert RepetitionStopping(audit_share=share + 1e-12).audited(0)
-    assert not RepetitionStopping(audit_share=share - 1e-12).audited(0)
+    assert RepetitionStopping(audit_share=share + 1e-12).is_audited(0)
+    assert not RepetitionStopping(audit_share=share - 1e-12).is_audited(0)
 
 
 def test_more_loops_are_audited_by_a_larger_share():
     names = [(0, uid, 0) for uid in range(500)]
     few, more = RepetitionStopping(audit_share=0.2), RepetitionStopping(audit_share=0.6)
-    assert all(more.audited(*name) for name in names if few.audited(*name))
+    assert all(more.is_audited(*name) for name in names if few.is_audited(*name))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
