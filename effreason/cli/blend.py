@@ -17,8 +17,8 @@ from effreason import __version__
 from effreason.cli.arguments import Parser, check_revision, numbers
 from effreason.lm import model
 from effreason.lm.blend import blend
-from effreason.lm.hf import hub
 from effreason.lm.hf.config import read_json
+from effreason.lm.hf.hub import public_name, standing
 from effreason.lm.hf.pretrained import (
     FACTS_FILE,
     Pretrained,
@@ -91,7 +91,7 @@ def _parser(prog: str) -> Parser:
 
 def check_target(target: Path) -> None:
     """Raises UserError if the directory exists already or cannot be created."""
-    if target.exists() or hub.standing(target) is not None:
+    if target.exists() or standing(target) is not None:
         raise UserError(f"--output: {target} exists already, nothing is overwritten")
     parent = next(each for each in target.absolute().parents if each.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -119,7 +119,7 @@ def facts(base: Pretrained, trained: Pretrained, weight: float) -> dict[str, Any
     if not path.exists():
         return None
     return read_json(path) | {"blend": {
-        "base": _public(base), "base_revision": base.revision, "trained": _public(trained),
+        "base": public_name(base.name), "base_revision": base.revision, "trained": public_name(trained.name),
         "weight": weight, "effreason": __version__}}
 
 
@@ -130,24 +130,18 @@ def card(base: Pretrained, trained: Pretrained, weight: float) -> str:
     header = ModelCardData(base_model=on_hub or None, base_model_relation=relation,
                            library_name="transformers", pipeline_tag="text-generation",
                            tags=[*model_card.TAGS, "merge"]).to_yaml()
+    base_name, trained_name = public_name(base.name), public_name(trained.name)
     at = f" at commit {base.revision}" if base.revision is not None else ""
     return f"""---
 {header}
 ---
 
-# {_public(base)} and {_public(trained)}, blended ({weight:g})
+# {base_name} and {trained_name}, blended ({weight:g})
 
-Every weight of this model is {1 - weight:g} times that of `{_public(base)}`{at} plus {weight:g} \
-times that of `{_public(trained)}`, which was trained from it to reason in fewer tokens \
+Every weight of this model is {1 - weight:g} times that of `{base_name}`{at} plus {weight:g} \
+times that of `{trained_name}`, which was trained from it to reason in fewer tokens \
 ([Training Language Models to Reason Efficiently]({model_card.PAPER})); computed in float32 by \
-effreason {__version__}. The tokenizer and the chat template are those of `{_public(trained)}`.
+effreason {__version__}. The tokenizer and the chat template are those of `{trained_name}`.
 
 This model was not evaluated.
 """
-
-
-def _public(pretrained: Pretrained) -> str:
-    """Returns the name of a model for others, without the path on this machine."""
-    if pretrained.revision is not None:
-        return pretrained.name
-    return Path(pretrained.name).name or pretrained.name

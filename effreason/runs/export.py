@@ -5,8 +5,9 @@ from typing import Any
 
 from effreason import __version__
 from effreason.lm import model
+from effreason.lm.hf.hub import public_name
 from effreason.lm.hf.pretrained import export_model
-from effreason.runs.model_card import model_card, public_name
+from effreason.runs.model_card import model_card
 from effreason.runs.session import Inputs
 from effreason.runtime.config import Config
 from effreason.runtime.files import disk

@@ -9,7 +9,7 @@ from effreason import __version__
 from effreason.data.presets import PRESETS
 from effreason.evaluation import wording
 from effreason.evaluation.statistics import Summary
-from effreason.lm.hf.hub import is_hub_id
+from effreason.lm.hf.hub import is_hub_id, public_name
 from effreason.runs.session import Inputs
 from effreason.runtime.config import Config
 from effreason.types import LevelResult
@@ -17,12 +17,6 @@ from effreason.types import LevelResult
 PAPER = "https://arxiv.org/abs/2502.04463"
 TAGS = ["effreason", "reasoning", "efficient-reasoning", "reinforcement-learning",
         "arxiv:2502.04463"]
-
-
-def public_name(name: str) -> str:
-    """Returns a model's or data set's name for others: the last part of a path on this machine."""
-    path = Path(name)
-    return path.name if path.name and (path.is_absolute() or path.exists()) else name
 
 
 def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,

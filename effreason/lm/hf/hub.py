@@ -29,6 +29,12 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1
 
 
+def public_name(name: str) -> str:
+    """Returns the name of a model or data set for others: of a path on this machine the last part."""
+    path = Path(name)
+    return path.name if path.name and (path.is_absolute() or path.exists()) else name
+
+
 def find(name: str, revision: str | None, small_files: Sequence[str]) -> tuple[Path, str | None]:
     """The directory of a model, and the commit of one on the Hub, whose small files it then holds.
 
