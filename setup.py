@@ -21,7 +21,8 @@ setup(
     # configs/ stays at the top of the checkout and is installed as effreason/configs.
     packages=[*find_packages(include=["effreason", "effreason.*"]), "effreason.configs"],
     package_dir={"effreason.configs": "configs"},
-    package_data={"effreason.runs.report": ["templates/*"], "effreason.configs": ["*.yaml"],
+    package_data={"effreason": ["py.typed", "*.pyi"], "effreason.runs.report": ["templates/*"],
+                  "effreason.configs": ["*.yaml"],
                   "effreason.data.tiny": ["reasoner/*"]},
     entry_points={"console_scripts": ["effreason = effreason.cli.main:main"]},
     # docs/dependencies.md says what each is for.

@@ -72,10 +72,11 @@ def json_line(row: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads metrics.jsonl or rollouts.jsonl; [] if there is no file. Raises: UserError.
 
     Every row is an object with a "step". A last line that a crash cut off is left out."""
+    path = Path(path)
     return [row for _, row in complete_lines(path)] if path.exists() else []
 
 
