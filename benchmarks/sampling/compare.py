@@ -38,6 +38,7 @@ from benchmarks.sampling import engines as baselines
 from benchmarks.sampling import parts as pieces
 from benchmarks.shared import MODELS, QWEN2, print_table, say, some_of
 from effreason.lm import kv_cache, model
+from effreason.lm.kernels import unsupported_reason
 from effreason.runtime import sharding
 
 ENGINES = ("ours", *baselines.ENGINES)
@@ -230,7 +231,7 @@ def decode_on_accelerator(options: argparse.Namespace, mesh: Mesh) -> Row:
     """Decoding at the end of a long context in the dtype of accelerators."""
     layers, width, mlp_width, heads, kv_heads, vocabulary = options.shape
     fits = mesh.devices.flat[0].platform, width // heads, options.dtype
-    if options.layout and (reason := kv_cache.unsupported_reason(options.layout, *fits)):
+    if options.layout and (reason := unsupported_reason(options.layout, *fits)):
         sys.exit(f"error: --layout {options.layout} does not fit: {reason}")
     config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
                                  head_dim=width // heads, mlp_width=mlp_width, tied=True,

@@ -102,7 +102,7 @@ def make_static(config: model.DecoderConfig, params: model.Params, mesh: Mesh, w
     if fast:
         sampling = draws.SamplingParams(temperature=0.0 if greedy else 1.0, eos_ids=())
         pieces = Pieces(prepare=jax.jit(functools.partial(model.unstack, config)),
-                        extend=functools.partial(model.extend, config),
+                        extend=functools.partial(model.decode, config),
                         empty_cache=functools.partial(model.empty_cache, config), logits=slots.next_token_logits,
                         draw=lambda logits, key: draws.draw(logits, jax.random.split(key, logits.shape[0]),
                                                             sampling).tokens)
@@ -186,10 +186,10 @@ def plain_extend(config: model.DecoderConfig, weights: model.Params, tokens: jax
     x, extended = weights["embedding"].astype(config.dtype)[tokens], []
     block: Any = model.Block(config)
     for layer, (keys, values) in zip(weights["layers"], cache, strict=True):
-        query, key, value = block.apply({"params": layer}, x, rope, method="project")
+        query, key, value = block.apply({"params": layer}, x, rope, method="qkv")
         keys, values = write(keys, key, start), write(values, value, start)
         mixed = jax.nn.dot_product_attention(query, keys, values, mask=visible)
-        x = block.apply({"params": layer}, x, mixed, method="finish")
+        x = block.apply({"params": layer}, x, mixed, method="output_and_mlp")
         extended.append((keys, values))
     return model.rms_norm(x, weights["final_norm"], config.norm_eps), extended
 

@@ -1,8 +1,11 @@
 """The decoder: Qwen2, Llama and Qwen3 in one Linen module; the only file that imports flax.
 
-Two paths through the same block. Training scans over layers stacked on a leading axis, rematerialising each block.
-Sampling goes through an unrolled list of layers, each with its own cache, so that every cache is updated in place.
-N positions, B rows, D width, V vocabulary, L layers, H query heads, K key/value heads, h head width, S cache slots.
+Two paths go through the same block. Training scans over layers stacked on a leading axis and
+rematerialises each block. Sampling loops over a list of layers, each with its own cache, so that
+every cache is updated in place.
+
+B rows, N positions, T new tokens, D width, V vocabulary, L layers, H query heads, K key/value
+heads, h head width.
 """
 
 import dataclasses
@@ -12,18 +15,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
-from effreason.lm import attention as causal
-from effreason.lm import kv_cache
+from effreason.lm import attention, kv_cache
 from effreason.runtime.sharding import constrain
 
-Params = dict[str, Any]             # {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if untied}
+# {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if the embedding is not tied}
+Params = dict[str, Any]
 Cache = list[kv_cache.LayerCache]
+Rope = tuple[Float32[Array, "B N 1 h/2"], Float32[Array, "B N 1 h/2"]]      # cosines and sines
 
-
-# What a block keeps for the backward pass: nothing but its input, its attention too, or everything.
-REMAT: dict[str, Any] = {"full": jax.checkpoint_policies.nothing_saveable,
-                         "attention": jax.checkpoint_policies.save_only_these_names(causal.SAVED), "none": None}
+# What a block keeps for the backward pass: only its input, its attention too, or everything.
+REMAT: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.CHECKPOINT_NAME),
+    "none": None,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,13 +50,14 @@ class DecoderConfig:
     tied: bool = False              # the embedding is also the output head
     qkv_bias: bool = False          # Qwen2
     qk_norm: bool = False           # Qwen3
-    dtype: Any = jnp.float32        # of activations; weights are kept in float32, logits are always float32
-    cache_layout: str = "transposed"    # one of attention.CACHE_LAYOUTS
-    attention: str = "xla"          # one of causal.IMPLEMENTATIONS, of whole sequences in training
-    remat: str = "full"             # one of REMAT: what a block keeps for the backward pass
+    dtype: Any = jnp.float32        # of activations; weights and logits are always float32
+    cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS
+    attention: str = "xla"          # one of attention.IMPLEMENTATIONS, for whole rows in training
+    remat: str = "full"             # one of REMAT
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"],
+             eps: float) -> Float[Array, "... D"]:
     """x / rms(x) * scale over the last axis, the division in float32. Source: arXiv 1910.07467."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -57,64 +65,72 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Attention and a SwiGLU MLP, each behind a norm and beside a residual."""
+    """Attention and a SwiGLU MLP, each after a norm and with a residual connection."""
 
     config: DecoderConfig
 
     def setup(self) -> None:
-        c, normal, ones, zeros = self.config, nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
+        c, normal = self.config, nn.initializers.normal(0.02)
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
 
-        def weight(name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any = normal) -> Any:
+        def weight(name: str, shape: tuple[int, ...], axes: tuple[str, ...],
+                   init: Any = normal) -> Any:
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
+        query, kv, axes = (c.heads, c.head_dim), (c.kv_heads, c.head_dim), ("kv_heads", "head_dim")
         self.attention_norm = weight("attention_norm", (c.width,), ("norm",), ones)
-        self.query = weight("query", (c.width, c.heads, c.head_dim), ("embed", "heads", "head_dim"))
-        self.key = weight("key", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
-        self.value = weight("value", (c.width, c.kv_heads, c.head_dim), ("embed", "kv_heads", "head_dim"))
+        self.query = weight("query", (c.width, *query), ("embed", "heads", "head_dim"))
+        self.key = weight("key", (c.width, *kv), ("embed", *axes))
+        self.value = weight("value", (c.width, *kv), ("embed", *axes))
         if c.qkv_bias:
-            self.query_bias = weight("query_bias", (c.heads, c.head_dim), ("heads", "head_dim"), zeros)
-            self.key_bias = weight("key_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
-            self.value_bias = weight("value_bias", (c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), zeros)
+            self.query_bias = weight("query_bias", query, ("heads", "head_dim"), zeros)
+            self.key_bias = weight("key_bias", kv, axes, zeros)
+            self.value_bias = weight("value_bias", kv, axes, zeros)
         if c.qk_norm:
             self.query_norm = weight("query_norm", (c.head_dim,), ("norm",), ones)
             self.key_norm = weight("key_norm", (c.head_dim,), ("norm",), ones)
-        self.output = weight("output", (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"))
+        self.output = weight("output", (*query, c.width), ("heads", "head_dim", "embed"))
+
         self.mlp_norm = weight("mlp_norm", (c.width,), ("norm",), ones)
         self.gate = weight("gate", (c.width, c.mlp_width), ("embed", "mlp"))
         self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
         self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
 
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array],
-                 segments: jax.Array | None) -> tuple[jax.Array, None]:
-        """x [B, N, D] -> [B, N, D], causal within each segment; the None is what nn.scan stacks: nothing."""
-        query, key, value = self.project(x, rope)
-        mixed = causal.causal_attention(query, key, value, segments, implementation=self.config.attention)
-        x = self.finish(x, mixed)
-        return constrain(x, "batch", "sequence", "width"), None
+    def __call__(self, x: Float[Array, "B N D"], rope: Rope,
+                 segments: Int[Array, "B N"] | None) -> tuple[Float[Array, "B N D"], None]:
+        """Training: causal within each segment. nn.scan expects a pair; it has nothing to stack."""
+        query, key, value = self.qkv(x, rope)
+        mixed = attention.causal_attention(query, key, value, segments,
+                                           implementation=self.config.attention)
+        return constrain(self.output_and_mlp(x, mixed), "batch", "sequence", "width"), None
 
-    def extend(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array,
-               cache: kv_cache.LayerCache) -> tuple[jax.Array, kv_cache.LayerCache]:
-        """x [B, T, D] at positions int32[B, T], behind what the cache holds; returns x and the cache with T more."""
-        query, key, value = self.project(x, rope)
+    def decode(self, x: Float[Array, "B T D"], rope: Rope, positions: Int[Array, "B T"],
+               cache: kv_cache.LayerCache) -> tuple[Float[Array, "B T D"], kv_cache.LayerCache]:
+        """Sampling: T tokens after those in the cache; returns the cache with T more."""
+        query, key, value = self.qkv(x, rope)
         layout = self.config.cache_layout
         cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout)
-        return self.finish(x, kv_cache.cached_attention(query, cache, positions, layout)), cache
+        mixed = kv_cache.cached_attention(query, cache, positions, layout)
+        return self.output_and_mlp(x, mixed), cache
 
-    def project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: Float[Array, "B N D"], rope: Rope) -> tuple[
+            Float[Array, "B N H h"], Float[Array, "B N K h"], Float[Array, "B N K h"]]:
         c, dtype = self.config, x.dtype
         normed = rms_norm(x, self.attention_norm, c.norm_eps)
         query = jnp.einsum("bnd,dhk->bnhk", normed, self.query.astype(dtype))
         key = jnp.einsum("bnd,dhk->bnhk", normed, self.key.astype(dtype))
         value = jnp.einsum("bnd,dhk->bnhk", normed, self.value.astype(dtype))
         if c.qkv_bias:
-            query, key, value = (product + bias.astype(dtype)[None, None] for product, bias in
-                                 ((query, self.query_bias), (key, self.key_bias), (value, self.value_bias)))
+            query = query + self.query_bias.astype(dtype)[None, None]
+            key = key + self.key_bias.astype(dtype)[None, None]
+            value = value + self.value_bias.astype(dtype)[None, None]
         if c.qk_norm:
             query = rms_norm(query, self.query_norm, c.norm_eps)
             key = rms_norm(key, self.key_norm, c.norm_eps)
         return kv_cache.rotate(query, *rope), kv_cache.rotate(key, *rope), value
 
-    def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+    def output_and_mlp(self, x: Float[Array, "B N D"],
+                       mixed: Float[Array, "B N H h"]) -> Float[Array, "B N D"]:
         dtype = x.dtype
         x = x + jnp.einsum("bnhk,hkd->bnd", mixed, self.output.astype(dtype))
         normed = rms_norm(x, self.mlp_norm, self.config.norm_eps)
@@ -123,114 +139,129 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens, positions and segments int32[B, N] to the final hidden states [B, N, D]; layers are stacked."""
+    """Tokens, positions and segments to the final hidden states; layers are stacked."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array | None) -> jax.Array:
-        c, normal = self.config, nn.initializers.normal(0.02)
-        table = nn.with_logical_partitioning(normal, ("vocab", "embed"))
+    def __call__(self, tokens: Int[Array, "B N"], positions: Int[Array, "B N"],
+                 segments: Int[Array, "B N"] | None) -> Float[Array, "B N D"]:
+        c = self.config
+        table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding: Any = self.param("embedding", table, (c.vocabulary, c.width), jnp.float32)
         if not c.tied:
-            self.param("head", table, (c.vocabulary, c.width), jnp.float32)   # read by `logits` and the scorer
+            # Read by `logits` and the scorer.
+            self.param("head", table, (c.vocabulary, c.width), jnp.float32)
         x = constrain(embedding.astype(c.dtype)[tokens], "batch", "sequence", "width")
+
         policy = REMAT[c.remat]
         block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
-        # A loop would copy all that is kept for the backward pass into stacks, and out of them again.
+        # A loop would copy all that is kept for the backward pass into stacks, and out again.
         unroll = c.layers if policy is None else 1
-        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                         length=c.layers, unroll=unroll, metadata_params={nn.PARTITION_NAME: "layers"})
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
+                         in_axes=nn.broadcast, length=c.layers, unroll=unroll,
+                         metadata_params={nn.PARTITION_NAME: "layers"})
         x, _ = layers(c, name="layers")(x, _rope(c, positions), segments)
-        norm: Any = self.param("final_norm", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-                          (c.width,), jnp.float32)
+
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        norm: Any = self.param("final_norm", ones, (c.width,), jnp.float32)
         return rms_norm(x, norm, c.norm_eps)
 
 
-def _rope(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _rope(config: DecoderConfig, positions: Int[Array, "B N"]) -> Rope:
     frequencies = kv_cache.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return kv_cache.rope(positions, frequencies)
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
-    """Random float32 weights: normal(0.02), ones for norms, zeros for biases."""
+    """Returns random float32 weights: normal(0.02), ones for norms, zeros for biases."""
     one = jnp.zeros((1, 1), jnp.int32)
     return nn.meta.unbox(Decoder(config).init(key, one, one, None))["params"]
 
 
 @functools.cache
 def _boxed_params(config: DecoderConfig) -> Params:
-    """Abstract weights in flax's boxes, which hold the axis names. Cached: a run asks several times for the same."""
+    """Returns abstract weights in flax's boxes, which hold the axis names; a run asks often."""
     one = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), one, one, None))["params"]
 
 
 def abstract_params(config: DecoderConfig) -> Params:
-    """Shapes and dtypes of the weights, without making them."""
+    """Returns shapes and dtypes of the weights, without creating them."""
     return jax.tree.map(lambda box: box.value, _boxed_params(config),
                         is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata))
 
 
 def logical_axes(config: DecoderConfig) -> Params:
-    """The logical axis names of every weight, as tuples in the tree of the weights."""
+    """Returns the logical axis names of every weight, as tuples in the tree of the weights."""
     return jax.tree.map(tuple, nn.get_partition_spec(_boxed_params(config)),
                         is_leaf=lambda node: isinstance(node, jax.sharding.PartitionSpec))
 
 
-def forward(config: DecoderConfig, params: Params, tokens: jax.Array, positions: jax.Array | None = None,
-            segments: jax.Array | None = None) -> jax.Array:
-    """Final hidden states [B, N, D] of int32[B, N] tokens, causal.
+def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "B N"],
+            positions: Int[Array, "B N"] | None = None,
+            segments: Int[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
+    """Returns the final hidden states, causal.
 
-    Args: positions int32[B, N] of each token in its sequence; segments int32[B, N], which sequence of the row, 0 =
-        padding. Without them a row is one sequence, and padding behind it."""
+    Args:
+        positions: Of each token in its sequence.
+        segments: Which sequence of the row, 0 = padding. None: a row is one sequence, padded on
+            the right."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     decoder: Any = Decoder(config)
     return decoder.apply({"params": params}, tokens, positions, segments)
 
 
-def head(params: Params) -> jax.Array:
-    """The output head [V, D]: the embedding where it is tied."""
+def head(params: Params) -> Float[Array, "V D"]:
+    """Returns the output head: the embedding if it is tied."""
     return params["head"] if "head" in params else params["embedding"]
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """float32[..., V] for hidden states [..., D]."""
-    return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+def logits(params: Params, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+    """Returns the scores of all tokens of the vocabulary."""
+    return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype),
+                      preferred_element_type=jnp.float32)
 
 
 def unstack(config: DecoderConfig, params: Params) -> Params:
-    """The weights as the sampler reads them: layers as a list, matrices in the compute dtype."""
+    """Returns the weights as `decode` reads them: layers as a list, in the compute dtype."""
     cast = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
-    return cast | {"layers": [jax.tree.map(lambda leaf, layer=layer: leaf[layer], cast["layers"])
-                              for layer in range(config.layers)]}
+    layers = [jax.tree.map(lambda leaf, layer=layer: leaf[layer], cast["layers"])
+              for layer in range(config.layers)]
+    return cast | {"layers": layers}
 
 
 def cache_axes(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """The logical axes of the arrays of one layer's cache."""
+    """Returns the logical axes of the arrays of one layer's cache."""
     return kv_cache.CACHE_LAYOUTS[config.cache_layout]
 
 
 def empty_cache(config: DecoderConfig, rows: int, slots: int) -> Cache:
-    """A cache for `rows` sequences of at most `slots` tokens."""
-    sizes = {"batch": rows, "kv_heads": config.kv_heads, "head_dim": config.head_dim, "sequence": slots}
-    return [{name: jnp.zeros([sizes[axis] for axis in axes], config.dtype) for name, axes in cache_axes(config).items()}
+    """Returns a cache for `rows` sequences of at most `slots` tokens."""
+    return [kv_cache.empty_layer(config.cache_layout, config.dtype, batch=rows, sequence=slots,
+                                 kv_heads=config.kv_heads, head_dim=config.head_dim)
             for _ in range(config.layers)]
 
 
-def extend(config: DecoderConfig, unstacked: Params, tokens: jax.Array, start: jax.Array,
-           cache: Cache) -> tuple[jax.Array, Cache]:
+def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],
+           start: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B T D"], Cache]:
     """Reads T more tokens of each row: one in a decode step, a whole prompt in a prefill.
 
-    Args: unstacked weights; tokens int32[B, T]; start int32[B], how many tokens each row's cache holds already;
-        cache slots at and beyond `start` may hold anything, they are overwritten or never seen.
-    Returns: final hidden states [B, T, D] and the cache."""
+    Args:
+        unstacked: Weights as `unstack` returns them.
+        start: Tokens in each row's cache. Later slots may hold anything: they are overwritten or
+            never seen.
+
+    Returns:
+        The final hidden states, and the cache with T more tokens."""
     positions = start[:, None] + jnp.arange(tokens.shape[1])
     rope = _rope(config, positions)
     x = unstacked["embedding"].astype(config.dtype)[tokens]
     block: Any = Block(config)
-    extended = []
+    new_cache = []
     for layer, layer_cache in zip(unstacked["layers"], cache, strict=True):
-        x, layer_cache = block.apply({"params": layer}, x, rope, positions, layer_cache, method="extend")
-        extended.append(layer_cache)
-    return rms_norm(x, unstacked["final_norm"], config.norm_eps), extended
+        x, layer_cache = block.apply({"params": layer}, x, rope, positions, layer_cache,
+                                     method="decode")
+        new_cache.append(layer_cache)
+    return rms_norm(x, unstacked["final_norm"], config.norm_eps), new_cache

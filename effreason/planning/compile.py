@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from effreason.lm import kv_cache, model
+from effreason.lm.kernels import unsupported_reason
 from effreason.planning import costs, shapes
 from effreason.planning.chips import GIB, Target
 from effreason.planning.costs import Cost
@@ -209,7 +210,7 @@ def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, co
     layout: str = config.rollout.cache_layout
     if layout == "auto":
         return kv_cache.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
-    if reason := kv_cache.unsupported_reason(layout, platform, decoder.head_dim, decoder.dtype, context):
+    if reason := unsupported_reason(layout, platform, decoder.head_dim, decoder.dtype, context):
         raise UserError(f"rollout.cache_layout {layout} does not fit: {reason}")
     return layout
 

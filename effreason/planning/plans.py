@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from effreason.lm.attention import one_sequence_per_row
-from effreason.lm.kv_cache import KERNELS
+from effreason.lm.kernels import KERNELS
 from effreason.lm.model import DecoderConfig
 from effreason.planning import analytic, compile, estimates, workloads
 from effreason.planning.chips import Target

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from effreason.lm import attention, model
 from effreason.lm.hf.pretrained import Pretrained
+from effreason.lm.kernels import unsupported_reason
 from effreason.rl import checkpoints, configured_reward, packing, update
 from effreason.rl.experience import Credit, Reward, credit
 from effreason.rl.update import TrainState
@@ -166,7 +167,7 @@ def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *
     facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=context)
     if chosen == "auto":
         return attention.choose_attention(platform, **facts)
-    if reason := attention.unsupported_reason(chosen, platform, **facts):
+    if reason := unsupported_reason(chosen, platform, **facts):
         raise UserError(f"model.attention {chosen} does not fit: {reason}")
     return chosen
 

@@ -1,6 +1,7 @@
-"""Stage 6 on the host: packs prompts and responses of very different lengths into rows of few widths.
+"""Stage 6 on the host: packs prompts and responses of very different lengths into rows.
 
-U optimiser updates, M micro-batches of R rows, N positions of a row, B = P * G responses, T response slots.
+U optimiser updates, M micro-batches of R rows, N positions of a row, B = P * G responses, T
+response slots.
 """
 
 import math
@@ -13,7 +14,7 @@ from jaxtyping import Int, Shaped
 from effreason.lm.attention import zigzag
 from effreason.types import Packed, Rollouts, Rows
 
-LONG_ROW = 4096         # positions from which a row's attention costs about as much as its matrix products
+LONG_ROW = 4096         # positions at which attention costs about as much as matrix products
 NARROWEST_HALVED = 128  # positions; narrower rows are not halved
 FIELDS = ("tokens", "targets", "positions", "segments")     # of a row; 0 at padding
 
@@ -25,43 +26,47 @@ def row_width(longest: int, context: int = 1) -> int:
     if longest < LONG_ROW:
         unit = math.lcm(32, 2 * context) if longest <= 1024 else 512 * context
     else:
-        unit = 2048 * context           # so that a quarter of the width is a multiple of 512 * context
+        unit = 2048 * context       # so that a quarter of the width is a multiple of 512 * context
     return -(-longest // unit) * unit
 
 
 def row_widths(width: int, context: int = 1, one_sequence_per_row: bool = False) -> list[int]:
     """Returns the row widths to compile, widest first, each half the previous.
 
-    Rows of 4,096 or more get two narrower widths, because attention cost is quadratic in the row. With one sequence
-    per row there are up to four narrower widths, because padding is computed too."""
+    Rows of 4,096 or more get two narrower widths, because attention cost is quadratic in the row.
+    With one sequence per row there are up to four narrower widths, because padding is computed
+    too."""
     count = 5 if one_sequence_per_row else 3 if width >= LONG_ROW else 1
     widths = [width]
-    while len(widths) < count and widths[-1] >= NARROWEST_HALVED and widths[-1] % (4 * context) == 0:
+    while (len(widths) < count and widths[-1] >= NARROWEST_HALVED
+           and widths[-1] % (4 * context) == 0):
         widths.append(widths[-1] // 2)
     return widths
 
 
-def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1, context: int = 1,
-         one_sequence_per_row: bool = False) -> Packed:
+def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1,
+         context: int = 1, one_sequence_per_row: bool = False) -> Packed:
     """Packs prompts and responses into rows; response b belongs to optimiser update b % U.
 
-    The arrays have room for the worst case, so that all steps of a run have the same shapes. How many micro-batches
-    are in use is data.
+    The arrays have room for the worst case, so that all steps of a run have the same shapes. How
+    many micro-batches are in use is data.
 
     Args:
         rows: R, rows of a micro-batch.
         width: N, at least the longest sequence.
         slots: T.
         updates: U.
-        context: Size of the mesh axis; columns are in zig-zag order, which splits causal work evenly.
+        context: Size of the mesh axis; columns are in zig-zag order, which splits causal work
+            evenly.
         one_sequence_per_row: For attention kernels that know a row's length but no segments."""
-    sizes = np.repeat(rollouts.prompt_lengths, rollouts.tokens.shape[1]) + rollouts.lengths.reshape(-1)
+    group_size, lengths = rollouts.tokens.shape[1], rollouts.lengths.reshape(-1)
+    sizes = np.repeat(rollouts.prompt_lengths, group_size) + lengths
     no_response = len(sizes) * slots
     widths = row_widths(width, context, one_sequence_per_row)
-    assigned = [assign_rows(sizes, range(update, len(sizes), updates), widths, rows, one_sequence_per_row)
-                for update in range(updates)]
+    shares = [range(update, len(sizes), updates) for update in range(updates)]
+    assigned = [assign_rows(sizes, share, widths, rows, one_sequence_per_row) for share in shares]
 
-    shape = (updates, -(-len(range(0, len(sizes), updates)) // rows), rows)
+    shape = (updates, -(-len(shares[0]) // rows), rows)
     token_index: Any = np.full((len(sizes), slots), math.prod(shape) * sum(widths), np.int32)
     groups: list[Rows] = []
     counts: list[Any] = []
@@ -85,11 +90,12 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
     return Packed(groups=tuple(groups), counts=tuple(counts), token_index=token_index)
 
 
-def assign_rows(sizes: Int[np.ndarray, " B"], members: Iterable[int], widths: Sequence[int], rows: int,
-                one_sequence_per_row: bool = False) -> list[list[list[int]]]:
-    """Decides which sequences share a row: first fit, longest first, into the narrowest width that holds a sequence.
+def assign_rows(sizes: Int[np.ndarray, " B"], members: Iterable[int], widths: Sequence[int],
+                rows: int, one_sequence_per_row: bool = False) -> list[list[list[int]]]:
+    """Decides which sequences share a row.
 
-    Room left in wider rows, which are computed anyway, is filled before narrower rows are opened.
+    Each goes into the first row it fits, longest first, of the narrowest width that holds it. Room
+    left in wider rows, which are computed anyway, is filled before narrower rows are opened.
 
     Args:
         sizes: Positions of all sequences.
@@ -142,7 +148,7 @@ def packing_efficiency(packed: Packed) -> float:
 
 def _pack_responses(rollouts: Rollouts, members: Sequence[int], width: int,
                     slots: int) -> dict[str, Int[np.ndarray, " N"]]:
-    """Packs the responses `members`, each after its prompt, into one row, with the response index of each target."""
+    """Packs prompt and response of each member into one row, with the targets' response index."""
     sequences, end = [], 0
     response_index = np.full(width, rollouts.lengths.size * slots, np.int32)
     for member in members:
@@ -156,8 +162,9 @@ def _pack_responses(rollouts: Rollouts, members: Sequence[int], width: int,
     return pack_row(sequences, width) | {"response_index": response_index}
 
 
-def pack_row(sequences: Iterable[Int[np.ndarray, " n"]], width: int) -> dict[str, Int[np.ndarray, " N"]]:
-    """Returns tokens, targets, positions and segments int32[width] of sequences, one after another."""
+def pack_row(sequences: Iterable[Int[np.ndarray, " n"]],
+             width: int) -> dict[str, Int[np.ndarray, " N"]]:
+    """Returns tokens, targets, positions and segments of a row: sequences one after another."""
     row = {name: np.zeros(width, np.int32) for name in FIELDS}
     start = 0
     for segment, sequence in enumerate(sequences, start=1):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from effreason.lm import kv_cache, model
+from effreason.lm.kernels import KERNELS, unsupported_reason
 from effreason.runtime import processes, sharding
 from effreason.runtime.errors import UserError
 from effreason.sampling.draws import SamplingParams
@@ -74,14 +75,14 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
     platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
     if cache_layout == "auto":
         cache_layout = kv_cache.choose_layout(platform, config.head_dim, config.dtype, context)
-        if cache_layout in kv_cache.KERNELS:
+        if cache_layout in KERNELS:
             with jax.set_mesh(mesh):
-                works = kv_cache.works(
+                passes = kv_cache.passes_trial(
                     cache_layout, rows=sharding.batch_shards(mesh), dtype=config.dtype,
                     heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim)
-                if not all(processes.all_gather("trial of a kernel", lambda: works)):
-                    cache_layout = kv_cache.WITHOUT_KERNEL[platform]
-    elif reason := kv_cache.unsupported_reason(cache_layout, platform, config.head_dim,
+                if not all(processes.all_gather("trial of a kernel", lambda: passes)):
+                    cache_layout = kv_cache.XLA_LAYOUTS[platform]
+    elif reason := unsupported_reason(cache_layout, platform, config.head_dim,
                                                config.dtype, context):
         raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")
 

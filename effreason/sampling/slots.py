@@ -118,7 +118,7 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
 
     def decode_step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, slots, outputs = carry
-        hidden, cache = model.extend(
+        hidden, cache = model.decode(
             config, weights, slots.token[:, None], slots.length, slots.cache)
         keys = jax.vmap(jax.random.fold_in)(slots.key, slots.generated)
         sampled = draw(next_token_logits(weights, hidden[:, 0]), keys, sampling)
@@ -154,7 +154,7 @@ def prefill(weights: model.Params, prompts: Int[Array, "R W"], *,
     def prefill_chunk(index: jax.Array, cache: model.Cache) -> model.Cache:
         start = index * chunk
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
-        return model.extend(config, weights, tokens, jnp.full(rows, start, jnp.int32), cache)[1]
+        return model.decode(config, weights, tokens, jnp.full(rows, start, jnp.int32), cache)[1]
 
     cache = model.empty_cache(config, rows, width)
     if chunk == width:

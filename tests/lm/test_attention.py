@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import AxisType, Mesh
 
-from effreason.lm import attention as causal
-from effreason.lm import kv_cache
+from effreason.lm import attention, kernels
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 
@@ -29,12 +28,12 @@ MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_blocks():
-    """Rows of a test are several blocks long, and Splash runs in Python."""
+def small_tiles():
+    """Rows of a test are several tiles long, and Splash runs in Python."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal, "BLOCK", 8)
-        patch.setattr(causal, "XLA_PIECE", 5)
-        patch.setattr(causal, "SPLASH_BLOCK", 128)
+        patch.setattr(attention, "TILE", 8)
+        patch.setattr(attention, "QUERY_BLOCK", 5)
+        patch.setattr(attention, "SPLASH_TILE", 128)
         patch.setattr(splash_attention_kernel, "make_splash_mha", functools.partial(SPLASH, interpret=True))
         yield
 
@@ -71,7 +70,7 @@ def oracle(query, key, value, cotangent, segments):
 
 def attend(implementation, query, key, value, cotangent, segments):
     """The result and the three gradients."""
-    mixed, pull = jax.vjp(lambda *arrays: causal.causal_attention(*arrays, segments, implementation=implementation),
+    mixed, pull = jax.vjp(lambda *arrays: attention.causal_attention(*arrays, segments, implementation=implementation),
                           query, key, value)
     return mixed, *pull(cotangent)
 
@@ -111,7 +110,7 @@ def test_splash_is_numpys(shape):
 
 def on_mesh(implementation, shape, given, segments):
     """The results on a mesh, put back into the order of the row."""
-    target, columns = mesh(**shape), causal.zigzag(segments.shape[1], shape.get("context", 1))
+    target, columns = mesh(**shape), attention.zigzag(segments.shape[1], shape.get("context", 1))
     logical = [("batch", "sequence", axis, "head_dim") for axis in ("heads", "kv_heads", "kv_heads", "heads")]
     places = [sharding.sharding(target, *axes) for axes in (*logical, ("batch", "sequence"))]
     placed = [jax.device_put(x[:, columns], place) for x, place in zip((*given, segments), places, strict=True)]
@@ -151,22 +150,22 @@ def test_bfloat16_is_a_rounding(implementation):
 
 def test_without_segments_a_row_is_one_sequence():
     query, key, value, _ = arrays(2, 24, 4, 2, 8)
-    expected = kv_cache.causal_attention(query, key, value)
+    expected = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     for implementation in PLAIN:
         segments = None if implementation == "xla" else np.ones((2, 24), np.int32)
-        mixed = causal.causal_attention(query, key, value, segments, implementation=implementation)
+        mixed = attention.causal_attention(query, key, value, segments, implementation=implementation)
         np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_zigzag_deals_out_equal_work():
-    assert causal.zigzag(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
-    assert causal.zigzag(7, 1).tolist() == list(range(7))
+    assert attention.zigzag(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert attention.zigzag(7, 1).tolist() == list(range(7))
     for parts in (2, 4, 8):
-        places = causal.zigzag(64, parts)
+        places = attention.zigzag(64, parts)
         assert sorted(places) == list(range(64)) and places.dtype == np.int32
         assert len({shard.sum() for shard in places.reshape(parts, -1)}) == 1
     with pytest.raises(UserError, match="42 positions, mesh.context 4 expects a multiple of 8"):
-        causal.zigzag(42, 4)
+        attention.zigzag(42, 4)
 
 
 def compile_shapes(implementation, rows, length, heads, kv_heads, head_dim):
@@ -177,7 +176,7 @@ def compile_shapes(implementation, rows, length, heads, kv_heads, head_dim):
 
 
 def test_blockwise_memory_grows_with_the_row(monkeypatch):
-    monkeypatch.setattr(causal, "BLOCK", 256)
+    monkeypatch.setattr(attention, "TILE", 256)
     lengths = (8192, 16384, 32768)
     memory = [compile_shapes("blockwise", 1, length, 12, 12, 128).memory_analysis().temp_size_in_bytes
               for length in lengths]
@@ -201,16 +200,16 @@ def test_blockwise_leaves_out_what_is_not_seen(monkeypatch):
 @pytest.fixture
 def kernels_for_a_tpu(monkeypatch):
     """Splash as it is, in its own blocks."""
-    monkeypatch.setattr(causal, "SPLASH_BLOCK", 512)
+    monkeypatch.setattr(attention, "SPLASH_TILE", 512)
     monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", SPLASH)
 
 
 @pytest.mark.parametrize("shape", [{}, {"context": 2, "tensor": 2}], ids=str)
 def test_a_policy_saves_the_kernels_forward_pass(kernels_for_a_tpu, shape):
     """Forward, and two kernels backward; without the policy the forward kernel once more."""
-    def kernels(policy):
+    def kernel_calls(policy):
         def loss(query, key, value, segments):
-            mixed = causal.causal_attention(query, key, value, segments, implementation="splash")
+            mixed = attention.causal_attention(query, key, value, segments, implementation="splash")
             return jnp.sum(jnp.square(mixed))
 
         step = jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy), (0, 1, 2)))
@@ -219,8 +218,8 @@ def test_a_policy_saves_the_kernels_forward_pass(kernels_for_a_tpu, shape):
             traced = step.trace(query, key, value, packed([256], 256)[None])
             return traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
 
-    assert kernels(jax.checkpoint_policies.save_only_these_names(causal.SAVED)) == 3
-    assert kernels(jax.checkpoint_policies.nothing_saveable) == 4
+    assert kernel_calls(jax.checkpoint_policies.save_only_these_names(attention.CHECKPOINT_NAME)) == 3
+    assert kernel_calls(jax.checkpoint_policies.nothing_saveable) == 4
 
 
 def test_cudnn_is_told_the_lengths(monkeypatch):
@@ -251,7 +250,7 @@ def test_cudnn_is_called_on_a_gpu(monkeypatch, shape):
 
 def test_what_runs_where():
     def chosen(platform, dtype=jnp.bfloat16, head_dim=128, length=32768, context=1):
-        return causal.choose_attention(platform, head_dim=head_dim, dtype=dtype, length=length, context=context)
+        return attention.choose_attention(platform, head_dim=head_dim, dtype=dtype, length=length, context=context)
 
     assert chosen("tpu") == chosen("tpu", jnp.float32, 64, 384, 3) == "splash"
     assert chosen("tpu", head_dim=80) == chosen("tpu", length=32768 + 64) == chosen("tpu", length=2176, context=2)
@@ -259,21 +258,21 @@ def test_what_runs_where():
     assert chosen("gpu") == "cudnn" and chosen("gpu", context=2) == "blockwise"
     assert chosen("gpu", jnp.float32) == chosen("gpu", head_dim=256) == "blockwise"
     assert chosen("cpu", length=1024) == "xla" and chosen("cpu", length=1025) == "blockwise"
-    assert [causal.one_sequence_per_row(each) for each in causal.IMPLEMENTATIONS] == [False, False, False, True]
-    assert causal.unsupported_reason("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
-    assert (causal.unsupported_reason("splash", "tpu", head_dim=64, dtype=jnp.float32, length=320, context=2)
-            == "the length of a row is 320, splash attention expects a multiple of 256")
+    assert [attention.one_sequence_per_row(each) for each in attention.IMPLEMENTATIONS] == [False, False, False, True]
+    assert kernels.unsupported_reason("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
+    assert (kernels.unsupported_reason("splash", "tpu", head_dim=64, dtype=jnp.float32, length=320, context=2)
+            == "the length of a row is 320, the splash kernel expects a multiple of 256")
 
 
 def test_what_does_not_fit_is_one_clear_line():
     query, key, value, _ = arrays(1, 48, 2, 2, 8)
     segments = packed([48], 48)[None]
     with pytest.raises(UserError, match="attention is 'flash', expected one of xla, blockwise, splash, cudnn"):
-        causal.causal_attention(query, key, value, segments, implementation="flash")
-    with pytest.raises(UserError, match="a row has 48 positions, splash attention expects a multiple of 128"):
-        causal.causal_attention(query, key, value, segments, implementation="splash")
-    with jax.set_mesh(mesh(context=2)), pytest.raises(UserError, match="mesh.context is 2, cudnn attention expects 1"):
-        causal.causal_attention(query, key, value, segments, implementation="cudnn")
+        attention.causal_attention(query, key, value, segments, implementation="flash")
+    with pytest.raises(UserError, match="a row has 48 positions, the splash kernel expects a multiple of 128"):
+        attention.causal_attention(query, key, value, segments, implementation="splash")
+    with jax.set_mesh(mesh(context=2)), pytest.raises(UserError, match="mesh.context is 2, the cudnn kernel expects 1"):
+        attention.causal_attention(query, key, value, segments, implementation="cudnn")
 
 
 @pytest.mark.slow

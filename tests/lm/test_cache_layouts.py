@@ -12,6 +12,7 @@ from decoders import FAMILIES, QWEN2, VOCABULARY, mesh, weights
 from jax.experimental.pallas import tpu as pltpu
 
 from effreason.lm import decode_kernels, kv_cache, model
+from effreason.lm.kernels import unsupported_reason
 from effreason.runtime import sharding
 
 LAYOUTS = list(kv_cache.CACHE_LAYOUTS)
@@ -39,11 +40,11 @@ def decode(config, params, rubbish=None):
     if rubbish:
         cache = [{name: jnp.full_like(leaf, rubbish[name]) for name, leaf in layer.items()} for layer in cache]
     prompts = jnp.where(jnp.arange(LENGTHS.max()) < LENGTHS[:, None], TOKENS[:, : LENGTHS.max()], 17)
-    _, cache = model.extend(config, unstacked, prompts, jnp.zeros(ROWS, jnp.int32), cache)
+    _, cache = model.decode(config, unstacked, prompts, jnp.zeros(ROWS, jnp.int32), cache)
 
     def step(carry, tokens):
         length, cache = carry
-        hidden, cache = model.extend(config, unstacked, tokens[:, None], length, cache)
+        hidden, cache = model.decode(config, unstacked, tokens[:, None], length, cache)
         return (length + 1, cache), model.logits(unstacked, hidden[:, 0])
 
     tokens = jnp.asarray(TOKENS)[jnp.arange(ROWS)[:, None], NEXT]
@@ -109,7 +110,7 @@ def test_a_donated_cache_is_written_in_place(layout):
     def steps(unstacked, cache):
         def step(carry, _):
             length, cache = carry
-            hidden, cache = model.extend(config, unstacked, jnp.zeros((ROWS, 1), jnp.int32), length, cache)
+            hidden, cache = model.decode(config, unstacked, jnp.zeros((ROWS, 1), jnp.int32), length, cache)
             return (length + 1, cache), jnp.max(hidden)
 
         return jax.lax.scan(step, (jnp.asarray(LENGTHS), cache), length=STEPS)
@@ -175,12 +176,12 @@ def test_the_layout_follows_from_the_machine_and_the_model():
 
 
 def test_a_kernel_that_does_not_fit_says_why():
-    assert kv_cache.unsupported_reason("paged", "tpu", 64, jnp.bfloat16) == (
+    assert unsupported_reason("paged", "tpu", 64, jnp.bfloat16) == (
         "head_dim is 64, the paged kernel expects a multiple of 128")
-    assert kv_cache.unsupported_reason("cudnn", "cpu", 64, jnp.bfloat16) == "platform is cpu, the cudnn kernel expects gpu"
-    assert "float32" in kv_cache.unsupported_reason("cudnn", "gpu", 64, jnp.float32)
-    assert "context is 2" in kv_cache.unsupported_reason("paged", "tpu", 128, jnp.bfloat16, context=2)
-    assert all(kv_cache.unsupported_reason(layout, "cpu", 5, jnp.float32) is None for layout in BY_XLA)
+    assert unsupported_reason("cudnn", "cpu", 64, jnp.bfloat16) == "platform is cpu, the cudnn kernel expects gpu"
+    assert "float32" in unsupported_reason("cudnn", "gpu", 64, jnp.float32)
+    assert "context is 2" in unsupported_reason("paged", "tpu", 128, jnp.bfloat16, context=2)
+    assert all(unsupported_reason(layout, "cpu", 5, jnp.float32) is None for layout in BY_XLA)
 
 
 def test_blocks_of_the_paged_kernel_divide_every_bucket():
@@ -191,7 +192,7 @@ def test_blocks_of_the_paged_kernel_divide_every_bucket():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_kernel_is_tried_before_it_is_trusted(layout):
-    assert kv_cache.works(layout, rows=4, heads=4, kv_heads=2, head_dim=128, dtype=jnp.bfloat16)
+    assert kv_cache.passes_trial(layout, rows=4, heads=4, kv_heads=2, head_dim=128, dtype=jnp.bfloat16)
 
 
 def raising(*arguments):
@@ -205,4 +206,4 @@ def wrong(query, *cache):
 @pytest.mark.parametrize("broken", [raising, wrong])
 def test_a_kernel_that_does_not_work_is_not_chosen(monkeypatch, broken):
     monkeypatch.setattr(decode_kernels, "cudnn_attention", broken)
-    assert not kv_cache.works("cudnn", rows=4, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16)
+    assert not kv_cache.passes_trial("cudnn", rows=4, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16)

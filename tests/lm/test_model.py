@@ -21,7 +21,7 @@ def family(request):
 
     @jax.jit
     def extend(params, tokens, start, cache):
-        hidden, cache = model.extend(config, model.unstack(config, params), tokens, start, cache)
+        hidden, cache = model.decode(config, model.unstack(config, params), tokens, start, cache)
         return model.logits(params, hidden), cache
 
     def logits(params):
@@ -86,7 +86,7 @@ def test_bfloat16_is_a_rounding_of_float32(name):
     rough, exact = jax.jit(lambda: (logits(config), logits(FAMILIES[name])))()
     assert rough.dtype == jnp.float32
     assert np.sqrt(np.mean(np.square(rough - exact))) < 0.05 * np.std(exact)
-    cached, cache = jax.eval_shape(lambda: model.extend(
+    cached, cache = jax.eval_shape(lambda: model.decode(
         config, model.unstack(config, params), TOKENS, jnp.zeros(ROWS, jnp.int32), model.empty_cache(config, ROWS, 16)))
     assert cached.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cache))
 

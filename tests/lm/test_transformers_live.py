@@ -56,7 +56,7 @@ def test_decoding_equals_transformers_greedy(pair):
     config = read_config(directory)
     unstacked = model.unstack(config, read_weights(directory, config))
     prompt, new = arrays["tokens"][:1, :8], 16
-    extend = jax.jit(lambda tokens, start, cache: model.extend(config, unstacked, tokens, start, cache))
+    extend = jax.jit(lambda tokens, start, cache: model.decode(config, unstacked, tokens, start, cache))
     hidden, cache = extend(prompt, np.array([0], np.int32), model.empty_cache(config, 1, 8 + new))
     ours = []
     for position in range(8, 8 + new):

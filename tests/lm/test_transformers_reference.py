@@ -38,7 +38,7 @@ def test_cached_path_gives_the_reference_logits(checkpoint):
 
     @jax.jit
     def extend(tokens, start, cache):
-        hidden, cache = model.extend(config, model.unstack(config, params), tokens, start, cache)
+        hidden, cache = model.decode(config, model.unstack(config, params), tokens, start, cache)
         return model.logits(params, hidden), cache
 
     first, cache = extend(tokens[:, :half], np.zeros(rows, np.int32), model.empty_cache(config, rows, 64))
