@@ -1,4 +1,4 @@
-"""The launch scripts, run against stand-ins for what they call: what they ask of `effreason` is what it understands."""
+"""The launch scripts, run with stand-ins for what they call: `effreason` understands them."""
 
 import dataclasses
 import json
@@ -28,24 +28,22 @@ FILES = [*SCRIPTS, JOB, *sorted((ROOT / "docs" / "launch").glob("*.md"))]
 PRINT = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from effreason import cli
-sys.exit(cli.main([*sys.argv[1:], "--print_config"]))
+from effreason.cli import main
+sys.exit(main.main([*sys.argv[1:], "--print_config"]))
 """
 MEET = f"""#!{sys.executable}
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
-from effreason.runtime import config, meetings, parsers, processes
-made, _ = config.parse(parsers.parser(config.Config, "meet"), sys.argv[2:])
+from effreason.runtime import config, config_parser, distributed, processes
+parsed, _ = config.parse(config_parser.parser(config.Config, "meet"), sys.argv[2:])
 
-def command():
+with distributed.joined(parsed.distributed):
     import jax
-    found = {{"process": processes.index(), "devices": jax.device_count(), "local": jax.local_device_count()}}
-    print(json.dumps(processes.all_gather("devices", lambda: found)), flush=True)
-    return 0
-
-sys.exit(meetings.run(made.distributed, command))
+    devices = {{"process": processes.index(), "devices": jax.device_count(),
+               "local": jax.local_device_count()}}
+    print(json.dumps(processes.all_gather("devices", lambda: devices)), flush=True)
 """
-# What srun does on one machine: every task with its number, behind the options of srun itself.
+# What srun does on one machine: every task with its number, after the options of srun.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 pids=()
@@ -78,8 +76,10 @@ def stand_ins(tmp_path, monkeypatch):
     def run(command, commands, **environment):
         for name, text in commands.items():
             write(binaries / name, text)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_", "XLA_"))}
-        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120, check=False, env=kept | {
+        kept = {name: value for name, value in os.environ.items()
+                if not name.startswith(("JAX_", "SLURM_", "XLA_"))}
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120,
+                              check=False, env=kept | {
             "PATH": f"{binaries}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"} | environment)
 
     run.write = write
@@ -94,7 +94,7 @@ def parsed(output, tmp_path):
 
 
 def begun(config, run):
-    """Leaves what a run writes down at its beginning, with the commit its model had then and a seed no recipe has."""
+    """Writes what a run does at its start, with the commit of its model and an unusual seed."""
     run.mkdir(parents=True, exist_ok=True)
     configuration.save(dataclasses.replace(
         config, model=dataclasses.replace(config.model, revision="5eed" * 10),
@@ -137,7 +137,8 @@ def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path):
         return parsed(done.stdout, tmp_path)
 
     config = launch()
-    assert (config.distributed.mode, config.reward.alpha, config.update.rows_per_micro_batch) == ("none", 0.3, 4)
+    assert (config.distributed.mode, config.reward.alpha,
+            config.update.rows_per_micro_batch) == ("none", 0.3, 4)
     assert config.mesh == configuration.MeshConfig(data=1, fsdp=4)
     assert config.run.directory == str(run) and not config.run.resume
     assert config.model.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -146,7 +147,8 @@ def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path):
 
 
 def slurm(tmp_path, port=29999):
-    return {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2",
+    return {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_NNODES": "2",
             "SLURM_GPUS_ON_NODE": "8", "PORT": str(port), "REQUEUED": str(tmp_path / "requeued")}
 
 
@@ -164,7 +166,8 @@ def test_the_tasks_of_a_slurm_job_meet(stand_ins, tmp_path):
 
 
 def test_a_slurm_job_goes_on_with_its_run(stand_ins, tmp_path):
-    environment, commands = slurm(tmp_path), {"effreason": PRINT, "srun": SRUN, "scontrol": SCONTROL}
+    environment, commands = slurm(tmp_path), {"effreason": PRINT, "srun": SRUN,
+                                              "scontrol": SCONTROL}
     config = configuration.load(ROOT / "configs" / "tiny.yaml")
     run = Path(environment["RUN"])
     begun(config, run)
@@ -184,11 +187,12 @@ def test_a_slurm_job_is_queued_again_only_when_it_was_saved(stand_ins, tmp_path,
 
 
 def job(tmp_path):
-    """The documents of the Kubernetes file, its variables filled in as the comment at its top says."""
+    """Returns the documents of the Kubernetes file, variables filled in as its comment says."""
     text = JOB.read_text(encoding="utf-8")
     given = dict(re.findall(r"([A-Z]+)=(\S+)", "".join(re.findall(r"# +export .*", text))))
     (listed,) = re.findall(r"envsubst '([^']*)'", text)
-    assert set(listed.replace("$", "").split()) == set(given) == set(re.findall(r"\$\{([A-Z]+)\}", text))
+    assert set(listed.replace("$", "").split()) == set(given) == set(re.findall(r"\$\{([A-Z]+)\}",
+                                                                                text))
     return list(yaml.safe_load_all(re.sub(r"\$\{([A-Z]+)\}", lambda match: given[match[1]], text)))
 
 
@@ -201,12 +205,15 @@ def test_the_kubernetes_job_is_one_pod_a_process_that_meet_at_pod_0(tmp_path):
     assert all(isinstance(value, str) for value in environment.values())
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"]
     assert environment["JAX_NUM_PROCESSES"] == str(spec["completions"])
-    # A pod has the name JOB-INDEX.SERVICE where its subdomain is a headless service that selects it.
-    assert service["spec"]["clusterIP"] == "None" and pod["subdomain"] == service["metadata"]["name"]
+    # A pod is called JOB-INDEX.SERVICE if its subdomain is a headless service that selects it.
+    assert service["spec"]["clusterIP"] == "None"
+    assert pod["subdomain"] == service["metadata"]["name"]
     assert spec["template"]["metadata"]["labels"].items() >= service["spec"]["selector"].items()
     name = f"{made['metadata']['name']}-0.{service['metadata']['name']}"
-    assert environment["JAX_COORDINATOR_ADDRESS"] == f"{name}:{container['ports'][0]['containerPort']}"
-    assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
+    port = container["ports"][0]["containerPort"]
+    assert environment["JAX_COORDINATOR_ADDRESS"] == f"{name}:{port}"
+    assert {each["name"] for each in container["volumeMounts"]} == {each["name"]
+                                                                    for each in pod["volumes"]}
     # Only with Never a Job may look at exit codes.
     assert pod["restartPolicy"] == "Never"
     assert all(rule["onExitCodes"]["containerName"] == container["name"]
@@ -231,7 +238,8 @@ def test_a_pod_knows_which_process_it_is(stand_ins, tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     assert distributed.resolve(config.distributed) == {
-        "coordinator_address": environment["JAX_COORDINATOR_ADDRESS"], "processes": 2, "process_id": 1}
+        "coordinator_address": environment["JAX_COORDINATOR_ADDRESS"], "processes": 2,
+        "process_id": 1}
 
 
 SLICE = {"TPU": "slice", "ZONE": "zone", "PROJECT": "project", "EXPORT": "disk:/runs", "HOSTS": "4"}
@@ -263,7 +271,8 @@ def test_a_tpu_slice_runs_the_same_command_on_every_host(stand_ins, tmp_path):
     assert config.run.directory == str(run) and not config.run.resume
     begun(config, run)
     assert goes_on(launch("true"), run)
-    calls = [line.split(" --command")[0] for line in (home / "gcloud.log").read_text().splitlines() if "ssh" in line]
+    calls = [line.split(" --command")[0] for line in (home / "gcloud.log").read_text().splitlines()
+             if "ssh" in line]
     assert {call.partition("ssh ")[2] for call in calls} == {
         f"slice --zone zone --project project --worker {hosts}" for hosts in ("0", "all")}
 

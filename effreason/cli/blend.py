@@ -119,8 +119,8 @@ def facts(base: Pretrained, trained: Pretrained, weight: float) -> dict[str, Any
     if not path.exists():
         return None
     return read_json(path) | {"blend": {
-        "base": public_name(base.name), "base_revision": base.revision, "trained": public_name(trained.name),
-        "weight": weight, "effreason": __version__}}
+        "base": public_name(base.name), "base_revision": base.revision,
+        "trained": public_name(trained.name), "weight": weight, "effreason": __version__}}
 
 
 def card(base: Pretrained, trained: Pretrained, weight: float) -> str:

@@ -25,7 +25,8 @@ commands:
 
 `effreason COMMAND --help` lists the options.
 """
-COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "blend", "report", "plan")
+COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "blend", "report",
+            "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

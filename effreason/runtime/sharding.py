@@ -39,7 +39,7 @@ AXES: dict[str, Any] = {
     "layers": None,
     "updates": None,                # of a step
     "micro_batches": None,          # of an update
-    "prefill": None,                 # prompts that wait for a slot; any device of a row may need one
+    "prefill": None,                # prompts that wait for a slot; any device of a row may need one
 }
 
 # Sampling reads all weights for every token: they are gathered over fsdp once, not at each read.

@@ -1,4 +1,4 @@
-"""Blending two models: exact at both ends, the mean in the middle, refusals, and a directory that can be used."""
+"""Blending two models: exact at both ends, the mean in the middle, refusals, a usable directory."""
 
 import json
 import shutil
@@ -33,12 +33,14 @@ def trained(tmp_path):
 
     rewrite(directory, change)
     (directory / "chat_template.jinja").write_text(TEMPLATE)
-    (directory / "effreason.json").write_text(json.dumps({"alpha": 0.2, "template": {"sha256": "abc"}}))
+    (directory / "effreason.json").write_text(json.dumps({"alpha": 0.2,
+                                                          "template": {"sha256": "abc"}}))
     return directory
 
 
 def blend(trained, output, weight, base="tiny"):
-    blends.run(["--base", str(base), "--trained", str(trained), "--weight", weight, "--output", str(output)], "blend")
+    blends.run(["--base", str(base), "--trained", str(trained), "--weight", weight, "--output",
+                str(output)], "blend")
     return output
 
 
@@ -52,15 +54,20 @@ def test_the_ends_are_the_models_and_the_middle_is_their_mean(trained, tmp_path,
         assert middle[name].dtype == beyond[name].dtype == tensor.dtype
         wide, changed = tensor.astype(np.float64), other[name].astype(np.float64)
         half_a_digit = 2.0**-8 if tensor.dtype != np.float32 else 2.0**-23
-        np.testing.assert_allclose(middle[name].astype(np.float64), (wide + changed) / 2, rtol=half_a_digit, atol=1e-7)
-        np.testing.assert_allclose(beyond[name].astype(np.float64), 1.5 * changed - 0.5 * wide, rtol=half_a_digit,
+        np.testing.assert_allclose(middle[name].astype(np.float64), (wide + changed) / 2,
+                                   rtol=half_a_digit, atol=1e-7)
+        np.testing.assert_allclose(beyond[name].astype(np.float64), 1.5 * changed - 0.5 * wide,
+                                   rtol=half_a_digit,
                                    atol=1e-6)
-    assert f"{tmp_path / 'mixed-0.5'}: 0.5 of tiny and 0.5 of {trained}\n" in capsys.readouterr().out
+    line = f"{tmp_path / 'mixed-0.5'}: 0.5 of tiny and 0.5 of {trained}\n"
+    assert line in capsys.readouterr().out
 
 
 def test_a_tree_is_blended_in_float32():
-    base = {"a": jax.numpy.array([1.0, 2.0], "bfloat16"), "layers": {"b": jax.numpy.array([[4.0]], "float32")}}
-    trained = {"a": jax.numpy.array([3.0, 2.0], "bfloat16"), "layers": {"b": jax.numpy.array([[0.0]], "float32")}}
+    base = {"a": jax.numpy.array([1.0, 2.0], "bfloat16"),
+            "layers": {"b": jax.numpy.array([[4.0]], "float32")}}
+    trained = {"a": jax.numpy.array([3.0, 2.0], "bfloat16"),
+               "layers": {"b": jax.numpy.array([[0.0]], "float32")}}
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         found = lm_blend.blend(base, trained, 0.25)
     assert found["a"].dtype == found["layers"]["b"].dtype == "float32"
@@ -74,10 +81,13 @@ def test_a_blend_is_a_directory_like_the_trained_models(trained, tmp_path):
     made = blend(trained, tmp_path / "mixed", "0.25")
     opened = open_pretrained(str(made), dtype="float32")
     assert opened.decoder == read_config(trained) and opened.tokenizer.chat_template == TEMPLATE
-    assert read_json(made / "effreason.json") == {"alpha": 0.2, "template": {"sha256": "abc"}, "blend": {
-        "base": "tiny", "base_revision": None, "trained": "model", "weight": 0.25, "effreason": blends.__version__}}
+    assert read_json(made / "effreason.json") == {"alpha": 0.2, "template": {"sha256": "abc"},
+                                                  "blend": {
+        "base": "tiny", "base_revision": None, "trained": "model", "weight": 0.25,
+        "effreason": blends.__version__}}
     text = (made / "README.md").read_text()
-    assert "0.75 times that of `tiny` plus 0.25 times that of `model`" in text and str(tmp_path) not in text
+    assert "0.75 times that of `tiny` plus 0.25 times that of `model`" in text
+    assert str(tmp_path) not in text
     assert text.startswith("---\n") and "library_name: transformers" in text
     again = blend(made, tmp_path / "again", "1", base=trained)
     assert_same_bits(stored(again), stored(made))
@@ -90,8 +100,10 @@ def test_without_facts_of_the_training_none_are_made_up(trained, tmp_path):
 
 @pytest.mark.parametrize(("weight", "message"), [
     ("2.5", r"--weight must be numbers in \[-1, 2\] with commas between them, got '2\.5'"),
-    ("half", r"--weight must be numbers in \[-1, 2\]"), ("nan", r"--weight must be numbers in \[-1, 2\]"),
-    ("none", "--weight must be at least one number, got none"), ("0.5,0.5", "--weight must name each number once")])
+    ("half", r"--weight must be numbers in \[-1, 2\]"),
+    ("nan", r"--weight must be numbers in \[-1, 2\]"),
+    ("none", "--weight must be at least one number, got none"),
+    ("0.5,0.5", "--weight must name each number once")])
 def test_a_weight_that_is_none(trained, tmp_path, weight, message):
     with pytest.raises(UserError, match=message):
         blend(trained, tmp_path / "mixed", weight)
@@ -99,7 +111,8 @@ def test_a_weight_that_is_none(trained, tmp_path, weight, message):
 
 def test_nothing_is_overwritten(trained, tmp_path):
     (tmp_path / "mixed-0.5").mkdir()
-    with pytest.raises(UserError, match=r"^--output: .*mixed-0\.5 exists already, nothing is overwritten$"):
+    with pytest.raises(UserError,
+                       match=r"^--output: .*mixed-0\.5 exists already, nothing is overwritten$"):
         blend(trained, tmp_path / "mixed", "0.25,0.5")
     assert not (tmp_path / "mixed-0.25").exists()
 
@@ -112,14 +125,18 @@ def test_a_place_that_cannot_be_written_is_found_before_the_models_are_read(tmp_
 
 def test_a_revision_is_for_the_hub(tmp_path):
     for base in ("tiny", str(tmp_path)):
-        with pytest.raises(UserError, match=f"^--revision is for a model on the Hub, --base is {base}$"):
-            blends.run(["--base", base, "--revision", "abc", "--trained", "tiny", "--weight", "0.5", "--output",
+        with pytest.raises(UserError,
+                           match=f"^--revision is for a model on the Hub, --base is {base}$"):
+            blends.run(["--base", base, "--revision", "abc", "--trained", "tiny", "--weight", "0.5",
+                        "--output",
                         str(tmp_path / "mixed")], "blend")
 
 
 def test_models_of_different_architectures_are_refused(trained, tmp_path):
     edit(trained, rms_norm_eps=1e-5)
-    with pytest.raises(UserError, match=r"^--trained must have the architecture of the base: norm_eps of .* is 1e-05, of "
+    with pytest.raises(UserError,
+                       match=r"^--trained must have the architecture of the base: norm_eps of .* "
+                             r"is 1e-05, of "
                                         r"tiny 1e-06$"):
         blend(trained, tmp_path / "mixed", "0.5")
     edit(trained, rms_norm_eps=1e-6, hidden_size=128)
@@ -134,7 +151,9 @@ def test_models_with_different_tokens_are_refused(trained, tmp_path):
     words = table["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
     path.write_text(json.dumps(table), encoding="utf-8")
-    with pytest.raises(UserError, match="^--trained must have the tokens of the base: the tokenizers of .* and tiny have"):
+    with pytest.raises(UserError,
+                       match="^--trained must have the tokens of the base: the tokenizers of .* "
+                             "and tiny have"):
         blend(trained, tmp_path / "mixed", "0.5")
 
 
@@ -157,5 +176,6 @@ def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch):
 def test_a_blend_can_be_evaluated(tmp_path):
     made = blend("tiny", tmp_path / "mixed", "0.5")
     config = str(configuration.shipped() / "tiny.yaml")
-    assert main.main(["evaluate", "--config", config, "--models", str(made), "--evaluation.problems", "12",
+    assert main.main(["evaluate", "--config", config, "--models", str(made),
+                      "--evaluation.problems", "12",
                      "--output", str(tmp_path / "results")]) == 0

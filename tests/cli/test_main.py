@@ -59,18 +59,21 @@ def ending(error, stand_in):
 
 
 def test_mistakes_end_at_once_before_jax_is_imported():
-    program = ("import sys; from effreason.cli.main import main; code = main(['train', '--reward.alpha', '1.5']);"
+    program = ("import sys; from effreason.cli.main import main; code = main(['train', "
+               "'--reward.alpha', '1.5']);"
                "assert not {'jax', 'numpy', 'transformers'} & sys.modules.keys(); sys.exit(code)")
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     # Processor time: on a busy machine the clock says nothing.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: reward.alpha must be in [0, 1), got 1.5\n")
+    assert (done.returncode, done.stdout,
+            done.stderr) == (2, "", "error: reward.alpha must be in [0, 1), got 1.5\n")
 
 
 def test_the_script_does_what_the_subcommand_does(tmp_path, capsys):
     argv = ["--run.seed", "7", "--print_config"]
-    script = subprocess.run([sys.executable, ROOT / "train.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+    script = subprocess.run([sys.executable, ROOT / "train.py", *argv], cwd=tmp_path,
+                            capture_output=True, text=True)
     with pytest.raises(SystemExit) as stop:
         main.main(["train", *argv])
     assert stop.value.code == script.returncode == 0
@@ -86,8 +89,10 @@ def test_train_hands_over_the_configuration(stand_in):
 
 @pytest.mark.parametrize(("argv", "models", "output", "seeds"), [
     ([], ["tiny"], None, None),
-    (["--models", "tiny", "MODEL", "--output", "results"], ["tiny", "MODEL"], Path("results"), None),
-    (["--model.path", "MODEL", "--evaluation.samples", "3", "--seeds", "0", "7"], ["MODEL"], None, [0, 7]),
+    (["--models", "tiny", "MODEL", "--output", "results"], ["tiny", "MODEL"], Path("results"),
+     None),
+    (["--model.path", "MODEL", "--evaluation.samples", "3", "--seeds", "0", "7"], ["MODEL"], None,
+     [0, 7]),
 ])
 def test_evaluate_hands_over_models_output_and_seeds(stand_in, model, argv, models, output, seeds):
     given = []
@@ -99,19 +104,24 @@ def test_evaluate_hands_over_models_output_and_seeds(stand_in, model, argv, mode
 def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
     nowhere, file = str(tmp_path / "nowhere"), str(tmp_path / "model" / "config.json")
     wanted = "must be tiny, a Hugging Face directory or an id on its Hub,"
-    assert failed(capsys, ["--model.path", nowhere]) == f"model.path {wanted} {nowhere} does not exist"
+    assert failed(capsys,
+                  ["--model.path", nowhere]) == f"model.path {wanted} {nowhere} does not exist"
     assert failed(capsys, ["--model.path", file]) == f"model.path {wanted} {file} is a file"
-    assert failed(capsys, ["--model.path", str(tmp_path)]) == f"model.path {wanted} {tmp_path} holds no config.json"
-    assert failed(capsys, ["--models", "tiny", nowhere], "evaluate") == f"models {wanted} {nowhere} does not exist"
+    assert failed(capsys, ["--model.path",
+                           str(tmp_path)]) == f"model.path {wanted} {tmp_path} holds no config.json"
+    assert failed(capsys, ["--models", "tiny", nowhere],
+                  "evaluate") == f"models {wanted} {nowhere} does not exist"
     argv = ["--evaluation.problems", "0", "--data.path"]
     assert failed(capsys, [*argv, nowhere]) == f"data.path: {nowhere} does not exist"
     assert failed(capsys, [*argv, "gms8k"]) == (
-        "data.path names 'gms8k', which is no preset, no file and no id on the Hugging Face Hub; did you mean gsm8k?")
+        "data.path names 'gms8k', which is no preset, no file and no id on the Hugging Face Hub; "
+        "did you mean gsm8k?")
     assert failed(capsys, [*argv, "math500"]) == "math500: the set has no split to train on"
     for command in ("train", "evaluate"):
         message = failed(capsys, ["--evaluation.path", nowhere], command)
         assert message == f"evaluation.path: {nowhere} does not exist"
-    assert failed(capsys, ["--run.directory", file]) == f"run.directory must be a directory, {file} is a file"
+    assert failed(capsys, ["--run.directory",
+                           file]) == f"run.directory must be a directory, {file} is a file"
 
 
 def test_evaluate_needs_problems(capsys):
@@ -126,7 +136,8 @@ def test_the_smollm2_configuration_needs_nothing_but_the_hub(stand_in):
     given = []
     stand_in("loop", train=given.append)
     assert main.main(["train", "--config", "configs/smollm2_gsm8k.yaml"]) == 0
-    assert (given[0].model.path, given[0].data.path) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "gsm8k")
+    assert (given[0].model.path, given[0].data.path) == ("HuggingFaceTB/SmolLM2-135M-Instruct",
+                                                         "gsm8k")
 
 
 def test_a_folder_called_wandb_is_not_the_package(capsys, tmp_path, monkeypatch):
@@ -143,7 +154,8 @@ def test_a_users_mistake_found_later_is_one_line_too(stand_in, capsys):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_gives_its_exit_code_and_says_how_to_resume(stand_in, capsys, signum, code):
-    assert ending(Interrupted(signum, "stopped at step 5; resume with --run.resume true"), stand_in) == code
+    assert ending(Interrupted(signum, "stopped at step 5; resume with --run.resume true"),
+                  stand_in) == code
     assert capsys.readouterr().err == "stopped at step 5; resume with --run.resume true\n"
 
 
@@ -170,7 +182,8 @@ def test_commands(capsys):
     assert "train" in capsys.readouterr().out
     assert main.main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "error: the command must be one of train, evaluate, grade, generate, replay, preview, blend, report, "
+        "error: the command must be one of train, evaluate, grade, generate, replay, preview, "
+        "blend, report, "
         "plan, got trian\n")
 
 

@@ -59,17 +59,19 @@ def test_another_model_or_data_set_is_not_given_the_settings_of_the_tiny_world(f
     assert named.data.user_prompt == "{problem}"                # a file that is asked for is read
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")),
+                         ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_valid(path):
     assert isinstance(configuration.load(path), Config)
 
 
 def test_a_shipped_configuration_is_found_away_from_the_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert configuration.from_command_line(["--config", "configs/smollm2_gsm8k.yaml"]).run.steps == 10
+    argv = ["--config", "configs/smollm2_gsm8k.yaml"]
+    assert configuration.from_command_line(argv).run.steps == 10
     (tmp_path / "configs").mkdir()
     write(tmp_path / "configs" / "smollm2_gsm8k.yaml", "run: {steps: 7}")
-    assert configuration.from_command_line(["--config", "configs/smollm2_gsm8k.yaml"]).run.steps == 7
+    assert configuration.from_command_line(argv).run.steps == 7
 
 
 @pytest.mark.parametrize("argv", [
@@ -78,11 +80,13 @@ def test_a_shipped_configuration_is_found_away_from_the_checkout(monkeypatch, tm
     ["--config=FILE", "--reward.alpha=0.4"],
 ])
 def test_flags_override_the_file_wherever_it_stands(tmp_path, argv):
-    path = write(tmp_path / "a.yaml", "reward: {alpha: 0.3}\nupdate: {learning_rate: 5e-6, beta1: 0.5}\n")
+    path = write(tmp_path / "a.yaml",
+                 "reward: {alpha: 0.3}\nupdate: {learning_rate: 5e-6, beta1: 0.5}\n")
     config = configuration.from_command_line([arg.replace("FILE", path) for arg in argv])
     assert config.reward.alpha == 0.4 and config.update.beta1 == 0.5
     assert config.update.learning_rate == 5e-6 and isinstance(config.update.learning_rate, float)
-    assert config.rollout == RolloutConfig()    # the dataclasses' defaults, not those of configs/tiny.yaml
+    # the dataclasses' defaults, not those of configs/tiny.yaml
+    assert config.rollout == RolloutConfig()
 
 
 def test_a_later_file_overrides_an_earlier_one(tmp_path):
@@ -94,8 +98,10 @@ def test_a_later_file_overrides_an_earlier_one(tmp_path):
 
 def test_values_of_every_kind_from_flags():
     config = configuration.from_command_line([
-        "--run.resume", "true", "--run.directory", "007", "--evaluation.max_new_tokens", "null", "--kl.form", "none",
-        "--update.learning_rate", "1e-5", "--data.user_prompt", "{problem}: think", "--mesh.data", "-1",
+        "--run.resume", "true", "--run.directory", "007", "--evaluation.max_new_tokens", "null",
+        "--kl.form", "none",
+        "--update.learning_rate", "1e-5", "--data.user_prompt", "{problem}: think",
+        "--mesh.data", "-1",
     ])
     assert config.run == dataclasses.replace(config.run, resume=True, directory="007")
     assert config.evaluation.max_new_tokens is None and config.kl.form == "none"
@@ -103,7 +109,8 @@ def test_values_of_every_kind_from_flags():
 
 
 def test_values_of_every_kind_from_a_file(tmp_path):
-    path = write(tmp_path / "a.yaml", "run: {directory: null, resume: false}\nevaluation: {max_new_tokens: 9}\n"
+    path = write(tmp_path / "a.yaml",
+                 "run: {directory: null, resume: false}\nevaluation: {max_new_tokens: 9}\n"
                                       "kl: {form: loss, coefficient: 0}\nmodel: {remat: none}\n")
     config = configuration.load(path)
     assert config.run.directory is None and config.evaluation.max_new_tokens == 9
@@ -129,15 +136,20 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
     ("--kl.form k2", "kl.form must be one of none, reward, loss, got k2"),
     ("--mesh.data 0", "mesh.data must be -1 or >= 1, got 0"),
     ("--evaluation.max_new_tokens 0", "evaluation.max_new_tokens must be >= 1, got 0"),
-    ("--data.user_prompt Solve", "data.user_prompt must be text holding \"{problem}\", got 'Solve'"),
+    ("--data.user_prompt Solve",
+     "data.user_prompt must be text holding \"{problem}\", got 'Solve'"),
     ("--update.updates_per_batch 3",
-     "rollout.prompts_per_step * rollout.group_size must be divisible by update.updates_per_batch, got 16 * 8 and 3"),
+     "rollout.prompts_per_step * rollout.group_size must be divisible by "
+     "update.updates_per_batch, got 16 * 8 and 3"),
     ("--data.path train.jsonl",
-     "evaluation.path must name held-out problems, or evaluation.problems must be 0, when data.path "
+     "evaluation.path must name held-out problems, or evaluation.problems must be 0, when "
+     "data.path "
      "is not tiny, got evaluation.path null and evaluation.problems 600"),
-    ("--run.resume true", "run.directory must name the run to resume when run.resume is true, got null"),
+    ("--run.resume true",
+     "run.directory must name the run to resume when run.resume is true, got null"),
     ("--config", "--config: expected one argument"),
-    ("--config nowhere.yaml", "cannot read the configuration file nowhere.yaml: No such file or directory"),
+    ("--config nowhere.yaml",
+     "cannot read the configuration file nowhere.yaml: No such file or directory"),
 ])
 def test_a_wrong_flag_is_one_line_with_field_bound_and_value(argv, message):
     assert refused(*argv.split()) == message
@@ -177,10 +189,12 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     (lambda: RewardConfig(alpha=1.5), "reward.alpha must be in"),
     (lambda: RewardConfig(alpha=float("nan")), "reward.alpha must be in"),
     (lambda: RewardConfig(alpha="0.1"), "reward.alpha must be a number in"),
-    (lambda: ModelConfig(dtype="float16"), "model.dtype must be one of bfloat16, float32, got 'float16'"),
+    (lambda: ModelConfig(dtype="float16"),
+     "model.dtype must be one of bfloat16, float32, got 'float16'"),
     (lambda: RunConfig(seed=True), "run.seed must be a whole number"),
     (lambda: AdvantageConfig(whiten=1), "advantage.whiten must be true or false, got 1"),
-    (lambda: UpdateConfig(learning_rate=float("inf")), "update.learning_rate must be >= 0 and finite, got inf"),
+    (lambda: UpdateConfig(learning_rate=float("inf")),
+     "update.learning_rate must be >= 0 and finite, got inf"),
     (lambda: Config(data=DataConfig(path="a.jsonl")), "evaluation.path must name"),
 ])
 def test_construction_checks_too(make, message):
@@ -194,14 +208,16 @@ def test_jsonl_data_without_held_out_problems_needs_no_evaluation():
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--update.objective", "dpo"], "kl.form must be 'none' with update.objective dpo, got 'reward'"),
+    (["--update.objective", "dpo"],
+     "kl.form must be 'none' with update.objective dpo, got 'reward'"),
     (["--update.objective", "sft_shortest", "--kl.form", "none", "--update.importance_cap", "2"],
      "update.importance_cap must be null with update.objective sft_shortest, got 2.0"),
     (["--reward.target_tokens", "0.5", "--evaluation.every", "0"],
      "evaluation.every and evaluation.problems must be >= 1 if reward.target_tokens or "),
     (["--reward.max_accuracy_drop", "1", "--reward.alpha", "0.5"],
      "reward.alpha must be between reward.alpha_min, > 0, and reward.alpha_max if "),
-    (["--reward.target_tokens", "0.5", "--reward.form", "kimi"], "reward.form must be efficient if "),
+    (["--reward.target_tokens", "0.5", "--reward.form", "kimi"],
+     "reward.form must be efficient if "),
 ])
 def test_baselines_and_a_moving_alpha_exclude_what_would_bend_them(flags, message):
     with pytest.raises(UserError) as caught:
@@ -217,7 +233,8 @@ def test_every_default_keeps_its_own_bound_and_every_field_has_a_meaning():
 
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path):
-    config = configuration.from_command_line(["--update.learning_rate", "5e-6", "--run.directory", "null"])
+    config = configuration.from_command_line(["--update.learning_rate", "5e-6", "--run.directory",
+                                              "null"])
     configuration.save(config, tmp_path / "config.yaml")
     assert configuration.load(tmp_path / "config.yaml") == config
     assert list(yaml.safe_load(configuration.to_yaml(config))) == list(sections(Config))
@@ -248,10 +265,12 @@ def test_differences_name_the_fields():
 def test_print_config_shows_what_would_run(capsys, tmp_path):
     path = write(tmp_path / "a.yaml", "run: {seed: 3}")
     with pytest.raises(SystemExit) as stop:
-        configuration.from_command_line(["--print_config", "--config", path, "--reward.alpha", "0.4"])
+        configuration.from_command_line(["--print_config", "--config", path, "--reward.alpha",
+                                         "0.4"])
     assert stop.value.code == 0
     shown = write(tmp_path / "shown.yaml", capsys.readouterr().out)
-    assert configuration.load(shown) == Config(reward=RewardConfig(alpha=0.4), run=RunConfig(seed=3))
+    assert configuration.load(shown) == Config(reward=RewardConfig(alpha=0.4),
+                                               run=RunConfig(seed=3))
     assert "reward.alpha must be in" in refused("--print_config", "--reward.alpha", "1.5")
 
 
@@ -260,4 +279,5 @@ def test_the_reference_page_is_current():
     spec = importlib.util.spec_from_file_location("make_configuration", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python docs/make_configuration.py"
+    written = module.PAGE.read_text(encoding="utf-8")
+    assert written == module.page(), "run python docs/make_configuration.py"

@@ -18,8 +18,10 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "afterwards" and synced == [10]
 
     for error, raised, message in (
-            (OSError(28, "No space left on device"), UserError, "a.txt: cannot be written: No space left"),
-            (UserError("mine"), UserError, "^mine$"), (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop")):
+            (OSError(28, "No space left on device"), UserError,
+             "a.txt: cannot be written: No space left"),
+            (UserError("mine"), UserError, "^mine$"),
+            (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop")):
         with pytest.raises(raised, match=message), files.replacing(path) as partial:
             partial.write_text("half")
             raise error

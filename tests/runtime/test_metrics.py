@@ -1,4 +1,4 @@
-"""What a run shows and leaves on disk: plain lines, the live display, JSONL through crashes, TensorBoard, wandb."""
+"""What a run shows and writes: lines, the live display, JSONL through crashes, TensorBoard."""
 
 import io
 import json
@@ -30,7 +30,8 @@ def writer(directory, *, start_step=0, tensorboard=False, wandb=False):
 
 
 def headway(finished, tokens=0):
-    return GenerationProgress(finished=finished, total=256, running=min(64, 256 - finished), waiting=max(192 - finished, 0),
+    return GenerationProgress(finished=finished, total=256, running=min(64, 256 - finished),
+                              waiting=max(192 - finished, 0),
                    tokens=tokens)
 
 
@@ -45,14 +46,16 @@ def plain_lines(total_steps, start_step, rows):
 
 
 @pytest.mark.parametrize("seconds, text", [
-    (0, "0:00"), (83.4, "1:23"), (59.6, "1:00"), (3599, "59:59"), (3600, "1h00m"), (86399, "23h59m"), (273600, "3d04h"),
+    (0, "0:00"), (83.4, "1:23"), (59.6, "1:00"), (3599, "59:59"), (3600, "1h00m"),
+    (86399, "23h59m"), (273600, "3d04h"),
     (math.nan, "-"), (math.inf, "-")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("per_second, text", [
-    (0, "0"), (850.4, "850"), (5012.3, "5,012"), (9999.4, "9,999"), (9999.6, "10.0k"), (12_345, "12.3k"),
+    (0, "0"), (850.4, "850"), (5012.3, "5,012"), (9999.4, "9,999"), (9999.6, "10.0k"),
+    (12_345, "12.3k"),
     (99_960, "100k"), (456_000, "456k"), (999_600, "1.0M"), (12_340_000, "12.3M"), (math.nan, "-")])
 def test_rate(per_second, text):
     assert rate(per_second) == text
@@ -64,7 +67,8 @@ def test_plain_output_is_one_line_for_each_step():
 
 
 def test_plain_lines_keep_within_80_columns_and_to_one_form():
-    rows = [STEP, STEP | {"rollout/tokens": 14_321, "rollout/tokens_per_second": 123_456, "time/step": 800}, STEP]
+    rows = [STEP, STEP | {"rollout/tokens": 14_321, "rollout/tokens_per_second": 123_456,
+                          "time/step": 800}, STEP]
     lines = plain_lines(1000, 100, rows)
     assert max(map(len, lines)) <= 80
     assert lines[1].startswith("step  102/1000 acc 0.91 tokens 14,321 rollout  123k/s")
@@ -78,7 +82,8 @@ def test_eta_is_the_median_of_recent_steps_without_the_compile_step():
 
 
 def test_missing_and_non_finite_values_are_shown_as_a_dash():
-    assert "accuracy -  tokens   -  rollout     -/s" in plain_lines(40, 0, [{"rollout/accuracy": math.nan}])[0]
+    line = plain_lines(40, 0, [{"rollout/accuracy": math.nan}])[0]
+    assert "accuracy -  tokens   -  rollout     -/s" in line
 
 
 def test_say_prints_text_as_it_is():
@@ -91,7 +96,8 @@ def test_say_prints_text_as_it_is():
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_live_display_keeps_within_the_terminal(width):
     progress = Progress(40, console=Console(file=io.StringIO(), width=width))
-    for call in (lambda: None, lambda: progress.rollout(headway(0)), lambda: progress.rollout(headway(143, 12_000)),
+    for call in (lambda: None, lambda: progress.rollout(headway(0)),
+                 lambda: progress.rollout(headway(143, 12_000)),
                  lambda: progress.step(0, STEP), lambda: progress.rollout(headway(3, 100))):
         call()
         lines = Console(width=width).render_lines(progress, pad=False)
@@ -103,7 +109,8 @@ PSEUDO_TERMINAL = """
 from effreason.runtime.progress import GenerationProgress, Progress
 with Progress(40) as progress:
     progress.say("above the bar")
-    progress.rollout(GenerationProgress(finished=143, total=256, running=64, waiting=49, tokens=12000))
+    progress.rollout(GenerationProgress(finished=143, total=256, running=64, waiting=49,
+                                        tokens=12000))
     progress.step(6, {"rollout/accuracy": 0.91, "rollout/tokens": 87.0, "time/step": 2.5})
 """
 
@@ -111,7 +118,8 @@ with Progress(40) as progress:
 def test_a_pseudo_terminal_gets_the_bar_and_its_cursor_back():
     main, child = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "LINES": "24", "TERM": "xterm-256color"}
-    with subprocess.Popen([sys.executable, "-c", PSEUDO_TERMINAL], stdout=child, env=environment) as process:
+    with subprocess.Popen([sys.executable, "-c", PSEUDO_TERMINAL], stdout=child,
+                          env=environment) as process:
         os.close(child)
         output = b""
         while True:
@@ -131,13 +139,16 @@ def test_a_pseudo_terminal_gets_the_bar_and_its_cursor_back():
 
 def test_rows_are_on_disk_after_each_write(tmp_path):
     with writer(tmp_path / "runs" / "a") as out:
-        out.write(0, {"update/loss": np.float32(0.5), "update/kl": float("nan"), "reward/mean": np.array(math.inf)})
+        out.write(0, {"update/loss": np.float32(0.5), "update/kl": float("nan"),
+                      "reward/mean": np.array(math.inf)})
         assert (tmp_path / "runs/a/metrics.jsonl").read_text() == (
             '{"step": 0, "update/loss": 0.5, "update/kl": null, "reward/mean": null}\n')
-        sample = {"text": "ünï\ud800\u2028", "tokens": np.arange(2), "logprobs": [-math.inf, np.float32(0.5)]}
+        sample = {"text": "ünï\ud800\u2028", "tokens": np.arange(2),
+                  "logprobs": [-math.inf, np.float32(0.5)]}
         out.samples(0, [sample, {}])
         lines = (tmp_path / "runs/a/rollouts.jsonl").read_bytes().split(b"\n")
-    assert json.loads(lines[0]) == {"step": 0, "text": "ünï\ud800\u2028", "tokens": [0, 1], "logprobs": [None, 0.5]}
+    assert json.loads(lines[0]) == {"step": 0, "text": "ünï\ud800\u2028", "tokens": [0, 1],
+                                    "logprobs": [None, 0.5]}
     assert [json.loads(lines[1]), lines[2:]] == [{"step": 0}, [b""]]
 
 
@@ -149,12 +160,15 @@ def test_resume_drops_the_steps_that_will_run_again(tmp_path):
     with writer(tmp_path, start_step=3) as out:
         assert [row["step"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2]
         out.write(3, {"update/loss": 30.0})
-    assert [row["update/loss"] for row in read_json_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 30.0]
-    assert [row["step"] for row in read_json_lines(tmp_path / "rollouts.jsonl")] == [0, 0, 1, 1, 2, 2]
+    metrics, samples = (read_json_lines(tmp_path / name)
+                        for name in ("metrics.jsonl", "rollouts.jsonl"))
+    assert [row["update/loss"] for row in metrics] == [0, 1, 2, 30.0]
+    assert [row["step"] for row in samples] == [0, 0, 1, 1, 2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "rollouts.jsonl"]
 
 
-@pytest.mark.parametrize("cut", [b'{"step": 2, "upd', b'{"step": 2, "a": 1}', b'{"ste\xc3', b"\x00\x00\n", b"[1]\n"])
+@pytest.mark.parametrize("cut", [b'{"step": 2, "upd', b'{"step": 2, "a": 1}', b'{"ste\xc3',
+                                 b"\x00\x00\n", b"[1]\n"])
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n' + cut)
@@ -206,7 +220,8 @@ def events(directory):
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
         while data:
-            size = int.from_bytes(data[:8], "little")       # length, its checksum, the event, its checksum
+            # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
             found.append(event_pb2.Event.FromString(data[12:12 + size]))
             data = data[16 + size:]
     return found
@@ -219,7 +234,8 @@ def test_tensorboard_has_every_finite_value_and_a_resume_hides_later_steps(tmp_p
     with writer(tmp_path, tensorboard=True, start_step=1) as out:
         out.write(1, {"update/loss": 0.125})
     found = events(tmp_path / "tensorboard")
-    values = [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
+    values = [(event.step, value.tag, value.simple_value) for event in found
+              for value in event.summary.value]
     assert values == [(0, "update/loss", 0.5), (1, "update/loss", 0.25), (1, "update/loss", 0.125)]
     assert [event.step for event in found if event.HasField("session_log")] == [1]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
@@ -261,7 +277,8 @@ def test_wandb_run_is_taken_up_again_on_resume(tmp_path, monkeypatch):
 def test_heavy_packages_are_imported_only_where_asked_for():
     code = ("import sys, effreason.runtime.metrics, effreason.runtime.progress;"
             "print({'jax', 'tensorboardX', 'wandb', 'matplotlib'} & set(sys.modules))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout == "set()\n"
 
 
 def test_generation_rate_stops_with_the_last_response(monkeypatch):

@@ -1,4 +1,4 @@
-"""Two processes with four virtual devices each: one run, the same as that of one process with eight."""
+"""Two processes with four virtual devices each do the same run as one process with eight."""
 
 import contextlib
 import json
@@ -23,7 +23,8 @@ from effreason.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parents[1] / "support" / "two_processes.py"
-SECONDS = 600                       # a machine under load compiles slowly; nothing here is meant to take so long
+# a machine under load compiles slowly; nothing here is meant to take so long
+SECONDS = 600
 
 
 def started(arguments, *, number=0, of=2, devices=4, port=None, **environment):
@@ -34,7 +35,8 @@ def started(arguments, *, number=0, of=2, devices=4, port=None, **environment):
     if port is not None:
         variables |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(of),
                       "JAX_PROCESS_ID": str(number)}
-    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], env=variables, text=True,
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], env=variables,
+                            text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -45,7 +47,8 @@ def ended(children):
     finally:
         for child in children:
             child.kill()
-    return [(child.returncode, out, err) for child, (out, err) in zip(children, outputs, strict=True)]
+    return [(child.returncode, out, err) for child,
+            (out, err) in zip(children, outputs, strict=True)]
 
 
 def free_port():
@@ -61,12 +64,14 @@ def both(*arguments, **environment):
 def each(*arguments, **environment):
     """Two processes, each with arguments of its own."""
     port = free_port()
-    return ended([started(own, number=number, port=port, **environment) for number, own in enumerate(arguments)])
+    return ended([started(own, number=number, port=port, **environment) for number,
+                  own in enumerate(arguments)])
 
 
 def lines(text):
     """The lines of standard error, without what XLA logs."""
-    return [line for line in text.splitlines() if not stderr_relay.NATIVE.match(line.encode()) and line[:1] not in "EWI"]
+    return [line for line in text.splitlines() if not stderr_relay.NATIVE.match(line.encode())
+            and line[:1] not in "EWI"]
 
 
 def test_decisions_crossings_and_a_signal_to_one_process(tmp_path):
@@ -84,7 +89,8 @@ def check_killed(which, busy, **environment):
     last = next(line for line in results[which][1].splitlines() if line.startswith("ends at"))
     assert time.time() - float(last.split()[-1]) < 60
     code, _, err = results[1 - which]
-    assert code != 0 and lines(err) == [f"error: process {which} on {socket.gethostname()} is lost; this process ends "
+    assert code != 0 and lines(err) == [f"error: process {which} on {socket.gethostname()} is "
+                                        f"lost; this process ends "
                                         "too: start all of them again"], err
 
 
@@ -101,7 +107,8 @@ def test_by_default_it_ends_within_a_minute():
 def test_an_error_in_one_process_ends_the_other():
     (waiting, _, err), (failing, _, second_err) = both("failed")
     assert failing == 2 and lines(second_err) == ["error: the disk of process 1 is full"]
-    assert waiting != 0 and lines(err) == [f"error: process 1 on {socket.gethostname()} is lost; this process ends "
+    assert waiting != 0 and lines(err) == [f"error: process 1 on {socket.gethostname()} is lost; "
+                                           f"this process ends "
                                            "too: start all of them again"], err
 
 
@@ -111,15 +118,19 @@ def test_another_number_of_processes_is_one_line_in_both():
                      started(["together", "none"], number=1, of=3, port=port, INITIALIZATION="20")])
     assert [code for code, _, _ in results] == [2, 2], results
     name = socket.gethostname()
-    assert lines(results[0][2]) == [f"error: distributed.processes: expected 2, found 3 in process 1 on {name}"]
-    assert lines(results[1][2]) == [f"error: distributed.processes: expected 3, found 2 in process 0 on {name}"]
+    assert lines(results[0][2]) == [f"error: distributed.processes: expected 2, found 3 in "
+                                    f"process 1 on {name}"]
+    assert lines(results[1][2]) == [f"error: distributed.processes: expected 3, found 2 in "
+                                    f"process 0 on {name}"]
 
 
 def test_a_host_that_never_comes_ends_the_others():
     port = free_port()
-    (code, _, err), = ended([started(["together", "none"], number=0, port=port, INITIALIZATION="3")])
+    (code, _,
+     err), = ended([started(["together", "none"], number=0, port=port, INITIALIZATION="3")])
     assert code != 0
-    assert lines(err) == ["error: distributed: not all 2 processes were there within 3 s, this is process 0; they meet "
+    assert lines(err) == ["error: distributed: not all 2 processes were there within 3 s, this is "
+                          "process 0; they meet "
                           f"at 127.0.0.1:{port}"], err
 
 
@@ -133,7 +144,8 @@ def world(tmp_path_factory):
 
 
 def arguments(world, directory, mode, **changes):
-    settings = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.steps": 5, "checkpoint.every": 2,
+    settings = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "run.steps": 5,
+                "checkpoint.every": 2,
                 "evaluation.problems": 16, "distributed.mode": mode}
     return small_runs.arguments(world, directory, **settings | changes)
 
@@ -150,7 +162,9 @@ def test_a_setting_of_one_host_is_one_line_that_names_it(world, scenario, field,
     host = socket.gethostname()
     results = each(*[[scenario, *arguments(world, world / "never", "manual", **{field: found})]
                      for found in (value, other)])
-    check_same_line(results, f"error: {field}: process 1 on {host} has {other}, process 0 on {host} has {value}; all "
+    check_same_line(results,
+                    f"error: {field}: process 1 on {host} has {other}, process 0 on {host} has "
+                    f"{value}; all "
                              "must have the same")
     assert not (world / "never").exists()
 
@@ -159,7 +173,9 @@ def test_other_models_on_one_host_are_one_line(world):
     host, own = socket.gethostname(), arguments(world, world / "never", "manual")
     results = each(*[["evaluate", *own, "--models", *models]
                      for models in (["tiny", world / "base"], [world / "base"])])
-    check_same_line(results, f"error: models: process 1 on {host} has {world}/base, process 0 on {host} has tiny "
+    check_same_line(results,
+                    f"error: models: process 1 on {host} has {world}/base, process 0 on {host} "
+                    f"has tiny "
                              f"{world}/base; all must have the same")
 
 
@@ -173,7 +189,8 @@ def test_other_data_on_one_host_are_one_line(world, scenario, tmp_path, monkeypa
         small_runs.write_problems(place / "test.jsonl", 16, first=50 + number)
         monkeypatch.chdir(place)
         children.append(started([scenario, *arguments(world, world / "never", "manual",
-                                                      **{"evaluation.path": "test.jsonl"})], number=number, port=port))
+                                                      **{"evaluation.path": "test.jsonl"})],
+                                number=number, port=port))
     results = ended(children)
     assert [code for code, _, _ in results] == [2, 2], results
     for _, _, err in results:
@@ -186,7 +203,8 @@ def test_fewer_problems_on_one_host_are_one_line(world, tmp_path):
     children, port = [], free_port()
     for number in (0, 1):
         (place := tmp_path / str(number)).mkdir()
-        rows = [json.dumps({"problem": f"{row}", "answer": "7" if row < 8 else "{", "level": "easy"})
+        rows = [json.dumps({"problem": f"{row}", "answer": "7" if row < 8 else "{",
+                            "level": "easy"})
                 for row in range(12 - 4 * number)]
         (place / "test.jsonl").write_text("\n".join(rows))
         with contextlib.chdir(place):
@@ -194,13 +212,17 @@ def test_fewer_problems_on_one_host_are_one_line(world, tmp_path):
                                                             **{"evaluation.path": "test.jsonl"})],
                                     number=number, port=port))
     host = socket.gethostname()
-    check_same_line(ended(children), f"error: the number of problems: process 1 on {host} has 8, process 0 on {host} "
+    check_same_line(ended(children),
+                    f"error: the number of problems: process 1 on {host} has 8, process 0 on "
+                    f"{host} "
                                      "has 12; all must have the same")
 
 
 def test_automatic_where_there_is_no_cluster(world):
     (code, _, err), = ended([started(["train", *arguments(world, world / "never", "auto")])])
-    assert (code, lines(err)) == (2, ["error: distributed.mode auto: JAX finds no TPU slice, SLURM, Open MPI or "
+    assert (code, lines(err)) == (2,
+                                  ["error: distributed.mode auto: JAX finds no TPU slice, SLURM, "
+                                   "Open MPI or "
                                       "Kubernetes here; set distributed.mode manual"])
 
 
@@ -214,7 +236,7 @@ def alone(world):
 
 
 def check_same_run(found, expected):
-    """The same responses, grades and evaluations; weights and measures but for the order in which sums are rounded."""
+    """Same responses, grades and evaluations; weights and metrics but for the rounding of sums."""
     assert (found / "rollouts.jsonl").read_text() == (expected / "rollouts.jsonl").read_text()
     evaluated = sorted(path.relative_to(expected) for path in expected.glob("evaluations/*/*"))
     assert len(evaluated) == 2          # before and after
@@ -226,10 +248,11 @@ def check_same_run(found, expected):
         for name in other.keys() - {"grade/cached", "grade/symbolic"}:
             if not name.startswith(("time/", "engine/")) and "per_second" not in name:
                 assert row[name] == pytest.approx(other[name], abs=2e-6), (row["step"], name)
-    weights, others = (load_file(path / "model" / "model.safetensors") for path in (found, expected))
+    weights, others = (load_file(path / "model" / "model.safetensors")
+                       for path in (found, expected))
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
-        # Adam divides a gradient by its size: where that is next to nothing, rounding is a share of a learning rate.
+        # Adam divides a gradient by its size: if it is tiny, rounding is a share of the rate.
         np.testing.assert_allclose(weight, others[name], atol=3e-4, err_msg=name)
 
 
@@ -248,7 +271,8 @@ def test_two_processes_evaluate_as_one_does(world, alone):
     (code, out, err), (other, second_out, _) = both(
         "evaluate", *arguments(world, world / "unused", "manual"), "--output", world / "evaluated")
     assert (code, other) == (0, 0), err
-    (result,) = json.loads((world / "evaluated" / "results.json").read_text())["models"][str(world / "base")].values()
+    results = json.loads((world / "evaluated" / "results.json").read_text())
+    (result,) = results["models"][str(world / "base")].values()
     (expected,) = json.loads((alone / "summary.json").read_text())["sets"].values()
     assert result["summary"] == expected["base"]
     assert str(world / "base") in out and str(world / "base") not in second_out
@@ -288,27 +312,36 @@ def test_a_signal_to_one_process_saves_both_and_the_run_goes_on(world, alone):
 def test_one_process_decides_for_itself():
     assert (processes.count(), processes.index(), processes.is_primary()) == (1, 0, True)
     marker = object()               # not what JSON could hold: nothing is sent
-    assert processes.broadcast("it", lambda: marker) is marker and processes.all_gather("it", lambda: marker) == [marker]
+    assert processes.broadcast("it", lambda: marker) is marker
+    assert processes.all_gather("it", lambda: marker) == [marker]
     assert processes.agree_on_signal(None) is None and processes.agree_on_signal(15) == 15
     processes.check_same({"a": "b"})
     with distributed.joined(DistributedConfig()):
         assert processes.count() == 1
 
 
-@pytest.mark.parametrize(("variable", "text"), [("JAX_NUM_PROCESSES", "2"), ("SLURM_STEP_NUM_TASKS", "16"),
+@pytest.mark.parametrize(("variable", "text"),
+                         [("JAX_NUM_PROCESSES", "2"), ("SLURM_STEP_NUM_TASKS", "16"),
                                                 ("OMPI_COMM_WORLD_SIZE", "4")])
 def test_lone_hosts_are_an_error(monkeypatch, variable, text):
     monkeypatch.setenv(variable, text)
-    with pytest.raises(UserError, match=f"distributed.mode is none, but {variable} says that there are {text} proc"):
+    with pytest.raises(UserError,
+                       match=f"distributed.mode is none, but {variable} says that there are "
+                             f"{text} proc"):
         with distributed.joined(DistributedConfig()):
             pass
 
 
 @pytest.mark.parametrize(("fields", "environment", "message"), [
-    ({}, {}, "distributed.coordinator_address or JAX_COORDINATOR_ADDRESS must be given if distributed.mode is m"),
-    ({"coordinator_address": "a:1", "processes": 2}, {}, "distributed.process_id or JAX_PROCESS_ID must be given"),
-    ({"coordinator_address": "a:1", "processes": 2, "process_id": 2}, {}, "must be below distributed.processes, 2"),
-    ({"coordinator_address": "a:1", "process_id": 1}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES must be"),
+    ({}, {},
+     "distributed.coordinator_address or JAX_COORDINATOR_ADDRESS must be given if "
+     "distributed.mode is m"),
+    ({"coordinator_address": "a:1", "processes": 2}, {},
+     "distributed.process_id or JAX_PROCESS_ID must be given"),
+    ({"coordinator_address": "a:1", "processes": 2, "process_id": 2}, {},
+     "must be below distributed.processes, 2"),
+    ({"coordinator_address": "a:1", "process_id": 1}, {"JAX_NUM_PROCESSES": "two"},
+     "JAX_NUM_PROCESSES must be"),
     ({"coordinator_address": "a:1", "processes": 2, "process_id": 1}, {"JAX_PROCESS_ID": "0"},
      "distributed.process_id is 1, but JAX_PROCESS_ID is 0"),
 ])
@@ -323,13 +356,17 @@ def test_what_is_missing_or_said_twice_is_an_error(monkeypatch, fields, environm
 
 @pytest.mark.parametrize("fields", [{"coordinator_address": "a:1"}, {"process_id": 0}])
 def test_what_is_for_manual_is_an_error_in_auto(fields):
-    with pytest.raises(UserError, match=f"distributed.{next(iter(fields))} is for distributed.mode manual, found mode"):
+    with pytest.raises(UserError,
+                       match=f"distributed.{next(iter(fields))} is for distributed.mode manual, "
+                             f"found mode"):
         distributed.resolve(DistributedConfig(mode="auto", **fields))
 
 
-@pytest.mark.parametrize("address", ["host", "host:", "host:0", "host:65536", "host:99999", ":8476", "a host:8476"])
+@pytest.mark.parametrize("address", ["host", "host:", "host:0", "host:65536", "host:99999", ":8476",
+                                     "a host:8476"])
 def test_an_address_has_a_port(address):
-    with pytest.raises(ValueError, match="distributed.coordinator_address must be .*host:port, port in "):
+    with pytest.raises(ValueError,
+                       match="distributed.coordinator_address must be .*host:port, port in "):
         DistributedConfig(coordinator_address=address)
 
 
@@ -372,19 +409,23 @@ def test_fields_come_from_the_environment(monkeypatch):
 
 
 # What JAX 0.10 and 0.12 say before they abort a process.
-SILENT = b"""E1120 16:32:50.562674   10506 coordination_service_agent.cc:289] Polled an error from coordination service.
-F1120 16:32:50.562811   10506 client.h:80] Terminating process because the JAX distributed service detected fatal \
-errors. absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
+SILENT = b"""E1120 16:32:50.562674   10506 coordination_service_agent.cc:289] Polled an error from \
+coordination service.
+F1120 16:32:50.562811   10506 client.h:80] Terminating process because the JAX distributed service \
+detected fatal errors. absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped \
+sending heartbeats):
 1
 3
 The tasks have crashed. Check the task logs for an earlier error.
 *** Check failure stack trace: ***
     @     0x7f1d59c40634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
 """
-CLOSED = b"""F1120 16:33:03.601384   10749 client.h:80] Terminating process: UNAVAILABLE: Failed to send RPC to \
-coordination service. :UNKNOWN:Error received from peer  {grpc_status:14, grpc_message:"Socket closed"}
+CLOSED = b"""F1120 16:33:03.601384   10749 client.h:80] Terminating process: UNAVAILABLE: Failed \
+to send RPC to coordination service. :UNKNOWN:Error received from peer  \
+{grpc_status:14, grpc_message:"Socket closed"}
 """
-NEVER = b"""F1120 16:33:17.624939   10798 client.h:80] Terminating process: DEADLINE_EXCEEDED: Deadline Exceeded
+NEVER = b"""F1120 16:33:17.624939   10798 client.h:80] Terminating process: DEADLINE_EXCEEDED: \
+Deadline Exceeded
 
 RPC: /xla.coordination.CoordinationService/RegisterTask
 """
@@ -393,18 +434,22 @@ TOLD = b'\0{"hosts": ["a", "b", "c", "d"], "after": "start again"}\n'
 
 @pytest.mark.parametrize(("written", "passed_on"), [
     (b"one\ntwo", b"one\ntwo"),
-    (b"[external/gloo/gloo/transport/tcp/debug_logger.cc:25] ERROR failed to connect\n[1] two\n", b"[1] two\n"),
+    (b"[external/gloo/gloo/transport/tcp/debug_logger.cc:25] ERROR failed to connect\n[1] two\n",
+     b"[1] two\n"),
     (b"50 %\r75 %", b"50 %\r75 %"),
-    (TOLD + b"before\n" + SILENT, b"before\nerror: process 1 on b, process 3 on d are lost; this process ends too: "
+    (TOLD + b"before\n" + SILENT,
+     b"before\nerror: process 1 on b, process 3 on d are lost; this process ends too: "
                                   b"start again\n"),
     (TOLD + CLOSED, b"error: process 0 on a is lost; this process ends too: start again\n"),
     (b'\0{"missing": "not all were there"}\n' + NEVER, b"error: not all were there\n"),
     (TOLD + b'\0{"quiet": true}\n' + CLOSED, b""),
-    (SILENT.splitlines(keepends=True)[0] + b"more\n", SILENT.splitlines(keepends=True)[0] + b"more\n"),
+    (SILENT.splitlines(keepends=True)[0] + b"more\n",
+     SILENT.splitlines(keepends=True)[0] + b"more\n"),
     (b"Error of my own\nF-score 1\n", b"Error of my own\nF-score 1\n"),
 ], ids=["lines", "chatter", "bar", "silent", "closed", "never", "quiet", "not fatal", "ours"])
 def test_the_last_words_are_one_line(written, passed_on):
-    child = subprocess.run([sys.executable, "-I", stderr_relay.__file__], input=written, capture_output=True, timeout=60)
+    child = subprocess.run([sys.executable, "-I", stderr_relay.__file__], input=written,
+                           capture_output=True, timeout=60)
     assert (child.stderr, child.stdout, child.returncode) == (passed_on, b"", 0)
     for size in (1, 7):             # however the text comes in
         target, source = os.pipe()

@@ -10,13 +10,15 @@ from effreason.runtime import provenance
 
 
 def git(directory, *arguments):
-    subprocess.run(["git", "-C", str(directory), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True,
+    subprocess.run(["git", "-C", str(directory), "-c", "user.name=a", "-c", "user.email=a@b",
+                    *arguments], check=True,
                    capture_output=True)
 
 
 def test_the_environment_is_json_and_names_what_decides_verdicts():
     found = json.loads(json.dumps(provenance.environment()))
-    assert found.keys() == {"effreason", "git_commit", "grader", "python", "jax", "jaxlib", "flax", "transformers",
+    assert found.keys() == {"effreason", "git_commit", "grader", "python", "jax", "jaxlib", "flax",
+                            "transformers",
                             "platform", "device", "device_count", "processes"}
     assert found["device"] == "cpu" and found["processes"] == 1 and found["device_count"] >= 1
     assert found["grader"].startswith(
@@ -31,7 +33,8 @@ def test_another_grader_of_the_same_version_is_told_apart(tmp_path):
             (tmp_path / name / f"{stem}.py").write_text(content)
         return provenance.grading_sha256(tmp_path / name)
 
-    found = [digest("one", a="x = 1", b=""), digest("edited", a="x = 2", b=""), digest("renamed", a="x = 1", c=""),
+    found = [digest("one", a="x = 1", b=""), digest("edited", a="x = 2", b=""),
+             digest("renamed", a="x = 1", c=""),
              digest("moved", a="", b="x = 1")]
     assert len(set(found)) == 4 and all(len(each) == 12 for each in found)
     assert digest("copy", a="x = 1", b="") == found[0]
@@ -52,7 +55,8 @@ def test_the_commit_of_a_checkout(tmp_path):
     (tmp_path / "a").write_text("2")
     assert provenance.git_commit(tmp_path) == f"{commit}+dirty"
     (tmp_path / "package").mkdir()
-    assert provenance.git_commit(tmp_path / "package") is None      # installed into somebody else's checkout
+    # installed into somebody else's checkout
+    assert provenance.git_commit(tmp_path / "package") is None
 
 
 @pytest.mark.parametrize("error", [OSError, subprocess.TimeoutExpired("git", 1)])

@@ -1,4 +1,4 @@
-"""Signals: noticed at the next check, once; the second acts at once; afterwards everything is as it was."""
+"""Signals: noticed at the next check, once; a second one acts at once; then all is restored."""
 
 import signal
 
@@ -20,7 +20,8 @@ def test_without_a_signal_nothing_happens_and_the_handlers_come_back():
     assert handlers() == before
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+@pytest.mark.parametrize(("number", "name"),
+                         [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
 def test_a_signal_waits_for_the_check(number, name):
     before = handlers()
     with pytest.raises(Interrupted) as caught, Interrupts() as interrupts:
@@ -32,7 +33,8 @@ def test_a_signal_waits_for_the_check(number, name):
 
 
 def test_a_second_ctrl_c_acts_at_once():
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)     # a job in the background ignores it
+    # a job in the background ignores it
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt), Interrupts():
             signal.raise_signal(signal.SIGINT)

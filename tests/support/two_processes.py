@@ -1,4 +1,4 @@
-"""One of several processes, for test_processes.py: two_processes.py SCENARIO [arguments of train.py ...]"""
+"""One of several processes, for test_processes.py: two_processes.py SCENARIO [ARGUMENT ...]"""
 
 import itertools
 import os
@@ -27,7 +27,8 @@ def collective():
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     rows = sharding.to_device(np.arange(jax.device_count(), dtype=np.float32), split)
-    return jax.jit(lambda rows: rows.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))(rows)
+    return jax.jit(lambda rows: rows.sum(),
+                   out_shardings=NamedSharding(mesh, PartitionSpec()))(rows)
 
 
 def decisions(directory):
@@ -35,8 +36,10 @@ def decisions(directory):
     here = processes.index()
     assert processes.count() == jax.process_count() == 2 and processes.is_primary() == (here == 0)
     assert processes.broadcast("name", lambda: {"from": here}) == {"from": 0}
-    assert processes.all_gather("numbers", lambda: [here, "\udc80", None, 1.5]) == [[each, "\udc80", None, 1.5]
-                                                                                  for each in (0, 1)]
+    assert processes.all_gather("numbers",
+                                lambda: [here, "\udc80", None, 1.5]) == [[each, "\udc80", None, 1.5]
+                                                                                  for each in (0,
+                                                                                               1)]
 
     def fails(number, error):
         if here == number:
@@ -46,17 +49,23 @@ def decisions(directory):
     for number, failing in itertools.product((0, 1), (processes.broadcast, processes.all_gather)):
         if number == 0 or failing is processes.all_gather:
             with pytest.raises(UserError, match="grade.workers: too few"):
-                failing("bad input", lambda number=number: fails(number, UserError("grade.workers: too few")))
+                failing("bad input",
+                        lambda number=number: fails(number, UserError("grade.workers: too few")))
     expected = (OSError, "worn out") if here else (UserError, r"process 1 on .*: OSError: worn out")
     with pytest.raises(expected[0], match=expected[1]):
         processes.all_gather("broken", lambda: fails(1, OSError("worn out")))
-    with pytest.raises(UserError, match="process .* is at '.*', but .* is at '.*'; all must have the same code"):
+    with pytest.raises(UserError,
+                       match="process .* is at '.*', but .* is at '.*'; all must have the same "
+                             "code"):
         processes.all_gather("one" if here else "another", lambda: here)
     processes.check_same({"data.path": "one"})
-    with pytest.raises(UserError, match="data.path: process 1.* has 1, process 0.* has 0; all must have the same"):
+    with pytest.raises(UserError,
+                       match="data.path: process 1.* has 1, process 0.* has 0; all must have the "
+                             "same"):
         processes.check_same({"data.path": str(here)})
     processes.check_shared(directory, "run.directory")
-    assert processes.all_gather("left", lambda: [each.name for each in directory.iterdir()])[0] == []
+    assert processes.all_gather("left",
+                                lambda: [each.name for each in directory.iterdir()])[0] == []
     apart = directory / str(here)
     apart.mkdir()
     assert processes.appears(lambda: (directory / str(1 - here)).exists())
@@ -69,7 +78,8 @@ def crossings():
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor"))
     with jax.transfer_guard("disallow"):
         rows, alone = sharding.to_device((table, number), (split, sharding.sharding(mesh)))
-        both = sharding.to_device({"a": table, "b": table.T.copy()}, split)         # one sharding for a tree
+        # one sharding for a tree
+        both = sharding.to_device({"a": table, "b": table.T.copy()}, split)
     assert not rows.is_fully_addressable and rows.sharding == split and alone.is_fully_replicated
     back, again, trees = sharding.to_host((rows, alone, both))
     np.testing.assert_array_equal(back, table)
@@ -116,7 +126,7 @@ def failed():
 
 
 def slowed_after_a_signal():
-    """Has a signal come to process 1 at one of its checks, and the checks after that take long enough to stop at."""
+    """Sends process 1 a signal at one of its checks, and slows down the checks after that."""
     checks, agree_on_signal = itertools.count(1), processes.agree_on_signal
 
     def slow(received):
@@ -130,7 +140,7 @@ def slowed_after_a_signal():
 
 
 def slow_to_export():
-    """Has process 0 write the model for longer than a process that has ended waits for the others."""
+    """Lets process 0 write the model for longer than a finished process waits for the others."""
     export = loop.export
 
     def slow(*arguments):
