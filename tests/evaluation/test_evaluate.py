@@ -1,4 +1,4 @@
-"""Evaluation: what is sampled is kept, gone on with and never mixed up, set by set; whole commands."""
+"""Evaluation: responses are kept, resumed and never mixed up, set by set; whole commands."""
 
 import csv
 import dataclasses
@@ -24,7 +24,8 @@ from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.sampling import capacity
 
-FEW_SLOTS = {"evaluation.samples": 2, "rollout.slots": 4, "rollout.chunk": 4}     # 8 problems x 2 = 16 responses
+# 8 problems x 2 = 16 responses
+FEW_SLOTS = {"evaluation.samples": 2, "rollout.slots": 4, "rollout.chunk": 4}
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +49,18 @@ class Bench:
     grader: object
     asked: list
 
-    def evaluate(self, watch=lambda now: None, *, seed=None, config=None, sets=None, template=None, **settings):
-        evaluator = self.evaluator(seed=(config or self.config).run.seed if seed is None else seed, **{
-            name: value for name, value in {"config": config, "sets": sets, "template": template}.items() if value})
+    def evaluate(self, watch=lambda now: None, *, seed=None, config=None, sets=None, template=None,
+                 **settings):
+        changes = {"config": config, "sets": sets, "template": template}
+        changes = {name: value for name, value in changes.items() if value}
+        seed = (config or self.config).run.seed if seed is None else seed
+        evaluator = self.evaluator(seed=seed, **changes)
         return evaluator.measure_all(self.params, watch, **{"weights": "base"} | settings)
 
     def evaluator(self, **changes):
-        return Evaluator(**{"config": self.config, "pretrained": self.pretrained, "template": self.template,
-                            "sampler": self.counting, "sets": self.sets, "grader": self.grader, "seed": 0} | changes)
+        return Evaluator(**{"config": self.config, "pretrained": self.pretrained,
+                            "template": self.template, "sampler": self.counting, "sets": self.sets,
+                            "grader": self.grader, "seed": 0} | changes)
 
     def counting(self, params, requests, key, sampling):
         self.asked.append([(request.uid, request.sample, request.prefix) for request in requests])
@@ -70,10 +75,11 @@ def opened(world):
     found = models.open_model(config, config.model.path, None, mesh)
     sets, _ = loading.load_held_out(config, found.pretrained.tokenizer, found.template)
     params = found.load()
-    sampler = capacity.make_configured_sampler(config, found.pretrained.decoder, mesh, capacity.EVALUATION_WEIGHT_BYTES)
+    sampler = capacity.make_configured_sampler(config, found.pretrained.decoder, mesh,
+                                               capacity.EVALUATION_WEIGHT_BYTES)
     with evaluation.make_grader(config) as grader:
-        yield Bench(config=config, pretrained=found.pretrained, template=found.template, sets=sets, sampler=sampler,
-                    params=params, grader=grader, asked=[])
+        yield Bench(config=config, pretrained=found.pretrained, template=found.template, sets=sets,
+                    sampler=sampler, params=params, grader=grader, asked=[])
 
 
 @pytest.fixture
@@ -103,7 +109,8 @@ def stopping(after, error):
 
 def same(directory, whole):
     """Byte for byte the same files, and no others."""
-    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in directory.iterdir()) == sorted(
+        path.name for path in whole.iterdir())
     for path in whole.iterdir():
         assert (directory / path.name).read_bytes() == path.read_bytes()
 
@@ -114,12 +121,15 @@ def drop(config, **changes):
 
 def test_each_set_is_measured_on_its_own(bench, whole, world):
     found = bench.evaluate()
-    assert list(found) == [str(world / "test.jsonl"), str(world / "other.jsonl")] == list(bench.sets)
+    assert list(found) == [str(world / "test.jsonl"), str(world / "other.jsonl")] == list(
+        bench.sets)
     for name, outcomes in found.items():
         assert outcomes.correct.shape == (len(bench.sets[name]), 2)
         rows = responses.read(whole / files(world)[list(found).index(name)])[1]
-        np.testing.assert_equal(dataclasses.asdict(responses.outcomes(rows)), dataclasses.asdict(outcomes))
-        assert {row.set for row in rows} == {name} and [row.uid for row in rows[::2]] == outcomes.uids.tolist()
+        np.testing.assert_equal(dataclasses.asdict(responses.outcomes(rows)),
+                                dataclasses.asdict(outcomes))
+        assert {row.set for row in rows} == {name}
+        assert [row.uid for row in rows[::2]] == outcomes.uids.tolist()
         correct, stated = outcomes.correct, outcomes.first_answer_token
         assert correct.any() and not correct.all()
         assert (stated[correct] <= outcomes.lengths[correct]).all() and (stated[correct] > 0).all()
@@ -146,7 +156,7 @@ def test_a_crash_costs_what_was_in_flight(bench, whole, world, tmp_path):
 
 def test_a_signal_costs_nothing(bench, whole, world, tmp_path):
     stop = Interrupted(signal.SIGTERM, "stopped")
-    for after in (3, 4):                        # twice: what was kept the first time is kept the second time too
+    for after in (3, 4):  # twice: what was kept the first time is kept the second time too
         with pytest.raises(Interrupted):
             bench.evaluate(stopping(after, stop), directory=tmp_path)
     bench.evaluate(directory=tmp_path)
@@ -163,9 +173,11 @@ def test_what_is_finished_is_read(bench, whole, world):
 
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
     found = bench.evaluate(watch, directory=whole)
-    assert bench.asked == [] and {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+    assert bench.asked == []
+    assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
     np.testing.assert_equal({name: dataclasses.asdict(each) for name, each in found.items()},
-                            {name: dataclasses.asdict(each) for name, each in bench.evaluate().items()})
+                            {name: dataclasses.asdict(each)
+                             for name, each in bench.evaluate().items()})
     # A process that was killed between the last two writes has left its journal.
     left = whole / files(world)[0].replace(".jsonl", ".journal")
     left.write_text('{"facts":{}}\n')
@@ -173,18 +185,23 @@ def test_what_is_finished_is_read(bench, whole, world):
     assert not left.exists()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"weights": "step 3"}, "weights 'base', now 'step 3'"), ({"seed": 1}, "run.seed 0, now 1"),
-    ({"temperature": 0.6}, "evaluation.temperature 1.0, now 0.6"), ({"top_p": 0.95}, "evaluation.top_p 1.0, now 0.95"),
-    ({"top_k": 5}, "evaluation.top_k null, now 5"), ({"max_new_tokens": 39}, "evaluation.max_new_tokens 40, now 39"),
-    ({"samples": 1}, "evaluation.samples 2, now 1"),
-    ({"template": Template("other", "{{ messages }}", "{problem}")},
-     "template_sha256 [0-9a-f]{12}, now [0-9a-f]{12}"),
-    ({"fewer": True}, "problems 8, now 7; problems_sha256 [0-9a-f]{12}, now [0-9a-f]{12}")])
+@pytest.mark.parametrize(("changes", "message"),
+                         [({"weights": "step 3"}, "weights 'base', now 'step 3'"),
+                          ({"seed": 1}, "run.seed 0, now 1"),
+                          ({"temperature": 0.6}, "evaluation.temperature 1.0, now 0.6"),
+                          ({"top_p": 0.95}, "evaluation.top_p 1.0, now 0.95"),
+                          ({"top_k": 5}, "evaluation.top_k null, now 5"),
+                          ({"max_new_tokens": 39}, "evaluation.max_new_tokens 40, now 39"),
+                          ({"samples": 1}, "evaluation.samples 2, now 1"),
+                          ({"template": Template("other", "{{ messages }}", "{problem}")},
+                           "template_sha256 [0-9a-f]{12}, now [0-9a-f]{12}"),
+                          ({"fewer": True},
+                           "problems 8, now 7; problems_sha256 [0-9a-f]{12}, now [0-9a-f]{12}")])
 def test_other_settings_are_never_mixed(bench, whole, world, tmp_path, changes, message):
     name = files(world)[0]
     (tmp_path / name).write_bytes((whole / name).read_bytes())
-    settings = {each: changes.pop(each) for each in ("weights", "seed", "template") if each in changes}
+    settings = {each: changes.pop(each) for each in ("weights", "seed", "template")
+                if each in changes}
     if changes.pop("fewer", False):
         settings["sets"] = {set_name: problems[:7] for set_name, problems in bench.sets.items()}
     pattern = rf"test\.jsonl: was made with {message}; choose another directory, or remove the file"
@@ -199,15 +216,18 @@ def test_other_settings_are_never_mixed(bench, whole, world, tmp_path, changes, 
     assert bench.asked == []
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"repetition": {"stop": True}}, "repetition.stop false, now true"),
-    ({"grade": {"require_eos": False}}, "grade.require_eos true, now false"),
-    ({"run": {"seed": 5}}, "run.seed 0, now 5"), ({"grader": True}, "grader .*, now 'another grader'")])
+@pytest.mark.parametrize(("changes", "message"),
+                         [({"repetition": {"stop": True}}, "repetition.stop false, now true"),
+                          ({"grade": {"require_eos": False}}, "grade.require_eos true, now false"),
+                          ({"run": {"seed": 5}}, "run.seed 0, now 5"),
+                          ({"grader": True}, "grader .*, now 'another grader'")])
 def test_other_rules_are_never_mixed(bench, whole, monkeypatch, changes, message):
     if changes.pop("grader", False):
         monkeypatch.setattr(evaluation.provenance, "grader", lambda: "another grader")
-    config = dataclasses.replace(bench.config, **{
-        section: dataclasses.replace(getattr(bench.config, section), **fields) for section, fields in changes.items()})
+    config = dataclasses.replace(bench.config,
+                                 **{section: dataclasses.replace(
+                                     getattr(bench.config, section), **fields)
+                                    for section, fields in changes.items()})
     with pytest.raises(UserError, match=rf"test\.jsonl: was made with {message}"):
         bench.evaluate(config=config, directory=whole)
     assert bench.asked == []
@@ -217,21 +237,25 @@ def test_a_file_that_lost_rows_is_never_a_smaller_set(bench, whole, world, tmp_p
     name = files(world)[0]
     lines = (whole / name).read_bytes().splitlines(keepends=True)
     (tmp_path / name).write_bytes(b"".join(lines[:-6]))
-    with pytest.raises(UserError, match=r"test\.jsonl: holds 10 of 16 responses; remove it to sample them again"):
+    pattern = r"test\.jsonl: holds 10 of 16 responses; remove it to sample them again"
+    with pytest.raises(UserError, match=pattern):
         bench.evaluate(directory=tmp_path)
-    (tmp_path / name).write_bytes(lines[0].replace(b'"problems": 8', b'"problems": null') + b"".join(lines[1:-6]))
+    header = lines[0].replace(b'"problems": 8', b'"problems": null')
+    (tmp_path / name).write_bytes(header + b"".join(lines[1:-6]))
     with pytest.raises(UserError, match="was made with problems null, now 8"):
         bench.evaluate(directory=tmp_path)
     assert bench.asked == []
 
 
-@pytest.mark.parametrize("change", [{"prompt": 8}, {"prompt": -1}, {"sample": 2}, {"tokens": [10**7]}, {"tokens": [-5]},
-                                    {"tokens": [3] * 41}, {"finish": "ended"}])
+@pytest.mark.parametrize("change",
+                         [{"prompt": 8}, {"prompt": -1}, {"sample": 2}, {"tokens": [10**7]},
+                          {"tokens": [-5]}, {"tokens": [3] * 41}, {"finish": "ended"}])
 def test_a_journal_of_what_cannot_be_is_one_line(bench, whole, world, tmp_path, change):
     name = files(world)[0]
-    response = {"prompt": 0, "sample": 0, "finish": "eos", "repeated": False, "tokens": [3]} | change
+    response = {"prompt": 0, "sample": 0, "finish": "eos", "repeated": False, "tokens": [3]}
     (tmp_path / name.replace(".jsonl", ".journal")).write_text(
-        json.dumps({"facts": responses.read_facts(whole / name)}) + "\n" + json.dumps(response) + "\n")
+        json.dumps({"facts": responses.read_facts(whole / name)}) + "\n"
+        + json.dumps(response | change) + "\n")
     with pytest.raises(UserError, match=r"test\.journal: line 2 is damaged; remove the file"):
         bench.evaluate(directory=tmp_path)
 
@@ -240,12 +264,14 @@ def test_facts_are_those_of_the_process_that_sampled(bench, whole, world, tmp_pa
     name = str(world / "test.jsonl")
     measure = bench.evaluator().measure
     monkeypatch.setattr(evaluation.provenance, "git_commit", lambda: "of the reader")
-    measured = measure(name, lambda: pytest.fail("loaded"), lambda now: None, weights="base", directory=whole)
+    measured = measure(name, lambda: pytest.fail("loaded"), lambda now: None, weights="base",
+                       directory=whole)
     assert measured.facts == responses.read_facts(whole / files(world)[0])
     assert measured.facts["environment"]["git_commit"] != "of the reader"
     fresh = measure(name, lambda: bench.params, lambda now: None, weights="base")
     assert fresh.facts["environment"]["git_commit"] == "of the reader"
-    np.testing.assert_equal(dataclasses.asdict(fresh.outcomes), dataclasses.asdict(measured.outcomes))
+    np.testing.assert_equal(dataclasses.asdict(fresh.outcomes),
+                            dataclasses.asdict(measured.outcomes))
 
 
 def test_seeds_are_other_samples_of_the_same_problems(bench, world):
@@ -273,11 +299,15 @@ def test_facts_say_what_decides_responses_and_verdicts(bench, whole, world):
     assert facts["weights"] == "base" and facts["set"] == str(world / "test.jsonl")
     assert facts["template_sha256"] == bench.template.sha256
     assert facts["problems_sha256"] == prompts.fingerprint(bench.sets[facts["set"]])
-    assert facts["environment"]["grader"] == facts["grader"] and "git_commit" in facts["environment"]
+    assert facts["environment"]["grader"] == facts["grader"]
+    assert "git_commit" in facts["environment"]
     assert not any(name.startswith(("mesh", "rollout.slots", "run.directory")) for name in facts)
-    looping = dataclasses.replace(bench.config, repetition=dataclasses.replace(bench.config.repetition, stop=True))
+    looping = dataclasses.replace(bench.config,
+                                  repetition=dataclasses.replace(bench.config.repetition,
+                                                                 stop=True))
     made = bench.evaluator(config=looping).facts(facts["set"], "base")
-    assert made["repetition.stop"] and made["repetition.window"] == 512 and "repetition.window" not in facts
+    assert made["repetition.stop"] and made["repetition.window"] == 512
+    assert "repetition.window" not in facts
 
 
 @pytest.fixture
@@ -286,7 +316,8 @@ def evaluated(world, capsys):
     def run(output, *more, code=0, **changes):
         arguments = small_runs.arguments(world, world / "unused", **FEW_SLOTS | changes)
         wanted = [] if output is None else ["--output", str(output)]
-        assert main.main(["evaluate", *arguments, "--models", str(world / "base"), *wanted, *more]) == code
+        argv = ["evaluate", *arguments, "--models", str(world / "base"), *wanted, *more]
+        assert main.main(argv) == code
         said = capsys.readouterr()
         return said.out if code == 0 else said.err
     return run
@@ -302,7 +333,8 @@ def test_the_command_keeps_compares_and_goes_on(evaluated, world, tmp_path, monk
     assert list(table["models"][base]) == names.split(",")
     assert table["models"][base][names.split(",")[0]]["comparison"] is None
     assert table["models"][other][names.split(",")[0]]["comparison"]["token_ratio"] > 0
-    assert table["settings"]["evaluation"]["samples"] == 2 and table["provenance"]["device"] == "cpu"
+    assert table["settings"]["evaluation"]["samples"] == 2
+    assert table["provenance"]["device"] == "cpu"
     rows = list(csv.DictReader((output / "results.csv").open(newline="")))
     assert [(row["model"], row["run.seed"], row["problems"]) for row in rows] == [
         (base, "0", "8"), (base, "0", "4"), (other, "1", "8"), (other, "1", "4")]
@@ -310,32 +342,40 @@ def test_the_command_keeps_compares_and_goes_on(evaluated, world, tmp_path, monk
     assert sorted(str(path.relative_to(output)) for path in output.rglob("*.jsonl")) == sorted(
         f"{folder}/seed{seed}/{name}" for seed in (0, 1) for name in files(world))
     lines = said.splitlines()
-    first = max(place for place, line in enumerate(lines) if "test.jsonl: 8" in line)    # the title of the first table
+    # the title of the first table
+    first = max(place for place, line in enumerate(lines) if "test.jsonl: 8" in line)
     assert max(map(len, lines[first:-1])) <= 80
-    assert "Generalisation, against" in said and said.count("points would need about") + said.count("found:") >= 1
+    assert "Generalisation, against" in said and said.count("points would need about") + said.count(
+        "found:") >= 1
 
-    # Again, with one more set of responses removed: the rest is read, and nothing but what is missing needs weights.
-    monkeypatch.setattr(models, "load_weights", functools.partial(pytest.fail, "weights were loaded"))
+    # Again, with one more set of responses removed: the rest is read, and nothing but what is
+    # missing needs weights.
+    monkeypatch.setattr(models, "load_weights",
+                        functools.partial(pytest.fail, "weights were loaded"))
     again = evaluated(output, "--seeds", "0", "1", **changes)
     assert again.count("; read\n") == 4 and "; read\n" not in said
     assert again.replace("; read\n", "\n").splitlines()[-20:] == lines[-20:]
     assert json.loads((output / "results.json").read_text())["models"] == table["models"]
     fewer = evaluated(output)
-    assert f"will no longer hold {base} on {names.split(',')[0]}, {base} on " in fewer and "no longer" not in again
+    assert f"will no longer hold {base} on {names.split(',')[0]}, {base} on " in fewer
+    assert "no longer" not in again
     error = evaluated(output, code=2, **changes | {"evaluation.temperature": 0.5})
     assert "was made with evaluation.temperature 1.0, now 0.5" in error
 
 
 @pytest.mark.parametrize("name", ["results.json", "results.csv"])
-def test_files_of_something_else_are_refused_before_anything_is_sampled(evaluated, tmp_path, monkeypatch, name):
+def test_files_of_something_else_are_refused_before_anything_is_sampled(
+    evaluated, tmp_path, monkeypatch, name):
     monkeypatch.setattr(evaluation, "evaluate_model", functools.partial(pytest.fail, "sampled"))
     (tmp_path / name).write_text('{"mine": 1}')
     error = evaluated(tmp_path, code=2)
     assert error.startswith("error: ") and f"{name}: was not written by evaluate.py" in error
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"mine": 1}'
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
 
 
-def test_a_signal_ends_the_command_with_a_line_that_says_how_to_go_on(evaluated, tmp_path, monkeypatch):
+def test_a_signal_ends_the_command_with_a_line_that_says_how_to_go_on(
+    evaluated, tmp_path, monkeypatch):
     check = evaluation.Interrupts.check
 
     def check_after(self, calls=[]):           # noqa: B006
@@ -356,5 +396,6 @@ def test_a_signal_ends_the_command_with_a_line_that_says_how_to_go_on(evaluated,
 def test_without_an_output_nothing_is_written(evaluated, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(world.rglob("*"))
-    assert "8 problems x 2 responses" in " ".join(evaluated(None).split())      # a long path folds the line
+    # a long path folds the line
+    assert "8 problems x 2 responses" in " ".join(evaluated(None).split())
     assert list(tmp_path.iterdir()) == [] and sorted(world.rglob("*")) == before

@@ -10,20 +10,23 @@ from effreason.runtime import files
 from effreason.runtime.errors import UserError
 from effreason.types import Response
 
-FACTS = {"weights": "base", "run.seed": 0, "problems": 4, "evaluation.samples": 2, "evaluation.max_new_tokens": 9}
+FACTS = {"weights": "base", "run.seed": 0, "problems": 4, "evaluation.samples": 2,
+         "evaluation.max_new_tokens": 9}
 VOCABULARY = 20
 
 
 def response(prompt, sample, tokens, finish="eos", repeated=False):
     zeros = np.zeros(tokens, np.float32)
-    return Response(prompt=prompt, sample=sample, tokens=np.arange(tokens, dtype=np.int32) + 5, logprobs=zeros,
-                    sampling_logprobs=zeros, model_logprobs=zeros, finish=finish, repeated=repeated)
+    return Response(prompt=prompt, sample=sample, tokens=np.arange(tokens, dtype=np.int32) + 5,
+                    logprobs=zeros, sampling_logprobs=zeros, model_logprobs=zeros, finish=finish,
+                    repeated=repeated)
 
 
 def alike(found, expected):
     """Everything but log-probs, which nobody asks for."""
-    assert [(each.prompt, each.sample, each.tokens.tolist(), each.finish, each.repeated) for each in found] == [
-        (each.prompt, each.sample, each.tokens.tolist(), each.finish, each.repeated) for each in expected]
+    assert [(each.prompt, each.sample, each.tokens.tolist(), each.finish, each.repeated)
+            for each in found] == [(each.prompt, each.sample, each.tokens.tolist(), each.finish,
+                                    each.repeated) for each in expected]
 
 
 def kept(path):
@@ -31,7 +34,8 @@ def kept(path):
         return journal.resumed
 
 
-ONE, TWO, BEGUN = response(0, 1, 3), response(2, 0, 4, "repetition", repeated=True), response(1, 0, 2, None)
+ONE, TWO, BEGUN = response(0, 1, 3), response(2, 0, 4, "repetition", repeated=True), response(
+    1, 0, 2, None)
 
 
 def test_responses_come_back_in_full(tmp_path):
@@ -43,7 +47,8 @@ def test_responses_come_back_in_full(tmp_path):
         alike(journals.read(path)[1], [ONE])
         journal.add([])
         journal.add([TWO])
-        journal.add_unfinished([ONE, TWO, BEGUN, response(3, 0, 0, None)])      # of these only BEGUN is news
+        # of these only BEGUN is news
+        journal.add_unfinished([ONE, TWO, BEGUN, response(3, 0, 0, None)])
     found = kept(path)
     alike(found, [ONE, TWO, BEGUN])
     assert found[0].tokens.dtype == np.int32 and found[0].logprobs.shape == (3,)
@@ -101,11 +106,13 @@ def test_other_facts_and_damage_are_errors_and_change_nothing(tmp_path):
     assert path.read_bytes() == complete
     lines = complete.splitlines(keepends=True)
     for number, bad in ((1, b"{}\n"), (2, b"\0\0\n"), (3, b'{"prompt": 1}\n'),
-                        (1, b'{"facts": 5}\n'), (1, b"5\n"), (2, _line(tokens=[10**10])), (2, _line(tokens=[1.5])),
-                        (3, _line(tokens=[[1]])), (3, _line(tokens="ab")), (2, _line(prompt="0"))):
+                        (1, b'{"facts": 5}\n'), (1, b"5\n"), (2, _line(tokens=[10**10])),
+                        (2, _line(tokens=[1.5])), (3, _line(tokens=[[1]])), (3, _line(tokens="ab")),
+                        (2, _line(prompt="0"))):
         path.write_bytes(b"".join([*lines[: number - 1], bad, *lines[number:]]))
         before = path.read_bytes()
-        with pytest.raises(UserError, match=rf"a\.journal: line {number} is damaged; remove the file to generate"):
+        pattern = rf"a\.journal: line {number} is damaged; remove the file to generate"
+        with pytest.raises(UserError, match=pattern):
             journals.Journal(path, FACTS, VOCABULARY)
         assert path.read_bytes() == before
 

@@ -10,26 +10,35 @@ from effreason.evaluation.models import EvaluatedModel
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 
-ANYWAY = dataclasses.replace(Config(), evaluation=dataclasses.replace(Config().evaluation, any_template=True))
+ANYWAY = dataclasses.replace(Config(),
+                             evaluation=dataclasses.replace(Config().evaluation, any_template=True))
 
 
 def opened(name="model", text="a", facts=None):
-    return EvaluatedModel(name=name, pretrained=None, template=Template("the checkpoint's own", text, "{problem}"),
-                     facts=facts, fingerprint=name, load=lambda: None, mesh=None)
+    return EvaluatedModel(name=name, pretrained=None,
+                          template=Template("the checkpoint's own", text, "{problem}"), facts=facts,
+                          fingerprint=name, load=lambda: None, mesh=None)
 
 
 def test_what_a_model_was_trained_on():
-    assert models.training_sets(Config(), opened()) == ["tiny"]             # it does not say: those of data.path
-    assert models.training_sets(Config(), opened(facts={"data": ["gsm8k", "math"]})) == ["gsm8k", "math"]
+    # it does not say: those of data.path
+    assert models.training_sets(Config(), opened()) == ["tiny"]
+    assert models.training_sets(Config(), opened(facts={"data": ["gsm8k", "math"]})) == [
+        "gsm8k", "math"]
 
 
-@pytest.mark.parametrize(("path", "paths", "expected"), [
-    ("org/base", ["org/base", "run/model/of/mine"], "org/base"), ("tiny", ["org/other", "tiny"], "tiny"),
-    ("org/base", ["org/other"], "org/other"), ("org/base", ["org/other", "a/b/c"], None)])
+@pytest.mark.parametrize(("path", "paths", "expected"),
+                         [("org/base", ["org/base", "run/model/of/mine"], "org/base"),
+                          ("tiny", ["org/other", "tiny"], "tiny"),
+                          ("org/base", ["org/other"], "org/other"),
+                          ("org/base", ["org/other", "a/b/c"], None)])
 def test_a_revision_belongs_to_one_model(path, paths, expected):
-    config = dataclasses.replace(Config(), model=dataclasses.replace(Config().model, path=path, revision="abc"))
+    config = dataclasses.replace(Config(),
+                                 model=dataclasses.replace(Config().model, path=path,
+                                                           revision="abc"))
     if expected is None:
-        with pytest.raises(UserError, match=r"^model\.revision is for one model on the Hub, got abc and 2 of them"):
+        pattern = r"^model\.revision is for one model on the Hub, got abc and 2 of them"
+        with pytest.raises(UserError, match=pattern):
             models.model_with_revision(config, paths)
     else:
         assert models.model_with_revision(config, paths) == expected
@@ -44,10 +53,11 @@ def test_models_are_not_compared_on_different_prompts():
 
 
 def test_a_model_is_evaluated_on_the_prompts_of_its_training():
-    models.check_template(opened(), Config())                            # trained by nobody here: any will do
+    models.check_template(opened(), Config())  # trained by nobody here: any will do
     facts = {"template": opened().template.facts()}
     models.check_template(opened(facts=facts), Config())
-    with pytest.raises(UserError, match=r"was trained with the template .* set data.template and data.user_prompt"):
+    pattern = r"was trained with the template .* set data.template and data.user_prompt"
+    with pytest.raises(UserError, match=pattern):
         models.check_template(opened(text="b", facts=facts), Config())
     models.check_template(opened(text="b", facts=facts), ANYWAY)
 
@@ -57,4 +67,5 @@ def test_a_directory_is_a_checkpoint_only_next_to_its_run(tmp_path):
     assert not models.is_checkpoint(tmp_path / "checkpoints" / "3")
     (tmp_path / "config.yaml").write_text("")
     assert models.is_checkpoint(tmp_path / "checkpoints" / "3")
-    assert not models.is_checkpoint(tmp_path / "checkpoints" / "4") and not models.is_checkpoint(tmp_path)
+    assert not models.is_checkpoint(tmp_path / "checkpoints" / "4") and not models.is_checkpoint(
+        tmp_path)

@@ -14,7 +14,8 @@ from effreason.types import Problem
 
 
 def problem(uid, reference="7", level="easy"):
-    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", reference=reference, level=level)
+    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}",
+                   reference=reference, level=level)
 
 
 TEXTS = [["3+4 = 7, \\boxed{7}", "\\boxed{9}"], ["so 7 = 7. No: \\boxed{8}", "odd \udc80 text"]]
@@ -25,11 +26,14 @@ PROBLEMS = [problem(30), problem(4, level="hard")]
 def graded():
     """Two problems, two samples of each."""
     answers = [["7", "9"], ["8", None]]
-    verdicts = [Grade(correct, answer, status, 0.0) for correct, answer, status in zip(
-        sum(CORRECT, []), sum(answers, []), ("cached", "symbolic", "exact", "no_answer"), strict=True)]
+    verdicts = [Grade(correct, answer, status, 0.0)
+                for correct, answer, status in zip(sum(CORRECT, []), sum(answers, []),
+                                                   ("cached", "symbolic", "exact", "no_answer"),
+                                                   strict=True)]
     rollouts = types.SimpleNamespace(lengths=np.array([[18, 20], [40, 50]], np.int32),
                                      finish=np.array([["eos", "length"], ["eos", "repetition"]]))
-    return types.SimpleNamespace(rollouts=rollouts, texts=sum(TEXTS, []), verdicts=verdicts, correct=np.array(CORRECT))
+    return types.SimpleNamespace(rollouts=rollouts, texts=sum(TEXTS, []), verdicts=verdicts,
+                                 correct=np.array(CORRECT))
 
 
 def test_rows_are_next_to_their_problems():
@@ -65,11 +69,13 @@ def test_rows_become_arrays_whatever_their_order():
     found = responses.outcomes([rows[1], rows[2], rows[0], rows[3]])
     np.testing.assert_array_equal(found.uids, np.array([30, 4], np.int64), strict=True)
     np.testing.assert_array_equal(found.correct, np.array(CORRECT), strict=True)
-    np.testing.assert_array_equal(found.lengths, np.array([[18, 20], [40, 50]], np.int32), strict=True)
+    np.testing.assert_array_equal(found.lengths, np.array([[18, 20], [40, 50]], np.int32),
+                                  strict=True)
     assert found.levels.tolist() == ["easy", "hard"]
     assert found.finish.tolist() == [["eos", "length"], ["eos", "repetition"]]
     assert found.answers.tolist() == [["7", "9"], ["8", ""]]
-    assert found.first_answer_token.dtype == np.float32 and np.isnan(found.first_answer_token).tolist() == [[False, True], [False, True]]
+    assert found.first_answer_token.dtype == np.float32
+    assert np.isnan(found.first_answer_token).tolist() == [[False, True], [False, True]]
     with pytest.raises(ValueError, match="the same samples of each of 2 problems, found 3 rows"):
         responses.outcomes(rows[:3])
     with pytest.raises(ValueError, match="found 5 rows"):
@@ -93,11 +99,13 @@ def test_what_is_no_such_file_is_one_line(tmp_path):
         with pytest.raises(UserError, match=r"a\.jsonl: expected a first line with facts"):
             responses.read(path)
     path.write_text('{"facts": {}}\n{"uid"')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: expected a JSON object, found .*; repair or remove"):
+    with pytest.raises(UserError,
+                       match=r"a\.jsonl:2: expected a JSON object, found .*; repair or remove"):
         responses.read(path)
     for text in ('{"facts": 5}\n', "[" * 100_000 + "\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match=r"a\.jsonl: expected a first line with facts, then graded"):
+        with pytest.raises(UserError,
+                           match=r"a\.jsonl: expected a first line with facts, then graded"):
             responses.read_facts(path)
     with pytest.raises(UserError, match="No such file"):
         responses.read_facts(tmp_path / "nowhere")
@@ -106,16 +114,24 @@ def test_what_is_no_such_file_is_one_line(tmp_path):
         responses.write(tmp_path / "file" / "a.jsonl", {}, [])
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    (5, "expected a JSON object, found 5"), ({"uid": None}, "uid must be a whole number .*, got null"),
-    ({"uid": 2**70}, r"uid must be a whole number in \[0, 9223372036854775807\], got 1180"),
-    ({"tokens": 2**31}, r"tokens must be a whole number in \[0, 2147483647\], got 2147483648"),
-    ({"tokens": -1}, r"tokens must be a whole number in \[0, 2147483647\], got -1"),
-    ({"correct": 1}, "correct must be true or false, got 1"),
-    ({"first_answer_token": "7"}, 'first_answer_token must be a number or null, got "7"'),
-    ({"answer": 7}, "answer must be a text or null"), ({"sample": True}, "sample must be a whole number .*, got true"),
-    ({"finish": "loop"}, 'finish must be one of eos, length, repetition, got "loop"'),
-    ("finish", "finish must be one of eos, length, repetition, got no finish")])
+@pytest.mark.parametrize(("bad", "message"),
+                         [(5, "expected a JSON object, found 5"),
+                          ({"uid": None}, "uid must be a whole number .*, got null"),
+                          ({"uid": 2**70},
+                           r"uid must be a whole number in \[0, 9223372036854775807\], got 1180"),
+                          ({"tokens": 2**31},
+                           r"tokens must be a whole number in \[0, 2147483647\], got 2147483648"),
+                          ({"tokens": -1},
+                           r"tokens must be a whole number in \[0, 2147483647\], got -1"),
+                          ({"correct": 1}, "correct must be true or false, got 1"),
+                          ({"first_answer_token": "7"},
+                           'first_answer_token must be a number or null, got "7"'),
+                          ({"answer": 7}, "answer must be a text or null"),
+                          ({"sample": True}, "sample must be a whole number .*, got true"),
+                          ({"finish": "loop"},
+                           'finish must be one of eos, length, repetition, got "loop"'),
+                          ("finish",
+                           "finish must be one of eos, length, repetition, got no finish")])
 def test_a_damaged_row_is_one_line(tmp_path, bad, message):
     path = tmp_path / "a.jsonl"
     responses.write(path, {}, responses.evaluated_responses("gsm8k", PROBLEMS, graded()))
@@ -142,13 +158,16 @@ def test_a_file_that_lost_rows_is_no_smaller_set(tmp_path):
     assert found == facts and outcomes.correct.shape == (2, 2)
     for some in (rows[:2], rows[:3], [], rows * 2):
         responses.write(path, facts, some)
-        with pytest.raises(UserError, match=rf"a\.jsonl: holds {len(some)} of 4 responses; remove it to sample them"):
+        pattern = rf"a\.jsonl: holds {len(some)} of 4 responses; remove it to sample them"
+        with pytest.raises(UserError, match=pattern):
             responses.read(path)
     responses.write(path, facts, [rows[0], rows[0], rows[2], rows[3]])
-    with pytest.raises(UserError, match=r"a\.jsonl: expected the same samples of each of 2 problems, found 4 rows"):
+    pattern = r"a\.jsonl: expected the same samples of each of 2 problems, found 4 rows"
+    with pytest.raises(UserError, match=pattern):
         responses.read_outcomes(path)
     responses.write(path, {}, [])
-    with pytest.raises(UserError, match=r"a\.jsonl: expected responses, found none; repair or remove the file"):
+    pattern = r"a\.jsonl: expected responses, found none; repair or remove the file"
+    with pytest.raises(UserError, match=pattern):
         responses.read_outcomes(path)
 
 
@@ -161,10 +180,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_names_of_files_are_safe_short_and_apart():
-    names = ["gsm8k", "org/name@main", "/home/me/data/test.jsonl", "../data/test.jsonl", "..", "MATH", "math",
-             "x" * 300, "a b:c"]
+    names = ["gsm8k", "org/name@main", "/home/me/data/test.jsonl", "../data/test.jsonl", "..",
+             "MATH", "math", "x" * 300, "a b:c"]
     found = responses.file_names(names)
     assert list(found) == names
-    assert list(found.values()) == ["gsm8k", "org_name_main", "data_test", "data_test-2", "unnamed", "MATH", "math-2",
-                                    "x" * 100, "a_b_c"]
-    assert responses.file_names(names[:3])["/home/me/data/test.jsonl"] == found["/home/me/data/test.jsonl"]
+    assert list(found.values()) == ["gsm8k", "org_name_main", "data_test", "data_test-2", "unnamed",
+                                    "MATH", "math-2", "x" * 100, "a_b_c"]
+    name = "/home/me/data/test.jsonl"
+    assert responses.file_names(names[:3])[name] == found[name]

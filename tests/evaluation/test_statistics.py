@@ -1,4 +1,4 @@
-"""Statistics: hand numbers, enumeration, scipy's own tests, closed forms, and how often the intervals are right."""
+"""Statistics: hand numbers, enumeration, scipy's tests, closed forms, coverage of the intervals."""
 
 import dataclasses
 import itertools
@@ -16,18 +16,22 @@ from scipy import stats
 
 from effreason.evaluation import statistics
 from effreason.evaluation.statistics import Budget
+from effreason.runtime import rows
 from effreason.types import LevelResult, Outcomes
 
 
-def outcomes(correct, lengths, *, levels=None, answers=None, finish=None, first_answer_token=None, uids=None):
+def outcomes(correct, lengths, *, levels=None, answers=None, finish=None, first_answer_token=None,
+             uids=None):
     """Outcomes from lists; what is not given is all alike."""
     correct = np.array(correct, bool)
-    return Outcomes(
-        uids=np.arange(len(correct), dtype=np.int64) if uids is None else np.array(uids, np.int64),
-        levels=np.array(["all"] * len(correct) if levels is None else levels), correct=correct,
-        lengths=np.array(lengths, np.int32), finish=np.full(correct.shape, "eos") if finish is None else
-        np.array(finish), answers=np.where(correct, "7", "8") if answers is None else np.array(answers),
-        first_answer_token=np.full(correct.shape, np.nan, np.float32) if first_answer_token is None else np.array(first_answer_token, np.float32))
+    return Outcomes(uids=np.arange(len(correct), dtype=np.int64) if uids is None
+                    else np.array(uids, np.int64),
+                    levels=np.array(["all"] * len(correct) if levels is None else levels),
+                    correct=correct, lengths=np.array(lengths, np.int32),
+                    finish=np.full(correct.shape, "eos") if finish is None else np.array(finish),
+                    answers=np.where(correct, "7", "8") if answers is None else np.array(answers),
+                    first_answer_token=np.full(correct.shape, np.nan, np.float32)
+                    if first_answer_token is None else np.array(first_answer_token, np.float32))
 
 
 def drawn(problems, samples, *, seed=0, rate=0.6, tokens=300.0, levels=1):
@@ -35,7 +39,8 @@ def drawn(problems, samples, *, seed=0, rate=0.6, tokens=300.0, levels=1):
     rng = np.random.default_rng(seed)
     correct = rng.random((problems, samples)) < rng.beta(4 * rate, 4 - 4 * rate, problems)[:, None]
     lengths = 1 + rng.gamma(2.0, tokens / 2, (problems, samples)).astype(np.int32)
-    return outcomes(correct, lengths, levels=[f"level {1 + uid % levels}" for uid in range(problems)],
+    return outcomes(correct, lengths,
+                    levels=[f"level {1 + uid % levels}" for uid in range(problems)],
                     answers=np.where(correct, "7", rng.choice(["", "1", "2"], correct.shape)),
                     finish=np.where(rng.random(correct.shape) < 0.9, "eos", "length"),
                     first_answer_token=np.where(correct, lengths // 2, np.nan))
@@ -43,20 +48,26 @@ def drawn(problems, samples, *, seed=0, rate=0.6, tokens=300.0, levels=1):
 
 def shuffled(found, seed=0):
     order = np.random.default_rng(seed).permutation(len(found.uids))
-    return dataclasses.replace(found, **{name: column[order] for name, column in vars(found).items()})
+    return dataclasses.replace(found,
+                               **{name: column[order] for name, column in vars(found).items()})
 
 
 def test_a_summary_by_hand():
-    found = statistics.summarize(outcomes(
-        [[True, True], [True, False], [False, False]], [[2, 4], [10, 30], [6, 8]], levels=["hard", "easy", "hard"],
-        answers=[["7", "7.0"], ["5", ""], ["1", "2"]], finish=[["eos", "eos"], ["eos", "length"], ["repetition", "eos"]],
-        first_answer_token=[[1, 4], [5, np.nan], [np.nan, 3]]))
+    found = statistics.summarize(outcomes([[True, True], [True, False], [False, False]],
+                                          [[2, 4], [10, 30], [6, 8]],
+                                          levels=["hard", "easy", "hard"],
+                                          answers=[["7", "7.0"], ["5", ""], ["1", "2"]],
+                                          finish=[["eos", "eos"], ["eos", "length"],
+                                                  ["repetition", "eos"]],
+                                          first_answer_token=[[1, 4], [5, np.nan], [np.nan, 3]]))
     assert (found.problems, found.samples, found.accuracy, found.tokens) == (3, 2, 0.5, 10.0)
     assert found.tokens_median == 7.0 and found.truncated == pytest.approx(2 / 6)
-    assert found.tokens_right == pytest.approx(16 / 3) and found.tokens_wrong == pytest.approx(44 / 3)
+    assert found.tokens_right == pytest.approx(16 / 3) and found.tokens_wrong == pytest.approx(
+        44 / 3)
     assert found.tokens_per_solved == 60 / 3 and found.tokens_after_answer == (1 + 0 + 5 + 5) / 4
     assert found.pass_at == {1: 0.5, 2: pytest.approx(2 / 3)}
-    assert found.majority_at == {1: 0.5, 2: pytest.approx(2 / 3)}       # "" loses against the right answer
+    # "" loses against the right answer
+    assert found.majority_at == {1: 0.5, 2: pytest.approx(2 / 3)}
     assert found.budgets == (Budget(budget=16, accuracy=0.5, tokens=pytest.approx(46 / 6)),
                              Budget(budget=23, accuracy=0.5, tokens=pytest.approx(53 / 6)),
                              Budget(budget=32, accuracy=0.5, tokens=10.0))
@@ -75,7 +86,8 @@ def test_levels_are_in_the_order_of_their_numbers():
 
 def test_what_there_are_no_responses_for_is_none():
     nothing = statistics.summarize(outcomes([[False], [False]], [[5], [7]]))
-    assert nothing.tokens_right is None and nothing.tokens_per_solved is None and nothing.tokens_after_answer is None
+    assert nothing.tokens_right is None and nothing.tokens_per_solved is None
+    assert nothing.tokens_after_answer is None
     assert nothing.tokens_wrong == 6.0 and nothing.accuracy_interval[0] == 0.0
     assert statistics.summarize(outcomes([[True]], [[5]])).tokens_wrong is None
     with pytest.raises(ValueError, match=r"need responses, got an array of \(0, 3\)"):
@@ -96,7 +108,8 @@ def test_pass_at_k_rises_with_k_from_the_accuracy(samples, data):
     counts = data.draw(st.lists(st.integers(0, samples), min_size=1, max_size=5))
     correct = np.arange(samples) < np.array(counts)[:, None]
     chances = [statistics.pass_at(correct, k) for k in range(1, samples + 1)]
-    assert chances[0] == pytest.approx(correct.mean()) and chances[-1] == pytest.approx(correct.any(axis=1).mean())
+    assert chances[0] == pytest.approx(correct.mean()) and chances[-1] == pytest.approx(
+        correct.any(axis=1).mean())
     assert all(one <= other + 1e-12 for one, other in itertools.pairwise(chances))
 
 
@@ -117,12 +130,13 @@ def majority(correct, answers, k):
     return float(sum(shares) / len(shares))
 
 
-@given(st.lists(st.lists(st.sampled_from(["right", "right too", "a", "b", ""]), min_size=5, max_size=5), min_size=1,
-                max_size=4))
+@given(st.lists(st.lists(st.sampled_from(["right", "right too", "a", "b", ""]), min_size=5,
+                         max_size=5), min_size=1, max_size=4))
 def test_the_majority_of_k_by_counting_every_subset(answers):
     correct = [[text.startswith("right") for text in row] for row in answers]
     found = statistics.majority_at(np.array(correct), np.array(answers))
-    assert found == {k: pytest.approx(majority(correct, answers, k), abs=1e-12) for k in (1, 2, 4, 5)}
+    assert found == {k: pytest.approx(majority(correct, answers, k), abs=1e-12)
+                     for k in (1, 2, 4, 5)}
 
 
 def test_the_majority_of_many_samples_is_near_that_of_all_subsets():
@@ -139,7 +153,8 @@ def test_a_larger_budget_never_hurts(responses):
     correct, lengths = (np.array(column)[:, None] for column in zip(*responses, strict=True))
     found = statistics.budgets(correct, lengths)
     for one, other in itertools.pairwise(found):
-        assert one.budget < other.budget and one.accuracy <= other.accuracy and one.tokens <= other.tokens
+        assert one.budget < other.budget and one.accuracy <= other.accuracy
+        assert one.tokens <= other.tokens
     assert found[-1].budget >= lengths.max() and found[-1].accuracy == pytest.approx(correct.mean())
     assert found[-1].tokens == pytest.approx(lengths.mean())
 
@@ -160,13 +175,16 @@ def test_with_one_sample_the_p_value_is_mcnemars(better, worse):
 @pytest.mark.parametrize("seed", range(4))
 def test_with_several_samples_the_p_value_is_that_of_every_flip_of_signs(seed):
     differences = np.random.default_rng(seed).integers(-3, 5, 11)
-    wanted = stats.permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    wanted = stats.permutation_test((differences,), np.sum, permutation_type="samples",
+                                    n_resamples=np.inf).pvalue
     assert statistics.sign_flip_p_value(differences) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_comparison_by_hand():
-    base = outcomes([[True], [False], [False], [True]], [[10], [20], [30], [40]], levels=list("eehh"))
-    other = outcomes([[True], [True], [True], [False]], [[5], [10], [15], [50]], levels=list("eehh"))
+    base = outcomes([[True], [False], [False], [True]], [[10], [20], [30], [40]],
+                    levels=list("eehh"))
+    other = outcomes([[True], [True], [True], [False]], [[5], [10], [15], [50]],
+                     levels=list("eehh"))
     found = statistics.compare(base, other)
     assert (found.accuracy_change, found.token_ratio) == (0.25, 0.8)
     assert (found.better, found.worse, found.test, found.p_value) == (2, 1, "mcnemar", 1.0)
@@ -174,21 +192,27 @@ def test_a_comparison_by_hand():
     deviation = np.array([0.0, 1.0, 1.0, -1.0]).std(ddof=1)
     assert found.problems_to_detect == math.ceil(((1.959964 + 0.841621) * deviation / 0.02) ** 2)
     easy, hard = found.by_difficulty["e"], found.by_difficulty["h"]
-    assert (easy.problems, easy.accuracy_base, easy.accuracy, easy.tokens_base, easy.tokens) == (2, 0.5, 1, 15, 7.5)
-    assert easy.saving == 0.5 and easy.saving_interval == (0.5, 0.5)       # half of each: no doubt of the ratio
-    assert hard.saving == pytest.approx(1 - 65 / 70) and hard.saving_interval[0] < hard.saving < hard.saving_interval[1]
+    assert (easy.problems, easy.accuracy_base, easy.accuracy, easy.tokens_base, easy.tokens) == (
+        2, 0.5, 1, 15, 7.5)
+    # half of each: no doubt of the ratio
+    assert easy.saving == 0.5 and easy.saving_interval == (0.5, 0.5)
+    assert hard.saving == pytest.approx(1 - 65 / 70)
+    assert hard.saving_interval[0] < hard.saving < hard.saving_interval[1]
 
 
-@pytest.mark.parametrize(("accuracy", "change", "ratio", "score"), [
-    (0.5, 0.0, 0.6, 0.4), (0.5, 0.05, 0.6, 0.4 + 0.3), (0.5, -0.05, 0.6, 0.4 - 0.5), (0.8, 0.0, 1.2, -0.2),
-    (0.0, 0.1, 0.5, None)])
+@pytest.mark.parametrize(("accuracy", "change", "ratio", "score"),
+                         [(0.5, 0.0, 0.6, 0.4), (0.5, 0.05, 0.6, 0.4 + 0.3),
+                          (0.5, -0.05, 0.6, 0.4 - 0.5), (0.8, 0.0, 1.2, -0.2),
+                          (0.0, 0.1, 0.5, None)])
 def test_the_accuracy_efficiency_score(accuracy, change, ratio, score):
-    assert statistics.aes(accuracy, change, ratio) == (None if score is None else pytest.approx(score))
+    assert statistics.aes(accuracy, change, ratio) == (None if score is None
+                                                       else pytest.approx(score))
 
 
 def test_so_many_problems_detect_two_points_four_times_in_five():
-    shares = np.array([0.11, 0.80, 0.09])                   # better by one, the same, worse by one: 2 points
-    problems = statistics.problems_to_detect(np.repeat([1.0, 0.0, -1.0], (shares * 10_000).astype(int)))
+    shares = np.array([0.11, 0.80, 0.09])  # better by one, the same, worse by one: 2 points
+    problems = statistics.problems_to_detect(np.repeat([1.0, 0.0, -1.0],
+                                                       (shares * 10_000).astype(int)))
     better, _, worse = np.random.default_rng(0).multinomial(problems, shares, 20_000).T
     change = (better - worse) / problems
     error = np.sqrt(((better + worse) / problems - change**2) / problems)
@@ -196,15 +220,18 @@ def test_so_many_problems_detect_two_points_four_times_in_five():
 
 
 def test_without_levels_difficulty_is_how_often_the_base_is_right():
-    base = outcomes([[False] * 4, [True, False, False, False], [True, True, False, False], [True] * 4], [[10] * 4] * 4)
+    base = outcomes([[False] * 4, [True, False, False, False], [True, True, False, False],
+                     [True] * 4], [[10] * 4] * 4)
     other = outcomes([[True] * 4] * 4, [[4] * 4, [6] * 4, [8] * 4, [2] * 4])
     found = statistics.compare(base, other)
     assert found.test == "sign-flip permutation"
     assert {name: (row.problems, row.saving) for name, row in found.by_difficulty.items()} == {
         "base right 0 %": (1, pytest.approx(0.6)), "base right < 50 %": (1, pytest.approx(0.4)),
         "base right >= 50 %": (1, pytest.approx(0.2)), "base right 100 %": (1, pytest.approx(0.8))}
-    single = statistics.compare(outcomes([[True], [False], [True]], [[1]] * 3), outcomes([[True]] * 3, [[1]] * 3))
-    assert {name: row.problems for name, row in single.by_difficulty.items()} == {"base wrong": 1, "base right": 2}
+    single = statistics.compare(outcomes([[True], [False], [True]], [[1]] * 3),
+                                outcomes([[True]] * 3, [[1]] * 3))
+    assert {name: row.problems for name, row in single.by_difficulty.items()} == {
+        "base wrong": 1, "base right": 2}
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -220,7 +247,8 @@ def test_a_model_against_itself_shows_no_difference(samples):
 def test_the_order_of_the_problems_changes_nothing():
     base, other = drawn(150, 4, levels=3), drawn(150, 4, seed=1, tokens=200.0, levels=3)
     assert statistics.summarize(shuffled(base, 1)) == statistics.summarize(base)
-    assert statistics.compare(shuffled(base, 1), shuffled(other, 2)) == statistics.compare(base, other)
+    assert statistics.compare(shuffled(base, 1), shuffled(other, 2)) == statistics.compare(
+        base, other)
     assert statistics.compare(base, other, seed=1) != statistics.compare(base, other)
 
 
@@ -229,7 +257,8 @@ def test_samples_may_be_of_different_numbers():
     found = statistics.compare(base, other)
     assert found.accuracy_change == pytest.approx(other.correct.mean() - base.correct.mean())
     differences = 3 * other.correct.sum(axis=1) - 4 * base.correct.sum(axis=1)
-    assert found.better == (differences > 0).sum() and found.p_value == statistics.sign_flip_p_value(differences)
+    assert found.better == (differences > 0).sum()
+    assert found.p_value == statistics.sign_flip_p_value(differences)
 
 
 def test_different_problems_are_not_compared():
@@ -242,10 +271,13 @@ def test_different_problems_are_not_compared():
 def test_small_and_uniform_sets_give_numbers_without_a_warning(problems):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for correct in (np.zeros((problems, 2)), np.ones((problems, 2)), np.arange(problems * 2).reshape(-1, 2) < 1):
-            base, other = outcomes(correct, np.full((problems, 2), 9)), outcomes(correct, [[3, 4]] * problems)
-            found = [dataclasses.asdict(each) for each in (
-                statistics.summarize(base), statistics.compare(base, other), statistics.compare(other, base))]
+        for correct in (np.zeros((problems, 2)), np.ones((problems, 2)),
+                        np.arange(problems * 2).reshape(-1, 2) < 1):
+            base, other = outcomes(correct, np.full((problems, 2), 9)), outcomes(
+                correct, [[3, 4]] * problems)
+            found = [dataclasses.asdict(each)
+                     for each in (statistics.summarize(base), statistics.compare(base, other),
+                                  statistics.compare(other, base))]
             json.dumps(found, allow_nan=False)
     assert found[0]["tokens_interval"] == (9.0, 9.0)
 
@@ -253,9 +285,10 @@ def test_small_and_uniform_sets_give_numbers_without_a_warning(problems):
 def test_summaries_and_comparisons_come_back_from_json():
     base, other = drawn(50, 4, levels=2), drawn(50, 4, seed=1, levels=2)
     summary, comparison = statistics.summarize(base), statistics.compare(base, other)
-    assert statistics.summary_from_table(json.loads(json.dumps(dataclasses.asdict(summary)))) == summary
-    assert statistics.comparison_from_table(json.loads(json.dumps(dataclasses.asdict(comparison)))) == comparison
-    assert statistics.summary_from_table(dataclasses.asdict(summary)) == summary
+    for record in (summary, comparison):
+        table = json.loads(json.dumps(dataclasses.asdict(record)))
+        assert rows.convert(table, type(record), "table") == record
+    assert rows.convert(dataclasses.asdict(summary), statistics.Summary, "table") == summary
 
 
 def test_an_interval_of_a_mean_is_students_where_the_data_are_normal():
@@ -264,7 +297,8 @@ def test_an_interval_of_a_mean_is_students_where_the_data_are_normal():
     assert statistics.interval(np.mean, values) == pytest.approx(wanted, abs=0.03)
 
 
-@pytest.mark.parametrize(("shares", "bound"), [(np.zeros(8), 1 - 0.025 ** (1 / 8)), (np.ones(8), 0.025 ** (1 / 8))])
+@pytest.mark.parametrize(("shares", "bound"),
+                         [(np.zeros(8), 1 - 0.025 ** (1 / 8)), (np.ones(8), 0.025 ** (1 / 8))])
 def test_none_or_all_of_a_few_right_says_little(shares, bound):
     low, high = statistics.share_interval(shares)
     assert (low, high) == pytest.approx((0, bound) if shares[0] == 0 else (bound, 1))
@@ -274,7 +308,8 @@ def test_none_or_all_of_a_few_right_says_little(shares, bound):
 def test_with_one_sample_the_interval_is_that_of_binomial_tests(right):
     shares = np.random.default_rng(right).permutation(np.arange(40) < right).astype(float)
     low, high = statistics.share_interval(shares)
-    # Its ends are the rates at which so many right ones, or more, or fewer, come up once in 40 times.
+    # Its ends are the rates at which so many right ones, or more, or fewer, come up once in 40
+    # times.
     assert low == 0.0 if right == 0 else stats.binom.sf(right - 1, 40, low) == pytest.approx(0.025)
     assert high == 1.0 if right == 40 else stats.binom.cdf(right, 40, high) == pytest.approx(0.025)
     found = statistics.summarize(outcomes(shares[:, None] == 1, np.ones((40, 1))))
@@ -291,9 +326,10 @@ def test_with_several_samples_the_interval_is_a_bootstrap():
 def test_19_of_20_intervals_of_one_model_hold_the_truth(rate, problems):
     times, held = 1000, 0
     for seed in range(times):
-        low, high = statistics.share_interval((np.random.default_rng(seed).random(problems) < rate).astype(float))
+        right = np.random.default_rng(seed).random(problems) < rate
+        low, high = statistics.share_interval(right.astype(float))
         held += low <= rate <= high
-    assert held / times >= 0.94             # wider where problems are few: right ones come in whole numbers
+    assert held / times >= 0.94  # wider where problems are few: right ones come in whole numbers
 
 
 def test_an_interval_of_a_ratio_is_that_of_the_delta_method_where_problems_are_many():
@@ -303,13 +339,16 @@ def test_an_interval_of_a_ratio_is_that_of_the_delta_method_where_problems_are_m
     ratio = other.mean() / base.mean()
     error = stats.sem(other - ratio * base) / base.mean()
     wanted = (ratio - 1.96 * error, ratio + 1.96 * error)
-    assert statistics.interval(statistics.ratio_of_sums, other, base) == pytest.approx(wanted, abs=0.05 * error * 2)
+    assert statistics.interval(statistics.ratio_of_sums, other, base) == pytest.approx(
+        wanted, abs=0.05 * error * 2)
 
 
 def accuracy_changes(rng, problems):
-    """Differences between two models of one sample each; the second knows a fifth of what the first does not."""
+    """Differences between two models, one sample each; the second knows a fifth of what the first
+    does not."""
     rate = rng.beta(2.0, 1.0, problems)
-    return np.mean, (rng.binomial(1, rate + 0.2 * (1 - rate)) - rng.binomial(1, rate).astype(float),), 0.2 / 3
+    return np.mean, (rng.binomial(1, rate + 0.2 * (1 - rate)) - rng.binomial(1, rate).astype(
+        float),), 0.2 / 3
 
 
 def token_ratios(rng, problems):

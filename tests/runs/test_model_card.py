@@ -27,8 +27,8 @@ AFTER = SimpleNamespace(accuracy=0.76, tokens=2500.0, by_level={
 
 def card(*, base=BASE, revision=COMMIT, user_prompt=USER_PROMPT, before=BEFORE, after=AFTER,
          sources=("gsm8k", "openai/other", "data/my.jsonl/x", "tiny"), update=None, reward=None):
-    config = Config(rollout=RolloutConfig(max_new_tokens=32_000), kl=KLConfig(form="none"), update=update or UpdateConfig(),
-                    reward=reward or RewardConfig())
+    config = Config(rollout=RolloutConfig(max_new_tokens=32_000), kl=KLConfig(form="none"),
+                    update=update or UpdateConfig(), reward=reward or RewardConfig())
     inputs = SimpleNamespace(
         pretrained=SimpleNamespace(name=base, revision=revision), held_out={"math500": []},
         problems=SimpleNamespace(sources=[SimpleNamespace(name=name) for name in sources]),
@@ -55,21 +55,22 @@ def test_the_header_is_what_the_hub_reads():
     table = header(card())
     assert table["base_model"] == BASE and table["base_model_relation"] == "finetune"
     assert (table["library_name"], table["pipeline_tag"]) == ("transformers", "text-generation")
-    assert table["datasets"] == ["openai/gsm8k", "openai/other"] and "efficient-reasoning" in table["tags"]
+    assert table["datasets"] == ["openai/gsm8k", "openai/other"]
+    assert "efficient-reasoning" in table["tags"]
     parsed = huggingface_hub.ModelCard(card())
     assert parsed.data.to_dict() == table and parsed.text.strip().startswith("# deepseek-ai/")
 
 
 def test_the_evaluation_by_level():
     evaluation, training = tables(card())
-    assert evaluation == [
-        ["problems", "accuracy before", "accuracy after", "tokens before", "tokens after", "tokens saved"],
-        ["---"] * 6,
-        ["easy", "90.0 %", "92.0 %", "2,000", "500", "75.0 %"],
-        ["hard", "60.0 %", "60.0 %", "6,000", "4,500", "25.0 %"],
-        ["all", "75.0 %", "76.0 %", "4,000", "2,500", "37.5 %"]]
+    assert evaluation == [["problems", "accuracy before", "accuracy after", "tokens before",
+                           "tokens after", "tokens saved"], ["---"] * 6,
+                          ["easy", "90.0 %", "92.0 %", "2,000", "500", "75.0 %"],
+                          ["hard", "60.0 %", "60.0 %", "6,000", "4,500", "25.0 %"],
+                          ["all", "75.0 %", "76.0 %", "4,000", "2,500", "37.5 %"]]
     facts = {row[0]: row[1] for row in training}
-    assert facts["base model"].endswith(COMMIT) and facts["alpha"] == "0.1" and facts["steps"] == "1,200"
+    assert facts["base model"].endswith(COMMIT) and facts["alpha"] == "0.1"
+    assert facts["steps"] == "1,200"
     assert facts["trained on"] == "gsm8k, openai/other, data/my.jsonl/x, tiny"
     assert facts["effreason"] == __version__ and facts["sampling temperature"] == "1"
     assert "ab12" * 16 in facts["chat template"]
@@ -88,10 +89,12 @@ def test_what_was_not_measured_is_not_in_the_table(before, after, columns, said)
 
 def test_one_level_makes_one_row():
     def alone(result):
-        return SimpleNamespace(accuracy=result.accuracy, tokens=result.tokens, **MEASURED, by_level={
-            "all": LevelResult(accuracy=result.accuracy, tokens=result.tokens, problems=600)})
+        return SimpleNamespace(accuracy=result.accuracy, tokens=result.tokens, **MEASURED,
+                               by_level={"all": LevelResult(
+                                   accuracy=result.accuracy, tokens=result.tokens, problems=600)})
 
-    assert [row[0] for row in tables(card(before=alone(BEFORE), after=alone(AFTER)))[0]] == ["problems", "---", "all"]
+    assert [row[0] for row in tables(card(before=alone(BEFORE), after=alone(AFTER)))[0]] == [
+        "problems", "---", "all"]
 
 
 def test_a_local_base_model_is_named_without_its_path():
@@ -102,14 +105,16 @@ def test_a_local_base_model_is_named_without_its_path():
 
 
 def test_the_example_is_python():
-    source = re.search(r"```python\n(.*?)```", card(user_prompt='Say "it\'s" {problem}\nnow'), re.DOTALL)[1]
+    source = re.search(r"```python\n(.*?)```", card(user_prompt='Say "it\'s" {problem}\nnow'),
+                       re.DOTALL)[1]
     strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
     assert any(str(text).startswith('Say "it\'s" What is the sum') for text in strings)
     assert 32_000 in strings and 1.0 in strings
 
 
 def test_nothing_is_left_to_fill_in_and_no_cell_breaks():
-    text = card(sources=["a|b\nc", "x"], update=UpdateConfig(objective="dpo"), reward=RewardConfig(form="kimi"))
+    text = card(sources=["a|b\nc", "x"], update=UpdateConfig(objective="dpo"),
+                reward=RewardConfig(form="kimi"))
     assert not re.search(r"None|TODO|\[More Information Needed\]|\{problem\}|@[A-Z]+@|nan", text)
     training = tables(text)[1]
     assert {len(row) for row in training} == {2}

@@ -1,4 +1,4 @@
-"""What is kept of a step that is stopped: all of it comes back, and nothing that belongs to another step."""
+"""Responses of a step that is stopped: all come back, and none of another step."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,12 @@ def response(prompt, sample, length, finish, repeated=False):
     generator = np.random.default_rng(10 * prompt + sample)
     tokens = generator.integers(0, 99, length).astype(np.int32)
     one, two, three = generator.standard_normal((3, length)).astype(np.float32)
-    return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=one, sampling_logprobs=two,
-                    model_logprobs=three, finish=finish, repeated=repeated)
+    return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=one,
+                    sampling_logprobs=two, model_logprobs=three, finish=finish, repeated=repeated)
 
 
-KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, None), response(2, 7, 9, "repetition", repeated=True), response(1, 1, 3, None)]
+KEPT = [response(3, 1, 5, "eos"), response(0, 0, 0, None),
+        response(2, 7, 9, "repetition", repeated=True), response(1, 1, 3, None)]
 
 
 @pytest.mark.parametrize("kept", [KEPT, KEPT[:1], KEPT[1:2], []], ids=len)
@@ -52,7 +53,8 @@ def test_a_damaged_file_is_one_line_that_says_what_to_do(tmp_path):
     for damaged in (complete[:300], b"".join(lines[:-1]), b"", flipped, b"not JSON\n",
                     b"".join([lines[0], shorter, *lines[2:]])):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"unfinished\.jsonl: .*damaged; remove (it|the file) to generate"):
+        with pytest.raises(UserError,
+                           match=r"unfinished\.jsonl: .*damaged; remove (it|the file) to generate"):
             unfinished.load(path, 7)
 
 

@@ -1,4 +1,4 @@
-"""One of several processes, for test_processes.py: two_processes.py SCENARIO [ARGUMENT ...]"""
+"""One of several processes, for test_processes.py: two_processes.py SCENARIO [ARGUMENTS]"""
 
 import itertools
 import os
@@ -27,8 +27,8 @@ def collective():
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     rows = sharding.to_device(np.arange(jax.device_count(), dtype=np.float32), split)
-    return jax.jit(lambda rows: rows.sum(),
-                   out_shardings=NamedSharding(mesh, PartitionSpec()))(rows)
+    return jax.jit(lambda rows: rows.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))(
+        rows)
 
 
 def decisions(directory):
@@ -36,10 +36,8 @@ def decisions(directory):
     here = processes.index()
     assert processes.count() == jax.process_count() == 2 and processes.is_primary() == (here == 0)
     assert processes.broadcast("name", lambda: {"from": here}) == {"from": 0}
-    assert processes.all_gather("numbers",
-                                lambda: [here, "\udc80", None, 1.5]) == [[each, "\udc80", None, 1.5]
-                                                                                  for each in (0,
-                                                                                               1)]
+    assert processes.all_gather("numbers", lambda: [here, "\udc80", None, 1.5]) == [
+        [each, "\udc80", None, 1.5] for each in (0, 1)]
 
     def fails(number, error):
         if here == number:
@@ -54,18 +52,16 @@ def decisions(directory):
     expected = (OSError, "worn out") if here else (UserError, r"process 1 on .*: OSError: worn out")
     with pytest.raises(expected[0], match=expected[1]):
         processes.all_gather("broken", lambda: fails(1, OSError("worn out")))
-    with pytest.raises(UserError,
-                       match="process .* is at '.*', but .* is at '.*'; all must have the same "
-                             "code"):
+    pattern = "process .* is at '.*', but .* is at '.*'; all must have the same code"
+    with pytest.raises(UserError, match=pattern):
         processes.all_gather("one" if here else "another", lambda: here)
     processes.check_same({"data.path": "one"})
-    with pytest.raises(UserError,
-                       match="data.path: process 1.* has 1, process 0.* has 0; all must have the "
-                             "same"):
+    pattern = "data.path: process 1.* has 1, process 0.* has 0; all must have the same"
+    with pytest.raises(UserError, match=pattern):
         processes.check_same({"data.path": str(here)})
     processes.check_shared(directory, "run.directory")
-    assert processes.all_gather("left",
-                                lambda: [each.name for each in directory.iterdir()])[0] == []
+    left = processes.all_gather("left", lambda: [path.name for path in directory.iterdir()])
+    assert left[0] == []
     apart = directory / str(here)
     apart.mkdir()
     assert processes.appears(lambda: (directory / str(1 - here)).exists())
@@ -126,7 +122,7 @@ def failed():
 
 
 def slowed_after_a_signal():
-    """Sends process 1 a signal at one of its checks, and slows down the checks after that."""
+    """Sends a signal to process 1 at one of its checks, and slows the checks after it."""
     checks, agree_on_signal = itertools.count(1), processes.agree_on_signal
 
     def slow(received):
@@ -140,7 +136,7 @@ def slowed_after_a_signal():
 
 
 def slow_to_export():
-    """Lets process 0 write the model for longer than a finished process waits for the others."""
+    """Makes process 0 write the model for longer than an ended process waits for the others."""
     export = loop.export
 
     def slow(*arguments):
