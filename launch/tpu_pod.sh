@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A TPU pod slice: the same command on every host of it. docs/launch/tpu-pod.md
+# Trains on a TPU pod slice, by running the same command on every host. docs/launch/tpu-pod.md
 #
 #   export TPU=NAME ZONE=ZONE PROJECT=PROJECT EXPORT=ADDRESS:/SHARE HOSTS=4
 #   launch/tpu_pod.sh install       once, on a new slice
-#   launch/tpu_pod.sh train [--section.field VALUE ...]     begins the run, or goes on with it
-#   launch/tpu_pod.sh log           what process 0 says, until Ctrl-C
-#   launch/tpu_pod.sh stop          saves and ends the run
+#   launch/tpu_pod.sh train [--section.field VALUE ...]     starts or resumes the run
+#   launch/tpu_pod.sh log           shows the output of process 0, until Ctrl-C
+#   launch/tpu_pod.sh stop          saves and stops the run
 set -euo pipefail
 
 TPU=${TPU:?the name of the slice}
@@ -13,7 +13,7 @@ ZONE=${ZONE:?its zone}
 PROJECT=${PROJECT:?its project}
 EXPORT=${EXPORT:?a network disk (NFS, Filestore), mounted on every host: runs outlive the slice there}
 HOSTS=${HOSTS:?how many hosts the slice has, such as 4 for v5e 4x4}
-NAME=${NAME:-r1_distill_1p5b}           # of the run, a word
+NAME=${NAME:-r1_distill_1p5b}           # of the run, one word
 CONFIG=${CONFIG:-configs/r1_distill_1p5b.yaml}
 SOURCE=${SOURCE:-$PWD}                  # this repository, copied to every host
 GCLOUD=${GCLOUD:-gcloud}
@@ -22,7 +22,7 @@ on() {                                  # hosts (all, or a number), a command
     "$GCLOUD" compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --project "$PROJECT" --worker "$1" --command "$2"
 }
 
-# Read by the shells of the hosts, whose home it is.
+# These are run by the shells of the hosts, so ~ is the home directory there.
 # shellcheck disable=SC2016
 MOUNT='set -eu
 mkdir -p ~/shared
@@ -54,14 +54,14 @@ install)
     on all "$mount; $INSTALL"
     ;;
 train)
-    # Decided here, once: all hosts must say the same.
+    # Decided once, here: all hosts must be told the same.
     found=$(on 0 "$mount; test ! -e ~/shared/runs/$NAME/config.yaml || echo a run")
     resume=false recipe=$(printf %q "$CONFIG")
     if [[ $found == *"a run"* ]]; then
         # shellcheck disable=SC2088  # ~ is the host's
-        resume=true recipe="~/shared/runs/$NAME/config.yaml"    # as it began, whatever the recipe says by now
+        resume=true recipe="~/shared/runs/$NAME/config.yaml"    # as it started
     fi
-    # JAX finds the other hosts of a slice by itself; any other number of them than this is an error.
+    # JAX finds the other hosts of a slice by itself; finding another number than this is an error.
     arguments=$(printf '%q ' --distributed.mode auto --distributed.processes "$HOSTS" --run.resume "$resume" "$@")
     # shellcheck disable=SC2088  # ~ is the host's
     on all "$mount; set -- --config $recipe $arguments --run.directory ~/shared/runs/$NAME; $TRAIN"
