@@ -1,4 +1,4 @@
-"""Comparison of two answers in plain Python: structure, words, rational numbers. What needs algebra stays undecided."""
+"""Compares two answers in plain Python: structure, words, rational numbers. Leaves undecided what needs algebra."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from effreason.grading import forms, intervals, notation, rationals, units, words
 
-# True, False, or None where neither can be said.
+# True, False, or None if undecided.
 Verdict = bool | None
 Leaf = Callable[[str, str], Verdict]
 
@@ -21,8 +21,10 @@ EQUALS = re.compile(r"(?<![<>!:])=")
 SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
 CUP = re.compile(r"\\cup(?![a-zA-Z])")
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
-CLAIM = re.compile(r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|ne|mapsto|neg|not)(?![a-zA-Z])")
-MATRIX = re.compile(r"\\begin\{(?:[pb]|small)matrix\}((?:(?!\\begin).)*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
+CLAIM = re.compile(
+    r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|ne|mapsto|neg|not)(?![a-zA-Z])")
+MATRIX = re.compile(
+    r"\\begin\{(?:[pb]|small)matrix\}((?:(?!\\begin).)*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
 DIGITS_APART = re.compile(r"\d\s+[\d.]")
 BASE = re.compile(r"\(?([0-9A-Z]+)\)?_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
@@ -33,23 +35,23 @@ NAMED_VALUE = re.compile(r"[a-z]\s*=")
 CONSTANTS = ("e", "i", r"\pi", r"\infty")
 
 
-class NoLists:
-    """Not two lists to compare element by element: only set algebra can tell."""
+class NeedsSetAlgebra:
+    """Two lists that cannot be compared element by element."""
 
 
-NO_LISTS = NoLists()
+NEEDS_SET_ALGEBRA = NeedsSetAlgebra()
 
 
 @dataclass(frozen=True)
 class Bracketed:
-    """A list of answers and what encloses it: "()", "[)", "{}" for a set, "" for nothing."""
+    """A list of answers and its brackets: "()", "[)", "{}" for a set, "" for none."""
 
     brackets: str
     elements: tuple[str, ...]
 
 
 def exact(prediction: str, reference: str) -> Verdict:
-    """Compares two answers without algebra; True and False are final, None asks for the symbolic stage."""
+    """Compares two answers without algebra. True and False are final, None leaves the pair to the symbolic stage."""
     p, g = (notation.strip_parentheses(notation.canonical(text)) for text in (prediction, reference))
     if p != g and notation.depth(p) > MAX_DEPTH:
         return None
@@ -57,39 +59,42 @@ def exact(prediction: str, reference: str) -> Verdict:
 
 
 def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
-    """Compares two canonical answers part by part, down to `same` for what has no parts.
+    """Compares two canonical answers part by part, and parts that cannot be divided by `same`.
 
-    Rules: a name before "=" may be left out, and every other part of a chain has to equal the answer; lists and sets
-    have no order, tuples do, and kinds of brackets count; an inequality in one variable is its interval.
+    A name before "=" may be missing, and every other part of a chain must equal the answer. Lists and sets are
+    unordered, tuples are ordered, and the kinds of brackets must agree. An inequality in one variable is its interval.
     """
     if not prediction or not reference:
         return False
+
     prediction, reference = forms.plain(prediction), forms.plain(reference)
     if notation.key(prediction) == notation.key(reference):
         return True
     if {prediction, reference} <= NO_SOLUTION:
         return True
     if CLAIM.search(SUBSCRIPT.sub("", prediction)) and not CLAIM.search(SUBSCRIPT.sub("", reference)):
-        return False                                # 5 \equiv 6 answers neither 5 nor 6
+        return False                                # 5 \equiv 6 is neither the answer 5 nor 6
     if LETTER.fullmatch(bare := notation.strip_parentheses(reference)):
-        return _choice(prediction, bare)
+        return _is_choice(prediction, bare)
+
     prediction, reference = _without_approximation(prediction), _without_approximation(reference)
     p, g = _bracketed(notation.strip_parentheses(prediction)), _bracketed(notation.strip_parentheses(reference))
     if (p.brackets == "()") != (g.brackets == "()"):
         p, g = _vector(p), _vector(g)
     if len(p.elements) > 1 or len(g.elements) > 1 or p.brackets or g.brackets:
         verdict = _compare_lists(p, g, same)
-        return same(prediction, reference) if isinstance(verdict, NoLists) else verdict
+        return same(prediction, reference) if isinstance(verdict, NeedsSetAlgebra) else verdict
     return _compare_single(p.elements[0], g.elements[0], same)
 
 
 def leaf(prediction: str, reference: str) -> Verdict:
-    """Compares two canonical answers that have no parts: writing, words, rational numbers; units are not compared."""
+    """Compares two canonical answers without parts: spelling, words, rational numbers. Ignores units."""
     if notation.key(prediction) == notation.key(reference):
         return True
     verdict = _words(prediction, reference)
     if verdict is not None:
         return verdict
+
     p, g = units.without_unit(prediction), units.without_unit(reference)
     if DIGITS_APART.search(p) and not rationals.MIXED.fullmatch(p):
         return False                                # "5 5" must not become 55
@@ -97,6 +102,7 @@ def leaf(prediction: str, reference: str) -> Verdict:
         return True
     if (p_base := BASE.fullmatch(p)) and (g_base := BASE.fullmatch(g)):
         return p_base[1] == g_base[1] and _base(p_base[2]) == _base(g_base[2])
+
     p_value, g_value = _value(p), _value(g)
     if p_value is None and g_value is not None:
         p_value = _value_of_letter_unit(p)
@@ -130,7 +136,7 @@ def _value(text: str) -> rationals.Value | Undefined | None:
 
 
 def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
-    """3s beside a plain 3 is three seconds; beside anything else it is a product."""
+    """Returns the number in a quantity such as 3s: compared with a number, s is seconds and not a variable."""
     match = units.LETTER_UNIT.fullmatch(text) if len(text) < 200 else None
     return _value(match[1]) if match else None
 
@@ -143,18 +149,18 @@ def _words(prediction: str, reference: str) -> Verdict:
     if not (notation.is_word(prediction) or notation.is_word(reference)):
         return None
     p, g = (notation.key(words.bare(text)).casefold() for text in (prediction, reference))
-    return p == g                                   # words never equal mathematics
+    return p == g                                   # words never equal a formula
 
 
-def _choice(prediction: str, letter: str) -> Verdict:
-    r"""The letter of a choice: B, (B), \text{(B)}, B. x = 42, (B) 42."""
+def _is_choice(prediction: str, letter: str) -> Verdict:
+    r"""Returns whether the prediction names this choice: B, (B), \text{(B)}, B. x = 42, (B) 42."""
     text = re.sub(r"[{}]", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", prediction))
     match = CHOICE.fullmatch(notation.strip_parentheses(CHOICE_WORD.sub("", text)))
     return match is not None and (match[1] or match[2]) == letter
 
 
 def _without_approximation(text: str) -> str:
-    r"""10\sqrt{2} \approx 14.14 says 10\sqrt{2}; x \approx 14.14 says 14.14."""
+    r"""Drops approximations: 10\sqrt{2} \approx 14.14 is 10\sqrt{2}; but x \approx 14.14 is x = 14.14."""
     parts = notation.split_top(text, APPROXIMATELY) if r"\approx" in text else [text]
     if len(parts) == 1:
         return text
@@ -163,44 +169,49 @@ def _without_approximation(text: str) -> str:
 
 
 def _bracketed(text: str) -> Bracketed:
+    """Splits an answer into its elements."""
     text, name = forms.without_point(forms.without_member(text)), ""
     pieces = [piece for piece in notation.split_top(text, ",;") if piece] or [text]
     if len(pieces) > 1:
         return Bracketed("", tuple(piece for element in pieces for piece in _signs(element)))
+
     pieces = EQUALS.split(text) if "=" in text else [text]
     if len(pieces) == 2 and forms.is_name(pieces[0]):
         name, text = pieces[0], pieces[1].strip()
+
     escaped = text.startswith(r"\{") and text.endswith(r"\}")
     begin, end = (1, len(text) - 2) if escaped else (0, len(text) - 1)
-    set_of = escaped or text[:1] == "{"             # {1,2}, written without its backslashes
+    is_set = escaped or text[:1] == "{"             # {1,2} without its backslashes
     if text and text[begin] in "([{" and notation.matching(text).get(begin) == end + escaped:
         inside = [piece for piece in notation.split_top(text[begin + 1:end], ",;") if piece]
-        if len(inside) > 1 or set_of:
-            elements = tuple(piece for element in inside for piece in _signs(element)) if set_of else tuple(inside)
-            return Bracketed(text[begin] + ("}" if set_of else text[end]), elements)
+        if len(inside) > 1 or is_set:
+            elements = tuple(piece for element in inside for piece in _signs(element)) if is_set else tuple(inside)
+            return Bracketed(text[begin] + ("}" if is_set else text[end]), elements)
+
     signed = _signs(text)
     prefix = f"{name}=" if name and len(signed) == 1 else ""
     return Bracketed("", tuple(prefix + element for element in signed))
 
 
 def _signs(text: str) -> list[str]:
-    r"""a \pm b is the two answers a + b and a - b."""
+    r"""Splits a \pm b into a + b and a - b."""
     if text.count(r"\pm") != 1:
         return [text]
     minus, plus = text.replace(r"\mp", "+"), text.replace(r"\mp", "-")
     return [re.sub(r"^\s*\+", "", plus.replace(r"\pm", "+")), minus.replace(r"\pm", "-")]
 
 
-def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NoLists:
+def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NeedsSetAlgebra:
     predictions, references, kinds = p.elements, g.elements, {p.brackets, g.brackets}
     verdict = _interval_verdict(p, g, same)
     if verdict is not None:
         return verdict
     if len(predictions) != len(references):
         algebra = any(SET_ALGEBRA.search(element) for element in (*predictions, *references))
-        return NO_LISTS if algebra else False
+        return NEEDS_SET_ALGEBRA if algebra else False
     if len(references) == 1:
         return compare(predictions[0], references[0], same)
+
     if len(kinds) == 1 or kinds == {"", "{}"}:
         names = [EQUALS.split(element)[0] for element in references if "=" in element]
         named = len(set(names)) > 1 and not any("=" in element for element in predictions)
@@ -212,7 +223,7 @@ def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NoLists:
 
 
 def _by_name(elements: tuple[str, ...]) -> tuple[str, ...]:
-    """y=4, x=3 in the order of the names, which is that of (3,4)."""
+    """Sorts y=4, x=3 by name, the order of the tuple (3,4)."""
     named = all(NAMED_VALUE.match(element) for element in elements)
     return tuple(sorted(elements)) if named else elements
 
@@ -228,9 +239,10 @@ def _all(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) 
 
 
 def _matched(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) -> Verdict:
-    """Equal in some order. Equality is transitive, so the first partner found is as good as any."""
+    """Returns whether the lists are equal in some order. Equality is transitive, so the first match can be taken."""
     if len(references) > MAX_UNORDERED:
         return _all(predictions, references, same)
+
     left, undecided = list(predictions), False
     for reference in references:
         verdicts = []
@@ -255,17 +267,19 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
         parts = _union(prediction), _union(reference)
         verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])), same)
         return verdict if verdict is not None else same(prediction, reference)
+
     p_parts, g_parts = _chain(prediction), _chain(reference)
     if len(p_parts) == len(g_parts) == 1:
         return same(prediction, reference)
     p_named, g_named = forms.is_name(p_parts[0]), forms.is_name(g_parts[0])
-    if len(g_parts) > 1 and not g_named:            # an equation proper: only an equation can equal it
+    if len(g_parts) > 1 and not g_named:            # a real equation: only an equation can equal it
         return same(prediction, reference) if len(p_parts) == len(g_parts) else False
     if len(p_parts) > 1 and len(g_parts) > 1 and p_named and notation.key(p_parts[0]) != notation.key(g_parts[0]):
         return same(prediction, reference) if len(p_parts) == len(g_parts) == 2 else False
     if len(p_parts) > 1 and not p_named and len(g_parts) > 1:
         return same(prediction, reference) if len(p_parts) == 2 else False
-    # A chain is a claim about each of its parts: 3 = 5 is not the answer 5, though its last part is.
+
+    # A chain states that all its parts are equal: 3 = 5 is not the answer 5, although its last part is.
     values = p_parts[1:] if p_named and len(p_parts) > 1 else p_parts
     if len(values) > MAX_CHAIN:
         return False
@@ -273,13 +287,14 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
 
 
 def _chain(text: str) -> list[str]:
+    """Splits at equals signs; 3 = x becomes x = 3."""
     parts = [part for part in notation.split_top(text, EQUALS) if part] or [text] if "=" in text else [text]
     swapped = len(parts) == 2 and not forms.is_name(parts[0]) and re.fullmatch(intervals.VARIABLE, parts[1])
-    return parts[::-1] if swapped and parts[1] not in CONSTANTS else parts      # 3 = x is x = 3
+    return parts[::-1] if swapped and parts[1] not in CONSTANTS else parts
 
 
 def _vector(side: Bracketed) -> Bracketed:
-    """A matrix of one row or one column as the tuple that it is beside a tuple."""
+    """Turns a matrix of one row or one column into a tuple, to compare it with a tuple."""
     matrix = MATRIX.fullmatch(side.elements[0]) if len(side.elements) == 1 and not side.brackets else None
     rows = _rows(matrix[1]) if matrix else []
     cells = rows[0] if len(rows) == 1 else [row[0] for row in rows if len(row) == 1]
@@ -302,12 +317,13 @@ def _union(text: str) -> list[str]:
 
 
 def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
-    """Compares inequalities and intervals as sets of intervals; None where they differ or are something else."""
+    """Compares inequalities and intervals as sets of intervals; None if they differ or are anything else."""
     if not any(intervals.RELATION.search(piece) or CUP.search(piece) for piece in (*p.elements, *g.elements)):
         return None
+
     variables = [{name for piece in side.elements for name in _variables(piece)} for side in (p, g)]
     if all(variables) and variables[0] != variables[1]:
-        return False                                # x < 1 says nothing about y
+        return False                                # x < 1 is not y < 1
     predictions, references = _intervals(p), _intervals(g)
     if predictions is None or references is None or len(predictions) != len(references):
         return None
@@ -320,9 +336,9 @@ def _variables(text: str) -> set[str]:
 
 
 def _intervals(side: Bracketed) -> tuple[str, ...] | None:
-    whole = f"{side.brackets[:1]}{','.join(side.elements)}{side.brackets[1:]}"
-    pieces = [part for piece in ([whole] if side.brackets else side.elements) for part in _union(piece)]
-    found = [intervals.interval(piece) for piece in pieces]
-    if any(piece is None or CUP.search(piece) or intervals.RELATION.search(piece) for piece in found):
-        return None                                 # (3,4\cup) is no interval
-    return tuple(piece for piece in found if piece)
+    text = f"{side.brackets[:1]}{','.join(side.elements)}{side.brackets[1:]}"
+    pieces = [part for piece in ([text] if side.brackets else side.elements) for part in _union(piece)]
+    parsed = [intervals.interval(piece) for piece in pieces]
+    if any(piece is None or CUP.search(piece) or intervals.RELATION.search(piece) for piece in parsed):
+        return None                                 # (3,4\cup) is not an interval
+    return tuple(piece for piece in parsed if piece)

@@ -1,4 +1,4 @@
-"""What an answer is dressed in: names of quantities, labels, set builders, systems of equations, points."""
+"""Removes what surrounds an answer: names of quantities, labels, set builders, systems of equations, points."""
 
 import re
 
@@ -18,7 +18,7 @@ POINT = re.compile(r"[A-Z]'?\s*(?=\()")
 
 
 def plain(text: str) -> str:
-    r"""Words that stand for mathematics, \langle 1,2\rangle and \{x|x>2\} in their plainer form."""
+    r"""Rewrites words for mathematics, \langle 1,2\rangle, \{x|x>2\}, systems and ratios in their plain form."""
     text = words.mathematics(text)
     text = text[label.end():] if (label := LABEL.match(text)) else text
     if angled := ANGLED.fullmatch(text):
@@ -28,19 +28,19 @@ def plain(text: str) -> str:
     if (system := SYSTEM.fullmatch(text)) is not None:
         rows = [row.replace("&=", "=").strip(" ,;") for row in system[2].split(r"\\") if row.strip()]
         if len(rows) > 1 and all("=" in row and "&" not in row for row in rows):
-            return ",".join(rows)                   # x=1, y=2 one below the other
+            return ",".join(rows)                   # x=1 and y=2 on two lines
     return f"{ratio[1]}:{ratio[2]}" if (ratio := RATIO.fullmatch(text)) else text
 
 
 def is_name(text: str) -> bool:
-    r"""True for the name of a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}."""
+    r"""Returns whether the text names a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}."""
     text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "", re.sub(r"\[([A-Z]{2,})\]", r"\1", text))
     text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)
     return NAME.fullmatch(text) is not None and any(map(str.isalpha, text))
 
 
 def without_point(text: str) -> str:
-    """P(1,2) names the point (1,2)."""
+    """Removes the name of a point: P(1,2) is (1,2)."""
     match = POINT.match(text)
     rest = text[match.end():] if match else ""
     pair = rest.endswith(")") and notation.matching(rest).get(0) == len(rest) - 1
@@ -48,6 +48,6 @@ def without_point(text: str) -> str:
 
 
 def without_member(text: str) -> str:
-    r"""x \in [1,2] says [1,2]."""
+    r"""Removes a variable and its \in: x \in [1,2] is [1,2]."""
     parts = notation.split_top(text, MEMBER) if r"\in" in text else [text]
     return parts[1] if len(parts) == 2 and is_name(parts[0]) else text

@@ -1,4 +1,4 @@
-r"""Inequalities in one variable as intervals: 1 < x \\le 5 is (1,5]."""
+r"""Turns inequalities in one variable into intervals: 1 < x \le 5 is (1,5]."""
 
 import re
 
@@ -9,13 +9,14 @@ VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
 
 
 def interval(text: str) -> str | None:
-    r"""1 < x \le 5 -> (1,5], x > 2 -> (2,\infty), [1,2] -> itself; None for anything else."""
+    r"""Returns (1,5] for 1 < x \le 5, (2,\infty) for x > 2, an interval itself, None for anything else."""
     text = text.strip()
     pieces = RELATION.split(text)
     if len(pieces) == 1:
         pair = text[:1] in ("(", "[") and text[-1:] in (")", "]")
         enclosed = pair and notation.matching(text).get(0) == len(text) - 1
         return text if enclosed and len(notation.split_top(text[1:-1], ",")) == 2 else None
+
     terms, signs = [piece.strip() for piece in pieces[::2]], pieces[1::2]
     if not all(terms):
         return None
@@ -26,6 +27,7 @@ def interval(text: str) -> str | None:
         if signs[0] in ("<", r"\le"):
             return rf"(-\infty,{terms[1]}{']' if closed else ')'}"
         return rf"{'[' if closed else '('}{terms[1]},\infty)"
+
     if len(terms) == 3 and VARIABLE.fullmatch(terms[1]):
         if all(sign in (">", r"\ge") for sign in signs):
             terms, signs = terms[::-1], signs[::-1]

@@ -1,4 +1,4 @@
-"""Reference answers and the kinds of comparison: "math", "choice" (multiple choice) and "text" (the same words)."""
+"""Defines reference answers and their kinds: "math", "choice" (multiple choice) and "text" (the same words)."""
 
 import re
 import unicodedata
@@ -8,7 +8,7 @@ from effreason.grading.exact import exact
 
 KINDS = ("math", "choice", "text")
 
-# \text{B}, \textbf{(B)}, \boxed{B}: what is round an answer and says nothing.
+# \text{B}, \textbf{(B)}, \boxed{B}: formatting around an answer.
 WRAPPER = re.compile(
     r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|boxed|fbox|underline|emph|operatorname)\s*\{([^{}]*)\}")
 NOTHING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|[,;:!> ])|~|\*\*|__")
@@ -17,8 +17,8 @@ MARKS = ("$$", "$", "*", "`", '"', "'")
 INTRODUCED = re.compile(
     r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|answer)\b\s*(?:is\b)?\s*:?\s*", re.IGNORECASE)
 LETTER = re.compile(r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z]))\s*[.:)]?")
-# A letter, the mark that ends it, and what it stands for: (B) bank, B) bank, B. bank, B: bank, B - bank; B bank, but
-# not "A bank", where A may be an article.
+# A letter, its punctuation, and the text of the choice: (B) bank, B) bank, B. bank, B: bank, B - bank; B bank, but not
+# "A bank", because A may be an article.
 LETTER_AND_TEXT = re.compile(
     r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+[-–=]\s|([B-HJ-Z])\s)\s*(\S.*)",
     re.DOTALL)
@@ -29,57 +29,61 @@ ANOTHER_LETTER = re.compile(
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference answer and how to compare with it."""
+    """A reference answer and how responses are compared with it."""
 
-    answer: str                     # of kind "choice": the letter, or the text of a choice
+    answer: str                     # for kind "choice", its letter or its text
     kind: str = "math"              # one of KINDS
-    choices: tuple[str, ...] = ()   # the texts behind A, B, C, ...; () where unknown
+    choices: tuple[str, ...] = ()   # the texts of A, B, C, ...; () if unknown
 
 
 def same_choice(answer: str, reference: Reference) -> bool:
-    r"""Whether the answer names the choice: its letter, its text, or both where they agree.
+    r"""Returns whether the answer names the choice: by its letter, its text, or both if they agree.
 
-    B, (B), b., \textbf{(B)}, option B, and with the choices known (B) bank and bank are the second of river, bank.
-    Several letters, a letter with another's text and a letter beyond the choices are wrong.
+    B, (B), b., \textbf{(B)}, option B and, with the choices river and bank, also (B) bank and bank are the second one.
+    Several letters, a letter with another choice's text and a letter beyond the choices are wrong.
     """
-    whole, right = _plain(answer), _plain(reference.answer)
-    text = whole[introduced.end():] if (introduced := INTRODUCED.match(whole)) else whole
-    wanted = _letter(right, len(reference.choices))
-    if wanted is None and reference.choices:
-        places = [place for place, choice in enumerate(reference.choices) if _same_words(right, choice)]
-        if not places:
-            return False            # no answer can name a choice that is not there
-        wanted = places[0]
-    if wanted is None:              # of the choices only the right one's text is known
-        return any(_same_words(words, right) for words in (whole, text, _letter_and_text(text)[1]))
+    plain_answer, plain_reference = _plain(answer), _plain(reference.answer)
+    introduction = INTRODUCED.match(plain_answer)
+    text = plain_answer[introduction.end():] if introduction else plain_answer
+
+    correct = _letter(plain_reference, len(reference.choices))
+    if correct is None and reference.choices:
+        matches = [index for index, choice in enumerate(reference.choices) if _same_words(plain_reference, choice)]
+        if not matches:
+            return False            # the reference is none of the choices, so no answer can name it
+        correct = matches[0]
+    if correct is None:             # only the text of the correct choice is known
+        candidates = (plain_answer, text, _letter_and_text(text)[1])
+        return any(_same_words(words, plain_reference) for words in candidates)
+
     chosen = _letter(text, len(reference.choices))
     if chosen is not None:
-        return chosen == wanted
+        return chosen == correct
     chosen, rest = _letter_and_text(text)
     if reference.choices and (match := TEXT_AND_LETTER.fullmatch(text)):
-        chosen, rest = _place(match[2]), match[1]
+        chosen, rest = _index(match[2]), match[1]
     if not reference.choices:
-        return chosen == wanted and not ANOTHER_LETTER.search(rest)
-    if wanted >= len(reference.choices):
+        return chosen == correct and not ANOTHER_LETTER.search(rest)
+    if correct >= len(reference.choices):
         return False
     if chosen is not None and chosen < len(reference.choices) and _same_words(rest, reference.choices[chosen]):
-        return chosen == wanted
-    return any(_same_words(words, reference.choices[wanted]) for words in (whole, text))
+        return chosen == correct
+    return any(_same_words(words, reference.choices[correct]) for words in (plain_answer, text))
 
 
 def same_text(answer: str, reference: Reference) -> bool:
-    r"""Whether both are the same words: case, spaces, \text{} and marks round them do not count, every digit does."""
+    r"""Returns whether both are the same words. Case, spaces, \text{} and outer punctuation are ignored, digits are not."""
     words = _words(answer)
     return bool(words) and words == _words(reference.answer)
 
 
 def _letter(text: str, choices: int) -> int | None:
-    """The place of the choice that a letter alone names, None where the text is something else."""
+    """Returns the index of the choice if the text is its letter alone, otherwise None."""
     match = LETTER.fullmatch(text)
     if match is None:
         return None
-    place = _place(match[match.lastindex or 0])
-    return place if not choices or place < choices else None
+    index = _index(match[match.lastindex or 0])
+    return index if not choices or index < choices else None
 
 
 def _letter_and_text(text: str) -> tuple[int | None, str]:
@@ -87,10 +91,10 @@ def _letter_and_text(text: str) -> tuple[int | None, str]:
     if match is None:
         return None, text
     *letters, rest = match.groups()
-    return next(_place(letter) for letter in letters if letter), rest
+    return next(_index(letter) for letter in letters if letter), rest
 
 
-def _place(letter: str) -> int:
+def _index(letter: str) -> int:
     return ord(letter.upper()) - ord("A")
 
 
@@ -105,10 +109,10 @@ def _words(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what LaTeX and Markdown put round words."""
-    text, before = unicodedata.normalize("NFC", text).translate(QUOTES), None
-    while text != before:
-        before = text
+    """Removes LaTeX and Markdown formatting around words."""
+    text, previous = unicodedata.normalize("NFC", text).translate(QUOTES), None
+    while text != previous:
+        previous = text
         text = NOTHING.sub(" ", WRAPPER.sub(r"\1", text)).strip()
         for mark in MARKS:
             inside = text[len(mark):-len(mark)]

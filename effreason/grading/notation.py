@@ -1,7 +1,7 @@
-r"""One spelling for one meaning: brings an answer into canonical LaTeX, without reading its mathematics.
+r"""Rewrites answers in canonical LaTeX, one spelling for one meaning, without reading the mathematics.
 
-Canonical: braces round every argument, `\frac`, `\cdot`, `\le`, `\text{...}` only round words, no `$`, no `\left`, no
-spacing commands, thousands joined, plain function names with a backslash.
+Canonical: braces around every argument, `\frac`, `\cdot`, `\le`, `\text{...}` only around words, no `$`, no `\left`,
+no spacing commands, no separators of thousands, plain function names with a backslash.
 """
 
 import re
@@ -13,10 +13,11 @@ from effreason.grading.symbols import RENAMED, SUBSCRIPTS, SUPERSCRIPTS, SYMBOLS
 ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
 
 TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-# Function names without their backslash, as sympy prints them; "sec" may be a unit, so some need their bracket.
+# Function names without backslash, as sympy prints them. "sec" may be a unit, so some names need a bracket.
 PLAIN_NAME = re.compile(
     r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
-    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det)(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
+    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det)"
+    r"(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
     r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])|(?P<lcm>lcm)(?=\s*\()"
     r"|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
 TEX_THOUSANDS = re.compile(
@@ -26,8 +27,6 @@ SEPARATOR = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])"
 WORDS = re.compile(r"[A-Za-z .'/\-]*")
 TWO_LETTERS = re.compile(r"[A-Za-z]{2}")
 MAX_CHARACTERS = 4_000
-
-
 MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")((?:(?!\1).)+)\1""", re.DOTALL)
 CURRENCY = re.compile(r"(?<![a-zA-Z\\\d])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
                       r"|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD|Rs|Rp)\b\.?)\s*(?=\d)")
@@ -43,7 +42,7 @@ NO_ARGUMENT = re.compile(r"(?<![\\^_}\]a-zA-Z])\{\s*\}")
 SIZED = re.compile(r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
 BAR = re.compile(r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?")
 CYCLE = re.compile(r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3+(?:\.{3}|\\dots)|(\d*)\.\((\d{1,20})\)")
-# Said before the answer: The answer is 5, Answer: 5, = 5, \therefore 5, about 5.
+# Words before the answer: The answer is 5, Answer: 5, = 5, \therefore 5, about 5.
 LEAD = re.compile(
     r"(?:=|\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![a-zA-Z])|(?:\\text\{\s*)?"
     r"(?:(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution)\b\s*"
@@ -53,11 +52,12 @@ LEAD = re.compile(
 
 @lru_cache(maxsize=4096)
 def canonical(text: str) -> str:
-    """Rewrites an answer into the canonical spelling; linear in its length."""
+    """Rewrites an answer in canonical notation; linear in its length."""
     text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text.strip())
     text = _ascii(text).strip()
     if marked := MARKDOWN.fullmatch(text):
         text = marked[2]
+
     text = CONSTANT.sub(r"C_\1", text.replace("...", r"\dots "))
     text = ABSOLUTE.sub(r"|\1|", CURRENCY.sub("", text))
     text = LETTERED.sub(r"\\operatorname{\1}", FUNCTION.sub(r"\\\1 ", text))
@@ -68,6 +68,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"^([^{}\\]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})$", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}", NO_ARGUMENT.sub(" ", SIZED.sub(" ", text)))
+
     text = _braced(_renamed(TOKEN.findall(text)))
     text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
     text = BAR.sub(r"\1\\overline{\2}", UNION.sub(r"\\cup ", WITHOUT.sub(r"\\setminus ", text)))
@@ -78,7 +79,7 @@ def canonical(text: str) -> str:
 
 
 def key(text: str) -> str:
-    r"""What has to agree for two canonical texts to be the same writing: not spaces, \text or the case of words."""
+    r"""Returns what two canonical texts of the same spelling share: it ignores spaces, \text and the case of words."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)      # "5 5" is not 55
     if clock := re.fullmatch(r"0?(\d{1,2})(:\d\d(?::\d\d)?)?([ap])\.?m\.?", bare, re.IGNORECASE):
@@ -87,14 +88,14 @@ def key(text: str) -> str:
 
 
 def is_word(text: str) -> bool:
-    r"""True for an answer in words: \text{...} with letters, or four letters in a row that are no function."""
+    r"""Returns whether an answer is in words: \text{...} with letters, or four letters in a row without a backslash."""
     if re.match(r"[a-zA-Z]\s*\\text", text) or re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z' .\-])+", text) is None:
         return False
     return r"\text" in text or re.search(r"[A-Za-z]{4}", text) is not None or text.strip().lower() in ("yes", "no")
 
 
 def strip_parentheses(text: str) -> str:
-    """Removes brackets that enclose the whole text and only group: (x+1), {x+1}, ((1)); a tuple keeps its own."""
+    """Removes brackets that only group the whole text: (x+1), {x+1}, ((1)). A tuple keeps its brackets."""
     pairs = matching(text)
     first, last = 0, len(text) - 1
     while first < last and text[first] + text[last] in ("()", "{}") and pairs.get(first) == last:
@@ -103,7 +104,7 @@ def strip_parentheses(text: str) -> str:
             begin += 1
         while end > begin and text[end] == " ":
             end -= 1
-        if text[begin] not in "({" or pairs.get(begin) != end:      # the innermost pair: does it enclose a list?
+        if text[begin] not in "({" or pairs.get(begin) != end:      # the innermost pair, which may enclose a list
             if len(split_top(text[begin:end + 1], ",;")) > 1:
                 break
         first, last = begin, end
@@ -111,41 +112,37 @@ def strip_parentheses(text: str) -> str:
 
 
 def matching(text: str | list[str]) -> dict[int, int]:
-    """Pairs every opening bracket with its closing one, by position; ( may be closed by ] as in an interval."""
+    """Returns the index of the closing bracket for that of each opening one; ] may close (, as in an interval."""
     opening, closing, braces = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}, {"{", r"\{", "}", r"\}"}
     pairs: dict[int, int] = {}
     stack: list[int] = []
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         if character in opening:
-            stack.append(place)
+            stack.append(index)
         elif character in closing and stack and (text[stack[-1]] in braces) == (character in braces):
-            pairs[stack.pop()] = place
+            pairs[stack.pop()] = index
     return pairs
 
 
 def split_top(text: str, separators: str | re.Pattern[str]) -> list[str]:
-    """Splits where no bracket is open."""
+    """Splits at separators outside all brackets."""
     pattern = re.compile(f"[{separators}]") if isinstance(separators, str) else separators
-    opened, closed = _depth_steps(text)
-    pieces, begin, place, depth = [], 0, 0, 0
-    while place < len(text):
-        depth += (place in opened) - (place in closed)
-        match = pattern.match(text, place) if depth == 0 else None
-        if match and match.end() > place:
-            pieces.append(text[begin:place])
-            begin = place = match.end()
+    pairs = matching(text)
+    opened, closed = set(pairs), set(pairs.values())
+    pieces, begin, index, depth = [], 0, 0, 0
+    while index < len(text):
+        depth += (index in opened) - (index in closed)
+        match = pattern.match(text, index) if depth == 0 else None
+        if match and match.end() > index:
+            pieces.append(text[begin:index])
+            begin = index = match.end()
         else:
-            place += 1
+            index += 1
     return [piece.strip() for piece in [*pieces, text[begin:]]]
 
 
-def _depth_steps(text: str) -> tuple[set[int], set[int]]:
-    pairs = matching(text)
-    return set(pairs), set(pairs.values())
-
-
 def depth(text: str) -> int:
-    """How deep brackets nest."""
+    """Returns how deep brackets are nested."""
     level = deepest = 0
     for character in text:
         level += (character in "([{") - (character in ")]}")
@@ -157,7 +154,7 @@ def _ascii(text: str) -> str:
     """Writes Unicode mathematics in LaTeX: ½, x², √2, π, full-width digits."""
     if text.isascii():
         return text
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf")     # of no width
+    text = "".join(character for character in text if unicodedata.category(character) != "Cf")     # of zero width
     text = re.sub("(?:[0-9][\u0304\u0305])+", lambda match: rf"\overline{{{match[0][::2]}}}", text)
     for command, scripts in (("^", SUPERSCRIPTS), ("_", SUBSCRIPTS)):
         for run in sorted(set(re.findall(f"[{''.join(scripts)}]+", text)), key=len, reverse=True):
@@ -188,80 +185,80 @@ def _with_backslash(match: re.Match[str]) -> str:
 
 
 def _separated(match: re.Match[str]) -> str:
-    """and, or become a comma, except inside \\text{...}."""
+    """Replaces and, or by a comma, except inside \\text{...}."""
     return match[0] if match[0].startswith("\\") else ","
 
 
 def _renamed(tokens: list[str]) -> list[str]:
     result: list[str] = []
-    for place, token in enumerate(tokens):
-        if token == "." and place and tokens[place - 1] in (r"\left", r"\right"):
+    for index, token in enumerate(tokens):
+        if token == "." and index and tokens[index - 1] in (r"\left", r"\right"):
             continue
         new = r"\text" if token in TEXTS else RENAMED.get(token, token)
-        if not new and "".join((*result[-1:], *tokens[place + 1:place + 2])[-2:]).isdigit() and result:
-            new = " "                               # what says nothing still keeps 5\square 6 from being 56
+        if not new and "".join((*result[-1:], *tokens[index + 1:index + 2])[-2:]).isdigit() and result:
+            new = " "                               # 5\square 6 without the square must not become 56
         if new:
             result.extend([new] if len(new) < 3 or new.count("\\") == 1 and new[1:].isalpha() else TOKEN.findall(new))
     return result
 
 
 def _braced(tokens: list[str]) -> str:
-    r"""Puts braces round the arguments of \frac, \binom, \sqrt, ^ and _, and keeps \text only where it holds words."""
+    r"""Puts braces around the arguments of \frac, \binom, \sqrt, ^ and _, and keeps \text only around words."""
     pairs = matching(tokens)
     writer = _Writer()
     dropped: set[int] = set()
-    place = 0
-    while place < len(tokens):
-        token = tokens[place]
+    index = 0
+    while index < len(tokens):
+        token = tokens[index]
         if token == r"\text":
-            place += 1
-            while tokens[place:place + 1] == [" "]:
-                place += 1
-            end = pairs.get(place) if tokens[place:place + 1] == ["{"] else None
+            index += 1
+            while tokens[index:index + 1] == [" "]:
+                index += 1
+            end = pairs.get(index) if tokens[index:index + 1] == ["{"] else None
             if end is None:
                 continue
-            words = "".join(tokens[place + 1:end])
+            words = "".join(tokens[index + 1:end])
             if words.strip() in ("and", "or", ""):
                 writer.write("," if words.strip() else " ")
-                place = end + 1
+                index = end + 1
             elif WORDS.fullmatch(words) and TWO_LETTERS.search(words):
                 writer.argument(rf"\text{{{words}}}")
-                place = end + 1
-            elif not writer.wants():
-                dropped.update((place, end))
+                index = end + 1
+            elif not writer.needs_argument():
+                dropped.update((index, end))
                 writer.write(" ")
             continue
-        if place in dropped:
+        if index in dropped:
             writer.write(" ")
-        elif token == " " and writer.wants():
+        elif token == " " and writer.needs_argument():
             pass
-        elif token == "[" and writer.last() == r"\sqrt" and (end := pairs.get(place)) is not None:
-            writer.write("".join(tokens[place:end + 1]))
-            place = end
-        elif token == "{" and place in pairs:
-            writer.open("{", pairs[place])
-        elif token == "(" and writer.wants() and place in pairs:
-            writer.open("{(", pairs[place])
-        elif place in writer.closing():
+        elif token == "[" and writer.last() == r"\sqrt" and (end := pairs.get(index)) is not None:
+            writer.write("".join(tokens[index:end + 1]))
+            index = end
+        elif token == "{" and index in pairs:
+            writer.open("{", pairs[index])
+        elif token == "(" and writer.needs_argument() and index in pairs:
+            writer.open("{(", pairs[index])
+        elif index in writer.closing():
             writer.close(token)
-        elif writer.wants() and token not in ("}", ")", "]"):
-            run = _run(tokens, place, writer.last())
-            writer.argument(run)
-            place += max(len(run) - 1, 0) if run != token else 0
+        elif writer.needs_argument() and token not in ("}", ")", "]"):
+            argument = _argument(tokens, index, writer.last())
+            writer.argument(argument)
+            index += max(len(argument) - 1, 0) if argument != token else 0
         else:
             writer.command(token)
-        place += 1
+        index += 1
     return writer.text()
 
 
 class _Writer:
-    """Output of `_braced`: which command still wants arguments, on every level of nesting."""
+    """Writes the output of `_braced`; knows how many arguments are missing on each level of nesting."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
-        self.levels: list[list[int]] = [[0, -1, 0]]     # arguments wanted, token that closes it, 1 if it is an argument
+        self.levels: list[list[int]] = [[0, -1, 0]]     # missing arguments, index of the closing token, 1 for an argument
 
-    def wants(self) -> bool:
+    def needs_argument(self) -> bool:
         return self.levels[-1][0] > 0
 
     def last(self) -> str:
@@ -275,14 +272,14 @@ class _Writer:
 
     def command(self, token: str) -> None:
         if token[0].isalpha() and self.parts and re.fullmatch(r"\\[a-zA-Z]+", self.parts[-1]):
-            self.parts.append(" ")                      # a renamed command must not run into the letter after it
+            self.parts.append(" ")                      # a renamed command must not merge with the next letter
         self.parts.append(token)
         self.levels[-1][0] = ARGUMENTS.get(token, self.levels[-1][0])
 
     def argument(self, token: str) -> None:
-        if not self.wants():
+        if not self.needs_argument():
             self.write(token)
-        elif token in ARGUMENTS:                        # \frac\sqrt{2}3: the inner command opens a level of its own
+        elif token in ARGUMENTS:                        # \frac\sqrt{2}3: the inner command opens a level
             self.parts.append("{")
             self.levels.append([0, -2, 1])
             self.command(token)
@@ -292,7 +289,7 @@ class _Writer:
 
     def open(self, opening: str, closer: int) -> None:
         self.parts.append(opening)
-        self.levels.append([0, closer, int(self.wants())])
+        self.levels.append([0, closer, int(self.needs_argument())])
 
     def close(self, token: str) -> None:
         self.parts.append(")}" if token in ")]" else token)
@@ -310,24 +307,28 @@ class _Writer:
         return "".join(self.parts)
 
 
-def _run(tokens: list[str], place: int, command: str) -> str:
-    r"""A script and a root take a whole number, sign included: 10^-12, x_10, \sqrt16; a fraction takes one token."""
+def _argument(tokens: list[str], index: int, command: str) -> str:
+    r"""Returns an unbraced argument: a signed whole number for ^, _ and \sqrt (10^-12, \sqrt16), otherwise one token."""
     if command not in ("^", "_", r"\sqrt"):
-        return tokens[place]
-    end = place + (tokens[place] in ("-", "+") and place + 1 < len(tokens))
+        return tokens[index]
+    end = index + (tokens[index] in ("-", "+") and index + 1 < len(tokens))
     if not tokens[end].isdigit():
-        return tokens[place] + (tokens[end] if end > place and tokens[end] not in "{}()[] " else "")
+        return tokens[index] + (tokens[end] if end > index and tokens[end] not in "{}()[] " else "")
     while end < len(tokens) and tokens[end].isdigit():
         end += 1
-    return "".join(tokens[place:end])
+    return "".join(tokens[index:end])
 
 
 def _join_thousands(text: str) -> str:
-    """1,234 is a number outside brackets and two elements inside them."""
+    """Removes the comma of 1,234 outside brackets; inside them it separates two elements."""
     level, levels = 0, []
-    for place, character in enumerate(text):
-        escaped = place > 0 and text[place - 1] == "\\"
+    for index, character in enumerate(text):
+        escaped = index > 0 and text[index - 1] == "\\"
         level += character in "([" or (character == "{" and escaped)
         level -= character in ")]" or (character == "}" and escaped)
         levels.append(level)
-    return PLAIN_THOUSANDS.sub(lambda match: match[0] if levels[match.start()] > 0 else match[0].replace(",", ""), text)
+
+    def joined(match: re.Match[str]) -> str:
+        return match[0] if levels[match.start()] > 0 else match[0].replace(",", "")
+
+    return PLAIN_THOUSANDS.sub(joined, text)

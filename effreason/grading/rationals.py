@@ -1,11 +1,11 @@
-r"""Values of written-out rational numbers: 12, -0.5, \frac{1}{2}, 2\frac{1}{2}, 1.5\cdot 10^{-3}, (1+2)/3, 4!."""
+r"""Reads rational numbers: 12, -0.5, \frac{1}{2}, 2\frac{1}{2}, 1.5\cdot 10^{-3}, (1+2)/3, 4!."""
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from math import factorial
 
-# Numbers beyond these are left undecided: an answer must not be able to buy minutes of big-integer arithmetic.
+# Larger numbers stay undecided, so that no answer can cost minutes of big-integer arithmetic.
 MAX_BITS = 8192
 MAX_CHARACTERS = 1200
 MAX_DEPTH = 40
@@ -19,7 +19,7 @@ MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
 
 
 class Undecided(Exception):
-    """Not a rational number as far as this module reads, or too large."""
+    """Not a rational number that this module can read, or too large."""
 
 
 class Undefined(Exception):
@@ -28,21 +28,21 @@ class Undefined(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """A rational number and whether a decimal point was used to write it."""
+    """A rational number and whether it was written with a decimal point."""
 
     number: Fraction
     decimal: bool
 
 
 def read(text: str) -> Value:
-    """Reads a whole text as one rational number.
+    """Reads the whole text, in canonical notation, as one rational number.
 
-    Args: text in the form `notation.canonical` gives.
     Raises: Undecided for anything else, Undefined for a division by zero.
     """
     text = text.strip()
     if len(text) > MAX_CHARACTERS:
         raise Undecided
+
     if match := SCIENTIFIC.fullmatch(text):
         return Value(Fraction(match[1]) * _power(Fraction(10), int(match[2])), True)
     if match := MIXED.fullmatch(text):
@@ -50,6 +50,7 @@ def read(text: str) -> Value:
             raise Undefined
         size = int(match[2]) + Fraction(int(match[3]), int(match[4]))
         return Value(-size if match[1] == "-" else size, False)
+
     reader = _Reader(_tokens(text))
     number = reader.sum()
     if reader.next() is not None:
@@ -58,7 +59,7 @@ def read(text: str) -> Value:
 
 
 def same(a: Value, b: Value) -> bool:
-    """Compares two values: exactly, but a decimal stands for a fraction that it agrees with to a relative millionth."""
+    """Compares two values exactly, except that a decimal equals a fraction within a relative tolerance of 1e-6."""
     if a.number == b.number:
         return True
     if a.decimal == b.decimal:
@@ -68,40 +69,42 @@ def same(a: Value, b: Value) -> bool:
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    tokens, place = [], 0
-    while place < len(text):
-        match = TOKEN.match(text, place)
+    tokens, index = [], 0
+    while index < len(text):
+        match = TOKEN.match(text, index)
         if match is None:
             raise Undecided
         kind = match.lastgroup or ""
         tokens.append(("number", match[0].strip()) if kind == "repeat" else (kind, match[kind]))
-        place = match.end()
+        index = match.end()
     return tokens
 
 
 class _Reader:
-    """Recursive descent over the tokens, with bounded depth and bounded numbers."""
+    """A recursive-descent parser of bounded depth and numbers."""
 
     def __init__(self, tokens: list[tuple[str, str]]) -> None:
-        self.tokens, self.place, self.depth, self.decimal = tokens, 0, 0, False
+        self.tokens, self.index, self.depth, self.decimal = tokens, 0, 0, False
 
     def next(self) -> str | None:
-        return self.tokens[self.place][1] if self.place < len(self.tokens) else None
+        return self.tokens[self.index][1] if self.index < len(self.tokens) else None
 
-    def take(self, *wanted: str) -> str | None:
+    def take(self, *tokens: str) -> str | None:
+        """Returns the next token and moves on if it is one of these, otherwise None."""
         token = self.next()
-        if token in wanted:
-            self.place += 1
+        if token in tokens:
+            self.index += 1
             return token
         return None
 
     def kind(self) -> str | None:
-        return self.tokens[self.place][0] if self.place < len(self.tokens) else None
+        return self.tokens[self.index][0] if self.index < len(self.tokens) else None
 
     def sum(self) -> Fraction:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Undecided
+
         total = self.product()
         while sign := self.take("+", "-"):
             term = self.product()
@@ -119,7 +122,7 @@ class _Reader:
                 total = _bounded(total * self.signed_factor())
             elif self.take("/", r"\div"):
                 total = _bounded(_quotient(total, self.signed_factor()))
-            elif self.next() in ("(", r"\frac") or (self.kind() == "number" and self.tokens[self.place - 1][1] == ")"):
+            elif self.next() in ("(", r"\frac") or (self.kind() == "number" and self.tokens[self.index - 1][1] == ")"):
                 total = _bounded(total * self.factor())
             else:
                 return sign * total
@@ -160,11 +163,12 @@ class _Reader:
         return inside
 
     def number(self) -> Fraction:
-        written = self.tokens[self.place][1]
-        self.place += 1
-        digits, _, repeat = written.partition(r"\overline{")
+        literal = self.tokens[self.index][1]
+        self.index += 1
+        digits, _, repeat = literal.partition(r"\overline{")
         if len(digits) > MAX_CHARACTERS:
             raise Undecided
+
         value = Fraction(digits + "0" if digits.endswith(".") else digits)
         if repeat:
             if "." not in digits:
@@ -175,10 +179,10 @@ class _Reader:
         return self.mixed(value) if "." not in digits else value
 
     def mixed(self, whole: Fraction) -> Fraction:
-        r"""2\frac{1}{2} is two and a half; 2\frac{3}{2} might as well be a product, so it stays undecided."""
+        r"""Reads the rest of 2\frac{1}{2}, two and a half. 2\frac{3}{2} may be a product, so it stays undecided."""
         if self.next() != r"\frac":
             return whole
-        self.place += 1
+        self.index += 1
         top, bottom = self.group(), self.group()
         if not (top.denominator == bottom.denominator == 1 and 0 < top < bottom):
             raise Undecided

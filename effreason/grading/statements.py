@@ -1,8 +1,8 @@
-r"""Where in a response its reference answer is stated for the first time, thinking included.
+r"""Finds the first statement of the reference answer in a response, including its thinking.
 
-A cheap look at the places where people state a value: in \boxed{}, behind "answer is" or "answer:", behind the last
-equals sign of a line. Those before it are steps, whose small numbers are often the answer's by chance. No algebra: what
-only sympy could tell to be equal is passed over.
+It looks only at the places where a value is usually stated: in \boxed{}, after "answer is" or "answer:", and after the
+last equals sign of a line. Earlier equals signs belong to steps, whose small numbers often equal the answer by chance.
+It uses no algebra: a statement that only sympy could recognise is missed.
 """
 
 import re
@@ -12,95 +12,101 @@ from effreason.grading import kinds, notation
 from effreason.grading.exact import exact
 from effreason.grading.kinds import Reference
 
-PLACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?|(?<![<>!:≠])="
+STATEMENT = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?|(?<![<>!:≠])="
                    r"|(?P<stop>\n|</think>|\bwait\b)", re.IGNORECASE)
-# Blanks are bounded: unbounded runs of them side by side would be tried in every way.
+# Runs of blanks are bounded, because adjacent unbounded ones would backtrack over every split.
 NUMBER = re.compile(
     r"[\s$*]{0,9}+(?:\\?\(\s?)?(?P<sign>[-−+]?)\s?(?:\\?[$€£])?\s?"
     r"(?:\\[dt]?frac\s*\{\s*(?P<over>\d{1,15})\s*\}\s*\{\s*(?P<under>\d{1,15})\s*\}"
     r"|(?P<whole>\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,20}|(?=\.\d))(?P<part>\.\d{1,20})?(?:\s*/\s*(?P<by>\d{1,15}))?)")
-# What makes a number the beginning of something else: 7 + 5, 7x, 7 \cdot 3, 7^2, 7!, 7.5 after 20 digits.
-GOES_ON = re.compile(r"\d|\s*[-−+*/^×÷·]\s*[\d(\\$a-z]|[(!^_]|[a-z](?![a-z])|\s*\\(?:times|cdot|div|frac|sqrt|pm|pi)\b"
+# The rest of a longer expression that begins with a number: 7 + 5, 7x, 7 \cdot 3, 7^2, 7!, 7.5 after 20 digits.
+CONTINUATION = re.compile(r"\d|\s*[-−+*/^×÷·]\s*[\d(\\$a-z]|[(!^_]|[a-z](?![a-z])|\s*\\(?:times|cdot|div|frac|sqrt|pm|pi)\b"
                      r"|\s+x\s+\d|\s*[*×·]")
 SENTENCE = re.compile(r"[^\n]{0,160}?(?=[.!?,;](?:\s|\*|$)|\n|$)")
 BRACE = re.compile(r"\\[{}\\]|(?P<brace>[{}])")
-LONGEST = 300                       # characters of a box that is looked into
+MAX_STATEMENT = 300                 # characters of a box that are compared
 
 
 def first_stated(response: str, reference: Reference) -> int | None:
-    """The number of characters up to the end of the first statement of the reference answer; None where there is none.
+    """Returns the number of characters up to the end of the reference's first statement; None if there is none.
 
-    Behind an equals sign only a number can be told from what follows it, and only a reference that is a number is
-    looked for there. It counts where no other equals sign follows before the line, the thinking or the response ends,
-    "wait" comes, or a box or "answer". Linear in the length of the response."""
-    wanted = _number(reference.answer) if reference.kind == "math" else None
-    same = _remembering(reference)
-    last: int | None = None         # the end of what stands behind the equals sign before, where it is the reference
-    for place in PLACE.finditer(response):
-        if place[0] != "=":
+    After an equals sign only a number can be separated from the text that follows, so equals signs count only for a
+    numeric reference. One counts if it is the last before the end of the line, of the thinking or of the response,
+    or before "wait", "answer" or a box. Linear in the length of the response.
+    """
+    number = _number(reference.answer) if reference.kind == "math" else None
+    same = _cached_comparison(reference)
+    last: int | None = None         # end of the value after the previous equals sign, if it is the reference
+    for match in STATEMENT.finditer(response):
+        if match[0] != "=":
             if last is not None:
                 return last
-            if not place["stop"] and (end := _stated(response, place, wanted, same)) is not None:
+            if not match["stop"] and (end := _end_of_statement(response, match, number, same)) is not None:
                 return end
-        elif wanted is not None:
-            match = NUMBER.match(response, place.end())
-            whole = match is not None and not GOES_ON.match(response, match.end())
-            last = match.end() if match and whole and _equal(_value(match), wanted) else None
+        elif number is not None:
+            value = NUMBER.match(response, match.end())
+            complete = value is not None and not CONTINUATION.match(response, value.end())
+            last = value.end() if value and complete and _equal(_value(value), number) else None
     return last
 
 
-def _stated(response: str, place: re.Match[str], wanted: float | None, same: Callable[[str], bool]) -> int | None:
-    """The end of a box or of what stands behind "answer" where it is the reference, else None."""
-    if place["box"]:
-        end = _end_of_box(response, place.end())
-        return end + 1 if end is not None and _states(response[place.end() : end], wanted, same) else None
-    if wanted is not None and (match := NUMBER.match(response, place.end())):
-        if not GOES_ON.match(response, match.end()):
-            return match.end() if _equal(_value(match), wanted) else None
-    sentence = SENTENCE.match(response, place.end())
-    return sentence.end() if sentence and _states(sentence[0].strip(" *$"), wanted, same) else None
+def _end_of_statement(response: str, match: re.Match[str], number: float | None,
+                      same: Callable[[str], bool]) -> int | None:
+    """Returns the end of a box, or of the text after "answer", if it states the reference, otherwise None."""
+    if match["box"]:
+        end = _end_of_box(response, match.end())
+        stated = end is not None and _states(response[match.end() : end], number, same)
+        return end + 1 if end is not None and stated else None
+
+    if number is not None and (value := NUMBER.match(response, match.end())):
+        if not CONTINUATION.match(response, value.end()):
+            return value.end() if _equal(_value(value), number) else None
+    sentence = SENTENCE.match(response, match.end())
+    return sentence.end() if sentence and _states(sentence[0].strip(" *$"), number, same) else None
 
 
 def end_of_answer(response: str) -> int:
-    r"""The number of characters up to the end of the last \boxed{}; all of them where there is none."""
-    begins = [place.end() for place in PLACE.finditer(response) if place["box"]]
+    r"""Returns the number of characters up to the end of the last \boxed{}, or of the response if it has none."""
+    begins = [match.end() for match in STATEMENT.finditer(response) if match["box"]]
     end = _end_of_box(response, begins[-1]) if begins else None
     return len(response) if end is None else end + 1
 
 
-def _states(text: str, wanted: float | None, same: Callable[[str], bool]) -> bool:
-    if wanted is not None and (found := _number(text)) is not None:
-        return _equal(found, wanted)
+def _states(text: str, number: float | None, same: Callable[[str], bool]) -> bool:
+    if number is not None and (value := _number(text)) is not None:
+        return _equal(value, number)
     return same(text)
 
 
-def _remembering(reference: Reference) -> Callable[[str], bool]:
-    """Whether a text is the reference, each text looked at once: what repeats itself says the same over and over."""
-    known: dict[str, bool] = {}
+def _cached_comparison(reference: Reference) -> Callable[[str], bool]:
+    """Returns a comparison with the reference that compares each text once: repetitive responses repeat theirs."""
+    verdicts: dict[str, bool] = {}
 
     def same(text: str) -> bool:
-        if text not in known:
-            known[text] = _same(text, reference)
-        return known[text]
+        if text not in verdicts:
+            verdicts[text] = _same(text, reference)
+        return verdicts[text]
 
     return same
 
 
 def _same(text: str, reference: Reference) -> bool:
-    if not text.strip() or max(len(text), len(reference.answer)) > min(LONGEST, notation.MAX_CHARACTERS):
+    longest = max(len(text), len(reference.answer))
+    if not text.strip() or longest > min(MAX_STATEMENT, notation.MAX_CHARACTERS):
         return False
+
     try:
         if reference.kind == "choice":
             return kinds.same_choice(text, reference)
         if reference.kind == "text":
             return kinds.same_text(text, reference)
         return exact(text, reference.answer) is True
-    except Exception:               # a hole in the comparison decides nothing but where an answer was first stated
+    except Exception:               # a bug in the comparison may only miss a statement
         return False
 
 
 def _number(text: str) -> float | None:
-    r"""The value of a text that is one number: 1,000, -3.5, 2/3, \frac{2}{3}, $5, 50\%; None for anything else."""
+    r"""Returns the value of a text that is one number: 1,000, -3.5, 2/3, \frac{2}{3}, $5, 50\%; otherwise None."""
     match = NUMBER.match(text)
     rest = text[match.end():].strip(" $.*") if match else None
     return _value(match) if match and rest in ("", "%", r"\%", r"\)") else None
@@ -120,9 +126,9 @@ def _equal(a: float, b: float) -> bool:
 
 
 def _end_of_box(text: str, begin: int) -> int | None:
-    """The place of the brace that closes a box; None where it is far off or missing."""
+    """Returns the index of the brace that closes a box; None if it is far away or missing."""
     depth = 1
-    for match in BRACE.finditer(text, begin, begin + LONGEST + 1):
+    for match in BRACE.finditer(text, begin, begin + MAX_STATEMENT + 1):
         depth += {"{": 1, "}": -1}.get(match["brace"] or "", 0)
         if depth == 0:
             return match.start()

@@ -1,6 +1,6 @@
-"""Comparison of two answers with sympy, which parses LaTeX through Math-Verify. Only a worker calls `symbolic`.
+"""Compares two answers with sympy, after Math-Verify has parsed their LaTeX. Only a worker calls `symbolic`.
 
-`symbolic` evaluates no names and no code, but it can take any time and any memory: the caller has to be killable.
+`symbolic` evaluates no names and no code, but it may take any time and memory, so its process must be killable.
 """
 
 import re
@@ -12,7 +12,7 @@ MAX_DEPTH = 15
 MAX_ITEMS = 40
 MAX_BARS = 20
 
-POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")                 # a power of a power with nothing but numbers in it
+POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")                 # a power of a power, of numbers only
 HUGE_EXPONENT = re.compile(r"\^\{?\s*[-+(]*\s*\d{5,}")
 POWER_OF_POWER = re.compile(r"\^\{?[^{}]*\d\s*\)?\s*\}?\s*\)\s*\^")   # (9^9)^(9^9)
 HUGE_FACTORIAL = re.compile(r"\d{5,}\s*\)?\s*!|\^\{?[^{}]*\}?\s*\)?\s*!|!\s*\)?\s*!")
@@ -21,34 +21,34 @@ CIS = re.compile(
     r"|\d+(?:\.\d+)?(?:\s*\^\{\s*\\circ\s*\})?|\\?[a-zA-Z]+)")
 COMBINATIONS = re.compile(r"(?:\{\})?_\{(\d+)\}\s*C_\{(\d+)\}|(?<![a-zA-Z])C_\{(\d+)\}\^\{(\d+)\}")
 NO_VARIABLE = re.compile(r"\\(?:text|operatorname|mathbb)\s*\{[^{}]*\}|_\{[^{}]*\}|\\[a-zA-Z]+|\^\{\s*\\circ\s*\}")
-# What the parser passes over in silence: 5'6 is not 56, 5^{\circ}6 neither, < 5 and 5 + are no numbers.
+# What the parser silently ignores: 5'6 and 5^{\circ}6 are not 56, and < 5 and 5 + are not numbers.
 FOREIGN = re.compile(
     r"[\"#@?$;]|\d\s*'|[^\x00-\x7f]|[\x00-\x1f]|\\circ\s*\}\s*\d|^\s*[<>]|[-+/^_<>]\s*$"
     r"|\\(?:log|ln|sin|cos|tan|lim|sum|prod|int|binom|frac|sqrt|cdot|cup|cap)\s*$")
 LONG_DIGITS = re.compile(r"\d{120,}")
 
-# Points at which two expressions are compared: positive, where roots and logarithms are defined, then of either sign.
+# Points at which expressions are compared: first positive ones, for roots and logarithms, then both signs.
 POSITIVE = ("0.7390851", "1.3247179", "2.2360679", "0.5671432", "1.7724538", "3.1622776", "0.9159655", "2.6854520")
 SIGNED = ("-1.2020569", "0.6434105", "-0.3285820", "2.5029078", "-2.8077702", "1.4513692", "-0.7642236", "1.9021605")
 DIGITS = 60
-DECIMAL_TOLERANCE = 1e-6            # a decimal beside what it approximates
+DECIMAL_TOLERANCE = 1e-6            # between a decimal and what it approximates
 BOTH_DECIMAL_TOLERANCE = 1e-14      # the parser reads decimals as binary fractions
 TOLERANCE = 1e-40                   # e^{\pi\sqrt{163}} is within 3e-30 of an integer
 
-# What an answer seldom leaves unevaluated, and what can take sympy any time: it gets a part of the usual CPU time.
+# Rarely left unevaluated in an answer, and may take sympy any time, so it gets only part of the CPU limit.
 HEAVY = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta|frac\{d)|\\begin|!")
 HEAVY_SHARE = 0.5
 
 
 def cpu_share(prediction: str, reference: str) -> float:
-    """The share of the CPU limit that a comparison may use."""
+    """Returns the share of the CPU limit that a comparison may use."""
     return HEAVY_SHARE if HEAVY.search(prediction) and not HEAVY.search(reference) else 1.0
 
 
 def guard(text: str) -> bool:
-    """True for an answer that is too large to be worth a worker's time. A filter for the usual cases, not a protection.
+    """Returns whether a canonical answer is too large for a worker to try.
 
-    Args: text in canonical notation.
+    It catches the usual cases; the workers' limits are the real protection.
     """
     if len(text) > MAX_CHARACTERS or LONG_DIGITS.search(text):
         return True
@@ -58,7 +58,7 @@ def guard(text: str) -> bool:
 
 
 def symbolic(prediction: str, reference: str) -> bool:
-    """Compares two answers with algebra where `exact` left them undecided."""
+    """Compares by algebra two answers that `exact` left undecided."""
     return bool(exact.compare(notation.canonical(prediction), notation.canonical(reference), _leaf))
 
 
@@ -66,6 +66,7 @@ def _leaf(prediction: str, reference: str) -> bool:
     verdict = exact.leaf(prediction, reference)
     if verdict is not None:
         return verdict
+
     prediction, reference = units.without_unit(prediction), units.without_unit(reference)
     if FOREIGN.search(prediction) or FOREIGN.search(reference) or prediction.count("'") != reference.count("'"):
         return False
@@ -73,21 +74,21 @@ def _leaf(prediction: str, reference: str) -> bool:
         return False
     p_letters, g_letters = _letters(prediction), _letters(reference)
     if p_letters != g_letters and {*map(str.lower, p_letters)} == {*map(str.lower, g_letters)}:
-        return False                                # the parser takes x and X for one variable
-    return _same(_parse(_for_sympy(prediction)), _parse(_for_sympy(reference)), "." in prediction, "." in reference)
+        return False                                # the parser reads x and X as one variable
+    return _same(_parse(_for_parser(prediction)), _parse(_for_parser(reference)), "." in prediction, "." in reference)
 
 
 def _letters(text: str) -> set[str]:
     return set(re.findall("[a-df-hj-zA-DF-HJ-Z]", NO_VARIABLE.sub("", text)))      # E and I may be constants
 
 
-def _for_sympy(text: str) -> str:
-    """Adapts canonical notation to the parser: degrees become radians in a function."""
+def _for_parser(text: str) -> str:
+    """Adapts canonical notation to Math-Verify's parser; degrees in a function become radians."""
     text = CIS.sub(_exponential, COMBINATIONS.sub(_binomial, text))
     if units.TRIGONOMETRY.search(text):
         text = _radians(text)
     text = re.sub(r"\^\{\s*\\circ\s*\}", "", text)
-    text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)                   # a norm of a number is its absolute value
+    text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)                   # the norm of a number is its absolute value
     text = re.sub(r"\^\{\s*\((.*)\)\s*\}", _unparenthesised, text)
     return re.sub(r"\\text\{([^{}]*)\}", r"\\text{\1}", text)
 
@@ -111,22 +112,22 @@ def _unparenthesised(match: re.Match[str]) -> str:
 
 
 def _parse(text: str):
-    """Parses one answer; None where the parser finds no mathematics."""
+    """Parses one answer; None if the parser finds no mathematics."""
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    # Only LaTeX in the one box, its notation settled: the other extractors pick any number out of a broken answer.
+    # Only LaTeX in the box, which is canonical already: other extractors pick any number out of a broken answer.
     config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(boxed="last"))
     try:
-        found = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback",
-                      parsing_timeout=None)
-        return _with_constants(found[0]) if found else None
+        parsed = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback",
+                       parsing_timeout=None)
+        return _with_constants(parsed[0]) if parsed else None
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
-        return None                                 # it builds what it reads, and 2i < 0 cannot be built
+        return None                                 # it constructs what it reads, which fails for 2i < 0
 
 
 def _with_constants(side):
-    """i and \\pi are numbers, also where the parser took them for variables."""
+    """Turns i and pi into numbers if the parser read them as variables."""
     import sympy
 
     numbers = {"i": sympy.I, "pi": sympy.pi}
@@ -141,19 +142,19 @@ def _same(prediction, reference, prediction_decimal: bool, reference_decimal: bo
         return False
     if any(_undefined(side) for side in (prediction, reference)):
         return False
+
+    verdict = None
     if isinstance(prediction, sympy.Expr) and isinstance(reference, sympy.Expr):
-        decided = _same_values(prediction, reference, prediction_decimal, reference_decimal)
-        if decided is not None:
-            return decided
+        verdict = _same_values(prediction, reference, prediction_decimal, reference_decimal)
     if isinstance(prediction, sympy.Eq) and isinstance(reference, sympy.Eq):
-        decided = _same_equations(prediction, reference)
-        if decided is not None:
-            return decided
+        verdict = _same_equations(prediction, reference)
+    if verdict is not None:
+        return verdict
     return bool(verify(reference, prediction, timeout_seconds=None))
 
 
 def _same_equations(prediction, reference) -> bool | None:
-    """Whether one equation is the other times a number, told by its values at fixed points; None where it cannot be."""
+    """Returns whether one equation is a multiple of the other, from values at fixed points; None if undecided."""
     import sympy
 
     p, g = prediction.lhs - prediction.rhs, reference.lhs - reference.rhs
@@ -162,10 +163,11 @@ def _same_equations(prediction, reference) -> bool | None:
         return None
     if {symbol.name for symbol in p.free_symbols} != {symbol.name for symbol in g.free_symbols}:
         return False
+
     ratios = []
     for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], POSITIVE[5:] + POSITIVE[:5]):
-        at = {name: sympy.Float(points[place], 2 * DIGITS) for place, name in enumerate(names)}
-        top, bottom = _value(p, at), _value(g, at)
+        values = _assign(names, points)
+        top, bottom = _value(p, values), _value(g, values)
         if top is None or bottom is None or not bottom:
             return None
         ratios.append(sympy.sympify(top / bottom))
@@ -180,10 +182,10 @@ def _undefined(side) -> bool:
 
 
 def _same_values(prediction, reference, prediction_decimal: bool, reference_decimal: bool) -> bool | None:
-    """Compares two expressions by their values at fixed points of many digits, where different expressions differ.
+    """Compares two expressions by their values at fixed points, with so many digits that other expressions differ.
 
-    Where both can be evaluated, this replaces simplification, which may take minutes and misses identities. None where
-    they agree on positive points only, or cannot be evaluated: then algebra decides.
+    If both can be evaluated, this replaces simplification, which may take minutes and misses identities. None if they
+    agree only at positive points or cannot be evaluated; algebra then decides.
     """
     import sympy
 
@@ -193,28 +195,37 @@ def _same_values(prediction, reference, prediction_decimal: bool, reference_deci
     functions = prediction.atoms(sympy.core.function.AppliedUndef) | reference.atoms(sympy.core.function.AppliedUndef)
     if prediction.has(*heavy) or reference.has(*heavy) or functions or len(names) > len(POSITIVE):
         return None
-    close = TOLERANCE
+
+    tolerance = TOLERANCE
     if prediction_decimal or reference_decimal:
         approximates = prediction_decimal != reference_decimal and not reference.is_Integer
-        close = DECIMAL_TOLERANCE if approximates else BOTH_DECIMAL_TOLERANCE
+        tolerance = DECIMAL_TOLERANCE if approximates else BOTH_DECIMAL_TOLERANCE
     sides = [(prediction, reference)]
     verdicts: list[bool | None]
     if any(_odd_roots(side) for side in sides[0]):
         sides.append((_with_real_roots(prediction), _with_real_roots(reference)))
     if not names:
-        verdicts = [_close(_value(left, {}), _value(right, {}), close) for left, right in sides]
+        verdicts = [_close(_value(left, {}), _value(right, {}), tolerance) for left, right in sides]
         return True if any(verdicts) else verdicts[0]
+
     for left, right in sides:
         verdicts = []
         for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], SIGNED, SIGNED[3:] + SIGNED[:3]):
-            # Not Rational: a rational number to a rational power sends sympy looking for factors of huge integers.
-            at = {name: sympy.Float(points[place], 2 * DIGITS) for place, name in enumerate(names)}
-            verdicts.append(_close(_value(left, at), _value(right, at), close))
+            values = _assign(names, points)
+            verdicts.append(_close(_value(left, values), _value(right, values), tolerance))
             if verdicts[-1] is False and len(verdicts) < 3:
                 return False
         if all(verdicts):
             return True
     return None
+
+
+def _assign(names: list[str], points: tuple[str, ...]):
+    """Returns a value for each variable."""
+    import sympy
+
+    # Not Rational: for a rational number to a rational power sympy factors huge integers.
+    return {name: sympy.Float(points[index], 2 * DIGITS) for index, name in enumerate(names)}
 
 
 def _odd_roots(side):
@@ -226,7 +237,7 @@ def _odd_roots(side):
 
 
 def _with_real_roots(side):
-    """The same with the cube root of -8 as -2, which is what it means where numbers are real."""
+    """Replaces odd roots by real ones: the cube root of -8 is then -2."""
     import sympy
 
     return side.xreplace({power: sympy.sign(power.base)**power.exp.p * sympy.Abs(power.base)**power.exp
@@ -240,10 +251,10 @@ def _evaluated(side):
         return side
 
 
-def _value(side, at):
-    """The complex value of an expression, None where it has none."""
+def _value(side, values):
+    """Returns the complex value of an expression for these values of its variables; None if it has none."""
     try:
-        number = side.subs({symbol: at[symbol.name] for symbol in side.free_symbols}).evalf(DIGITS)
+        number = side.subs({symbol: values[symbol.name] for symbol in side.free_symbols}).evalf(DIGITS)
         return number if number.is_number and number.is_finite and not number.free_symbols else None
     except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
         return None

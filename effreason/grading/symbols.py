@@ -1,4 +1,4 @@
-"""Tables of what Unicode characters and LaTeX commands are in canonical notation."""
+"""Tables from Unicode characters and LaTeX commands to canonical notation."""
 
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
@@ -8,13 +8,13 @@ GREEK_CAPITALS = dict(zip("ΓΔΘΛΞΠΣΦΨΩ", "Gamma Delta Theta Lambda Xi P
 
 
 def _table(text: str) -> dict[str, str]:
-    """Reads lines of "new old old ..." into old: new."""
+    """Parses lines of "new old old ..." into {old: new}."""
     rows = [line.split() for line in text.splitlines()]
     return {old: row[0] for row in rows for old in row[1:]}
 
 
 SYMBOLS = {
-    **{chr(0x3B1 + place): "\\" + name for place, name in enumerate(GREEK)},
+    **{chr(0x3B1 + index): "\\" + name for index, name in enumerate(GREEK)},
     **{letter: "\\" + name for letter, name in GREEK_CAPITALS.items()},
     **_table(r"""
     \infty ∞
@@ -69,7 +69,7 @@ SYMBOLS = {
     **dict.fromkeys("“”€¢₽₩₫£¥₹￥✓✔✅☑■□∎" + '"', ""), "，": ", ", "、": ", ", "；": ";", "：": ":",
 }
 
-# Commands with one meaning and several names.
+# Commands that have several names.
 RENAMED = _table(r"""
     \frac \dfrac \tfrac \cfrac \nicefrac \sfrac \flatfrac
     \binom \dbinom \tbinom

@@ -1,4 +1,4 @@
-"""What is said beside a quantity and does not change its number: units, currency, degrees, percent, ordinals."""
+"""Removes what follows a number without changing it: units, degrees, percent, ordinals."""
 
 import re
 
@@ -15,11 +15,12 @@ ORDINAL = re.compile(r"(\d+)\s*(?:\^\{\s*)?(?:\\text\{\s*)?(st|nd|rd|th)\s*\}{0,
 SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALED = re.compile(r"(.*?\S)\s*(?:\\text\{\s*)?\b(" + "|".join(SCALE) + r")s?(\s+[A-Za-z ]*)?\s*(?:\}|\Z)(.*)",
                     re.DOTALL)
-# Words that change the number they stand beside.
+# Words that change the number next to them.
 NO_UNIT = re.compile(
-    r"\b(?:or|and|if|mod|more|less|fewer|least|most|times|plus|minus|over|under|pi|not|to|is|by|base|percent|dozen|score|"
-    r"half|halves|thirds?|quarters?|fifths?|tenths?|hundredths?|thousandths?|squared|cubed|negative|below|before|after|"
-    r"factorial|root|choose|double|triple|twice|pairs?|remainder|except|wrong|incorrect|false|invalid|never|no|none|impossible|isn|undefined|a\.?m|p\.?m|AM|PM|am|pm|BC|BCE|AD|CE|"
+    r"\b(?:or|and|if|mod|more|less|fewer|least|most|times|plus|minus|over|under|pi|not|to|is|by|base|percent|dozen|"
+    r"score|half|halves|thirds?|quarters?|fifths?|tenths?|hundredths?|thousandths?|squared|cubed|negative|below|before|"
+    r"after|factorial|root|choose|double|triple|twice|pairs?|remainder|except|wrong|incorrect|false|invalid|never|no|"
+    r"none|impossible|isn|undefined|a\.?m|p\.?m|AM|PM|am|pm|BC|BCE|AD|CE|"
     + "|".join(SCALE) + r")\b")
 SHORT = (
     "mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa Hz kHz MHz GHz THz kW MW GW kJ MJ kN MN mph "
@@ -37,7 +38,7 @@ WORD_UNIT = re.compile(
 ASIDE = re.compile(                                                                                # 15 (students)
     rf"(.*?[\d)}}])\s*[(\[]\s*(\\text\{{[^{{}}]*\}}|{'|'.join(SHORT)}|[A-Za-z][a-z]{{2,}}(?: [a-z]{{2,}})*)\s*[)\]]$",
     re.DOTALL)
-# Units that might as well be variables.
+# Units that could also be variables.
 SYMBOL = rf"(?:{LETTERS}|{'|'.join(SHORT)}|\\text\{{[^{{}}]*\}}){POWER}"
 SYMBOLS = rf"(?:{SYMBOL}(?:\s*(?:/|\\cdot|\s)\s*{SYMBOL}){{0,3}})"
 LETTER_UNIT = re.compile(
@@ -46,7 +47,7 @@ LETTER_UNIT = re.compile(
 
 
 def without_unit(text: str) -> str:
-    r"""Removes what is said after a quantity: 5\text{ cm}, 50\%, 90^{\circ}, 10 weeks; 5 million is 5\cdot 10^{6}."""
+    r"""Removes what follows a quantity: 5\text{ cm}, 50\%, 90^{\circ}, 10 weeks; 5 million is 5\cdot 10^{6}."""
     text = notation.strip_parentheses(text)
     if (match := SCALED.fullmatch(text)) and not NO_UNIT.search(match[3] or ""):
         text = rf"{match[1]}\cdot 10^{{{SCALE[match[2]]}}}{match[4]}"
@@ -62,10 +63,11 @@ def without_unit(text: str) -> str:
 
 
 def _without_ordinal(text: str) -> str:
-    """5th is 5, but 5st is a product."""
+    """Removes an ordinal suffix: 5th is 5, but 5st is a product."""
     match = ORDINAL.fullmatch(text) if len(text) < 100 else None
     if match is None:
         return text
+
     teen = len(match[1]) > 1 and match[1][-2] == "1"
     suffix = "th" if teen else {"1": "st", "2": "nd", "3": "rd"}.get(match[1][-1], "th")
     return match[1] if match[2] == suffix else text

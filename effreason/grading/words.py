@@ -1,11 +1,11 @@
-"""Answers in words that stand for mathematics: seven, negative two, no solution, all real numbers, infinity."""
+"""Turns words into mathematics: seven, negative two, no solution, all real numbers, infinity."""
 
 import re
 
 UNITS = {name: value for value, name in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen".split())}
-TENS = {name: 10 * (place + 2) for place, name in enumerate(
+TENS = {name: 10 * (index + 2) for index, name in enumerate(
     "twenty thirty forty fifty sixty seventy eighty ninety".split())}
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 NOT_A_NUMBER = re.compile(r"[^a-z -]")
@@ -31,7 +31,7 @@ ARTICLE = re.compile(r"(?:the|an|a)\s+(?=\S{2})", re.IGNORECASE)
 
 
 def mathematics(text: str) -> str:
-    """What a whole answer in words stands for, in canonical notation; the text itself where it is something else."""
+    """Returns an answer in words in canonical notation; any other text unchanged."""
     plain = " ".join(re.sub(r"\\text\{([^{}]*)\}", r"\1", text).casefold().split()).rstrip(".")
     if plain in SAME:
         return SAME[plain]
@@ -43,9 +43,10 @@ def mathematics(text: str) -> str:
 
 
 def number(words: str) -> int | None:
-    """The integer that English words name, None where they name something else.
+    """Returns the integer that English words name, None if they name none.
 
-    Rule: units and tens add up to a group below a hundred, "hundred" multiplies it, a scale ends it; groups fall.
+    Units and tens add up to a group below a hundred, "hundred" multiplies the group and a scale ends it. Scales must
+    decrease from group to group.
     """
     if NOT_A_NUMBER.search(words) or len(words) > 100:
         return None
@@ -54,9 +55,10 @@ def number(words: str) -> int | None:
     parts = parts[1:] if sign < 0 else parts
     if not parts:
         return None
+
     total, group, last = 0, None, 10**12
     below: int | None = None        # the part of the group below a hundred
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         if part in UNITS and (below is None or (below >= 20 and below % 10 == 0 and 0 < UNITS[part] < 10)):
             below = (below or 0) + UNITS[part]
         elif part in TENS and below is None:
@@ -66,7 +68,7 @@ def number(words: str) -> int | None:
         elif part in SCALES and SCALES[part] < last and (group or below):
             total, last = total + ((group or 0) + (below or 0)) * SCALES[part], SCALES[part]
             group, below = None, None
-        elif part == "and" and 0 < place < len(parts) - 1 and (group or total) and below is None:
+        elif part == "and" and 0 < index < len(parts) - 1 and (group or total) and below is None:
             continue
         else:
             return None
@@ -74,6 +76,6 @@ def number(words: str) -> int | None:
 
 
 def bare(text: str) -> str:
-    """Words without the article before them: an ellipse is ellipse."""
+    """Removes the article before words: an ellipse is ellipse."""
     text = re.sub(r"\\text\{\s*([^{}]*)\}", r"\1", text)
     return ARTICLE.sub("", text, count=1) if ARTICLE.match(text) else text

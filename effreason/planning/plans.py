@@ -88,7 +88,7 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
     else:
         functions = analytic.make_functions(config, decoder, shape, slots=slots, capacity=capacity, workload=workload,
                                             attention=attention, live_share=live_share)
-        functions = {name: each for name, each in functions.items() if names is None or name in names}
+        functions = {name: function for name, function in functions.items() if names is None or name in names}
     run = None
     if not stop_early or all(fits(function, target) for function in functions.values()):
         run = _estimate(config, decoder, target, shape, inputs, functions, workload, slots, capacity, attention)
