@@ -92,7 +92,7 @@ def run(session: Session, config: Config, directory: Path, *, started: float, go
                 raise Interrupted(halt.reason.signum, f"{halt.reason.message} after step {done} of {config.run.steps}, "
                                   f"saved; go on with: {go_on}" if processes.is_primary() else "") from None
     if processes.is_primary():
-        results = runs.compare(base, trained) if trained else {}
+        results = runs.compare(base, trained) if trained else None
         runs.conclude(config, inputs, directory, results, time.monotonic() - started, course.alpha)
 
 

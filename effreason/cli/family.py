@@ -14,21 +14,22 @@ import jax
 from rich.console import Console
 
 from effreason import loop
-from effreason.evaluation import responses, statistics
+from effreason.evaluation import responses
 from effreason.lm.blend import blend
-from effreason.lm.hf.config import read_json
 from effreason.lm.hf.pretrained import load_weights, model_fingerprint, open_pretrained
 from effreason.rl import alpha_control, configured_reward
 from effreason.rl.learner import make_learner
 from effreason.runs import directory as runs
+from effreason.runs import results
 from effreason.runs.report import page
-from effreason.runs.report import summary as report
-from effreason.runs.report.results import BASE, BASELINE, BLEND, MEMBER
+from effreason.runs.report.comparison_charts import BASE, BASELINE, BLEND, MEMBER
+from effreason.runs.report.summary import print_results
+from effreason.runs.results import FAMILY_FILE, RUN_FILE, PointKind, Results, measure, read_results
 from effreason.runs.session import Inputs, Session, longest_prompt, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.files import disk, write_json
+from effreason.runtime.files import disk
 from effreason.runtime.progress import say
 from effreason.types import Outcomes
 
@@ -44,7 +45,7 @@ class Point:
     """One model of a family and what it makes of each set."""
 
     name: str
-    kind: str                       # base | member | baseline | blend
+    kind: PointKind
     directory: Path
     outcomes: dict[str, Outcomes]
     alpha: float | None = None
@@ -66,8 +67,10 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str], wei
             ("blends", [f"{weight:g}" for weight in weights]))))
         if processes.is_primary():
             runs.write_config(session.config, directory)
-            if not (directory / runs.FAMILY).exists():
-                write_json(directory / runs.FAMILY, {"points": []})         # so that it is not taken for a run
+            if not (directory / FAMILY_FILE).exists():                  # so that it is not taken for a run
+                results.write(directory / FAMILY_FILE, Results(
+                    model=config.model.path, seed=config.run.seed, steps=config.run.steps, points=[],
+                    **runs.made_with(session.config, session.inputs)))
         try:
             points = [evaluate_base(session, directory)]
             for place, (name, member) in enumerate(members(session.config, alphas, baselines, directory).items()):
@@ -148,17 +151,13 @@ def train_member(session: Session, config: Config, name: str, base: Point, go_on
                  alpha=config.reward.alpha if is_member else None,
                  outcomes=found(directory, config.run.steps) if processes.is_primary() else {},
                  seconds=processes.broadcast(f"{name} seconds",
-                                           lambda: read_json(directory / "summary.json")["wall_s"]))
+                                           lambda: read_results(directory / RUN_FILE).points[1].seconds))
 
 
 def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
     """Whether a run has been concluded after so many steps, with all sets. Raises: UserError where it has done more."""
-    path = directory / "summary.json"
-    summary = read_json(path) if path.exists() else {"steps": 0, "wall_s": 0.0}
-    if not all(isinstance(summary.get(name), int | float) for name in ("steps", "wall_s")):
-        raise UserError(f"{path}: expected the numbers steps and wall_s, as a run writes them; remove it to conclude "
-                        "the run again")
-    done = summary["steps"]
+    path = directory / RUN_FILE
+    done = read_results(path).steps if path.exists() else 0
     if done > steps:
         raise UserError(f"run.steps must be at least the {done} steps that {directory} has done, got {steps}")
     evaluated = runs.evaluations(directory, steps)
@@ -208,24 +207,15 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
 
 
 def conclude(config: Config, inputs: Inputs, directory: Path, points: Sequence[Point]) -> None:
-    """family.json, the table, the pictures and the page."""
-    family = as_table(config, directory, points) | runs.made_with(config, inputs)
-    write_json(directory / runs.FAMILY, family)
-    console = Console()
-    report.print_family(console, family)
-    console.print(f"the report: {page.write(directory)}", soft_wrap=True)
-
-
-def as_table(config: Config, directory: Path, points: Sequence[Point]) -> dict[str, Any]:
-    """The content of family.json: every point with its summary of each set, compared with the base."""
+    """Writes family.json, the pictures and the page, and prints the tables."""
     base = points[0].outcomes
-    return {
-        "model": config.model.path, "seed": config.run.seed, "steps": config.run.steps, "sets": list(base),
-        "points": [{
-            "name": point.name, "kind": point.kind, "alpha": point.alpha, "weight": point.weight,
-            "directory": point.directory.relative_to(directory).as_posix(), "seconds": point.seconds,
-            "sets": {name: {
-                "summary": dataclasses.asdict(statistics.summarize(point.outcomes[name])),
-                "comparison": None if point.kind == BASE else dataclasses.asdict(
-                    statistics.compare(base[name], point.outcomes[name]))} for name in base},
-        } for point in points]}
+    family = Results(
+        model=config.model.path, seed=config.run.seed, steps=config.run.steps, points=[results.Point(
+            name=point.name, kind=point.kind, alpha=point.alpha, weight=point.weight,
+            seconds=point.seconds, directory=point.directory.relative_to(directory).as_posix(),
+            sets=measure(base, None if point is points[0] else point.outcomes))
+            for point in points], **runs.made_with(config, inputs))
+    results.write(directory / FAMILY_FILE, family)
+    console = Console()
+    print_results(console, family)
+    console.print(f"the report: {page.write(directory)}", soft_wrap=True)

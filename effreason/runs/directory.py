@@ -12,15 +12,15 @@ from rich.console import Console
 
 from effreason.data.loading import evaluation_samples
 from effreason.data.prompts import LeftOut
-from effreason.evaluation import statistics
 from effreason.lm.hf.pretrained import CARD_FILE
-from effreason.rl import alpha_control
+from effreason.rl import alpha_control, configured_reward
+from effreason.runs import results as run_files
 from effreason.runs.export import origin
 from effreason.runs.model_card import model_card
 from effreason.runs.report import figures
 from effreason.runs.report import page as pages
-from effreason.runs.report import summary as report
-from effreason.runs.report.summary import Results
+from effreason.runs.report.summary import print_results
+from effreason.runs.results import Measurement, Point, PointKind, Results, measure
 from effreason.runs.session import Inputs
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance
@@ -30,7 +30,7 @@ from effreason.runtime.files import disk, read_json_lines, write_json
 from effreason.runtime.metrics import MetricsWriter
 from effreason.types import Outcomes
 
-FAMILY = "family.json"                                      # what tells a family's directory from a run's
+BeforeAfter = tuple[dict[str, Measurement], dict[str, Measurement]]
 
 # What may differ between a run and its continuation: nothing that decides a token or a weight, but for rounding.
 RESUMABLE = ("run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "grade.workers", "grade.cpu_seconds",
@@ -62,7 +62,7 @@ def _make_directory(config: Config, name: str | None, free: Sequence[str], famil
     if config.run.resume:
         if not path.exists():
             raise UserError(f"run.directory: {directory} holds no run to resume, {path} does not exist")
-        if (directory / FAMILY).exists() != family:
+        if (directory / run_files.FAMILY_FILE).exists() != family:
             raise UserError(f"run.directory: {directory} holds a run, which is resumed without --family" if family else
                             f"run.directory: {directory} holds a family, which is resumed with its --family")
         # Where evaluations move alpha, when there is one decides the weights.
@@ -114,10 +114,10 @@ def evaluations(directory: Path, step: int) -> Path:
     return directory / "evaluations" / f"step{step}"
 
 
-def compare(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes]) -> Results:
-    """Two evaluations on the same sets."""
-    return {name: (statistics.summarize(before[name]), statistics.summarize(after[name]),
-                   statistics.compare(before[name], after[name])) for name in before}
+def compare(before: Mapping[str, Outcomes],
+            after: Mapping[str, Outcomes]) -> BeforeAfter:
+    """Measures a model before and after training on the same sets."""
+    return measure(before), measure(before, after)
 
 
 def made_with(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -129,21 +129,37 @@ def made_with(config: Config, inputs: Inputs) -> dict[str, Any]:
         "samples": evaluation_samples(config)}, "environment": provenance.environment()}
 
 
-def conclude(config: Config, inputs: Inputs, directory: Path, results: Results, wall_seconds: float,
-             alpha: float) -> None:
-    """The table, summary.json, pictures and page of a finished run, and the card of its model.
+def conclude(config: Config, inputs: Inputs, directory: Path, measured: BeforeAfter | None,
+             wall_seconds: float, alpha: float) -> None:
+    """Writes the results of a finished run, its pictures, page and model card, and prints them.
 
-    Args: alpha, the last one."""
-    base, trained = next(iter(results.values()))[:2] if results else (None, None)
+    Args: measured, None if nothing was evaluated; alpha, the last one."""
+    base, trained = (next(iter(sets.values())).summary for sets in measured) if measured else (None, None)
     with disk(directory / "model"):
         text = model_card(config, inputs, step=config.run.steps, alpha=alpha, before=base, after=trained)
         (directory / "model" / CARD_FILE).write_text(text, encoding="utf-8")
-    summary = report.summary(config, results, wall_seconds, alpha=alpha) if results else None
-    console = Console()
-    if summary is not None:
-        write_json(directory / "summary.json", summary | {"steps": config.run.steps} | made_with(config, inputs))
-        report.print_table(console, summary)
-    figures.overview(read_json_lines(directory / "metrics.jsonl"), summary, directory / "report.png", model=config.model.path)
+
+    console, results = Console(), None
+    if measured:
+        results = run_results(config, measured, wall_seconds, alpha, made_with(config, inputs))
+        run_files.write(directory / run_files.RUN_FILE, results)
+        print_results(console, results)
+    figures.overview(read_json_lines(directory / "metrics.jsonl"), results, directory / "report.png",
+                     model=config.model.path)
     page = pages.write(directory)
     console.print(f"the trained model: {directory / 'model'}", soft_wrap=True)
     console.print(f"the report: {page}", soft_wrap=True)
+
+
+def run_results(config: Config, measured: BeforeAfter, wall_seconds: float, alpha: float,
+                provenance: Mapping[str, Any]) -> Results:
+    """Returns the results of a run, a family of one member. Args: alpha, the last one."""
+    (base, trained), objective = measured, config.update.objective
+    has_alpha = objective == "policy_gradient" and configured_reward.has_alpha(config.reward)
+    return Results(
+        model=config.model.path, seed=config.run.seed, steps=config.run.steps, **provenance, points=[
+            Point(name="base", kind=PointKind.BASE, sets=base,
+                  directory=evaluations(Path(), 0).as_posix()),
+            Point(name="trained", kind=PointKind.MEMBER, sets=trained, directory=".",
+                  alpha=alpha if has_alpha else None,
+                  alpha_start=config.reward.alpha if has_alpha else None, seconds=wall_seconds)])

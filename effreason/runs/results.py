@@ -5,12 +5,15 @@ A run is a family of one member: the model before training, and what became of i
 
 import dataclasses
 import enum
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from effreason.evaluation import statistics
 from effreason.evaluation.statistics import Comparison, Summary
+from effreason.runtime import rows
+from effreason.runtime.errors import UserError
 from effreason.runtime.files import write_json
 from effreason.types import Outcomes
 
@@ -84,3 +87,35 @@ def measure(base: Mapping[str, Outcomes],
 def write(path: Path, results: Results) -> None:
     """Writes summary.json or family.json. Raises: UserError if the disk is full."""
     write_json(path, dataclasses.asdict(results))
+
+
+def read_results(path: Path) -> Results:
+    """Reads summary.json or family.json. Raises: UserError if it is damaged."""
+    table = read_object(path)
+    if "points" not in table:
+        raise UserError(f"{path}: has no points; was it written by another version of effreason?")
+    results = rows.convert(table, Results, str(path))
+
+    for index, point in enumerate(results.points):
+        is_base = point.kind == PointKind.BASE
+        if is_base != (index == 0) or not point.sets.keys() <= set(results.sets):
+            raise UserError(f"{path}: points must be one base, measured on every set, then others")
+        for measurement in point.sets.values():
+            comparison = measurement.comparison
+            if not measurement.summary.budgets or (comparison and not comparison.by_difficulty):
+                raise UserError(f"{path}: budgets and by_difficulty must not be empty")
+    return results
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises: UserError."""
+    def reject(constant: str) -> float:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"), parse_constant=reject)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: must hold an object, got {type(table).__name__}")
+    return table

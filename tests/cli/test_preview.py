@@ -167,7 +167,7 @@ def test_responses_that_were_cut_off_are_counted(tmp_path):
     rows = [row(1, sample, correct=sample == 0, finish=finish)
             for sample, finish in enumerate(["eos", "length", "repetition"])]
     saved = preview.read(written(tmp_path / "a.jsonl", rows))
-    assert (saved.truncated, saved.loops) == (2, 1)
+    assert (saved.truncated, saved.repeated) == (2, 1)
 
 
 GOOD = row(1, 0)
@@ -178,13 +178,13 @@ GOOD = row(1, 0)
     (["[1]"], ":1: expected a JSON object, found [1]"),
     ([GOOD, {"facts": {}}], ":2: uid must be a whole number, got no uid"),
     ([GOOD | {"correct": 1}], ":1: correct must be true or false, got 1"),
-    ([GOOD | {"tokens": 0}], ":1: tokens must be a whole number >= 1, got 0"),
-    ([GOOD | {"tokens": True}], ":1: tokens must be a whole number >= 1, got true"),
+    ([GOOD | {"tokens": 0}], ":1: tokens must be a whole number in [1, 2147483647], got 0"),
+    ([GOOD | {"tokens": True}], ":1: tokens must be a whole number in [1, 2147483647], got true"),
     ([GOOD | {"finish": []}], ":1: finish must be a text, got []"),
     ([GOOD, row(1, 1, finish=5)], ":2: finish must be a text, got 5"),
     ([GOOD | {"step": [1]}], ":1: step must be a whole number or null, got [1]"),
     ([GOOD | {"set": {}}], ":1: set must be a text or null, got {}"),
-    ([GOOD, row(1, 1), GOOD], ":3: sample 0 of uid 1 stands on an earlier line too"),
+    ([GOOD, row(1, 1), GOOD], ":3: sample 0 of uid 1 is on an earlier line too"),
     ([GOOD, row(2, 0)], ": expected several responses to a problem, found 2 problems with at most one each; evaluate "
      "with --evaluation.samples 8"),
     ([], ": expected several responses to a problem, found 0 problems with at most one each; evaluate with "
@@ -225,7 +225,7 @@ def test_the_command_shows_every_setting_within_80_columns(capsys, file):
     assert "whiten: with update.aggregation sequence_mean it pulls on length at alpha 0:" in text
     assert "filtering by accuracy (DAPO) would drop" in text and "% of the length signal" in text
     assert "1 group has no correct response: no signal" in text
-    assert "8 responses were cut off, 0 of them as loops" in text
+    assert "8 responses were cut off, 0 of them for repeating themselves" in text
 
 
 def test_json_has_the_same(capsys, file):

@@ -1,5 +1,6 @@
 """report.png for runs of every shape, and the look that all pictures have in common."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -9,14 +10,33 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from effreason.evaluation.statistics import Summary
 from effreason.runs.report import figures
+from effreason.runs.results import Measurement, Point, PointKind, Results
 from effreason.runtime.errors import UserError
+from effreason.types import LevelResult
 
-SUMMARY = {"alpha": 0.2, "seed": 7, "token_ratio": 0.275, "accuracy_change": 0.049, "wall_s": 301.5,
-           "base": {"accuracy": 0.902, "tokens": 110.0, "by_level": {
-               "easy": {"accuracy": 0.948, "tokens": 61.5}, "hard": {"accuracy": 0.861, "tokens": 171.2}}},
-           "trained": {"accuracy": 0.951, "tokens": 30.25, "by_level": {
-               "easy": {"accuracy": 0.981, "tokens": 9.3}, "hard": {"accuracy": 0.92, "tokens": 58.1}}}}
+
+def summary(accuracy, tokens, levels):
+    """A summary in which only what is drawn is meant."""
+    rest = dict.fromkeys(field.name for field in dataclasses.fields(Summary))
+    return Summary(**rest | {"accuracy": accuracy, "tokens": tokens, "by_level": {
+        name: LevelResult(accuracy=accuracy, tokens=tokens, problems=1)
+        for name, (accuracy, tokens) in levels.items()}})
+
+
+def results(base, trained, alpha_start=0.2):
+    sets = [{"tiny": Measurement(summary=each, comparison=None)} for each in (base, trained)]
+    points = [Point(name="base", kind=PointKind.BASE, directory="", sets=sets[0]),
+              Point(name="trained", kind=PointKind.MEMBER, directory=".", sets=sets[1], alpha=0.2,
+                    alpha_start=alpha_start)]
+    return Results(model="tiny", seed=7, steps=1, points=points, origin={}, sampling={},
+                   environment={})
+
+
+BASE = summary(0.902, 110.0, {"easy": (0.948, 61.5), "hard": (0.861, 171.2)})
+TRAINED = summary(0.951, 30.25, {"easy": (0.981, 9.3), "hard": (0.92, 58.1)})
+RESULTS = results(BASE, TRAINED)
 
 
 def run(code, argument):
@@ -34,13 +54,13 @@ def rows(steps, scale=1.0):
 
 
 def single_level(level):
-    result = {"accuracy": 0.5, "tokens": 1893.0}
-    return SUMMARY | dict.fromkeys(("base", "trained"), result | {"by_level": {level: result}})
+    measured = summary(0.5, 1893.0, {level: (0.5, 1893.0)})
+    return results(measured, measured)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 15, 40, 10_000])
 def test_plot_of_any_number_of_steps(tmp_path, steps):
-    figures.overview(rows(steps), SUMMARY, tmp_path / "report.png", model="/models/Qwen_$3$")
+    figures.overview(rows(steps), RESULTS, tmp_path / "report.png", model="/models/Qwen_$3$")
     pixels = image.imread(tmp_path / "report.png")
     assert pixels.shape == (896, 1760, 4) and pixels[..., :3].std() > 0.05
 
@@ -48,9 +68,9 @@ def test_plot_of_any_number_of_steps(tmp_path, steps):
 def test_title_says_where_alpha_moved_from(tmp_path):
     pictures = []
     for start in (0.2, 0.1):
-        figures.overview(rows(2), SUMMARY | {"alpha_start": start}, tmp_path / "report.png")
+        figures.overview(rows(2), results(BASE, TRAINED, start), tmp_path / "report.png")
         pictures.append((tmp_path / "report.png").read_bytes())
-    figures.overview(rows(2), SUMMARY, tmp_path / "report.png")
+    figures.overview(rows(2), RESULTS, tmp_path / "report.png")
     assert pictures[0] == (tmp_path / "report.png").read_bytes() != pictures[1]
 
 
@@ -81,13 +101,12 @@ def test_plot_leaves_the_global_state_of_matplotlib_alone(tmp_path):
     assert run(code, str(tmp_path / "report.png")) == "[] True\n"
 
 
-def test_evaluations_stand_at_the_updates_that_were_made():
+def test_evaluations_are_drawn_at_the_updates_that_were_made():
     measured = rows(20)
     measured[9] |= {"evaluation/accuracy": 0.9, "evaluation/tokens": 80.0}     # in a step's row: after its update
     measured.append({"step": 20, "evaluation/accuracy": 0.9, "evaluation/tokens": 30.0})  # alone: 20 updates made
     axes = figures.Figure().add_subplot()
-    ends = {"base": {"tokens": 110.0}, "trained": {"tokens": 30.0}}
-    figures._curve(axes, measured, "tokens", ends)
+    figures._curve(axes, measured, "tokens", (BASE, TRAINED))
     places = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert [places[name] for name in ("held-out: before", "between", "after")] == [[0], [10], [20]]
 

@@ -10,16 +10,17 @@ import made_runs
 import pytest
 
 from effreason.cli import report
-from effreason.runs.report import examples, published, sections
+from effreason.runs import results
+from effreason.runs.report import examples, published, reading, sections
 from effreason.runs.report import page as pages
-from effreason.runs.report import results as findings
 from effreason.runtime.errors import UserError
+from effreason.types import FinishReason
 
 HOSTILE = ("<script>alert('x')</script></details></pre><img src=http://evil.example/x onerror=alert(1)>"
            "{{ 7 * 7 }}</style>\x00\x1b[31m\u202e\ud800 & \"quoted\"</think>\\boxed{<b>1</b>}")
 MISSING = object()
 VOID = {"meta", "br", "img", "link", "input", "hr"}
-SECTIONS = ("tradeoff", "where", "generalisation", "training", "prompts", "groups", "settings")
+SECTIONS = ("tradeoff", "savings", "generalisation", "training", "prompts", "groups", "settings")
 
 
 class Nesting(html.parser.HTMLParser):
@@ -77,8 +78,8 @@ def family(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("made") / "run"
-    results = made_runs.make_run(directory, steps=20)
-    return directory, results, *page_of(directory)
+    made = made_runs.make_run(directory, steps=20)
+    return directory, made, *page_of(directory)
 
 
 def test_family_page_has_every_section(family):
@@ -103,16 +104,20 @@ def test_numbers_of_the_page_are_those_of_summary_json(run):
     directory, _, text, page = run
     summary = json.loads((directory / "summary.json").read_text())
     heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("−", "-").replace("\xa0", " ").replace("\u2011", "-")
-    comparison = summary["sets"]["tiny"]["comparison"]
+    base, trained = summary["points"]
+    comparison = trained["sets"]["tiny"]["comparison"]
     low, high = (100 * (1 - ratio) for ratio in reversed(comparison["token_ratio_interval"]))
-    assert heading.startswith(f"{100 * (1 - summary['token_ratio']):.1f} % fewer tokens [{low:.1f}, {high:.1f}]")
-    assert f"accuracy {100 * summary['accuracy_change']:+.1f} points [" in heading
-    assert heading.endswith(f"on {summary['sets']['tiny']['trained']['problems']} held-out problems of tiny, alpha 0.2")
-    for name, results in summary["sets"].items():
-        for measured in (results["base"], results["trained"]):
-            assert f"{100 * measured['accuracy']:.1f} %" in page.text and f"{measured['tokens']:.1f}" in page.text, name
-    for level in summary["base"]["by_level"]:
-        assert f"{summary['trained']['by_level'][level]['tokens']:.1f}" in section(text, "where")
+    assert heading.startswith(f"{100 * (1 - comparison['token_ratio']):.1f} % fewer tokens [{low:.1f}, {high:.1f}]")
+    assert f"accuracy {100 * comparison['accuracy_change']:+.1f} points [" in heading
+    problems = trained["sets"]["tiny"]["summary"]["problems"]
+    assert heading.endswith(f"on {problems} held-out problems of tiny, alpha 0.2")
+    for point in (base, trained):
+        assert list(point["sets"]) == ["tiny", "tiny_long"]
+        for name, measured in point["sets"].items():
+            assert f"{100 * measured['summary']['accuracy']:.1f} %" in page.text, name
+            assert f"{measured['summary']['tokens']:.1f}" in page.text, name
+    for level in trained["sets"]["tiny"]["summary"]["by_level"].values():
+        assert f"{level['tokens']:.1f}" in section(text, "savings")
 
 
 def test_family_table_has_every_point_of_every_set(family):
@@ -121,28 +126,31 @@ def test_family_table_has_every_point_of_every_set(family):
     names = ["base", "α 0", "α 0.1", "α 0.4", "SFT, shortest", "DPO", "blend 0.25",
              "blend 0.5", "blend 0.75"]
     assert [row.partition(" <small>")[0] for row in rows] == 2 * names
-    summary = table["points"][2]["sets"]["tiny_long"]["summary"]
-    assert f"{100 * summary['accuracy']:.1f} %" in section(text, "generalisation")
+    summary = table.points[2].sets["tiny_long"].summary
+    assert f"{100 * summary.accuracy:.1f} %" in section(text, "generalisation")
 
 
 def test_headline_is_about_the_greatest_saving_not_shown_to_cost_accuracy(family):
     directory, table, text, _ = family
-    members = [point for point in table["points"] if point["kind"] == "member"]
-    kept = [point for point in members if point["sets"]["tiny"]["comparison"]["accuracy_change_interval"][1] >= 0]
-    best = min(kept, key=lambda point: point["sets"]["tiny"]["comparison"]["token_ratio"])
-    assert re.search(r"<h1>(.*?)</h1>", text)[1].endswith(f"alpha {best['alpha']:g}")
+    comparisons = {point.alpha: point.sets["tiny"].comparison for point in table.points
+                   if point.kind == "member"}
+    accurate = [alpha for alpha, comparison in comparisons.items()
+                if comparison.accuracy_change_interval[1] >= 0]
+    best = min(accurate, key=lambda alpha: comparisons[alpha].token_ratio)
+    assert re.search(r"<h1>(.*?)</h1>", text)[1].endswith(f"alpha {best:g}")
 
 
 def test_headline_says_so_where_all_members_lose_accuracy(tmp_path):
-    table = made_runs.make_family(tmp_path / "family", alphas=(0.1, 0.4), steps=4, problems=30)
+    made_runs.make_family(tmp_path / "family", alphas=(0.1, 0.4), steps=4, problems=30)
+    table = json.loads((tmp_path / "family" / "family.json").read_text())
     for point in table["points"]:
         if point["kind"] == "member":
             point["sets"]["tiny"]["comparison"] |= {"accuracy_change": -0.1 - point["alpha"],
                                                     "accuracy_change_interval": [-0.9, -0.05]}
     (tmp_path / "family" / "family.json").write_text(json.dumps(table))
-    point, _ = sections.chosen(findings.read(tmp_path / "family"))
-    assert point.alpha == 0.1
-    assert "all are measurably less accurate" in sections.headline(findings.read(tmp_path / "family")).kicker
+    contents = reading.read(tmp_path / "family")
+    assert sections.best_member(contents)[0].alpha == 0.1
+    assert "all are measurably less accurate" in sections.headline(contents).kicker
 
 
 @pytest.mark.parametrize(("make", "options"), [(made_runs.make_run, {}), (made_runs.make_family, {"alphas": (0.2,)})])
@@ -190,39 +198,40 @@ def test_group_shows_every_answer_with_length_reward_and_advantage(run):
 def test_group_with_the_widest_rewards_is_shown_and_broken_lines_are_passed_over(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     rows = [{"step": step, "uid": uid, "sample": sample, "level": "all", "problem": f"problem {uid}", "answer": None,
-             "reference_answer": "1", "response": "so", "correct": True, "tokens": 10 - sample, "finish": "eos",
+             "reference_answer": "1", "response": "so", "status": "exact", "correct": True, "tokens": 10 - sample, "finish": "eos",
              "reward": reward * sample, "advantage": 0.0}
             for step in (3, 4) for uid, reward in ((1, 0.1), (2, 0.5), (3, 0.5)) for sample in (0, 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "uid')
-    found = examples.groups(path)
+    found = examples.choose_groups(path)
     assert [(group.step, group.problem) for group in found] == [(3, "problem 2"), (4, "problem 2")]
-    assert [answer.tokens for answer in found[0].answers] == [9, 10] and found[0].rewards == (0.5, 0.0)
-    assert examples.groups(tmp_path / "none.jsonl") == []
+    assert [response.tokens for response in found[0].responses] == [9, 10] and found[0].rewards == (0.5, 0.0)
+    assert examples.choose_groups(tmp_path / "none.jsonl") == []
 
 
 def graded_row(uid, tokens, correct, level="easy", response="a</think>b"):
-    return {"uid": uid, "sample": 0, "level": level, "problem": f"problem {uid}", "reference_answer": "1",
-            "response": response, "answer": "1", "correct": correct, "tokens": tokens, "finish": "eos"}
+    return examples.GradedResponse(
+        uid=uid, sample=0, level=level, problem=f"problem {uid}", reference_answer="1",
+        response=response, answer="1", status="exact", correct=correct, tokens=tokens, finish=FinishReason.EOS)
 
 
 def test_prompts_are_the_typical_the_best_and_the_worse_each_once():
     before = [graded_row(uid, 100, uid != 9) for uid in range(10)]
     after = [graded_row(uid, 100 - 10 * uid, uid != 8) for uid in range(10)]
-    found = examples.prompts([("before", before), ("after", after)])
-    assert {prompt.problem: prompt.why for prompt in found} == {
+    found = examples.choose_examples([("before", before), ("after", after)])
+    assert {example.problem: example.reason for example in found} == {
         "problem 3": "the median saving", "problem 7": "the largest saving of all that are right before and after",
         "problem 9": "got better: wrong before, right after, as 1 of 10 did",
         "problem 8": "got worse: right before, wrong after, as 1 of 10 did"}
     assert [response.saved for response in found[0].responses] == [0, 30]
     wrong = [graded_row(uid, 100 - 10 * uid, False) for uid in range(3)]
-    assert examples.prompts([("before", before[:3]), ("after", wrong)])[0].problem == "problem 1"
-    assert examples.prompts([]) == [] and examples.prompts([("a", before[:1]), ("b", after[1:2])]) == []
+    assert examples.choose_examples([("before", before[:3]), ("after", wrong)])[0].problem == "problem 1"
+    assert examples.choose_examples([]) == [] and examples.choose_examples([("a", before[:1]), ("b", after[1:2])]) == []
 
 
 def test_thinking_ends_at_its_last_mark_and_is_cut_in_its_middle():
     response = examples.shown(graded_row(1, 5, True, response="<think>\na</think>b</think>\n c "), "x")
-    assert (response.thinking, response.behind, response.omitted) == ("a</think>b", "c", 0)
-    assert examples.shown(graded_row(1, 5, True, response="never ends"), "x").behind == ""
+    assert (response.thinking, response.solution, response.omitted) == ("a</think>b", "c", 0)
+    assert examples.shown(graded_row(1, 5, True, response="never ends"), "x").solution == ""
     long = examples.shown(graded_row(1, 5, True, response="ab" * 5000 + "</think>c"), "x")
     assert len(long.thinking) < 5000 and long.omitted == 10_000 - examples.HEAD - examples.TAIL
 
@@ -240,23 +249,21 @@ def test_unfinished_run_has_its_curves_and_says_what_is_missing(tmp_path):
     assert "Not finished: 12 of 20 steps" in text and "Not evaluated on held\u2011out problems yet" in text
     assert "training-tokens" in text and "Length-pressure meter" in text
     assert section(text, "prompts").count("<article") > 2                   # step 0 and the one in the middle
-    for name in ("tradeoff", "where", "generalisation", "groups"):
+    for name in ("tradeoff", "savings", "generalisation", "groups"):
         assert "Left out" in section(text, name), name
-    assert "environment.json is not here" in text
+    assert "there is no environment.json" in text
 
 
-def test_run_of_an_earlier_version_has_a_headline_without_intervals(tmp_path):
+def test_run_without_the_metrics_of_updates_says_so(tmp_path):
     directory = tmp_path / "run"
     made_runs.make_run(directory, steps=6)
-    summary = json.loads((directory / "summary.json").read_text())
-    del summary["sets"]
-    (directory / "summary.json").write_text(json.dumps(summary))
-    rows = [{key: value for key, value in row.items() if not key.startswith(("update_share", "length_pull"))}
+    rows = [{key: value for key, value in row.items()
+             if not key.startswith(("update_share", "length_pull"))}
             for row in made_runs.metrics_rows(6, 0.2)]
     made_runs.write_rows(directory / "metrics.jsonl", rows)
     text, _ = page_of(directory)
-    assert re.search(r"<h1>\d+\.\d % fewer tokens, accuracy .* points on held.out problems, alpha 0.2</h1>", text)
-    assert "measured by an earlier version" in text and "metrics.jsonl holds no update_share" in text
+    assert re.search(r"<h1>\d+\.\d % fewer tokens \[.*points.*on 60 held.out problems of tiny, alpha 0.2</h1>", text)
+    assert "metrics.jsonl holds no update_share" in text
 
 
 def test_run_that_has_just_begun_has_a_page(tmp_path):
@@ -272,8 +279,9 @@ def test_run_that_has_just_begun_has_a_page(tmp_path):
     (lambda path: (made_runs.make_run(path, steps=2, problems=6), (path / "summary.json").write_text("{")),
      r"summary\.json: cannot be read"),
     (lambda path: (made_runs.make_family(path, alphas=(0.1,), steps=2, problems=6),
-                   (path / "family.json").write_text('{"points": [{}]}')), r"family\.json: not a family's results"),
-    (lambda path: (path.mkdir(), (path / "family.json").write_text('{"points": []}')),
+                   (path / "family.json").write_text('{"points": [{}]}')), r"family\.json: \w+ must be .*, got no"),
+    (lambda path: (path.mkdir(), results.write(path / "family.json", results.Results(
+        model="tiny", seed=0, steps=2, points=[], **made_runs.PROVENANCE))),
      r"made is a family that is not finished yet"),
 ])
 def test_other_directories_are_one_clear_error(tmp_path, make, message):
@@ -325,28 +333,33 @@ def with_rows(name, **values):
     return change
 
 
+TRAINED = ("points", 1, "sets", "tiny")
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (holds("config.yaml", "- a"), "config.yaml: must hold sections of settings, got list"),
     (holds("config.yaml", "5"), "config.yaml: must hold sections of settings, got int"),
-    (holds("summary.json", "{}"), "summary.json: not a run's results: 'alpha' is missing"),
+    (holds("summary.json", "{}"), "summary.json: has no points; was it written by another version"),
     (holds("summary.json", "[]"), "summary.json: must hold an object"),
-    (with_value("summary.json", [], "sets"), "summary.json: not a run's results: expected dict"),
-    (with_value("summary.json", 5, "sets", "tiny"), "summary.json: not a run's results: expected dict"),
-    (with_value("summary.json", {}, "sets", "tiny"), "summary.json: not a run's results: 'base' is missing"),
-    (with_value("summary.json", None, "wall_s"), "summary.json: not a run's results: expected float, got 'None'"),
-    (with_value("summary.json", "x", "alpha_start"), "summary.json: not a run's results: expected float"),
-    (with_value("summary.json", 3, "base"), "summary.json: not a run's results"),
-    (with_value("summary.json", "x", "sets", "tiny", "base", "tokens"), "summary.json: .*expected float, got 'x'"),
-    (with_value("summary.json", float("nan"), "sets", "tiny", "trained", "accuracy"), "summary.json: .*got 'nan'"),
-    (with_value("summary.json", [1], "sets", "tiny", "trained", "accuracy_interval"), "summary.json: not a run's"),
-    (with_value("summary.json", [], "sets", "tiny", "base", "budgets"), "summary.json: .*must not be empty"),
-    (with_value("summary.json", {}, "sets", "tiny", "comparison", "by_difficulty"), "json: .*must not be empty"),
+    (with_value("summary.json", [], *TRAINED[:-1]), "summary.json: .*sets must be an object, got"),
+    (with_value("summary.json", 5, *TRAINED), "summary.json: .* got 5"),
+    (with_value("summary.json", {}, *TRAINED), "summary.json: .*summary must be an object, got no summary"),
+    (with_value("summary.json", MISSING, "seed"), "summary.json: seed must be a whole number, got no seed"),
+    (with_value("summary.json", "x", "points", 1, "alpha_start"),
+     "summary.json: .*alpha_start must be a number or null, got \"x\""),
+    (with_value("summary.json", 3, *TRAINED, "summary"), "summary.json: .*got 3"),
+    (with_value("summary.json", "x", *TRAINED, "summary", "tokens"), "summary.json: .*got \"x\""),
+    (with_value("summary.json", float("nan"), *TRAINED, "summary", "accuracy"),
+     "summary.json: cannot be read: NaN is not a number"),
+    (with_value("summary.json", [1], *TRAINED, "summary", "accuracy_interval"), "summary.json: .*got"),
+    (with_value("summary.json", [], *TRAINED, "summary", "budgets"), "summary.json: .*must not be empty"),
+    (with_value("summary.json", {}, *TRAINED, "comparison", "by_difficulty"), "json: .*must not be empty"),
     (with_rows("metrics.jsonl", **{"rollout/tokens": "abc"}),
      "metrics.jsonl: rollout/tokens of step 0 must be a number, got 'abc'"),
     (with_rows("metrics.jsonl", **{"length_pull/length": [1]}), "metrics.jsonl: length_pull/length of step 0 must be a number"),
     (lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()), "metrics.jsonl: cannot be read"),
-    (with_rows("evaluations/step4/tiny.jsonl", tokens="x"), "step4/tiny.jsonl: line 2"),
-    (holds("evaluations/step0/tiny.jsonl", '{"facts": {}}\n[1]\n'), "step0/tiny.jsonl: line 2"),
+    (with_rows("evaluations/step4/tiny.jsonl", tokens="x"), "step4/tiny.jsonl:2: tokens must be"),
+    (holds("evaluations/step0/tiny.jsonl", '{"facts": {}}\n[1]\n'), "step0/tiny.jsonl:2: expected a JSON object"),
     (holds("environment.json", "[]"), "environment.json: must hold an object"),
 ])
 def test_damaged_run_is_one_clear_error(tmp_path, originals, change, message):
@@ -357,8 +370,8 @@ def test_damaged_run_is_one_clear_error(tmp_path, originals, change, message):
 
 
 @pytest.mark.parametrize(("change", "name", "words"), [
-    (with_rows("rollouts.jsonl", reward="x"), "groups", "Left out: rollouts.jsonl holds no two whole answers"),
-    (with_rows("rollouts.jsonl", tokens=None), "groups", "Left out: rollouts.jsonl holds no two whole answers"),
+    (with_rows("rollouts.jsonl", reward="x"), "groups", "Left out: rollouts.jsonl holds no two complete answers"),
+    (with_rows("rollouts.jsonl", tokens=None), "groups", "Left out: rollouts.jsonl holds no two complete answers"),
     (with_rows("rollouts.jsonl", advantage="x"), "groups", "reward 0."),
     (with_rows("rollouts.jsonl", tokens=0), "groups", "0 tokens"),
     (with_rows("evaluations/step4/tiny.jsonl", tokens=0), "prompts", "0 tokens"),
@@ -373,18 +386,18 @@ def test_what_is_damaged_is_left_out_where_it_can_be(tmp_path, originals, change
 
 @pytest.mark.parametrize(("change", "message"), [
     (with_value("family.json", [], "points"), "family is a family that is not finished yet"),
-    (with_value("family.json", {}, "points"), "family.json: not a family's results: expected list"),
-    (with_value("family.json", [], "sets"), "family.json: not a family's results: expected one base"),
-    (with_value("family.json", [1], "sets"), "family.json: not a family's results: expected str"),
-    (with_value("family.json", "x", "seed"), "family.json: not a family's results: expected int"),
-    (with_value("family.json", {}, "points", 0, "sets"), "family.json: .*expected one base, measured on every set"),
-    (with_value("family.json", "member", "points", 0, "kind"), "family.json: .*'member' is no kind of point, or lacks"),
-    (with_value("family.json", "other", "points", 1, "kind"), "family.json: .*'other' is no kind of point"),
-    (with_value("family.json", "x", "points", 1, "alpha"), "family.json: .*expected float, got 'x'"),
-    (with_value("family.json", 5, "points", 1, "directory"), "family.json: .*expected str"),
-    (with_value("family.json", "x", "points", 1, "sets", "tiny", "comparison", "p_value"), "family.json: .*got 'x'"),
-    (with_value("family.json", MISSING, "points", 1, "sets", "tiny", "summary"), "family.json: .*'summary' is missing"),
-    (holds("alpha0.1/summary.json", "{}"), "alpha0.1/summary.json: not a run's results: 'alpha' is missing"),
+    (with_value("family.json", {}, "points"), "family.json: points must be a list, got"),
+    (with_value("family.json", [1], "points"), "family.json: .*got 1"),
+    (with_value("family.json", "x", "seed"), "family.json: seed must be a whole number, got \"x\""),
+    (with_value("family.json", {}, "points", 0, "sets"), "family.json: .*one base, measured on every set"),
+    (with_value("family.json", "member", "points", 0, "kind"), "family.json: .*must be one base"),
+    (with_value("family.json", "other", "points", 1, "kind"),
+     "family.json: .*kind must be one of base, member, baseline, blend, got \"other\""),
+    (with_value("family.json", "x", "points", 1, "alpha"), "family.json: .*alpha must be a number or null"),
+    (with_value("family.json", 5, "points", 1, "directory"), "family.json: .*directory must be a text, got 5"),
+    (with_value("family.json", "x", *TRAINED, "comparison", "p_value"), "family.json: .*got \"x\""),
+    (with_value("family.json", MISSING, *TRAINED, "summary"), "family.json: .*got no summary"),
+    (holds("alpha0.1/summary.json", "{}"), "alpha0.1/summary.json: has no points"),
 ])
 def test_damaged_family_is_one_clear_error(tmp_path, originals, change, message):
     directory = damaged(originals, tmp_path, "family", change)
@@ -397,8 +410,8 @@ def test_points_outside_a_family_are_not_read(tmp_path, originals):
     shutil.copytree(originals / "run", tmp_path / "elsewhere")
     for where in ("../elsewhere", str(tmp_path / "elsewhere")):
         change = with_value("family.json", where, "points", 1, "directory")
-        found = findings.read(damaged(originals, tmp_path / where[0].replace("/", "x"), "family", change))
-        assert found.points[1].responses is None and [run.name for run in found.runs][0] == "α 0.4"
+        found = reading.read(damaged(originals, tmp_path / where[0].replace("/", "x"), "family", change))
+        assert "α = 0.1" not in found.responses and [run.name for run in found.runs][0] == "α 0.4"
 
 
 def test_output_writes_the_page_alone_and_over_no_other_file(tmp_path, run, capsys):
@@ -408,10 +421,10 @@ def test_output_writes_the_page_alone_and_over_no_other_file(tmp_path, run, caps
     assert capsys.readouterr().out == f"{output}\n" and [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert pages.write(directory, output) == output                 # a page of ours may be written again
     output.write_text("<p>mine</p>")
-    with pytest.raises(UserError, match="exists already and is no report"):
+    with pytest.raises(UserError, match="exists already and is not a report"):
         pages.write(directory, output)
     assert output.read_text() == "<p>mine</p>"
-    with pytest.raises(UserError, match="no report"):
+    with pytest.raises(UserError, match="is not a report"):
         pages.write(directory, tmp_path)
 
 
@@ -419,13 +432,13 @@ def test_page_of_a_directory_is_not_written_over_another_file(tmp_path):
     made_runs.make_run(tmp_path / "run", steps=2, problems=6)
     path = tmp_path / "run" / "report.html"
     path.write_text("<p>mine</p>")
-    with pytest.raises(UserError, match=r"run/report\.html exists already and is no report") as error:
+    with pytest.raises(UserError, match=r"run/report\.html exists already and is not a report") as error:
         pages.write(tmp_path / "run")
     assert "\n" not in str(error.value)
     assert path.read_text() == "<p>mine</p>" and not (tmp_path / "run" / "plots").exists()
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match="is no report"):
+    with pytest.raises(UserError, match="is not a report"):
         pages.check(path)
     pages.check(tmp_path / "none.html")
 
@@ -471,15 +484,12 @@ def test_run_whose_alpha_moved_says_from_where_to_where(tmp_path):
     config, summary = tmp_path / "run" / "config.yaml", tmp_path / "run" / "summary.json"
     config.write_text(config.read_text().replace("target_tokens: null", "target_tokens: 0.5"))
     assert "target_tokens: 0.5" in config.read_text()
-    table = json.loads(summary.read_text()) | {"alpha": 0.4, "alpha_start": 0.2}
+    table = json.loads(summary.read_text())
+    table["points"][1] |= {"alpha": 0.4, "alpha_start": 0.2}
     summary.write_text(json.dumps(table))
     text, page = page_of(tmp_path / "run")
     assert re.search(r"<h1>(.*?)</h1>", text)[1].endswith("of tiny, alpha moved from 0.2 to 0.4")
     assert "α 0.4" in page.text and "α 0.2" not in page.text
-    del table["alpha_start"]                                # of an earlier version, which kept the configured one
-    summary.write_text(json.dumps(table))
-    text, page = page_of(tmp_path / "run")
-    assert re.search(r"<h1>(.*?)</h1>", text)[1].endswith("of tiny") and "α 0.4" not in page.text
 
 
 def test_family_links_its_members_pages_where_they_are(tmp_path):
@@ -496,11 +506,11 @@ def test_minus_signs_are_real_and_intervals_stay_on_one_line():
 
 
 def test_published_figures_stand_beside_the_model_they_are_of(tmp_path):
-    found = published.figures("/models/DeepSeek-R1-Distill-Qwen-7B", "gsm8k")
+    found = published.published_points("/models/DeepSeek-R1-Distill-Qwen-7B", "gsm8k")
     assert [each.tokens for each in found] == [1626, 813, 249]
-    assert published.figures("DeepSeek-R1-Distill-Qwen-1.5B", "gsm8k") == published.figures("tiny", "math500") == ()
-    assert published.figures("org/R1-Distill-Qwen-7B", "aime24")[2].accuracy == 0.533
-    assert published.figures("org/R1-Distill-Qwen-7B", "commonsense") == ()
+    assert published.published_points("DeepSeek-R1-Distill-Qwen-1.5B", "gsm8k") == published.published_points("tiny", "math500") == []
+    assert published.published_points("org/R1-Distill-Qwen-7B", "aime24")[2].accuracy == 0.533
+    assert published.published_points("org/R1-Distill-Qwen-7B", "commonsense") == []
     made_runs.make_run(tmp_path / "run", model="x/R1-Distill-Qwen-7B", sets=("gsm8k",), steps=2, problems=12)
     text, page = page_of(tmp_path / "run")
     assert published.SOURCE in page.text and "published α 0.1" in text

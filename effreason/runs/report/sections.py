@@ -1,32 +1,26 @@
-"""The sections of a report: headline, tables, charts with their words. pages.py puts them into HTML.
+"""The sections of a report: headline, tables, and charts with their texts. page.py renders them.
 
-A number in a table is a pair: what is read first, and its 95 % interval or a remark in small type.
+A cell of a table is a pair: what is read first, and in small type its 95 % interval or a remark.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from effreason.evaluation import responses
-from effreason.evaluation.statistics import Difficulty, Interval
-from effreason.runs.report import comparison_charts, published, training_curves
-from effreason.runs.report import summary as report
-from effreason.runs.report.figures import AFTER, BEFORE
-from effreason.runs.report.results import (
-    BASE,
-    BASELINE,
-    BLEND,
-    MEMBER,
-    Findings,
-    Measured,
-    Point,
-    Run,
-)
+from effreason.evaluation import responses, wording
+from effreason.evaluation.responses import EvaluatedResponse
+from effreason.evaluation.statistics import Comparison, Summary
+from effreason.evaluation.wording import interval, percent, share
+from effreason.runs.report import comparison_charts, training_curves
+from effreason.runs.report.comparison_charts import BASE, BASELINE, BLEND, MEMBER, Measured
+from effreason.runs.report.figures import AFTER, BEFORE, CURVE, held_out
+from effreason.runs.report.published import SOURCE, published_points
+from effreason.runs.report.reading import Contents, Run, label
+from effreason.runs.report.summary import alpha_words
+from effreason.runs.results import Measurement, Point
 from effreason.runtime.progress import duration
 
 Cell = tuple[str, str]
@@ -34,19 +28,19 @@ Cell = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure with its words."""
+    """A figure and its texts."""
 
-    name: str                       # of its files, and of its ids on the page
+    name: str                       # of its files, and the beginning of its ids on the page
     title: str
     note: str                       # how to read it
-    alt: str                        # what it shows, for those who cannot see it
+    alt: str                        # what it shows, for readers who cannot see it
     figure: Figure
-    wide: Figure | None = None      # drawn for a desktop's width too
+    wide: Figure | None = None      # the same, drawn for a desktop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of cells; the first of each names the row."""
+    """Rows of cells, of which the first names the row."""
 
     caption: str
     head: tuple[str, ...]
@@ -55,303 +49,328 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """What was found, in a line and in a few numbers."""
+    """The result in a sentence and in a few numbers."""
 
     kicker: str
     words: str
     line: str
-    numbers: tuple[tuple[str, str, str], ...]       # what it is, the number, its interval or a remark
+    numbers: tuple[tuple[str, str, str], ...]       # title, number, interval or remark
 
 
-def chosen(findings: Findings) -> tuple[Point, Measured] | None:
-    """The member that a headline is about: the one that saves most of those not shown to be less accurate than the
-    base; where all are, the most accurate one."""
-    members = [(point, measured) for point, measured in findings.on(findings.sets[0]) if point.kind == MEMBER
-               and measured.comparison is not None] if findings.points else []
-    kept = [each for each in members if _comparison(each).accuracy_change_interval[1] >= 0]
-    if kept:
-        return min(kept, key=lambda each: _comparison(each).token_ratio)
-    return max(members, key=lambda each: _comparison(each).accuracy_change, default=None)
+def members(contents: Contents, set_name: str) -> list[tuple[Point, Measurement, Comparison]]:
+    """Returns the members that are compared with the base on a set."""
+    return [(point, measurement, measurement.comparison)
+            for point, measurement in contents.measured(set_name)
+            if point.kind == MEMBER and measurement.comparison is not None]
 
 
-def _comparison(result: tuple[Point, Measured]) -> Any:
-    return result[1].comparison
+def best_member(contents: Contents) -> tuple[Point, Measurement, Comparison] | None:
+    """Returns the member of the headline.
+
+    It saves most tokens among those that are not shown to be less accurate than the base; if all
+    are, it is the most accurate one."""
+    candidates = members(contents, contents.sets[0]) if contents.points else []
+    accurate = [member for member in candidates if member[2].accuracy_change_interval[1] >= 0]
+    if accurate:
+        return min(accurate, key=lambda member: member[2].token_ratio)
+    return max(candidates, key=lambda member: member[2].accuracy_change, default=None)
 
 
-def headline(findings: Findings) -> Headline:
-    """The report in words and numbers."""
-    found, model = chosen(findings), findings.model.rstrip("/").rsplit("/", 1)[-1] or "a model"
-    seed = "" if findings.seed is None else f", seed {findings.seed}"
-    if found is None or (comparison := found[1].comparison) is None:
-        return _bare_headline(findings, model, seed)
-    point, measured = found
-    base, after = findings.on(findings.sets[0])[0][1].summary, measured.summary
-    start = None if findings.family else findings.runs[0].alpha_start
-    alpha = "" if point.alpha is None else f", {report.alpha_in_words(point.alpha, start)}"
-    words = (f"{report.findings_in_words(comparison)} on {after.problems:,} held-out problems of {findings.sets[0]}"
-             f"{alpha}")
-    kinds = [each.kind for each in findings.points]
-    line = _training(findings.runs[0], model, seed) if not findings.family else (
-        f"A family of {model}{seed}: {kinds.count(MEMBER)} members, {kinds.count(BASELINE)} baselines, "
-        f"{kinds.count(BLEND)} blends")
-    lost = comparison.accuracy_change_interval[1] < 0
-    kicker = ("The most accurate member: all are measurably less accurate than the base" if lost else
-              "Most tokens saved by a member that is not measurably less accurate than the base")
-    solved = [(each.tokens_per_solved or 0.0) for each in (base, after)]
-    numbers = (
-        ("Tokens of a response", f"{report.count(base.tokens)} → {report.count(after.tokens)}",
-         f"after {_span(after.tokens_interval, report.count)}"),
-        ("Accuracy", f"{_share(base.accuracy)} → {_percent(after.accuracy)}",
-         f"after {_span(after.accuracy_interval, _share)} %"),
-        ("Tokens per solved problem", " → ".join(map(report.count, solved)), "all tokens / right responses"),
-        ("p of the accuracy change", _p_value(comparison.p_value),
+def headline(contents: Contents) -> Headline:
+    """Puts the results into words and numbers."""
+    best, model = best_member(contents), contents.model.rstrip("/").rsplit("/", 1)[-1] or "a model"
+    seed = "" if contents.seed is None else f", seed {contents.seed}"
+    steps = f", {contents.runs[0].steps:,} steps" if contents.runs else ""
+    if best is None:
+        return Headline(kicker="In training", words="Not evaluated on held-out problems yet",
+                        line=f"{model}{seed}{steps}", numbers=())
+
+    point, measurement, comparison = best
+    base, after = contents.measured(contents.sets[0])[0][1].summary, measurement.summary
+    alpha = "" if point.alpha is None else f", {alpha_words(point)}"
+    words = (f"{wording.findings(comparison)} on {after.problems:,} held-out problems of "
+             f"{contents.sets[0]}{alpha}")
+
+    seconds = "" if point.seconds is None else f" in {duration(point.seconds)}"
+    kicker, line = "Before and after training", f"{model}{seed}{steps}{seconds}"
+    if contents.family:
+        kinds = [other.kind for other in contents.points]
+        line = (f"A family of {model}{seed}: {kinds.count(MEMBER)} members, "
+                f"{kinds.count(BASELINE)} baselines, {kinds.count(BLEND)} blends")
+        kicker = "Most tokens saved by a member that is not measurably less accurate than the base"
+        if comparison.accuracy_change_interval[1] < 0:
+            kicker = "The most accurate member: all are measurably less accurate than the base"
+    return Headline(kicker=kicker, words=words, line=line,
+                    numbers=_headline_numbers(base, after, comparison))
+
+
+def _headline_numbers(base: Summary, after: Summary,
+                      comparison: Comparison) -> tuple[tuple[str, str, str], ...]:
+    solved = [wording.tokens(summary.tokens_per_solved or 0.0) for summary in (base, after)]
+    return (
+        ("Tokens of a response",
+         f"{wording.tokens(base.tokens)} → {wording.tokens(after.tokens)}",
+         f"after {interval(after.tokens_interval, wording.tokens)}"),
+        ("Accuracy", f"{share(base.accuracy)} → {percent(after.accuracy)}",
+         f"after {interval(after.accuracy_interval, share)} %"),
+        ("Tokens per solved problem", " → ".join(solved), "all tokens / right responses"),
+        ("p of the accuracy change", wording.p_value(comparison.p_value),
          f"{comparison.better:,} problems better, {comparison.worse:,} worse"),
-        ("AES", "–" if comparison.aes is None else f"{comparison.aes:.2f}", "accuracy-efficiency score, base 0"),
-        ("Cut off", f"{_share(base.truncated)} → {_percent(after.truncated)}", "responses without an end"))
-    return Headline(kicker=kicker if findings.family else "Before and after training", words=words, line=line,
-                    numbers=numbers)
+        ("AES", wording.aes(comparison.aes), "accuracy-efficiency score, base 0"),
+        ("Cut off", f"{share(base.truncated)} → {percent(after.truncated)}",
+         "responses without an end"))
 
 
-def _training(run: Run, model: str, seed: str) -> str:
-    took = "" if run.summary is None else f" in {duration(run.summary['wall_s'])}"
-    return f"{model}{seed}, {run.steps:,} steps{took}"
+def models_table(contents: Contents, set_name: str) -> Table:
+    """Returns the table of all models on one set; empty columns are left out."""
+    measured = contents.measured(set_name)
+    rows = [_model_cells(point, measurement) for point, measurement in measured]
+    head = [column for column in rows[-1] if any(row[column][0] for row in rows)]
 
-
-def _bare_headline(findings: Findings, model: str, seed: str) -> Headline:
-    """Of a run without intervals: of an earlier version, not finished, or without held-out problems."""
-    summary = findings.runs[0].summary if findings.runs else None
-    words = "Not evaluated on held-out problems yet"
-    if summary:
-        ratio = summary["token_ratio"]
-        words = (f"{abs(100 * (1 - ratio)):.1f} % {'fewer' if ratio <= 1 else 'more'} tokens, accuracy "
-                 f"{report.signed(100 * summary['accuracy_change'])} points on held-out problems, "
-                 f"{report.alpha_in_words(summary['alpha'], summary.get('alpha_start'))}")
-    return Headline(kicker="Before and after training" if summary else "In training", words=words,
-                    line=_training(findings.runs[0], model, seed) if findings.runs else f"{model}{seed}", numbers=())
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _percent(value: float) -> str:
-    return f"{_share(value)} %"
-
-
-def _points(value: float) -> str:
-    return report.signed(100 * value)
-
-
-def _span(interval: Interval, text: Callable[[float], str]) -> str:
-    return f"[{text(interval[0])}, {text(interval[1])}]"
-
-
-def _p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def points(findings: Findings, name: str) -> Table:
-    """All points on one set."""
-    rows = []
-    for point, measured in findings.on(name):
-        summary, comparison = measured.summary, measured.comparison
-        model = point.label if point.kind == MEMBER else point.name
-        row: list[Cell] = [(model, point.kind if point.kind == BASELINE else ""),
-                           (report.count(summary.tokens), _span(summary.tokens_interval, report.count))]
-        row += [("", "")] if comparison is None else [
-            (_percent(1 - comparison.token_ratio), _span(report.saved_interval(comparison), _share))]
-        row.append((_percent(summary.accuracy), _span(summary.accuracy_interval, _share)))
-        row += [("", "")] * 3 if comparison is None else [
-            (_points(comparison.accuracy_change), _span(comparison.accuracy_change_interval, _points)),
-            (_p_value(comparison.p_value), ""),
-            ("–" if comparison.aes is None else f"{comparison.aes:.2f}", "")]
-        solved = summary.tokens_per_solved
-        rows.append((*row, ("–" if solved is None else report.count(solved), ""),
-                     ("" if point.seconds is None else duration(point.seconds), "")))
-    first = findings.on(name)[0][1].summary
-    head = ("model", "tokens", "saved", "accuracy", "change, points", "p", "AES", "tokens per solved", "training time")
-    keep = [place for place in range(len(head)) if any(row[place][0] for row in rows)]
-    each = "one response" if first.samples == 1 else f"{first.samples} responses"
-    needed = max((measured.comparison.problems_to_detect or 0 for _, measured in findings.on(name)
-                  if measured.comparison is not None), default=0)
-    detected = f"; a change of 2 points takes about {float(f'{needed:.2g}'):,.0f} problems to be seen" if needed else ""
-    return Table(caption=f"{name}: {first.problems:,} held-out problems, {each} to each; 95 % intervals in brackets"
-                         f"{detected}",
-                 head=tuple(head[place] for place in keep),
-                 rows=tuple(tuple(row[place] for place in keep) for row in rows))
-
-
-def difficulties(findings: Findings, result: tuple[Point, Measured]) -> Table:
-    """One model by difficulty."""
-    by_difficulty: Mapping[str, Difficulty] = _comparison(result).by_difficulty
+    base = measured[0][1].summary
+    samples = "one response" if base.samples == 1 else f"{base.samples} responses"
+    needed = max((measurement.comparison.problems_to_detect or 0 for _, measurement in measured
+                  if measurement.comparison is not None), default=0)
+    detect = (f"; to detect a change of 2 points takes about {wording.problems_needed(needed)} "
+              "problems" if needed else "")
     return Table(
-        caption=f"{findings.sets[0]} by difficulty: {result[0].label} against the base",
-        head=("difficulty", "problems", "tokens before", "tokens after", "saved", "accuracy before", "accuracy after"),
-        rows=tuple(((name, ""), (f"{each.problems:,}", ""), (report.count(each.tokens_base), ""),
-                    (report.count(each.tokens), ""),
-                    (_percent(each.saving), _span(each.saving_interval, _share) if each.problems > 1 else ""),
-                    (_percent(each.accuracy_base), ""), (_percent(each.accuracy), ""))
-                   for name, each in by_difficulty.items()))
+        caption=f"{set_name}: {base.problems:,} held-out problems, {samples} to each; 95 % "
+                f"intervals in brackets{detect}",
+        head=tuple(head), rows=tuple(tuple(row[column] for column in head) for row in rows))
 
 
-def generalisation(findings: Findings) -> Table | None:
-    """The sets beyond the first, which training and settings were not chosen by; None where there are none."""
-    rows: list[tuple[Cell, ...]] = []
-    for name in findings.sets[1:]:
-        results = findings.on(name)
-        for point, measured in results:
-            comparison = measured.comparison
-            if comparison is None or point.kind != MEMBER:
-                continue
-            before, after = results[0][1].summary, measured.summary
+def _model_cells(point: Point, measurement: Measurement) -> dict[str, Cell]:
+    """Returns a row of `models_table` by column."""
+    summary, comparison = measurement.summary, measurement.comparison
+    cells = dict.fromkeys(("model", "tokens", "saved", "accuracy", "change, points", "p", "AES",
+                           "tokens per solved", "training time"), ("", ""))
+    cells["model"] = (label(point) if point.kind == MEMBER else point.name,
+                      point.kind.value if point.kind == BASELINE else "")
+    cells["tokens"] = (wording.tokens(summary.tokens),
+                       interval(summary.tokens_interval, wording.tokens))
+    cells["accuracy"] = percent(summary.accuracy), interval(summary.accuracy_interval, share)
+
+    if comparison is not None:
+        cells["saved"] = _saved_cell(comparison)
+        cells["change, points"] = _change_cell(comparison)
+        cells["p"] = wording.p_value(comparison.p_value), ""
+        cells["AES"] = wording.aes(comparison.aes), ""
+    solved = summary.tokens_per_solved
+    cells["tokens per solved"] = "–" if solved is None else wording.tokens(solved), ""
+    cells["training time"] = "" if point.seconds is None else duration(point.seconds), ""
+    return cells
+
+
+def _saved_cell(comparison: Comparison) -> Cell:
+    return (percent(1 - comparison.token_ratio),
+            interval(wording.saved_interval(comparison), share))
+
+
+def _change_cell(comparison: Comparison) -> Cell:
+    return (wording.points(comparison.accuracy_change),
+            interval(comparison.accuracy_change_interval, wording.points))
+
+
+def difficulty_table(contents: Contents, point: Point, comparison: Comparison) -> Table:
+    """Returns the table of one model by difficulty."""
+    rows = []
+    for name, row in comparison.by_difficulty.items():
+        saving = interval(row.saving_interval, share) if row.problems > 1 else ""
+        rows.append(((name, ""), (f"{row.problems:,}", ""), (wording.tokens(row.tokens_base), ""),
+                     (wording.tokens(row.tokens), ""), (percent(row.saving), saving),
+                     (percent(row.accuracy_base), ""), (percent(row.accuracy), "")))
+    return Table(
+        caption=f"{contents.sets[0]} by difficulty: {label(point)} against the base",
+        head=("difficulty", "problems", "tokens before", "tokens after", "saved", "accuracy before",
+              "accuracy after"), rows=tuple(rows))
+
+
+def generalisation(contents: Contents) -> Table | None:
+    """Returns the table of the sets after the first, by which nothing was chosen; None if none."""
+    rows = []
+    for name in contents.sets[1:]:
+        before = contents.measured(name)[0][1].summary
+        for point, measurement, comparison in members(contents, name):
+            after = measurement.summary
             rows.append((
-                (name, f"{after.problems:,} problems"), (point.label, ""),
-                (f"{report.count(before.tokens)} → {report.count(after.tokens)}", ""),
-                (_percent(1 - comparison.token_ratio), _span(report.saved_interval(comparison), _share)),
-                (f"{_share(before.accuracy)} → {_percent(after.accuracy)}", ""),
-                (_points(comparison.accuracy_change), _span(comparison.accuracy_change_interval, _points))))
-    return Table(caption="Further held-out sets, against the base; 95 % intervals in brackets", rows=tuple(rows),
-                 head=("set", "model", "tokens", "saved", "accuracy", "change, points")) if rows else None
+                (name, f"{after.problems:,} problems"), (label(point), ""),
+                (f"{wording.tokens(before.tokens)} → {wording.tokens(after.tokens)}", ""),
+                _saved_cell(comparison),
+                (f"{share(before.accuracy)} → {percent(after.accuracy)}", ""),
+                _change_cell(comparison)))
+    return Table(
+        caption="Further held-out sets, against the base; 95 % intervals in brackets",
+        head=("set", "model", "tokens", "saved", "accuracy", "change, points"),
+        rows=tuple(rows)) if rows else None
 
 
-def tradeoffs(findings: Findings) -> list[Chart]:
-    """Accuracy against tokens: for each set of a family, for a run's first."""
-    found = []
-    for place, name in enumerate(findings.sets if findings.family else findings.sets[:1]):
-        results, figures = findings.on(name), published.figures(findings.model, name)
-        if len(results) < 2:
+def tradeoffs(contents: Contents) -> list[Chart]:
+    """Returns charts of accuracy against tokens: of each set of a family, of a run's first."""
+    charts: list[Chart] = []
+    for index, name in enumerate(contents.sets if contents.family else contents.sets[:1]):
+        measured, published = contents.measured(name), published_points(contents.model, name)
+        if len(measured) < 2:
             continue
-        said = "; ".join(f"{point.label}: {report.count(each.summary.tokens)} tokens, {_percent(each.summary.accuracy)}"
-                         for point, each in results)
-        if place:                   # in a small chart the blends would cover what they lie between
-            results = [each for each in results if each[0].kind != BLEND]
-        source = f" Stars: published, {published.SOURCE}." if figures else ""
-        found.append(Chart(
-            name="pareto" if place == 0 else f"pareto{place + 1}", title=f"Accuracy against tokens, {name}",
-            note="Marks as on the first set." if place else
-                 "Up and to the left is better. Bars: 95 % intervals over problems. Dashed: what is left of the base's "
-                 f"accuracy where its responses are cut off.{source}",
-            alt=f"Accuracy against mean tokens on {name}. {said}",
-            figure=comparison_charts.pareto(results, figures, shape="small" if place else "narrow"),
-            wide=None if place else comparison_charts.pareto(results, figures, shape="wide")))
-    return found
+        models = "; ".join(f"{label(point)}: {wording.tokens(measurement.summary.tokens)} tokens, "
+                           f"{percent(measurement.summary.accuracy)}"
+                           for point, measurement in measured)
+        alt = f"Accuracy against mean tokens on {name}. {models}"
+        title = f"Accuracy against tokens, {name}"
+
+        if index:
+            # In a small chart the blends would cover what they are between.
+            few = [(point, measurement) for point, measurement in measured if point.kind != BLEND]
+            charts.append(Chart(
+                name=f"pareto{index + 1}", title=title, alt=alt, note="Marks as on the first set.",
+                figure=comparison_charts.pareto(few, published, shape="small")))
+        else:
+            note = ("Up and to the left is better. Bars: 95 % intervals over problems. Dashed: the "
+                    "base's accuracy if its responses were cut off.")
+            charts.append(Chart(
+                name="pareto", title=title, alt=alt,
+                note=note + (f" Stars: published, {SOURCE}." if published else ""),
+                figure=comparison_charts.pareto(measured, published, shape="narrow"),
+                wide=comparison_charts.pareto(measured, published, shape="wide")))
+    return charts
 
 
-def comparisons(findings: Findings) -> list[Chart]:
-    """By budget, by difficulty, and the lengths of responses, on the first set."""
-    if not findings.points:
+def comparisons(contents: Contents) -> list[Chart]:
+    """Returns charts by budget, by difficulty and of the lengths of responses, on the first set."""
+    if not contents.points:
         return []
-    results = [(point, each) for point, each in findings.on(findings.sets[0]) if point.kind in (BASE, MEMBER)]
-    members = [(point, each) for point, each in results if each.comparison is not None]
-    found = [Chart(name="budget", title="Accuracy within a token budget", figure=comparison_charts.budgets(results),
-                   note="Each model's responses cut off at the budget: what is not finished by then counts as wrong.",
-                   alt=_said(results, lambda each: _within(each)))]
-    if members:
-        found.append(Chart(
-            name="difficulty", title="Tokens by difficulty", figure=comparison_charts.difficulty(members),
-            note="Tokens before (grey) and after, with the change and its 95 % interval." if len(members) == 1 else
-                 "Share of the base's tokens that each model saves, with 95 % intervals.",
-            alt=_said(members, lambda each: ", ".join(
-                f"{name} {_percent(level.saving)} saved" for name, level in each.comparison.by_difficulty.items()
-                ) if each.comparison else "")))
-    drawn = [(point.label, color, np.array([row["tokens"] for row in rows], float))
-             for (point, _), color in zip(results, comparison_charts.colors(results), strict=True)
-             if (rows := graded_rows(findings, point.responses))]
-    if len(drawn) > 1:
-        found.append(Chart(
-            name="lengths", title="How long responses are", figure=comparison_charts.lengths(drawn),
+    measured = [(point, measurement) for point, measurement in contents.measured(contents.sets[0])
+                if point.kind in (BASE, MEMBER)]
+    compared = [(point, measurement) for point, measurement in measured
+                if measurement.comparison is not None]
+    charts = [Chart(
+        name="budget", title="Accuracy within a token budget",
+        note="Each model's responses cut off at the budget: what is not finished by then counts as "
+             "wrong.",
+        alt=_each(measured, _sufficient_budget), figure=comparison_charts.budgets(measured))]
+
+    if compared:
+        charts.append(Chart(
+            name="difficulty", title="Tokens by difficulty", alt=_each(compared, _savings),
+            note="Tokens before (grey) and after, with the change and its 95 % interval."
+            if len(compared) == 1 else
+            "Share of the base's tokens that each model saves, with 95 % intervals.",
+            figure=comparison_charts.difficulty(compared)))
+
+    histograms = []
+    for (point, _), color in zip(measured, comparison_charts.colors(measured), strict=True):
+        graded = graded_responses(contents, contents.responses.get(point.name))
+        if graded:
+            tokens = np.array([row.tokens for row in graded], float)
+            histograms.append((label(point), color, tokens))
+    if len(histograms) > 1:
+        charts.append(Chart(
+            name="lengths", title="How long responses are",
             note="Share of the responses by their length; the dashed line is the median.",
-            alt="; ".join(f"{name}: median {np.median(each):,.0f} tokens" for name, _, each in drawn)))
-    return found
+            alt="; ".join(f"{name}: median {np.median(tokens):,.0f} tokens"
+                          for name, _, tokens in histograms),
+            figure=comparison_charts.lengths(histograms)))
+    return charts
 
 
-def _said(results: Sequence[tuple[Point, Measured]], words: Callable[[Measured], str]) -> str:
-    return "; ".join(f"{point.label}: {words(each)}" for point, each in results)
+def _each(measured: Measured, words: Callable[[Measurement], str]) -> str:
+    return "; ".join(f"{label(point)}: {words(measurement)}" for point, measurement in measured)
 
 
-def _within(measured: Measured) -> str:
-    """The budget that keeps nine tenths of the accuracy."""
-    kept = [each.budget for each in measured.summary.budgets if each.accuracy >= 0.9 * measured.summary.accuracy]
-    return f"nine tenths of its accuracy within {kept[0]:,} tokens" if kept else ""
+def _sufficient_budget(measurement: Measurement) -> str:
+    """Puts into words the budget that keeps nine tenths of the accuracy."""
+    summary = measurement.summary
+    enough = [row.budget for row in summary.budgets if row.accuracy >= 0.9 * summary.accuracy]
+    return f"nine tenths of its accuracy within {enough[0]:,} tokens" if enough else ""
 
 
-def graded_rows(findings: Findings, directory: Path | None) -> list[dict[str, Any]]:
-    """Graded responses of a directory on the first set; [] where there are none. Raises: UserError."""
-    if directory is None or not findings.sets:
+def _savings(measurement: Measurement) -> str:
+    rows = measurement.comparison.by_difficulty if measurement.comparison else {}
+    return ", ".join(f"{name} {percent(row.saving)} saved" for name, row in rows.items())
+
+
+def graded_responses(contents: Contents, directory: Path | None) -> list[EvaluatedResponse]:
+    """Reads the graded responses of a directory on the first set; [] if there are none."""
+    if directory is None or not contents.sets:
         return []
-    path = directory / f"{responses.file_names(findings.sets)[findings.sets[0]]}{responses.SUFFIX}"
-    return [dataclasses.asdict(row) for row in responses.read(path)[1]] if path.exists() else []
+    name = responses.file_names(contents.sets)[contents.sets[0]]
+    path = directory / f"{name}{responses.SUFFIX}"
+    return responses.read(path)[1] if path.exists() else []
 
 
-MEASURES = (                        # what is drawn against steps: key, title, note, percent, from zero
-    ("tokens", "rollout/tokens", "Tokens of a response", "Of training rollouts; diamonds: held-out problems.", False,
-     True),
-    ("accuracy", "rollout/accuracy", "Accuracy", "Of training rollouts; diamonds: held-out problems.", True, False),
-    ("alpha", "reward/alpha", "Alpha", "Moved towards the target.", False, True),
-    ("truncated", "rollout/truncated", "Responses cut off", "At the token limit or as loops.", True, True),
-    ("entropy", "update/entropy", "Entropy", "Nats a token.", False, True),
-    ("kl", "reward/kl", "KL to the starting model", "Nats a token.", False, False),
+# What is drawn against steps: name, stage, title, note, is it a share, does the axis start at 0?
+MEASURES = (
+    ("tokens", "rollout", "Tokens of a response",
+     "Of training rollouts; diamonds: held-out problems.", False, True),
+    ("accuracy", "rollout", "Accuracy", "Of training rollouts; diamonds: held-out problems.", True,
+     False),
+    ("alpha", "reward", "Alpha", "Moved towards the target.", False, True),
+    ("truncated", "rollout", "Responses cut off",
+     "At the token limit or because they repeat themselves.", True, True),
+    ("entropy", "update", "Entropy", "Nats a token.", False, True),
+    ("kl", "reward", "KL to the starting model", "Nats a token.", False, False),
 )
 
 
-def trainings(findings: Findings) -> list[Chart]:
-    """What moved in training, a line for each run."""
-    members = sorted((run for run in findings.runs if run.metrics and run.kind == MEMBER),
-                     key=lambda run: run.alpha or 0.0)
-    found = []
-    for name, key, title, note, percent, floor in MEASURES:
-        lines = [_line(run, key, color) for run, color in zip(members, comparison_charts.shades(len(members)), strict=True)]
-        drawn = [line for line in lines if line is not None]
-        if not drawn or (name == "alpha" and all(np.ptp(line.values) == 0 for line in drawn)):
+def trainings(contents: Contents) -> list[Chart]:
+    """Returns charts of what moved in training, with a line for each run."""
+    runs = sorted((run for run in contents.runs if run.metrics and run.kind == MEMBER),
+                  key=lambda run: run.alpha or 0.0)
+    shades = comparison_charts.shades(len(runs))
+    charts = []
+    for name, stage, title, note, is_share, floor in MEASURES:
+        lines = [line for run, color in zip(runs, shades, strict=True)
+                 for line in _lines(run, f"{stage}/{name}", color)]
+        if not lines or (name == "alpha" and all(np.ptp(line.values) == 0 for line in lines)):
             continue
-        if name in ("truncated", "kl") and all(not line.values.any() for line in drawn):
-            continue                # nothing was ever cut off, or there is no reference
-        marks = _marks(members[0], f"evaluation/{name}") if len(members) == 1 else []
-        ends = "; ".join(f"{line.label}: {line.values[0]:.4g} at step {line.steps[0]:.0f}, {line.values[-1]:.4g} at "
-                         f"step {line.steps[-1]:.0f}" for line in drawn)
-        found.append(Chart(name=f"training-{name}", title=title, alt=f"{title} against steps. {ends}",
-                           note=note if marks or ";" not in note else f"{note.split(';')[0]}.",
-                           figure=training_curves.course(drawn, marks, percent=percent, floor=floor)))
-    return found
+        if name in ("truncated", "kl") and all(not line.values.any() for line in lines):
+            continue                # nothing was ever cut off, or there is no reference model
+
+        evaluated = len(runs) == 1 and name in ("tokens", "accuracy")
+        marks = _marks(contents, runs[0], name) if evaluated else []
+        ends = "; ".join(
+            f"{line.label or 'trained'}: {line.values[0]:.4g} at step {line.steps[0]:.0f}, "
+            f"{line.values[-1]:.4g} at step {line.steps[-1]:.0f}" for line in lines)
+        charts.append(Chart(
+            name=f"training-{name}", title=title, alt=f"{title} against steps. {ends}",
+            note=note if marks or ";" not in note else f"{note.split(';')[0]}.",
+            figure=training_curves.training_curve(lines, marks, percent=is_share, floor=floor)))
+    return charts
 
 
-def _line(run: Run, key: str, color: str) -> training_curves.Line | None:
+def _lines(run: Run, key: str, color: str) -> Iterable[training_curves.Line]:
+    """Yields the curve of a metric, if the run has it."""
     pairs = [(row["step"], row[key]) for row in run.metrics if row.get(key) is not None]
-    if not pairs:
-        return None
-    steps, values = np.array(pairs, np.float64).T
-    return training_curves.Line(label=run.name, color=color, steps=steps, values=values)
+    if pairs:
+        steps, values = np.array(pairs, np.float64).T
+        yield training_curves.Line(label=run.name, color=color, steps=steps, values=values)
 
 
-def _marks(run: Run, key: str) -> list[training_curves.Line]:
-    """Held-out evaluations: before in grey, between in white, after in blue."""
-    measure = key.partition("/")[2]
-    found = [(row["step"] + ("rollout/tokens" in row), row[key]) for row in run.metrics if row.get(key) is not None]
-    if run.summary is not None and measure in run.summary["base"]:
-        between = [(step, value) for step, value in found if 0 < step < run.steps]
-        ends = [(0, "base", BEFORE), (run.steps, "trained", AFTER)]
-        marks = [training_curves.Line(label=name, color=color, steps=np.array([float(step)]),
-                              values=np.array([run.summary[name][measure]])) for step, name, color in ends]
-    else:
-        between, marks = found, []
-    if between:
-        steps, values = np.array(between, np.float64).T
-        marks.append(training_curves.Line(label="between", color="#56B4E9", steps=steps, values=values))
-    return marks
+def _marks(contents: Contents, run: Run, measure: str) -> list[training_curves.Line]:
+    """Returns the held-out evaluations: before in grey, between in light blue, after in blue."""
+    best = best_member(contents)
+    base = contents.measured(contents.sets[0])[0][1].summary if best else None
+    evaluations = held_out(run.metrics, measure, (base, best[1].summary) if best and base else None)
+    colors = {"before": BEFORE, "after": AFTER, "between": CURVE}
+    return [training_curves.Line(label=name, color=colors[name], steps=steps, values=values)
+            for name, (steps, values) in evaluations.items()]
 
 
 def meters(run: Run) -> list[Chart]:
-    """Where a run's updates come from: the length-pressure meter, and the pull on length."""
-    found = []
-    for name, key, draw, title, note in (
-            ("pressure", "update_share", training_curves.meter, "Length-pressure meter",
-             "Shares of the advantages' size, by where they come from."),
-            ("pull", "length_pull", training_curves.pull, "Pull on length",
-             "Advantage times distance from the group's mean length, in tokens: below 0 towards shorter responses.")):
-        rows = [row for row in run.metrics if all(row.get(f"{key}/{part}") is not None for part in training_curves.PARTS)]
+    """Returns charts of what a run's updates are made of: the length-pressure meter, the pull."""
+    parts = training_curves.PARTS
+    charts = []
+    for name, prefix, draw, title, note in (
+            ("pressure", "update_share", training_curves.update_shares, "Length-pressure meter",
+             "Shares of the advantages' size, by their source."),
+            ("pull", "length_pull", training_curves.length_pulls, "Pull on length",
+             "Advantage times distance from the group's mean length, in tokens: below 0 towards "
+             "shorter responses.")):
+        rows = [row for row in run.metrics
+                if all(row.get(f"{prefix}/{part}") is not None for part in parts)]
         if rows:
-            means = ", ".join(f"{training_curves.PART_NAMES[part]} {np.mean([row[f'{key}/{part}'] for row in rows]):.2f}"
-                              for part in training_curves.PARTS)
-            found.append(Chart(name=name, title=f"{title}", note=note, alt=f"{title}, means over steps: {means}",
-                               figure=draw(rows)))
-    return found
+            means = ", ".join(
+                f"{part_name} {np.mean([row[f'{prefix}/{part}'] for row in rows]):.2f}"
+                for part, (part_name, _) in parts.items())
+            charts.append(Chart(name=name, title=title, note=note, figure=draw(rows),
+                                alt=f"{title}, means over steps: {means}"))
+    return charts
