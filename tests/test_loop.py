@@ -92,7 +92,9 @@ def assert_same_run(finished, directory):
         assert rows == others and facts | {"environment": 0} == expected | {"environment": 0}, path
     assert lasting(directory) == lasting(finished.directory)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (directory, finished.directory)]
-    assert summaries[0] | {"wall_s": 0} == summaries[1] | {"wall_s": 0}
+    for summary in summaries:
+        assert summary["points"][1].pop("seconds") > 0
+    assert summaries[0] == summaries[1]
 
 
 def refused(capsys, argv, command="train"):
@@ -121,26 +123,30 @@ def test_config_yaml_is_the_resolved_configuration(finished, world):
 
 def test_summary_json_has_exactly_the_promised_shape(finished):
     summary = json.loads((finished.directory / "summary.json").read_text())
-    assert list(summary) == ["alpha", "alpha_start", "seed", "base", "trained", "token_ratio", "accuracy_change",
-                             "wall_s", "sets", "steps", "origin", "sampling", "environment"]
+    assert list(summary) == ["model", "seed", "steps", "points", "origin", "sampling",
+                             "environment"]
     assert summary["origin"]["template"]["sha256"] and summary["sampling"]["max_new_tokens"] == 40
-    for name in ("base", "trained"):
-        assert list(summary[name]) == ["accuracy", "tokens", "by_level"]
-        assert list(summary[name]["by_level"]) == ["easy", "hard"]
-        for level in summary[name]["by_level"].values():
-            assert list(level) == ["accuracy", "tokens"]
-        levels = summary[name]["by_level"].values()
+    base, trained = summary["points"]
+    assert [(point["name"], point["kind"], point["directory"]) for point in (base, trained)] == [
+        ("base", "base", "evaluations/step0"), ("trained", "member", ".")]
+    for point in (base, trained):
+        (measurement,) = point["sets"].values()
+        measured = measurement["summary"]
+        assert list(measured["by_level"]) == ["easy", "hard"]
+        for level in measured["by_level"].values():
+            assert list(level) == ["accuracy", "tokens", "problems"]
+        levels = measured["by_level"].values()
         for measure in ("accuracy", "tokens"):
-            assert summary[name][measure] == pytest.approx(np.mean([level[measure] for level in levels]))
-    assert (summary["alpha"], summary["seed"]) == (0.2, 0)
-    assert summary["token_ratio"] == summary["trained"]["tokens"] / summary["base"]["tokens"]
-    assert summary["accuracy_change"] == summary["trained"]["accuracy"] - summary["base"]["accuracy"]
-    assert summary["wall_s"] > 0
-    (found,) = summary["sets"].values()
+            assert measured[measure] == pytest.approx(np.mean([level[measure] for level in levels]))
+    assert (trained["alpha"], trained["alpha_start"], summary["seed"]) == (0.2, 0.2, 0)
+    assert trained["seconds"] > 0
+    (before,), (found,) = base["sets"].values(), trained["sets"].values()
+    before, after = before["summary"], found["summary"]
+    assert found["comparison"]["token_ratio"] == after["tokens"] / before["tokens"]
+    assert found["comparison"]["accuracy_change"] == after["accuracy"] - before["accuracy"]
     low, high = found["comparison"]["token_ratio_interval"]
     assert low <= found["comparison"]["token_ratio"] <= high
-    assert summary["token_ratio"] == pytest.approx(found["comparison"]["token_ratio"])
-    assert found["trained"]["accuracy"] == summary["trained"]["accuracy"] and found["trained"]["problems"] == 8
+    assert after["problems"] == 8
 
 
 def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished):
@@ -196,12 +202,14 @@ def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
     models = [str(world / "base"), model, checkpoint]
     assert main.main(["evaluate", *arguments, "--models", *models, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    summary = json.loads((finished.directory / "summary.json").read_text())
+    points = json.loads((finished.directory / "summary.json").read_text())["points"]
+    summary = {point["name"]: measured for point in points for measured in point["sets"].values()}
     for path, name in ((str(world / "base"), "base"), (model, "trained"), (checkpoint, "trained")):
         (found,) = results["models"][path].values()
         assert {key: found["summary"][key] for key in ("accuracy", "tokens")} == {
-            key: summary[name][key] for key in ("accuracy", "tokens")}
-    assert results["models"][model][str(world / "test.jsonl")]["comparison"]["token_ratio"] == summary["token_ratio"]
+            key: summary[name]["summary"][key] for key in ("accuracy", "tokens")}
+    assert results["models"][model][str(world / "test.jsonl")]["comparison"]["token_ratio"] == (
+        summary["trained"]["comparison"]["token_ratio"])
 
 
 # Replay
@@ -477,8 +485,8 @@ def test_a_step_that_is_stopped_while_it_refills_is_drawn_again(world, tmp_path)
 def test_alpha_follows_the_evaluations_and_a_resumed_run_goes_the_same_way(world, tmp_path):
     changes = {"reward.target_tokens": 0.2, "evaluation.every": 2, "checkpoint.every": 2}
     loop.train(small_runs.config(world, tmp_path / "run", **changes))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["alpha_start"], summary["alpha"]) == pytest.approx((0.2, 0.4))
+    trained = json.loads((tmp_path / "run" / "summary.json").read_text())["points"][1]
+    assert (trained["alpha_start"], trained["alpha"]) == pytest.approx((0.2, 0.4))
     assert "α = 0.4" in (tmp_path / "run" / "model" / "README.md").read_text()
     rows = [row for row in lasting(tmp_path / "run") if "reward/alpha" in row]
     assert [row["reward/alpha"] for row in rows] == pytest.approx([0.2, 0.2, 0.3, 0.3, 0.4, 0.4])   # too long still
@@ -646,8 +654,8 @@ def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(
     facts = json.loads((model / "effreason.json").read_text())
     assert (facts["base_model"], facts["data"], facts["step"], facts["alpha"]) == ("base", ["train.jsonl"], 6, 0.2)
     card = (model / "README.md").read_text()
-    summary = json.loads((finished.directory / "summary.json").read_text())
-    for result in (summary["base"], summary["trained"]):
+    points = json.loads((finished.directory / "summary.json").read_text())["points"]
+    for result in (measured["summary"] for point in points for measured in point["sets"].values()):
         assert f"{100 * result['accuracy']:.1f} %" in card and f"{result['tokens']:,.0f}" in card
     assert "α = 0.2" in card and "test.jsonl" in card and str(world) not in card
     assert facts["template"]["user_prompt"] == "{problem}" and len(facts["template"]["sha256"]) == 64

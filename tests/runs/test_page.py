@@ -279,7 +279,7 @@ def test_run_that_has_just_begun_has_a_page(tmp_path):
     (lambda path: (made_runs.make_run(path, steps=2, problems=6), (path / "summary.json").write_text("{")),
      r"summary\.json: cannot be read"),
     (lambda path: (made_runs.make_family(path, alphas=(0.1,), steps=2, problems=6),
-                   (path / "family.json").write_text('{"points": [{}]}')), r"family\.json: \w+ must be .*, got no"),
+                   (path / "family.json").write_text('{"points": [{}]}')), r"family\.json: [\w.]+ must be .*, got no"),
     (lambda path: (path.mkdir(), results.write(path / "family.json", results.Results(
         model="tiny", seed=0, steps=2, points=[], **made_runs.PROVENANCE))),
      r"made is a family that is not finished yet"),
@@ -342,13 +342,13 @@ TRAINED = ("points", 1, "sets", "tiny")
     (holds("summary.json", "{}"), "summary.json: has no points; was it written by another version"),
     (holds("summary.json", "[]"), "summary.json: must hold an object"),
     (with_value("summary.json", [], *TRAINED[:-1]), "summary.json: .*sets must be an object, got"),
-    (with_value("summary.json", 5, *TRAINED), "summary.json: .* got 5"),
+    (with_value("summary.json", 5, *TRAINED), "summary.json: points.1.sets.* must be an object"),
     (with_value("summary.json", {}, *TRAINED), "summary.json: .*summary must be an object, got no summary"),
     (with_value("summary.json", MISSING, "seed"), "summary.json: seed must be a whole number, got no seed"),
     (with_value("summary.json", "x", "points", 1, "alpha_start"),
      "summary.json: .*alpha_start must be a number or null, got \"x\""),
-    (with_value("summary.json", 3, *TRAINED, "summary"), "summary.json: .*got 3"),
-    (with_value("summary.json", "x", *TRAINED, "summary", "tokens"), "summary.json: .*got \"x\""),
+    (with_value("summary.json", 3, *TRAINED, "summary"), "json: .*summary must be an object"),
+    (with_value("summary.json", "x", *TRAINED, "summary", "tokens"), "json: .*tokens must be a number"),
     (with_value("summary.json", float("nan"), *TRAINED, "summary", "accuracy"),
      "summary.json: cannot be read: NaN is not a number"),
     (with_value("summary.json", [1], *TRAINED, "summary", "accuracy_interval"), "summary.json: .*got"),
@@ -395,9 +395,8 @@ def test_what_is_damaged_is_left_out_where_it_can_be(tmp_path, originals, change
      "family.json: .*kind must be one of base, member, baseline, blend, got \"other\""),
     (with_value("family.json", "x", "points", 1, "alpha"), "family.json: .*alpha must be a number or null"),
     (with_value("family.json", 5, "points", 1, "directory"), "family.json: .*directory must be a text, got 5"),
-    (with_value("family.json", "x", *TRAINED, "comparison", "p_value"), "family.json: .*got \"x\""),
+    (with_value("family.json", "x", *TRAINED, "comparison", "p_value"), "json: .*p_value must be a number"),
     (with_value("family.json", MISSING, *TRAINED, "summary"), "family.json: .*got no summary"),
-    (holds("alpha0.1/summary.json", "{}"), "alpha0.1/summary.json: has no points"),
 ])
 def test_damaged_family_is_one_clear_error(tmp_path, originals, change, message):
     directory = damaged(originals, tmp_path, "family", change)
