@@ -100,7 +100,7 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
 
 
 def evaluation_samples(config: Config) -> dict[str, int]:
-    """Returns the responses to each problem, by evaluation set: evaluation.samples, or the paper's."""
+    """Returns responses to each problem by evaluation set: evaluation.samples or the paper's."""
     return {spec.name: config.evaluation.samples or (
         PRESETS[spec.name].samples if spec.name in PRESETS else 1)
         for spec in _evaluation_specs(config)}
@@ -113,7 +113,7 @@ def _evaluation_specs(config: Config) -> tuple[Spec, ...]:
 
 
 def _check_subset(config: Config) -> None:
-    """Raises UserError if no data set uses data.subset, which is for sets on the Hub by their id."""
+    """Raises UserError if no data set uses data.subset, which is for sets on the Hub by id."""
     data = config.data
     paths = {"data.path": data.path, "evaluation.path": config.evaluation.path,
              "data.exclude": data.exclude}
@@ -183,7 +183,7 @@ class _Account:
         self.notes.append(f"{self.name}: has {count:,} {description}")
 
     def drop(self, rows: Sequence[tuple[int, str]], reason: str, description: str) -> None:
-        """Notes rows, each (number, text), as left out; `reason` is for one, `description` for all."""
+        """Notes rows (number, text) as left out; `reason` is for one, `description` for all."""
         if rows:
             self.notes.append(f"{self.name}: left out {len(rows):,} {description}")
             self.left_out += [LeftOut(self.name, number, reason, text) for number, text in rows]
@@ -194,7 +194,7 @@ class _Account:
             rows = [row for row in unusable if row.reason == reason]
             if rows:
                 self.drop([(row.number, row.text) for row in rows], reason,
-                          description.format(rows[0].place))
+                          description.format(rows[0].location))
 
     def drop_too_long(self, rows: Sequence[Row], max_tokens: int) -> None:
         self.drop([(row.number, row.text) for row in rows], "has a prompt that is too long",

@@ -77,7 +77,7 @@ def batch(problems: Problems, size: int, seed: int, step: int) -> list[Problem]:
 
 def others(problems: Problems, replaced: Sequence[Problem], used: Sequence[Problem],
            key: Sequence[int]) -> list[Problem | None]:
-    """Returns one other problem of the same pool for each problem to be replaced, None if it has none.
+    """Returns an unused problem of the same pool for each problem to replace, None if it has none.
 
     The order depends on the key alone.
 

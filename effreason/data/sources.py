@@ -1,4 +1,4 @@
-"""From a data.path to rows: presets, ids on the Hugging Face Hub, JSONL, Parquet, saved folders, the tiny world."""
+"""Rows of the data sets of a path: presets, Hub ids, JSONL, Parquet, saved folders, tiny."""
 
 import dataclasses
 import difflib
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from effreason.data import answers, files
-from effreason.data import hub as downloads
 from effreason.data.files import Rows
+from effreason.data.hub import hub_rows
 from effreason.data.presets import PRESETS, Preset
 from effreason.data.tiny import tasks
 from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import UserError
 
-TINY_PROBLEMS = 3000                # the training set of the tiny world
-TINY_HELD_OUT = 1500                # and of its held-out problems
-TINY_NOVEL = 200                    # each of its sets that training never sees
-EMBEDDED = ("tiny", *tasks.NOVEL)
-ONE_LEVEL = "all"
+TINY_PROBLEMS = 3000                # of tiny, to train on
+TINY_HELD_OUT = 1500                # of tiny, to evaluate on
+TINY_NOVEL = 200                    # of each tiny set that training never sees
+BUILT_IN = ("tiny", *tasks.NOVEL)
+SINGLE_LEVEL = "all"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
 WITHOUT_TEXT, WITHOUT_ANSWER = "has no problem text", "has no answer"
@@ -35,61 +35,66 @@ class Row:
     number: int                     # of its row in the source
     text: str
     reference: str
-    level: str = ONE_LEVEL
+    level: str = SINGLE_LEVEL
     kind: str = "math"              # math | choice | text
     choices: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Unusable:
-    """A row that is no problem."""
+    """A row that has no problem or no answer."""
 
     number: int                     # of its row in the source
-    place: str                      # file and line, or set and row
+    location: str                   # file and line, or data set and row
     reason: str                     # WITHOUT_TEXT | WITHOUT_ANSWER
-    text: str                       # of the problem, "" where it has none
+    text: str                       # of the problem, "" if it has none
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One of the sets that a path names."""
+    """One of the data sets that a path names."""
 
-    name: str                       # org/name@revision for a commit, tag or branch of a set on the Hub
-    weight: float | None = None     # share of a mixture, relative to the others; None = the path gives no weights
+    name: str                       # org/name@revision for a commit, tag or branch on the Hub
+    weight: float | None = None     # share of a mixture, relative to the others; None = no weights
 
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """How a row is read."""
+    """How to read a row."""
 
     problem: str
     answer: str
     answer_from: str
     kind: str
     choices: str | None = None
-    choices_must: bool = True       # a row without them is an error
+    require_choices: bool = True    # a row without them is an error
     level: str | None = None
-    level_must: bool = True
-    nulls: bool = False             # a null as text or answer is a row to leave out, not an error
+    require_level: bool = True
+    allow_null: bool = False        # a row whose text or answer is null is left out, not an error
 
 
 def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
-    """The sets that a path names: `gsm8k`, `gsm8k,math`, `gsm8k=0.3,math=0.7`.
+    """Returns the data sets of a path: `gsm8k`, `gsm8k,math`, `gsm8k=0.3,math=0.7`.
 
-    Args: path, one or more sets with commas between them; field, of the configuration, for messages; weights, whether
-        they may be given. A path that exists is one set, whatever its name holds.
-    Raises: UserError for an empty name, a weight that is no positive number, or weights for only some."""
+    A path that exists is one data set, whatever characters its name contains. `field` of the
+    configuration is for messages; without `weights` none may be given.
+    """
     if os.path.exists(path):
         return (Spec(path),)
+
     specs = []
     for part in path.split(","):
         part = part.strip()
-        name, equals, number = (part, "", "") if os.path.exists(part) or "=" not in part else part.rpartition("=")
-        if not name.strip():
+        is_plain = os.path.exists(part) or "=" not in part
+        name, equals, number = (part, "", "") if is_plain else part.rpartition("=")
+        name = name.strip()
+        if not name:
             raise UserError(f"{field} must name data sets with commas between them, got {path!r}")
         if equals and not weights:
             raise UserError(f"{field} takes no weights, got {part!r}")
-        specs.append(Spec(name.strip(), _weight(number, f"{field}: the weight of {name.strip()}") if equals else None))
+        weight = _parse_weight(number, f"{field}: the weight of {name}") if equals else None
+        specs.append(Spec(name, weight))
+
     if len({spec.weight is None for spec in specs}) > 1:
         raise UserError(f"{field} must give a weight to each set or to none, got {path!r}")
     if len({spec.name for spec in specs}) < len(specs):
@@ -97,146 +102,166 @@ def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
     return tuple(specs)
 
 
-def check(path: str, data: DataConfig, field: str, *, held_out: bool = False, split: str | None = None) -> None:
-    """Raises UserError for a set that is surely not there, before anything is read; the Hub is not asked.
+def check(path: str, data: DataConfig, field: str, *, held_out: bool = False,
+          split: str | None = None) -> None:
+    """Raises UserError for a data set that cannot exist, before anything is read or downloaded.
 
-    Args: held_out, the part to evaluate on; split, instead of the sets' own, None = data.split for the part to train
-        on. The field data.exclude has the part to evaluate on of sets that have one, and the sets' own splits."""
+    Args:
+        held_out: the part to evaluate on.
+        split: instead of the sets' own; None = data.split for the part to train on. The field
+            data.exclude uses the part to evaluate on if there is one, and the sets' own splits.
+    """
     training = not held_out and field != "data.exclude"
     specs = parse(path, field, weights=training)
     if field == "data.exclude":
         split = None
     elif training and split is None:
         split = data.split
-    if split is not None and all(_is_file(spec.name) for spec in specs):
-        raise UserError(f"{'data' if training else 'evaluation'}.split is for sets of several splits; {field} names "
-                        f"{'a file' if len(specs) == 1 else 'files'} without, got {split!r}")
+
+    if split is not None and all(spec.name not in PRESETS and os.path.isfile(spec.name)
+                                 for spec in specs):
+        raise UserError(f"{'data' if training else 'evaluation'}.split is for sets of several "
+                        f"splits; {field} names {'a file' if len(specs) == 1 else 'files'} "
+                        f"without, got {split!r}")
     for spec in specs:
         if spec.name in PRESETS:
-            _local_copy(spec.name, data, has_test(spec.name) if field == "data.exclude" else held_out, split)
-        elif spec.name in EMBEDDED:
+            is_test = has_test(spec.name) if field == "data.exclude" else held_out
+            _local_copy(spec.name, data, is_test, split)
+        elif spec.name in BUILT_IN:
             if training:
                 _check_trainable(spec.name, field)
         elif not Path(spec.name).exists():
-            _check_id(spec.name, field)
+            _check_hub_id(spec.name, field)
 
 
 def takes_subset(name: str) -> bool:
-    """A set that data.subset is for: on the Hub, by its id."""
-    return name not in EMBEDDED and name not in PRESETS and not os.path.exists(name)
+    """Returns whether data.subset applies to a set: it is on the Hub, named by its id."""
+    return name not in BUILT_IN and name not in PRESETS and not os.path.exists(name)
+
+
+def has_test(name: str) -> bool:
+    """Returns whether a set can be evaluated on: all but presets without a test split."""
+    return name not in PRESETS or PRESETS[name].test is not None
 
 
 def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = None,
          field: str = "data.path") -> tuple[list[Row], list[Unusable]]:
-    """The rows of one set, and those that have no problem's text or no answer.
+    """Returns the rows of a data set, and those without a problem or an answer.
 
-    Args: name, as `parse` gives it; held_out, the part to evaluate on and not the one to train on; split, instead of
-        the set's own; field, of the configuration, for messages. A preset's name comes before a path, a path before an
-        id on the Hub.
-    Raises: UserError that names the set, or file and line."""
-    if name in EMBEDDED:
+    A preset's name takes precedence over a path, a path over an id on the Hub.
+
+    Args:
+        name: as `parse` returns it.
+        held_out: the part to evaluate on, not the one to train on.
+        split: instead of the set's own.
+        field: of the configuration, for messages.
+    """
+    if name in BUILT_IN:
         if not held_out:
             _check_trainable(name, field)
-        return _embedded_rows(name, held_out), []
+        return _built_in_rows(name, held_out), []
+
     if name in PRESETS:
         columns, rows = _preset_rows(name, data, held_out, split)
     else:
-        columns = _Columns(data.problem_field, data.answer_field, data.answer_from, data.answer_kind,
-                           data.choices_field, level=data.level_field)
-        usual = "test" if held_out else "train"
+        columns = _Columns(data.problem_field, data.answer_field, data.answer_from,
+                           data.answer_kind, data.choices_field, level=data.level_field)
+        split = split or ("test" if held_out else "train")
         if os.path.exists(name):
-            rows = files.file_rows(Path(name), split or usual)
+            rows = files.file_rows(Path(name), split)
         else:
-            _check_id(name, field)
-            columns = dataclasses.replace(columns, nulls=True)
-            rows = downloads.hub_rows(name, data.subset, split or usual)
-    found: list[Row] = []
+            _check_hub_id(name, field)
+            columns = dataclasses.replace(columns, allow_null=True)
+            rows = hub_rows(name, data.subset, split)
+
+    usable: list[Row] = []
     unusable: list[Unusable] = []
-    for number, (place, row) in enumerate(rows):
-        made = _row(number, row, columns, place)
-        if isinstance(made, Row):
-            found.append(made)
+    for number, (location, values) in enumerate(rows):
+        row = _parse_row(number, values, columns, location)
+        if isinstance(row, Row):
+            usable.append(row)
         else:
-            unusable.append(made)
-    if not found:
+            unusable.append(row)
+    if not usable:
         raise UserError(_all_unusable(name, unusable, columns))
-    return found, unusable
+    return usable, unusable
 
 
 def _all_unusable(name: str, unusable: Sequence[Unusable], columns: _Columns) -> str:
     if not unusable:
         return f"{name}: has no rows"
-    last, which = unusable[-1], f"and so in all {len(unusable)} rows of {name}"
+
+    last, scope = unusable[-1], f"and so in all {len(unusable)} rows of {name}"
     if any(row.reason != last.reason for row in unusable):
-        which = f"and one or the other in all {len(unusable)} rows of {name}"
+        scope = f"and one or the other in all {len(unusable)} rows of {name}"
     if last.reason == WITHOUT_TEXT:
-        return f"{last.place}: no problem in column {columns.problem!r}, {which}"
-    return (f"{last.place}: no answer in column {columns.answer!r} as data.answer_from = {columns.answer_from} reads "
-            f"it, {which}")
+        return f"{last.location}: no problem in column {columns.problem!r}, {scope}"
+    return (f"{last.location}: no answer in column {columns.answer!r} as data.answer_from = "
+            f"{columns.answer_from} reads it, {scope}")
 
 
-def has_test(name: str) -> bool:
-    """A set to evaluate on: all but those presets that are for training alone."""
-    return name not in PRESETS or PRESETS[name].test is not None
-
-
-def _weight(number: str, what: str) -> float:
+def _parse_weight(number: str, description: str) -> float:
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not 0 < weight < math.inf:
-        raise UserError(f"{what} must be a positive number, got {number.strip()!r}")
+        raise UserError(f"{description} must be a positive number, got {number.strip()!r}")
     return weight
 
 
-def _is_file(name: str) -> bool:
-    return name not in PRESETS and os.path.isfile(name)
-
-
-def _check_id(name: str, field: str) -> None:
-    """A name that is no preset and no path must at least look like an id on the Hub."""
+def _check_hub_id(name: str, field: str) -> None:
+    """Raises UserError for a name that is no preset, no path, and does not look like a Hub id."""
     bare, at, revision = name.partition("@")
-    if at and (bare in EMBEDDED or bare in PRESETS):
+    if at and (bare in BUILT_IN or bare in PRESETS):
         hub = PRESETS[bare].hub if bare in PRESETS else None
         raise UserError(f"{field}: {bare} takes no revision, got {name!r}"
                         + (f"; the set itself is {hub}@{revision}" if hub else ""))
+
     if HUB_ID.fullmatch(name) and not bare.lower().endswith(SUFFIXES):
         return
-    if Path(bare).suffix.lower() in SUFFIXES or bare.count("/") > 1 or name.startswith(("/", ".", "~")):
+    if (Path(bare).suffix.lower() in SUFFIXES or bare.count("/") > 1
+            or name.startswith(("/", ".", "~"))):
         raise UserError(f"{field}: {name} does not exist")
-    near = difflib.get_close_matches(bare.lower(), [*EMBEDDED, *PRESETS], n=1)
-    raise UserError(f"{field} names {name!r}, which is no preset, no file and no id on the Hugging Face Hub; "
-                    + (f"did you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}"))
+
+    similar = difflib.get_close_matches(bare.lower(), [*BUILT_IN, *PRESETS], n=1)
+    hint = f"did you mean {similar[0]}?" if similar else f"presets are {', '.join(PRESETS)}"
+    raise UserError(f"{field} names {name!r}, which is no preset, no file and no id on the "
+                    f"Hugging Face Hub; {hint}")
 
 
 def _check_trainable(name: str, field: str) -> None:
     if name in tasks.NOVEL:
-        raise UserError(f"{field}: {name} is a set to evaluate on alone; the one to train on is tiny")
+        raise UserError(f"{field}: {name} is only for evaluation; the set to train on is tiny")
 
 
-def _embedded_rows(name: str, held_out: bool) -> list[Row]:
+def _built_in_rows(name: str, held_out: bool) -> list[Row]:
     if name == "tiny":
-        drawn, count = tasks.distinct(0, held_out=held_out), TINY_HELD_OUT if held_out else TINY_PROBLEMS
+        stream = tasks.distinct(0, held_out=held_out)
+        count = TINY_HELD_OUT if held_out else TINY_PROBLEMS
     else:
-        drawn, count = tasks.novel(name), TINY_NOVEL
+        stream, count = tasks.novel(name), TINY_NOVEL
     return [Row(number=number, text=task.text, reference=task.answer, level=task.level)
-            for number, task in enumerate(itertools.islice(drawn, count))]
+            for number, task in enumerate(itertools.islice(stream, count))]
 
 
 def _local_copy(name: str, data: DataConfig, held_out: bool, split: str | None) -> Path | None:
-    """The file of a preset's local copy, None for the Hub. Raises: UserError where the set has no such part."""
+    """Returns the file of a preset's local copy, None for the Hub; UserError without the split."""
     preset = PRESETS[name]
-    own, role = (preset.test, "evaluate on") if held_out else (preset.train, "train on")
-    if split is None and own is None:
-        raise UserError(f"{name}: the set has no split to {role}")
+    own_split, purpose = (preset.test, "evaluate on") if held_out else (preset.train, "train on")
+    if split is None and own_split is None:
+        raise UserError(f"{name}: the set has no split to {purpose}")
+
     if data.directory is not None:
-        file = Path(data.directory) / (preset.folder or name) / f"{split or ('test' if held_out else 'train')}.jsonl"
+        file_name = f"{split or ('test' if held_out else 'train')}.jsonl"
+        file = Path(data.directory) / (preset.folder or name) / file_name
         if not file.exists():
-            raise UserError(f"{file}: not there, and data.directory says that the local copy of {name} is")
+            raise UserError(f"{file}: does not exist; data.directory must contain the local copy "
+                            f"of {name}")
         return file
     if preset.hub is None:
-        raise UserError(f"{name}: is not on the Hugging Face Hub; data.directory must name the folder of local copies")
+        raise UserError(f"{name}: is not on the Hugging Face Hub; data.directory must name the "
+                        "folder of local copies")
     return None
 
 
@@ -244,67 +269,72 @@ def _preset_rows(name: str, data: DataConfig, held_out: bool,
                  split: str | None) -> tuple[_Columns, Rows]:
     preset, file = PRESETS[name], _local_copy(name, data, held_out, split)
     if file is not None:
-        return _Columns("problem", "answer", "whole", preset.kind, "choices", choices_must=False,
-                        level="level", level_must=False), files.jsonl_rows(file)
+        columns = _Columns("problem", "answer", "whole", preset.kind, "choices",
+                           require_choices=False, level="level", require_level=False)
+        return columns, files.jsonl_rows(file)
+
     assert preset.hub is not None
-    own = preset.test if held_out else preset.train
+    split = split or str(preset.test if held_out else preset.train)
     rows: Rows = itertools.chain.from_iterable(
-        downloads.hub_rows(preset.hub, subset, split or str(own)) for subset in preset.subsets)
-    return _hub_columns(preset), rows if preset.shape is None else _shaped(rows, preset)
-
-
-def _hub_columns(preset: Preset) -> _Columns:
-    problem, answer = ("problem", "answer") if preset.shape else (preset.problem, preset.answer)
-    return _Columns(problem, answer, preset.answer_from, preset.kind, preset.choices, level=preset.level,
-                    level_must=False, nulls=True)
+        hub_rows(preset.hub, subset, split) for subset in preset.subsets)
+    is_shaped = preset.shape is not None
+    columns = _Columns(
+        "problem" if is_shaped else preset.problem, "answer" if is_shaped else preset.answer,
+        preset.answer_from, preset.kind, preset.choices, level=preset.level, require_level=False,
+        allow_null=True)
+    return columns, _shaped(rows, preset) if is_shaped else rows
 
 
 def _shaped(rows: Rows, preset: Preset) -> Rows:
     assert preset.shape is not None
-    for place, row in rows:
+    for location, row in rows:
         try:
-            yield place, preset.shape(row)
+            yield location, preset.shape(row)
         except KeyError as error:
-            raise UserError(f"{place}: has no field {error}, found {_names(row)}") from None
+            raise UserError(f"{location}: has no field {error}, found {_names(row)}") from None
 
 
-def _row(number: int, row: dict[str, Any], columns: _Columns, place: str) -> Row | Unusable:
-    """The row as a problem, if it is one."""
-    text = _text(row, columns.problem, place, null=columns.nulls)
+def _parse_row(number: int, row: dict[str, Any], columns: _Columns,
+               location: str) -> Row | Unusable:
+    text = _text(row, columns.problem, location, allow_null=columns.allow_null)
     if not text.strip():
-        return Unusable(number, place, WITHOUT_TEXT, text)
-    reference = answers.extract(_text(row, columns.answer, place, null=columns.nulls), columns.answer_from)
+        return Unusable(number, location, WITHOUT_TEXT, text)
+    answer = _text(row, columns.answer, location, allow_null=columns.allow_null)
+    reference = answers.extract(answer, columns.answer_from)
     if not reference:
-        return Unusable(number, place, WITHOUT_ANSWER, text)
-    level = ONE_LEVEL
-    if columns.level is not None and (columns.level_must or row.get(columns.level) is not None):
-        level = _text(row, columns.level, place)
+        return Unusable(number, location, WITHOUT_ANSWER, text)
+
+    level = SINGLE_LEVEL
+    if columns.level is not None and (columns.require_level or row.get(columns.level) is not None):
+        level = _text(row, columns.level, location)
     if columns.kind != "choice":
         return Row(number=number, text=text, reference=reference, level=level, kind=columns.kind)
+
     listed = None
-    if columns.choices is not None and (columns.choices_must or columns.choices in row):
+    if columns.choices is not None and (columns.require_choices or columns.choices in row):
         if columns.choices not in row:
-            raise UserError(f"{place}: has no field {columns.choices!r}, found {_names(row)}")
+            raise UserError(f"{location}: has no field {columns.choices!r}, found {_names(row)}")
         listed = row[columns.choices]
     try:
         text, reference, choices = answers.choose(text, row[columns.answer], reference, listed)
     except ValueError as error:
-        raise UserError(f"{place}: {error}") from None
-    return Row(number=number, text=text, reference=reference, level=level, kind="choice", choices=choices)
+        raise UserError(f"{location}: {error}") from None
+    return Row(number=number, text=text, reference=reference, level=level, kind="choice",
+               choices=choices)
 
 
-def _text(row: dict[str, Any], field: str, place: str, *, null: bool = False) -> str:
-    """A field as text. Args: null, whether a null is "" and not an error."""
+def _text(row: dict[str, Any], field: str, location: str, *, allow_null: bool = False) -> str:
+    """Returns a field as text; a null is "" if allowed, otherwise an error."""
     if field not in row:
-        raise UserError(f"{place}: has no field {field!r}, found {_names(row)}")
-    if null and row[field] is None:
+        raise UserError(f"{location}: has no field {field!r}, found {_names(row)}")
+    if allow_null and row[field] is None:
         return ""
     try:
         return answers.as_text(row[field])
     except ValueError as error:
-        raise UserError(f"{place}: field {field!r} {error}") from None
+        raise UserError(f"{location}: field {field!r} {error}") from None
 
 
 def _names(row: dict[str, Any]) -> str:
-    """Of a row's fields; JSON may name them by what is no Unicode."""
+    """Returns the names of a row's fields; JSON may contain names that are not valid Unicode."""
     return ", ".join(row).encode("utf-8", "backslashreplace").decode() or "none"

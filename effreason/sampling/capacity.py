@@ -32,15 +32,15 @@ def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: 
             window=config.repetition.window, longest_period=config.repetition.longest_period,
             audit_share=config.repetition.audit_share)
 
-    return make_sampler(
-        decoder, mesh, slots=slot_count(config, decoder, mesh, weight_bytes), chunk=settings.chunk,
-        max_positions=max_positions(config), repetition=repetition, cache_layout=settings.cache_layout)
+    slots = slot_count(config, decoder, mesh, weight_bytes)
+    return make_sampler(decoder, mesh, slots=slots, chunk=settings.chunk, repetition=repetition,
+                        max_positions=max_positions(config), cache_layout=settings.cache_layout)
 
 
 def slot_count(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:
-    """Returns how many responses are generated at once: rollout.slots, or as many as fit at full length.
+    """Returns how many responses run at once: rollout.slots, or as many as fit at full length.
 
-    That is all responses of a step if they fit, otherwise a power of two times the mesh's batch shards.
+    That is all of a step if they fit, otherwise a power of two times the mesh's batch shards.
     """
     if config.rollout.slots is not None:
         return config.rollout.slots
@@ -78,7 +78,8 @@ def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     if config.rollout.memory_gib is not None:
         return config.rollout.memory_gib * GIB
 
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(decoder)))
+    params = model.abstract_params(decoder)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     # The state is split over fsdp and tensor, the sampler's copy of the weights over tensor alone.
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     state = weight_bytes * parameters * mesh.size / shards
@@ -98,7 +99,7 @@ def training_weight_bytes(config: Config) -> int:
 
 
 def device_bytes(mesh: Mesh) -> float:
-    """Returns the memory of all devices of a mesh, assuming every host has as little as the smallest.
+    """Returns the memory of all devices of a mesh, as if every host had as little as the smallest.
 
     Virtual CPU devices share half of their host's memory: graders and data need the rest.
     """
@@ -120,8 +121,9 @@ def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_by
     if config.rollout.slots is None:
         available = f" of {_format_bytes(cache_budget_bytes(config, decoder, mesh, weight_bytes))}"
 
+    total = _format_bytes(count * slot_bytes(decoder, positions))
     return (f"sampler: {count} slots of at most {positions:,} positions, "
-            f"{_format_bytes(count * slot_bytes(decoder, positions))}{available} for keys and values")
+            f"{total}{available} for keys and values")
 
 
 def _format_bytes(count: float) -> str:

@@ -301,7 +301,7 @@ class Schedule:
         return table
 
     def control(self) -> Int[np.ndarray, " S_plus_1"]:
-        """Returns the control of `slots.decode`: when to end a chunk early, which rows to give up."""
+        """Returns the control of `slots.decode`: when a chunk may end early, rows to give up."""
         running, slots = len(self.running), len(self._slots)
         if self._queue:
             min_active = max(running - max(slots // REFILL_SHARE, 1), 0)

@@ -147,7 +147,7 @@ def test_a_preset_takes_no_revision(name, message):
 
 
 def test_a_missing_local_copy_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"math12k/train\.jsonl: not there, and data\.directory says"):
+    with pytest.raises(UserError, match=r"math12k/train\.jsonl: does not exist; data\.directory must contain"):
         sources.read("math", DataConfig(directory=str(tmp_path)), held_out=False)
 
 

@@ -61,8 +61,8 @@ def test_a_name_that_is_nothing(name, message):
     ('{"problem": "1"', "2: not valid JSON"), ("[1]\n", "2: expected JSONL, one object a line, found list"),
     ('{"problem": "1"}\n', "2: has no field 'answer', found problem"),
     ('{"problem": "1", "answer": null}\n', "2: field 'answer' must be text or a number, found NoneType"),
-    ('{"problem": "a\\ud800b", "answer": "1"}', r"2: field 'problem' holds half of a surrogate pair, '\\ud800'"),
-    ('{"problem": "1", "answer": "\\udc00"}', "2: field 'answer' holds half of a surrogate pair"),
+    ('{"problem": "a\\ud800b", "answer": "1"}', r"2: field 'problem' contains half of a surrogate pair, '\\ud800'"),
+    ('{"problem": "1", "answer": "\\udc00"}', "2: field 'answer' contains half of a surrogate pair"),
     ('{"\\ud800": "1"}', r"2: has no field 'problem', found \\ud800"),
     ('{"problem": ' + "[" * 100_000, "2: JSON that cannot be read .*recursion"),
     ('{"problem": ' + "9" * 5000 + "}", "2: JSON that cannot be read .*digits")])
@@ -114,7 +114,7 @@ def test_rows_without_a_problem_are_told_from_those_without_an_answer(tmp_path):
                                            {"problem": "3", "answer": ""}])
     rows, unusable = sources.read(path, DataConfig(), held_out=False)
     assert [row.number for row in rows] == [0]
-    assert [(row.number, row.place, row.reason, row.text) for row in unusable] == [
+    assert [(row.number, row.location, row.reason, row.text) for row in unusable] == [
         (1, f"{path}:2", sources.WITHOUT_TEXT, " \n"), (2, f"{path}:3", sources.WITHOUT_ANSWER, "3")]
     path = write(tmp_path / "none.jsonl", [{"problem": "", "answer": 1}])
     with pytest.raises(UserError, match=r"none\.jsonl:1: no problem in column 'problem', and so in all 1 rows"):
@@ -144,7 +144,7 @@ def test_sets_of_what_training_never_sees_are_for_evaluation_alone(name):
     sources.check(name, DataConfig(), "evaluation.path", held_out=True)
     sources.check(f"tiny,{name}", DataConfig(), "data.exclude")
     assert not sources.takes_subset(name)
-    message = f"^data\\.path: {name} is a set to evaluate on alone; the one to train on is tiny$"
+    message = f"^data\\.path: {name} is only for evaluation; the set to train on is tiny$"
     with pytest.raises(UserError, match=message):
         sources.check(f"tiny=1,{name}=1", DataConfig(), "data.path")
     with pytest.raises(UserError, match=message):
@@ -231,9 +231,9 @@ def test_offline_another_commit_in_the_cache_is_not_taken(monkeypatch, offline, 
     loaded = datasets.load_from_disk(str(tmp_path / commit))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     assert [row.reference for row in read(f"org/name@{commit}")] == [row.reference for row in read("org/name")] == ["2"]
-    with pytest.raises(UserError, match=f"org/name@abcdef0: the newest in the cache is of another commit, {commit}"):
+    with pytest.raises(UserError, match=f"org/name@abcdef0: the newest in the cache is another commit, {commit}"):
         read("org/name@abcdef0")
-    with pytest.raises(UserError, match="org/name@v1: the cache knows commits alone.*name the commit"):
+    with pytest.raises(UserError, match="org/name@v1: the cache knows only commits.*name the commit"):
         read("org/name@v1")
 
 
@@ -342,7 +342,7 @@ def test_choices_that_stand_in_the_text_are_read_from_it(tmp_path):
     ({"answer": "A", "options": "me"}, "choices must be a list or a table, found str"),
     ({"answer": "A", "options": [{"x": 1}, None]}, "choices: a choice must be text or a number, found dict"),
     ({"answer": "A", "options": ["me", True]}, "choices: a choice must be text or a number, found bool"),
-    ({"answer": "A", "options": ["me", "\ud800"]}, "choices: a choice holds half of a surrogate pair"),
+    ({"answer": "A", "options": ["me", "\ud800"]}, "choices: a choice contains half of a surrogate pair"),
     ({"answer": "A", "options": {"label": ["A", "B"], "text": None}}, "choices: text must be a list, found NoneType"),
     ({"answer": "A", "options": {"label": "AB", "text": ["me", "you"]}}, "choices: label must be a list, found str"),
     ({"answer": "A", "options": {"label": ["A", None], "text": ["me", "you"]}}, "choices: a label must be text or a n"),

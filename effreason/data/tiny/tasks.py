@@ -1,24 +1,25 @@
 """Arithmetic that needs serial steps: the last digit of a chain such as (((63+5)*7-4)*3)%10.
 
-The text is a Python expression, and Python's value of it is the answer. Difficulty is the number of operations. No
-operation occurs twice in a chain, so that the next one to do is always the one behind the one just done.
+The text is a Python expression, and Python's value of it is the answer. Difficulty is the number of
+operations. No operation occurs twice in a chain, so the one just done determines the next one.
 
-Beside it, sets of what training never sees, to evaluate on: longer chains, and other kinds of task.
+Further sets, to evaluate on, have what training never sees: longer chains and other kinds of task.
 """
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 LEVELS = {"easy": (1, 2), "medium": (3, 4), "hard": (6, 7)}     # operations, both ends included
-# Factors prime to 10 only: others lose information, and a chain that has hit 0 could be guessed.
+# Only factors prime to 10: others lose information, and a chain that reached 0 could be guessed.
 OPERATIONS = (*(("+", digit) for digit in range(2, 10)), *(("-", digit) for digit in range(2, 10)),
               ("*", 3), ("*", 7), ("*", 9))
 WEIGHTS = np.array([1.0 if sign != "*" else 4.0 for sign, _ in OPERATIONS])
 Operations = tuple[tuple[str, int], ...]
-HELD_OUT_SHARE = 4                                              # one problem in four is never trained on
+HELD_OUT_SHARE = 4                  # one problem in four is never trained on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Task:
 
     @property
     def text(self) -> str:
-        """The problem as a Python expression with no more brackets than it needs."""
-        expression, sums = str(self.start), False
+        """The problem as a Python expression with the minimum of brackets."""
+        expression, is_sum = str(self.start), False
         for sign, digit in self.operations:
-            if sign == "*" and sums:
+            if sign == "*" and is_sum:
                 expression = f"({expression})"
-            sums = sign != "*"
+            is_sum = sign != "*"
             expression = f"{expression}{sign}{digit}"
         return f"({expression})%10"
 
@@ -54,45 +55,42 @@ class Task:
         return str(self.values[-1])
 
 
+Maker = Callable[[np.random.Generator, str], Task]
+
+
 def apply(value: int, sign: str, digit: int) -> int:
-    """One operation modulo 10, with Python's rule for negative numbers."""
+    """Returns the result of an operation modulo 10, with Python's rule for negative numbers."""
     return {"+": value + digit, "-": value - digit, "*": value * digit}[sign] % 10
 
 
 def draw(rng: np.random.Generator, level: str, *, held_out: bool) -> Task:
-    """One task of a level, from the held-out quarter of all tasks or from the rest."""
+    """Returns a task of a level, from the held-out quarter of all tasks or from the rest."""
     low, high = LEVELS[level]
     while True:
         operations = _operations(rng, low, high)
-        # Two digits: a held-out text is new, and asks for nothing that no other text has taught.
+        # Two digits: a held-out text is new, but needs nothing that no other text has taught.
         task = Task(int(rng.integers(10, 100)), operations, level)
-        # A checksum of the text, not of the seed: the split is the same for pretraining, training and evaluation.
+        # A checksum of the text: the same split in pretraining, training and evaluation.
         if (zlib.crc32(task.text.encode()) % HELD_OUT_SHARE == 0) == held_out:
             return task
 
 
 def _operations(rng: np.random.Generator, low: int, high: int) -> Operations:
-    """low to high operations, none twice."""
-    chosen = rng.choice(len(OPERATIONS), rng.integers(low, high + 1), replace=False, p=WEIGHTS / WEIGHTS.sum())
-    return tuple(OPERATIONS[index] for index in chosen)
+    """Returns low to high operations, none twice."""
+    indices = rng.choice(len(OPERATIONS), rng.integers(low, high + 1), replace=False,
+                         p=WEIGHTS / WEIGHTS.sum())
+    return tuple(OPERATIONS[index] for index in indices)
 
 
 def distinct(seed: int, *, held_out: bool) -> Iterator[Task]:
-    """Distinct tasks without end, the levels in turn."""
-    rng, seen = np.random.default_rng([seed, held_out]), set()
-    while True:
-        for level in LEVELS:
-            task = draw(rng, level, held_out=held_out)
-            while task.text in seen:
-                task = draw(rng, level, held_out=held_out)
-            seen.add(task.text)
-            yield task
-
+    """Yields distinct tasks without end, the levels in turn."""
+    makers = {level: functools.partial(draw, held_out=held_out) for level in LEVELS}
+    return _distinct(np.random.default_rng([seed, held_out]), makers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bracketed(Task):
-    """A chain with brackets round every operation, needed or not."""
+    """A chain with brackets around every operation, needed or not."""
 
     @property
     def text(self) -> str:
@@ -103,12 +101,15 @@ class Bracketed(Task):
 
 
 def novel(name: str) -> Iterator[Task]:
-    """Distinct tasks of a set to evaluate on, without end, its levels in turn; none could be drawn for training.
+    """Yields distinct tasks of a set in NOVEL without end; none could be drawn for training."""
+    return _distinct(np.random.default_rng(list(name.encode())), NOVEL[name])
 
-    Args: name, one of NOVEL."""
-    rng, seen = np.random.default_rng(list(name.encode())), set()
+
+def _distinct(rng: np.random.Generator, makers: Mapping[str, Maker]) -> Iterator[Task]:
+    """Yields distinct tasks without end, the levels in turn."""
+    seen = set()
     while True:
-        for level, make in NOVEL[name].items():
+        for level, make in makers.items():
             task = make(rng, level)
             while task.text in seen:
                 task = make(rng, level)
@@ -144,9 +145,9 @@ def _even_factor(rng: np.random.Generator, level: str) -> Task:
     return Task(int(rng.integers(10, 100)), tuple(operations), level)
 
 
-# Sets that training never sees: what draws a task of each level.
-NOVEL: dict[str, dict[str, Callable[[np.random.Generator, str], Task]]] = {
+# Sets that training never sees: the function that draws a task of each level.
+NOVEL: dict[str, dict[str, Maker]] = {
     "tiny_long": dict.fromkeys(("8 operations", "9 operations", "10 operations"), _long),
-    "tiny_other": {"brackets": _bracketed, "three digits": _three_digits, "two numbers": _two_numbers,
-                   "even factor": _even_factor},
+    "tiny_other": {"brackets": _bracketed, "three digits": _three_digits,
+                   "two numbers": _two_numbers, "even factor": _even_factor},
 }
