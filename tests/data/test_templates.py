@@ -1,4 +1,5 @@
-"""The prompt a model is given: the checkpoint's own template, the paper's, one from a file; one BOS in each."""
+"""The prompt a model is given: the checkpoint's own template, the paper's, one from a file; one BOS
+in each."""
 
 import hashlib
 import os
@@ -13,7 +14,8 @@ from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import UserError
 
 PLAIN = DataConfig(user_prompt="{problem}")
-BOS, EOS, USER, ASSISTANT, THINK = 151646, 151643, 151644, 151645, 151648     # of the R1-distill Qwen tokenizer
+# of the R1-distill Qwen tokenizer
+BOS, EOS, USER, ASSISTANT, THINK = 151646, 151643, 151644, 151645, 151648
 NEWLINE = 198
 
 
@@ -45,19 +47,22 @@ def ids(tokenizer, template, text):
 def test_the_papers_prompt_has_the_expected_ids(r1, name, end):
     text = "What is $1+2$?"
     template = templates.choose(r1, DataConfig(template=name))
-    turn = r"Please reason step by step, and put your final answer within \boxed{}. Question: What is $1+2$?"
+    turn = (r"Please reason step by step, and put your final answer within \boxed{}. "
+            "Question: What is $1+2$?")
     words = r1(turn, add_special_tokens=False)["input_ids"]
     assert not {BOS, EOS, USER, ASSISTANT, THINK} & set(words) and r1.decode(words) == turn
     found = ids(r1, template, text)
     assert found == [BOS, USER, *words, ASSISTANT, *end]
     names = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>"]
     assert r1.convert_tokens_to_ids(names) == [BOS, USER, ASSISTANT, THINK]
-    assert words[:8] == r1.convert_tokens_to_ids(["Please", "Ġreason", "Ġstep", "Ġby", "Ġstep", ",", "Ġand", "Ġput"])
+    assert words[:8] == r1.convert_tokens_to_ids(["Please", "Ġreason", "Ġstep", "Ġby", "Ġstep", ",",
+                                                  "Ġand", "Ġput"])
     assert templates.opens_thinking(templates.render(r1, template, text)) == (name == "r1_think")
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("file", "name"), [("chat_template.jinja", "r1"), ("chat_template_think.jinja", "r1_think")])
+@pytest.mark.parametrize(("file", "name"), [("chat_template.jinja", "r1"),
+                                            ("chat_template_think.jinja", "r1_think")])
 def test_the_named_templates_render_as_those_of_the_checkpoints(r1, file, name):
     own = chosen(r1, str(Path(os.environ["EFFREASON_REAL"]) / "r1-distill-qwen-tokenizer" / file))
     assert ids(r1, own, "1 + 1?") == ids(r1, chosen(r1, name), "1 + 1?")
@@ -72,9 +77,10 @@ def test_other_checkpoints_have_their_own_template_and_not_the_papers(r1, folder
         pytest.skip(f"{directory} is not there")
     other = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(directory)
     rendered = templates.render(other, chosen(other), "1 + 1?")
-    assert rendered == other.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False,
-                                                 add_generation_prompt=True)
-    with pytest.raises(UserError, match="data.template r1 is for DeepSeek-R1 models: the tokenizer has no <｜User｜>"):
+    assert rendered == other.apply_chat_template([{"role": "user", "content": "1 + 1?"}],
+                                                 tokenize=False, add_generation_prompt=True)
+    with pytest.raises(UserError, match="data.template r1 is for DeepSeek-R1 models: "
+                       "the tokenizer has no <｜User｜>"):
         chosen(other, "r1")
 
 
@@ -86,7 +92,8 @@ def test_there_is_one_bos_and_it_is_first(characters, name):
 
 
 def test_the_own_template_of_the_tiny_world_is_the_papers_with_thinking(characters):
-    assert ids(characters, chosen(characters), "1+1") == ids(characters, chosen(characters, "r1_think"), "1+1")
+    assert ids(characters, chosen(characters), "1+1") == ids(characters,
+                                                             chosen(characters, "r1_think"), "1+1")
 
 
 def test_the_user_prompt_goes_round_the_problem_as_it_is(characters):
@@ -106,7 +113,8 @@ def test_many_are_rendered_and_encoded_as_one(characters):
 
 def test_the_hash_is_of_template_and_user_prompt(characters, tmp_path):
     template = chosen(characters, "r1")
-    assert template.sha256 == hashlib.sha256(f"{template.text}\0{template.user_prompt}".encode()).hexdigest()
+    assert template.sha256 == hashlib.sha256(
+        f"{template.text}\0{template.user_prompt}".encode()).hexdigest()
     (tmp_path / "t.jinja").write_text(template.text)
     same = chosen(characters, str(tmp_path / "t.jinja"))
     assert same.sha256 == template.sha256 and same.name != template.name
@@ -117,14 +125,16 @@ def test_the_hash_is_of_template_and_user_prompt(characters, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{% for %}", r"t\.jinja:1: not a Jinja template"), ("a\n{{ messages[0]['content'] }", "t.jinja:2: not a Jinja"),
+    ("{% for %}", r"t\.jinja:1: not a Jinja template"),
+    ("a\n{{ messages[0]['content'] }", "t.jinja:2: not a Jinja"),
     ("{{ raise_exception('only two turns') }}", r"cannot be rendered \(only two turns\)"),
     ("{{ 1/0 }}", r"t\.jinja cannot be rendered \(division by zero\)"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "t.jinja cannot be rendered .*recursion"),
     ("{{ strftime_now('%d') }}\n{% for %}", r"t\.jinja:2: not a Jinja template"),
     ("{{ messages.nothing.more }}", "cannot be rendered"),
     ("{{ bos_token }}<｜User｜><｜Assistant｜>", "t.jinja leaves out the user's turn"),
-    ("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}", "t.jinja begins with .*sentence｜> twice")])
+    ("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}",
+     "t.jinja begins with .*sentence｜> twice")])
 def test_a_template_that_is_wrong_is_named_at_once(characters, tmp_path, text, message):
     (tmp_path / "t.jinja").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
@@ -147,7 +157,8 @@ LLAMA = """{{- bos_token }}
 
 
 @pytest.mark.parametrize("before", ["", "\n", " \n", "  {% if true %}\n", "a\n  {% if true %}\n"])
-def test_a_template_that_writes_the_date_always_writes_the_same(characters, tmp_path, monkeypatch, before):
+def test_a_template_that_writes_the_date_always_writes_the_same(characters, tmp_path, monkeypatch,
+                                                                before):
     text = before + LLAMA + ("{% endif %}" if "if" in before else "")
     (tmp_path / "t.jinja").write_text(text)
     template = chosen(characters, str(tmp_path / "t.jinja"))
@@ -155,10 +166,12 @@ def test_a_template_that_writes_the_date_always_writes_the_same(characters, tmp_
     assert "Today Date: 26 Jul 2024" in found
     # The rest is as it was, to the space: as by the template without today's date.
     plain = text.replace("strftime_now is defined", "false")
-    assert found == templates.render(characters, templates.Template("plain", plain, "{problem}"), "1+1")
+    assert found == templates.render(characters, templates.Template("plain", plain, "{problem}"),
+                                     "1+1")
     assert template.text.endswith(text) and "26" in template.facts()["text"]
-    assert template.note == (f"data.template: {tmp_path / 't.jinja'} writes the date; it always gets 26 Jul 2024, so "
-                             "that prompts stay the same")
+    assert template.note == (
+        f"data.template: {tmp_path / 't.jinja'} writes the date; it always gets 26 Jul 2024, so "
+        "that prompts stay the same")
     (tmp_path / "exported.jinja").write_text(template.text)
     exported = chosen(characters, str(tmp_path / "exported.jinja"))
     assert (exported.text, exported.sha256) == (template.text, template.sha256)
@@ -168,9 +181,12 @@ def test_a_template_that_writes_the_date_always_writes_the_same(characters, tmp_
     ("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26"), ("%d %B %Y", "26 July 2024"),
     ("%A, %B %-d, %y %H:%M:%S", "Friday, July 26, 24 00:00:00")])
 def test_the_date_has_the_form_that_the_template_asks_for(characters, tmp_path, form, date):
-    (tmp_path / "t.jinja").write_text(f"{{% macro day() %}}{{{{ strftime_now('{form}') }}}}{{% endmacro %}}"
-                                      "{% for message in messages %}{{ day() }}|{{ message['content'] }}{% endfor %}")
-    assert templates.render(characters, chosen(characters, str(tmp_path / "t.jinja")), "1+1") == f"{date}|1+1"
+    (tmp_path
+     / "t.jinja").write_text(f"{{% macro day() %}}{{{{ strftime_now('{form}') }}}}{{% endmacro %}}"
+                             "{% for message in messages %}{{ day() }}|{{ "
+                             "message['content'] }}{% endfor %}")
+    assert templates.render(characters, chosen(characters, str(tmp_path / "t.jinja")),
+                            "1+1") == f"{date}|1+1"
 
 
 def test_a_template_without_a_date_is_left_as_it_is(characters):
@@ -179,13 +195,15 @@ def test_a_template_without_a_date_is_left_as_it_is(characters):
 
 
 def test_a_name_that_is_no_template(characters, tmp_path):
-    with pytest.raises(UserError, match=r"must be null, r1, r1_think or a file, got 'r1-think' \(did you mean r1_t"):
+    with pytest.raises(UserError, match=r"must be null, r1, r1_think or a file, got "
+                       r"'r1-think' \(did you mean r1_t"):
         chosen(characters, "r1-think")
     with pytest.raises(UserError, match="No such file"):
         chosen(characters, str(tmp_path / "none.jinja"))
     bare = tokenizer.build()
     bare.chat_template = None
-    with pytest.raises(UserError, match="data.template must be r1, r1_think or a file: the checkpoint has no chat"):
+    with pytest.raises(UserError, match="data.template must be r1, r1_think or a file: "
+                       "the checkpoint has no chat"):
         chosen(bare)
 
 

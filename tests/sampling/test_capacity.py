@@ -24,9 +24,11 @@ LARGE = dataclasses.replace(QWEN2, layers=28, kv_heads=2, head_dim=128, dtype=ja
 
 
 def config(**rollout):
-    return dataclasses.replace(
-        Config(), rollout=RolloutConfig(**dict(max_new_tokens=3584, prompts_per_step=32, group_size=8) | rollout),
-        data=DataConfig(max_prompt_tokens=512), evaluation=EvaluationConfig(problems=0))
+    return dataclasses.replace(Config(), rollout=RolloutConfig(**dict(max_new_tokens=3584,
+                                                                      prompts_per_step=32,
+                                                                      group_size=8) | rollout),
+                               data=DataConfig(max_prompt_tokens=512),
+                               evaluation=EvaluationConfig(problems=0))
 
 
 def test_a_slot_by_hand():
@@ -37,14 +39,16 @@ def test_a_slot_by_hand():
     assert capacity.slot_bytes(QWEN2, 64) == bytes_ and target.size == 1
 
 
-@pytest.mark.parametrize(("gib", "slots"), [(7.0, 64), (6.9, 32), (13.9, 64), (28.0, 256), (1000.0, 256), (0.1, 8)])
+@pytest.mark.parametrize(("gib", "slots"), [(7.0, 64), (6.9, 32), (13.9, 64), (28.0, 256),
+                                            (1000.0, 256), (0.1, 8)])
 def test_as_many_as_fit_all_of_a_step_or_a_power_of_two(gib, slots):
     assert capacity.slot_count(config(memory_gib=gib), LARGE, mesh(), 20) == slots
 
 
 def test_what_the_configuration_says_is_what_there_is():
     assert capacity.slot_count(config(slots=48), LARGE, mesh(), 20) == 48
-    assert "48 slots of at most 4,096 positions" in capacity.describe(config(slots=48), LARGE, mesh(), 20)
+    assert "48 slots of at most 4,096 positions" in capacity.describe(config(slots=48), LARGE,
+                                                                      mesh(), 20)
 
 
 def test_a_mesh_gets_a_power_of_two_for_each_of_its_shards():
@@ -54,19 +58,22 @@ def test_a_mesh_gets_a_power_of_two_for_each_of_its_shards():
 
 
 def test_longer_evaluations_count():
-    longer = dataclasses.replace(config(), evaluation=EvaluationConfig(problems=0, max_new_tokens=7680))
+    longer = dataclasses.replace(config(), evaluation=EvaluationConfig(problems=0,
+                                                                       max_new_tokens=7680))
     assert capacity.max_positions(longer) == 8192
 
 
 def test_the_state_comes_before_the_cache(monkeypatch):
-    target, weights = mesh(), sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params(LARGE)))
+    target, weights = mesh(), sum(leaf.size
+                                  for leaf in jax.tree.leaves(model.abstract_params(LARGE)))
     monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 20 * GIB)
     found = capacity.cache_budget_bytes(config(), LARGE, target, 20)
     assert found == pytest.approx(18 * GIB - 20 * weights - 2 * weights)
     # Over fsdp the state is split and the sampler's copy is not.
     spread = capacity.cache_budget_bytes(config(), LARGE, mesh(fsdp=4), 20)
     assert spread == pytest.approx(18 * GIB - 20 * weights - 4 * 2 * weights)
-    assert capacity.cache_budget_bytes(config(), LARGE, target, capacity.EVALUATION_WEIGHT_BYTES) == found + 16 * weights
+    assert capacity.cache_budget_bytes(config(), LARGE, target,
+                                       capacity.EVALUATION_WEIGHT_BYTES) == found + 16 * weights
     monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 0)
     assert capacity.cache_budget_bytes(config(), LARGE, target, 20) == 0
 
@@ -75,7 +82,9 @@ def test_what_training_holds_for_each_weight():
     in_bfloat16 = dataclasses.replace(config(), model=ModelConfig(dtype="bfloat16"))
     in_float32 = dataclasses.replace(config(), model=ModelConfig(dtype="float32"))
     # The policy and a gradient, two moments, and the reference.
-    assert capacity.training_weight_bytes(in_bfloat16) == 4 + 4 + 8 + 2 and capacity.training_weight_bytes(in_float32) == 4 + 4 + 8 + 4
+    assert capacity.training_weight_bytes(
+        in_bfloat16) == 4 + 4 + 8 + 2 and capacity.training_weight_bytes(
+            in_float32) == 4 + 4 + 8 + 4
     elsewhere = dataclasses.replace(in_bfloat16, kl=KLConfig(offload_reference=True),
                                     update=UpdateConfig(offload_optimizer=True))
     assert capacity.training_weight_bytes(elsewhere) == 4 + 4

@@ -23,7 +23,8 @@ from effreason.sampling.draws import SamplingParams
 pytestmark = pytest.mark.usefixtures("strict")
 
 ALMOST_ONE = np.float32(1 - 2**-24)         # the largest number below 1
-VOCABULARIES = [1, 24, 37, 5003, 32000]  # 37 in one block; 5003, a prime, filled up; the others in blocks that fit
+# 37 in one block; 5003, a prime, filled up; the others in blocks that fit
+VOCABULARIES = [1, 24, 37, 5003, 32000]
 
 
 def sampling(temperature=1.0, **filters):
@@ -59,7 +60,8 @@ def filtered(logits, setting):
         probabilities = np.exp(log_softmax(descending))
         above = np.cumsum(probabilities, axis=-1) - probabilities
         count = np.sum(above < setting.top_p, axis=-1, keepdims=True)
-        scaled = np.where(scaled >= np.take_along_axis(descending, count - 1, axis=-1), scaled, -np.inf)
+        scaled = np.where(scaled >= np.take_along_axis(descending, count - 1, axis=-1), scaled,
+                          -np.inf)
     relative = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     return np.where(relative >= setting.min_p, scaled, -np.inf)
 
@@ -83,12 +85,13 @@ def kept(logits, setting):
 # the distribution
 
 
-@pytest.mark.parametrize("setting", [sampling(), sampling(0.5), sampling(2.0, top_k=20), sampling(top_p=0.9),
-                                     sampling(top_p=0.8, top_k=15, min_p=0.1)], ids=str)
+@pytest.mark.parametrize("setting", [sampling(), sampling(0.5), sampling(2.0, top_k=20),
+                                     sampling(top_p=0.9), sampling(top_p=0.8, top_k=15, min_p=0.1)],
+                         ids=str)
 def test_tokens_follow_the_distribution(setting):
     row = uneven(1, 300)
     row[:, ::10] = -np.inf
-    row[:, 100:160] = -np.inf                                   # several blocks in which nothing is possible
+    row[:, 100:160] = -np.inf  # several blocks in which nothing is possible
     rows = 40_000
     tokens = drawn(np.broadcast_to(row, (rows, 300)), setting).tokens
     expected = rows * np.exp(log_softmax(filtered(row, setting)))[0]
@@ -108,7 +111,8 @@ def test_rows_are_drawn_independently_of_one_another():
     keys = jax.random.split(jax.random.key(3), 16)
     together = jitted(sampling())(logits, keys).tokens
     for row in (0, 7, 15):
-        assert jitted(sampling())(logits[row : row + 1], keys[row : row + 1]).tokens[0] == together[row]
+        assert jitted(sampling())(logits[row : row + 1],
+                                  keys[row : row + 1]).tokens[0] == together[row]
     assert (jitted(sampling())(logits, keys[::-1]).tokens != together).any()
 
 
@@ -123,10 +127,15 @@ def drawn_at(setting):
     return jax.jit(at)
 
 
-UNIFORM = some.one_of(some.just(np.float32(0)), some.just(ALMOST_ONE), some.floats(0, float(ALMOST_ONE), width=32))
-ROWS = arrays.arrays(np.float32, 48, elements=some.one_of(some.just(np.float32(-np.inf)), some.floats(
-    -200, 200, width=32))).filter(lambda row: row.max() > -np.inf)
-SETTINGS = [sampling(), sampling(0.1), sampling(0.7, top_k=3), sampling(top_p=0.5), sampling(1.5, min_p=0.3)]
+UNIFORM = some.one_of(some.just(np.float32(0)), some.just(ALMOST_ONE),
+                      some.floats(0, float(ALMOST_ONE), width=32))
+ROWS = arrays.arrays(np.float32, 48, elements=some.one_of(some.just(np.float32(-np.inf)),
+                                                          some.floats(-200, 200,
+                                                                      width=32))).filter(
+                                                                          lambda row: row.max() >
+                                                                          -np.inf)
+SETTINGS = [sampling(), sampling(0.1), sampling(0.7, top_k=3), sampling(top_p=0.5),
+            sampling(1.5, min_p=0.3)]
 
 
 @given(ROWS, UNIFORM, UNIFORM, some.sampled_from(SETTINGS))
@@ -134,7 +143,8 @@ def test_the_draw_never_takes_what_is_impossible(row, first, second, setting):
     found = drawn_at(setting)(row[None], np.array([first, second]))
     token = int(found.tokens[0])
     assert 0 <= token < len(row) and row[token] > -np.inf
-    # At the threshold itself float32 and float64 may differ about a token, or about very many of no weight together.
+    # At the threshold itself float32 and float64 may differ about a token, or about very many of no
+    # weight together.
     inside = filtered(row[None], dataclasses.replace(setting, top_p=min(1.0, setting.top_p + 1e-5),
                                                      min_p=setting.min_p * 0.999))[0]
     assert inside[token] > -np.inf
@@ -143,18 +153,21 @@ def test_the_draw_never_takes_what_is_impossible(row, first, second, setting):
 
 def test_a_long_sum_that_rises_where_nothing_is_added_finds_no_entry_there():
     generator = np.random.default_rng(0)
-    weights = generator.random((1_000, 1187)).astype(np.float32) ** 8        # 1187 tokens: a block of 151,936 in 128
+    # 1187 tokens: a block of 151,936 in 128
+    weights = generator.random((1_000, 1187)).astype(np.float32) ** 8
     weights[generator.random(weights.shape) < 0.5] = 0
     weights[:, 0] = 1
     reached = np.asarray(jax.jit(lambda weights: jnp.cumsum(weights, axis=-1))(weights))
     row, place = np.nonzero((np.diff(reached, axis=-1) > 0) & (weights[:, 1:] == 0))
     middle = (reached[row, place].astype(np.float64) + reached[row, place + 1]) / 2
-    found = jax.jit(draws._invert)(weights[row], (middle / reached[row].max(axis=-1)).astype(np.float32))
+    found = jax.jit(draws._invert)(weights[row], (middle
+                                                  / reached[row].max(axis=-1)).astype(np.float32))
     assert (weights[row, found] > 0).all()
 
 
 def test_the_draw_never_takes_what_is_impossible_in_a_large_vocabulary():
-    # Sums of thousands of float32 are rounded: a draw close to 1 must still find an entry that can be drawn.
+    # Sums of thousands of float32 are rounded: a draw close to 1 must still find an entry that can
+    # be drawn.
     generator = np.random.default_rng(0)
     edges = [0.0, 2**-24, 0.25, 0.5, 1 - 2**-20, ALMOST_ONE]
     for round_ in range(6):
@@ -163,16 +176,18 @@ def test_the_draw_never_takes_what_is_impossible_in_a_large_vocabulary():
         row[-1_000:] = -np.inf
         for first in edges:
             for second in edges:
-                token = drawn_at(sampling())(row[None], np.array([first, second], np.float32)).tokens[0]
+                token = drawn_at(sampling())(row[None],
+                                             np.array([first, second], np.float32)).tokens[0]
                 assert 0 <= token < 32_000 and row[token] > -np.inf
 
 
 def test_every_token_of_an_unlikely_block_can_be_drawn():
-    # 250 tokens of probability 1e-9 each: together they are a block that one number can hit, but not tell apart.
+    # 250 tokens of probability 1e-9 each: together they are a block that one number can hit, but
+    # not tell apart.
     row = np.full((1, 32_000), -np.inf, np.float32)
     row[0, 0], row[0, -250:] = 0.0, np.log(1e-9)
-    tokens = {int(drawn_at(sampling())(row, np.array([ALMOST_ONE, (at + 0.5) / 250], np.float32)).tokens[0])
-              for at in range(250)}
+    tokens = {int(drawn_at(sampling())(row, np.array([ALMOST_ONE, (at + 0.5) / 250],
+                                                     np.float32)).tokens[0]) for at in range(250)}
     assert tokens == set(range(31_750, 32_000))
 
 
@@ -199,19 +214,23 @@ def test_a_row_without_a_distribution_spoils_no_other_row(setting, fill):
 # the log-probs
 
 
-@pytest.mark.parametrize("setting", [
-    sampling(), sampling(0.6), sampling(top_k=7), sampling(1.7, top_p=0.8), sampling(0.7, top_p=0.9, min_p=0.01),
-], ids=str)
+@pytest.mark.parametrize("setting", [sampling(), sampling(0.6), sampling(top_k=7),
+                                     sampling(1.7, top_p=0.8),
+                                     sampling(0.7, top_p=0.9, min_p=0.01),], ids=str)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_logprobs_of_the_three_kinds_are_those_of_float64(vocabulary, setting):
     logits = uneven(8, vocabulary, seed=vocabulary) + 20
     found = drawn(logits, setting)
     assert found.tokens.dtype == np.int32 and found.tokens.shape == (8,)
-    assert {found.logprobs.dtype, found.sampling_logprobs.dtype, found.model_logprobs.dtype} == {np.dtype(np.float32)}
-    for name, expected in [("model_logprobs", logits), ("logprobs", logits.astype(np.float64) / setting.temperature),
+    assert {found.logprobs.dtype, found.sampling_logprobs.dtype,
+            found.model_logprobs.dtype} == {np.dtype(np.float32)}
+    for name, expected in [("model_logprobs", logits), ("logprobs",
+                                                        logits.astype(np.float64)
+                                                        / setting.temperature),
                            ("sampling_logprobs", filtered(logits, setting))]:
         expected = np.take_along_axis(log_softmax(expected), found.tokens[:, None], axis=-1)[:, 0]
-        np.testing.assert_allclose(getattr(found, name), expected, atol=3e-6, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(getattr(found, name), expected, atol=3e-6, rtol=1e-6,
+                                   err_msg=name)
 
 
 # greedy
@@ -237,9 +256,17 @@ def test_the_first_of_ties_is_the_most_likely_token():
 # the filters
 
 
-@given(arrays.arrays(np.float32, (3, 24), elements=some.one_of(
-           some.sampled_from([0.0, -0.0, 1.0, -1.0, -np.inf]).map(np.float32), some.floats(-100, 100, width=32)))
-       .filter(lambda logits: (logits.max(axis=-1) > -np.inf).all()), some.sampled_from([1, 2, 5, 23]))
+@given(arrays.arrays(np.float32, (3, 24), elements=some.one_of(some.sampled_from([0.0, -0.0, 1.0,
+                                                                                  -1.0,
+                                                                                  -np.inf]).map(
+                                                                                      np.float32),
+                                                               some.floats(-100, 100,
+                                                                           width=32))) .filter(
+                                                                               lambda logits: (
+                                                                                   logits.max(
+                                                                                       axis=-1) >
+                                                                                   -np.inf).all()),
+       some.sampled_from([1, 2, 5, 23]))
 def test_top_k_keeps_the_k_most_likely_and_their_ties(logits, top_k):
     least = np.sort(logits, axis=-1)[:, -top_k, None]
     np.testing.assert_array_equal(kept(logits, sampling(top_k=top_k)), logits >= least)
@@ -253,21 +280,25 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, expected):
     np.testing.assert_array_equal(np.flatnonzero(kept(logits, sampling(top_p=top_p))), expected)
 
 
-@given(arrays.arrays(np.float32, (3, 24), elements=some.floats(-20, 20, width=32, allow_subnormal=False)),
+@given(arrays.arrays(np.float32, (3, 24), elements=some.floats(-20, 20, width=32,
+                                                               allow_subnormal=False)),
        some.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999]))
 def test_top_p_reaches_it_and_would_not_without_its_least(logits, top_p):
     inside = kept(logits, sampling(top_p=top_p))
     probabilities = np.exp(log_softmax(logits))
     for row in range(3):
         chosen = probabilities[row][inside[row]]
-        assert chosen.size and chosen.min() > probabilities[row][~inside[row]].max(initial=0.0)     # ties come together
+        # ties come together
+        assert chosen.size and chosen.min() > probabilities[row][~inside[row]].max(initial=0.0)
         assert chosen.sum() >= top_p - 1e-5
-        assert chosen[logits[row][inside[row]] > logits[row][inside[row]].min()].sum() < top_p + 1e-5
+        assert chosen[logits[row][inside[row]]
+                      > logits[row][inside[row]].min()].sum() < top_p + 1e-5
 
 
 def test_top_p_is_of_what_top_k_left():
     logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
-    # Of the whole, 0.6 takes two tokens; of the first two alone, renormalised to 4/7 and 3/7, 0.55 takes one.
+    # Of the whole, 0.6 takes two tokens; of the first two alone, renormalised to 4/7 and 3/7, 0.55
+    # takes one.
     assert kept(logits, sampling(top_p=0.6)).sum() == 2
     assert kept(logits, sampling(top_p=0.55)).sum() == 2
     assert kept(logits, sampling(top_p=0.55, top_k=2)).sum() == 1
@@ -276,13 +307,14 @@ def test_top_p_is_of_what_top_k_left():
 def test_min_p_is_relative_to_the_most_likely_at_the_temperature():
     logits = np.log(np.array([[0.5, 0.2, 0.2, 0.06, 0.04]], np.float32))
     assert kept(logits, sampling(min_p=0.1)).sum() == 4
-    assert kept(logits, sampling(0.5, min_p=0.1)).sum() == 3    # squares: 1, 0.16, 0.16, 0.0144, 0.0064
+    # squares: 1, 0.16, 0.16, 0.0144, 0.0064
+    assert kept(logits, sampling(0.5, min_p=0.1)).sum() == 3
     assert kept(logits, sampling(min_p=1.0)).sum() == 1
 
 
 @pytest.mark.parametrize("vocabulary", [24, 37, 5003, 32000])
-@pytest.mark.parametrize("setting", [
-    sampling(0.8, top_k=20), sampling(1.3, top_p=0.7), sampling(0.7, top_k=15, top_p=0.9, min_p=0.02)], ids=str)
+@pytest.mark.parametrize("setting", [sampling(0.8, top_k=20), sampling(1.3, top_p=0.7),
+                                     sampling(0.7, top_k=15, top_p=0.9, min_p=0.02)], ids=str)
 def test_filters_keep_what_sorting_keeps(vocabulary, setting):
     logits = uneven(8, vocabulary, seed=1)
     np.testing.assert_array_equal(kept(logits, setting), filtered(logits, setting) > -np.inf)
@@ -292,7 +324,7 @@ def test_filters_that_are_off_cost_nothing():
     compiled = str(jax.make_jaxpr(functools.partial(draws.draw, sampling=sampling(top_k=32_000)))(
         jnp.zeros((2, 32_000)), jax.random.split(jax.random.key(0), 2)))
     assert not re.search(r"\b(while|scan|sort)\[", compiled)
-    assert compiled.count(" exp ") == 2                         # over the vocabulary, and over one block
+    assert compiled.count(" exp ") == 2  # over the vocabulary, and over one block
 
 
 @pytest.mark.parity
@@ -305,7 +337,8 @@ def test_filters_are_those_of_transformers(setting):
     logits = uneven(16, 5003, seed=2)
     scores = torch.tensor(logits)
     for warper in [processing.TemperatureLogitsWarper(setting.temperature),
-                   processing.TopKLogitsWarper(setting.top_k or 5003), processing.TopPLogitsWarper(setting.top_p),
+                   processing.TopKLogitsWarper(setting.top_k or 5003),
+                   processing.TopPLogitsWarper(setting.top_p),
                    processing.MinPLogitsWarper(setting.min_p)]:
         scores = warper(None, scores)
     theirs = torch.log_softmax(scores, dim=-1).numpy()
@@ -320,29 +353,36 @@ def test_filters_are_those_of_transformers(setting):
 
 
 @pytest.mark.parametrize("vocabulary", [24, 32000])
-@pytest.mark.parametrize("setting", [sampling(), sampling(0.0), sampling(0.7, top_k=50, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("setting", [sampling(), sampling(0.0), sampling(0.7, top_k=50, top_p=0.9)],
+                         ids=str)
 @pytest.mark.parametrize("shape", [dict(data=2, fsdp=2, tensor=2), dict(tensor=8)], ids=str)
 def test_a_vocabulary_split_over_devices_gives_the_same_tokens(shape, setting, vocabulary):
     target = mesh(**shape)
-    rows, split = NamedSharding(target, P(("data", "fsdp"))), NamedSharding(target, P(("data", "fsdp"), "tensor"))
+    rows, split = NamedSharding(target, P(("data", "fsdp"))), NamedSharding(target,
+                                                                            P(("data", "fsdp"),
+                                                                              "tensor"))
     logits, keys = uneven(16, vocabulary), jax.random.split(jax.random.key(0), 16)
-    step = jax.jit(functools.partial(draws.draw, sampling=setting), in_shardings=(split, rows), out_shardings=rows)
+    step = jax.jit(functools.partial(draws.draw, sampling=setting), in_shardings=(split, rows),
+                   out_shardings=rows)
     found = step(logits, keys)
     expected = drawn(logits, setting)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     for name in ("logprobs", "sampling_logprobs", "model_logprobs"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=3e-6)
-    # Between devices go the sums of the blocks, [S, 128], and the tokens of one block, [S, 250]: never all logits.
+    # Between devices go the sums of the blocks, [S, 128], and the tokens of one block, [S, 250]:
+    # never all logits.
     sizes = re.findall(r"\w+\[\d+,([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)\(",
                        step.lower(logits, keys).compile().as_text())
-    assert sizes and all(np.prod([int(size) for size in found.split(",")]) <= 128 for found in sizes)
+    assert sizes and all(np.prod([int(size) for size in found.split(",")]) <= 128
+                         for found in sizes)
 
 
 # settings
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(temperature=-1.0), "temperature: .* found -1.0"), (dict(temperature=np.nan), "temperature: .* found nan"),
+    (dict(temperature=-1.0), "temperature: .* found -1.0"),
+    (dict(temperature=np.nan), "temperature: .* found nan"),
     (dict(temperature=np.inf), "temperature: .* found inf"),
     (dict(top_p=0.0), "top_p: .* found 0.0"), (dict(top_p=1.1), "top_p: .* found 1.1"),
     (dict(top_k=0), "top_k: .* found 0"), (dict(min_p=-0.1), "min_p: .* found -0.1"),

@@ -1,4 +1,5 @@
-"""The sampling engine: against the full forward pass, against itself in other arrangements, and by distribution."""
+"""The sampling engine: against the full forward pass, against itself in other arrangements, and by
+distribution."""
 
 import dataclasses
 import functools
@@ -26,7 +27,8 @@ LIMIT = 24
 ANY = SamplingParams(temperature=1.0, eos_ids=EOS)
 ENDLESS = SamplingParams(temperature=1.0, eos_ids=())
 GROUP = 4
-MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context": dict(data=2, tensor=2, context=2)}
+MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2),
+          "context": dict(data=2, tensor=2, context=2)}
 
 
 def problem(uid, length):
@@ -35,7 +37,8 @@ def problem(uid, length):
 
 
 # Lengths 1 and 2; both sides of the smallest bucket, 16; uids in no order.
-PROBLEMS = [problem(uid, length) for uid, length in [(31, 1), (7, 2), (2_000_000_011, 9), (90, 16), (0, 20)]]
+PROBLEMS = [problem(uid, length) for uid, length in [(31, 1), (7, 2), (2_000_000_011, 9), (90, 16),
+                                                     (0, 20)]]
 
 
 @functools.cache
@@ -63,7 +66,8 @@ def named(responses, problems):
 
 def sampled(problems=PROBLEMS, group_size=GROUP, max_new_tokens=LIMIT, expected=None, **settings):
     requests = requests_for(problems, group_size, max_new_tokens, expected)
-    return named([response for chunk in generation(requests, **settings) for response in chunk], problems)
+    return named([response for chunk in generation(requests, **settings) for response in chunk],
+                 problems)
 
 
 @jax.jit
@@ -107,12 +111,14 @@ def baseline():
 
 
 def test_every_response_comes_once_and_well_formed(baseline):
-    assert baseline.keys() == {(problem.uid, sample) for problem in PROBLEMS for sample in range(GROUP)}
+    assert baseline.keys() == {(problem.uid, sample) for problem in PROBLEMS
+                               for sample in range(GROUP)}
     for response in baseline.values():
         assert response.tokens.dtype == np.int32 and response.logprobs.dtype == np.float32
-        assert response.tokens.shape == response.logprobs.shape and 1 <= len(response.tokens) <= LIMIT
+        assert response.tokens.shape == response.logprobs.shape and 1 <= len(
+            response.tokens) <= LIMIT
         is_eos = np.isin(response.tokens, EOS)
-        assert not is_eos[:-1].any()                            # stops at the first EOS, whichever it is
+        assert not is_eos[:-1].any()  # stops at the first EOS, whichever it is
         assert response.ended == is_eos[-1]
         assert response.ended or len(response.tokens) == LIMIT
     # The cases this batch is to hold: both EOS ids, and a response cut at the limit.
@@ -125,7 +131,8 @@ def test_recorded_logprobs_are_those_of_the_full_forward_pass(baseline):
 
 
 def test_a_cache_that_grows_past_its_bucket_loses_nothing():
-    # The prompt of 20 starts in a cache of 64; with 60 tokens more it needs the next bucket, 96. No EOS: all are cut.
+    # The prompt of 20 starts in a cache of 64; with 60 tokens more it needs the next bucket, 96. No
+    # EOS: all are cut.
     responses = sampled(problems=PROBLEMS[3:], sampling=ENDLESS, max_new_tokens=60, chunk=16)
     assert all(len(response.tokens) == 60 and not response.ended for response in responses.values())
     assert_logprobs_are_the_forward_pass(responses, PROBLEMS[3:])
@@ -136,7 +143,8 @@ def test_greedy_takes_the_most_likely_token():
     for problem_ in PROBLEMS:
         for sample in range(GROUP):
             response = responses[problem_.uid, sample]
-            np.testing.assert_array_equal(response.tokens, predictions(problem_, response).argmax(axis=-1))
+            np.testing.assert_array_equal(response.tokens,
+                                          predictions(problem_, response).argmax(axis=-1))
             np.testing.assert_array_equal(response.sampling_logprobs, 0.0)
 
 
@@ -147,7 +155,8 @@ def test_logprobs_of_three_kinds():
         response = responses[problem_.uid, 0]
         logits = predictions(problem_, response)
         place_ = response.tokens[:, None]
-        np.testing.assert_allclose(response.model_logprobs, np.take_along_axis(log_softmax(logits), place_, -1)[:, 0],
+        np.testing.assert_allclose(response.model_logprobs,
+                                   np.take_along_axis(log_softmax(logits), place_, -1)[:, 0],
                                    atol=2e-5)
         tempered = log_softmax(logits / 0.7)
         for row, token in enumerate(response.tokens):
@@ -210,9 +219,11 @@ def test_no_cache_moves_between_devices():
                    programs.grow.lower(state.cache[0], capacity=2 * capacity),
                    programs.compact_cache.lower(state.cache[0], kept)]
     of_a_device = rows * config.kv_heads * config.head_dim * capacity // 8
-    all_moved = [re.findall(r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-reduce|all-to-all|collective-permute)\(",
-                            program.compile().as_text()) for program in lowered]
-    assert all_moved[0]                                         # the products over heads and vocabulary are summed
+    all_moved = [
+        re.findall(
+            r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-reduce|all-to-all|collective-permute)\(",
+            program.compile().as_text()) for program in lowered]
+    assert all_moved[0]  # the products over heads and vocabulary are summed
     assert all(np.prod([int(size) for size in shape.split(",") if size]) < of_a_device / 8
                for moved in all_moved for shape in moved)
 
@@ -227,7 +238,8 @@ def test_samples_of_a_prompt_and_steps_differ(baseline):
 @pytest.mark.parametrize("limit", [1, LIMIT])
 def test_eos_as_the_first_token_is_a_response_of_length_one(limit):
     # At a limit of 1 the last token allowed is EOS: ended, not cut.
-    responses = sampled(sampling=SamplingParams(temperature=1.0, eos_ids=tuple(range(VOCABULARY))), max_new_tokens=limit)
+    responses = sampled(sampling=SamplingParams(temperature=1.0, eos_ids=tuple(range(VOCABULARY))),
+                        max_new_tokens=limit)
     assert all(len(response.tokens) == 1 and response.ended for response in responses.values())
 
 
@@ -237,7 +249,8 @@ def test_an_iterator_yields_after_every_chunk_and_may_be_dropped():
     assert before == (8, 12)
     first = next(chunks)
     assert all(isinstance(response, Response) for response in first)
-    assert chunks.finished == len(first) and chunks.running == 8 and chunks.waiting == 12 - len(first)
+    assert chunks.finished == len(first) and chunks.running == 8 and chunks.waiting == 12 - len(
+        first)
     assert 0 < chunks.tokens <= 8 * 4 and 0 < chunks.steps <= 4
     del chunks
 
@@ -245,23 +258,26 @@ def test_an_iterator_yields_after_every_chunk_and_may_be_dropped():
 @pytest.mark.parametrize("shape", [{}, MESHES["all"]], ids=["one device", "eight devices"])
 def test_host_and_device_meet_only_where_they_say_so(shape):
     target, sample = sampler(tuple(shape.items()))
-    params, key = place(QWEN2, weights(QWEN2), target), jax.device_put(jax.random.key(0), sharding.sharding(target))
+    params, key = place(QWEN2, weights(QWEN2), target), jax.device_put(jax.random.key(0),
+                                                                       sharding.sharding(target))
     with jax.transfer_guard("disallow"):
         requests = requests_for(PROBLEMS, GROUP, LIMIT)
-        assert sum(len(chunk) for chunk in sample(params, requests, key, ANY)) == GROUP * len(PROBLEMS)
+        assert sum(len(chunk) for chunk in sample(params, requests, key,
+                                                  ANY)) == GROUP * len(PROBLEMS)
 
 
 def ragged(seed):
     """Five prompts of random lengths, four responses each with limits of their own."""
     generator = np.random.default_rng(seed)
-    problems = [problem(seed * 10 + row, length) for row, length in enumerate(generator.integers(1, 33, 5))]
+    problems = [problem(seed * 10 + row, length)
+                for row, length in enumerate(generator.integers(1, 33, 5))]
     return [dataclasses.replace(request, max_new_tokens=int(generator.integers(1, 90)))
             for request in requests_for(problems, GROUP, 1)]
 
 
 def test_twenty_ragged_batches_compile_nothing_after_the_warm_up(caplog):
     settings = dict(slots=8, chunk=8, max_positions=32 + 90)
-    for seed in range(100, 130):                                # every width of prompts meets every size of the cache
+    for seed in range(100, 130):  # every width of prompts meets every size of the cache
         for _ in generation(ragged(seed), **settings):
             pass
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -269,7 +285,8 @@ def test_twenty_ragged_batches_compile_nothing_after_the_warm_up(caplog):
             chunks = generation(ragged(seed), seed=seed, **settings)
             assert sum(len(finished) for finished in chunks) == 5 * GROUP
             assert chunks.compilations == 0
-    assert not re.findall(r"Compiling jit\((decode|prefill|insert|grow|compact|empty)\)", caplog.text)
+    assert not re.findall(r"Compiling jit\((decode|prefill|insert|grow|compact|empty)\)",
+                          caplog.text)
 
 
 def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
@@ -311,8 +328,8 @@ def test_slots_are_halved_in_the_tail_and_lose_nothing():
     assert chunks.slot_steps < 32 * chunks.steps / 2            # most steps were made with 8 slots
     in_order = sorted(responses, key=lambda response: (response.prompt, response.sample))
     assert [len(response.tokens) for response in in_order] == limits
-    few = named([response for finished in generation(requests, slots=4, sampling=ENDLESS) for response in finished],
-                problems)
+    few = named([response for finished in generation(requests, slots=4, sampling=ENDLESS)
+                 for response in finished], problems)
     assert_same(named(responses, problems), few)
 
 
@@ -321,12 +338,14 @@ def test_requests_of_one_prompt_may_have_limits_of_their_own(baseline):
                 for request in requests_for(PROBLEMS, GROUP, LIMIT)]
     responses = named([response for chunk in generation(requests) for response in chunk], PROBLEMS)
     for (uid, sample), response in responses.items():
-        np.testing.assert_array_equal(response.tokens, baseline[uid, sample].tokens[: 1 + 3 * sample])
+        np.testing.assert_array_equal(response.tokens, baseline[uid,
+                                                                sample].tokens[: 1 + 3 * sample])
         assert response.finish == ("eos" if response.tokens[-1] in EOS else "length")
 
 
 def test_the_longest_expected_comes_first_and_what_is_unknown_before_it():
-    expected = {PROBLEMS[0].uid: 5.0, PROBLEMS[1].uid: 50.0, PROBLEMS[3].uid: 9.0, PROBLEMS[4].uid: 50.0}
+    expected = {PROBLEMS[0].uid: 5.0, PROBLEMS[1].uid: 50.0, PROBLEMS[3].uid: 9.0,
+                PROBLEMS[4].uid: 50.0}
     chunks = generation(requests_for(PROBLEMS, 2, LIMIT, expected), slots=10)
     order = [row.prompt for row in chunks.unfinished()]
     assert order == [2, 2, 1, 1, 4, 4, 3, 3, 0, 0]
@@ -337,17 +356,19 @@ def test_nothing_to_do_is_over_at_once():
 
 
 def test_with_the_slots_fixed_a_response_is_the_same_bit_for_bit():
-    """4 slots are never halved. In bfloat16, where the least difference in rounding parts two responses."""
+    """4 slots are never halved. In bfloat16, where the least difference in rounding parts two
+    responses."""
     config = dataclasses.replace(QWEN2, dtype=jax.numpy.bfloat16)
     requests = requests_for(PROBLEMS, GROUP, LIMIT)
 
     def drawn(requests, chunk):
         sample = engine.make_sampler(config, mesh(), slots=4, chunk=chunk)
-        return named([response for finished in sample(weights(config), requests, jax.random.key(0), ANY)
-                      for response in finished], PROBLEMS)
+        return named([response for finished in sample(weights(config), requests, jax.random.key(0),
+                                                      ANY) for response in finished], PROBLEMS)
 
     whole = drawn(requests, 4)
-    for found in (drawn(requests[::-1], 4), drawn(requests, 7), drawn(requests[6:14], 4), drawn(requests[:4], 16)):
+    for found in (drawn(requests[::-1], 4), drawn(requests, 7), drawn(requests[6:14], 4),
+                  drawn(requests[:4], 16)):
         for name, response in found.items():
             np.testing.assert_array_equal(response.tokens, whole[name].tokens)
             np.testing.assert_array_equal(response.logprobs, whole[name].logprobs)
@@ -360,7 +381,8 @@ def test_reading_long_prompts_takes_memory_in_proportion_to_them():
 
     def temporary(width):
         prompts = jax.ShapeDtypeStruct((1, width), np.int32)
-        return programs.prefill.lower(params, prompts).compile().memory_analysis().temp_size_in_bytes
+        return programs.prefill.lower(params,
+                                      prompts).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(16384) < 3 * temporary(8192)
 
@@ -371,8 +393,10 @@ def test_a_number_that_is_none_ends_the_generation_and_names_the_response():
     broken["embedding"][5] = np.nan
     target, sample = sampler()
     problems = [dataclasses.replace(PROBLEMS[0], prompt=np.array([2, 5, 7], np.int32))]
-    with pytest.raises(FloatingPointError, match="uid 31, sample 0: after 0 tokens of the response the model gives no"):
-        for _ in sample(place(QWEN2, broken, target), requests_for(problems, 2, 9), jax.random.key(0), ANY):
+    with pytest.raises(FloatingPointError,
+                       match="uid 31, sample 0: after 0 tokens of the response the model gives no"):
+        for _ in sample(place(QWEN2, broken, target), requests_for(problems, 2, 9),
+                        jax.random.key(0), ANY):
             pass
 
 
@@ -404,10 +428,21 @@ def test_the_longest_are_dealt_out_over_the_devices():
     np.testing.assert_array_equal(by_device, [[device, device + 8] for device in range(8)])
 
 
+def test_the_last_to_start_may_start_when_the_slots_are_halved():
+    """On several devices their slots move in the same launch."""
+    requests = [dataclasses.replace(request, max_new_tokens=4 if request.prompt < 128 else 12)
+                for request in requests_for([problem(uid, 4) for uid in range(136)], 1, LIMIT)]
+    responses = [response for chunk in generation(requests, shape=(("data", 8),), slots=128,
+                                                  sampling=ENDLESS) for response in chunk]
+    assert sorted(len(response.tokens) for response in responses) == [4] * 128 + [12] * 8
+
+
 def test_replay_one_response_by_its_name(baseline):
-    """A step is named by its key, a response by uid and sample: alone in the engine it is the same."""
+    """A step is named by its key, a response by uid and sample: alone in the engine it is the
+    same."""
     for problem_ in PROBLEMS[1:3]:
-        request = Request(prompt=0, tokens=problem_.prompt, uid=problem_.uid, sample=2, max_new_tokens=LIMIT)
+        request = Request(prompt=0, tokens=problem_.prompt, uid=problem_.uid, sample=2,
+                          max_new_tokens=LIMIT)
         (response,) = [response for chunk in generation([request]) for response in chunk]
         assert_same({(problem_.uid, 2): response}, baseline)
 
@@ -432,9 +467,11 @@ def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(c
     assert_same(named([*before, *after], PROBLEMS), expected)
     # Stopped again at once, in fewer slots: what has not started again is kept as well.
     kept = generation(left, shape=shape, slots=2).unfinished()
-    assert sum(len(response.tokens) for response in kept) == sum(len(response.tokens) for response in begun)
+    assert sum(len(response.tokens) for response in kept) == sum(len(response.tokens)
+                                                                 for response in begun)
     drawn_before = sum(len(response.tokens) for response in [*before, *begun])
-    assert second.tokens == sum(len(response.tokens) for response in expected.values()) - drawn_before
+    assert second.tokens == sum(len(response.tokens)
+                                for response in expected.values()) - drawn_before
 
 
 # loops
@@ -442,7 +479,8 @@ def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(c
 
 def periodic(shape=()):
     """Greedy responses of a random decoder end up repeating themselves."""
-    return dict(shape=shape, sampling=SamplingParams(temperature=0.0, eos_ids=()), max_new_tokens=80, group_size=2)
+    return dict(shape=shape, sampling=SamplingParams(temperature=0.0, eos_ids=()),
+                max_new_tokens=80, group_size=2)
 
 
 STOPPING = RepetitionStopping(window=16, longest_period=8, grid=4)
@@ -456,7 +494,8 @@ def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots(
     for name, response in cut.items():
         length = len(response.tokens)
         np.testing.assert_array_equal(response.tokens, whole[name].tokens[:length])
-        assert response.repeated == (response.finish == "repetition") and len(response.logprobs) == length
+        assert response.repeated == (response.finish
+                                     == "repetition") and len(response.logprobs) == length
         assert length % 4 == 0 if response.repeated else length == 80
     for arrangement in (dict(chunk=7), dict(slots=2), dict(slots=64, chunk=32)):
         assert_same(sampled(**periodic(), repetition=STOPPING, **arrangement), cut)
@@ -465,7 +504,8 @@ def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots(
 def test_audited_loops_go_on_and_are_marked():
     cut = sampled(**periodic(), repetition=STOPPING)
     audited = sampled(**periodic(), repetition=dataclasses.replace(STOPPING, audit_share=1.0))
-    assert all(response.finish == "length" and len(response.tokens) == 80 for response in audited.values())
+    assert all(response.finish == "length" and len(response.tokens) == 80
+               for response in audited.values())
     assert {name for name, response in audited.items() if response.repeated} == {
         name for name, response in cut.items() if response.repeated}
 
@@ -476,8 +516,9 @@ def test_audited_loops_go_on_and_are_marked():
 def response(prompt, sample, length, finish="eos", repeated=False):
     tokens = np.arange(1, length + 1, dtype=np.int32) + 10 * prompt + 5 * sample
     logprobs = -tokens.astype(np.float32)
-    return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=logprobs, sampling_logprobs=logprobs,
-                    model_logprobs=logprobs, finish=finish, repeated=repeated)
+    return Response(prompt=prompt, sample=sample, tokens=tokens, logprobs=logprobs,
+                    sampling_logprobs=logprobs, model_logprobs=logprobs, finish=finish,
+                    repeated=repeated)
 
 
 def test_collect_puts_each_response_in_its_place():
@@ -490,11 +531,13 @@ def test_collect_puts_each_response_in_its_place():
     np.testing.assert_array_equal(found.ended, [[False, True], [True, False]])
     np.testing.assert_array_equal(found.finish, [["repetition", "eos"], ["eos", "length"]])
     np.testing.assert_array_equal(found.repeated, [[True, False], [False, False]])
-    np.testing.assert_array_equal(found.tokens, [[[1, 2, 0], [6, 0, 0]], [[11, 12, 13], [16, 17, 0]]])
+    np.testing.assert_array_equal(found.tokens, [[[1, 2, 0], [6, 0, 0]],
+                                                 [[11, 12, 13], [16, 17, 0]]])
     np.testing.assert_array_equal(found.logprobs, -found.tokens)
 
 
-@pytest.mark.parametrize("broken", [lambda all: all[:-1], lambda all: [*all, all[0]], lambda all: [all[0], *all[:-1]]],
+@pytest.mark.parametrize("broken", [lambda all: all[:-1], lambda all: [*all, all[0]],
+                                    lambda all: [all[0], *all[:-1]]],
                          ids=["missing", "one too many", "twice instead of another"])
 def test_collect_complains_about_an_incomplete_step(broken):
     responses = [response(prompt, sample, 2) for prompt in range(2) for sample in range(2)]
@@ -503,7 +546,8 @@ def test_collect_complains_about_an_incomplete_step(broken):
 
 
 def test_a_cache_layout_that_does_not_fit_is_one_line_before_anything_is_compiled():
-    with pytest.raises(UserError, match="rollout.cache_layout cudnn does not fit: platform is cpu, the cudnn kernel"):
+    with pytest.raises(UserError, match="rollout.cache_layout cudnn does not fit: "
+                       "platform is cpu, the cudnn kernel"):
         engine.make_sampler(QWEN2, mesh(), slots=8, chunk=4, cache_layout="cudnn")
 
 

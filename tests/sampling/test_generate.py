@@ -1,4 +1,5 @@
-"""Responses for programs of one's own, and the command that prints them: `generate`, text as it grows, files."""
+"""Responses for programs of one's own, and the command that prints them: `generate`, text as it
+grows, files."""
 
 import contextlib
 import doctest
@@ -50,13 +51,14 @@ def predictions(prompt, response):
 
 
 def log_softmax(logits):
-    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(
-        -1, keepdims=True)
+    maximum = logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits - maximum).sum(-1, keepdims=True)) - maximum
 
 
 def generated(prompts=PROMPTS, sampling=GREEDY, max_new_tokens=12, **settings):
-    return generate.generate(weights(QWEN2), prompts, config=QWEN2, sampling=sampling, max_new_tokens=max_new_tokens,
-                               **{"mesh": mesh(), "slots": 4, "chunk": 4} | settings)
+    return generate.generate(weights(QWEN2), prompts, config=QWEN2, sampling=sampling,
+                             max_new_tokens=max_new_tokens,
+                             **{"mesh": mesh(), "slots": 4, "chunk": 4} | settings)
 
 
 def tokens_of(groups):
@@ -88,7 +90,8 @@ def test_log_probs_are_those_of_the_forward_pass():
             logits, drawn = predictions(prompt, response), response.tokens[:, None]
             least = np.sort(logits, axis=-1)[:, -5, None]
             kept = np.where(logits >= least, logits / 0.7, -1e30)
-            for found, expected in ((response.model_logprobs, logits), (response.logprobs, logits / 0.7),
+            for found, expected in ((response.model_logprobs, logits),
+                                    (response.logprobs, logits / 0.7),
                                     (response.sampling_logprobs, kept)):
                 expected = np.take_along_axis(log_softmax(expected), drawn, axis=-1)[:, 0]
                 np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -117,8 +120,8 @@ def test_a_sampler_of_ones_own_compiles_once():
         return started[-1]
 
     params = place(QWEN2, weights(QWEN2), target)
-    twice = [generate.generate(params, PROMPTS, config=QWEN2, sampling=GREEDY, max_new_tokens=12, sampler=kept)
-             for _ in range(2)]
+    twice = [generate.generate(params, PROMPTS, config=QWEN2, sampling=GREEDY, max_new_tokens=12,
+                               sampler=kept) for _ in range(2)]
     assert tokens_of(twice[0]) == tokens_of(twice[1]) == tokens_of(generated())
     assert started[0].compilations > 0 and started[1].compilations == 0
 
@@ -129,9 +132,11 @@ def test_no_prompts_no_responses():
 
 @pytest.mark.parametrize(("prompts", "changes", "message"), [
     ([[1, VOCABULARY]], {}, r"prompt 0: token ids must be in \[0, 24\), got 1 to 24"),
-    ([[1], [-1]], {}, "prompt 1: token ids"), ([[1], []], {}, "prompt 1 must be a list of token ids"),
+    ([[1], [-1]], {}, "prompt 1: token ids"), ([[1], []], {},
+                                               "prompt 1 must be a list of token ids"),
     (["text"], {}, "prompt 0 must be a list of token ids"), ([[0.5]], {}, "prompt 0 must be"),
-    ([[1]], {"max_new_tokens": [1, 2]}, "expected 1 max_new_tokens"), ([[1]], {"uids": []}, "expected 1 .* uids"),
+    ([[1]], {"max_new_tokens": [1, 2]}, "expected 1 max_new_tokens"),
+    ([[1]], {"uids": []}, "expected 1 .* uids"),
     ([[1]], {"max_new_tokens": 0}, "at least 1"), ([[1]], {"samples": 0}, "at least 1"),
     ([[1]], {"uids": [2**31]}, "uids must be in"),
 ])
@@ -145,33 +150,40 @@ def test_what_cannot_be_generated(prompts, changes, message):
 
 def wrapped(core, specials):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=specials[0],
-                                                additional_special_tokens=specials, clean_up_tokenization_spaces=False)
+                                                additional_special_tokens=specials,
+                                                clean_up_tokenization_spaces=False)
 
 
 @functools.cache
 def byte_level():
     """Each byte is a token, the last id is EOS."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(zip(alphabet, range(256), strict=True)), merges=[]))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(zip(alphabet, range(256),
+                                                                     strict=True)), merges=[]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                             use_regex=False)
     core.decoder = tokenizers.decoders.ByteLevel()
     return wrapped(core, ["<eos>"])
 
 
 @functools.cache
 def byte_fallback():
-    """Words of their own, bytes for all else, as SentencePiece has it; the first space of a text is dropped."""
+    """Words of their own, bytes for all else, as SentencePiece has it; the first space of a text is
+    dropped."""
     names = ["<unk>", "▁", "▁a", "b", "中", "�", *(f"<0x{byte:02X}>" for byte in range(256))]
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={each: row for row, each in enumerate(names)}, merges=[],
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={each: row for row,
+                                                             each in enumerate(names)}, merges=[],
                                                       unk_token="<unk>", byte_fallback=True))
-    core.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
-        tokenizers.decoders.Strip(" ", 1, 0)])
+    core.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("▁", " "),
+                                                 tokenizers.decoders.ByteFallback(),
+                                                 tokenizers.decoders.Fuse(),
+                                                 tokenizers.decoders.Strip(" ", 1, 0)])
     return wrapped(core, ["<eos>"])
 
 
 def shown(tokenizer, tokens, sizes):
-    """What is shown after each look, the last look included. Args: sizes, tokens between looks, over and over."""
+    """What is shown after each look, the last look included. Args: sizes, tokens between looks,
+    over and over."""
     stream, end, parts, turn = generate.TextStream(tokenizer), 0, [], 0
     while end < len(tokens):
         end += sizes[turn % len(sizes)]
@@ -205,22 +217,24 @@ def test_what_is_shown_is_the_text_whatever_the_tokens(tokenizer, data):
     made = tokenizer()
     names = len(made)
     # Bytes at random are mostly no characters; a few pieces of real text and EOS among them.
-    piece = some.one_of(some.lists(some.integers(0, names - 1), max_size=6), some.just(list(range(5))),
-                        some.just(made("中🙂")["input_ids"]), some.just([names - 1] * 5))
+    piece = some.one_of(some.lists(some.integers(0, names - 1), max_size=6),
+                        some.just(list(range(5))), some.just(made("中🙂")["input_ids"]),
+                        some.just([names - 1] * 5))
     tokens = sum(data.draw(some.lists(piece, max_size=40)), [])
     sizes = data.draw(some.lists(some.integers(1, 5), min_size=1, max_size=5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "WINDOW", 12)
         patch.setattr(generate, "CONTEXT", data.draw(some.integers(1, 6)))
-        assert "".join(shown(made, tokens, sizes)) == generate.decode(made, np.array(tokens, np.int32))
+        assert "".join(shown(made, tokens, sizes)) == generate.decode(made,
+                                                                      np.array(tokens, np.int32))
 
 
 # the command
 
-ROWS = [
-    {"prompt": "(47+9)%10", "id": "first"}, {"problem": "((80+4)*7)%10", "max_new_tokens": 5, "answer": "8"},
-    {"messages": [{"role": "user", "content": "(63+5)%10"}], "id": 7}, {"tokens": [0, 2, 14, 15]},
-]
+ROWS = [{"prompt": "(47+9)%10", "id": "first"}, {"problem": "((80+4)*7)%10", "max_new_tokens": 5,
+                                                 "answer": "8"},
+        {"messages": [{"role": "user", "content": "(63+5)%10"}], "id": 7},
+        {"tokens": [0, 2, 14, 15]},]
 SETTINGS = ("--seed", "1", "--max-new-tokens", "40")
 
 
@@ -252,8 +266,8 @@ def rows(tmp_path):
 def whole(tmp_path_factory):
     """The lines of --json with two samples of each prompt."""
     directory = tmp_path_factory.mktemp("whole")
-    run("--prompts", write(directory / "rows.jsonl"), "--output", str(directory / "out.jsonl"), "--samples", "2",
-        *SETTINGS)
+    run("--prompts", write(directory / "rows.jsonl"), "--output", str(directory / "out.jsonl"),
+        "--samples", "2", *SETTINGS)
     return [json.loads(line) for line in (directory / "out.jsonl").read_text().splitlines()]
 
 
@@ -261,34 +275,40 @@ def test_json_lines_stand_in_the_order_of_the_file(whole, tiny):
     assert [(line["id"], line["sample"]) for line in whole] == [
         (name, sample) for name in ("first", 2, 7, 4) for sample in (0, 1)]
     prompts = ["(47+9)%10", "((80+4)*7)%10", "(63+5)%10"]
-    rendered = [tiny.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                   add_generation_prompt=True) for text in prompts]
+    rendered = [tiny.tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                                   tokenize=False, add_generation_prompt=True)
+                for text in prompts]
     read = [*(tiny.tokenizer(text)["input_ids"] for text in rendered), ROWS[3]["tokens"]]
     params = load_weights(tiny)
-    expected = generate.generate(params, read, config=tiny.decoder, max_new_tokens=[40, 5, 40, 40], samples=2, seed=1,
-                                   sampling=SamplingParams(temperature=1.0, eos_ids=tiny.eos_ids))
-    for line, response, prompt in zip(whole, sum(expected, []), [each for each in read for _ in range(2)], strict=True):
-        assert line.keys() == {"id", "sample", "tokens", "text", "logprobs", "model_logprobs", "finish",
-                               "prompt_tokens"}
+    expected = generate.generate(params, read, config=tiny.decoder, max_new_tokens=[40, 5, 40, 40],
+                                 samples=2, seed=1, sampling=SamplingParams(temperature=1.0,
+                                                                            eos_ids=tiny.eos_ids))
+    for line, response, prompt in zip(whole, sum(expected, []),
+                                      [each for each in read for _ in range(2)], strict=True):
+        assert line.keys() == {"id", "sample", "tokens", "text", "logprobs", "model_logprobs",
+                               "finish", "prompt_tokens"}
         assert line["tokens"] == response.tokens.tolist() and line["finish"] == response.finish
         assert line["text"] == tiny.tokenizer.decode(response.tokens, skip_special_tokens=True)
         assert line["prompt_tokens"] == len(prompt)
-        for name, values in (("logprobs", response.sampling_logprobs), ("model_logprobs", response.model_logprobs)):
+        for name, values in (("logprobs", response.sampling_logprobs),
+                             ("model_logprobs", response.model_logprobs)):
             np.testing.assert_allclose(line[name], values, atol=2e-5)
 
 
 def test_blocks_and_json_on_standard_output(rows, whole, capsys):
-    lines = [json.loads(line) for line in printed(capsys, "--prompts", rows, "--json", *SETTINGS).splitlines()]
+    lines = [json.loads(line) for line in printed(capsys, "--prompts", rows, "--json",
+                                                  *SETTINGS).splitlines()]
     assert [line["tokens"] for line in lines] == [line["tokens"] for line in whole[::2]]
     blocks = printed(capsys, "--prompts", rows, *SETTINGS)
     for line in lines:
         count = len(line["tokens"])
-        assert (f"--- id {line['id']}, sample 0: {count} tokens, finish {line['finish']}\n{line['text']}\n\n") in blocks
+        assert (f"--- id {line['id']}, sample 0: {count} tokens, finish "
+                f"{line['finish']}\n{line['text']}\n\n") in blocks
 
 
 def test_log_probs_are_written_as_the_shortest_decimals_of_a_float32(capsys):
     [line] = [json.loads(printed(capsys, "--prompt", "(4+3)%10", "--json", "--temperature", "0"))]
-    assert line["logprobs"] == [0.0] * len(line["tokens"])          # greedy: nothing else could be drawn
+    assert line["logprobs"] == [0.0] * len(line["tokens"])  # greedy: nothing else could be drawn
     assert all(float(np.float32(value)) != value or value == 0 for value in line["model_logprobs"])
     assert max(len(str(value)) for value in line["model_logprobs"]) < 18
 
@@ -311,7 +331,8 @@ def test_raw_text_gets_the_tokenizers_own_bos_and_no_template(capsys, tiny):
 @pytest.mark.parametrize(("line", "message"), [
     ("{", "not valid JSON"), ("5", "expected JSONL, one object a line, found int"),
     ('{"text": "x"}', "expected one of the fields prompt, problem, messages, tokens, found 'text'"),
-    ('{"prompt": "x", "problem": "x"}', "found prompt and problem"), ("{}", "found an empty object"),
+    ('{"prompt": "x", "problem": "x"}', "found prompt and problem"),
+    ("{}", "found an empty object"),
     ('{"prompt": 5}', "prompt must be a text or null, got 5"),
     ('{"prompt": " "}', "prompt: expected a prompt, found nothing"),
     ('{"prompt": "\\ud800"}', "which is no character"),
@@ -327,7 +348,8 @@ def test_raw_text_gets_the_tokenizers_own_bos_and_no_template(capsys, tiny):
     ('{"tokens": [40]}', "tokens must be below the model's vocabulary, 40, found 40"),
     ('{"prompt": "1", "max_new_tokens": 1024}', "together at most the model's 1,024 positions"),
 ])
-def test_a_bad_row_is_told_before_the_weights_are_read(tmp_path, capsys, monkeypatch, line, message):
+def test_a_bad_row_is_told_before_the_weights_are_read(tmp_path, capsys, monkeypatch, line,
+                                                       message):
     monkeypatch.setattr(streaming, "load_weights", None)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n\n" + line + "\n")
@@ -338,12 +360,16 @@ def test_a_bad_row_is_told_before_the_weights_are_read(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--prompt", ""], "--prompt: expected a prompt, found nothing"), (["--prompts", "none"], "none: cannot be read"),
-    (["--prompt", "x", "--prompts", "y"], "not allowed with argument"), (["--top-p", "0"], r"number in \(0, 1\]"),
-    (["--temperature", "-1"], "--temperature: invalid number >= 0"), (["--samples", "0"], "positive integer"),
+    (["--prompt", ""], "--prompt: expected a prompt, found nothing"),
+    (["--prompts", "none"], "none: cannot be read"),
+    (["--prompt", "x", "--prompts", "y"], "not allowed with argument"),
+    (["--top-p", "0"], r"number in \(0, 1\]"),
+    (["--temperature", "-1"], "--temperature: invalid number >= 0"),
+    (["--samples", "0"], "positive integer"),
     (["--template", "r2"], "--template must be r1, r1_think or a file, got 'r2'"),
     (["--output", "/nowhere/out"], "cannot write into the directory /nowhere"),
-    (["--revision", "main"], "--revision is for a model on the Hub"), (["--top", "1"], "unrecognized arguments"),
+    (["--revision", "main"], "--revision is for a model on the Hub"),
+    (["--top", "1"], "unrecognized arguments"),
     (["--raw", "--template", "r1"], "not allowed with argument"),
 ])
 def test_mistakes_on_the_command_line(argv, message, monkeypatch):
@@ -357,7 +383,8 @@ def test_messages_without_a_template(rows):
         run("--prompts", rows, "--raw")
 
 
-@pytest.mark.parametrize(("name", "message"), [("absent", "does not exist"), ("rows.jsonl", "is a file"),
+@pytest.mark.parametrize(("name", "message"), [("absent", "does not exist"),
+                                               ("rows.jsonl", "is a file"),
                                                (".", "holds no config.json")])
 def test_a_model_that_is_none(tmp_path, rows, name, message):
     with pytest.raises(UserError, match=message):
@@ -383,18 +410,21 @@ def test_a_signal_ends_it_with_what_has_finished(tmp_path, rows, whole, monkeypa
         run("--prompts", rows, "--output", str(output), "--samples", "2", *SETTINGS)
     finished = [(line["id"], line["sample"]) for line in whole if len(line["tokens"]) <= 16]
     assert 0 < len(finished) < len(whole)
-    assert [(row["id"], row["sample"]) for row in map(json.loads, output.read_text().splitlines())] == finished
+    assert [(row["id"], row["sample"]) for row in map(json.loads,
+                                                      output.read_text().splitlines())] == finished
     assert stop.value.signum == signal.SIGTERM
     assert stop.value.message == f"stopped by SIGTERM: {len(finished)} of 8 responses are written"
 
 
 def test_mistakes_are_told_before_jax_is_imported(tmp_path):
-    program = ("import sys; from effreason.cli import generate; from effreason.runtime.errors import UserError\n"
+    program = ("import sys; from effreason.cli import generate; from "
+               "effreason.runtime.errors import UserError\n"
                "try: generate.run(sys.argv[1:], 'x')\n"
-               "except UserError as error: print(error, sorted({'jax', 'transformers'} & sys.modules.keys()))")
+               "except UserError as error: print(error, sorted({'jax', "
+               "'transformers'} & sys.modules.keys()))")
     path = write(tmp_path / "rows.jsonl", [{"prompt": 5}])
-    done = subprocess.run([sys.executable, "-c", program, "--model", "tiny", "--prompts", path], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, "--model", "tiny", "--prompts", path],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"{path}:1: prompt must be a text or null, got 5 []\n", done.stderr
 
 
@@ -405,7 +435,8 @@ def test_each_line_typed_is_a_prompt_until_an_empty_one(whole, capsys, monkeypat
     def looked(self, tokens):
         look(self, tokens)
         looks.append(tokens)
-        if len(looks) > 1 and tokens <= looks[-2]:      # the second response has begun: Ctrl-C ends it alone
+        # the second response has begun: Ctrl-C ends it alone
+        if len(looks) > 1 and tokens <= looks[-2]:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(streaming._Speed, "look", looked)
@@ -413,7 +444,8 @@ def test_each_line_typed_is_a_prompt_until_an_empty_one(whole, capsys, monkeypat
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     run(*SETTINGS)
     out, errors = capsys.readouterr()
-    assert out.startswith(whole[0]["text"] + "\n")      # the first line typed has the same key as a file's first row
+    # the first line typed has the same key as a file's first row
+    assert out.startswith(whole[0]["text"] + "\n")
     summary, refused, stopped = errors.splitlines()
     assert summary.startswith(f"{len(whole[0]['tokens'])} tokens, ")
     assert refused.startswith("error: prompt: a prompt of 2,005 tokens and 40 new ones")
@@ -427,7 +459,8 @@ def test_what_a_terminal_shows(whole):
     terminal, inner = pty.openpty()
     argv = [sys.executable, "-c", program, "--model", "tiny", *SETTINGS]
     environment = os.environ | {"TERM": "xterm", "XLA_FLAGS": ""}
-    with subprocess.Popen(argv, cwd=ROOT, env=environment, stdin=inner, stdout=inner, stderr=inner) as child:
+    with subprocess.Popen(argv, cwd=ROOT, env=environment, stdin=inner, stdout=inner,
+                          stderr=inner) as child:
         os.close(inner)
         out, turns, end = b"", ["(47+9)%10\n", "\n"], time.monotonic() + 60
         while child.poll() is None and time.monotonic() < end:
@@ -456,14 +489,16 @@ def real(name):
     if not (directory / "config.json").exists() or not reference.exists():
         pytest.skip(f"{directory} holds no checkpoint, or {reference} is not there")
     with np.load(reference) as arrays:
-        return str(directory), dict(arrays), json.loads(reference.with_suffix(".json").read_text(encoding="utf-8"))
+        return str(directory), dict(arrays), json.loads(
+            reference.with_suffix(".json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
 @pytest.mark.real
 def test_greedy_tokens_of_a_real_checkpoint_are_those_of_transformers(tmp_path, capsys):
     directory, reference, told = real("smollm2-135m-instruct")
-    path = write(tmp_path / "rows.jsonl", [{"prompt": prompt["problem"]} for prompt in told["prompts"]])
+    path = write(tmp_path / "rows.jsonl", [{"prompt": prompt["problem"]}
+                                           for prompt in told["prompts"]])
     run("--prompts", path, "--json", "--temperature", "0", "--dtype", "float32", "--max-new-tokens",
         str(told["new_tokens"]), model=directory)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -479,9 +514,11 @@ def test_greedy_tokens_of_a_real_checkpoint_are_those_of_transformers(tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "r1-distill-qwen-tokenizer"])
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct",
+                                  "r1-distill-qwen-tokenizer"])
 def test_real_tokenizers_show_whole_characters(name):
-    if not (place_ := os.environ.get("EFFREASON_REAL")) or not (Path(place_) / name / "tokenizer.json").exists():
+    if not (place_ := os.environ.get("EFFREASON_REAL")) or not (Path(place_) / name
+                                                                / "tokenizer.json").exists():
         pytest.skip(f"no tokenizer of {name} under EFFREASON_REAL")
     tokenizer = load_tokenizer(Path(place_) / name)
     text = "Zürich: 新年快乐, नमस्ते, 🙂👩‍👩‍👧, ∑x² ≤ ½.\n\n  def f():\n\treturn 1" * 12

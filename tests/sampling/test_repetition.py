@@ -15,7 +15,8 @@ SMALL = RepetitionStopping(window=12, longest_period=5, grid=4)
 def repeats(tokens, window, longest_period):
     """looping, one comparison at a time."""
     last = list(tokens)[-window:]
-    return len(last) == window and any(all(last[at] == last[at - period] for at in range(period, window))
+    return len(last) == window and any(all(last[at] == last[at - period] for at in range(period,
+                                                                                         window))
                                        for period in range(1, longest_period + 1))
 
 
@@ -40,7 +41,8 @@ def fed(tokens, sizes, stopping):
 
 @some.composite
 def responses(draw):
-    """Random tokens, then a block over and over, perhaps with one token changed, perhaps with random ones behind."""
+    """Random tokens, then a block over and over, perhaps with one token changed, perhaps with
+    random ones behind."""
     few = some.integers(0, 2)
     head, block = draw(some.lists(few, max_size=30)), draw(some.lists(few, min_size=1, max_size=8))
     tokens = head + block * draw(some.integers(0, 12)) + draw(some.lists(few, max_size=6))
@@ -86,7 +88,8 @@ def test_a_long_response_is_cut_where_its_loop_has_filled_the_window(chunk):
 
 
 def test_a_loop_that_begins_and_ends_between_two_looks_cuts_nothing():
-    tokens = np.array([7, 8] + [1] * 13 + [9, 8, 7] + [1] * 13 + [9], np.int32)     # looked at after 16 and 32
+    # looked at after 16 and 32
+    tokens = np.array([7, 8] + [1] * 13 + [9, 8, 7] + [1] * 13 + [9], np.int32)
     assert repeats(tokens[:15], 12, 5) and repeats(tokens[:31], 12, 5)
     assert fed(tokens, [4], RepetitionStopping(window=12, longest_period=5, grid=16)) is None
 
@@ -107,14 +110,16 @@ def test_an_end_of_sequence_breaks_the_loop_before_it():
 
 
 def test_audited_is_a_fixed_choice_of_about_the_share():
-    names = [(step, uid, sample) for step in range(5) for uid in range(100, 300) for sample in range(4)]
+    names = [(step, uid, sample) for step in range(5) for uid in range(100, 300)
+             for sample in range(4)]
     for share in (0.0, 0.1, 0.5, 1.0):
         stopping = RepetitionStopping(audit_share=share)
         chosen = np.array([stopping.is_audited(*name) for name in names])
         assert abs(chosen.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(names)) + 1e-12
         assert [stopping.is_audited(*name) for name in names] == chosen.tolist()
-    half = np.array([RepetitionStopping(audit_share=0.5).is_audited(*name) for name in names]).reshape(5, 200, 4)
-    for axis in range(3):                                       # no step, prompt or sample is always or never chosen
+    half = np.array([RepetitionStopping(audit_share=0.5).is_audited(*name)
+                     for name in names]).reshape(5, 200, 4)
+    for axis in range(3):  # no step, prompt or sample is always or never chosen
         shares = half.mean(axis=tuple(other for other in range(3) if other != axis))
         count = half.size / len(shares)
         assert np.abs(shares - 0.5).max() < 4.5 * np.sqrt(0.25 / count)
