@@ -13,8 +13,7 @@ def as_text(value: Any) -> str:
     """Returns a value of a data set as text.
 
     Raises ValueError for anything but text and numbers, and for half of a surrogate pair, which
-    JSON can contain as \\ud800 and which is no character.
-    """
+    JSON can contain as \\ud800 and which is no character."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"must be text or a number, found {type(value).__name__}")
 
@@ -30,8 +29,7 @@ def as_text(value: Any) -> str:
 def extract(text: str, answer_from: str) -> str:
     r"""Returns the final answer of an answer column, "" if there is none.
 
-    `answer_from`: whole = the text; hashes = after the last #### (GSM8K); boxed = last \boxed{}.
-    """
+    `answer_from`: whole = the text; hashes = after the last #### (GSM8K); boxed = last \boxed{}."""
     if answer_from == "hashes":
         return text.rpartition("####")[2].strip() if "####" in text else ""
     if answer_from == "boxed":
@@ -48,8 +46,7 @@ def choose(text: str, value: Any, answer: str, listed: Any) -> tuple[str, str, t
         value: of the answer column: a letter, a label, the choice itself or its index as a number.
         answer: the same as text.
         listed: the choices: a list, an object from letter to text, an object with lists `label` and
-            `text`, or None if they are part of the text.
-    """
+            `text`, or None if they are part of the text."""
     labels, choices = _parse_choices(text, listed)
     options = [f"({letter}) {choice}"
                for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]

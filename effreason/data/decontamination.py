@@ -31,8 +31,7 @@ Item = TypeVar("Item", bound=Text)
 def key(text: str) -> str:
     """Returns what copies of a problem share: the text without case, spacing and LaTeX spacing.
 
-    Spacing between two digits becomes one separator.
-    """
+    Spacing between two digits becomes one separator."""
     marked = LOWERED.sub(r"_{\g<0>}", RAISED.sub(r"^{\g<0>}", text))
     plain = unicodedata.normalize("NFKC", marked).casefold()
     return SINGLE.sub(r"\1\2", SPACING.sub("", NUMBERS.sub(SEPARATOR, plain)))
@@ -46,8 +45,7 @@ def keys(problems: Iterable[Text]) -> set[str]:
 def duplicates(rows: Sequence[Item], seen: set[str]) -> tuple[list[Item], list[Item]]:
     """Splits rows into those that are new and those that repeat an earlier one.
 
-    `seen` has the keys of all earlier rows; those of these rows are added to it.
-    """
+    `seen` has the keys of all earlier rows; those of these rows are added to it."""
     first: list[Item] = []
     repeated: list[Item] = []
     for row in rows:

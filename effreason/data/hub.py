@@ -46,8 +46,7 @@ def _load(name: str, subset: str | None, split: str,
 def _state(name: str, revision: str | None, offline: bool) -> tuple[str | None, bool]:
     """Returns the commit of a data set, and whether it is a folder written by `save_to_disk`.
 
-    Also fails early: `datasets` retries for half a minute before it reports an unreachable Hub.
-    """
+    Also fails early: `datasets` retries for half a minute before it reports an unreachable Hub."""
     import huggingface_hub
 
     if offline:
@@ -62,8 +61,7 @@ def _state(name: str, revision: str | None, offline: bool) -> tuple[str | None, 
 def _check_cached(name: str, revision: str, files: Sequence[str]) -> None:
     """Raises UserError unless the files are of the commit: offline, `datasets` uses the newest.
 
-    They are in a folder with the commit's name; the cache has no tags and branches.
-    """
+    They are in a folder with the commit's name; the cache has no tags and branches."""
     if not COMMIT.fullmatch(revision):
         raise UserError(f"{name}@{revision}: the cache knows only commits, and HF_HUB_OFFLINE or "
                         "HF_DATASETS_OFFLINE is set; name the commit")

@@ -25,8 +25,7 @@ def load_training(config: Config, tokenizer: Any, template: Template,
     """Returns the problems of data.path.
 
     Leaves out repeated problems, those of the evaluation sets, and those that cannot be graded: no
-    response to them is ever right. Raises UserError that names the field, or file and line.
-    """
+    response to them is ever right. Raises UserError that names the field, or file and line."""
     data, seen = config.data, set[str]()
     specs = sources.parse(data.path, "data.path")
     if len(specs) * ROWS_PER_SOURCE > 2**31:
@@ -73,8 +72,7 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
     """Returns the first evaluation.problems of each evaluation set, by name, and notes on them.
 
     Only prompts that are too long are left out: published accuracies count repeated problems and
-    those that cannot be graded. The uids of a set do not depend on the other sets.
-    """
+    those that cannot be graded. The uids of a set do not depend on the other sets."""
     data, settings = config.data, config.evaluation
     held_out: dict[str, list[Problem]] = {}
     notes: list[str] = []
@@ -144,8 +142,7 @@ def _tokenize(rows: Sequence[Row], tokenizer: Any, template: Template, max_token
               limit: int | None = None) -> tuple[list[Problem], list[Row]]:
     """Returns up to `limit` rows as tokenised problems, and the rows whose prompts are too long.
 
-    A long prompt is left out, never cut: a cut problem has no right answer.
-    """
+    A long prompt is left out, never cut: a cut problem has no right answer."""
     problems: list[Problem] = []
     too_long: list[Row] = []
     for start in range(0, len(rows), TOKENIZED_ROWS):

@@ -54,8 +54,7 @@ def batch(problems: Problems, size: int, seed: int, step: int) -> list[Problem]:
     out, so that no problem comes twice in one step: two groups of one problem would be the same
     responses.
 
-    Raises UserError for fewer problems than a step needs, or a weight too small for one problem.
-    """
+    Raises UserError for fewer problems than a step needs, or a weight too small for one problem."""
     pools = _pools(problems)
     chosen = []
     for index, (pool, count) in enumerate(zip(pools, _counts(pools, size), strict=True)):
@@ -83,8 +82,7 @@ def others(problems: Problems, replaced: Sequence[Problem], used: Sequence[Probl
 
     Args:
         used: every problem the step has had so far.
-        key: integers >= 0, such as seed, step and round.
-    """
+        key: integers >= 0, such as seed, step and round."""
     used_uids = {problem.uid for problem in used}
 
     def unused(pool: Source, index: int) -> Iterator[Problem]:
@@ -100,8 +98,7 @@ def others(problems: Problems, replaced: Sequence[Problem], used: Sequence[Probl
 def fingerprint(problems: Problems | Sequence[Problem]) -> str:
     """Returns the SHA-256, in hexadecimal, of everything about the problems that a run depends on.
 
-    Their order counts; weights, levels and the text of the problem do not.
-    """
+    Their order counts; weights, levels and the text of the problem do not."""
     if isinstance(problems, Problems):
         problems = [problem for source in problems.sources for problem in source.problems]
 

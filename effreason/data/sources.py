@@ -77,8 +77,7 @@ def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
     """Returns the data sets of a path: `gsm8k`, `gsm8k,math`, `gsm8k=0.3,math=0.7`.
 
     A path that exists is one data set, whatever characters its name contains. `field` of the
-    configuration is for messages; without `weights` none may be given.
-    """
+    configuration is for messages; without `weights` none may be given."""
     if os.path.exists(path):
         return (Spec(path),)
 
@@ -109,8 +108,7 @@ def check(path: str, data: DataConfig, field: str, *, held_out: bool = False,
     Args:
         held_out: the part to evaluate on.
         split: instead of the sets' own; None = data.split for the part to train on. The field
-            data.exclude uses the part to evaluate on if there is one, and the sets' own splits.
-    """
+            data.exclude uses the part to evaluate on if there is one, and the sets' own splits."""
     training = not held_out and field != "data.exclude"
     specs = parse(path, field, weights=training)
     if field == "data.exclude":
@@ -154,8 +152,7 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
         name: as `parse` returns it.
         held_out: the part to evaluate on, not the one to train on.
         split: instead of the set's own.
-        field: of the configuration, for messages.
-    """
+        field: of the configuration, for messages."""
     if name in BUILT_IN:
         if not held_out:
             _check_trainable(name, field)

@@ -63,8 +63,7 @@ def choose(tokenizer: Any, data: DataConfig) -> Template:
     """Returns the template that the configuration names, after a test on a problem.
 
     Raises UserError if there is none, the tokenizer lacks its special tokens, it is not Jinja, it
-    drops the problem, or it begins with two BOS.
-    """
+    drops the problem, or it begins with two BOS."""
     name, text = _load(tokenizer, data.template)
     # An exported model's template has the fixed date already.
     needs_date = "strftime_now" in text and not text.startswith(FIXED_DATE)

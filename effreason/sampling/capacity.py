@@ -24,8 +24,7 @@ def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: 
     """Builds the sampler of a run, for rollouts and evaluations alike.
 
     Args:
-        weight_bytes: as in `cache_budget_bytes`.
-    """
+        weight_bytes: as in `cache_budget_bytes`."""
     settings, repetition = config.rollout, None
     if config.repetition.stop:
         repetition = RepetitionStopping(
@@ -40,8 +39,7 @@ def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: 
 def slot_count(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:
     """Returns how many responses run at once: rollout.slots, or as many as fit at full length.
 
-    That is all of a step if they fit, otherwise a power of two times the mesh's batch shards.
-    """
+    That is all of a step if they fit, otherwise a power of two times the mesh's batch shards."""
     if config.rollout.slots is not None:
         return config.rollout.slots
 
@@ -73,8 +71,7 @@ def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
 
     Args:
         weight_bytes: bytes per parameter of policy, gradients, optimizer and reference, without
-            the sampler's copy: `training_weight_bytes`, or EVALUATION_WEIGHT_BYTES.
-    """
+            the sampler's copy: `training_weight_bytes`, or EVALUATION_WEIGHT_BYTES."""
     if config.rollout.memory_gib is not None:
         return config.rollout.memory_gib * GIB
 
@@ -91,8 +88,7 @@ def training_weight_bytes(config: Config) -> int:
     """Returns the device bytes per parameter in training, without the sampler's copy.
 
     Policy and gradient are float32, the optimizer keeps two float32 moments, and the reference has
-    the dtype of the blocks.
-    """
+    the dtype of the blocks."""
     moments = 0 if config.update.offload_optimizer else 8
     reference = 0 if config.kl.offload_reference else jnp.dtype(config.model.dtype).itemsize
     return 8 + moments + reference
@@ -101,8 +97,7 @@ def training_weight_bytes(config: Config) -> int:
 def device_bytes(mesh: Mesh) -> float:
     """Returns the memory of all devices of a mesh, as if every host had as little as the smallest.
 
-    Virtual CPU devices share half of their host's memory: graders and data need the rest.
-    """
+    Virtual CPU devices share half of their host's memory: graders and data need the rest."""
     device = mesh.local_devices[0]
     statistics = device.memory_stats() if device.platform != "cpu" else None
     if statistics is not None and "bytes_limit" in statistics:

@@ -23,8 +23,7 @@ class SamplingParams:
     """The distribution that tokens are drawn from, and EOS tokens. Static under jit.
 
     The filters apply in the order temperature, top_k, top_p (over what top_k left), min_p. Each
-    keeps ties with the least likely token that it keeps.
-    """
+    keeps ties with the least likely token that it keeps."""
 
     temperature: float              # 0 = greedy: the most likely token, first of ties; no filters
     eos_ids: tuple[int, ...]
@@ -73,8 +72,7 @@ def draw(logits: Float[Array, "S V"], keys: Key[Array, " S"],
 
     Args:
         logits: float32 at temperature 1, -inf allowed.
-        keys: each is consumed.
-    """
+        keys: each is consumed."""
     blocks = _blocks(logits)
     block_maxima = jnp.max(blocks, axis=-1)
     row_max = jnp.max(block_maxima, axis=-1)
@@ -119,8 +117,7 @@ def filter_threshold(blocks: Float[Array, "S K W"], row_max: Float[Array, " S"],
 
     Args:
         blocks: logits.
-        row_max: the largest logit of each row.
-    """
+        row_max: the largest logit of each row."""
     threshold = None
     if sampling.top_k is not None and sampling.top_k < blocks.shape[1] * blocks.shape[2]:
         count = jnp.full_like(row_max, sampling.top_k)
@@ -150,8 +147,7 @@ def _threshold_reaching(blocks: Float[Array, "S K W"], measure: Float[Array, "#S
         target: above 0.
 
     Returns:
-        -inf for rows that never reach the target.
-    """
+        -inf for rows that never reach the target."""
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds                                  # low reaches the target, high does not
         middle = (low & high) + ((low ^ high) >> 1)         # their mean; their sum could overflow
@@ -180,8 +176,7 @@ def _from_ordered(ordered: Int[Array, " S"]) -> Float[Array, " S"]:
 def _blocks(logits: Float[Array, "S V"]) -> Float[Array, "S K W"]:
     """Splits the vocabulary into K blocks, a power of two so that none crosses the mesh's shards.
 
-    A vocabulary without a large enough divisor is padded with -inf, which costs a copy.
-    """
+    A vocabulary without a large enough divisor is padded with -inf, which costs a copy."""
     rows, vocabulary = logits.shape
     limit = 1 << max(math.isqrt(vocabulary).bit_length() - 1, 0)    # at most the square root
     count = math.gcd(vocabulary, min(limit, MAX_BLOCKS))
@@ -211,8 +206,7 @@ def _invert(weights: Float[Array, "S n"], uniform: Float[Array, " S"]) -> Int[Ar
 
     Args:
         weights: the largest of each row at least 1.
-        uniform: in [0, 1 - 2**-24].
-    """
+        uniform: in [0, 1 - 2**-24]."""
     # A long float32 sum is rounded and may change even if 0 is added: mask entries of weight 0.
     cumulative = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
     # 1 - 2**-24 times a total of at least 1 rounds to less than the total: some entry exceeds it.

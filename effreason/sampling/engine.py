@@ -70,8 +70,7 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
         cache_layout: one of kv_cache.CACHE_LAYOUTS, or auto.
 
     Raises:
-        UserError: if the cache layout does not fit the device or the model.
-    """
+        UserError: if the cache layout does not fit the device or the model."""
     platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
     if cache_layout == "auto":
         cache_layout = kv_cache.choose_layout(platform, config.head_dim, config.dtype, context)
@@ -107,8 +106,7 @@ class Generation:
         capacity: cache positions of each slot.
         steps, slot_steps: decode steps so far, and these times the slots.
         host_seconds: from the end of a chunk to the start of the next, summed.
-        compilations: programs compiled for it; 0 once all shapes have been met.
-    """
+        compilations: programs compiled for it; 0 once all shapes have been met."""
 
     def __init__(self, sampler: Sampler, params: model.Params, requests: Sequence[Request],
                  key: Key[Array, ""], sampling: SamplingParams) -> None:
@@ -236,8 +234,7 @@ def collect(problems: Sequence[Problem], responses: Sequence[Response],
             group_size: int) -> Rollouts:
     """Puts finished responses, in any order, into arrays [P, G, ...] padded to the longest.
 
-    Raises ValueError unless every prompt has each of its samples exactly once.
-    """
+    Raises ValueError unless every prompt has each of its samples exactly once."""
     shape = len(problems), group_size
     indices = sorted((response.prompt, response.sample) for response in responses)
     if indices != list(np.ndindex(*shape)):

@@ -59,8 +59,7 @@ def generate(params: model.Params, prompts: Sequence[Prompt], *, config: model.D
         chunk: decode steps between two looks at what has finished.
 
     Raises:
-        ValueError: for prompts, limits or uids that are not valid.
-    """
+        ValueError: for prompts, limits or uids that are not valid."""
     requests = make_requests(prompts, samples, max_new_tokens, uids=uids,
                              vocabulary=config.vocabulary)
     if sampler is None:
@@ -82,8 +81,7 @@ class TextStream:
     A character may be spread over several tokens. Byte-level tokenizers show U+FFFD until it is
     complete; those that fall back to byte tokens decide on a whole run of these, so a run is held
     back until another token ends it. Only the newest tokens are decoded again, with a few before
-    them, because some decoders drop a leading space.
-    """
+    them, because some decoders drop a leading space."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -96,8 +94,7 @@ class TextStream:
 
         Args:
             tokens: all tokens so far.
-            final: no more tokens will come.
-        """
+            final: no more tokens will come."""
         end = len(tokens)
         while not final and end > self._start and self._may_continue(int(tokens[end - 1])):
             end -= 1

@@ -45,8 +45,7 @@ class RepetitionStopping:
             new: how many of these, at the end, no call has seen yet.
 
         Returns:
-            The first such length, a multiple of the grid in (length - new, length], or None.
-        """
+            The first such length, a multiple of the grid in (length - new, length], or None."""
         first = max((length - new) // self.grid + 1, -(-self.window // self.grid)) * self.grid
         if first > length:
             return None
@@ -69,8 +68,7 @@ def is_repeating(tokens: Int[np.ndarray, " T"], *, window: int, longest_period: 
     Args:
         window: number of last tokens to compare, at least 2 * longest_period; False if there are
             fewer tokens.
-        longest_period: the largest distance.
-    """
+        longest_period: the largest distance."""
     if len(tokens) < window:
         return False
 

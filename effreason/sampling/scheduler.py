@@ -54,8 +54,7 @@ def make_requests(prompts: Sequence[Prompt], samples: int, max_new_tokens: int |
         expected: response tokens by uid, if something is known of it.
 
     Raises:
-        ValueError: for prompts, limits or uids that are not valid.
-    """
+        ValueError: for prompts, limits or uids that are not valid."""
     count = len(prompts)
     limits = ([int(max_new_tokens)] * count if isinstance(max_new_tokens, int | np.integer)
               else list(max_new_tokens))
@@ -151,8 +150,7 @@ class PrefillQueue:
     Args:
         requests: in their order.
         max_width: of a batch.
-        max_rows: of a batch.
-    """
+        max_rows: of a batch."""
 
     def __init__(self, requests: Sequence[Request], max_width: int | None, max_rows: int) -> None:
         self._max_width, self._max_rows = max_width, max_rows
@@ -359,8 +357,7 @@ class Schedule:
         """Halves the slots while half of them, on every device, are enough.
 
         Returns:
-            The rows to keep, indices local to each device; None if all.
-        """
+            The rows to keep, indices local to each device; None if all."""
         size = len(self._slots) // self._shards
         shards = [range(first, first + size) for first in range(0, len(self._slots), size)]
         busy = [[slot for slot in shard if self._slots[slot] is not None] for shard in shards]

@@ -102,8 +102,7 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
     Returns:
         The slots, and for the host `tokens` int32[chunk, S] with their log-probs
         float32[chunk, S], of which the first `count` int32[S] of each row are valid;
-        `active` bool[S]; `steps` int32[].
-    """
+        `active` bool[S]; `steps` int32[]."""
     eos = jnp.array(sampling.eos_ids, jnp.int32)
     rows = slots.token.shape[0]
     generated_before = slots.generated
@@ -145,8 +144,7 @@ def prefill(weights: model.Params, prompts: Int[Array, "R W"], *,
             config: model.DecoderConfig) -> model.Cache:
     """Returns keys and values of prompts padded on the right; those of the padding are never read.
 
-    Works chunk by chunk: the scores of all positions against all would be W * W for each head.
-    """
+    Works chunk by chunk: the scores of all positions against all would be W * W for each head."""
     rows, width = prompts.shape
     chunk = min(math.gcd(width, PREFILL_CHUNK), max(PREFILL_SCORES // (rows * width), 16))
     chunk = math.gcd(width, 1 << chunk.bit_length() - 1)
@@ -169,8 +167,7 @@ def insert(slots: Slots, prefill_cache: model.Cache, table: Int[Array, "8 S"],
     Args:
         table: rows as in INSERT_FIELDS.
         step_key: of the training step.
-        layout: logical axes of a cache layer's arrays, by name.
-    """
+        layout: logical axes of a cache layer's arrays, by name."""
     new = dict(zip(INSERT_FIELDS, table, strict=True))
     # Which column of the table a slot takes, or none: a comparison instead of a scatter keeps the
     # rows on their devices.
@@ -193,8 +190,7 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, slot: Int[Array, 
                layout: dict[str, tuple[str, ...]]) -> model.Cache:
     """Copies rows of the prefill cache into slots, until the first slot -1.
 
-    Each device writes its own rows one by one: a scatter over the slots would gather the cache.
-    """
+    Each device writes its own rows one by one: a scatter over the slots would gather the cache."""
     parts = mesh.shape["context"]
     specs = {name: sharding.spec(*axes) for name, axes in layout.items()}
     prefill_specs = {name: prefill_spec(axes) for name, axes in layout.items()}
@@ -251,8 +247,7 @@ def grow(layer: dict[str, jax.Array], *, axes: dict[str, int],
     """Pads the cache of a layer to `capacity` positions.
 
     Args:
-        axes: the sequence axis of each array.
-    """
+        axes: the sequence axis of each array."""
     def pad(x: jax.Array, axis: int) -> jax.Array:
         return jnp.pad(x, [(0, capacity - x.shape[axis] if dim == axis else 0)
                            for dim in range(x.ndim)])
@@ -265,8 +260,7 @@ def compact(tree: Any, rows: Int[Array, " kept"], *, mesh: Mesh, shardings: Any)
 
     Args:
         rows: indices local to each device's shard.
-        shardings: of `tree`.
-    """
+        shardings: of `tree`."""
     specs = jax.tree.map(lambda target: target.spec, shardings)
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(specs, sharding.spec("batch")),

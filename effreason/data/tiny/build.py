@@ -42,8 +42,7 @@ def draw_row(rng: np.random.Generator, encode: Encode) -> Row:
     """Returns a training row, a trace or a drill.
 
     In a drill all but the digit of a direct answer is given. So the reasoner learns the answers of
-    easy problems without steps, but not to leave the steps out: the traces decide how often to.
-    """
+    easy problems without steps, but not to leave the steps out: the traces decide how often to."""
     if rng.random() < DRILLS / (TRACES + DRILLS):
         task = tasks.draw(rng, "easy", held_out=False)
         prompt, response = encode(task.text, traces.answer_text(task.answer))
@@ -59,8 +58,7 @@ def batches(rng: np.random.Generator, encode: Encode) -> Iterator[Batch]:
     """Yields batches without end: (tokens int32[B, N], mask bool[B, N] of learnt tokens) by bucket.
 
     Every batch has as many rows of each bucket as the average batch. Otherwise rare rows, such as
-    direct answers, would fill a few batches alone, whose gradients the optimizer would flatten.
-    """
+    direct answers, would fill a few batches alone, whose gradients the optimizer would flatten."""
     waiting: dict[int, list[Row]] = {bucket: [] for bucket in BUCKETS}
 
     def draw_rows(count: int) -> None:
