@@ -65,7 +65,7 @@ def _parser(prog: str) -> Parser:
                           help="no chat template: the model continues the text")
     parser.add_argument("--temperature", metavar="X", default=1.0,
                         type=bounded("number >= 0", float, lambda x: 0 <= x < 1e6),
-                        help="default 1; 0 = always the most likely token")
+                        help="sampling temperature; default 1; 0 = always the most likely token")
     parser.add_argument("--top-p", metavar="X", default=1.0,
                         type=bounded("number in (0, 1]", float, lambda x: 0 < x <= 1),
                         help="sample from the most likely tokens that together reach this "
@@ -81,7 +81,7 @@ def _parser(prog: str) -> Parser:
                         "prompt leaves of the model's context")
     parser.add_argument("--samples", metavar="N", type=_count, default=1,
                         help="responses to each prompt; default 1")
-    parser.add_argument("--seed", metavar="N", default=0, help="default 0",
+    parser.add_argument("--seed", metavar="N", default=0, help="seed of the samples; default 0",
                         type=bounded("integer in [0, 2147483647]", int, lambda n: 0 <= n < 2**31))
     parser.add_argument("--slots", metavar="N", type=_count, default=64,
                         help="responses generated at the same time; default 64")

@@ -16,7 +16,7 @@ commands:
   train      train a model to reason in fewer tokens
   evaluate   measure accuracy and response length of models on held-out problems
   grade      mark the responses in a file as correct or wrong, with reasons
-  generate   generate responses to a prompt, shown as they grow, or to a file of prompts
+  generate   generate responses to a prompt or to a file of prompts
   replay     generate one response of a training run again
   preview    show what a reward and an advantage would do to saved responses
   blend      average the weights of a base model and a model trained from it

@@ -484,22 +484,16 @@ def shipped() -> Path:
 
 def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None,
           default: str = "configs/tiny.yaml") -> tuple[Config, jsonargparse.Namespace]:
-    """Returns the configuration and what else `parser` reads; see `from_command_line`."""
+    """Reads `[--config FILE] [--section.field VALUE ...]` and the other options of `parser`.
+
+    Args: argv, None = sys.argv; default, the file to read without --config, unless a flag names a
+        model or data set that it is not made for.
+    Raises: UserError for any mistake; SystemExit(0) after --help and --print_config."""
     config, values = config_parser.parse(Config, parser, argv, shipped().parent / default, MADE_FOR)
     if values.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config, values
-
-
-def from_command_line(argv: Sequence[str] | None = None,
-                      default: str = "configs/tiny.yaml") -> Config:
-    """Reads the configuration from `[--config FILE] [--section.field VALUE ...]`.
-
-    Args: argv, None = sys.argv; default, the file to read without --config, unless a flag names a
-        model or data set that it is not made for.
-    Raises: UserError for any mistake; SystemExit(0) after --help and --print_config."""
-    return parse(config_parser.parser(Config, "train.py"), argv, default)[0]
 
 
 def load(path: str | os.PathLike[str]) -> Config:

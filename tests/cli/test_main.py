@@ -179,7 +179,8 @@ def test_a_defect_keeps_its_traceback(stand_in):
 
 def test_commands(capsys):
     assert main.main(["--help"]) == 0
-    assert "train" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "train" in out and all(len(line) <= 80 for line in out.splitlines())
     assert main.main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "error: the command must be one of train, evaluate, grade, generate, replay, preview, "

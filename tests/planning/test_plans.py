@@ -14,6 +14,7 @@ from effreason.cli import plan as commands
 from effreason.planning import chips, compile, plans, search, shapes, tables, workloads
 from effreason.planning.costs import Cost
 from effreason.runtime import config as configuration
+from effreason.runtime import config_parser
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
@@ -36,7 +37,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(model):
-    return configuration.from_command_line(["--model.path", model, *FLAGS])
+    parser = config_parser.parser(configuration.Config, "plan")
+    return configuration.parse(parser, ["--model.path", model, *FLAGS])[0]
 
 
 def on(config, data=1, fsdp=1, tensor=1, context=1, remat="full"):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from effreason.runtime import config as configuration
+from effreason.runtime import config_parser
 from effreason.runtime.config import (
     AdvantageConfig,
     Config,
@@ -31,9 +32,13 @@ def write(path, text):
     return str(path)
 
 
+def from_command_line(argv):
+    return configuration.parse(config_parser.parser(Config, "train.py"), argv)[0]
+
+
 def refused(*argv):
     with pytest.raises(UserError) as caught:
-        configuration.from_command_line(argv)
+        from_command_line(argv)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -41,7 +46,7 @@ def refused(*argv):
 
 def test_without_arguments_the_tiny_configuration_is_read(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = configuration.from_command_line([])
+    config = from_command_line([])
     assert config.model.path == config.data.path == "tiny"
     assert config == configuration.load(ROOT / "configs" / "tiny.yaml")
     assert config.data.user_prompt == "{problem}" and config.model.remat == "none"
@@ -50,12 +55,12 @@ def test_without_arguments_the_tiny_configuration_is_read(monkeypatch, tmp_path)
 @pytest.mark.parametrize("flags", [["--model.path", "org/model"], ["--model.path=org/model"],
                                    ["--evaluation.path", "math500"]])
 def test_another_model_or_data_set_is_not_given_the_settings_of_the_tiny_world(flags):
-    config = configuration.from_command_line([*flags, "--run.seed", "3"])
+    config = from_command_line([*flags, "--run.seed", "3"])
     assert config.update == UpdateConfig() and config.data.user_prompt == DataConfig().user_prompt
     assert config.run.seed == 3 and config.model.dtype == "bfloat16"
-    tiny = configuration.from_command_line(["--model.path", "tiny", "--run.seed", "3"])
+    tiny = from_command_line(["--model.path", "tiny", "--run.seed", "3"])
     assert tiny.data.user_prompt == "{problem}"
-    named = configuration.from_command_line(["--config", "configs/tiny.yaml", *flags])
+    named = from_command_line(["--config", "configs/tiny.yaml", *flags])
     assert named.data.user_prompt == "{problem}"                # a file that is asked for is read
 
 
@@ -68,10 +73,10 @@ def test_every_shipped_configuration_is_valid(path):
 def test_a_shipped_configuration_is_found_away_from_the_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     argv = ["--config", "configs/smollm2_gsm8k.yaml"]
-    assert configuration.from_command_line(argv).run.steps == 10
+    assert from_command_line(argv).run.steps == 10
     (tmp_path / "configs").mkdir()
     write(tmp_path / "configs" / "smollm2_gsm8k.yaml", "run: {steps: 7}")
-    assert configuration.from_command_line(argv).run.steps == 7
+    assert from_command_line(argv).run.steps == 7
 
 
 @pytest.mark.parametrize("argv", [
@@ -82,7 +87,7 @@ def test_a_shipped_configuration_is_found_away_from_the_checkout(monkeypatch, tm
 def test_flags_override_the_file_wherever_it_stands(tmp_path, argv):
     path = write(tmp_path / "a.yaml",
                  "reward: {alpha: 0.3}\nupdate: {learning_rate: 5e-6, beta1: 0.5}\n")
-    config = configuration.from_command_line([arg.replace("FILE", path) for arg in argv])
+    config = from_command_line([arg.replace("FILE", path) for arg in argv])
     assert config.reward.alpha == 0.4 and config.update.beta1 == 0.5
     assert config.update.learning_rate == 5e-6 and isinstance(config.update.learning_rate, float)
     # the dataclasses' defaults, not those of configs/tiny.yaml
@@ -92,12 +97,12 @@ def test_flags_override_the_file_wherever_it_stands(tmp_path, argv):
 def test_a_later_file_overrides_an_earlier_one(tmp_path):
     first = write(tmp_path / "a.yaml", "reward: {alpha: 0.3}\nrun: {seed: 3}\n")
     second = write(tmp_path / "b.yaml", "reward:\n  alpha: 0.2\nlog:\n  # nothing here\n")
-    config = configuration.from_command_line(["--config", first, "--config", second])
+    config = from_command_line(["--config", first, "--config", second])
     assert config.reward.alpha == 0.2 and config.run.seed == 3
 
 
 def test_values_of_every_kind_from_flags():
-    config = configuration.from_command_line([
+    config = from_command_line([
         "--run.resume", "true", "--run.directory", "007", "--evaluation.max_new_tokens", "null",
         "--kl.form", "none",
         "--update.learning_rate", "1e-5", "--data.user_prompt", "{problem}: think",
@@ -221,7 +226,7 @@ def test_jsonl_data_without_held_out_problems_needs_no_evaluation():
 ])
 def test_baselines_and_a_moving_alpha_exclude_what_would_bend_them(flags, message):
     with pytest.raises(UserError) as caught:
-        configuration.from_command_line(flags)
+        from_command_line(flags)
     assert str(caught.value).startswith(message)
 
 
@@ -233,7 +238,7 @@ def test_every_default_keeps_its_own_bound_and_every_field_has_a_meaning():
 
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path):
-    config = configuration.from_command_line(["--update.learning_rate", "5e-6", "--run.directory",
+    config = from_command_line(["--update.learning_rate", "5e-6", "--run.directory",
                                               "null"])
     configuration.save(config, tmp_path / "config.yaml")
     assert configuration.load(tmp_path / "config.yaml") == config
@@ -265,7 +270,7 @@ def test_differences_name_the_fields():
 def test_print_config_shows_what_would_run(capsys, tmp_path):
     path = write(tmp_path / "a.yaml", "run: {seed: 3}")
     with pytest.raises(SystemExit) as stop:
-        configuration.from_command_line(["--print_config", "--config", path, "--reward.alpha",
+        from_command_line(["--print_config", "--config", path, "--reward.alpha",
                                          "0.4"])
     assert stop.value.code == 0
     shown = write(tmp_path / "shown.yaml", capsys.readouterr().out)
