@@ -1,4 +1,4 @@
-"""Accuracy and length of a model on held-out problems, set by set; responses can be kept on disk."""
+"""Accuracy and length of models on held-out problems, set by set; responses are kept on disk."""
 
 import contextlib
 import dataclasses
@@ -165,7 +165,7 @@ def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,
 
     Responses that the directory holds already are read, not sampled again.
 
-    Args: paths, of the models, see models.py; output, None = nothing is kept; seeds, None = run.seed.
+    Args: paths, see models.py; output, None = nothing is kept; seeds, None = run.seed.
     Raises: UserError; Interrupted, with the responses so far kept in the directory."""
     seeds, paths = list(dict.fromkeys(seeds or [config.run.seed])), list(dict.fromkeys(paths))
     processes.check_same(configuration.facts(config) | {
@@ -271,7 +271,8 @@ def evaluate_model(config: Config, opened: EvaluatedModel, grader: Grader, seeds
                  f"the first prompt, by the template {template.name}:\n{prompt}"]:
         reporter.note(note)
 
-    sampler = capacity.make_configured_sampler(config, pretrained.decoder, opened.mesh, weight_bytes)
+    sampler = capacity.make_configured_sampler(config, pretrained.decoder, opened.mesh,
+                                               weight_bytes)
     load_params = functools.cache(opened.load)
     rows = []
     for seed in seeds:

@@ -42,7 +42,7 @@ class _Line:
     finish: FinishReason | None
     repeated: bool
     tokens: list[Int32]
-    logprobs: str = ""              # base64 of float32[3, T'], little-endian, in the order of LOGPROBS
+    logprobs: str = ""              # base64 of float32[3, T'], little-endian, rows as in LOGPROBS
 
 
 class Journal:
@@ -149,9 +149,10 @@ def encode(response: Response, *, logprobs: bool = False) -> bytes:
 
 
 def read(path: Path) -> tuple[dict[str, Any] | None, list[Response], int]:
-    """Reads the facts, None if even they were cut off; a response a line; the complete lines' bytes.
+    """Reads a log, without a last line that a crash cut off.
 
-    Raises: UserError for a damaged line."""
+    Returns: the facts, None if even they were cut off; the response of each line; the bytes of all
+        complete lines. Raises: UserError for a damaged line."""
     facts, responses, size = None, list[Response](), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

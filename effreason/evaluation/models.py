@@ -46,7 +46,7 @@ class EvaluatedModel:
 
 
 def open_models(config: Config, paths: Sequence[str]) -> dict[str, EvaluatedModel]:
-    """Opens models and checks that they can be compared. Returns: them by path. Raises: UserError."""
+    """Opens models, by path, and checks that they can be compared. Raises: UserError."""
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     with_revision = model_with_revision(config, paths)
     revisions = {path: config.model.revision if path == with_revision else None for path in paths}
@@ -54,8 +54,9 @@ def open_models(config: Config, paths: Sequence[str]) -> dict[str, EvaluatedMode
 
     check_same_template(list(models.values()), config)
     processes.check_same(
-        {f"the model {path}": opened.fingerprint for path, opened in models.items()}
-        | {f"the template of {path}": opened.template.sha256[:12] for path, opened in models.items()})
+        {f"the model {path}": opened.fingerprint for path, opened in models.items()} | {
+            f"the template of {path}": opened.template.sha256[:12]
+            for path, opened in models.items()})
     return models
 
 
@@ -140,8 +141,8 @@ def check_template(opened: EvaluatedModel, config: Config) -> None:
         return
     trained, template = opened.facts.get("template"), opened.template
     if not isinstance(trained, dict):
-        raise UserError(f"{opened.pretrained.directory / FACTS_FILE}: has no table template; was it "
-                        "written by effreason?")
+        path = opened.pretrained.directory / FACTS_FILE
+        raise UserError(f"{path}: has no table template; was it written by effreason?")
     if trained.get("sha256") != template.sha256:
         raise UserError(
             f"{opened.name}: was trained with the template {trained.get('name')} and the user "

@@ -23,7 +23,7 @@ from effreason.types import FinishReason, Outcomes, Problem
 
 SUFFIX = ".jsonl"
 FACTS = "facts"                     # the key of the first line
-NEUTRAL = ("set", "model", "template", "environment")   # facts that decide no response and no verdict
+NEUTRAL = ("set", "model", "template", "environment")   # facts that decide no response or verdict
 
 Int32 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -89,7 +89,7 @@ def evaluated_responses(set_name: str, problems: Sequence[Problem],
 
 
 def first_answer_token(problem: Problem, row: GradedResponse) -> float | None:
-    """Returns the tokens until the reference answer is first stated, thinking included; None = never.
+    """Returns the tokens until the reference is first stated, thinking included; None = never.
 
     The position is known in characters and converted by the response's mean length of a token:
     exact offsets would need every prefix decoded. A correct response states the reference with its
@@ -149,8 +149,8 @@ def read(path: Path) -> tuple[dict[str, Any], list[EvaluatedResponse]]:
 
     problems, samples = facts.get("problems"), facts.get("evaluation.samples")
     if type(problems) is int and type(samples) is int and len(rows) != problems * samples:
-        raise UserError(f"{path}: holds {len(rows)} of {problems * samples} responses; remove it to "
-                        "sample them again")
+        raise UserError(f"{path}: holds {len(rows)} of {problems * samples} responses; remove it "
+                        "to sample them again")
     return facts, rows
 
 
@@ -169,8 +169,8 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         return json_rows.decode(line, _Header, place).facts
     except UserError:
-        raise UserError(f"{path}: expected a first line with facts, then graded responses; repair or "
-                        "remove the file") from None
+        raise UserError(f"{path}: expected a first line with facts, then graded responses; repair "
+                        "or remove the file") from None
 
 
 def check_facts(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -179,8 +179,8 @@ def check_facts(path: Path, stored: Mapping[str, Any], expected: Mapping[str, An
                  for name in dict.fromkeys([*expected, *stored])
                  if name not in NEUTRAL and stored.get(name) != expected.get(name)]
     if different:
-        raise UserError(f"{path}: was made with {'; '.join(different)}; choose another directory, or "
-                        "remove the file to sample its responses again")
+        raise UserError(f"{path}: was made with {'; '.join(different)}; choose another directory, "
+                        "or remove the file to sample its responses again")
 
 
 def _short(value: Any) -> str:

@@ -54,7 +54,7 @@ class Summary:
     tokens_median: float            # of all responses
     tokens_right: float | None      # mean over right responses
     tokens_wrong: float | None
-    truncated: float                # share of responses cut off, at the token limit or as repetitions
+    truncated: float                # share of responses cut off, at the limit or as repetitions
     pass_at: dict[int, float]       # at least one of k samples is right
     majority_at: dict[int, float]   # the most frequent answer of k samples is right
     tokens_per_solved: float | None     # all tokens / right responses
@@ -86,7 +86,7 @@ class Comparison:
     token_ratio_interval: Interval
     p_value: float                  # of the accuracy change, two-sided
     test: str                       # mcnemar | sign-flip permutation
-    better: int                     # problems with a higher share of right responses than the base's
+    better: int                     # problems with a higher share of right responses than the base
     worse: int
     aes: float | None               # accuracy-efficiency score; None if the base is never right
     problems_to_detect: int | None  # that would show a change of 2 points with 80 % power; None if
@@ -129,7 +129,8 @@ def compare(base: Outcomes, other: Outcomes, *, seed: int = 0) -> Comparison:
     Raises: ValueError unless both have the same problems."""
     levels = level_names(base.levels.tolist())
     base, other = sorted_by_uid(base), sorted_by_uid(other)
-    if base.correct.size == 0 or other.correct.size == 0 or not np.array_equal(base.uids, other.uids):
+    if (base.correct.size == 0 or other.correct.size == 0
+            or not np.array_equal(base.uids, other.uids)):
         raise ValueError(
             f"a comparison needs the same problems, got {len(base.uids)} and {len(other.uids)}, "
             f"{len(np.intersect1d(base.uids, other.uids))} of them in both")
@@ -255,8 +256,8 @@ def majority_at(correct: np.ndarray, answers: np.ndarray, *, seed: int = 0) -> d
 def _ballots(correct: np.ndarray, answers: np.ndarray) -> list[int]:
     """Numbers the answers to a problem, int[n]: 0 = right, 1.. = wrong answers, -1 = none."""
     numbers: dict[str, int] = {}
-    return [0 if right else -1 if answer == "" else numbers.setdefault(str(answer), len(numbers) + 1)
-            for right, answer in zip(correct, answers, strict=True)]
+    return [0 if right else -1 if answer == "" else numbers.setdefault(answer, len(numbers) + 1)
+            for right, answer in zip(correct, answers.tolist(), strict=True)]
 
 
 def vote(ballots: np.ndarray, wrong_answers: int) -> float:
@@ -274,7 +275,7 @@ def vote(ballots: np.ndarray, wrong_answers: int) -> float:
 
 
 def budgets(correct: np.ndarray, lengths: np.ndarray) -> tuple[Budget, ...]:
-    """Returns accuracy and tokens at budgets of 16 times powers of sqrt(2), up to the longest length.
+    """Returns accuracy and tokens at budgets of 16 times powers of sqrt(2), up to the longest.
 
     Nothing is sampled again: the first tokens of a response do not depend on its limit.
 
@@ -293,7 +294,7 @@ def sign_flip_p_value(differences: np.ndarray) -> float:
     The sum over differences of one size is binomial; the distributions of the sizes are convolved.
     If all differences have one size, this is McNemar's exact test. Args: differences int[P]."""
     sizes = Counter(np.abs(differences[differences != 0]).tolist())
-    chances = np.ones(1)            # of the sums -total, -total + 2, ..., total, moved to start at 0
+    chances = np.ones(1)            # of the sums -total, -total + 2, ..., total
     for size, count in sorted(sizes.items()):
         flips = np.zeros(size * count + 1)
         flips[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)

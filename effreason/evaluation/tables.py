@@ -1,8 +1,7 @@
-"""Results of an evaluation of several models: comparisons with the first one, tables, JSON and CSV."""
+"""Results of an evaluation of several models: comparisons with the first, tables, JSON, CSV."""
 
 import csv
 import dataclasses
-import io
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from rich.text import Text
 from effreason.evaluation import statistics, wording
 from effreason.evaluation.statistics import Comparison, Summary
 from effreason.runtime.errors import UserError
-from effreason.runtime.files import disk, write_json
+from effreason.runtime.files import disk, replacing, write_json
 from effreason.types import Outcomes
 
 RESULTS, TABLE = "results.json", "results.csv"
@@ -50,7 +49,8 @@ def against_first(rows: Sequence[Row]) -> list[Row]:
     """Compares each row with the first model's, on the problems that both have."""
     base = {row.set: row.outcomes for row in rows if row.model == rows[0].model}
     return [row if row.model == rows[0].model else
-            dataclasses.replace(row, comparison=compare(base[row.set], row.outcomes)) for row in rows]
+            dataclasses.replace(row, comparison=compare(base[row.set], row.outcomes))
+            for row in rows]
 
 
 def compare(base: Outcomes, other: Outcomes) -> Comparison | None:
@@ -125,8 +125,9 @@ def tables(rows: Sequence[Row], trained_on: set[str]) -> list[RenderableType]:
 def _table(columns: Iterable[str], left: int = 1) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for index, heading in enumerate(columns):
-        table.add_column(heading, justify="left" if index < left else "right", no_wrap=index >= left,
-                         overflow="fold" if index < left else "ellipsis")
+        is_left = index < left
+        table.add_column(heading, justify="left" if is_left else "right", no_wrap=not is_left,
+                         overflow="fold" if is_left else "ellipsis")
     return table
 
 
@@ -262,15 +263,12 @@ def write(directory: Path, rows: Sequence[Row], trained_on: set[str],
                                      "base": rows[0].model, "models": models})
 
     lines = [csv_cells(row, trained_on) for row in rows]
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)),
-                           restval="")
-    table.writeheader()
-    table.writerows(lines)
-    partial = directory / (TABLE + ".partial")
-    with disk(directory / TABLE):
-        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
-        partial.replace(directory / TABLE)
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    with replacing(directory / TABLE) as partial, partial.open("w", encoding="utf-8",
+                                                               newline="") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows(lines)
 
 
 def csv_cells(row: Row, trained_on: set[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The trained model for others: a Hugging Face directory with the facts of its training and a card."""
+"""The trained model for others: a Hugging Face directory with a card and facts of training."""
 
 from pathlib import Path
 from typing import Any

@@ -47,8 +47,8 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
     return "\n\n".join([
         f"---\n{header}\n---",
         f"# {base}, taught to reason efficiently (α = {alpha:g})",
-        f"{link} after {step:,} steps of reinforcement learning with effreason {__version__}, by the "
-        f"method of [Training Language Models to Reason Efficiently]({PAPER}): of the correct "
+        f"{link} after {step:,} steps of reinforcement learning with effreason {__version__}, by "
+        f"the method of [Training Language Models to Reason Efficiently]({PAPER}): of the correct "
         "answers to a problem, one that is longer than the others earns a little less. α says how "
         "much less: at 0 only correctness counts, and the larger it is, the shorter the reasoning.",
         *_evaluation(next(iter(inputs.held_out), None), before, after),
@@ -81,8 +81,8 @@ def _evaluation(name: str | None, before: Summary | None, after: Summary | None)
     rows = [_row(level, before and before.by_level.get(level), after and after.by_level.get(level))
             for level in levels]
     times = [time for time, summary in (("before", before), ("after", after)) if summary]
-    head = ["problems", *(f"accuracy {time}" for time in times), *(f"tokens {time}" for time in times),
-            *["tokens saved"] * (len(times) == 2)]
+    head = ["problems", *(f"accuracy {time}" for time in times),
+            *(f"tokens {time}" for time in times), *["tokens saved"] * (len(times) == 2)]
     return ["## Evaluation", text, _table(head, [*rows, _row("all", before, after)])]
 
 
@@ -118,8 +118,8 @@ print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_to
 ```""",
         f"Sample rather than decode greedily, best as here ({sampling}): the model was trained on "
         f"responses sampled at temperature {rollout.temperature:g}, of at most "
-        f"{rollout.max_new_tokens:,} tokens. Put the question into the user's turn as above, without "
-        "a system prompt; the chat template in this directory is the one of the training.",
+        f"{rollout.max_new_tokens:,} tokens. Put the question into the user's turn as above, "
+        "without a system prompt; the chat template in this directory is the one of the training.",
     ]
 
 
