@@ -56,7 +56,7 @@ class SavedResponses:
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Reads a file and prints tables and warnings. Raises: UserError; SystemExit(0) after --help."""
+    """Reads a file, prints tables and warnings. Raises: UserError; SystemExit(0) after --help."""
     options = _parser(prog).parse_args(argv)
     alphas = arguments.numbers(options.alpha, "--alpha", lambda alpha: 0 <= alpha < 1, "[0, 1)")
     advantages = _names(options.advantage, "--advantage", ADVANTAGES)
@@ -167,6 +167,7 @@ def warnings(saved: SavedResponses, reward: Reward, alphas: Sequence[float | Non
     groups = saved.groups
     if "group_std" in advantages:
         yield from _group_std_warning(groups, reward, alphas)
+
     if "whiten" in advantages:
         shift = pressure.make_split(pressure.correctness, "whiten")(groups, 0.0)[1].normalisation
         pull = pressure.pull(shift, groups, "sequence_mean")
@@ -182,6 +183,7 @@ def warnings(saved: SavedResponses, reward: Reward, alphas: Sequence[float | Non
         yield (f"filtering by accuracy (DAPO) would drop {all_correct:,} all-correct groups, which "
                f"carry {share:.0%} of the length signal; filter by the spread of the reward "
                "(rollout.refill_rounds does)")
+
     if all_wrong:
         mixed_share = 1 - all_wrong / len(groups.correct)
         flat = all(report.groups_with_signal <= mixed_share + 1e-9 for report in reports)
@@ -195,6 +197,7 @@ def warnings(saved: SavedResponses, reward: Reward, alphas: Sequence[float | Non
         if pulls:
             yield (f"{advantage} pulls towards longer responses, {', '.join(pulls)}: correctness "
                    "outweighs length")
+
     if saved.truncated:
         yield (f"{saved.truncated} responses were cut off, {saved.repeated} of them for repeating "
                "themselves: they count as wrong, so part of the pull of correctness is a pull "
@@ -207,6 +210,7 @@ def _group_std_warning(groups: Groups, reward: Reward,
     numbers = [alpha for alpha in alphas if alpha is not None]
     if len(numbers) < 2 or not groups.all_correct.any():
         return
+
     split, (low, high) = pressure.make_split(reward, "group_std"), (min(numbers), max(numbers))
     at_low, at_high = (split(groups, alpha)[1].whole[groups.all_correct] for alpha in (low, high))
 
@@ -249,6 +253,7 @@ def _size_table(reports: Sequence[PressureReport]) -> Iterator[str]:
     alphas = [report.alpha for report in reports if report.alpha != 0]
     reference = pressure.reference_alpha(alphas) if alphas else 0.0
     ratio = "" if reference is None else f"to {reference:g}"
+
     return _aligned([
         ["advantage", "alpha", "groups", "all", "ratio", "mixed", "ratio", "correct", "of at"],
         ["A", "", "with", "correct", ratio, "mean |A|", ratio, "but", "least"],

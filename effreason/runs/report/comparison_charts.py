@@ -203,6 +203,7 @@ def _dots(measured: Measured) -> Figure:
             row = by_difficulty.get(name)
             if row is None:
                 continue
+
             axes.errorbar(row.saving, y, xerr=_error(row.saving, row.saving_interval), fmt="o",
                           color=color, markersize=5.5, elinewidth=1.6, markeredgecolor="white",
                           markeredgewidth=0.6)

@@ -77,6 +77,7 @@ def shown(row: GradedResponse, label: str, before: int | None = None) -> ShownRe
     thinking, end, solution = row.response.rpartition(END_OF_THINKING)
     if not end:
         thinking, solution = row.response, ""
+
     thinking = thinking.removeprefix(THINK).strip("\n")
     omitted = max(len(thinking) - HEAD - TAIL, 0)
     if omitted:
@@ -129,6 +130,7 @@ def _choose(pairs: Sequence[Pair]) -> dict[int, str]:
     right = [pair for pair in pairs if pair[0].correct and pair[1].correct]
     if not right:
         take_median(pairs, "the median saving; none is right before and after")
+
     levels = statistics.level_names({pair[0].level for pair in right})
     few = [levels[0], levels[len(levels) // 2], levels[-1]] if len(levels) > 3 else levels
     for level in few:
@@ -154,6 +156,7 @@ def choose_groups(path: Path) -> list[Group]:
     memory: the file may be large."""
     if not path.is_file():
         return []
+
     rewards: dict[int, dict[int, list[float]]] = {}         # by step, then by uid
     for row in _rollouts(path):
         rewards.setdefault(row.step, {}).setdefault(row.uid, []).append(row.reward)
@@ -164,6 +167,7 @@ def choose_groups(path: Path) -> list[Group]:
     chosen: dict[tuple[int, int], list[Rollout]] = {
         (step, min(spreads[step], key=lambda uid: (-spreads[step][uid], uid))): []
         for step in (steps[:1] + steps[1:][-1:])}
+
     for row in _rollouts(path) if chosen else ():
         if (row.step, row.uid) in chosen:
             chosen[row.step, row.uid].append(row)

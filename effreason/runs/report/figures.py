@@ -88,11 +88,19 @@ def overview(metrics: Sequence[Mapping[str, Any]], results: Results | None, path
         base, trained = (point.sets[results.sets[0]].summary for point in results.points[:2])
         before_after = base, trained
         _difficulty(figure.add_subplot(grid[:, 1]), base, trained)
+
     _curve(accuracy, metrics, "accuracy", before_after)
     _curve(tokens, metrics, "tokens", before_after)
     _format_accuracy(accuracy)
     _format_tokens(tokens)
-    _title(figure, left, metrics, results, model)
+
+    moved = [row["reward/alpha"] for row in metrics if row.get("reward/alpha") is not None]
+    start = alpha = moved[-1] if moved else None
+    if results:
+        start, alpha = results.points[1].alpha_start, results.points[1].alpha
+    words = "" if start is None or start == alpha else f"{start:.3g} → "
+    parts = ["" if alpha is None else f"α = {words}{alpha:.4g}", Path(model).name[:60]]
+    _title(figure, left, "  ·  ".join(filter(None, ["effreason", *parts])), before_after)
 
     handles, labels = tokens.get_legend_handles_labels()
     if handles:
@@ -105,22 +113,17 @@ def overview(metrics: Sequence[Mapping[str, Any]], results: Results | None, path
         figure.savefig(path, metadata={"Software": None})
 
 
-def _title(figure: Figure, left: float, metrics: Sequence[Mapping[str, Any]],
-           results: Results | None, model: str) -> None:
-    alphas = [row["reward/alpha"] for row in metrics if row.get("reward/alpha") is not None]
-    start = alpha = alphas[-1] if alphas else None
+def _title(figure: Figure, left: float, title: str,
+           before_after: tuple[Summary, Summary] | None) -> None:
     line = "Not evaluated on held-out problems"
-    if results:
-        start, alpha = results.points[1].alpha_start, results.points[1].alpha
-        base, trained = (point.sets[results.sets[0]].summary for point in results.points[:2])
+    if before_after:
+        base, trained = before_after
         saving = 1.0 - trained.tokens / base.tokens
         line = (f"{abs(saving):.0%} {'fewer' if saving >= 0 else 'more'} tokens on held-out "
                 f"problems, accuracy {base.accuracy:.1%} → {trained.accuracy:.1%}")
 
-    moved = "" if start is None or start == alpha else f"{start:.3g} → "
-    parts = ["effreason", "" if alpha is None else f"α = {moved}{alpha:.4g}", Path(model).name[:60]]
-    figure.text(left, 0.958, "  ·  ".join(filter(None, parts)), fontsize=14, fontweight="bold",
-                color=INK, va="center", parse_math=False)
+    figure.text(left, 0.958, title, fontsize=14, fontweight="bold", color=INK, va="center",
+                parse_math=False)
     figure.text(left, 0.9, line, fontsize=10.5, color=QUIET, va="center")
 
 
@@ -130,12 +133,8 @@ def _curve(axes: Axes, metrics: Sequence[Mapping[str, Any]], measure: str,
     pairs = [(row["step"], row[f"rollout/{measure}"]) for row in metrics
              if row.get(f"rollout/{measure}") is not None]
     if pairs:
-        steps, values = map(thinned, np.array(pairs, np.float64).T)
-        curve = smooth(steps, values)
-        if curve is not values:
-            axes.plot(steps, values, color=CURVE, linewidth=0.9, alpha=0.6, zorder=2)
-        axes.plot(steps, curve, color=AFTER, linewidth=2.0, marker="o" if len(steps) < 4 else "",
-                  markersize=4, zorder=3, solid_capstyle="round", label="training rollouts")
+        steps, values = np.array(pairs, np.float64).T
+        draw_smoothed(axes, steps, values, AFTER, width=2.0, label="training rollouts")
 
     looks = {"before": (7.5, BEFORE, "white", 1.2, "held-out: before"),
              "after": (7.5, AFTER, "white", 1.2, "after"),
@@ -147,6 +146,17 @@ def _curve(axes: Axes, metrics: Sequence[Mapping[str, Any]], measure: str,
 
     last = max(updates(metrics), default=1)
     axes.set_xlim(-0.025 * max(last, 1), 1.025 * max(last, 1))
+
+
+def draw_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, *, width: float,
+                  faint: bool = True, label: str = "") -> None:
+    """Draws values smoothed, over the faint values themselves. Args: width, in points."""
+    steps, values = thinned(steps), thinned(values)
+    curve = smooth(steps, values)
+    if faint and curve is not values:
+        axes.plot(steps, values, color=CURVE, linewidth=0.9, alpha=0.6, zorder=2)
+    axes.plot(steps, curve, color=color, linewidth=width, marker="o" if len(steps) < 4 else "",
+              markersize=4, zorder=3, solid_capstyle="round", label=label or None)
 
 
 def updates(metrics: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -109,6 +109,7 @@ def read(directory: Path) -> Contents:
             own = run.evaluations.get(max(run.evaluations, default=0), own)
         if own:
             responses[point.name] = own
+
     if not results:
         runs = [_read_run(directory, "", PointKind.MEMBER, None)]
 
@@ -168,6 +169,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(table, dict | None):
         raise UserError(f"{path}: must hold sections of settings, got {type(table).__name__}")
+
     return {f"{section}.{name}": value for section, fields in (table or {}).items()
             if isinstance(fields, dict) for name, value in fields.items()}
 

@@ -211,6 +211,7 @@ def tradeoffs(contents: Contents) -> list[Chart]:
         measured, published = contents.measured(name), published_points(contents.model, name)
         if len(measured) < 2:
             continue
+
         models = "; ".join(f"{label(point)}: {wording.tokens(measurement.summary.tokens)} tokens, "
                            f"{percent(measurement.summary.accuracy)}"
                            for point, measurement in measured)
@@ -238,6 +239,7 @@ def comparisons(contents: Contents) -> list[Chart]:
     """Returns charts by budget, by difficulty and of the lengths of responses, on the first set."""
     if not contents.points:
         return []
+
     measured = [(point, measurement) for point, measurement in contents.measured(contents.sets[0])
                 if point.kind in (BASE, MEMBER)]
     compared = [(point, measurement) for point, measurement in measured

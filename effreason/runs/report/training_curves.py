@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from effreason.runs.report import figures
-from effreason.runs.report.figures import AFTER, CURVE, NARROW, QUIET, clean, grouped, smooth
+from effreason.runs.report.figures import AFTER, NARROW, QUIET, clean, grouped, smooth
 from effreason.runs.report.label_placement import SMALL, name_ends
 
 # What advantages are made of: the part of a metric's key, its name and its colour.
@@ -42,12 +42,8 @@ def training_curve(lines: Sequence[Line], marks: Sequence[Line] = (), *, percent
     clean(axes, "")
 
     for line in lines:
-        steps, values = figures.thinned(line.steps), figures.thinned(line.values)
-        curve = smooth(steps, values)
-        if curve is not values and not several:
-            axes.plot(steps, values, color=CURVE, linewidth=0.9, alpha=0.6, zorder=2)
-        axes.plot(steps, curve, color=line.color, linewidth=1.8, zorder=3, markersize=4,
-                  solid_capstyle="round", marker="o" if len(steps) < 4 else "")
+        figures.draw_smoothed(axes, line.steps, line.values, line.color, width=1.8,
+                              faint=not several)
     for mark in marks:
         axes.plot(mark.steps, mark.values, linestyle="", marker="D", markersize=6, color=mark.color,
                   markeredgecolor="white", markeredgewidth=1.0, zorder=5, clip_on=False)
