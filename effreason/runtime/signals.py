@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C end a run at the next safe point, not in the middle of a write."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from effreason.runtime import processes
@@ -20,8 +20,7 @@ class Interrupts:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
     def check(self) -> None:
