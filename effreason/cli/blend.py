@@ -93,7 +93,7 @@ def check_target(target: Path) -> None:
     """Raises UserError if the directory exists already or cannot be created."""
     if target.exists() or standing(target) is not None:
         raise UserError(f"--output: {target} exists already, nothing is overwritten")
-    parent = next(each for each in target.absolute().parents if each.exists())
+    parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"--output: cannot write into {parent}")
 
@@ -125,7 +125,7 @@ def facts(base: Pretrained, trained: Pretrained, weight: float) -> dict[str, Any
 
 def card(base: Pretrained, trained: Pretrained, weight: float) -> str:
     """Returns the text of README.md: a few lines, without any measurement."""
-    on_hub = [each.name for each in (base, trained) if each.revision is not None]
+    on_hub = [one.name for one in (base, trained) if one.revision is not None]
     relation = "merge" if on_hub else None
     header = ModelCardData(base_model=on_hub or None, base_model_relation=relation,
                            library_name="transformers", pipeline_tag="text-generation",

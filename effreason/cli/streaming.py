@@ -132,7 +132,7 @@ class Session:
                 self.pretrained, sharding.tree_sharding(mesh, model.logical_axes(decoder)))
         longest = self.pretrained.max_positions
         if prompts is not None:
-            longest = max(len(each.tokens) + each.max_new_tokens for each in prompts)
+            longest = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
         self._sampler = engine.make_sampler(decoder, mesh, slots=self.options.slots, chunk=chunk,
                                             max_positions=longest,
                                             min_positions=STREAM_CACHE if prompts is None else None)
@@ -144,8 +144,8 @@ class Session:
         sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p,
                                   top_k=options.top_k, min_p=options.min_p,
                                   eos_ids=self.pretrained.eos_ids)
-        requests = make_requests([each.tokens for each in prompts], options.samples,
-                                 [each.max_new_tokens for each in prompts], uids=uids,
+        requests = make_requests([prompt.tokens for prompt in prompts], options.samples,
+                                 [prompt.max_new_tokens for prompt in prompts], uids=uids,
                                  vocabulary=self.pretrained.decoder.vocabulary)
         return self._sampler(self._params, requests, jax.random.key(options.seed), sampling)
 

@@ -75,14 +75,14 @@ def _explained(message: str, value: Any, kind: Any) -> str:
     expected = inspect.type_info(kind)
     for key in keys:
         expected, value = _member(expected, key), _item(value, key)
-    found = f"no {keys[-1]}" if missing else json.dumps(value)[:SHOWN]
-    return f"{'.'.join(keys)} must be {_words(expected)}, got {found}"
+    got = f"no {keys[-1]}" if missing else json.dumps(value)[:SHOWN]
+    return f"{'.'.join(keys)} must be {_words(expected)}, got {got}"
 
 
 def _member(kind: Any, key: str) -> Any:
     """Returns the type of a field, item or value of another type."""
     if isinstance(kind, inspect.UnionType):
-        kind = next(each for each in kind.types if not isinstance(each, inspect.NoneType))
+        kind = next(part for part in kind.types if not isinstance(part, inspect.NoneType))
     match kind:
         case inspect.DataclassType(fields=fields):
             return next(field.type for field in fields if field.encode_name == key)
@@ -110,4 +110,4 @@ def _words(kind: Any) -> str:
             return f"a whole number in [{low}, {high}]"
         case inspect.IntType(ge=int() as low):
             return f"a whole number >= {low}"
-    return next((words for each, words in WORDS.items() if isinstance(kind, each)), "an object")
+    return next((words for type_, words in WORDS.items() if isinstance(kind, type_)), "an object")

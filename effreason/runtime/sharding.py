@@ -108,12 +108,12 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 def offloaded(shardings: Shardings) -> Shardings:
     """Returns the same shards in the memory of the hosts."""
-    return jax.tree.map(lambda each: each.with_memory_kind("pinned_host"), shardings)
+    return jax.tree.map(lambda shards: shards.with_memory_kind("pinned_host"), shardings)
 
 
 def fetched(shardings: Shardings) -> Shardings:
     """Returns the same shards in the memory of the devices."""
-    return jax.tree.map(lambda each: NamedSharding(each.mesh, each.spec), shardings)
+    return jax.tree.map(lambda shards: NamedSharding(shards.mesh, shards.spec), shardings)
 
 
 def batch_shards(mesh: Mesh) -> int:
