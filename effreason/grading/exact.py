@@ -1,4 +1,5 @@
-"""Compares two answers in plain Python: structure, words, rational numbers. Leaves undecided what needs algebra."""
+"""Compares two answers in plain Python: structure, words, rational numbers. Leaves undecided what
+needs algebra."""
 
 import re
 from collections.abc import Callable
@@ -27,8 +28,8 @@ MATRIX = re.compile(
     r"\\begin\{(?:[pb]|small)matrix\}((?:(?!\\begin).)*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
 DIGITS_APART = re.compile(r"\d\s+[\d.]")
 BASE = re.compile(r"\(?([0-9A-Z]+)\)?_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
-BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
-         "twelve": 12, "sixteen": 16}
+BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+         "ten": 10, "twelve": 12, "sixteen": 16}
 NO_SOLUTION = {r"\emptyset", r"\{\}"}
 SUBSCRIPT = re.compile(r"_\{[^{}]*\}")
 NAMED_VALUE = re.compile(r"[a-z]\s*=")
@@ -51,8 +52,10 @@ class Bracketed:
 
 
 def exact(prediction: str, reference: str) -> Verdict:
-    """Compares two answers without algebra. True and False are final, None leaves the pair to the symbolic stage."""
-    p, g = (notation.strip_parentheses(notation.canonical(text)) for text in (prediction, reference))
+    """Compares two answers without algebra. True and False are final, None leaves the pair to the
+    symbolic stage."""
+    p = notation.strip_parentheses(notation.canonical(prediction))
+    g = notation.strip_parentheses(notation.canonical(reference))
     if p != g and notation.depth(p) > MAX_DEPTH:
         return None
     return compare(p, g, leaf)
@@ -61,8 +64,9 @@ def exact(prediction: str, reference: str) -> Verdict:
 def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
     """Compares two canonical answers part by part, and parts that cannot be divided by `same`.
 
-    A name before "=" may be missing, and every other part of a chain must equal the answer. Lists and sets are
-    unordered, tuples are ordered, and the kinds of brackets must agree. An inequality in one variable is its interval.
+    A name before "=" may be missing, and every other part of a chain must equal the answer. Lists
+    and sets are unordered, tuples are ordered, and the kinds of brackets must agree. An inequality
+    in one variable is its interval.
     """
     if not prediction or not reference:
         return False
@@ -72,13 +76,15 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
         return True
     if {prediction, reference} <= NO_SOLUTION:
         return True
-    if CLAIM.search(SUBSCRIPT.sub("", prediction)) and not CLAIM.search(SUBSCRIPT.sub("", reference)):
+    p_claims, g_claims = (CLAIM.search(SUBSCRIPT.sub("", side)) for side in (prediction, reference))
+    if p_claims and not g_claims:
         return False                                # 5 \equiv 6 is neither the answer 5 nor 6
     if LETTER.fullmatch(bare := notation.strip_parentheses(reference)):
         return _is_choice(prediction, bare)
 
     prediction, reference = _without_approximation(prediction), _without_approximation(reference)
-    p, g = _bracketed(notation.strip_parentheses(prediction)), _bracketed(notation.strip_parentheses(reference))
+    p = _bracketed(notation.strip_parentheses(prediction))
+    g = _bracketed(notation.strip_parentheses(reference))
     if (p.brackets == "()") != (g.brackets == "()"):
         p, g = _vector(p), _vector(g)
     if len(p.elements) > 1 or len(g.elements) > 1 or p.brackets or g.brackets:
@@ -88,7 +94,8 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
 
 
 def leaf(prediction: str, reference: str) -> Verdict:
-    """Compares two canonical answers without parts: spelling, words, rational numbers. Ignores units."""
+    """Compares two canonical answers without parts: spelling, words, rational numbers. Ignores
+    units."""
     if notation.key(prediction) == notation.key(reference):
         return True
     verdict = _words(prediction, reference)
@@ -136,7 +143,8 @@ def _value(text: str) -> rationals.Value | Undefined | None:
 
 
 def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
-    """Returns the number in a quantity such as 3s: compared with a number, s is seconds and not a variable."""
+    """Returns the number in a quantity such as 3s: compared with a number, s is seconds and not a
+    variable."""
     match = units.LETTER_UNIT.fullmatch(text) if len(text) < 200 else None
     return _value(match[1]) if match else None
 
@@ -160,12 +168,15 @@ def _is_choice(prediction: str, letter: str) -> Verdict:
 
 
 def _without_approximation(text: str) -> str:
-    r"""Drops approximations: 10\sqrt{2} \approx 14.14 is 10\sqrt{2}; but x \approx 14.14 is x = 14.14."""
+    r"""Drops approximations: 10\sqrt{2} \approx 14.14 is 10\sqrt{2}; but x \approx 14.14 is x =
+    14.14."""
     parts = notation.split_top(text, APPROXIMATELY) if r"\approx" in text else [text]
     if len(parts) == 1:
         return text
     first = EQUALS.split(parts[0])[-1]
-    return parts[0] if first.strip() and not forms.is_name(first) else "=".join(part for part in parts[:2] if part)
+    if first.strip() and not forms.is_name(first):
+        return parts[0]
+    return "=".join(part for part in parts[:2] if part)
 
 
 def _bracketed(text: str) -> Bracketed:
@@ -185,7 +196,9 @@ def _bracketed(text: str) -> Bracketed:
     if text and text[begin] in "([{" and notation.matching(text).get(begin) == end + escaped:
         inside = [piece for piece in notation.split_top(text[begin + 1:end], ",;") if piece]
         if len(inside) > 1 or is_set:
-            elements = tuple(piece for element in inside for piece in _signs(element)) if is_set else tuple(inside)
+            elements = tuple(inside)
+            if is_set:
+                elements = tuple(piece for element in inside for piece in _signs(element))
             return Bracketed(text[begin] + ("}" if is_set else text[end]), elements)
 
     signed = _signs(text)
@@ -218,7 +231,7 @@ def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NeedsSet
         if p.brackets != g.brackets:
             predictions, references = _by_name(predictions), _by_name(references)
         ordered = p.brackets not in ("", "{}") or named
-        return _all(predictions, references, same) if ordered else _matched(predictions, references, same)
+        return (_all if ordered else _matched)(predictions, references, same)
     return _all(_by_name(predictions), _by_name(references), same) if kinds == {"", "()"} else False
 
 
@@ -239,7 +252,8 @@ def _all(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) 
 
 
 def _matched(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) -> Verdict:
-    """Returns whether the lists are equal in some order. Equality is transitive, so the first match can be taken."""
+    """Returns whether the lists are equal in some order. Equality is transitive, so the first match
+    can be taken."""
     if len(references) > MAX_UNORDERED:
         return _all(predictions, references, same)
 
@@ -263,9 +277,10 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     matrix, other = MATRIX.fullmatch(prediction), MATRIX.fullmatch(reference)
     if matrix and other:
         return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
-    if any(pattern.search(side) for pattern in (CUP, intervals.RELATION) for side in (prediction, reference)):
+    if any(CUP.search(side) or intervals.RELATION.search(side) for side in (prediction, reference)):
         parts = _union(prediction), _union(reference)
-        verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])), same)
+        verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])),
+                                    same)
         return verdict if verdict is not None else same(prediction, reference)
 
     p_parts, g_parts = _chain(prediction), _chain(reference)
@@ -274,12 +289,14 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     p_named, g_named = forms.is_name(p_parts[0]), forms.is_name(g_parts[0])
     if len(g_parts) > 1 and not g_named:            # a real equation: only an equation can equal it
         return same(prediction, reference) if len(p_parts) == len(g_parts) else False
-    if len(p_parts) > 1 and len(g_parts) > 1 and p_named and notation.key(p_parts[0]) != notation.key(g_parts[0]):
+    if (len(p_parts) > 1 and len(g_parts) > 1 and p_named
+            and notation.key(p_parts[0]) != notation.key(g_parts[0])):
         return same(prediction, reference) if len(p_parts) == len(g_parts) == 2 else False
     if len(p_parts) > 1 and not p_named and len(g_parts) > 1:
         return same(prediction, reference) if len(p_parts) == 2 else False
 
-    # A chain states that all its parts are equal: 3 = 5 is not the answer 5, although its last part is.
+    # A chain states that all its parts are equal: 3 = 5 is not the answer 5, although its last part
+    # is.
     values = p_parts[1:] if p_named and len(p_parts) > 1 else p_parts
     if len(values) > MAX_CHAIN:
         return False
@@ -288,17 +305,22 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
 
 def _chain(text: str) -> list[str]:
     """Splits at equals signs; 3 = x becomes x = 3."""
-    parts = [part for part in notation.split_top(text, EQUALS) if part] or [text] if "=" in text else [text]
-    swapped = len(parts) == 2 and not forms.is_name(parts[0]) and re.fullmatch(intervals.VARIABLE, parts[1])
+    parts = [text]
+    if "=" in text:
+        parts = [part for part in notation.split_top(text, EQUALS) if part] or parts
+    swapped = (len(parts) == 2 and not forms.is_name(parts[0])
+               and re.fullmatch(intervals.VARIABLE, parts[1]))
     return parts[::-1] if swapped and parts[1] not in CONSTANTS else parts
 
 
 def _vector(side: Bracketed) -> Bracketed:
     """Turns a matrix of one row or one column into a tuple, to compare it with a tuple."""
-    matrix = MATRIX.fullmatch(side.elements[0]) if len(side.elements) == 1 and not side.brackets else None
+    single = len(side.elements) == 1 and not side.brackets
+    matrix = MATRIX.fullmatch(side.elements[0]) if single else None
     rows = _rows(matrix[1]) if matrix else []
     cells = rows[0] if len(rows) == 1 else [row[0] for row in rows if len(row) == 1]
-    return Bracketed("()", tuple(cells)) if len(cells) > 1 and len(cells) == sum(map(len, rows)) else side
+    is_vector = len(cells) > 1 and len(cells) == sum(map(len, rows))
+    return Bracketed("()", tuple(cells)) if is_vector else side
 
 
 def _compare_matrices(p: list[list[str]], g: list[list[str]], same: Leaf) -> Verdict:
@@ -317,8 +339,10 @@ def _union(text: str) -> list[str]:
 
 
 def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
-    """Compares inequalities and intervals as sets of intervals; None if they differ or are anything else."""
-    if not any(intervals.RELATION.search(piece) or CUP.search(piece) for piece in (*p.elements, *g.elements)):
+    """Compares inequalities and intervals as sets of intervals; None if they differ or are anything
+    else."""
+    elements = (*p.elements, *g.elements)
+    if not any(intervals.RELATION.search(piece) or CUP.search(piece) for piece in elements):
         return None
 
     variables = [{name for piece in side.elements for name in _variables(piece)} for side in (p, g)]
@@ -337,8 +361,10 @@ def _variables(text: str) -> set[str]:
 
 def _intervals(side: Bracketed) -> tuple[str, ...] | None:
     text = f"{side.brackets[:1]}{','.join(side.elements)}{side.brackets[1:]}"
-    pieces = [part for piece in ([text] if side.brackets else side.elements) for part in _union(piece)]
+    pieces = [part for piece in ([text] if side.brackets else side.elements)
+              for part in _union(piece)]
     parsed = [intervals.interval(piece) for piece in pieces]
-    if any(piece is None or CUP.search(piece) or intervals.RELATION.search(piece) for piece in parsed):
+    if any(piece is None or CUP.search(piece) or intervals.RELATION.search(piece)
+           for piece in parsed):
         return None                                 # (3,4\cup) is not an interval
     return tuple(piece for piece in parsed if piece)

@@ -3,7 +3,8 @@
 import re
 
 THINK, END_OF_THINK = "<think>", "</think>"
-# \boxed with its brace, an escaped brace (text, not grouping), a grouping brace. \\boxed is \boxed escaped twice.
+# \boxed with its brace, an escaped brace (text, not grouping), a grouping brace. \\boxed is \boxed
+# escaped twice.
 TOKEN = re.compile(r"(?P<box>\\{1,4}(?:boxed|fbox)\s*\{)|\\[{}\\]|(?P<brace>[{}])")
 NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or "x ="
 
@@ -11,10 +12,12 @@ NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or "x ="
 def extract_answer(response: str) -> str | None:
     r"""Returns the content of the last \boxed{} after the thinking, stripped, or None.
 
-    Only the last box counts: None if it is empty or never closed, if the thinking is not closed, or if there is no
-    box. Nothing else in the text counts, not even the last number. Linear in the length.
+    Only the last box counts: None if it is empty or never closed, if the thinking is not closed, or
+    if there is no box. Nothing else in the text counts, not even the last number. Linear in the
+    length.
 
-    Args: response, which may begin inside the thinking (if the prompt opened it) or have none at all.
+    Args: response, which may begin inside the thinking (if the prompt opened it) or have none at
+        all.
     """
     answer = _after_thinking(response)
     return None if THINK in answer else _last_box(answer)
@@ -39,8 +42,8 @@ def _last_box(text: str) -> str | None:
 
     If a box contains nothing but another one, with or without "x =", the inner one counts.
     """
-    boxes: list[list[int]] = []                     # start of the command, start and end of the content; end -1: open
-    open_braces: list[int | None] = []              # index into boxes, None for a brace that only groups
+    boxes: list[list[int]] = []  # start of the command, start and end of the content; end -1: open
+    open_braces: list[int | None] = []  # index into boxes, None for a brace that only groups
     for match in TOKEN.finditer(text, _first_box(text)):
         if match["box"]:
             open_braces.append(len(boxes))

@@ -1,4 +1,5 @@
-"""Removes what surrounds an answer: names of quantities, labels, set builders, systems of equations, points."""
+"""Removes what surrounds an answer: names of quantities, labels, set builders, systems of
+equations, points."""
 
 import re
 
@@ -13,12 +14,14 @@ SET_BUILDER = re.compile(
     r"(?:\\?\})?", re.DOTALL)
 RATIO = re.compile(r"(\d+)\s*(?:\\text\{\s*to\s*\}|to)\s*(\d+)")
 SYSTEM = re.compile(
-    r"(?:\\\{\s*)?\\begin\{(cases|aligned|align\*?|array)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}\s*", re.DOTALL)
+    r"(?:\\\{\s*)?\\begin\{(cases|aligned|align\*?|array)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}\s*",
+    re.DOTALL)
 POINT = re.compile(r"[A-Z]'?\s*(?=\()")
 
 
 def plain(text: str) -> str:
-    r"""Rewrites words for mathematics, \langle 1,2\rangle, \{x|x>2\}, systems and ratios in their plain form."""
+    r"""Rewrites words for mathematics, \langle 1,2\rangle, \{x|x>2\}, systems and ratios in their
+    plain form."""
     text = words.mathematics(text)
     text = text[label.end():] if (label := LABEL.match(text)) else text
     if angled := ANGLED.fullmatch(text):
@@ -26,15 +29,18 @@ def plain(text: str) -> str:
     if (builder := SET_BUILDER.fullmatch(text)) and intervals.RELATION.search(builder[2]):
         return builder[2].strip()
     if (system := SYSTEM.fullmatch(text)) is not None:
-        rows = [row.replace("&=", "=").strip(" ,;") for row in system[2].split(r"\\") if row.strip()]
+        rows = [row.replace("&=", "=").strip(" ,;") for row in system[2].split(r"\\")
+                if row.strip()]
         if len(rows) > 1 and all("=" in row and "&" not in row for row in rows):
             return ",".join(rows)                   # x=1 and y=2 on two lines
     return f"{ratio[1]}:{ratio[2]}" if (ratio := RATIO.fullmatch(text)) else text
 
 
 def is_name(text: str) -> bool:
-    r"""Returns whether the text names a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO}, A:B, (x,y), \text{Area}."""
-    text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "", re.sub(r"\[([A-Z]{2,})\]", r"\1", text))
+    r"""Returns whether the text names a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO},
+    A:B, (x,y), \text{Area}."""
+    text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "",
+                  re.sub(r"\[([A-Z]{2,})\]", r"\1", text))
     text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)
     return NAME.fullmatch(text) is not None and any(map(str.isalpha, text))
 

@@ -36,8 +36,10 @@ def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
     try:
         function: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise BadFunction(f"there is no module {error.name} in {path[0]} or on Python's path") from None
+        if error.name is not None and (module_name == error.name
+                                       or module_name.startswith(f"{error.name}.")):
+            raise BadFunction(
+                f"there is no module {error.name} in {path[0]} or on Python's path") from None
         raise BadFunction(f"importing {module_name} failed: {describe(error)}") from None
     except (Exception, SystemExit) as error:
         raise BadFunction(f"importing {module_name} failed: {describe(error)}") from None
@@ -52,7 +54,8 @@ def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
     try:
         inspect.signature(function).bind("", "")
     except TypeError:
-        raise BadFunction(f"{attributes} must take two arguments, the response and the answer") from None
+        raise BadFunction(
+            f"{attributes} must take two arguments, the response and the answer") from None
     except ValueError:              # written in C: its arguments are not known
         pass
     return function

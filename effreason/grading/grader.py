@@ -1,7 +1,9 @@
-"""Marks a response as correct or wrong against a reference answer, on the host, whatever the response holds.
+"""Marks a response as correct or wrong against a reference answer, on the host, whatever the
+response holds.
 
-The boxed answer is cut out, plain Python decides what it can, and sympy decides the rest in processes that can be
-killed. Nothing in a response is ever executed. `Grade.status` says how a verdict came about.
+The boxed answer is cut out, plain Python decides what it can, and sympy decides the rest in
+processes that can be killed. Nothing in a response is ever executed. `Grade.status` says how a
+verdict came about.
 """
 
 import concurrent.futures
@@ -51,19 +53,22 @@ class Grade:
     correct: bool
     answer: str | None              # the content of the box
     status: GradeStatus
-    seconds: float                  # wall time for this answer; 0 if it shared the verdict of an equal one
-    reason: str = field(default="", compare=False)      # the status in words, or the details if they are known
+    seconds: float  # wall time for this answer; 0 if it shared the verdict of an equal one
+    # the status in words, or the details if they are known
+    reason: str = field(default="", compare=False)
 
 
 class Budget:
-    """Seconds of grading shared by several calls. The clock runs only while at least one of them is running."""
+    """Seconds of grading shared by several calls. The clock runs only while at least one of them is
+    running."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._used, self._calls, self._since = seconds, 0.0, 0, 0.0
         self._lock = threading.Lock()
 
     def __enter__(self) -> float:
-        """Begins a call. Returns: when the budget ends if calls go on without a pause (time.monotonic)."""
+        """Begins a call. Returns: when the budget ends if calls go on without a pause
+        (time.monotonic)."""
         with self._lock:
             if self._calls == 0:
                 self._since = time.monotonic()
@@ -97,12 +102,14 @@ class Grader:
         memory_mb: address space of a process.
         step_budget_seconds: limit of one call of `grade`, or of the calls that share a `budget`.
         cache_size: symbolic verdicts that are kept.
-        function: a user's own grader as module:function; it gets (response, answer) and returns True or False.
+        function: a user's own grader as module:function; it gets (response, answer) and returns
+        True or False.
     Raises: UserError if the function cannot be imported or called.
     """
 
-    def __init__(self, *, workers: int = 2, cpu_seconds: float = 1.0, wall_seconds: float = 8.0, memory_mb: int = 2048,
-                 step_budget_seconds: float = 30.0, cache_size: int = 65536, function: str | None = None) -> None:
+    def __init__(self, *, workers: int = 2, cpu_seconds: float = 1.0, wall_seconds: float = 8.0,
+                 memory_mb: int = 2048, step_budget_seconds: float = 30.0, cache_size: int = 65536,
+                 function: str | None = None) -> None:
         self.step_budget_seconds, self.cache_size = step_budget_seconds, cache_size
         self.function = function
         if function is not None:
@@ -111,41 +118,46 @@ class Grader:
             except functions.BadFunction as error:
                 raise UserError(f"grade.function {function}: {error}") from None
 
-        self._pool = Pool(workers, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb,
-                          function=function)
+        self._pool = Pool(workers, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds,
+                          memory_mb=memory_mb, function=function)
         # A grader that nobody closed leaves no processes behind.
         self._finalizer = weakref.finalize(self, Pool.close, self._pool)
         self._lock = threading.Lock()
         self._cache: OrderedDict[Task, bool] = OrderedDict()
         self._askers = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="grader")
         # One more call than workers: while the others wait for sympy, it prepares the next tasks.
-        self._background = concurrent.futures.ThreadPoolExecutor(workers + 1, thread_name_prefix="grader-submit")
+        self._background = concurrent.futures.ThreadPoolExecutor(
+            workers + 1, thread_name_prefix="grader-submit")
         self._ready = False
         if function is not None:
             self._wait_for_function(function)
 
-    def grade(self, responses: Sequence[str], references: Sequence[str | Reference], budget: Budget | None = None, *,
-              bare: bool = False) -> list[Grade]:
+    def grade(self, responses: Sequence[str], references: Sequence[str | Reference],
+              budget: Budget | None = None, *, bare: bool = False) -> list[Grade]:
         """Grades each response against its reference, within the budget. No text makes it raise.
 
         Args:
             references: one for each response; a string is a `Reference` of kind "math".
             budget: None for step_budget_seconds for this call alone.
             bare: the responses are the answers themselves, without a box.
-        Raises: ValueError for lists of different lengths or an unknown kind; RuntimeError if workers cannot be
-            started or the grader is closed.
+        Raises: ValueError for lists of different lengths or an unknown kind; RuntimeError if
+            workers cannot be started or the grader is closed.
         """
         if len(responses) != len(references):
-            raise ValueError(f"grade needs as many references as responses, got {len(references)} and {len(responses)}")
-        typed = [Reference(reference) if isinstance(reference, str) else reference for reference in references]
+            raise ValueError("grade needs as many references as responses, got "
+                             f"{len(references)} and {len(responses)}")
+        typed = [Reference(reference) if isinstance(reference, str) else reference
+                 for reference in references]
         if unknown := {reference.kind for reference in typed} - set(kinds.KINDS):
-            raise ValueError(f"a reference's kind must be one of {', '.join(kinds.KINDS)}, got {sorted(unknown)[0]}")
+            raise ValueError(f"a reference's kind must be one of {', '.join(kinds.KINDS)}, "
+                             f"got {sorted(unknown)[0]}")
         if self._pool.closed:
             raise RuntimeError("the grader is closed")
 
         if not self._ready:
-            with contextlib.suppress(WorkerDied, WorkerStuck):      # the first comparison raises the reason
-                self._pool.wait_ready()             # loading is not grading: it costs nothing of the budget
+            # the first comparison raises the reason
+            with contextlib.suppress(WorkerDied, WorkerStuck):
+                self._pool.wait_ready()  # loading is not grading: it costs nothing of the budget
             self._ready = True
         with budget or self.budget() as deadline:
             return self._grade(responses, typed, deadline, bare)
@@ -160,18 +172,23 @@ class Grader:
         return Budget(self.step_budget_seconds)
 
     def check_references(self, references: Sequence[str | Reference]) -> list[int]:
-        r"""Returns the indices of references that no response can match: not even \boxed{} around the reference.
+        r"""Returns the indices of references that no response can match: not even \boxed{} around
+        the reference.
 
         With a user's function nothing is checked, because only the function knows what it accepts.
         """
-        return [row for row, grade in enumerate(self.grade_references(references)) if not grade.correct]
+        return [row for row, grade in enumerate(self.grade_references(references))
+                if not grade.correct]
 
     def grade_references(self, references: Sequence[str | Reference]) -> list[Grade]:
         r"""Grades \boxed{reference} for every reference."""
-        answers = [reference if isinstance(reference, str) else reference.answer for reference in references]
+        answers = [reference if isinstance(reference, str) else reference.answer
+                   for reference in references]
         if self.function is not None:
-            return [Grade(True, answer, GradeStatus.FUNCTION, 0.0, "not checked") for answer in answers]
-        return self.grade([rf"\boxed{{{answer}}}" for answer in answers], references, Budget(DAY_SECONDS))
+            return [Grade(True, answer, GradeStatus.FUNCTION, 0.0, "not checked")
+                    for answer in answers]
+        return self.grade([rf"\boxed{{{answer}}}" for answer in answers], references,
+                          Budget(DAY_SECONDS))
 
     def close(self) -> None:
         """Kills the workers; calls that are still grading raise RuntimeError in their callers."""
@@ -192,7 +209,8 @@ class Grader:
             self._pool.wait_ready()
         except (WorkerDied, WorkerStuck) as error:
             self.close()
-            raise UserError(f"grade.function {function}: {str(error) or 'importing it takes minutes'}") from None
+            raise UserError(f"grade.function {function}: "
+                            f"{str(error) or 'importing it takes minutes'}") from None
 
     def _grade(self, responses: Sequence[str], references: Sequence[Reference], deadline: float,
                bare: bool) -> list[Grade]:
@@ -204,11 +222,13 @@ class Grader:
             if task is not None:
                 rows_of_task.setdefault(task, []).append(row)
 
-        pending = {task: self._askers.submit(self._compare, task, deadline) for task in rows_of_task}
+        pending = {task: self._askers.submit(self._compare, task, deadline)
+                   for task in rows_of_task}
         for task, rows in rows_of_task.items():
             verdict, seconds = pending[task].result()
             for index, row in enumerate(rows):
-                grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status, 0.0 if index else seconds,
+                grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status,
+                                    0.0 if index else seconds,
                                     verdict.reason or REASONS[verdict.status])
         return grades
 
@@ -227,9 +247,11 @@ class Grader:
             correct, status, reason = self._exact(answer, reference, start > deadline)
             if status == GradeStatus.SYMBOLIC:
                 task = Task(answer, reference.answer)
-        return Grade(correct, answer, status, time.monotonic() - start, reason or REASONS[status]), task
+        return Grade(correct, answer, status, time.monotonic() - start,
+                     reason or REASONS[status]), task
 
-    def _exact(self, answer: str, reference: Reference, late: bool) -> tuple[bool, GradeStatus, str]:
+    def _exact(self, answer: str, reference: Reference,
+               late: bool) -> tuple[bool, GradeStatus, str]:
         """Returns the verdict, its status and, for an error, the reason."""
         if len(answer) > MAX_ANSWER or len(reference.answer) > MAX_ANSWER:
             return False, GradeStatus.TOO_LONG, ""
@@ -242,7 +264,8 @@ class Grader:
             if reference.kind == "text":
                 return kinds.same_text(answer, reference), GradeStatus.EXACT, ""
             return *self._mathematics(Task(answer, reference.answer)), ""
-        except Exception as error:  # a bug in this package must not stop a training run; the status shows it
+        # a bug in this package must not stop a training run; the status shows it
+        except Exception as error:
             return False, GradeStatus.ERROR, functions.describe(error)
 
     def _mathematics(self, task: Task) -> tuple[bool, GradeStatus]:
@@ -261,7 +284,8 @@ class Grader:
         """Has a worker compare the pair. Returns: its verdict and the wall time in seconds."""
         start = time.monotonic()
         verdict = self._pool.compare(*task, deadline)
-        if verdict.status == GradeStatus.SYMBOLIC:  # only verdicts that did not depend on a limit are kept
+        # only verdicts that did not depend on a limit are kept
+        if verdict.status == GradeStatus.SYMBOLIC:
             with self._lock:
                 self._cache[task] = verdict.correct
                 if len(self._cache) > self.cache_size:

@@ -9,7 +9,8 @@ VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
 
 
 def interval(text: str) -> str | None:
-    r"""Returns (1,5] for 1 < x \le 5, (2,\infty) for x > 2, an interval itself, None for anything else."""
+    r"""Returns (1,5] for 1 < x \le 5, (2,\infty) for x > 2, an interval itself, None for anything
+    else."""
     text = text.strip()
     pieces = RELATION.split(text)
     if len(pieces) == 1:
@@ -33,5 +34,6 @@ def interval(text: str) -> str | None:
             terms, signs = terms[::-1], signs[::-1]
         elif not all(sign in ("<", r"\le") for sign in signs):
             return None
-        return f"{'[' if len(signs[0]) > 1 else '('}{terms[0]},{terms[2]}{']' if len(signs[1]) > 1 else ')'}"
+        left, right = "[" if len(signs[0]) > 1 else "(", "]" if len(signs[1]) > 1 else ")"
+        return f"{left}{terms[0]},{terms[2]}{right}"
     return None

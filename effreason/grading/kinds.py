@@ -1,4 +1,5 @@
-"""Defines reference answers and their kinds: "math", "choice" (multiple choice) and "text" (the same words)."""
+"""Defines reference answers and their kinds: "math", "choice" (multiple choice) and "text" (the
+same words)."""
 
 import re
 import unicodedata
@@ -15,10 +16,11 @@ NOTHING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|[
 QUOTES = str.maketrans("‘’“”", "''\"\"")
 MARKS = ("$$", "$", "*", "`", '"', "'")
 INTRODUCED = re.compile(
-    r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|answer)\b\s*(?:is\b)?\s*:?\s*", re.IGNORECASE)
+    r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|answer)\b\s*(?:is\b)?\s*:?\s*",
+    re.IGNORECASE)
 LETTER = re.compile(r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z]))\s*[.:)]?")
-# A letter, its punctuation, and the text of the choice: (B) bank, B) bank, B. bank, B: bank, B - bank; B bank, but not
-# "A bank", because A may be an article.
+# A letter, its punctuation, and the text of the choice: (B) bank, B) bank, B. bank, B: bank, B -
+# bank; B bank, but not "A bank", because A may be an article.
 LETTER_AND_TEXT = re.compile(
     r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+[-–=]\s|([B-HJ-Z])\s)\s*(\S.*)",
     re.DOTALL)
@@ -39,8 +41,9 @@ class Reference:
 def same_choice(answer: str, reference: Reference) -> bool:
     r"""Returns whether the answer names the choice: by its letter, its text, or both if they agree.
 
-    B, (B), b., \textbf{(B)}, option B and, with the choices river and bank, also (B) bank and bank are the second one.
-    Several letters, a letter with another choice's text and a letter beyond the choices are wrong.
+    B, (B), b., \textbf{(B)}, option B and, with the choices river and bank, also (B) bank and bank
+    are the second one. Several letters, a letter with another choice's text and a letter beyond the
+    choices are wrong.
     """
     plain_answer, plain_reference = _plain(answer), _plain(reference.answer)
     introduction = INTRODUCED.match(plain_answer)
@@ -48,7 +51,8 @@ def same_choice(answer: str, reference: Reference) -> bool:
 
     correct = _letter(plain_reference, len(reference.choices))
     if correct is None and reference.choices:
-        matches = [index for index, choice in enumerate(reference.choices) if _same_words(plain_reference, choice)]
+        matches = [index for index, choice in enumerate(reference.choices)
+                   if _same_words(plain_reference, choice)]
         if not matches:
             return False            # the reference is none of the choices, so no answer can name it
         correct = matches[0]
@@ -66,13 +70,15 @@ def same_choice(answer: str, reference: Reference) -> bool:
         return chosen == correct and not ANOTHER_LETTER.search(rest)
     if correct >= len(reference.choices):
         return False
-    if chosen is not None and chosen < len(reference.choices) and _same_words(rest, reference.choices[chosen]):
+    if (chosen is not None and chosen < len(reference.choices)
+            and _same_words(rest, reference.choices[chosen])):
         return chosen == correct
     return any(_same_words(words, reference.choices[correct]) for words in (plain_answer, text))
 
 
 def same_text(answer: str, reference: Reference) -> bool:
-    r"""Returns whether both are the same words. Case, spaces, \text{} and outer punctuation are ignored, digits are not."""
+    r"""Returns whether both are the same words. Case, spaces, \text{} and outer punctuation are
+    ignored, digits are not."""
     words = _words(answer)
     return bool(words) and words == _words(reference.answer)
 

@@ -1,7 +1,9 @@
-r"""Rewrites answers in canonical LaTeX, one spelling for one meaning, without reading the mathematics.
+r"""Rewrites answers in canonical LaTeX, one spelling for one meaning, without reading the
+mathematics.
 
-Canonical: braces around every argument, `\frac`, `\cdot`, `\le`, `\text{...}` only around words, no `$`, no `\left`,
-no spacing commands, no separators of thousands, plain function names with a backslash.
+Canonical: braces around every argument, `\frac`, `\cdot`, `\le`, `\text{...}` only around words, no
+`$`, no `\left`, no spacing commands, no separators of thousands, plain function names with a
+backslash.
 """
 
 import re
@@ -13,15 +15,16 @@ from effreason.grading.symbols import RENAMED, SUBSCRIPTS, SUPERSCRIPTS, SYMBOLS
 ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
 
 TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-# Function names without backslash, as sympy prints them. "sec" may be a unit, so some names need a bracket.
+# Function names without backslash, as sympy prints them. "sec" may be a unit, so some names need a
+# bracket.
 PLAIN_NAME = re.compile(
     r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
     r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det)"
     r"(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
     r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])|(?P<lcm>lcm)(?=\s*\()"
     r"|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
-TEX_THOUSANDS = re.compile(
-    r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\\!|\\!,?|\\,|\\;|\\:|\\ |~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
+TEX_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\\!|\\!,?|\\,|\\;|\\:|\\ "
+                           r"|~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
 PLAIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 SEPARATOR = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])")
 WORDS = re.compile(r"[A-Za-z .'/\-]*")
@@ -39,7 +42,8 @@ UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
 CONSTANT = re.compile(r"(?<![a-zA-Z\\])C(\d)(?!\d)")                                # of integration
 ABSOLUTE = re.compile(r"(?<![\\a-zA-Z])abs\(([^()]*)\)")
 NO_ARGUMENT = re.compile(r"(?<![\\^_}\]a-zA-Z])\{\s*\}")
-SIZED = re.compile(r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
+SIZED = re.compile(
+    r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
 BAR = re.compile(r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?")
 CYCLE = re.compile(r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3+(?:\.{3}|\\dots)|(\d*)\.\((\d{1,20})\)")
 # Words before the answer: The answer is 5, Answer: 5, = 5, \therefore 5, about 5.
@@ -63,11 +67,12 @@ def canonical(text: str) -> str:
     text = LETTERED.sub(r"\\operatorname{\1}", FUNCTION.sub(r"\\\1 ", text))
     text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
     text = re.sub(r"(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
-    if r"\begin" not in text:                       # \\frac is \frac escaped twice, but in a matrix \\ ends a row
+    if r"\begin" not in text:  # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
     text = re.sub(r"^([^{}\\]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})$", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}", NO_ARGUMENT.sub(" ", SIZED.sub(" ", text)))
+    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}",
+                  NO_ARGUMENT.sub(" ", SIZED.sub(" ", text)))
 
     text = _braced(_renamed(TOKEN.findall(text)))
     text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
@@ -79,7 +84,8 @@ def canonical(text: str) -> str:
 
 
 def key(text: str) -> str:
-    r"""Returns what two canonical texts of the same spelling share: it ignores spaces, \text and the case of words."""
+    r"""Returns what two canonical texts of the same spelling share: it ignores spaces, \text and
+    the case of words."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)      # "5 5" is not 55
     if clock := re.fullmatch(r"0?(\d{1,2})(:\d\d(?::\d\d)?)?([ap])\.?m\.?", bare, re.IGNORECASE):
@@ -88,14 +94,18 @@ def key(text: str) -> str:
 
 
 def is_word(text: str) -> bool:
-    r"""Returns whether an answer is in words: \text{...} with letters, or four letters in a row without a backslash."""
-    if re.match(r"[a-zA-Z]\s*\\text", text) or re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z' .\-])+", text) is None:
+    r"""Returns whether an answer is in words: \text{...} with letters, or four letters in a row
+    without a backslash."""
+    words = re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z' .\-])+", text)
+    if re.match(r"[a-zA-Z]\s*\\text", text) or words is None:
         return False
-    return r"\text" in text or re.search(r"[A-Za-z]{4}", text) is not None or text.strip().lower() in ("yes", "no")
+    return r"\text" in text or re.search(r"[A-Za-z]{4}",
+                                         text) is not None or text.strip().lower() in ("yes", "no")
 
 
 def strip_parentheses(text: str) -> str:
-    """Removes brackets that only group the whole text: (x+1), {x+1}, ((1)). A tuple keeps its brackets."""
+    """Removes brackets that only group the whole text: (x+1), {x+1}, ((1)). A tuple keeps its
+    brackets."""
     pairs = matching(text)
     first, last = 0, len(text) - 1
     while first < last and text[first] + text[last] in ("()", "{}") and pairs.get(first) == last:
@@ -104,7 +114,8 @@ def strip_parentheses(text: str) -> str:
             begin += 1
         while end > begin and text[end] == " ":
             end -= 1
-        if text[begin] not in "({" or pairs.get(begin) != end:      # the innermost pair, which may enclose a list
+        # the innermost pair, which may enclose a list
+        if text[begin] not in "({" or pairs.get(begin) != end:
             if len(split_top(text[begin:end + 1], ",;")) > 1:
                 break
         first, last = begin, end
@@ -112,14 +123,17 @@ def strip_parentheses(text: str) -> str:
 
 
 def matching(text: str | list[str]) -> dict[int, int]:
-    """Returns the index of the closing bracket for that of each opening one; ] may close (, as in an interval."""
-    opening, closing, braces = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}, {"{", r"\{", "}", r"\}"}
+    """Returns the index of the closing bracket for that of each opening one; ] may close (, as in
+    an interval."""
+    opening, closing = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
+    braces = {"{", r"\{", "}", r"\}"}
     pairs: dict[int, int] = {}
     stack: list[int] = []
     for index, character in enumerate(text):
         if character in opening:
             stack.append(index)
-        elif character in closing and stack and (text[stack[-1]] in braces) == (character in braces):
+        elif character in closing and stack and (text[stack[-1]] in braces) == (
+            character in braces):
             pairs[stack.pop()] = index
     return pairs
 
@@ -154,11 +168,13 @@ def _ascii(text: str) -> str:
     """Writes Unicode mathematics in LaTeX: ½, x², √2, π, full-width digits."""
     if text.isascii():
         return text
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf")     # of zero width
+    # of zero width
+    text = "".join(character for character in text if unicodedata.category(character) != "Cf")
     text = re.sub("(?:[0-9][\u0304\u0305])+", lambda match: rf"\overline{{{match[0][::2]}}}", text)
     for command, scripts in (("^", SUPERSCRIPTS), ("_", SUBSCRIPTS)):
         for run in sorted(set(re.findall(f"[{''.join(scripts)}]+", text)), key=len, reverse=True):
-            text = text.replace(run, command + "{" + "".join(scripts[character] for character in run) + "}")
+            script = "".join(scripts[character] for character in run)
+            text = text.replace(run, command + "{" + script + "}")
     text = re.sub(r"√(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = "".join(_character(character) for character in text)
     return unicodedata.normalize("NFKC", text)
@@ -168,7 +184,8 @@ def _character(character: str) -> str:
     if character in SYMBOLS:
         new = SYMBOLS[character]
         return new + " " if new[-1:].isalpha() else new
-    if unicodedata.category(character) == "No" and "⁄" in (parts := unicodedata.normalize("NFKC", character)):
+    if (unicodedata.category(character) == "No"
+            and "⁄" in (parts := unicodedata.normalize("NFKC", character))):
         top, bottom = parts.split("⁄")
         return rf"\frac{{{top}}}{{{bottom}}}" if top and bottom else character
     return character
@@ -195,15 +212,18 @@ def _renamed(tokens: list[str]) -> list[str]:
         if token == "." and index and tokens[index - 1] in (r"\left", r"\right"):
             continue
         new = r"\text" if token in TEXTS else RENAMED.get(token, token)
-        if not new and "".join((*result[-1:], *tokens[index + 1:index + 2])[-2:]).isdigit() and result:
-            new = " "                               # 5\square 6 without the square must not become 56
+        neighbours = (*result[-1:], *tokens[index + 1:index + 2])
+        if not new and "".join(neighbours[-2:]).isdigit() and result:
+            new = " "  # 5\square 6 without the square must not become 56
         if new:
-            result.extend([new] if len(new) < 3 or new.count("\\") == 1 and new[1:].isalpha() else TOKEN.findall(new))
+            result.extend([new] if len(new) < 3 or new.count("\\") == 1 and new[1:].isalpha()
+                          else TOKEN.findall(new))
     return result
 
 
 def _braced(tokens: list[str]) -> str:
-    r"""Puts braces around the arguments of \frac, \binom, \sqrt, ^ and _, and keeps \text only around words."""
+    r"""Puts braces around the arguments of \frac, \binom, \sqrt, ^ and _, and keeps \text only
+    around words."""
     pairs = matching(tokens)
     writer = _Writer()
     dropped: set[int] = set()
@@ -252,11 +272,13 @@ def _braced(tokens: list[str]) -> str:
 
 
 class _Writer:
-    """Writes the output of `_braced`; knows how many arguments are missing on each level of nesting."""
+    """Writes the output of `_braced`; knows how many arguments are missing on each level of
+    nesting."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
-        self.levels: list[list[int]] = [[0, -1, 0]]     # missing arguments, index of the closing token, 1 for an argument
+        # missing arguments, index of the closing token, 1 for an argument
+        self.levels: list[list[int]] = [[0, -1, 0]]
 
     def needs_argument(self) -> bool:
         return self.levels[-1][0] > 0
@@ -272,14 +294,14 @@ class _Writer:
 
     def command(self, token: str) -> None:
         if token[0].isalpha() and self.parts and re.fullmatch(r"\\[a-zA-Z]+", self.parts[-1]):
-            self.parts.append(" ")                      # a renamed command must not merge with the next letter
+            self.parts.append(" ")  # a renamed command must not merge with the next letter
         self.parts.append(token)
         self.levels[-1][0] = ARGUMENTS.get(token, self.levels[-1][0])
 
     def argument(self, token: str) -> None:
         if not self.needs_argument():
             self.write(token)
-        elif token in ARGUMENTS:                        # \frac\sqrt{2}3: the inner command opens a level
+        elif token in ARGUMENTS:  # \frac\sqrt{2}3: the inner command opens a level
             self.parts.append("{")
             self.levels.append([0, -2, 1])
             self.command(token)
@@ -308,7 +330,8 @@ class _Writer:
 
 
 def _argument(tokens: list[str], index: int, command: str) -> str:
-    r"""Returns an unbraced argument: a signed whole number for ^, _ and \sqrt (10^-12, \sqrt16), otherwise one token."""
+    r"""Returns an unbraced argument: a signed whole number for ^, _ and \sqrt (10^-12, \sqrt16),
+    otherwise one token."""
     if command not in ("^", "_", r"\sqrt"):
         return tokens[index]
     end = index + (tokens[index] in ("-", "+") and index + 1 < len(tokens))

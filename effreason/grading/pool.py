@@ -15,7 +15,8 @@ from pathlib import Path
 
 from effreason.grading.status import GradeStatus
 
-# sympy caches, so a worker is replaced after this many comparisons or when it has grown by this much.
+# sympy caches, so a worker is replaced after this many comparisons or when it has grown by this
+# much.
 MAX_TASKS = 500
 MAX_GROWTH_MB = 650
 START_SECONDS = 120.0
@@ -44,18 +45,22 @@ class WorkerStuck(Exception):
 
 
 class Worker:
-    """One process, used by one thread at a time. It starts at once and is ready some tenths of a second later."""
+    """One process, used by one thread at a time. It starts at once and is ready some tenths of a
+    second later."""
 
     def __init__(self, *, cpu_seconds: float, memory_mb: int, function: str | None = None) -> None:
         directory = _working_directory()
         path = [entry or directory for entry in ("", *sys.path)] if function else []
-        settings = json.dumps({"cpu_seconds": cpu_seconds, "memory_mb": memory_mb, "function": function, "path": path})
-        # -P: no modules from the working directory; -s: none from the user's site-packages; -B: no .pyc files.
-        # In a session of its own Ctrl-C in the terminal does not reach it, and killing the group kills its children.
+        settings = json.dumps({"cpu_seconds": cpu_seconds, "memory_mb": memory_mb,
+                               "function": function, "path": path})
+        # -P: no modules from the working directory; -s: none from the user's site-packages; -B: no
+        # .pyc files. In a session of its own Ctrl-C in the terminal does not reach it, and killing
+        # the group kills its children.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-s", "-B", "-m", "effreason.grading.worker", settings],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, **_environment()} if function else _environment(), cwd=directory if function else "/",
+            env={**os.environ, **_environment()} if function else _environment(),
+            cwd=directory if function else "/",
             start_new_session=True, close_fds=True)
         assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
@@ -74,10 +79,12 @@ class Worker:
         if reply.get("id") != self.tasks:
             raise WorkerDied("its replies do not match the tasks")
         self.growth_mb = int(reply["rss_mb"]) - self.start_mb
-        return Verdict(bool(reply["correct"]), GradeStatus(reply["status"]), str(reply.get("reason", "")))
+        return Verdict(bool(reply["correct"]), GradeStatus(reply["status"]),
+                       str(reply.get("reason", "")))
 
     def wait_ready(self, seconds: float) -> None:
-        """Waits until the libraries are loaded. Raises: WorkerDied with the reason, or WorkerStuck."""
+        """Waits until the libraries are loaded. Raises: WorkerDied with the reason, or
+        WorkerStuck."""
         if not self.ready:
             reply = self._receive(time.monotonic() + seconds)
             if "failed" in reply:
@@ -98,7 +105,8 @@ class Worker:
                     pipe.close()
 
     def _send(self, data: bytes, end: float) -> None:
-        """Writes, but never waits beyond `end`: a stuck worker does not read, and a response may be long."""
+        """Writes, but never waits beyond `end`: a stuck worker does not read, and a response may be
+        long."""
         assert self.process.stdin is not None
         descriptor = self.process.stdin.fileno()
         poll = select.poll()
@@ -160,9 +168,11 @@ class Pool:
                 self._idle.put(worker)
 
     def compare(self, prediction: str, reference: str, deadline: float) -> Verdict:
-        """Compares two answers by the deadline (time.monotonic); the status is BUDGET if that cut it short.
+        """Compares two answers by the deadline (time.monotonic); the status is BUDGET if that cut
+        it short.
 
-        If a worker dies by itself, the answer may not be the cause, so the comparison is tried twice.
+        If a worker dies by itself, the answer may not be the cause, so the comparison is tried
+        twice.
         Raises: RuntimeError if workers cannot be started or the pool is closed.
         """
         deaths = 0
@@ -170,7 +180,7 @@ class Pool:
             try:
                 return self._compare_once(prediction, reference, deadline)
             except StartFailed:
-                continue                            # `_start_failed` raises RuntimeError after several in a row
+                continue  # `_start_failed` raises RuntimeError after several in a row
             except WorkerDied:
                 deaths += 1
         return Verdict(False, GradeStatus.ERROR, "the worker that compared it ended, twice")
@@ -213,7 +223,7 @@ class Pool:
             late = time.monotonic() >= deadline
             return Verdict(False, GradeStatus.BUDGET if late else GradeStatus.HARD_KILL)
         except BaseException:
-            healthy = False                         # Ctrl-C in the main thread: the reply would still arrive
+            healthy = False  # Ctrl-C in the main thread: the reply would still arrive
             raise
         finally:
             self._give_back(worker, healthy)
@@ -243,7 +253,8 @@ class Pool:
         with self._lock:
             if self.closed:
                 return None
-            worker = Worker(cpu_seconds=self.cpu_seconds, memory_mb=self.memory_mb, function=self.function)
+            worker = Worker(cpu_seconds=self.cpu_seconds, memory_mb=self.memory_mb,
+                            function=self.function)
             self._living.add(worker)
             return worker
 
@@ -259,11 +270,13 @@ class Pool:
 
 
 def _environment() -> dict[str, str]:
-    """Returns only what Python needs from the trainer's environment: no keys, proxies or library settings."""
+    """Returns only what Python needs from the trainer's environment: no keys, proxies or library
+    settings."""
     names = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     inherited = {name: os.environ[name] for name in names if name in os.environ}
     package = str(Path(__file__).resolve().parents[2])
-    return {**inherited, "PYTHONPATH": package, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LC_ALL": "C"}
+    return {**inherited, "PYTHONPATH": package, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1",
+            "LC_ALL": "C"}
 
 
 def _working_directory() -> str:

@@ -59,7 +59,8 @@ def read(text: str) -> Value:
 
 
 def same(a: Value, b: Value) -> bool:
-    """Compares two values exactly, except that a decimal equals a fraction within a relative tolerance of 1e-6."""
+    """Compares two values exactly, except that a decimal equals a fraction within a relative
+    tolerance of 1e-6."""
     if a.number == b.number:
         return True
     if a.decimal == b.decimal:
@@ -122,7 +123,8 @@ class _Reader:
                 total = _bounded(total * self.signed_factor())
             elif self.take("/", r"\div"):
                 total = _bounded(_quotient(total, self.signed_factor()))
-            elif self.next() in ("(", r"\frac") or (self.kind() == "number" and self.tokens[self.index - 1][1] == ")"):
+            elif self.next() in ("(", r"\frac") or (
+                    self.kind() == "number" and self.tokens[self.index - 1][1] == ")"):
                 total = _bounded(total * self.factor())
             else:
                 return sign * total
@@ -174,12 +176,14 @@ class _Reader:
             if "." not in digits:
                 raise Undecided
             cycle = repeat.rstrip("}")
-            return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(digits.partition(".")[2]))
+            return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10
+                                    ** len(digits.partition(".")[2]))
         self.decimal = self.decimal or "." in digits
         return self.mixed(value) if "." not in digits else value
 
     def mixed(self, whole: Fraction) -> Fraction:
-        r"""Reads the rest of 2\frac{1}{2}, two and a half. 2\frac{3}{2} may be a product, so it stays undecided."""
+        r"""Reads the rest of 2\frac{1}{2}, two and a half. 2\frac{3}{2} may be a product, so it
+        stays undecided."""
         if self.next() != r"\frac":
             return whole
         self.index += 1

@@ -1,8 +1,9 @@
 r"""Finds the first statement of the reference answer in a response, including its thinking.
 
-It looks only at the places where a value is usually stated: in \boxed{}, after "answer is" or "answer:", and after the
-last equals sign of a line. Earlier equals signs belong to steps, whose small numbers often equal the answer by chance.
-It uses no algebra: a statement that only sympy could recognise is missed.
+It looks only at the places where a value is usually stated: in \boxed{}, after "answer is" or
+"answer:", and after the last equals sign of a line. Earlier equals signs belong to steps, whose
+small numbers often equal the answer by chance. It uses no algebra: a statement that only sympy
+could recognise is missed.
 """
 
 import re
@@ -12,36 +13,43 @@ from effreason.grading import kinds, notation
 from effreason.grading.exact import exact
 from effreason.grading.kinds import Reference
 
-STATEMENT = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?|(?<![<>!:≠])="
-                   r"|(?P<stop>\n|</think>|\bwait\b)", re.IGNORECASE)
+STATEMENT = re.compile(
+    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?"
+    r"|(?<![<>!:≠])=|(?P<stop>\n|</think>|\bwait\b)", re.IGNORECASE)
 # Runs of blanks are bounded, because adjacent unbounded ones would backtrack over every split.
 NUMBER = re.compile(
     r"[\s$*]{0,9}+(?:\\?\(\s?)?(?P<sign>[-−+]?)\s?(?:\\?[$€£])?\s?"
     r"(?:\\[dt]?frac\s*\{\s*(?P<over>\d{1,15})\s*\}\s*\{\s*(?P<under>\d{1,15})\s*\}"
     r"|(?P<whole>\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,20}|(?=\.\d))(?P<part>\.\d{1,20})?(?:\s*/\s*(?P<by>\d{1,15}))?)")
-# The rest of a longer expression that begins with a number: 7 + 5, 7x, 7 \cdot 3, 7^2, 7!, 7.5 after 20 digits.
-CONTINUATION = re.compile(r"\d|\s*[-−+*/^×÷·]\s*[\d(\\$a-z]|[(!^_]|[a-z](?![a-z])|\s*\\(?:times|cdot|div|frac|sqrt|pm|pi)\b"
-                     r"|\s+x\s+\d|\s*[*×·]")
+# The rest of a longer expression that begins with a number: 7 + 5, 7x, 7 \cdot 3, 7^2, 7!, 7.5
+# after 20 digits.
+CONTINUATION = re.compile(
+    r"\d|\s*[-−+*/^×÷·]\s*[\d(\\$a-z]|[(!^_]|[a-z](?![a-z])"
+    r"|\s*\\(?:times|cdot|div|frac|sqrt|pm|pi)\b|\s+x\s+\d|\s*[*×·]")
 SENTENCE = re.compile(r"[^\n]{0,160}?(?=[.!?,;](?:\s|\*|$)|\n|$)")
 BRACE = re.compile(r"\\[{}\\]|(?P<brace>[{}])")
 MAX_STATEMENT = 300                 # characters of a box that are compared
 
 
 def first_stated(response: str, reference: Reference) -> int | None:
-    """Returns the number of characters up to the end of the reference's first statement; None if there is none.
+    """Returns the number of characters up to the end of the reference's first statement; None if
+    there is none.
 
-    After an equals sign only a number can be separated from the text that follows, so equals signs count only for a
-    numeric reference. One counts if it is the last before the end of the line, of the thinking or of the response,
-    or before "wait", "answer" or a box. Linear in the length of the response.
+    After an equals sign only a number can be separated from the text that follows, so equals signs
+    count only for a numeric reference. One counts if it is the last before the end of the line, of
+    the thinking or of the response, or before "wait", "answer" or a box. Linear in the length of
+    the response.
     """
     number = _number(reference.answer) if reference.kind == "math" else None
     same = _cached_comparison(reference)
-    last: int | None = None         # end of the value after the previous equals sign, if it is the reference
+    # end of the value after the previous equals sign, if it is the reference
+    last: int | None = None
     for match in STATEMENT.finditer(response):
         if match[0] != "=":
             if last is not None:
                 return last
-            if not match["stop"] and (end := _end_of_statement(response, match, number, same)) is not None:
+            end = None if match["stop"] else _end_of_statement(response, match, number, same)
+            if end is not None:
                 return end
         elif number is not None:
             value = NUMBER.match(response, match.end())
@@ -52,7 +60,8 @@ def first_stated(response: str, reference: Reference) -> int | None:
 
 def _end_of_statement(response: str, match: re.Match[str], number: float | None,
                       same: Callable[[str], bool]) -> int | None:
-    """Returns the end of a box, or of the text after "answer", if it states the reference, otherwise None."""
+    """Returns the end of a box, or of the text after "answer", if it states the reference,
+    otherwise None."""
     if match["box"]:
         end = _end_of_box(response, match.end())
         stated = end is not None and _states(response[match.end() : end], number, same)
@@ -66,7 +75,8 @@ def _end_of_statement(response: str, match: re.Match[str], number: float | None,
 
 
 def end_of_answer(response: str) -> int:
-    r"""Returns the number of characters up to the end of the last \boxed{}, or of the response if it has none."""
+    r"""Returns the number of characters up to the end of the last \boxed{}, or of the response if
+    it has none."""
     begins = [match.end() for match in STATEMENT.finditer(response) if match["box"]]
     end = _end_of_box(response, begins[-1]) if begins else None
     return len(response) if end is None else end + 1
@@ -79,7 +89,8 @@ def _states(text: str, number: float | None, same: Callable[[str], bool]) -> boo
 
 
 def _cached_comparison(reference: Reference) -> Callable[[str], bool]:
-    """Returns a comparison with the reference that compares each text once: repetitive responses repeat theirs."""
+    """Returns a comparison with the reference that compares each text once: repetitive responses
+    repeat theirs."""
     verdicts: dict[str, bool] = {}
 
     def same(text: str) -> bool:
@@ -106,7 +117,8 @@ def _same(text: str, reference: Reference) -> bool:
 
 
 def _number(text: str) -> float | None:
-    r"""Returns the value of a text that is one number: 1,000, -3.5, 2/3, \frac{2}{3}, $5, 50\%; otherwise None."""
+    r"""Returns the value of a text that is one number: 1,000, -3.5, 2/3, \frac{2}{3}, $5, 50\%;
+    otherwise None."""
     match = NUMBER.match(text)
     rest = text[match.end():].strip(" $.*") if match else None
     return _value(match) if match and rest in ("", "%", r"\%", r"\)") else None

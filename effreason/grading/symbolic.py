@@ -1,6 +1,8 @@
-"""Compares two answers with sympy, after Math-Verify has parsed their LaTeX. Only a worker calls `symbolic`.
+"""Compares two answers with sympy, after Math-Verify has parsed their LaTeX. Only a worker calls
+`symbolic`.
 
-`symbolic` evaluates no names and no code, but it may take any time and memory, so its process must be killable.
+`symbolic` evaluates no names and no code, but it may take any time and memory, so its process must
+be killable.
 """
 
 import re
@@ -12,7 +14,7 @@ MAX_DEPTH = 15
 MAX_ITEMS = 40
 MAX_BARS = 20
 
-POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")                 # a power of a power, of numbers only
+POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")  # a power of a power, of numbers only
 HUGE_EXPONENT = re.compile(r"\^\{?\s*[-+(]*\s*\d{5,}")
 POWER_OF_POWER = re.compile(r"\^\{?[^{}]*\d\s*\)?\s*\}?\s*\)\s*\^")   # (9^9)^(9^9)
 HUGE_FACTORIAL = re.compile(r"\d{5,}\s*\)?\s*!|\^\{?[^{}]*\}?\s*\)?\s*!|!\s*\)?\s*!")
@@ -20,23 +22,29 @@ CIS = re.compile(
     r"\\(?:text|operatorname)\s*\{\s*cis\s*\}\s*(\([^()]*\)|\{[^{}]*\}|\\frac\{[^{}]*\}\{[^{}]*\}"
     r"|\d+(?:\.\d+)?(?:\s*\^\{\s*\\circ\s*\})?|\\?[a-zA-Z]+)")
 COMBINATIONS = re.compile(r"(?:\{\})?_\{(\d+)\}\s*C_\{(\d+)\}|(?<![a-zA-Z])C_\{(\d+)\}\^\{(\d+)\}")
-NO_VARIABLE = re.compile(r"\\(?:text|operatorname|mathbb)\s*\{[^{}]*\}|_\{[^{}]*\}|\\[a-zA-Z]+|\^\{\s*\\circ\s*\}")
+NO_VARIABLE = re.compile(
+    r"\\(?:text|operatorname|mathbb)\s*\{[^{}]*\}|_\{[^{}]*\}|\\[a-zA-Z]+|\^\{\s*\\circ\s*\}")
 # What the parser silently ignores: 5'6 and 5^{\circ}6 are not 56, and < 5 and 5 + are not numbers.
 FOREIGN = re.compile(
     r"[\"#@?$;]|\d\s*'|[^\x00-\x7f]|[\x00-\x1f]|\\circ\s*\}\s*\d|^\s*[<>]|[-+/^_<>]\s*$"
     r"|\\(?:log|ln|sin|cos|tan|lim|sum|prod|int|binom|frac|sqrt|cdot|cup|cap)\s*$")
 LONG_DIGITS = re.compile(r"\d{120,}")
 
-# Points at which expressions are compared: first positive ones, for roots and logarithms, then both signs.
-POSITIVE = ("0.7390851", "1.3247179", "2.2360679", "0.5671432", "1.7724538", "3.1622776", "0.9159655", "2.6854520")
-SIGNED = ("-1.2020569", "0.6434105", "-0.3285820", "2.5029078", "-2.8077702", "1.4513692", "-0.7642236", "1.9021605")
+# Points at which expressions are compared: first positive ones, for roots and logarithms, then both
+# signs.
+POSITIVE = ("0.7390851", "1.3247179", "2.2360679", "0.5671432", "1.7724538", "3.1622776",
+            "0.9159655", "2.6854520")
+SIGNED = ("-1.2020569", "0.6434105", "-0.3285820", "2.5029078", "-2.8077702", "1.4513692",
+          "-0.7642236", "1.9021605")
 DIGITS = 60
 DECIMAL_TOLERANCE = 1e-6            # between a decimal and what it approximates
 BOTH_DECIMAL_TOLERANCE = 1e-14      # the parser reads decimals as binary fractions
 TOLERANCE = 1e-40                   # e^{\pi\sqrt{163}} is within 3e-30 of an integer
 
-# Rarely left unevaluated in an answer, and may take sympy any time, so it gets only part of the CPU limit.
-HEAVY = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta|frac\{d)|\\begin|!")
+# Rarely left unevaluated in an answer, and may take sympy any time, so it gets only part of the CPU
+# limit.
+HEAVY = re.compile(
+    r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta|frac\{d)|\\begin|!")
 HEAVY_SHARE = 0.5
 
 
@@ -52,9 +60,12 @@ def guard(text: str) -> bool:
     """
     if len(text) > MAX_CHARACTERS or LONG_DIGITS.search(text):
         return True
-    if notation.depth(text) > MAX_DEPTH or text.count(",") > MAX_ITEMS or text.count("|") > MAX_BARS:
+    if notation.depth(text) > MAX_DEPTH:
         return True
-    return any(pattern.search(text) for pattern in (POWER_OF_NUMBERS, HUGE_EXPONENT, POWER_OF_POWER, HUGE_FACTORIAL))
+    if text.count(",") > MAX_ITEMS or text.count("|") > MAX_BARS:
+        return True
+    huge = (POWER_OF_NUMBERS, HUGE_EXPONENT, POWER_OF_POWER, HUGE_FACTORIAL)
+    return any(pattern.search(text) for pattern in huge)
 
 
 def symbolic(prediction: str, reference: str) -> bool:
@@ -68,18 +79,22 @@ def _leaf(prediction: str, reference: str) -> bool:
         return verdict
 
     prediction, reference = units.without_unit(prediction), units.without_unit(reference)
-    if FOREIGN.search(prediction) or FOREIGN.search(reference) or prediction.count("'") != reference.count("'"):
+    if FOREIGN.search(prediction) or FOREIGN.search(reference):
+        return False
+    if prediction.count("'") != reference.count("'"):
         return False
     if prediction.count("|") % 2 != reference.count("|") % 2:
         return False
     p_letters, g_letters = _letters(prediction), _letters(reference)
     if p_letters != g_letters and {*map(str.lower, p_letters)} == {*map(str.lower, g_letters)}:
         return False                                # the parser reads x and X as one variable
-    return _same(_parse(_for_parser(prediction)), _parse(_for_parser(reference)), "." in prediction, "." in reference)
+    return _same(_parse(_for_parser(prediction)), _parse(_for_parser(reference)), "." in prediction,
+                 "." in reference)
 
 
 def _letters(text: str) -> set[str]:
-    return set(re.findall("[a-df-hj-zA-DF-HJ-Z]", NO_VARIABLE.sub("", text)))      # E and I may be constants
+    # E and I may be constants
+    return set(re.findall("[a-df-hj-zA-DF-HJ-Z]", NO_VARIABLE.sub("", text)))
 
 
 def _for_parser(text: str) -> str:
@@ -88,7 +103,7 @@ def _for_parser(text: str) -> str:
     if units.TRIGONOMETRY.search(text):
         text = _radians(text)
     text = re.sub(r"\^\{\s*\\circ\s*\}", "", text)
-    text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)                   # the norm of a number is its absolute value
+    text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)  # the norm of a number is its absolute value
     text = re.sub(r"\^\{\s*\((.*)\)\s*\}", _unparenthesised, text)
     return re.sub(r"\\text\{([^{}]*)\}", r"\\text{\1}", text)
 
@@ -116,14 +131,17 @@ def _parse(text: str):
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    # Only LaTeX in the box, which is canonical already: other extractors pick any number out of a broken answer.
-    config = LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(boxed="last"))
+    # Only LaTeX in the box, which is canonical already: other extractors pick any number out of a
+    # broken answer.
+    config = LatexExtractionConfig(boxed_match_priority=0,
+                                   normalization_config=NormalizationConfig(boxed="last"))
     try:
-        parsed = parse(rf"\boxed{{{text}}}", extraction_config=[config], fallback_mode="no_fallback",
-                       parsing_timeout=None)
+        parsed = parse(rf"\boxed{{{text}}}", extraction_config=[config],
+                       fallback_mode="no_fallback", parsing_timeout=None)
         return _with_constants(parsed[0]) if parsed else None
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
-        return None                                 # it constructs what it reads, which fails for 2i < 0
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError,
+            ValueError):
+        return None  # it constructs what it reads, which fails for 2i < 0
 
 
 def _with_constants(side):
@@ -131,7 +149,8 @@ def _with_constants(side):
     import sympy
 
     numbers = {"i": sympy.I, "pi": sympy.pi}
-    return side.subs({symbol: numbers[symbol.name] for symbol in side.free_symbols if symbol.name in numbers})
+    return side.subs({symbol: numbers[symbol.name] for symbol in side.free_symbols
+                      if symbol.name in numbers})
 
 
 def _same(prediction, reference, prediction_decimal: bool, reference_decimal: bool) -> bool:
@@ -154,7 +173,8 @@ def _same(prediction, reference, prediction_decimal: bool, reference_decimal: bo
 
 
 def _same_equations(prediction, reference) -> bool | None:
-    """Returns whether one equation is a multiple of the other, from values at fixed points; None if undecided."""
+    """Returns whether one equation is a multiple of the other, from values at fixed points; None if
+    undecided."""
     import sympy
 
     p, g = prediction.lhs - prediction.rhs, reference.lhs - reference.rhs
@@ -171,7 +191,8 @@ def _same_equations(prediction, reference) -> bool | None:
         if top is None or bottom is None or not bottom:
             return None
         ratios.append(sympy.sympify(top / bottom))
-    tolerance = TOLERANCE if not (p.atoms(sympy.Float) or g.atoms(sympy.Float)) else BOTH_DECIMAL_TOLERANCE
+    tolerance = TOLERANCE if not (p.atoms(sympy.Float)
+                                  or g.atoms(sympy.Float)) else BOTH_DECIMAL_TOLERANCE
     return bool(ratios[0]) and all(_close(ratio, ratios[0], tolerance) for ratio in ratios[1:])
 
 
@@ -181,18 +202,23 @@ def _undefined(side) -> bool:
     return isinstance(side, sympy.Basic) and side.has(sympy.nan, sympy.zoo)
 
 
-def _same_values(prediction, reference, prediction_decimal: bool, reference_decimal: bool) -> bool | None:
-    """Compares two expressions by their values at fixed points, with so many digits that other expressions differ.
+def _same_values(prediction, reference, prediction_decimal: bool,
+                 reference_decimal: bool) -> bool | None:
+    """Compares two expressions by their values at fixed points, with so many digits that other
+    expressions differ.
 
-    If both can be evaluated, this replaces simplification, which may take minutes and misses identities. None if they
-    agree only at positive points or cannot be evaluated; algebra then decides.
+    If both can be evaluated, this replaces simplification, which may take minutes and misses
+    identities. None if they agree only at positive points or cannot be evaluated; algebra then
+    decides.
     """
     import sympy
 
     heavy = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
     prediction, reference = _evaluated(prediction), _evaluated(reference)
-    names = sorted({symbol.name for side in (prediction, reference) for symbol in side.free_symbols})
-    functions = prediction.atoms(sympy.core.function.AppliedUndef) | reference.atoms(sympy.core.function.AppliedUndef)
+    names = sorted({symbol.name for side in (prediction, reference)
+                    for symbol in side.free_symbols})
+    undefined = sympy.core.function.AppliedUndef
+    functions = prediction.atoms(undefined) | reference.atoms(undefined)
     if prediction.has(*heavy) or reference.has(*heavy) or functions or len(names) > len(POSITIVE):
         return None
 
@@ -240,23 +266,27 @@ def _with_real_roots(side):
     """Replaces odd roots by real ones: the cube root of -8 is then -2."""
     import sympy
 
-    return side.xreplace({power: sympy.sign(power.base)**power.exp.p * sympy.Abs(power.base)**power.exp
-                          for power in _odd_roots(side)})
+    return side.xreplace({power: sympy.sign(power.base)**power.exp.p
+                          * sympy.Abs(power.base)**power.exp for power in _odd_roots(side)})
 
 
 def _evaluated(side):
     try:
         return side.doit()
-    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError,
+            ValueError):
         return side
 
 
 def _value(side, values):
-    """Returns the complex value of an expression for these values of its variables; None if it has none."""
+    """Returns the complex value of an expression for these values of its variables; None if it has
+    none."""
     try:
-        number = side.subs({symbol: values[symbol.name] for symbol in side.free_symbols}).evalf(DIGITS)
+        number = side.subs({symbol: values[symbol.name]
+                            for symbol in side.free_symbols}).evalf(DIGITS)
         return number if number.is_number and number.is_finite and not number.free_symbols else None
-    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError,
+            ValueError):
         return None
 
 
@@ -265,7 +295,8 @@ def _close(prediction, reference, tolerance: float) -> bool | None:
         return None
     import sympy
 
-    difference, size = sympy.Abs(prediction - reference).evalf(DIGITS), sympy.Abs(reference).evalf(DIGITS)
+    difference, size = sympy.Abs(prediction
+                                 - reference).evalf(DIGITS), sympy.Abs(reference).evalf(DIGITS)
     if not (difference.is_Float or difference.is_Number) or not size.is_Number:
         return None
     return bool(difference <= tolerance * (size if size else 1))

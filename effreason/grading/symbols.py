@@ -2,9 +2,11 @@
 
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
-GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
-         "upsilon phi chi psi omega").split()
-GREEK_CAPITALS = dict(zip("ΓΔΘΛΞΠΣΦΨΩ", "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(), strict=True))
+GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda "
+         "mu nu xi omicron pi rho varsigma sigma tau " "upsilon phi chi psi omega").split()
+GREEK_CAPITALS = dict(zip("ΓΔΘΛΞΠΣΦΨΩ",
+                          "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
+                          strict=True))
 
 
 def _table(text: str) -> dict[str, str]:
@@ -108,15 +110,18 @@ RENAMED = _table(r"""
     & \&
     _ \_
 """)
-SPACES = ("\\,", "\\;", "\\:", "\\>", "\\ ", "\\quad", "\\qquad", "\\enspace", "\\thinspace", "\\space", "~")
+SPACES = ("\\,", "\\;", "\\:", "\\>", "\\ ", "\\quad", "\\qquad", "\\enspace", "\\thinspace",
+          "\\space", "~")
 DROPPED = (
-    r"\pounds \euro \textdollar \cent \textcent \$ \! \left \right \middle \boxed \fbox \displaystyle \textstyle "
-    r"\limits \nolimits \rm \bf \it \tt \sf \tiny \small \normalsize \large \Large \LARGE \huge \Huge \checkmark "
-    r"\square \blacksquare \qed \ensuremath \noindent \hfill \strut \mathstrut \mathop \mathclose \mathopen "
+    r"\pounds \euro \textdollar \cent \textcent \$ \! \left \right "
+    r"\middle \boxed \fbox \displaystyle \textstyle "
+    r"\limits \nolimits \rm \bf \it \tt \sf \tiny \small \normalsize "
+    r"\large \Large \LARGE \huge \Huge \checkmark "
+    r"\square \blacksquare \qed \ensuremath \noindent \hfill \strut "
+    r"\mathstrut \mathop \mathclose \mathopen "
     r"\( \) \[ \] \- \/ \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \Biggl \Biggr "
 ).split()
 RENAMED |= dict.fromkeys(SPACES, " ") | dict.fromkeys((*DROPPED, "$"), "")
-TEXTS = (
-    r"\bm \bold \boldsymbol \emph \hbox \mathbf \mathit \mathrm \mathsf \mathtt \mbox \pmb \text \textbf "
-    r"\textit \textnormal \textrm \textsf \texttt \underline "
-).split()
+TEXTS = (r"\bm \bold \boldsymbol \emph \hbox \mathbf \mathit \mathrm "
+         r"\mathsf \mathtt \mbox \pmb \text \textbf "
+         r"\textit \textnormal \textrm \textsf \texttt \underline ").split()

@@ -1,8 +1,9 @@
 """The process that compares answers with sympy or a user's function; reads and writes JSON lines.
 
-`python -m effreason.grading.worker SETTINGS` is started, timed and killed by `effreason.grading.pool`. SETTINGS is a
-JSON object with cpu_seconds, memory_mb, function (module:function or null) and path. The limits are those of the
-operating system, so they hold whatever sympy does.
+`python -m effreason.grading.worker SETTINGS` is started, timed and killed by
+`effreason.grading.pool`. SETTINGS is a JSON object with cpu_seconds, memory_mb, function
+(module:function or null) and path. The limits are those of the operating system, so they hold
+whatever sympy does.
 """
 
 import functools
@@ -19,13 +20,14 @@ from typing import Any
 from effreason.grading import functions
 from effreason.grading.status import GradeStatus
 
-RETRY_SECONDS = 0.1                 # sympy may swallow the soft stop, so it is raised again and again
-HARD_SECONDS = 20                   # CPU limit of a task in case the parent has died and cannot kill
+RETRY_SECONDS = 0.1  # sympy may swallow the soft stop, so it is raised again and again
+HARD_SECONDS = 20  # CPU limit of a task in case the parent has died and cannot kill
 START_BYTES = 512 << 20             # address space that the libraries need before any task
 
 
 class SoftStop(BaseException):
-    """The task used up its CPU time. Not an Exception, so that `except Exception` in a library does not catch it."""
+    """The task used up its CPU time. Not an Exception, so that `except Exception` in a library does
+    not catch it."""
 
 
 armed = False                       # whether SoftStop may be raised: only during a comparison
@@ -80,7 +82,8 @@ def _algebra(settings: dict[str, Any]) -> Comparator:
 
 def _function(settings: dict[str, Any]) -> Comparator:
     function = functions.load(settings["function"], settings["path"])
-    # Its libraries may reserve any amount of address space while they load; the limit is on top of that.
+    # Its libraries may reserve any amount of address space while they load; the limit is on top of
+    # that.
     _limit(resource.RLIMIT_AS, _address_space() + (settings["memory_mb"] << 20))
     return Comparator(GradeStatus.FUNCTION, functools.partial(functions.verdict, function),
                       lambda response, answer: 1.0)
@@ -108,7 +111,8 @@ def _verdict(comparator: Comparator, task: dict[str, Any], cpu_seconds: float) -
         return {"correct": False, "status": GradeStatus.SOFT_TIMEOUT}
     except MemoryError:
         return {"correct": False, "status": GradeStatus.MEMORY}
-    except (Exception, SystemExit) as error:    # an answer that crashes the comparison is wrong, and counted
+    # an answer that crashes the comparison is wrong, and counted
+    except (Exception, SystemExit) as error:
         return {"correct": False, "status": GradeStatus.ERROR, "reason": functions.describe(error)}
 
 
@@ -139,8 +143,9 @@ def _pages() -> list[int]:
 def _rss_mb() -> int:
     try:
         return _pages()[1] * os.sysconf("SC_PAGE_SIZE") >> 20
-    except OSError:                 # no /proc: the peak instead, in kilobytes on Linux, in bytes on macOS
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+    except OSError:  # no /proc: the peak instead, in kilobytes on Linux, in bytes on macOS
+        shift = 20 if sys.platform == "darwin" else 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> shift
 
 
 def _reply(replies: Any, message: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Computes the figures of compiled programs from formulas: for GPUs, and to rank candidates before compiling any.
+"""Computes the figures of compiled programs from formulas: for GPUs, and to rank candidates before
+compiling any.
 
-L layers, D width, F feed-forward width, H heads, K key/value heads, h head width, V vocabulary, N positions of a row.
-Tests compare the formulas with compiled programs: FLOPs agree within a few percent, memory within the factor given in
-docs/scaling.md.
+L layers, D width, F feed-forward width, H heads, K key/value heads, h head width, V vocabulary, N
+positions of a row. Tests compare the formulas with compiled programs: FLOPs agree within a few
+percent, memory within the factor given in docs/scaling.md.
 """
 
 import dataclasses
@@ -16,17 +17,20 @@ from effreason.planning.estimates import TILE, PlannedFunction
 from effreason.planning.workloads import Workload
 from effreason.runtime.config import Config
 
-# Attention products for each pair of positions, 2 H h FLOPs each: in a forward pass and in a backward pass.
+# Attention products for each pair of positions, 2 H h FLOPs each: in a forward pass and in a
+# backward pass.
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "xla": (2, 4), "blockwise": (2, 6)}
-# Share of the N * N pairs that is computed: kernels skip the blocks above the diagonal, XLA skips eighths.
+# Share of the N * N pairs that is computed: kernels skip the blocks above the diagonal, XLA skips
+# eighths.
 PAIRS = {"splash": 0.5, "cudnn": 0.5, "xla": 9 / 16, "blockwise": 0.5}
-# Arrays of F and of D values a token that are alive at once, in a block's backward pass and in a forward pass.
+# Arrays of F and of D values a token that are alive at once, in a block's backward pass and in a
+# forward pass.
 BLOCK_ARRAYS, FORWARD_ARRAYS = (9, 14), (3, 5)
 ROW_ARRAYS = 5                      # arrays in Rows
 EXPERIENCE_ARRAYS = 9               # arrays in Experience, with its Rows
-ADVANTAGE_ARRAYS = 10               # arrays of a number for each response token, all of them on every chip
+ADVANTAGE_ARRAYS = 10  # arrays of a number for each response token, all of them on every chip
 
-Costs = dict[str, tuple[float, Cost]]           # (own bytes, cost of a call) of a function, by its name
+Costs = dict[str, tuple[float, Cost]]  # (own bytes, cost of a call) of a function, by its name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,18 +71,21 @@ class StepSizes:
 
     @property
     def saved(self) -> str:
-        """What remat saves. It cannot save cuDNN's attention, whose backward pass needs statistics of its own."""
+        """What remat saves. It cannot save cuDNN's attention, whose backward pass needs statistics
+        of its own."""
         return "full" if (self.attention, self.remat) == ("cudnn", "attention") else self.remat
 
     @property
     def recomputed(self) -> float:
-        """Share of the products with weights that the backward pass repeats: all but the last of each block."""
+        """Share of the products with weights that the backward pass repeats: all but the last of
+        each block."""
         if self.remat == "none":
             return 0.0
         return 1 - self.decoder.layers * self.decoder.width * self.decoder.mlp_width / self.products
 
     def attention_flops(self, pairs: float, backward: bool) -> float:
-        """Returns one chip's FLOPs in one layer. Args: pairs, of positions, without regard to the causal mask."""
+        """Returns one chip's FLOPs in one layer. Args: pairs, of positions, without regard to the
+        causal mask."""
         forward, back = ATTENTION_PRODUCTS[self.attention]
         # In zig-zag order XLA's own attention masks pairs instead of skipping them.
         computed = 1.0 if self.attention == "xla" and self.context > 1 else PAIRS[self.attention]
@@ -87,22 +94,24 @@ class StepSizes:
         return 2.0 * products * computed * pairs * c.heads * c.head_dim / self.tensor
 
 
-def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int, int, int], *, slots: int,
-                   capacity: int, workload: Workload, attention: str, live_share: float) -> dict[str, PlannedFunction]:
+def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int, int, int], *,
+                   slots: int, capacity: int, workload: Workload, attention: str,
+                   live_share: float) -> dict[str, PlannedFunction]:
     """Returns every function of a training step, by formula."""
-    sizes = StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2], context=shape[3],
-                      attention=attention, remat=decoder.remat)
+    sizes = StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
+                      context=shape[3], attention=attention, remat=decoder.remat)
     resident = _resident_bytes(config, sizes, slots=slots, capacity=capacity)
     updates = config.update.updates_per_batch
     learner_costs = _learner_costs(config, sizes, workload)
-    sampler_costs, (height, batches) = _sampler_costs(config, sizes, resident, slots=slots, capacity=capacity,
-                                                      live_share=live_share)
+    sampler_costs, (height, batches) = _sampler_costs(config, sizes, resident, slots=slots,
+                                                      capacity=capacity, live_share=live_share)
     state = resident["params"] + resident["optimizer"]
     tokens, rows = _step_arrays(config, sizes, workload)
     experience = tokens + EXPERIENCE_ARRAYS * rows
 
     training, costs = state + resident["reference"], learner_costs | sampler_costs
-    calls = {                           # name: what one call covers, calls of a step, other bytes in HBM
+    # What one call covers, calls of a step, other bytes in HBM.
+    calls = {
         "unstack": ("a step", 1, resident["optimizer"] + resident["reference"]),
         "prefill": (f"{height} prompts", batches, training + resident["slots"]),
         "insert": ("a slot", len(workload.lengths), training + resident["weights"]),
@@ -113,12 +122,13 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
         "gradients": ("an update", updates, resident["optimizer"] + resident["reference"] + tokens),
         "apply_gradients": ("an update", updates, resident["reference"] + experience),
     }
-    return {name: PlannedFunction(name=name, per=per, calls=count, own_bytes=costs[name][0], other_bytes=other,
-                                  cost=costs[name][1], source="analytic")
+    return {name: PlannedFunction(name=name, per=per, calls=count, own_bytes=costs[name][0],
+                                  other_bytes=other, cost=costs[name][1], source="analytic")
             for name, (per, count, other) in calls.items()}
 
 
-def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: int) -> dict[str, float]:
+def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int,
+                    capacity: int) -> dict[str, float]:
     """Returns the bytes in one chip's memory of the arrays that outlive a function."""
     c = sizes.decoder
     weights = sizes.weights
@@ -126,7 +136,8 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: i
     return {
         "params": 4 * weights / sizes.shards,
         "optimizer": 0.0 if config.update.offload_optimizer else 8 * weights / sizes.shards,
-        "reference": 0.0 if config.kl.offload_reference else sizes.itemsize * weights / sizes.shards,
+        "reference": 0.0 if config.kl.offload_reference else sizes.itemsize * weights
+        / sizes.shards,
         "weights": sizes.itemsize * weights / sizes.tensor,
         "position": position,
         "slots": slots / (sizes.data * sizes.fsdp) * capacity / sizes.context * position,
@@ -135,9 +146,11 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: i
 
 
 def _step_arrays(config: Config, sizes: StepSizes, workload: Workload) -> tuple[float, float]:
-    """Returns one chip's bytes of a number for each response token (on every chip) and for each row position."""
+    """Returns one chip's bytes of a number for each response token (on every chip) and for each row
+    position."""
     update = config.update
-    positions = update.updates_per_batch * workload.room * workload.rows * workload.width * workload.widths
+    rows = update.updates_per_batch * workload.room * workload.rows
+    positions = rows * workload.width * workload.widths
     shards = sizes.data * sizes.fsdp * sizes.context
     return 4.0 * len(workload.lengths) * config.rollout.max_new_tokens, 4.0 * positions / shards
 
@@ -172,7 +185,8 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
                             dataclasses.replace(forward * times, host_bytes=from_host)),
         "experience": (experience, Cost(bytes=2 * experience)),
         "gradients": (gradient_bytes, step * trips),
-        "apply_gradients": (20 * sizes.weights * split, Cost(bytes=28 * sizes.weights * split, host_bytes=host)),
+        "apply_gradients": (20 * sizes.weights * split,
+                            Cost(bytes=28 * sizes.weights * split, host_bytes=host)),
     }
 
 
@@ -181,37 +195,42 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
     c, s = sizes.decoder, sizes.itemsize
     rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
     tokens, pairs = rows * workload.width / sizes.context, rows * workload.width**2 / sizes.context
-    pairs *= workload.pair_batches / workload.micro_batches         # averaged over the narrower rows
-    layers, head = 2.0 * tokens * sizes.products / sizes.tensor, 2.0 * tokens * sizes.table / sizes.tensor
+    pairs *= workload.pair_batches / workload.micro_batches  # averaged over the narrower rows
+    layers = 2.0 * tokens * sizes.products / sizes.tensor
+    head = 2.0 * tokens * sizes.table / sizes.tensor
     activation = tokens * c.width * s
     keys = 2 * rows * workload.width * c.kv_heads * c.head_dim * s / sizes.tensor
 
     def passes(count: float) -> list[Collective]:
-        """Collectives of `count` passes over the layers: weights, sums over tensor, keys and values over context."""
+        """Collectives of `count` passes over the layers: weights, sums over tensor, keys and values
+        over context."""
         collectives = [_weight_gather(sizes, sizes.products, 7 * c.layers),
                        _reduction(sizes.tensor, 2 * c.layers * activation, count=2 * c.layers),
                        _reduction(sizes.context, c.layers * keys, "all-gather", 2 * c.layers)]
-        return [dataclasses.replace(one, count=one.count * count, bytes=one.bytes * count) for one in collectives]
+        return [dataclasses.replace(one, count=one.count * count, bytes=one.bytes * count)
+                for one in collectives]
 
     ends = [_weight_gather(sizes, 2 * sizes.table)]     # embedding and head
     width_f, width_d = c.mlp_width / sizes.tensor, c.width
     moved = tokens * c.layers * s
     forward = Cost(flops=layers + head + c.layers * sizes.attention_flops(pairs, False),
-                   bytes=moved * (6 * width_f + 20 * width_d) + s * (sizes.products + 2 * sizes.table) / sizes.tensor,
+                   bytes=moved * (6 * width_f + 20 * width_d) + s
+                   * (sizes.products + 2 * sizes.table) / sizes.tensor,
                    collectives=tuple(passes(1) + ends))
 
     recomputes = sizes.recomputed > 0
     gradients = [_reduction(sizes.fsdp, s * sizes.weights / sizes.tensor, "reduce-scatter"),
                  _reduction(sizes.data * sizes.context, s * sizes.weights / sizes.shards)]
-    step = Cost(flops=layers * (3 + sizes.recomputed) + 4 * head + c.layers * sizes.attention_flops(pairs, True),
-                bytes=moved * (20 * width_f + 60 * width_d) + (3 + recomputes) * s * sizes.weights / sizes.tensor
-                + 8 * sizes.weights / sizes.shards,
-                collectives=tuple(passes(2 + recomputes) + ends + gradients))
+    step = Cost(flops=layers * (3 + sizes.recomputed) + 4 * head + c.layers
+                * sizes.attention_flops(pairs, True), bytes=moved * (20 * width_f + 60 * width_d)
+                + (3 + recomputes) * s * sizes.weights / sizes.tensor + 8 * sizes.weights
+                / sizes.shards, collectives=tuple(passes(2 + recomputes) + ends + gradients))
     return forward, step
 
 
 def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> tuple[float, float]:
-    """Returns one chip's bytes for scoring, without the weights, and for the gradients, with them."""
+    """Returns one chip's bytes for scoring, without the weights, and for the gradients, with
+    them."""
     c, s = sizes.decoder, sizes.itemsize
     rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
     tokens = rows * workload.width / sizes.context
@@ -227,7 +246,7 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
         one_layer = 2 * s * sizes.products / c.layers / sizes.tensor
         return tokens * s * (arrays[0] * width_f + arrays[1] * width_d) + one_layer
 
-    flat = of_rows * sizes.data * sizes.fsdp * sizes.context        # all rows' log-probs, on every chip
+    flat = of_rows * sizes.data * sizes.fsdp * sizes.context  # all rows' log-probs, on every chip
     score = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + (ROW_ARRAYS + 1) * of_rows
              + flat + 2 * of_tokens)
 
@@ -239,9 +258,10 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
     return score, gradients
 
 
-def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float], *, slots: int, capacity: int,
-                   live_share: float) -> tuple[Costs, tuple[int, int]]:
-    """Returns the costs of the sampler's functions, and (prompts of a prefill batch, prefill batches of a step)."""
+def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float], *, slots: int,
+                   capacity: int, live_share: float) -> tuple[Costs, tuple[int, int]]:
+    """Returns the costs of the sampler's functions, and (prompts of a prefill batch, prefill
+    batches of a step)."""
     c, s = sizes.decoder, sizes.itemsize
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots, 8, 8192 // width), 1)

@@ -39,68 +39,79 @@ class PlannedProgram:
     per: str                        # what one call covers
     lower: Callable[[], Any]        # traces it; returns a jax.stages.Lowered
     trips: float                    # runs of a loop whose length depends on the data
-    calls: float                    # in a training step; 0 for decode, whose calls follow from the lengths
+    calls: float  # in a training step; 0 for decode, whose calls follow from the lengths
     divide: float                   # calls covered by one run of the program
-    other_bytes: float              # HBM in use while it runs, without its own arguments and results
+    other_bytes: float  # HBM in use while it runs, without its own arguments and results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledProgram:
     """What the compiler reports about a program, for one device."""
 
-    own_bytes: float                # HBM: arguments, results that alias none of them, temporaries, code
-    cost: Cost | None               # of one call; None if it did not fit: own_bytes is then what it needs
+    own_bytes: float  # HBM: arguments, results that alias none of them, temporaries, code
+    cost: Cost | None  # of one call; None if it did not fit: own_bytes is then what it needs
 
 
 def target_mesh(config: Config, target: Target) -> Mesh:
-    """Returns the configuration's mesh over the target's devices; TPU devices are only described. Raises: UserError."""
+    """Returns the configuration's mesh over the target's devices; TPU devices are only described.
+    Raises: UserError."""
     shape = mesh_shape(config, target.chips)
     if target.kind != "cpu":
         return sharding.arranged(shape, _described_devices(target))
 
     devices = jax.devices("cpu")[: target.chips]
     if len(devices) < target.chips:
-        raise UserError(f"--chips {target.text}: JAX has {len(devices)} CPU devices already, expected "
-                        f"{target.chips}; set XLA_FLAGS=--xla_force_host_platform_device_count={target.chips}")
+        raise UserError(
+            f"--chips {target.text}: JAX has {len(devices)} CPU devices already, expected "
+            f"{target.chips}; set XLA_FLAGS=--xla_force_host_platform_device_count={target.chips}")
     return sharding.arranged(shape, devices)
 
 
 def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
-    """Returns the sizes of the mesh axes. Raises: UserError if their product is not the number of chips."""
+    """Returns the sizes of the mesh axes. Raises: UserError if their product is not the number of
+    chips."""
     mesh = config.mesh
     others = mesh.fsdp * mesh.tensor * mesh.context
     data = max(chips // others, 1) if mesh.data == -1 else mesh.data
     if data * others != chips:
-        raise UserError(f"mesh: data {data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} x context {mesh.context} = "
+        raise UserError(f"mesh: data {data} x fsdp {mesh.fsdp} x tensor "
+                        f"{mesh.tensor} x context {mesh.context} = "
                         f"{data * others}, --chips has {chips}; --fit finds a mesh")
     return data, mesh.fsdp, mesh.tensor, mesh.context
 
 
 def _described_devices(target: Target) -> Any:
-    """Returns descriptions of the devices of a TPU slice. Raises: UserError if libtpu knows no such slice."""
+    """Returns descriptions of the devices of a TPU slice. Raises: UserError if libtpu knows no such
+    slice."""
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
     try:
         with quiet_stderr():
-            return topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **options).devices
+            return topologies.get_topology_desc(platform="tpu", topology_name=target.topology,
+                                                **options).devices
     except Exception as error:          # JAX, libtpu and the library loader raise different types
         reason = " ".join(str(error).split())
-        raise UserError(f"--chips {target.text}: libtpu cannot describe it ({reason[:160]})") from None
+        raise UserError(
+            f"--chips {target.text}: libtpu cannot describe it ({reason[:160]})") from None
 
 
 def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Any) -> int:
-    """Returns the responses in flight, as the run would choose them on these chips. `mesh` may be abstract."""
+    """Returns the responses in flight, as the run would choose them on these chips. `mesh` may be
+    abstract."""
     settings = config.rollout
     training_bytes = capacity.training_weight_bytes(config)
     if settings.slots is None and settings.memory_gib is None:
         weights = shapes.weight_count(decoder)
         weight_bytes = training_bytes / mesh.shape["fsdp"] + jnp.dtype(decoder.dtype).itemsize
-        free = target.chip.hbm_bytes * (1 - capacity.RESERVE) - weight_bytes * weights / mesh.shape["tensor"]
+        free = target.chip.hbm_bytes * (1
+                                        - capacity.RESERVE) - weight_bytes * weights / mesh.shape[
+                                            "tensor"]
         settings = dataclasses.replace(settings, memory_gib=max(free * mesh.size / GIB, 1e-6))
 
     shards = sharding.batch_shards(mesh)
-    count = capacity.slot_count(dataclasses.replace(config, rollout=settings), decoder, mesh, training_bytes)
+    count = capacity.slot_count(dataclasses.replace(config, rollout=settings), decoder, mesh,
+                                training_bytes)
     return -(-count // shards) * shards
 
 
@@ -108,7 +119,8 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
                   workload: Workload) -> dict[str, PlannedProgram]:
     """Returns every function of a training step in call order; compiles nothing."""
     learning: Any = learner.make_learner(config, decoder, mesh)
-    packed = learner.abstract_packed(config, learning, width=workload.width, micro_batches=workload.room)
+    packed = learner.abstract_packed(config, learning, width=workload.width,
+                                     micro_batches=workload.room)
     experience = learner.abstract_experience(packed)
     state, reference = learning.abstract_state, learning.abstract_reference
     logprobs = _array(learning.replicated, jnp.float32, *packed.token_index.shape)
@@ -116,21 +128,25 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     resident = {name: bytes_per_device(tree) for name, tree in (
         ("params", state.params), ("optimizer", state.opt_state), ("reference", reference),
         ("experience", experience), ("tokens", logprobs))}
-    # Only the widest rows are compiled. Scoring needs the log-probs of all groups, flat, on every chip.
+    # Only the widest rows are compiled. Scoring needs the log-probs of all groups, flat, on every
+    # chip.
     narrower = workload.widths - 1
     resident["narrower"] = narrower * resident["experience"]
     resident["narrower_scored"] = narrower * (
         bytes_per_device(packed.groups) + 4 * math.prod(packed.groups[0].tokens.shape))
 
-    programs = [
-        *_sampler_programs(config, decoder, mesh, state.params, resident, slot_count, len(workload.lengths)),
-        *_learner_programs(config, learning, packed, experience, logprobs, resident, workload)]
+    programs = [*_sampler_programs(config, decoder, mesh, state.params, resident, slot_count,
+                                   len(workload.lengths)),
+                *_learner_programs(config, learning, packed, experience, logprobs, resident,
+                                   workload)]
     return {program.name: program for program in programs}
 
 
 def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, params: Any,
-                      resident: Mapping[str, float], slot_count: int, responses: int) -> list[PlannedProgram]:
-    """Returns the functions of stage 2. Args: resident, HBM bytes of the arrays that outlive a function."""
+                      resident: Mapping[str, float], slot_count: int,
+                      responses: int) -> list[PlannedProgram]:
+    """Returns the functions of stage 2. Args: resident, HBM bytes of the arrays that outlive a
+    function."""
     layout = cache_layout(config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=layout), mesh)
     positions = cache_positions(capacity.max_positions(config))
@@ -148,8 +164,8 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
     fresh = integers(len(slots.INSERT_FIELDS), slot_count)
 
     settings, chunk = config.rollout, config.rollout.chunk
-    sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-                              min_p=settings.min_p, eos_ids=EOS)
+    sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p,
+                              top_k=settings.top_k, min_p=settings.min_p, eos_ids=EOS)
     training_bytes = resident["params"] + resident["optimizer"] + resident["reference"]
     batches = -(-settings.prompts_per_step // height)
     return [
@@ -164,13 +180,15 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                        lower=lambda: sampler.insert.lower(running, prefilled, fresh, key)),
         PlannedProgram(name="decode", per="a token", calls=0, trips=chunk, divide=chunk,
                        other_bytes=training_bytes + bytes_per_device(prefilled),
-                       lower=lambda: sampler.decode.lower(weights, running, integers(1 + slot_count),
-                                                           sampling=sampling, chunk=chunk))]
+                       lower=lambda: sampler.decode.lower(weights, running,
+                                                          integers(1 + slot_count),
+                                                          sampling=sampling, chunk=chunk))]
 
 
 def _learner_programs(config: Config, learning: Any, packed: Any, experience: Any, logprobs: Any,
                       resident: Mapping[str, float], workload: Workload) -> list[PlannedProgram]:
-    """Returns the functions of stages 4 to 6. Args: as in `_sampler_programs`; logprobs, float32[B, T]."""
+    """Returns the functions of stages 4 to 6. Args: as in `_sampler_programs`; logprobs, float32[B,
+    T]."""
     state, reference = learning.abstract_state, learning.abstract_reference
     updates, trips = config.update.updates_per_batch, workload.micro_batches
     groups = config.rollout.prompts_per_step, config.rollout.group_size
@@ -183,19 +201,23 @@ def _learner_programs(config: Config, learning: Any, packed: Any, experience: An
 
     return [
         PlannedProgram(name="score", per="a step", calls=1, trips=trips, divide=1,
-                       other_bytes=resident_bytes("optimizer", "reference", "tokens", "narrower_scored"),
+                       other_bytes=resident_bytes("optimizer", "reference", "tokens",
+                                                  "narrower_scored"),
                        lower=lambda: learning.score.lower(state.params, packed)),
-        PlannedProgram(name="score_reference", per="a step", calls=int(learner.needs_reference(config)),
+        PlannedProgram(name="score_reference", per="a step",
+                       calls=int(learner.needs_reference(config)),
                        trips=trips, divide=1,
-                       other_bytes=resident_bytes("params", "optimizer", "tokens", "tokens", "narrower_scored"),
+                       other_bytes=resident_bytes("params", "optimizer", "tokens", "tokens",
+                                                  "narrower_scored"),
                        lower=lambda: learning.score_reference.lower(reference, packed)),
         PlannedProgram(name="experience", per="a step", calls=1, trips=1, divide=1,
                        other_bytes=resident_bytes("params", "optimizer", "reference", "narrower"),
-                       lower=lambda: learning.credit.lower(correct, lengths, alpha, logprobs, logprobs, logprobs,
-                                                           packed)),
+                       lower=lambda: learning.credit.lower(correct, lengths, alpha, logprobs,
+                                                           logprobs, logprobs, packed)),
         PlannedProgram(name="gradients", per="an update", calls=updates, trips=trips, divide=1,
                        other_bytes=resident_bytes("optimizer", "reference", "tokens", "narrower"),
-                       lower=lambda: learning.gradients.lower(state.params, experience, packed.counts, index)),
+                       lower=lambda: learning.gradients.lower(state.params, experience,
+                                                              packed.counts, index)),
         PlannedProgram(name="apply_gradients", per="an update", calls=updates, trips=1, divide=1,
                        other_bytes=resident_bytes("reference", "experience", "tokens", "narrower"),
                        lower=lambda: learning.apply_gradients.lower(state, state.params, index))]
@@ -206,7 +228,8 @@ def _array(sharding: Any, dtype: Any, *shape: int) -> Any:
 
 
 def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, context: int) -> str:
-    """Returns the cache layout of the run. Whether its kernel works can only be tried on the machine itself."""
+    """Returns the cache layout of the run. Whether its kernel works can only be tried on the
+    machine itself."""
     layout: str = config.rollout.cache_layout
     if layout == "auto":
         return kv_cache.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
@@ -222,7 +245,8 @@ def bytes_per_device(tree: Any) -> float:
         placement = leaf.sharding
         if placement is None or placement.memory_kind == "pinned_host":
             continue
-        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize
+        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype,
+                                              jax.dtypes.extended) else leaf.dtype.itemsize
         total += math.prod(placement.shard_shape(leaf.shape)) * itemsize
     return total
 
@@ -240,14 +264,16 @@ def compile_program(program: PlannedProgram, mesh: Mesh) -> CompiledProgram:
             return CompiledProgram(own_bytes=needed, cost=None)
 
     stats = compiled.memory_analysis()
-    own_bytes = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-                 + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
+    own_bytes = (stats.argument_size_in_bytes + stats.output_size_in_bytes
+                 - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+                 + stats.generated_code_size_in_bytes)
     cost = costs.read(compiled.as_text(), trips=program.trips) * (1 / program.divide)
     return CompiledProgram(own_bytes=own_bytes, cost=cost)
 
 
 def needed_bytes(message: str) -> float | None:
-    """Returns the HBM that a program needs, from the compiler's out-of-memory error; None for any other error."""
+    """Returns the HBM that a program needs, from the compiler's out-of-memory error; None for any
+    other error."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -260,7 +286,8 @@ def needed_bytes(message: str) -> float | None:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Discards what libraries write to file descriptor 2: libtpu logs loudly that it finds no machine."""
+    """Discards what libraries write to file descriptor 2: libtpu logs loudly that it finds no
+    machine."""
     sys.stderr.flush()
     try:
         saved = os.dup(2)

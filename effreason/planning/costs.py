@@ -1,8 +1,8 @@
 """Counts what one device does in a compiled program: FLOPs, bytes moved, collectives, kernel calls.
 
-XLA's own cost analysis counts the body of a loop once, whatever its length, and ignores kernels. Here a loop counts as
-often as it runs, arrays in on-chip memory cost no traffic, and kernel calls are listed with the shapes of their
-arguments, from which estimates.py computes their cost.
+XLA's own cost analysis counts the body of a loop once, whatever its length, and ignores kernels.
+Here a loop counts as often as it runs, arrays in on-chip memory cost no traffic, and kernel calls
+are listed with the shapes of their arguments, from which estimates.py computes their cost.
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ import numpy as np
 from effreason.planning import hlo
 from effreason.planning.hlo import DEVICE, HOST, Array, Computation, Instruction, Module
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+               "collective-broadcast")
 # Opcodes that move nothing. The end of a copy is among them: a copy is counted at its start.
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-        "optimization-barrier", "iota", "add-dependency", "domain")
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
+        "partition-id", "replica-id", "optimization-barrier", "iota", "add-dependency", "domain")
 SLICES = ("dynamic-slice", "slice", "gather")
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "__cudnn$fmhaSoftmax")
 
@@ -66,13 +67,16 @@ class Cost:
     def __mul__(self, times: float) -> "Cost":
         return Cost(self.flops * times, self.bytes * times, self.host_bytes * times,
                     tuple(dataclasses.replace(collective, count=collective.count * times,
-                                              bytes=collective.bytes * times) for collective in self.collectives),
-                    tuple(dataclasses.replace(kernel, count=kernel.count * times) for kernel in self.kernels),
+                                              bytes=collective.bytes * times)
+                          for collective in self.collectives),
+                    tuple(dataclasses.replace(kernel, count=kernel.count * times)
+                          for kernel in self.kernels),
                     self.open_loops)
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """Adds costs; collectives of one kind and group size, and calls of one kernel, become one entry."""
+    """Adds costs; collectives of one kind and group size, and calls of one kernel, become one
+    entry."""
     flops = moved = host = 0.0
     open_loops = 0
     collectives: dict[tuple[str, int], Collective] = {}
@@ -88,7 +92,8 @@ def total(costs: Iterable[Cost]) -> Cost:
             previous = kernels.get((call.name, call.operands))
             count = call.count + (previous.count if previous else 0)
             kernels[call.name, call.operands] = dataclasses.replace(call, count=count)
-    return Cost(flops, moved, host, tuple(collectives.values()), tuple(kernels.values()), open_loops)
+    return Cost(flops, moved, host, tuple(collectives.values()), tuple(kernels.values()),
+                open_loops)
 
 
 def read(text: str, *, trips: float = 1) -> Cost:
@@ -107,7 +112,8 @@ class _CostCounter:
         self._costs: dict[str, Cost] = {}
 
     def computation_cost(self, name: str | None) -> Cost:
-        """Returns the cost of a computation that runs instruction by instruction. Args: name, None for the entry."""
+        """Returns the cost of a computation that runs instruction by instruction. Args: name, None
+        for the entry."""
         computation = self._module.computations[name or self._module.entry]
         if computation.name not in self._costs:
             parts, seen = [], set[tuple[str, str]]()
@@ -129,11 +135,15 @@ class _CostCounter:
             return body * length
         if kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-            names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else [
-                instruction.attribute("true_computation"), instruction.attribute("false_computation")]
-            return max((self.computation_cost(name) for name in names), key=lambda cost: (cost.flops, cost.bytes))
+            names = re.findall(r"%([\w.\-]+)",
+                               branches[1]) if branches else [
+                                   instruction.attribute("true_computation"),
+                                   instruction.attribute("false_computation")]
+            return max((self.computation_cost(name) for name in names),
+                       key=lambda cost: (cost.flops, cost.bytes))
         if kind in ("call", "async-start"):
-            return self.computation_cost(instruction.attribute("to_apply") or instruction.attribute("calls"))
+            return self.computation_cost(instruction.attribute("to_apply")
+                                         or instruction.attribute("calls"))
         if kind == "custom-call":
             return self._custom_call(computation, instruction)
         if kind == "fusion":
@@ -145,14 +155,16 @@ class _CostCounter:
     def _custom_call(self, computation: Computation, instruction: Instruction) -> Cost:
         target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
         if target is None or not target[1].startswith(KERNELS):
-            return Cost()               # the compiler's own: buffers, starts and ends of collectives
+            return Cost()  # the compiler's own: buffers, starts and ends of collectives
         path = re.search(r'op_name="([^"]*)"', instruction.attributes)
         name = path[1] if path else instruction.name
-        return Cost(kernels=(KernelCall(name, self._operands(computation, instruction), instruction.arrays, 1),))
+        return Cost(kernels=(KernelCall(name, self._operands(computation, instruction),
+                                        instruction.arrays, 1),))
 
     def _collectives(self, computation: Computation, instruction: Instruction,
                      seen: set[tuple[str, str]]) -> list[Cost]:
-        """Returns the instruction's collectives. On a TPU several fusions may hold parts of one: it counts once."""
+        """Returns the instruction's collectives. On a TPU several fusions may hold parts of one: it
+        counts once."""
         collectives = []
         for inner, part in self._within(computation, instruction):
             kind = _collective_kind(part.opcode)
@@ -163,7 +175,8 @@ class _CostCounter:
             collectives.append(Cost(collectives=(self._collective(inner, part, kind),)))
         return collectives
 
-    def _within(self, computation: Computation, instruction: Instruction) -> Iterable[tuple[Computation, Instruction]]:
+    def _within(self, computation: Computation,
+                instruction: Instruction) -> Iterable[tuple[Computation, Instruction]]:
         """Yields the instruction and, if it is a fusion, everything inside it."""
         yield computation, instruction
         if instruction.opcode == "fusion":
@@ -171,12 +184,14 @@ class _CostCounter:
             for part in fused.instructions.values():
                 yield from self._within(fused, part)
 
-    def _collective(self, computation: Computation, instruction: Instruction, kind: str) -> Collective:
+    def _collective(self, computation: Computation, instruction: Instruction,
+                    kind: str) -> Collective:
         group = _group_size(instruction.attributes, self._module.partitions)
         operand_bytes = sum(array.bytes for array in self._operands(computation, instruction))
         share = (group - 1) / group if group else 0.0
         sent = {"all-gather": operand_bytes * (group - 1), "reduce-scatter": operand_bytes * share,
-                "all-reduce": 2 * operand_bytes * share, "all-to-all": operand_bytes * share}.get(kind, operand_bytes)
+                "all-reduce": 2 * operand_bytes * share,
+                "all-to-all": operand_bytes * share}.get(kind, operand_bytes)
         return Collective(kind, group, 1, sent)
 
     def _operands(self, computation: Computation, instruction: Instruction) -> tuple[Array, ...]:
@@ -185,7 +200,8 @@ class _CostCounter:
 
     def _fusion(self, computation: Computation, instruction: Instruction) -> Cost:
         fused = self._module.computations[instruction.attribute("calls") or ""]
-        flops = sum(self._flops(inner, part) for inner, part in self._within(computation, instruction))
+        flops = sum(self._flops(inner, part) for inner,
+                    part in self._within(computation, instruction))
 
         read = host = 0.0
         for index, name in enumerate(instruction.operands):
@@ -197,8 +213,10 @@ class _CostCounter:
         return Cost(flops=flops, bytes=read + written, host_bytes=host + host_written)
 
     def _operand_bytes_read(self, fused: Computation, index: int) -> float:
-        """Returns the bytes of an operand that a fusion reads: only the slices if it is only sliced."""
-        return self._bytes_read(fused, fused.parameters[index]) if index in fused.parameters else 0.0
+        """Returns the bytes of an operand that a fusion reads: only the slices if it is only
+        sliced."""
+        return self._bytes_read(fused,
+                                fused.parameters[index]) if index in fused.parameters else 0.0
 
     def _bytes_read(self, fused: Computation, source: Instruction) -> float:
         whole, read = source.arrays[0].bytes, 0.0
@@ -214,8 +232,8 @@ class _CostCounter:
                 read += self._bytes_read(fused, user)
             elif user.opcode == "fusion":
                 inner = self._module.computations[user.attribute("calls") or ""]
-                read += sum(self._operand_bytes_read(inner, index) for index, name in enumerate(user.operands)
-                            if name == source.name)
+                read += sum(self._operand_bytes_read(inner, index) for index,
+                            name in enumerate(user.operands) if name == source.name)
             else:
                 return whole
         return min(read, whole)
@@ -223,7 +241,8 @@ class _CostCounter:
     def _bytes_written(self, fused: Computation, instruction: Instruction) -> tuple[float, float]:
         """Returns the bytes that a fusion writes into device memory and into the host's."""
         root = fused.root
-        results = [fused.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        results = [fused.instructions[name]
+                   for name in root.operands] if root.opcode == "tuple" else [root]
         written = host = 0.0
         for array, result in zip(instruction.arrays, results, strict=False):
             source = fused.through(result.name, ("bitcast", "reshape"))
@@ -234,8 +253,10 @@ class _CostCounter:
             host += size if array.memory == HOST else 0.0
         return written, host
 
-    def _traffic(self, computation: Computation, instruction: Instruction) -> tuple[float, float, float]:
-        """Returns bytes (read, written) in device memory and moved to or from the host, for an unfused instruction."""
+    def _traffic(self, computation: Computation,
+                 instruction: Instruction) -> tuple[float, float, float]:
+        """Returns bytes (read, written) in device memory and moved to or from the host, for an
+        unfused instruction."""
         operands, results = self._operands(computation, instruction), instruction.arrays
         if instruction.opcode in (*SLICES, "copy-start", "slice-start"):
             # A copy-start returns its result first, a slice-start after its source.
@@ -246,7 +267,8 @@ class _CostCounter:
             operands, results = (update,), (dataclasses.replace(update, memory=results[0].memory),)
         elif instruction.opcode == "scatter":
             operands = operands[1:]
-            results = tuple(dataclasses.replace(operands[-1], memory=array.memory) for array in results[:1])
+            results = tuple(dataclasses.replace(operands[-1], memory=array.memory)
+                            for array in results[:1])
 
         read = sum(array.bytes_in(DEVICE) for array in operands)
         written = sum(array.bytes_in(DEVICE) for array in results)
@@ -256,10 +278,12 @@ class _CostCounter:
     def _flops(self, computation: Computation, instruction: Instruction) -> float:
         if instruction.opcode == "dot":
             left = computation.instructions[instruction.operands[0]].arrays[0]
-            contracted = math.prod(left.dimensions[axis] for axis in instruction.integers("lhs_contracting_dims"))
+            contracted = math.prod(left.dimensions[axis]
+                                   for axis in instruction.integers("lhs_contracting_dims"))
             return 2.0 * instruction.arrays[0].elements * contracted
         if instruction.opcode == "convolution":
-            left, right = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
+            left, right = (computation.instructions[name].arrays[0]
+                           for name in instruction.operands[:2])
             return convolution_flops(left, right, instruction)
         return 0.0
 
@@ -284,19 +308,22 @@ def convolution_flops(left: Array, right: Array, instruction: Instruction) -> fl
         ("stride", "1"), ("rhs_dilate", "1"), ("lhs_dilate", "1"), ("pad", "0_0")))
     taps = 1.0
     for axis, letter in enumerate(spatial):
-        taps *= _taps(left.dimensions[images.index(letter)], right.dimensions[weights.index(letter)],
-                      instruction.arrays[0].dimensions[result.index(letter)], int(stride[axis]), int(dilation[axis]),
-                      int(base[axis]), int(padding[axis].split("_")[0]))
+        taps *= _taps(left.dimensions[images.index(letter)],
+                      right.dimensions[weights.index(letter)],
+                      instruction.arrays[0].dimensions[result.index(letter)], int(stride[axis]),
+                      int(dilation[axis]), int(base[axis]), int(padding[axis].split("_")[0]))
     groups = int(instruction.attribute("batch_group_count") or 1)
-    return (2.0 * taps * left.dimensions[images.index("b")] / groups * right.dimensions[weights.index("i")]
-            * right.dimensions[weights.index("o")])
+    return (2.0 * taps * left.dimensions[images.index("b")] / groups
+            * right.dimensions[weights.index("i")] * right.dimensions[weights.index("o")])
 
 
 @functools.cache
-def _taps(size: int, window: int, outputs: int, stride: int, dilation: int, base: int, low: int) -> float:
+def _taps(size: int, window: int, outputs: int, stride: int, dilation: int, base: int,
+          low: int) -> float:
     """Counts the pairs of an output and a window entry that fall on an entry of the input."""
     position = np.arange(outputs)[:, None] * stride + np.arange(window)[None, :] * dilation - low
-    return float(np.sum((position >= 0) & (position < (size - 1) * base + 1) & (position % base == 0)))
+    return float(np.sum((position >= 0) & (position < (size - 1) * base + 1)
+                        & (position % base == 0)))
 
 
 def _collective_kind(opcode: str) -> str | None:
@@ -309,7 +336,8 @@ def _group_size(attributes: str, partitions: int) -> int:
 
     Forms: {{0,1},{2,3}}; [8,2]<=[16]; mesh axes as mesh['a'=2,'b'=8] {'b'}; the pairs of a ring.
     """
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", attributes):
+    if match := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? ?\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
@@ -323,12 +351,14 @@ def _group_size(attributes: str, partitions: int) -> int:
 
 
 def _longest_ring(pairs: list[tuple[str, str]]) -> int:
-    """Returns the number of devices in the longest ring. Args: pairs of a sender and its receiver."""
+    """Returns the number of devices in the longest ring. Args: pairs of a sender and its
+    receiver."""
     receivers, longest, seen = dict(pairs), 1, set[str]()
     for first in receivers:
         device, count = first, 0
         while device in receivers and device not in seen:
             seen.add(device)
             device, count = receivers[device], count + 1
-        longest = max(longest, count + (device not in receivers))      # the last device of a line sends nothing
+        # the last device of a line sends nothing
+        longest = max(longest, count + (device not in receivers))
     return longest

@@ -1,7 +1,9 @@
-"""Turns the costs of a run's functions into seconds, tokens per second, hours, energy and money: a roofline model.
+"""Turns the costs of a run's functions into seconds, tokens per second, hours, energy and money: a
+roofline model.
 
-A function takes as long as the slowest of four overlapping things: matrix products, device memory traffic,
-collectives, and traffic to the host's memory. Each runs at the share of its peak rate given by `Efficiency`.
+A function takes as long as the slowest of four overlapping things: matrix products, device memory
+traffic, collectives, and traffic to the host's memory. Each runs at the share of its peak rate
+given by `Efficiency`.
 """
 
 import dataclasses
@@ -18,17 +20,18 @@ from effreason.planning.workloads import Workload, generate
 from effreason.runtime.config import Config
 
 COMPUTE, MEMORY, LINKS, HOST = "compute", "memory", "links", "host"
-TILE = 16                           # positions that lm.decode_kernels.paged_write rewrites to change one
+TILE = 16  # positions that lm.decode_kernels.paged_write rewrites to change one
 # All that an estimate of the run needs.
-NEEDED = frozenset(("unstack", "prefill", "insert", "decode", "score", "score_reference", "experience", "gradients",
-                    "apply_gradients"))
+NEEDED = frozenset(("unstack", "prefill", "insert", "decode", "score", "score_reference",
+                    "experience", "gradients", "apply_gradients"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of the peak rates that programs reach: guesses from published runs, to be replaced by measured ones."""
+    """Shares of the peak rates that programs reach: guesses from published runs, to be replaced by
+    measured ones."""
 
-    compute: float = 0.5            # of FLOP/s in large products: 0.4 to 0.6 in training such models
+    compute: float = 0.5  # of FLOP/s in large products: 0.4 to 0.6 in training such models
     memory: float = 0.6             # of HBM bandwidth in decoding: 0.4 to 0.85
     interconnect: float = 0.7
 
@@ -39,13 +42,14 @@ class PlannedFunction:
 
     name: str
     per: str                        # what one call covers
-    calls: float                    # in a training step; 0 for decode, whose calls follow from the lengths
+    calls: float  # in a training step; 0 for decode, whose calls follow from the lengths
     own_bytes: float                # HBM: arguments, results, temporaries, code
     other_bytes: float              # other HBM in use at that time
-    cost: Cost | None               # of one call, without kernels; None if it is too large to compile
+    cost: Cost | None  # of one call, without kernels; None if it is too large to compile
     source: str                     # compiled | analytic
     live_share: float = 1.0         # share of the cache's positions that a decode step reads
-    pair_share: float = 1.0         # share of the pairs of positions that is computed, as some rows are narrower
+    # share of the pairs of positions that is computed, as some rows are narrower
+    pair_share: float = 1.0
 
     @property
     def hbm_bytes(self) -> float:
@@ -55,7 +59,9 @@ class PlannedFunction:
     @property
     def full_cost(self) -> Cost | None:
         """The cost of one call including its kernels."""
-        return None if self.cost is None else with_kernels(self.cost, self.live_share, self.pair_share)
+        if self.cost is None:
+            return None
+        return with_kernels(self.cost, self.live_share, self.pair_share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,14 +92,15 @@ class RunEstimate:
     energy_kwh: float               # of the chips
     money: float | None
     row_fill: float                 # share of the trained positions that hold a token
-    update_mfu: float               # FLOPs of the update's tokens by the 6 N rule, over the chips' in that time
+    update_mfu: float  # FLOPs of the update's tokens by the 6 N rule, over the chips' in that time
 
 
 def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float, str]:
     """Returns the seconds of one call and which of the four limits it."""
     chip = target.chip
     collectives = [collective for collective in cost.collectives if collective.group > 1]
-    links = sum(one.bytes / target.bandwidth(one.group) for one in collectives) / efficiency.interconnect
+    links = sum(one.bytes / target.bandwidth(one.group)
+                for one in collectives) / efficiency.interconnect
     links += sum(one.count for one in collectives) * chip.latency
     times = {COMPUTE: cost.flops / (chip.flops * efficiency.compute),
              MEMORY: cost.bytes / (chip.hbm_bandwidth * efficiency.memory),
@@ -105,24 +112,28 @@ def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float,
 def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) -> Cost:
     """Returns the cost of one call of a kernel, from its shapes, because XLA does not report it.
 
-    Splash skips the blocks above the diagonal, whatever the segments; its backward pass recomputes the scores in each
-    of its two kernels. Paged attention reads the live part of the cache.
-    Args: live_share, of the cache's positions; pair_share, of a row's pairs of positions, averaged over narrower rows.
+    Splash skips the blocks above the diagonal, whatever the segments; its backward pass recomputes
+    the scores in each of its two kernels. Paged attention reads the live part of the cache.
+    Args: live_share, of the cache's positions; pair_share, of a row's pairs of positions, averaged
+        over narrower rows.
     """
     path, operands = kernel.name, kernel.operands
     if "splash" in path:
-        query, key = [array for array in operands if len(array.dimensions) >= 3 and array.dtype in ("bf16", "f32")][:2]
+        query, key = [array for array in operands if len(array.dimensions) >= 3
+                      and array.dtype in ("bf16", "f32")][:2]
         products = 4 if "dkv" in path else 3 if "dq" in path else 2
         pairs = math.prod(query.dimensions[:-1]) * key.dimensions[-2] / 2 * pair_share
         return Cost(flops=2.0 * products * pairs * query.dimensions[-1], bytes=kernel.bytes)
     if "paged_attention" in path:
         cache = [array for array in operands if len(array.dimensions) == 4][-2:]
-        queries = max((array for array in operands if len(array.dimensions) == 4), key=lambda array: array.dtype == "f32")
+        queries = max((array for array in operands if len(array.dimensions) == 4),
+                      key=lambda array: array.dtype == "f32")
         live = sum(array.bytes for array in cache) * live_share
         grouped = queries.dimensions[1]
         return Cost(flops=2.0 * grouped * live / (cache[0].bytes / cache[0].elements), bytes=live)
     # A cache that is returned in place: one position of each row was written.
-    aliased = [array for array in kernel.results if len(array.dimensions) == 4 and array in operands]
+    aliased = [array for array in kernel.results if len(array.dimensions) == 4
+               and array in operands]
     if aliased:
         tiles = sum(array.bytes / array.dimensions[2] * TILE for array in aliased)
         return Cost(bytes=2 * tiles)
@@ -131,8 +142,10 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
 
 def with_kernels(cost: Cost, live_share: float = 1.0, pair_share: float = 1.0) -> Cost:
     """Returns the cost including that of its kernels."""
-    kernels = costs.total(kernel_cost(kernel, live_share, pair_share) * kernel.count for kernel in cost.kernels)
-    return dataclasses.replace(cost, kernels=(), flops=cost.flops + kernels.flops, bytes=cost.bytes + kernels.bytes)
+    kernels = costs.total(kernel_cost(kernel, live_share, pair_share) * kernel.count
+                          for kernel in cost.kernels)
+    return dataclasses.replace(cost, kernels=(), flops=cost.flops + kernels.flops,
+                               bytes=cost.bytes + kernels.bytes)
 
 
 def live_share(workload: Workload, capacity: int) -> float:
@@ -141,13 +154,15 @@ def live_share(workload: Workload, capacity: int) -> float:
     return float((workload.prompt_tokens + np.sum(lengths**2) / (2 * np.sum(lengths))) / capacity)
 
 
-def decode_seconds(decode: PlannedFunction, machine: PlannedMachine, *, slots: int, capacity: int, weights_bytes: float,
-                   lengths: np.ndarray, prompt_tokens: int, smallest: int) -> float:
+def decode_seconds(decode: PlannedFunction, machine: PlannedMachine, *, slots: int, capacity: int,
+                   weights_bytes: float, lengths: np.ndarray, prompt_tokens: int,
+                   smallest: int) -> float:
     """Returns the seconds to generate responses of these lengths.
 
-    Each decode step reads all weights. Its other costs are proportional to the slots, those of the cache to its live
-    positions.
-    Args: slots and capacity, those that decode was compiled for; weights_bytes, read by one chip in each step.
+    Each decode step reads all weights. Its other costs are proportional to the slots, those of the
+    cache to its live positions.
+    Args: slots and capacity, those that decode was compiled for; weights_bytes, read by one chip in
+        each step.
     """
     cost = decode.cost
     assert cost is not None
@@ -165,20 +180,21 @@ def decode_seconds(decode: PlannedFunction, machine: PlannedMachine, *, slots: i
                     smallest=smallest, seconds=seconds)
 
 
-def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workload: Workload, machine: PlannedMachine,
-                 *, slots: int, capacity: int, weights_bytes: float, flops_per_token: float, smallest: int,
-                 price: float | None, watts: float | None) -> RunEstimate | None:
+def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workload: Workload,
+                 machine: PlannedMachine, *, slots: int, capacity: int, weights_bytes: float,
+                 flops_per_token: float, smallest: int, price: float | None,
+                 watts: float | None) -> RunEstimate | None:
     """Estimates the whole run; None if one of its functions is missing or too large to compile.
 
     Not included: grading, which overlaps with generation, checkpoints and compilation.
-    Args: flops_per_token, of a forward pass; smallest, slots of one device that are not halved further; price, of a
-        chip-hour; watts, of a chip.
+    Args: flops_per_token, of a forward pass; smallest, slots of one device that are not halved
+        further; price, of a chip-hour; watts, of a chip.
     """
     if NEEDED - functions.keys() or any(functions[name].cost is None for name in NEEDED):
         return None
 
-    seconds = {name: machine.seconds(function.full_cost) * function.calls for name, function in functions.items()
-               if function.full_cost is not None}
+    seconds = {name: machine.seconds(function.full_cost) * function.calls for name,
+               function in functions.items() if function.full_cost is not None}
     decode = decode_seconds(functions["decode"], machine, slots=slots, capacity=capacity,
                             weights_bytes=weights_bytes, lengths=workload.lengths,
                             prompt_tokens=workload.prompt_tokens, smallest=smallest)

@@ -1,6 +1,7 @@
 """Parses the text of compiled programs (XLA's HLO) into instructions, shapes and loop lengths.
 
-The text comes from `jax.stages.Compiled.as_text()`: one line for each instruction, computations in braces.
+The text comes from `jax.stages.Compiled.as_text()`: one line for each instruction, computations in
+braces.
 """
 
 import dataclasses
@@ -71,7 +72,8 @@ class Computation:
     @functools.cached_property
     def root(self) -> Instruction:
         last = next(reversed(self.instructions.values()))
-        return next((instruction for instruction in self.instructions.values() if instruction.root), last)
+        return next((instruction for instruction in self.instructions.values() if instruction.root),
+                    last)
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -88,8 +90,10 @@ class Computation:
         return {int(instruction.inside): instruction for instruction in self.instructions.values()
                 if instruction.opcode == "parameter"}
 
-    def through(self, name: str, opcodes: tuple[str, ...] = ("copy", "bitcast", "convert", "reshape")) -> Instruction:
-        """Returns the instruction of that name, or the source of its value if these opcodes only pass it on."""
+    def through(self, name: str, opcodes: tuple[str, ...] = ("copy", "bitcast", "convert",
+                                                             "reshape")) -> Instruction:
+        """Returns the instruction of that name, or the source of its value if these opcodes only
+        pass it on."""
         source = self.instructions[name]
         while source.opcode in opcodes and source.operands:
             source = self.instructions[source.operands[0]]
@@ -129,7 +133,8 @@ def parse(text: str) -> Module:
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
     """Returns how often the body of a `while` runs; None if that depends on the data.
 
-    XLA for CPUs states it. For TPUs it follows from the condition: a counter, its first value, its step, its bound.
+    XLA for CPUs states it. For TPUs it follows from the condition: a counter, its first value, its
+    step, its bound.
     """
     stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if stated:
@@ -145,7 +150,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     if start is None or start.opcode != "tuple" or counter >= len(start.operands):
         return None
 
-    if isinstance(bound, str):                          # part of the loop's state: a constant from outside
+    if isinstance(bound, str):  # part of the loop's state: a constant from outside
         index = int(bound)
         if not _is_unchanged(body, index):
             return None
@@ -157,11 +162,13 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[int, int | str | None, int] | None:
-    """Returns the counter's index in the state, the bound or (as str) its index, and 1 for <=, 0 for <."""
+    """Returns the counter's index in the state, the bound or (as str) its index, and 1 for <=, 0
+    for <."""
     root, inner, sources = condition.root, condition, {}
     if root.opcode == "fusion":
         inner = module.computations[root.attribute("calls") or ""]
-        sources = {inner.parameters[index].name: operand for index, operand in enumerate(root.operands)}
+        sources = {inner.parameters[index].name: operand for index,
+                   operand in enumerate(root.operands)}
         root = inner.root
     if root.opcode != "compare" or root.attribute("direction") not in ("LT", "LE"):
         return None
@@ -223,9 +230,9 @@ def _instruction(line: str) -> Instruction:
     assert opcode is not None, line[:200]
     close = _closing(rest, opcode.end() - 1)
     inside = rest[opcode.end() : close - 1]
-    return Instruction(name=left.removeprefix("ROOT ").lstrip("%"), opcode=opcode[1], arrays=tuple(arrays(result_type)),
-                       operands=tuple(_NAME.findall(inside)), inside=inside, attributes=rest[close:],
-                       root=left.startswith("ROOT "))
+    return Instruction(name=left.removeprefix("ROOT ").lstrip("%"), opcode=opcode[1],
+                       arrays=tuple(arrays(result_type)), operands=tuple(_NAME.findall(inside)),
+                       inside=inside, attributes=rest[close:], root=left.startswith("ROOT "))
 
 
 def _closing(text: str, start: int) -> int:

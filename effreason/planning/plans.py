@@ -1,4 +1,5 @@
-"""Makes a plan: the functions of a training run on a machine, whether they fit, and how long they take."""
+"""Makes a plan: the functions of a training run on a machine, whether they fit, and how long they
+take."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -56,7 +57,9 @@ class Plan:
     def seconds(self, function: PlannedFunction) -> tuple[float, str] | None:
         """Returns the seconds of one call and what limits it."""
         cost = function.full_cost
-        return None if cost is None else estimates.roofline(cost, self.target, self.inputs.efficiency)
+        if cost is None:
+            return None
+        return estimates.roofline(cost, self.target, self.inputs.efficiency)
 
 
 def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanInputs, *,
@@ -64,64 +67,79 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
               stop_early: bool = False, log: Callable[[str], None] = lambda line: None) -> Plan:
     """Compiles the functions for the target, or computes them by formula, and estimates the run.
 
-    Args: names, of the functions, None for all; compiled, None to compile for every target except GPUs; stop_early,
-        stop at the first function that does not fit, and compile the most likely ones first; log, prints progress.
+    Args: names, of the functions, None for all; compiled, None to compile for every target except
+        GPUs; stop_early, stop at the first function that does not fit, and compile the most likely
+        ones first; log, prints progress.
     Raises: UserError if the mesh fits neither the chips nor the model.
     """
     compiled = target.kind != "gpu" if compiled is None else compiled
     shape = compile.mesh_shape(config, target.chips)
-    mesh: Any = compile.target_mesh(config, target) if compiled else AbstractMesh(shape, sharding.MESH_AXES)
+    mesh: Any = AbstractMesh(shape, sharding.MESH_AXES)
+    if compiled:
+        mesh = compile.target_mesh(config, target)
     learner.check_divisible(config, decoder, mesh)
 
     slots = compile.slot_count(config, decoder, target, mesh)
     capacity = cache_positions(max_positions(config))
-    width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens, shape[3])
-    attention = learner.choose_attention(config, decoder, width, platform=target.kind, context=shape[3])
-    workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens, prompt_tokens=inputs.prompt_tokens,
+    width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+                              shape[3])
+    attention = learner.choose_attention(config, decoder, width, platform=target.kind,
+                                         context=shape[3])
+    workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens,
+                                       prompt_tokens=inputs.prompt_tokens,
                                        one_sequence_per_row=one_sequence_per_row(attention))
     # Without a kernel a decode step reads the whole cache, live or not.
     has_kernel = compile.cache_layout(config, decoder, target.kind, shape[3]) in KERNELS
     live_share = estimates.live_share(workload, capacity) if has_kernel else 1.0
 
     if compiled:
-        functions = _compile(config, decoder, mesh, target, slots, workload, live_share, names, log, stop_early)
+        functions = _compile(config, decoder, mesh, target, slots, workload, live_share, names, log,
+                             stop_early)
     else:
-        functions = analytic.make_functions(config, decoder, shape, slots=slots, capacity=capacity, workload=workload,
-                                            attention=attention, live_share=live_share)
-        functions = {name: function for name, function in functions.items() if names is None or name in names}
+        functions = analytic.make_functions(config, decoder, shape, slots=slots, capacity=capacity,
+                                            workload=workload, attention=attention,
+                                            live_share=live_share)
+        functions = {name: function for name, function in functions.items() if names is None
+                     or name in names}
     run = None
     if not stop_early or all(fits(function, target) for function in functions.values()):
-        run = _estimate(config, decoder, target, shape, inputs, functions, workload, slots, capacity, attention)
-    return Plan(config=config, decoder=decoder, target=target, shape=shape, inputs=inputs, workload=workload,
-                slots=slots, capacity=capacity, live=live_share * capacity, functions=functions, run=run)
+        run = _estimate(config, decoder, target, shape, inputs, functions, workload, slots,
+                        capacity, attention)
+    return Plan(config=config, decoder=decoder, target=target, shape=shape, inputs=inputs,
+                workload=workload, slots=slots, capacity=capacity, live=live_share * capacity,
+                functions=functions, run=run)
 
 
-def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, target: Target, slots: int,
-             workload: Workload, live_share: float, names: Collection[str] | None, log: Callable[[str], None],
-             stop_early: bool) -> dict[str, PlannedFunction]:
+def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, target: Target,
+             slots: int, workload: Workload, live_share: float, names: Collection[str] | None,
+             log: Callable[[str], None], stop_early: bool) -> dict[str, PlannedFunction]:
     programs = compile.make_programs(config, decoder, mesh, slot_count=slots, workload=workload)
     chosen = [program for name, program in programs.items() if names is None or name in names]
     first = ("gradients", "decode") if stop_early else ()
 
     functions = {}
-    for number, program in enumerate(sorted(chosen, key=lambda program: program.name not in first), start=1):
+    for number, program in enumerate(sorted(chosen, key=lambda program: program.name not in first),
+                                     start=1):
         log(f"compiling {program.name} ({number} of {len(chosen)})")
         compiled = compile.compile_program(program, mesh)
         functions[program.name] = PlannedFunction(
             name=program.name, per=program.per, calls=program.calls, own_bytes=compiled.own_bytes,
-            other_bytes=program.other_bytes, cost=compiled.cost, source="compiled", live_share=live_share,
-            pair_share=workload.pair_batches / workload.micro_batches)
+            other_bytes=program.other_bytes, cost=compiled.cost, source="compiled",
+            live_share=live_share, pair_share=workload.pair_batches / workload.micro_batches)
         if stop_early and not fits(functions[program.name], target):
             break
-    return {program.name: functions[program.name] for program in chosen if program.name in functions}
+    return {program.name: functions[program.name] for program in chosen
+            if program.name in functions}
 
 
-def _estimate(config: Config, decoder: DecoderConfig, target: Target, shape: tuple[int, int, int, int],
-              inputs: PlanInputs, functions: dict[str, PlannedFunction], workload: Workload, slots: int,
-              capacity: int, attention: str) -> RunEstimate | None:
-    machine = PlannedMachine(target=target, efficiency=inputs.efficiency, batch_shards=shape[0] * shape[1])
-    sizes = analytic.StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2], context=shape[3],
-                               attention=attention, remat=decoder.remat)
+def _estimate(config: Config, decoder: DecoderConfig, target: Target,
+              shape: tuple[int, int, int, int], inputs: PlanInputs,
+              functions: dict[str, PlannedFunction], workload: Workload, slots: int, capacity: int,
+              attention: str) -> RunEstimate | None:
+    machine = PlannedMachine(target=target, efficiency=inputs.efficiency,
+                             batch_shards=shape[0] * shape[1])
+    sizes = analytic.StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
+                               context=shape[3], attention=attention, remat=decoder.remat)
     # A decode step reads only a few rows of an untied embedding.
     weights_read = sizes.weights - (0 if decoder.tied else sizes.table)
     return estimates.estimate_run(
@@ -132,5 +150,6 @@ def _estimate(config: Config, decoder: DecoderConfig, target: Target, shape: tup
 
 
 def fits(function: PlannedFunction, target: Target) -> bool:
-    """Returns whether the function, with everything else in HBM at the time, fits into a chip's memory."""
+    """Returns whether the function, with everything else in HBM at the time, fits into a chip's
+    memory."""
     return function.cost is not None and function.hbm_bytes <= target.chip.hbm_bytes

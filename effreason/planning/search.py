@@ -1,4 +1,5 @@
-"""Searches for the fastest plan that fits (`effreason plan --fit`): formulas rank all, then the best are compiled."""
+"""Searches for the fastest plan that fits (`effreason plan --fit`): formulas rank all, then the
+best are compiled."""
 
 import dataclasses
 import itertools
@@ -23,8 +24,10 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanI
            log: Callable[[str], None] = lambda line: None) -> Plan:
     """Returns the fastest plan that fits or, if none does, the one that needs the least memory.
 
-    It may change the mesh, rollout.slots, update.rows_per_micro_batch, model.remat and what is kept on the host.
-    Raises: UserError if no mesh of this many chips divides the model, or none supports the chosen attention.
+    It may change the mesh, rollout.slots, update.rows_per_micro_batch, model.remat and what is kept
+    on the host.
+    Raises: UserError if no mesh of this many chips divides the model, or none supports the chosen
+        attention.
     """
     ranked = _plans_by_formula(config, decoder, target, inputs)
     fitting = sum(_fits_by_formula(plan) for plan, _ in ranked)
@@ -36,7 +39,8 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanI
     too_large: list[Plan] = []
     for candidate, candidate_decoder in ranked[:MAX_COMPILED]:
         log(_describe(candidate))
-        plan = plans.make_plan(candidate.config, candidate_decoder, target, inputs, stop_early=True, log=log)
+        plan = plans.make_plan(candidate.config, candidate_decoder, target, inputs, stop_early=True,
+                               log=log)
         (fit if plan.all_fit else too_large).append(plan)
         if len(fit) == ENOUGH_FITTING:
             break
@@ -52,7 +56,8 @@ def _plans_by_formula(config: Config, decoder: DecoderConfig, target: Target,
         candidate_decoder = dataclasses.replace(decoder, remat=candidate.model.remat)
         try:
             for variant in host_offload_variants(candidate):
-                plan = plans.make_plan(variant, candidate_decoder, target, inputs, compiled=False, stop_early=True)
+                plan = plans.make_plan(variant, candidate_decoder, target, inputs, compiled=False,
+                                       stop_early=True)
                 if _fits_by_formula(plan):
                     break               # fetching more from the host would only cost time
         except UserError as error:      # this mesh does not support an attention or a cache layout
@@ -62,21 +67,25 @@ def _plans_by_formula(config: Config, decoder: DecoderConfig, target: Target,
 
     if not candidate_plans:
         raise refusal or UserError(
-            f"--chips {target.text}: no mesh of {target.chips} chips divides this model; its heads, key/value heads, "
+            f"--chips {target.text}: no mesh of {target.chips} chips divides "
+            "this model; its heads, key/value heads, "
             "feed-forward width, vocabulary and width must be divisible by their axes")
     return sorted(candidate_plans, key=lambda candidate: _rank(candidate[0]))
 
 
 def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterator[Config]:
     """Yields every configuration to consider, apart from what is kept on the host."""
-    remats: tuple[Literal["full", "attention", "none"], ...] = (
-        "full", "attention", "none") if decoder.layers <= MAX_UNROLLED_LAYERS else ("full", "attention")
+    remats: list[Literal["full", "attention", "none"]] = ["full", "attention"]
+    if decoder.layers <= MAX_UNROLLED_LAYERS:
+        remats.append("none")
     for data, fsdp, tensor, context in meshes(decoder, target.chips):
         if target.kind == "gpu" and context > 1:        # cuDNN's attention has no context axis
             continue
         shards, responses = data * fsdp, config.rollout.prompts_per_step * config.rollout.group_size
-        mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor, context=context)
-        row_counts = [shards * factor for factor in (1, 2, 4) if factor == 1 or shards * factor <= responses]
+        mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor,
+                                   context=context)
+        row_counts = [shards * factor for factor in (1, 2, 4) if factor == 1 or shards * factor
+                      <= responses]
         slot_counts = sorted({-(-min(responses, limit) // shards) * shards for limit in (
             responses, responses // 2, responses // 4, responses // 8) if limit})
         for rows, slots, remat in itertools.product(row_counts, slot_counts, remats):
@@ -87,19 +96,23 @@ def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterat
 
 
 def host_offload_variants(config: Config) -> Iterator[Config]:
-    """Yields the configuration with nothing on the host, with the reference, and with the optimiser's moments too."""
+    """Yields the configuration with nothing on the host, with the reference, and with the
+    optimiser's moments too."""
     for reference, optimizer in ((False, False), (True, False), (True, True)):
-        yield dataclasses.replace(config, kl=dataclasses.replace(config.kl, offload_reference=reference),
-                                  update=dataclasses.replace(config.update, offload_optimizer=optimizer))
+        yield dataclasses.replace(
+            config, kl=dataclasses.replace(config.kl, offload_reference=reference),
+            update=dataclasses.replace(config.update, offload_optimizer=optimizer))
 
 
 def meshes(decoder: DecoderConfig, chips: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields sizes of (data, fsdp, tensor, context) whose product is `chips` and that divide the model."""
+    """Yields sizes of (data, fsdp, tensor, context) whose product is `chips` and that divide the
+    model."""
     def divisors(number: int) -> list[int]:
         return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
     for tensor in divisors(chips):
-        if any(size % tensor for size in (decoder.heads, decoder.kv_heads, decoder.mlp_width, decoder.vocabulary)):
+        if any(size % tensor for size in (decoder.heads, decoder.kv_heads, decoder.mlp_width,
+                                          decoder.vocabulary)):
             continue
         for context in divisors(chips // tensor):
             for fsdp in divisors(chips // tensor // context):
@@ -118,12 +131,16 @@ def _largest_bytes(plan: Plan) -> float:
 def _rank(plan: Plan) -> tuple[bool, float]:
     """Sorts plans that fit first, by their time; the others by their memory."""
     fits = plan.all_fit if plan.functions["decode"].source == "compiled" else _fits_by_formula(plan)
-    return not fits, plan.run.step_seconds if fits and plan.run is not None else _largest_bytes(plan)
+    return not fits, plan.run.step_seconds if fits and plan.run is not None else _largest_bytes(
+        plan)
 
 
 def _describe(plan: Plan) -> str:
     config = plan.config
-    offloads = (("reference", config.kl.offload_reference), ("optimiser", config.update.offload_optimizer))
+    offloads = (("reference", config.kl.offload_reference),
+                ("optimiser", config.update.offload_optimizer))
     on_host = [name for name, offloaded in offloads if offloaded]
-    return (f"mesh {' x '.join(map(str, plan.shape))}, {plan.slots} slots, {config.update.rows_per_micro_batch} rows, "
-            f"remat {config.model.remat}" + (f", {' and '.join(on_host)} on the host" if on_host else ""))
+    return (f"mesh {' x '.join(map(str, plan.shape))}, {plan.slots} slots, "
+            f"{config.update.rows_per_micro_batch} rows, "
+            f"remat {config.model.remat}" + (f", {' and '.join(on_host)} on the host" if on_host
+                                             else ""))

@@ -26,7 +26,8 @@ def scaled(value: float, digits: int = 3) -> str:
 
 def duration(seconds: float) -> str:
     """Formats seconds: 12 us, 3.4 ms, 2.5 s, 41 min, 12 h."""
-    for least, size, unit in ((3 * 3600, 3600, "h"), (180, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
+    for least, size, unit in ((3 * 3600, 3600, "h"), (180, 60, "min"), (1, 1, "s"),
+                              (1e-3, 1e-3, "ms")):
         if seconds >= least:
             return f"{_digits(seconds / size)} {unit}"
     return f"{_digits(seconds * 1e6)} us"
@@ -59,14 +60,14 @@ def _heading(plan: Plan) -> list[str]:
     return [f"{settings.model.path} on {plan.target.text}",
             f"{plan.target.chips:,} x {chip.name} {hosts}, {chip.hbm_bytes / GIB:.2f} GiB each",
             f"mesh: {mesh}; {'; '.join(options)}",
-            f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} rows of {workload.width:,} in a "
-            "micro-batch"]
+            f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} "
+            f"rows of {workload.width:,} in a " "micro-batch"]
 
 
 def _row(cells: tuple[str, ...]) -> str:
     left = (0, 1, 8, 9)
-    return " ".join(cell.ljust(width) if column in left else cell.rjust(width)
-                    for column, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))).rstrip()
+    return " ".join(cell.ljust(width) if column in left else cell.rjust(width) for column,
+                    (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))).rstrip()
 
 
 def _cells(plan: Plan, function: PlannedFunction) -> tuple[str, ...]:
@@ -76,8 +77,9 @@ def _cells(plan: Plan, function: PlannedFunction) -> tuple[str, ...]:
         return function.name, function.per, own, other, "-", "-", "-", "-", "-", "no"
 
     sent = sum(collective.bytes for collective in cost.collectives)
-    return (function.name, function.per, own, other, scaled(cost.flops), scaled(cost.bytes), scaled(sent),
-            duration(timing[0]), timing[1], "yes" if fits(function, plan.target) else "NO")
+    return (function.name, function.per, own, other, scaled(cost.flops), scaled(cost.bytes),
+            scaled(sent), duration(timing[0]), timing[1], "yes" if fits(function, plan.target)
+            else "NO")
 
 
 def _legend(plan: Plan) -> list[str]:
@@ -88,7 +90,8 @@ def _legend(plan: Plan) -> list[str]:
             "temporaries, code; other: GiB of HBM in use besides. moved: bytes in HBM,",
             "sent: bytes over links. time: the longest of FLOPs, moved, sent at "
             f"{efficiency.compute:.0%}, {efficiency.memory:.0%},",
-            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which one. Kernels, which XLA does not count,",
+            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which "
+            "one. Kernels, which XLA does not count,",
             f"are added by formula; a decode step reads {plan.live:,.0f} positions of a slot."]
 
 
@@ -99,8 +102,9 @@ def _collectives(plan: Plan) -> list[str]:
         large = [one for one in collectives if one.group > 1 and one.bytes >= 1e6]
         for one in sorted(large, key=lambda one: -one.bytes):
             label = "" if lines and lines[-1][0] == function.name else function.name
-            lines.append((function.name, f"  {label:<16}{one.kind:<19}{one.count:>9,.0f} x over {one.group:>5,}"
-                                     f"{scaled(one.bytes):>9}B"))
+            lines.append((function.name,
+                          f"  {label:<16}{one.kind:<19}{one.count:>9,.0f} x over {one.group:>5,}"
+                          f"{scaled(one.bytes):>9}B"))
     return ["", "collectives of a call, above 1 MB", *(line for _, line in lines)] if lines else []
 
 
@@ -110,7 +114,8 @@ def _verdict(plan: Plan) -> list[str]:
     worst = max(plan.functions.values(), key=lambda function: function.hbm_bytes)
     available = plan.target.chip.hbm_bytes / GIB
     verdict = "fits" if plan.all_fit else "DOES NOT FIT"
-    return [f"{verdict}: {worst.hbm_bytes / GIB:.2f} of {available:.2f} GiB per chip at most, in {worst.name}"]
+    return [f"{verdict}: {worst.hbm_bytes / GIB:.2f} of {available:.2f} "
+            f"GiB per chip at most, in {worst.name}"]
 
 
 def _run(plan: Plan) -> list[str]:
@@ -119,14 +124,18 @@ def _run(plan: Plan) -> list[str]:
         return ["no estimate of the run: it needs all functions, and all of them must fit"]
     money = "" if run.money is None else f", {run.money:,.0f} in money"
     rows = [
-        ("lengths", f"{len(plan.workload.lengths):,} responses, {inputs.mean_tokens:,.0f} tokens on average (input)"),
-        ("rollouts", f"{run.rollout_tokens_per_second:,.0f} tokens/s, {duration(run.rollout_seconds)} a step"),
+        ("lengths", f"{len(plan.workload.lengths):,} responses, {inputs.mean_tokens:,.0f} "
+         "tokens on average (input)"),
+        ("rollouts",
+         f"{run.rollout_tokens_per_second:,.0f} tokens/s, {duration(run.rollout_seconds)} a step"),
         ("scoring", f"{duration(run.score_seconds)} a step"),
         ("update", f"{duration(run.update_seconds)} a step; rows {run.row_fill:.0%} full; "
-                   f"{run.update_mfu:.0%} of the chips' FLOP/s"),
+         f"{run.update_mfu:.0%} of the chips' FLOP/s"),
         ("step", duration(run.step_seconds)),
-        ("run", f"{config.run.steps:,} steps in {run.hours:,.1f} h, {run.evaluation_hours:,.1f} of them evaluation"),
-        ("cost", f"{run.chip_hours:,.0f} chip-hours, {run.energy_kwh:,.0f} kWh for the chips{money}"),
+        ("run", f"{config.run.steps:,} steps in {run.hours:,.1f} h, "
+         f"{run.evaluation_hours:,.1f} of them evaluation"),
+        ("cost",
+         f"{run.chip_hours:,.0f} chip-hours, {run.energy_kwh:,.0f} kWh for the chips{money}"),
     ]
     return [f"{name:<10}{text}" for name, text in rows]
 
@@ -135,19 +144,26 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """Returns the plan as a JSON object; the numbers of a function are for one call on one chip."""
     def as_object(function: PlannedFunction) -> dict[str, Any]:
         cost, timing = function.full_cost, plan.seconds(function)
-        figures: dict[str, Any] = dict.fromkeys(("flops", "bytes", "host_bytes", "seconds", "limit"))
+        figures: dict[str, Any] = dict.fromkeys(("flops", "bytes", "host_bytes", "seconds",
+                                                 "limit"))
         if cost is not None and timing is not None:
-            figures = {"flops": cost.flops, "bytes": cost.bytes, "host_bytes": cost.host_bytes, "seconds": timing[0],
-                       "limit": timing[1]}
-        return {"fits": fits(function, plan.target), "hbm_bytes": function.hbm_bytes, "own_bytes": function.own_bytes,
-                "other_bytes": function.other_bytes, **figures,
-                "collectives": [dataclasses.asdict(one) for one in (cost.collectives if cost else ())],
-                "per": function.per, "calls_per_step": function.calls, "source": function.source}
+            figures = {"flops": cost.flops, "bytes": cost.bytes, "host_bytes": cost.host_bytes,
+                       "seconds": timing[0], "limit": timing[1]}
+        return {"fits": fits(function, plan.target), "hbm_bytes": function.hbm_bytes,
+                "own_bytes": function.own_bytes, "other_bytes": function.other_bytes, **figures,
+                "collectives": [dataclasses.asdict(one)
+                                for one in (cost.collectives if cost else ())], "per": function.per,
+                "calls_per_step": function.calls, "source": function.source}
 
-    return {"model": plan.config.model.path, "chips": plan.target.text, "chip_count": plan.target.chips,
-            "hbm_bytes_per_chip": plan.target.chip.hbm_bytes, "mesh": dict(zip(MESH_AXES, plan.shape, strict=True)),
-            "slots": plan.slots, "cache_positions": plan.capacity, "row_positions": plan.workload.width,
-            "rows_per_micro_batch": plan.workload.rows, "micro_batches": plan.workload.micro_batches,
-            "remat": plan.config.model.remat, "inputs": dataclasses.asdict(plan.inputs), "fits": plan.all_fit,
+    return {"model": plan.config.model.path, "chips": plan.target.text,
+            "chip_count": plan.target.chips,
+            "hbm_bytes_per_chip": plan.target.chip.hbm_bytes,
+            "mesh": dict(zip(MESH_AXES, plan.shape, strict=True)),
+            "slots": plan.slots, "cache_positions": plan.capacity,
+            "row_positions": plan.workload.width,
+            "rows_per_micro_batch": plan.workload.rows,
+            "micro_batches": plan.workload.micro_batches,
+            "remat": plan.config.model.remat, "inputs": dataclasses.asdict(plan.inputs),
+            "fits": plan.all_fit,
             "functions": {name: as_object(function) for name, function in plan.functions.items()},
             "run": None if plan.run is None else dataclasses.asdict(plan.run)}

@@ -1,7 +1,9 @@
-"""Models the work of a training step from the mean response length: lengths, slots over time, packed rows.
+"""Models the work of a training step from the mean response length: lengths, slots over time,
+packed rows.
 
-Lengths follow an exponential distribution clipped at the token limit. Most responses are shorter than the mean and a
-few are many times longer, as reasoning models behave on problems of mixed difficulty.
+Lengths follow an exponential distribution clipped at the token limit. Most responses are shorter
+than the mean and a few are many times longer, as reasoning models behave on problems of mixed
+difficulty.
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ class Workload:
     micro_batches: float            # of each optimiser update, in units of the widest rows
     pair_batches: float             # the same for costs quadratic in the width
     room: int                       # micro-batches allocated for each update: one response per row
-    widths: float                   # sum of all row widths over the widest; each group of rows has `room`
+    widths: float  # sum of all row widths over the widest; each group of rows has `room`
     rows: int                       # R, of a micro-batch
     fill: float                     # share of the computed positions that hold a token
 
@@ -40,9 +42,11 @@ class Workload:
 
 @functools.cache
 def lengths(count: int, mean: float, most: int) -> np.ndarray:
-    """Returns int64[count] response lengths with this mean, shuffled: quantiles of an exponential clipped at `most`.
+    """Returns int64[count] response lengths with this mean, shuffled: quantiles of an exponential
+    clipped at `most`.
 
-    Deterministic. A mean near the limit leaves no room to spread: many lengths then equal the limit.
+    Deterministic. A mean near the limit leaves no room to spread: many lengths then equal the
+    limit.
     """
     shares = (np.arange(count) + 0.5) / count
 
@@ -58,15 +62,17 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
 
 def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS,
                   one_sequence_per_row: bool = False) -> Workload:
-    """Returns the work of one step of a configuration, with rows wide enough for the longest possible response."""
+    """Returns the work of one step of a configuration, with rows wide enough for the longest
+    possible response."""
     settings, update = config.rollout, config.update
-    responses = lengths(settings.prompts_per_step * settings.group_size, mean_tokens, settings.max_new_tokens)
+    responses = lengths(settings.prompts_per_step * settings.group_size, mean_tokens,
+                        settings.max_new_tokens)
     sizes = responses + prompt_tokens
     context = config.mesh.context
     widest = packing.row_width(config.data.max_prompt_tokens + settings.max_new_tokens, context)
     widths = packing.row_widths(widest, context, one_sequence_per_row)
-    layouts = [packing.assign_rows(sizes, range(first, len(sizes), update.updates_per_batch), widths,
-                                   update.rows_per_micro_batch, one_sequence_per_row)
+    layouts = [packing.assign_rows(sizes, range(first, len(sizes), update.updates_per_batch),
+                                   widths, update.rows_per_micro_batch, one_sequence_per_row)
                for first in range(update.updates_per_batch)]
 
     count = pairs = 0.0
@@ -75,23 +81,25 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
         count, pairs = count + batches * width / widest, pairs + batches * (width / widest) ** 2
     computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
     room = -(-len(range(0, len(sizes), update.updates_per_batch)) // update.rows_per_micro_batch)
-    return Workload(lengths=responses, prompt_tokens=prompt_tokens, width=widest, micro_batches=count,
-                    pair_batches=pairs, room=room, widths=sum(widths) / widest, rows=update.rows_per_micro_batch,
-                    fill=float(sizes.sum() / computed))
+    return Workload(lengths=responses, prompt_tokens=prompt_tokens, width=widest,
+                    micro_batches=count, pair_batches=pairs, room=room, widths=sum(widths) / widest,
+                    rows=update.rows_per_micro_batch, fill=float(sizes.sum() / computed))
 
 
 def generate(lengths: np.ndarray, *, prompt_tokens: int, slots: int, shards: int, smallest: int,
              seconds: Callable[[int, float], float]) -> float:
-    """Returns the seconds to generate responses of these lengths, in order; a free slot takes the next one.
+    """Returns the seconds to generate responses of these lengths, in order; a free slot takes the
+    next one.
 
-    In the tail the slots are halved while half of them suffice, as the sampler does. Every device is assumed to have
-    an equal share of the running responses.
-    Args: slots, at the beginning; shards, devices or groups of them that slots are split over; smallest, slots of one
-        shard that are not halved further; seconds(slots, live tokens in all their caches), of one decode step.
+    In the tail the slots are halved while half of them suffice, as the sampler does. Every device
+    is assumed to have an equal share of the running responses.
+    Args: slots, at the beginning; shards, devices or groups of them that slots are split over;
+        smallest, slots of one shard that are not halved further; seconds(slots, live tokens in all
+        their caches), of one decode step.
     """
     waiting = list(lengths[::-1])
     slots = min(slots, -(-len(waiting) // shards) * shards)
-    running: list[tuple[int, int]] = []                 # (step at which it ends, step at which it started)
+    running: list[tuple[int, int]] = []  # (step at which it ends, step at which it started)
     now = start_sum = 0                                 # start_sum: over the running responses
     total = 0.0
     while waiting or running:

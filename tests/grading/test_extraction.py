@@ -55,14 +55,13 @@ def test_extract_never_raises(text):
     assert answer is None or (answer in text and answer == answer.strip() != "")
 
 
-@pytest.mark.parametrize("unit", [
-    "\\boxed{", "{", "}", "\\", "\\boxed{}", "\\boxed ", "<think>", "</think>", "\\boxed{5} {", "\\boxed{\\boxed{5}}",
-])
+@pytest.mark.parametrize("unit", ["\\boxed{", "{", "}", "\\", "\\boxed{}", "\\boxed ", "<think>",
+                                  "</think>", "\\boxed{5} {", "\\boxed{\\boxed{5}}",])
 def test_extract_is_linear(unit):
     times = []
     for size in (100_000, 800_000):
         text, taken = "\\boxed{" + unit * (size // len(unit)), []
-        for _ in range(3):                      # the quickest: other work on the machine costs processor time too
+        for _ in range(3):  # the quickest: other work on the machine costs processor time too
             start = time.process_time()
             extract_answer(text)
             taken.append(time.process_time() - start)
@@ -71,7 +70,8 @@ def test_extract_is_linear(unit):
 
 
 def test_256_responses_of_30_kilobytes_take_less_than_50_ms():
-    responses = [("x = {1} and \\sqrt{2} " * 1500)[:30_000] + f" \\boxed{{{row}}}" for row in range(256)]
+    responses = [("x = {1} and \\sqrt{2} " * 1500)[:30_000] + f" \\boxed{{{row}}}"
+                 for row in range(256)]
     start = time.process_time()
     assert [extract_answer(response) for response in responses] == [str(row) for row in range(256)]
     assert time.process_time() - start < 0.05

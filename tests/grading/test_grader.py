@@ -1,4 +1,5 @@
-"""The grader: that no answer can hurt the trainer, its workers, statuses, budgets and a function of one's own."""
+"""The grader: that no answer can hurt the trainer, its workers, statuses, budgets and a function of
+one's own."""
 
 import concurrent.futures
 import json
@@ -28,10 +29,9 @@ def grader():
 # Hostile answers
 
 
-@pytest.mark.parametrize("unit", [
-    "1,", "x=", "=5", r"\pm", r"\in ", r"\text{a}", "1 aaa ", "(1,", "{", "x<1 or ", r"\begin{pmatrix}", "½",
-    "5 million", "sqrt(", r"\frac",
-])
+@pytest.mark.parametrize("unit", ["1,", "x=", "=5", r"\pm", r"\in ", r"\text{a}", "1 aaa ", "(1,",
+                                  "{", "x<1 or ", r"\begin{pmatrix}", "½", "5 million", "sqrt(",
+                                  r"\frac",])
 def test_exact_is_quick_on_long_answers(unit):
     start = time.process_time()
     for reference in ("5", "x=5", "(1,2)"):
@@ -52,12 +52,14 @@ def test_adversarial_cases(grader):
     start = time.monotonic()
     grades = grader.grade([boxed(case["pred"]) for case in cases], [case["gold"] for case in cases])
     assert time.monotonic() - start < 15
-    clear = [(case, grade) for case, grade in zip(cases, grades, strict=True) if case["want"] is not None]
+    clear = [(case, grade) for case, grade in zip(cases, grades, strict=True)
+             if case["want"] is not None]
     assert [case["name"] for case, grade in clear if grade.correct != case["want"]] == []
 
 
 def test_a_batch_with_hostile_answers_is_quick(grader):
-    honest = [boxed(rf"\frac{{{row}\sqrt{{3}}}}{{2}}") if row % 5 == 0 else boxed(str(row)) for row in range(250)]
+    honest = [boxed(rf"\frac{{{row}\sqrt{{3}}}}{{2}}") if row % 5 == 0 else boxed(str(row))
+              for row in range(250)]
     references = [rf"{row} \sqrt{{0.75}}" if row % 5 == 0 else str(row) for row in range(250)]
     start = time.monotonic()
     grades = grader.grade(honest + [boxed(text) for text in HOSTILE[4:10]], references + ["7"] * 6)
@@ -65,8 +67,8 @@ def test_a_batch_with_hostile_answers_is_quick(grader):
     assert [grade.correct for grade in grades] == [True] * 250 + [False] * 6
 
 
-@pytest.mark.parametrize("text", ["9^{9^{9}}", r"2^{10^{9}}", "(10^9)!", "99999!", "((5!)!)!", "x^{100000}",
-    "(9^9)^(9^9)", "1" * 200, "x+" * 300 + "x",
+@pytest.mark.parametrize("text", ["9^{9^{9}}", r"2^{10^{9}}", "(10^9)!", "99999!", "((5!)!)!",
+                                  "x^{100000}", "(9^9)^(9^9)", "1" * 200, "x+" * 300 + "x",
                                   "(" * 20 + "x" + ")" * 20, "a," * 50])
 def test_guard_stops(text):
     assert symbolic.guard(notation.canonical(text))
@@ -100,7 +102,7 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
             return True
         status = Path(f"/proc/{pid}/stat")
         if status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True                             # ended; whoever has adopted it has not looked yet
+            return True  # ended; whoever has adopted it has not looked yet
         time.sleep(0.05)
     return False
 
@@ -122,7 +124,8 @@ def impatient():
 
 def test_statuses(small):
     assert only(small, "nothing", "5") == Grade(False, None, "no_answer", pytest.approx(0, abs=1))
-    assert (only(small, boxed("5"), "5").status, only(small, boxed("6"), "5").correct) == ("exact", False)
+    assert (only(small, boxed("5"), "5").status, only(small, boxed("6"), "5").correct) == ("exact",
+                                                                                           False)
     assert only(small, boxed("1" * 30_000), "5").status == "too_long"
     assert only(small, boxed("9^{9^{9}}"), "5").status == "guard"
     assert only(small, *ALGEBRA) == Grade(True, r"\sqrt{8}", "cached", pytest.approx(0, abs=1))
@@ -150,7 +153,8 @@ def test_a_dead_worker_is_replaced_and_the_answer_still_counts(small):
 
 def test_a_stuck_worker_is_killed_and_nothing_is_cached(impatient):
     (process,) = processes(impatient)
-    os.kill(process.pid, signal.SIGSTOP)            # what C code that holds the interpreter looks like from outside
+    # what C code that holds the interpreter looks like from outside
+    os.kill(process.pid, signal.SIGSTOP)
     start = time.monotonic()
     assert only(impatient, boxed(r"\sqrt{20}"), r"2\sqrt{5}").status == "hard_kill"
     assert time.monotonic() - start < 10 and gone(process.pid)
@@ -163,8 +167,8 @@ def test_a_killer_answer_is_an_error_not_a_hang(small, monkeypatch):
         raise pool.WorkerDied("it ended")
 
     monkeypatch.setattr(pool.Worker, "compare", dies)
-    assert only(small, boxed(r"\sqrt{28}"), r"2\sqrt{7}") == Grade(False, r"\sqrt{28}", "error", pytest.approx(0,
-        abs=8))
+    assert only(small, boxed(r"\sqrt{28}"), r"2\sqrt{7}") == Grade(False, r"\sqrt{28}", "error",
+                                                                   pytest.approx(0, abs=8))
 
 
 def test_worn_workers_are_replaced(small, monkeypatch):
@@ -199,8 +203,8 @@ def test_budget_bounds_a_call_with_a_stuck_worker(small, monkeypatch):
 
 def test_threads(grader):
     def check(row: int) -> bool:
-        return all(grade.correct for grade in grader.grade([boxed(rf"\sqrt{{{row * row * 3}}}")] * 2,
-        [rf"{row}\sqrt{{3}}"] * 2))
+        return all(grade.correct for grade in grader.grade([boxed(rf"\sqrt{{{row * row * 3}}}")]
+                                                           * 2, [rf"{row}\sqrt{{3}}"] * 2))
 
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         assert all(threads.map(check, range(2, 26)))
@@ -218,7 +222,8 @@ def test_grade_wants_lists_of_one_length(grader):
 
 
 def test_submitted_calls_agree_with_one_call_and_use_all_workers(grader, monkeypatch):
-    pairs = [(boxed(rf"\sqrt{{{row * row * 11}}}+{row % 7}"), rf"{row}\sqrt{{11}}+{row % 5}") for row in range(2, 50)]
+    pairs = [(boxed(rf"\sqrt{{{row * row * 11}}}+{row % 7}"), rf"{row}\sqrt{{11}}+{row % 5}")
+             for row in range(2, 50)]
     pairs[::5] = [(boxed(str(row)), "5") for row in range(len(pairs[::5]))]
     busy, most, compare = [0], [0], pool.Worker.compare
 
@@ -233,13 +238,15 @@ def test_submitted_calls_agree_with_one_call_and_use_all_workers(grader, monkeyp
 
     monkeypatch.setattr(pool.Worker, "compare", watched)
     budget = grader.budget()
-    futures = [grader.submit(*zip(*pairs[start:start + 3], strict=True), budget) for start in range(0, len(pairs), 3)]
-    beside = grader.grade([ALGEBRA[0]], [ALGEBRA[1]])                           # another thread grades meanwhile
+    futures = [grader.submit(*zip(*pairs[start:start + 3], strict=True), budget)
+               for start in range(0, len(pairs), 3)]
+    beside = grader.grade([ALGEBRA[0]], [ALGEBRA[1]])  # another thread grades meanwhile
     submitted = [grade for future in futures for grade in future.result(timeout=60)]
     assert beside[0].correct and most[0] == 2
     with Grader() as another:
         once = another.grade(*zip(*pairs, strict=True))
-    assert [(grade.correct, grade.answer) for grade in submitted] == [(grade.correct, grade.answer) for grade in once]
+    assert [(grade.correct, grade.answer) for grade in submitted] == [(grade.correct, grade.answer)
+                                                                      for grade in once]
     assert 0 < sum(grade.correct for grade in once) < len(once)
 
 
@@ -267,11 +274,13 @@ def test_calls_that_share_a_budget_end_together(small):
     start = time.monotonic()
     futures = [small.submit([hostile], [rf"\sqrt{{{row}}}"], budget) for row in range(2, 30)]
     statuses = [future.result(timeout=60)[0].status for future in futures]
-    assert time.monotonic() - start < 20 and statuses[0] == "soft_timeout" and statuses[-1] == "budget"
+    assert time.monotonic() - start < 20 and statuses[0] == "soft_timeout" and statuses[
+        -1] == "budget"
 
 
 def test_kinds_of_golds(grader):
-    references = [Reference("B", "choice", ("river", "bank")), Reference("5", "text"), Reference("5"), "5"]
+    references = [Reference("B", "choice", ("river", "bank")), Reference("5", "text"),
+                  Reference("5"), "5"]
     grades = grader.grade([boxed("bank"), boxed("5.0"), boxed("5.0"), boxed("5.0")], references)
     assert [grade.correct for grade in grades] == [True, False, True, True]
     with pytest.raises(ValueError, match="kind must be one of math, choice, text, got letter"):
@@ -285,10 +294,11 @@ def test_bare_answers(grader):
 
 
 def test_every_grade_says_why(small):
-    responses = ["<think>" + boxed("5"), boxed("5"), boxed(r"\sqrt{8}"), boxed("9^{9^{9}}"), boxed("7" * 5000)]
+    responses = ["<think>" + boxed("5"), boxed("5"), boxed(r"\sqrt{8}"), boxed("9^{9^{9}}"),
+                 boxed("7" * 5000)]
     reasons = [grade.reason for grade in small.grade(responses, ["5", "5", r"2\sqrt{2}", "5", "5"])]
-    assert reasons == ["thinking not closed", "decided exactly", "algebra, as before", "too large to compare",
-                       "over 4000 characters"]
+    assert reasons == ["thinking not closed", "decided exactly", "algebra, as before",
+                       "too large to compare", "over 4000 characters"]
 
 
 def test_hostile_text_reaches_the_log_as_json(grader):
@@ -328,9 +338,12 @@ def own(tmp_path, monkeypatch):
 
 def test_a_function_of_ones_own_gets_the_whole_response(own):
     with Grader(workers=1, function="own_grader:ends") as grader:
-        grades = grader.grade(["it is 5", "it is 6", "\ud800" * 200_000 + "5", boxed("5")], ["5", Reference("5"), "5", "5"])
+        grades = grader.grade(["it is 5", "it is 6", "\ud800" * 200_000 + "5", boxed("5")],
+                              ["5", Reference("5"), "5", "5"])
         assert [grade.correct for grade in grades] == [True, False, True, False]
-        assert [(grade.status, grade.answer) for grade in grades] == [("function", None)] * 3 + [("function", "5")]
+        assert [(grade.status, grade.answer) for grade in grades] == [("function",
+                                                                       None)] * 3 + [("function",
+                                                                                      "5")]
         assert grader.check_references(["", "{"]) == []
 
 
@@ -340,9 +353,12 @@ def test_verdicts_of_a_function_are_not_kept(own):
 
 
 @pytest.mark.parametrize(("name", "status", "reason"), [
-    ("words", "error", "it returned 'yes', expected True or False"), ("fails", "error", "ValueError: no such unit"),
-    ("spins", "soft_timeout", "out of processor time"), ("sleeps", "hard_kill", "stuck, worker killed"),
-    ("dies", "error", "the worker that compared it ended, twice"), ("eats", "memory", "out of memory"),
+    ("words", "error", "it returned 'yes', expected True or False"),
+    ("fails", "error", "ValueError: no such unit"),
+    ("spins", "soft_timeout", "out of processor time"),
+    ("sleeps", "hard_kill", "stuck, worker killed"),
+    ("dies", "error", "the worker that compared it ended, twice"),
+    ("eats", "memory", "out of memory"),
     ("prints", "function", "by your function"),
 ])
 def test_a_function_cannot_hurt_the_trainer(own, name, status, reason):
@@ -353,12 +369,13 @@ def test_a_function_cannot_hurt_the_trainer(own, name, status, reason):
 
 
 @pytest.mark.parametrize(("name", "reason"), [
-    ("own_grader", "it must have the form module:function"), ("own_grader:nope", "own_grader has no nope"),
+    ("own_grader", "it must have the form module:function"),
+    ("own_grader:nope", "own_grader has no nope"),
     ("own_grader:number", "number cannot be called, it is of type int"),
     ("own_grader:one", "one must take two arguments, the response and the answer"),
     ("nowhere.grader:ends", "there is no module nowhere in .* or on Python's path"),
-    ("broken_grader:ends",
-     "importing broken_grader failed: ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+    ("broken_grader:ends", "importing broken_grader failed: ModuleNotFoundError: No "
+     "module named 'no_such_module_at_all'"),
 ])
 def test_a_function_that_cannot_be_used_is_told_at_once(own, name, reason):
     with pytest.raises(UserError, match=f"^grade.function {name}: {reason}$"):
@@ -366,8 +383,8 @@ def test_a_function_that_cannot_be_used_is_told_at_once(own, name, reason):
 
 
 def test_check_references(grader):
-    assert grader.check_references(["5", r"\frac{1}{2}", "", "  ", "{5", r"x^2", "7" * 30_000, "(-1,2]",
-        r"\text{east}"]) == [2, 3, 4, 6]
+    assert grader.check_references(["5", r"\frac{1}{2}", "", "  ", "{5", r"x^2", "7" * 30_000,
+                                    "(-1,2]", r"\text{east}"]) == [2, 3, 4, 6]
 
 
 def test_the_cache_is_bounded():
@@ -384,7 +401,7 @@ def test_workers_are_shielded(monkeypatch):
     with Grader(workers=1) as grader:
         (process,) = processes(grader)
         assert only(grader, *ALGEBRA).correct
-        assert os.getsid(process.pid) == process.pid                            # Ctrl-C in the terminal passes it by
+        assert os.getsid(process.pid) == process.pid  # Ctrl-C in the terminal passes it by
         if Path("/proc/self/environ").exists():
             assert b"SECRET_TOKEN" not in Path(f"/proc/{process.pid}/environ").read_bytes()
             loaded = Path(f"/proc/{process.pid}/maps").read_text()
@@ -409,8 +426,8 @@ def test_workers_die_with_their_parent_and_ignore_the_working_directory(tmp_path
     for name in ("sympy.py", "json.py", "math_verify.py", "effreason.py"):
         (tmp_path / name).write_text("raise SystemExit('imported from the working directory')\n")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    parent = subprocess.Popen([sys.executable, "-P", "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        cwd=tmp_path, env=environment)
+    parent = subprocess.Popen([sys.executable, "-P", "-c", PARENT], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, cwd=tmp_path, env=environment)
     assert parent.stdout is not None and parent.stdin is not None
     pids = [int(word) for word in parent.stdout.readline().split()]
     parent.kill()
@@ -422,5 +439,6 @@ def test_workers_die_with_their_parent_and_ignore_the_working_directory(tmp_path
 
 def test_workers_that_cannot_start_are_reported(monkeypatch):
     monkeypatch.setattr(pool, "_environment", lambda: {"PYTHONHOME": "/nowhere"})
-    with Grader(workers=1) as grader, pytest.raises(RuntimeError, match="grading workers cannot be started"):
+    with Grader(workers=1) as grader, pytest.raises(RuntimeError,
+                                                    match="grading workers cannot be started"):
         only(grader, *ALGEBRA)

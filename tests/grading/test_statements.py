@@ -1,4 +1,5 @@
-"""Where a reference answer is first stated: the end of that statement, and nothing that only looks like one."""
+"""Where a reference answer is first stated: the end of that statement, and nothing that only looks
+like one."""
 
 import time
 
@@ -30,7 +31,8 @@ def stated(text, answer, kind="math", choices=()):
     ("= 7 + 5", "7", None), ("= 70", "7", None), ("= 7.5", "7", None), ("= 7x", "7", None),
     (r"= 7 \times 2", "7", None), ("= 7^2", "7", None), ("= 7!", "7", None), ("= 12 x 3", "12", None),
     ("= 2/7", "2", None),
-    # Of steps on a line the last one counts, up to its end, "wait", the end of the thinking, a box or "answer".
+    # Of steps on a line the last one counts, up to its end, "wait", the end of the thinking, a box
+    # or "answer".
     ("4+8=2;2*7=4;</think>", "2", None), ("4+8=2;2*7=4;wait;2*7=4;", "2", None),
     ("2*7=4;4+8=2;wait;=4;", "2", "2*7=4;4+8=2"),
     ("2*7=4;4+8=2;Wait, = 4", "2", "2*7=4;4+8=2"), ("= 7\n= 8", "7", "= 7"), ("= 7, = 8\n", "7", None),
@@ -46,19 +48,23 @@ def test_the_first_statement(text, answer, found):
 
 def test_choices_and_words():
     choices = ("bank", "mall")
-    assert stated("A bank? The answer is (B) mall, since", "B", "choice", choices) == "A bank? The answer is (B) mall"
-    assert stated("The answer is bank. \\boxed{B}", "B", "choice", choices) == "The answer is bank. \\boxed{B}"
+    assert stated("A bank? The answer is (B) mall, since", "B", "choice",
+                  choices) == "A bank? The answer is (B) mall"
+    assert stated("The answer is bank. \\boxed{B}", "B", "choice",
+                  choices) == "The answer is bank. \\boxed{B}"
     assert stated("x = B", "B", "choice", choices) is None
     assert stated("the answer is: Paris!", "paris", "text") == "the answer is: Paris"
 
 
 def test_the_end_of_the_answer():
-    assert end_of_answer(r"\boxed{1} and \boxed{\frac{1}{2}} then") == len(r"\boxed{1} and \boxed{\frac{1}{2}}")
+    assert end_of_answer(r"\boxed{1} and \boxed{\frac{1}{2}} then") == len(
+        r"\boxed{1} and \boxed{\frac{1}{2}}")
     assert end_of_answer("no box") == 6 and end_of_answer(r"open \boxed{1") == len(r"open \boxed{1")
 
 
-@pytest.mark.parametrize("text", ["= " + " " * 200_000, "answer is " + "$ " * 100_000, "answer is " * 20_000,
-                                  r"\boxed{" * 30_000, "= 1" * 60_000, "answer" + " " * 200_000, "= 1," * 50_000,
+@pytest.mark.parametrize("text", ["= " + " " * 200_000, "answer is " + "$ " * 100_000,
+                                  "answer is " * 20_000, r"\boxed{" * 30_000, "= 1" * 60_000,
+                                  "answer" + " " * 200_000, "= 1," * 50_000,
                                   "answer is " + "x " * 100_000, r"\boxed{x^2+3} = y " * 10_000])
 def test_the_time_is_linear_in_the_length(text):
     started = time.process_time()

@@ -1,4 +1,5 @@
-"""The costs of compiled programs: loops multiplied out, collectives, convolutions, on-chip memory, kernels."""
+"""The costs of compiled programs: loops multiplied out, collectives, convolutions, on-chip memory,
+kernels."""
 
 import functools
 import math
@@ -17,7 +18,8 @@ from effreason.planning.hlo import Array
 
 
 def cost_of(function, *arguments, trips=1, **options):
-    return costs.read(jax.jit(function, **options).lower(*arguments).compile().as_text(), trips=trips)
+    return costs.read(jax.jit(function, **options).lower(*arguments).compile().as_text(),
+                      trips=trips)
 
 
 def product(rows, inner, columns):
@@ -64,7 +66,8 @@ def test_collectives_in_a_loop():
     target = mesh(data=2, fsdp=4)
     rows = NamedSharding(target, PartitionSpec("fsdp"))
 
-    @functools.partial(jax.shard_map, mesh=target, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))
+    @functools.partial(jax.shard_map, mesh=target, in_specs=PartitionSpec("fsdp"),
+                       out_specs=PartitionSpec("fsdp"))
     def summed(x):
         def one(x, _):
             return jnp.tanh(x * jax.lax.psum(x, "fsdp")), None
@@ -79,7 +82,8 @@ def test_collectives_in_a_loop():
 
 def test_a_gathered_array_crosses_the_links_once_for_each_other_device():
     target = mesh(fsdp=8)
-    rows, whole = NamedSharding(target, PartitionSpec("fsdp")), NamedSharding(target, PartitionSpec())
+    rows, whole = NamedSharding(target, PartitionSpec("fsdp")), NamedSharding(target,
+                                                                              PartitionSpec())
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
     (found,) = cost_of(lambda x: x + 1, x, out_shardings=whole).collectives
     assert (found.kind, found.group, found.bytes) == ("all-gather", 8, 7 * 8 * 32 * 4)
@@ -127,7 +131,8 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
 """
 
 
-@pytest.mark.parametrize(("step", "direction", "trips"), [(1, "LT", 9), (1, "LE", 10), (4, "LT", 3), (4, "LE", 3)])
+@pytest.mark.parametrize(("step", "direction", "trips"),
+                         [(1, "LT", 9), (1, "LE", 10), (4, "LT", 3), (4, "LE", 3)])
 def test_the_length_of_a_loop_follows_from_its_counter(step, direction, trips):
     text = LOOP.replace("STEP", str(step)).replace("DIRECTION", direction)
     found = costs.read(text)
@@ -151,7 +156,7 @@ def test_a_condition_that_is_no_comparison_leaves_the_length_open():
     ((40, 8), (40, 96), (8, 96), "dim_labels=fb_io->bf", product(8, 40, 96)),
 ])
 def test_convolutions_by_hand(left, right, made, attributes, flops):
-    if flops is None:                   # one axis of 2 heads in the weights, a window of 2 over an image of 1
+    if flops is None:  # one axis of 2 heads in the weights, a window of 2 over an image of 1
         left, attributes = (1, 256, 1536), attributes.replace("bf_io0", "0bf_io0")
         flops = 2 * product(256, 1536, 128)
     each = hlo.parse(HEADER + f"""ENTRY %main (a: bf16[1]) -> bf16[1] {{
@@ -186,7 +191,8 @@ ENTRY %main (p: bf16[64,8]) -> bf16[1024,8] {
     ("replica_groups=[4,4]<=[4,4]T(1,0)", 4), ("replica_groups=mesh['a'=2,'b'=8] {'b'}", 8),
     ("replica_groups=mesh['a'=2,'b'=8] {'a','b'}", 16), ("replica_groups={}", 16),
     ("replica_groups=mesh['a'=2,'b'=8], device_ids=(0,2,4,1) {'a'}", 2),
-    ("source_target_pairs={{0,1},{1,2},{2,0},{3,4},{4,5},{5,3}}", 3), ("source_target_pairs={{0,0},{1,2},{2,1}}", 2),
+    ("source_target_pairs={{0,1},{1,2},{2,0},{3,4},{4,5},{5,3}}", 3),
+    ("source_target_pairs={{0,0},{1,2},{2,1}}", 2),
     ("source_target_pairs={{0,1},{1,2}}", 3)])
 def test_a_collective_begun_and_ended_in_two_fusions_counts_once(groups, size):
     (found,) = costs.read(ASYNC.replace("GROUPS", groups)).collectives
@@ -206,8 +212,10 @@ def test_splash_computes_what_is_below_the_diagonal():
     heads, kv_heads, length, width = 12, 2, 1024, 128
     query, keys = Array("bf16", (heads, length, width)), Array("bf16", (kv_heads, length, width))
     forward = 4 * heads * width * length**2 / 2         # two products
-    for name, products in (("splash_mha_fwd_segmented", 2), ("splash_mha_dkv", 4), ("splash_mha_dq", 3)):
-        kernel = KernelCall(f"jit(f)/{name}", (Array("s8", (1, 2, 2)), query, keys, keys), (query,), 1)
+    for name, products in (("splash_mha_fwd_segmented", 2), ("splash_mha_dkv", 4),
+                           ("splash_mha_dq", 3)):
+        kernel = KernelCall(f"jit(f)/{name}", (Array("s8", (1, 2, 2)), query, keys, keys), (query,),
+                            1)
         assert kernel_cost(kernel, 1.0).flops == products / 2 * forward
 
 
@@ -215,7 +223,8 @@ def test_paged_attention_reads_what_is_live():
     rows, kv_heads, grouped, positions, width = 16, 2, 6, 4096, 128
     query = Array("f32", (rows * kv_heads, grouped, 1, width))
     pages = Array("bf16", (1, rows * kv_heads * positions // 512, 512, width))
-    kernel = KernelCall("while/body/jit(paged_attention)/pallas_call", (Array("s32", (32,)), query, pages, pages), (), 3)
+    kernel = KernelCall("while/body/jit(paged_attention)/pallas_call",
+                        (Array("s32", (32,)), query, pages, pages), (), 3)
     found = with_kernels(Cost(kernels=(kernel,)), 0.25)
     live = rows * positions / 4
     assert found.bytes == 3 * 2 * live * kv_heads * width * 2
@@ -224,7 +233,8 @@ def test_paged_attention_reads_what_is_live():
 
 def test_a_token_is_written_by_tiles():
     cache = Array("bf16", (16, 2, 4096, 128))
-    kernel = KernelCall("shard_map/pallas_call", (Array("bf16", (16, 2, 1, 128)),) * 2 + (cache, cache), (cache, cache), 1)
+    kernel = KernelCall("shard_map/pallas_call", (Array("bf16", (16, 2, 1, 128)),) * 2
+                        + (cache, cache), (cache, cache), 1)
     assert kernel_cost(kernel, 1.0).bytes == 2 * 2 * 16 * 2 * 16 * 128 * 2      # read and put back
 
 
@@ -233,4 +243,5 @@ def test_costs_add_up():
     both = one + one * 2
     assert (both.flops, both.bytes) == (9, 15)
     assert both.collectives == (costs.Collective("all-gather", 4, 3, 30.0),)
-    assert math.isclose(sum(each.bytes for each in both.collectives), 30) and np.isfinite(both.host_bytes)
+    assert math.isclose(sum(each.bytes for each in both.collectives),
+                        30) and np.isfinite(both.host_bytes)

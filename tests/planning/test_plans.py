@@ -1,4 +1,5 @@
-"""The command `effreason plan` on a small model: compiled for virtual devices, formulas against that, the search."""
+"""The command `effreason plan` on a small model: compiled for virtual devices, formulas against
+that, the search."""
 
 import dataclasses
 import json
@@ -16,13 +17,14 @@ from effreason.planning.costs import Cost
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 
-SHAPE = {"model_type": "qwen2", "vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "intermediate_size": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-         "max_position_embeddings": 4096, "tie_word_embeddings": False}
+SHAPE = {"model_type": "qwen2", "vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256,
+         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+         "tie_word_embeddings": False}
 FLAGS = ["--data.path", "tiny", "--data.max_prompt_tokens", "64", "--rollout.max_new_tokens", "192",
-         "--rollout.prompts_per_step", "4", "--rollout.group_size", "4", "--rollout.slots", "16", "--model.dtype",
-         "float32", "--update.rows_per_micro_batch", "8", "--update.updates_per_batch", "2",
-         "--update.vocabulary_tile", "512", "--run.steps", "10"]
+         "--rollout.prompts_per_step", "4", "--rollout.group_size", "4", "--rollout.slots", "16",
+         "--model.dtype", "float32", "--update.rows_per_micro_batch", "8",
+         "--update.updates_per_batch", "2", "--update.vocabulary_tile", "512", "--run.steps", "10"]
 MESH = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 INPUTS = plans.PlanInputs(mean_tokens=48, prompt_tokens=32)
 
@@ -60,16 +62,19 @@ def whole(config):
 # Lengths and schedules
 
 
-@pytest.mark.parametrize(("count", "mean", "most"), [(256, 4044, 32000), (64, 100, 4096), (16, 90, 100), (8, 1, 50)])
+@pytest.mark.parametrize(("count", "mean", "most"), [(256, 4044, 32000), (64, 100, 4096),
+                                                     (16, 90, 100), (8, 1, 50)])
 def test_lengths_have_their_mean_and_their_limit(count, mean, most):
     drawn = workloads.lengths(count, mean, most)
-    assert drawn.min() >= 1 and drawn.max() <= most and drawn.mean() == pytest.approx(mean, rel=0.02, abs=1)
+    assert drawn.min() >= 1 and drawn.max() <= most and drawn.mean() == pytest.approx(mean,
+                                                                                      rel=0.02,
+                                                                                      abs=1)
     np.testing.assert_array_equal(drawn, workloads.lengths(count, mean, most))
 
 
 def schedule(lengths, slots, seconds, smallest=1, shards=1, prompt=0):
-    return workloads.generate(np.array(lengths), prompt_tokens=prompt, slots=slots, shards=shards, smallest=smallest,
-                              seconds=seconds)
+    return workloads.generate(np.array(lengths), prompt_tokens=prompt, slots=slots, shards=shards,
+                              smallest=smallest, seconds=seconds)
 
 
 def test_a_schedule_by_hand():
@@ -91,14 +96,15 @@ def test_the_live_tokens_of_a_schedule():
         return 0.0
 
     schedule([4, 4, 2], 2, record, prompt=10)
-    assert seen == [2 * 12, 11]                         # half way of each stretch; the last one alone
+    assert seen == [2 * 12, 11]  # half way of each stretch; the last one alone
 
 
 def test_packed_rows_hold_all_tokens(config):
     found = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32)
     positions = found.micro_batches * found.rows * found.width * config.update.updates_per_batch
     assert found.width == 256 and positions * found.fill == pytest.approx(found.tokens + 16 * 32)
-    alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32, one_sequence_per_row=True)
+    alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32,
+                                    one_sequence_per_row=True)
     assert alone.pair_batches <= alone.micro_batches
 
 
@@ -113,7 +119,8 @@ def test_a_compiled_plan(whole):
     sums = [one for one in whole.functions["gradients"].cost.collectives if one.bytes]
     assert {one.group for one in sums} <= {2, 4, 8} and sums
     run = whole.run
-    assert run.step_seconds == pytest.approx(run.rollout_seconds + run.score_seconds + run.update_seconds)
+    assert run.step_seconds == pytest.approx(run.rollout_seconds + run.score_seconds
+                                             + run.update_seconds)
     assert run.hours == pytest.approx(10 * run.step_seconds / 3600 + run.evaluation_hours)
     assert run.chip_hours == pytest.approx(8 * run.hours) and run.money is None
 
@@ -122,50 +129,65 @@ def test_flops_are_those_of_the_shape(whole):
     weights = 2 * 64 * (4 * 16 * 2 + 2 * 16 * 2 + 3 * 256) + 2048 * 64
     per_slot = 2 * weights / 2                          # split over tensor; 16 slots over 4
     attention = 4 * whole.capacity * 4 * 16 * 2 / 2     # XLA attends to the whole cache
-    assert whole.functions["decode"].cost.flops == pytest.approx(4 * (per_slot + attention), rel=0.02)
+    assert whole.functions["decode"].cost.flops == pytest.approx(4 * (per_slot + attention),
+                                                                 rel=0.02)
 
 
-@pytest.mark.parametrize(("mesh", "remat"), [(dict(), "full"), (dict(data=2, fsdp=2), "none"), (dict(tensor=2), "full"),
-                                             (dict(context=2), "full")])
+@pytest.mark.parametrize(("mesh", "remat"), [(dict(), "full"), (dict(data=2, fsdp=2), "none"),
+                                             (dict(tensor=2), "full"), (dict(context=2), "full")])
 def test_formulas_against_compiled_programs(config, mesh, remat):
     setting = on(config, **mesh, remat=remat)
-    setting = dataclasses.replace(setting, model=dataclasses.replace(setting.model, attention="xla"))
+    setting = dataclasses.replace(setting, model=dataclasses.replace(setting.model,
+                                                                     attention="xla"))
     target = f"cpu:{math.prod(mesh.values())}"
     wanted = ("decode", "score", "gradients", "apply_gradients") if not mesh else ("gradients",)
-    compiled, formula = (planned(setting, target, names=wanted, compiled=each).functions for each in (True, False))
+    compiled, formula = (planned(setting, target, names=wanted, compiled=each).functions
+                         for each in (True, False))
     for name in wanted:
         found, expected = formula[name], compiled[name]
         assert found.source == "analytic"
-        assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes, expected.hbm_bytes)
+        assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes,
+                                                                expected.hbm_bytes)
         if name in ("score", "gradients"):
             assert found.cost.flops == pytest.approx(expected.cost.flops, rel=0.05), name
 
 
 def test_thousands_of_responses_need_memory_on_every_chip(config):
-    many = on(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, prompts_per_step=4096)), data=8)
+    many = on(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout,
+                                                                      prompts_per_step=4096)),
+              data=8)
     wanted = ("score", "score_reference", "experience", "gradients", "apply_gradients")
-    compiled, formula = (planned(many, "cpu:8", names=wanted, compiled=each) for each in (True, False))
+    compiled, formula = (planned(many, "cpu:8", names=wanted, compiled=each)
+                         for each in (True, False))
     of_tokens = 4 * 16_384 * 192
     for name in ("score", "experience"):
         found, expected = formula.functions[name], compiled.functions[name]
-        assert expected.own_bytes > (2 if name == "score" else 4) * of_tokens       # what it takes and returns
-        assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes, expected.hbm_bytes)
+        # what it takes and returns
+        assert expected.own_bytes > (2 if name == "score" else 4) * of_tokens
+        assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes,
+                                                                expected.hbm_bytes)
     few = planned(on(config, data=8), "cpu:8", names=wanted, compiled=False).functions
-    for plan in (compiled, formula):    # beside the functions: 1 - 16 / 16,384 of these arrays more than with 16
-        for name, least in (("score", 1), ("score_reference", 2), ("gradients", 1), ("apply_gradients", 1)):
-            assert plan.functions[name].other_bytes - few[name].other_bytes > 0.99 * least * of_tokens, name
+    # beside the functions: 1 - 16 / 16,384 of these arrays more than with 16
+    for plan in (compiled, formula):
+        for name, least in (("score", 1), ("score_reference", 2), ("gradients", 1),
+                            ("apply_gradients", 1)):
+            assert plan.functions[name].other_bytes - few[
+                name].other_bytes > 0.99 * least * of_tokens, name
     # A chip with a little less than credit needs: the plan says so.
     needed = max(each.hbm_bytes for each in compiled.functions.values())
-    small = dataclasses.replace(compiled.target, chip=dataclasses.replace(compiled.target.chip, hbm_bytes=needed - 1))
+    small = dataclasses.replace(compiled.target, chip=dataclasses.replace(compiled.target.chip,
+                                                                          hbm_bytes=needed - 1))
     assert compiled.all_fit and not dataclasses.replace(compiled, target=small).all_fit
     assert compiled.functions["experience"].hbm_bytes == needed
 
 
 def test_saving_attention_saves_nothing_of_cudnn(config):
     def gradients(remat, platform):
-        setting = on(dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16")),
+        setting = on(dataclasses.replace(config, model=dataclasses.replace(config.model,
+                                                                           dtype="bfloat16")),
                      remat=remat)
-        found = planned(setting, platform, names=("gradients",), compiled=False).functions["gradients"]
+        found = planned(setting, platform, names=("gradients",),
+                        compiled=False).functions["gradients"]
         return found.cost.flops, found.own_bytes
 
     assert gradients("attention", "gpu:h100:1") == gradients("full", "gpu:h100:1")
@@ -174,12 +196,15 @@ def test_saving_attention_saves_nothing_of_cudnn(config):
 
 
 def test_more_chips_hold_less_each(config):
-    one, eight = (planned(on(config, fsdp=count), f"cpu:{count}", names=("apply_gradients",)) for count in (1, 8))
-    assert eight.functions["apply_gradients"].own_bytes < one.functions["apply_gradients"].own_bytes / 7
+    one, eight = (planned(on(config, fsdp=count), f"cpu:{count}", names=("apply_gradients",))
+                  for count in (1, 8))
+    assert eight.functions["apply_gradients"].own_bytes < one.functions[
+        "apply_gradients"].own_bytes / 7
 
 
 def test_what_is_on_the_host_is_not_on_the_chip(config):
-    away = dataclasses.replace(config, update=dataclasses.replace(config.update, offload_optimizer=True),
+    away = dataclasses.replace(config, update=dataclasses.replace(config.update,
+                                                                  offload_optimizer=True),
                                kl=dataclasses.replace(config.kl, offload_reference=True))
     here, there = (planned(on(each, fsdp=2), "cpu:2", names=("decode",)).functions["decode"]
                    for each in (config, away))
@@ -188,10 +213,12 @@ def test_what_is_on_the_host_is_not_on_the_chip(config):
 
 
 def test_a_program_that_is_too_large_is_no_traceback():
-    message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G"
+    message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out "
+               "of memory in memory space hbm. Used 20.50G"
                " of 15.75G hbm. Exceeded hbm capacity by 4.75G.")
     assert compile.needed_bytes(message) == 20.5 * 2**30
-    assert compile.needed_bytes("RESOURCE_EXHAUSTED: Allocation (size=1024) would exceed memory (size=1)") == 1024
+    assert compile.needed_bytes(
+        "RESOURCE_EXHAUSTED: Allocation (size=1024) would exceed memory (size=1)") == 1024
     assert compile.needed_bytes("INVALID_ARGUMENT: something else") is None
 
 
@@ -212,18 +239,22 @@ def planned_by_command(capsys, argv, code=0):
 
 
 def test_json_and_table(capsys, model):
-    argv = ["--model.path", model, *FLAGS, *MESH, "--chips", "cpu:8", "--functions", "decode,apply_gradients", "--json",
-            "--price-per-chip-hour", "2"]
+    argv = ["--model.path", model, *FLAGS, *MESH, "--chips", "cpu:8", "--functions",
+            "decode,apply_gradients", "--json", "--price-per-chip-hour", "2"]
     table = json.loads(planned_by_command(capsys, argv))
-    assert table["fits"] is True and list(table["functions"]) == ["decode", "apply_gradients"] and table["run"] is None
+    assert table["fits"] is True and list(table["functions"]) == ["decode",
+                                                                  "apply_gradients"] and table[
+                                                                      "run"] is None
     for each in table["functions"].values():
-        assert each["hbm_bytes"] > 0 and each["seconds"] > 0 and each["source"] == "compiled" and each["fits"]
+        assert each["hbm_bytes"] > 0 and each["seconds"] > 0 and each[
+            "source"] == "compiled" and each["fits"]
         assert {"flops", "bytes", "collectives", "limit"} <= each.keys()
     assert table["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
 
 def test_a_plan_for_gpus_is_by_formula_and_says_so(capsys):
-    argv = ["--config", "configs/r1_distill_1p5b.yaml", "--chips", "gpu:h100:2x8", "--price-per-chip-hour", "3"]
+    argv = ["--config", "configs/r1_distill_1p5b.yaml", "--chips", "gpu:h100:2x8",
+            "--price-per-chip-hour", "3"]
     text = planned_by_command(capsys, argv)
     assert "formulas (analytic)" in text and "kWh" in text and "in money" in text
     assert max(map(len, text.splitlines())) <= 80
@@ -233,7 +264,8 @@ def test_a_plan_for_gpus_is_by_formula_and_says_so(capsys):
 
 
 def test_what_does_not_fit_ends_with_1(capsys):
-    argv = ["--config", "configs/r1_distill_7b.yaml", "--chips", "gpu:h100:1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
+    argv = ["--config", "configs/r1_distill_7b.yaml", "--chips", "gpu:h100:1", "--mesh.fsdp", "1",
+            "--mesh.tensor", "1"]
     text = planned_by_command(capsys, argv, code=1)
     assert "DOES NOT FIT" in text and " NO" in text
 
@@ -243,23 +275,29 @@ def test_what_does_not_fit_ends_with_1(capsys):
     (["--chips", "tpu:v5e:4"], "--chips tpu:v5e:4: a TPU v5e slice has 2 axes"),
     (["--chips", "cpu", "--functions", "decode,update"], "--functions must be among unstack"),
     (["--chips", "cpu", "--mean-tokens", "0"], "--mean-tokens must be a number in [1, 288], got 0"),
-    (["--chips", "cpu", "--mean-tokens", "nan"], "--mean-tokens must be a number in [1, 288], got nan"),
-    (["--chips", "cpu", "--price-per-chip-hour", "nan"], "--price-per-chip-hour must be a number >= 0 and finite, got"),
-    (["--chips", "cpu", "--compute-efficiency", "abc"], "--compute-efficiency must be a number in (0, 1], got abc"),
+    (["--chips", "cpu", "--mean-tokens", "nan"],
+     "--mean-tokens must be a number in [1, 288], got nan"),
+    (["--chips", "cpu", "--price-per-chip-hour", "nan"],
+     "--price-per-chip-hour must be a number >= 0 and finite, got"),
+    (["--chips", "cpu", "--compute-efficiency", "abc"],
+     "--compute-efficiency must be a number in (0, 1], got abc"),
     (["--chips", "cpu", "--watts", "-1"], "--watts must be a number >= 0 and finite, got -1"),
-    (["--chips", "cpu", "--compute-efficiency", "1.5"], "--compute-efficiency must be a number in (0, 1], got 1.5"),
+    (["--chips", "cpu", "--compute-efficiency", "1.5"],
+     "--compute-efficiency must be a number in (0, 1], got 1.5"),
     (["--chips", "cpu", "--output", "x.yaml"], "--output needs --fit"),
     (["--chips", "cpu", "--fit", "--output", "setup.py"], "setup.py already exists"),
     (["--chips", "gpu:h100:8", "--mesh.fsdp", "3"], "= 6, --chips has 8; --fit finds a mesh"),
     (["--chips", "gpu:h100:8", "--mesh.tensor", "8"], "mesh.tensor must divide the model's"),
     (["--chips", "gpu:h100:1", "--model.attention", "splash"],
      "model.attention splash does not fit: platform is gpu, the splash kernel expects tpu"),
-    (["--chips", "gpu:h100:2", "--fit", "--model.attention", "splash"], "model.attention splash does not fit"),
+    (["--chips", "gpu:h100:2", "--fit", "--model.attention", "splash"],
+     "model.attention splash does not fit"),
     (["--chips", "tpu:v5e:1x1", "--analytic", "--model.attention", "cudnn"],
      "model.attention cudnn does not fit: platform is tpu, the cudnn kernel expects gpu"),
-    (["--chips", "gpu:h100:8", "--config", "configs/qwen3_8b.yaml", "--rollout.max_new_tokens", "64000"],
-     "must be at most the model's 40960 positions, got 64512"),
-    (["--chips", "cpu", "--model.path", "nowhere/at-all", "--evaluation.problems", "0"], "nowhere/at-all"),
+    (["--chips", "gpu:h100:8", "--config", "configs/qwen3_8b.yaml", "--rollout.max_new_tokens",
+      "64000"], "must be at most the model's 40960 positions, got 64512"),
+    (["--chips", "cpu", "--model.path", "nowhere/at-all", "--evaluation.problems", "0"],
+     "nowhere/at-all"),
 ])
 def test_mistakes_are_one_line(capsys, monkeypatch, argv, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -271,12 +309,14 @@ def test_without_libtpu_the_error_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     found = planned_by_command(capsys, ["--chips", "tpu:v5e:4x4"], code=2)
-    assert found == ("error: --chips tpu:v5e:4x4: needs libtpu, which compiles for TPUs on any Linux machine: "
-                     'pip install "effreason[tpu]"\n')
+    assert found == (
+        "error: --chips tpu:v5e:4x4: needs libtpu, which compiles for TPUs on any Linux machine: "
+        'pip install "effreason[tpu]"\n')
 
 
 def test_a_mistake_is_found_before_jax_is_imported():
-    program = ("import sys; from effreason.cli.main import main; code = main(['plan', '--chips', 'tpu:v5e:5']);"
+    program = ("import sys; from effreason.cli.main import main; code = "
+               "main(['plan', '--chips', 'tpu:v5e:5']);"
                "assert not {'jax', 'transformers'} & sys.modules.keys(); sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --chips tpu:v5e:5")
@@ -288,15 +328,19 @@ def test_a_mistake_is_found_before_jax_is_imported():
 def test_the_recipes_are_the_papers_and_fit(capsys, name, target, rate):
     config = configuration.load(f"configs/{name}.yaml")
     rollout, update = config.rollout, config.update
-    assert (rollout.prompts_per_step, rollout.group_size, rollout.max_new_tokens, config.run.steps) == (
-        32, 8, 32000, 100)
-    assert (update.learning_rate, update.beta1, update.beta2, update.weight_decay, update.max_grad_norm,
-            update.warmup_updates, update.updates_per_batch) == (rate, 0.9, 0.95, 0.0, 1.0, 6, 2)
+    assert (rollout.prompts_per_step, rollout.group_size, rollout.max_new_tokens,
+            config.run.steps) == (32, 8, 32000, 100)
+    assert (update.learning_rate, update.beta1, update.beta2, update.weight_decay,
+            update.max_grad_norm, update.warmup_updates, update.updates_per_batch) == (rate, 0.9,
+                                                                                       0.95, 0.0,
+                                                                                       1.0, 6, 2)
     assert (config.kl.form, config.kl.coefficient, rollout.temperature, config.model.dtype) == (
         "reward", 0.001, 1.0, "bfloat16")
     assert (config.data.max_prompt_tokens, config.data.path) == (512, "paper")
-    assert (config.evaluation.path, config.evaluation.samples, config.evaluation.temperature) == ("math500", 3, 0.6)
-    text = planned_by_command(capsys, ["--config", f"configs/{name}.yaml", "--chips", target, "--analytic"])
+    assert (config.evaluation.path, config.evaluation.samples,
+            config.evaluation.temperature) == ("math500", 3, 0.6)
+    text = planned_by_command(capsys, ["--config", f"configs/{name}.yaml", "--chips", target,
+                                       "--analytic"])
     assert "\nfits: " in text and max(map(len, text.splitlines())) <= 80
 
 
@@ -316,25 +360,28 @@ def test_the_search_unrolls_no_deep_model(config):
     target = chips.parse("cpu:4")
     deep = dataclasses.replace(decoder, layers=28)
     assert {each.model.remat for each in search.candidates(config, decoder, target)} == {"full", "attention", "none"}
-    assert {each.model.remat for each in search.candidates(config, deep, target)} == {"full", "attention"}
+    assert {each.model.remat for each in search.candidates(config, deep, target)} == {"full",
+                                                                                      "attention"}
 
 
 def test_the_search_finds_what_fits_into_little_memory(config):
     decoder = shapes.open_decoder(config)
     target = chips.parse("cpu:4")
     tight = dataclasses.replace(target, chip=dataclasses.replace(target.chip, hbm_bytes=12e6))
-    as_it_is = plans.make_plan(on(config, data=4), decoder, tight, INPUTS, names=("gradients", "apply_gradients"))
+    as_it_is = plans.make_plan(on(config, data=4), decoder, tight, INPUTS,
+                               names=("gradients", "apply_gradients"))
     assert not as_it_is.all_fit
     lines = []
     found = search.search(config, decoder, tight, INPUTS, log=lines.append)
-    assert found.all_fit and found.run is not None and found.functions["gradients"].source == "compiled"
+    assert found.all_fit and found.run is not None and found.functions[
+        "gradients"].source == "compiled"
     assert math.prod(found.shape) == 4 and any("candidates by formula" in line for line in lines)
 
 
 def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path):
     path = tmp_path / "found.yaml"
-    text = planned_by_command(capsys, ["--config", "configs/r1_distill_7b.yaml", "--chips", "gpu:h100:8", "--fit",
-                                       "--output", str(path)])
+    text = planned_by_command(capsys, ["--config", "configs/r1_distill_7b.yaml", "--chips",
+                                       "gpu:h100:8", "--fit", "--output", str(path)])
     found = configuration.load(path)
     mesh = found.mesh
     assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8 and f"mesh: data {mesh.data} x" in text
@@ -346,22 +393,27 @@ def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path):
 # Shapes, numbers
 
 
-@pytest.mark.parametrize(("name", "billions"), [
-    ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.777), ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.616),
-    ("Qwen/Qwen3-1.7B", 1.721), ("Qwen/Qwen3-8B", 8.191)])
+@pytest.mark.parametrize(("name", "billions"), [("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+                                                 1.777),
+                                                ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.616),
+                                                ("Qwen/Qwen3-1.7B", 1.721),
+                                                ("Qwen/Qwen3-8B", 8.191)])
 def test_the_shipped_shapes_have_as_many_weights_as_their_models(config, name, billions):
-    decoder = shapes.open_decoder(dataclasses.replace(config, model=dataclasses.replace(config.model, path=name)))
+    decoder = shapes.open_decoder(dataclasses.replace(config,
+                                                      model=dataclasses.replace(config.model,
+                                                                                path=name)))
     assert shapes.weight_count(decoder) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (12.345, "12.3"), (2.449e12, "2.45T"), (999.96e9, "1T"),
-                                             (310e9, "310G"), (1500, "1.5k"), (math.inf, "-")])
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (12.345, "12.3"), (2.449e12, "2.45T"),
+                                             (999.96e9, "1T"), (310e9, "310G"), (1500, "1.5k"),
+                                             (math.inf, "-")])
 def test_numbers_with_prefixes(value, text):
     assert tables.scaled(value) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(1.2e-5, "12 us"), (0.0167, "16.7 ms"), (2.454, "2.45 s"),
-                                               (600, "10 min"), (36000, "10 h")])
+@pytest.mark.parametrize(("seconds", "text"), [(1.2e-5, "12 us"), (0.0167, "16.7 ms"),
+                                               (2.454, "2.45 s"), (600, "10 min"), (36000, "10 h")])
 def test_durations(seconds, text):
     assert tables.duration(seconds) == text
 
@@ -372,8 +424,10 @@ def test_a_roofline_waits_for_the_slowest():
     from effreason.planning.estimates import roofline
 
     chip = target.chip
-    assert roofline(Cost(flops=chip.flops, bytes=chip.hbm_bandwidth / 10), target, efficiency) == (2.0, "compute")
-    assert roofline(Cost(flops=chip.flops / 10, bytes=chip.hbm_bandwidth * 6), target, efficiency)[1] == "memory"
+    assert roofline(Cost(flops=chip.flops, bytes=chip.hbm_bandwidth / 10), target,
+                    efficiency) == (2.0, "compute")
+    assert roofline(Cost(flops=chip.flops / 10, bytes=chip.hbm_bandwidth * 6), target,
+                    efficiency)[1] == "memory"
     sent = Collective("all-gather", 16, 1000, 0.7 * 2 * chip.link_bandwidth)
     found = roofline(Cost(collectives=(sent,)), target, efficiency)
     assert found == (pytest.approx(1 + 1000 * chip.latency), "links")
