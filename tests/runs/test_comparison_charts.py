@@ -81,7 +81,8 @@ def test_crowded_names_do_not_overlap_and_are_joined_to_their_marks():
     size, place, _ = comparison_charts.SHAPES["narrow"]
     axes = figures.new_figure(size).add_axes(place)
     axes.set(xlim=(28, 100), ylim=(0.81, 1.005))
-    places = [(36.5, 0.986), (37.5, 0.98), (40.6, 0.978), (49.2, 0.986), (44.2, 0.982), (38.9, 0.985)]
+    places = [(36.5, 0.986), (37.5, 0.98), (40.6, 0.978), (49.2, 0.986), (44.2, 0.982),
+              (38.9, 0.985)]
     names = ["α 0.4", "α 0.2", "α 0.1", "α 0.05", "blend 0.5", "blend 0.75"]
     label_placement.name_points(axes, [NamedMark(name=name, x=x, y=y, color="black")
                                        for name, (x, y) in zip(names, places, strict=True)], [])

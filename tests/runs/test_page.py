@@ -1,4 +1,4 @@
-"""The page of a run or a family: what is on it, that it is safe, small, and says what is missing."""
+"""The page of a run or a family: complete, safe, small, and says what is missing."""
 
 import html.parser
 import json
@@ -16,7 +16,8 @@ from effreason.runs.report import page as pages
 from effreason.runtime.errors import UserError
 from effreason.types import FinishReason
 
-HOSTILE = ("<script>alert('x')</script></details></pre><img src=http://evil.example/x onerror=alert(1)>"
+HOSTILE = ("<script>alert('x')</script></details></pre>"
+           "<img src=http://evil.example/x onerror=alert(1)>"
            "{{ 7 * 7 }}</style>\x00\x1b[31m\u202e\ud800 & \"quoted\"</think>\\boxed{<b>1</b>}")
 MISSING = object()
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -24,7 +25,7 @@ SECTIONS = ("tradeoff", "savings", "generalisation", "training", "prompts", "gro
 
 
 class Nesting(html.parser.HTMLParser):
-    """Reads a page as a browser would; notes elements, attributes and what is not closed in order."""
+    """Reads a page as a browser would; notes elements, attributes and what is not closed."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -87,27 +88,33 @@ def test_family_page_has_every_section(family):
     assert "Left out" not in text and "left-out" not in text.partition("</style>")[2]
     for name in SECTIONS:
         assert f'<section id="{name}">' in text and f'href="#{name}"' in text
-    figures = [attributes["aria-label"] for tag, attributes in page.elements if attributes.get("role") == "img"]
+    figures = [attributes["aria-label"] for _, attributes in page.elements
+               if attributes.get("role") == "img"]
     assert len(figures) >= 12 and all(len(label) > 30 for label in figures)
-    assert {tag for tag, _ in page.elements} >= {"main", "header", "nav", "figcaption", "caption", "th", "details"}
+    assert {tag for tag, _ in page.elements} >= {"main", "header", "nav", "figcaption", "caption",
+                                                 "th", "details"}
 
 
 def test_run_page_has_every_section_and_compares_start_middle_and_end(run):
     _, _, text, page = run
     assert "left-out" not in text.partition("</style>")[2]
     prompts = section(text, "prompts")
-    assert all(f"<b>{label}</b>" in prompts for label in ("before training", "after 10 steps", "after 20 steps"))
-    assert re.search(r"−\d+ tokens", prompts) and 'class="saved"' in prompts and "got worse" in prompts
+    assert all(f"<b>{label}</b>" in prompts for label in ("before training", "after 10 steps",
+                                                          "after 20 steps"))
+    assert re.search(r"−\d+ tokens", prompts) and 'class="saved"' in prompts
+    assert "got worse" in prompts
 
 
 def test_numbers_of_the_page_are_those_of_summary_json(run):
     directory, _, text, page = run
     summary = json.loads((directory / "summary.json").read_text())
-    heading = re.search(r"<h1>(.*?)</h1>", text)[1].replace("−", "-").replace("\xa0", " ").replace("\u2011", "-")
+    heading = re.search(r"<h1>(.*?)</h1>", text)[1]
+    heading = heading.replace("−", "-").replace("\xa0", " ").replace("\u2011", "-")
     base, trained = summary["points"]
     comparison = trained["sets"]["tiny"]["comparison"]
     low, high = (100 * (1 - ratio) for ratio in reversed(comparison["token_ratio_interval"]))
-    assert heading.startswith(f"{100 * (1 - comparison['token_ratio']):.1f} % fewer tokens [{low:.1f}, {high:.1f}]")
+    saving = 100 * (1 - comparison["token_ratio"])
+    assert heading.startswith(f"{saving:.1f} % fewer tokens [{low:.1f}, {high:.1f}]")
     assert f"accuracy {100 * comparison['accuracy_change']:+.1f} points [" in heading
     problems = trained["sets"]["tiny"]["summary"]["problems"]
     assert heading.endswith(f"on {problems} held-out problems of tiny, alpha 0.2")
@@ -153,30 +160,35 @@ def test_headline_says_so_where_all_members_lose_accuracy(tmp_path):
     assert "all are measurably less accurate" in sections.headline(contents).kicker
 
 
-@pytest.mark.parametrize(("make", "options"), [(made_runs.make_run, {}), (made_runs.make_family, {"alphas": (0.2,)})])
+@pytest.mark.parametrize(("make", "options"),
+                         [(made_runs.make_run, {}), (made_runs.make_family, {"alphas": (0.2,)})])
 def test_hostile_responses_stay_text(tmp_path, make, options):
     sets = ("<b>set</b>&\x07", "$x^2$ {{ y }}")
     make(tmp_path / "made", **options, steps=4, problems=12, response=HOSTILE, sets=sets)
     text, page = page_of(tmp_path / "made")
     assert not {"script", "img"} & {tag for tag, _ in page.elements}
     assert "<b>set</b>" not in text and "<b>1</b>" not in text
-    assert "<script>alert('x')</script></details></pre>" in page.text       # escaped: there to be read
+    # escaped: there to be read
+    assert "<script>alert('x')</script></details></pre>" in page.text
     assert "{{ 7 * 7 }}" in page.text and not re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]", text)
 
 
 def test_page_loads_nothing_and_runs_nothing(family, run):
     for _, _, text, page in (family, run):
         for tag, attributes in page.elements:
-            assert "src" not in attributes and not any(name.startswith("on") for name in attributes), tag
+            assert "src" not in attributes
+            assert not any(name.startswith("on") for name in attributes), tag
             for name in ("href", "xlink:href"):
-                assert re.match(r"#|[\w.]+/report\.html$", attributes.get(name, "#")), (tag, attributes)
+                link = attributes.get(name, "#")
+                assert re.match(r"#|[\w.]+/report\.html$", link), (tag, attributes)
         assert not re.search(r"@import|url\((?!#)|<script|<link|<iframe", text)
         assert "default-src 'none'" in text and "http" not in text.replace("http-equiv", "")
 
 
 def test_page_of_10_000_rollouts_and_long_responses_is_small_and_soon_there(tmp_path):
     directory = tmp_path / "run"
-    made_runs.make_run(directory, steps=1250, problems=60, groups=1, response="8*7=6;" * 800 + "</think>7")
+    made_runs.make_run(directory, steps=1250, problems=60, groups=1,
+                       response="8*7=6;" * 800 + "</think>7")
     assert len((directory / "rollouts.jsonl").read_text().splitlines()) == 10_000
     began = time.process_time()
     text, page = page_of(directory)
@@ -197,21 +209,26 @@ def test_group_shows_every_answer_with_length_reward_and_advantage(run):
 
 def test_group_with_the_widest_rewards_is_shown_and_broken_lines_are_passed_over(tmp_path):
     path = tmp_path / "rollouts.jsonl"
-    rows = [{"step": step, "uid": uid, "sample": sample, "level": "all", "problem": f"problem {uid}", "answer": None,
-             "reference_answer": "1", "response": "so", "status": "exact", "correct": True, "tokens": 10 - sample, "finish": "eos",
+    rows = [{"step": step, "uid": uid, "sample": sample, "level": "all",
+             "problem": f"problem {uid}", "answer": None,
+             "reference_answer": "1", "response": "so", "status": "exact", "correct": True,
+             "tokens": 10 - sample, "finish": "eos",
              "reward": reward * sample, "advantage": 0.0}
-            for step in (3, 4) for uid, reward in ((1, 0.1), (2, 0.5), (3, 0.5)) for sample in (0, 1)]
+            for step in (3, 4) for uid, reward in ((1, 0.1), (2, 0.5), (3, 0.5))
+            for sample in (0, 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "uid')
     found = examples.choose_groups(path)
     assert [(group.step, group.problem) for group in found] == [(3, "problem 2"), (4, "problem 2")]
-    assert [response.tokens for response in found[0].responses] == [9, 10] and found[0].rewards == (0.5, 0.0)
+    assert [response.tokens for response in found[0].responses] == [9, 10]
+    assert found[0].rewards == (0.5, 0.0)
     assert examples.choose_groups(tmp_path / "none.jsonl") == []
 
 
 def graded_row(uid, tokens, correct, level="easy", response="a</think>b"):
     return examples.GradedResponse(
         uid=uid, sample=0, level=level, problem=f"problem {uid}", reference_answer="1",
-        response=response, answer="1", status="exact", correct=correct, tokens=tokens, finish=FinishReason.EOS)
+        response=response, answer="1", status="exact", correct=correct, tokens=tokens,
+        finish=FinishReason.EOS)
 
 
 def test_prompts_are_the_typical_the_best_and_the_worse_each_once():
@@ -219,17 +236,21 @@ def test_prompts_are_the_typical_the_best_and_the_worse_each_once():
     after = [graded_row(uid, 100 - 10 * uid, uid != 8) for uid in range(10)]
     found = examples.choose_examples([("before", before), ("after", after)])
     assert {example.problem: example.reason for example in found} == {
-        "problem 3": "the median saving", "problem 7": "the largest saving of all that are right before and after",
+        "problem 3": "the median saving",
+        "problem 7": "the largest saving of all that are right before and after",
         "problem 9": "got better: wrong before, right after, as 1 of 10 did",
         "problem 8": "got worse: right before, wrong after, as 1 of 10 did"}
     assert [response.saved for response in found[0].responses] == [0, 30]
     wrong = [graded_row(uid, 100 - 10 * uid, False) for uid in range(3)]
-    assert examples.choose_examples([("before", before[:3]), ("after", wrong)])[0].problem == "problem 1"
-    assert examples.choose_examples([]) == [] and examples.choose_examples([("a", before[:1]), ("b", after[1:2])]) == []
+    assert examples.choose_examples([("before", before[:3]),
+                                     ("after", wrong)])[0].problem == "problem 1"
+    assert examples.choose_examples([]) == []
+    assert examples.choose_examples([("a", before[:1]), ("b", after[1:2])]) == []
 
 
 def test_thinking_ends_at_its_last_mark_and_is_cut_in_its_middle():
-    response = examples.shown(graded_row(1, 5, True, response="<think>\na</think>b</think>\n c "), "x")
+    response = examples.shown(graded_row(1, 5, True, response="<think>\na</think>b</think>\n c "),
+                              "x")
     assert (response.thinking, response.solution, response.omitted) == ("a</think>b", "c", 0)
     assert examples.shown(graded_row(1, 5, True, response="never ends"), "x").solution == ""
     long = examples.shown(graded_row(1, 5, True, response="ab" * 5000 + "</think>c"), "x")
@@ -246,9 +267,11 @@ def test_unfinished_run_has_its_curves_and_says_what_is_missing(tmp_path):
     lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     (directory / "metrics.jsonl").write_text("".join(lines[:12]) + lines[12][:40])
     text, page = page_of(directory)
-    assert "Not finished: 12 of 20 steps" in text and "Not evaluated on held\u2011out problems yet" in text
+    assert "Not finished: 12 of 20 steps" in text
+    assert "Not evaluated on held\u2011out problems yet" in text
     assert "training-tokens" in text and "Length-pressure meter" in text
-    assert section(text, "prompts").count("<article") > 2                   # step 0 and the one in the middle
+    # step 0 and the one in the middle
+    assert section(text, "prompts").count("<article") > 2
     for name in ("tradeoff", "savings", "generalisation", "groups"):
         assert "Left out" in section(text, name), name
     assert "there is no environment.json" in text
@@ -262,7 +285,8 @@ def test_run_without_the_metrics_of_updates_says_so(tmp_path):
             for row in made_runs.metrics_rows(6, 0.2)]
     made_runs.write_rows(directory / "metrics.jsonl", rows)
     text, _ = page_of(directory)
-    assert re.search(r"<h1>\d+\.\d % fewer tokens \[.*points.*on 60 held.out problems of tiny, alpha 0.2</h1>", text)
+    assert re.search(r"<h1>\d+\.\d % fewer tokens \[.*points.*on 60 held.out problems of tiny, "
+                     "alpha 0.2</h1>", text)
     assert "metrics.jsonl holds no update_share" in text
 
 
@@ -273,13 +297,17 @@ def test_run_that_has_just_begun_has_a_page(tmp_path):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda path: path.mkdir(), r"made: must be the directory of a run or of a family, it holds neither config.yaml"),
-    (lambda path: path.write_text("x"), r"made: must be the directory of a run or of a family, it is a file"),
+    (lambda path: path.mkdir(),
+     r"made: must be the directory of a run or of a family, it holds neither config.yaml"),
+    (lambda path: path.write_text("x"),
+     r"made: must be the directory of a run or of a family, it is a file"),
     (lambda path: None, r"made: must be the directory of a run or of a family, it does not exist"),
-    (lambda path: (made_runs.make_run(path, steps=2, problems=6), (path / "summary.json").write_text("{")),
+    (lambda path: (made_runs.make_run(path, steps=2, problems=6),
+                   (path / "summary.json").write_text("{")),
      r"summary\.json: cannot be read"),
     (lambda path: (made_runs.make_family(path, alphas=(0.1,), steps=2, problems=6),
-                   (path / "family.json").write_text('{"points": [{}]}')), r"family\.json: [\w.]+ must be .*, got no"),
+                   (path / "family.json").write_text('{"points": [{}]}')),
+     r"family\.json: [\w.]+ must be .*, got no"),
     (lambda path: (path.mkdir(), results.write(path / "family.json", results.Results(
         model="tiny", seed=0, steps=2, points=[], **made_runs.PROVENANCE))),
      r"made is a family that is not finished yet"),
@@ -296,7 +324,8 @@ def originals(tmp_path_factory):
     """A run and a family as they were before a test damaged a copy."""
     directory = tmp_path_factory.mktemp("originals")
     made_runs.make_run(directory / "run", steps=4, problems=9, sets=("tiny",))
-    made_runs.make_family(directory / "family", alphas=(0.1, 0.4), steps=2, problems=9, sets=("tiny",))
+    made_runs.make_family(directory / "family", alphas=(0.1, 0.4), steps=2, problems=9,
+                          sets=("tiny",))
     return directory
 
 
@@ -329,7 +358,8 @@ def with_rows(name, **values):
     """Puts values into every row of a JSONL file."""
     def change(directory):
         rows = [json.loads(line) for line in (directory / name).read_text().splitlines()]
-        made_runs.write_rows(directory / name, [row if "facts" in row else row | values for row in rows])
+        made_runs.write_rows(directory / name,
+                             [row if "facts" in row else row | values for row in rows])
     return change
 
 
@@ -343,23 +373,32 @@ TRAINED = ("points", 1, "sets", "tiny")
     (holds("summary.json", "[]"), "summary.json: must hold an object"),
     (with_value("summary.json", [], *TRAINED[:-1]), "summary.json: .*sets must be an object, got"),
     (with_value("summary.json", 5, *TRAINED), "summary.json: points.1.sets.* must be an object"),
-    (with_value("summary.json", {}, *TRAINED), "summary.json: .*summary must be an object, got no summary"),
-    (with_value("summary.json", MISSING, "seed"), "summary.json: seed must be a whole number, got no seed"),
+    (with_value("summary.json", {}, *TRAINED),
+     "summary.json: .*summary must be an object, got no summary"),
+    (with_value("summary.json", MISSING, "seed"),
+     "summary.json: seed must be a whole number, got no seed"),
     (with_value("summary.json", "x", "points", 1, "alpha_start"),
      "summary.json: .*alpha_start must be a number or null, got \"x\""),
     (with_value("summary.json", 3, *TRAINED, "summary"), "json: .*summary must be an object"),
-    (with_value("summary.json", "x", *TRAINED, "summary", "tokens"), "json: .*tokens must be a number"),
+    (with_value("summary.json", "x", *TRAINED, "summary", "tokens"),
+     "json: .*tokens must be a number"),
     (with_value("summary.json", float("nan"), *TRAINED, "summary", "accuracy"),
      "summary.json: cannot be read: NaN is not a number"),
-    (with_value("summary.json", [1], *TRAINED, "summary", "accuracy_interval"), "summary.json: .*got"),
-    (with_value("summary.json", [], *TRAINED, "summary", "budgets"), "summary.json: .*must not be empty"),
-    (with_value("summary.json", {}, *TRAINED, "comparison", "by_difficulty"), "json: .*must not be empty"),
+    (with_value("summary.json", [1], *TRAINED, "summary", "accuracy_interval"),
+     "summary.json: .*got"),
+    (with_value("summary.json", [], *TRAINED, "summary", "budgets"),
+     "summary.json: .*must not be empty"),
+    (with_value("summary.json", {}, *TRAINED, "comparison", "by_difficulty"),
+     "json: .*must not be empty"),
     (with_rows("metrics.jsonl", **{"rollout/tokens": "abc"}),
      "metrics.jsonl: rollout/tokens of step 0 must be a number, got 'abc'"),
-    (with_rows("metrics.jsonl", **{"length_pull/length": [1]}), "metrics.jsonl: length_pull/length of step 0 must be a number"),
-    (lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()), "metrics.jsonl: cannot be read"),
+    (with_rows("metrics.jsonl", **{"length_pull/length": [1]}),
+     "metrics.jsonl: length_pull/length of step 0 must be a number"),
+    (lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
+     "metrics.jsonl: cannot be read"),
     (with_rows("evaluations/step4/tiny.jsonl", tokens="x"), "step4/tiny.jsonl:2: tokens must be"),
-    (holds("evaluations/step0/tiny.jsonl", '{"facts": {}}\n[1]\n'), "step0/tiny.jsonl:2: expected a JSON object"),
+    (holds("evaluations/step0/tiny.jsonl", '{"facts": {}}\n[1]\n'),
+     "step0/tiny.jsonl:2: expected a JSON object"),
     (holds("environment.json", "[]"), "environment.json: must hold an object"),
 ])
 def test_damaged_run_is_one_clear_error(tmp_path, originals, change, message):
@@ -370,14 +409,17 @@ def test_damaged_run_is_one_clear_error(tmp_path, originals, change, message):
 
 
 @pytest.mark.parametrize(("change", "name", "words"), [
-    (with_rows("rollouts.jsonl", reward="x"), "groups", "Left out: rollouts.jsonl holds no two complete answers"),
-    (with_rows("rollouts.jsonl", tokens=None), "groups", "Left out: rollouts.jsonl holds no two complete answers"),
+    (with_rows("rollouts.jsonl", reward="x"), "groups",
+     "Left out: rollouts.jsonl holds no two complete answers"),
+    (with_rows("rollouts.jsonl", tokens=None), "groups",
+     "Left out: rollouts.jsonl holds no two complete answers"),
     (with_rows("rollouts.jsonl", advantage="x"), "groups", "reward 0."),
     (with_rows("rollouts.jsonl", tokens=0), "groups", "0 tokens"),
     (with_rows("evaluations/step4/tiny.jsonl", tokens=0), "prompts", "0 tokens"),
     (holds("evaluations/step4/tiny.jsonl", '{"facts": {}}\n'), "prompts", "before training"),
     (holds("config.yaml", ""), "settings", "Left out: no setting is in config.yaml"),
-    (holds("config.yaml", "run: {steps: x, seed: [1]}\nreward: {alpha: x}\n"), "settings", "run.steps"),
+    (holds("config.yaml", "run: {steps: x, seed: [1]}\nreward: {alpha: x}\n"), "settings",
+     "run.steps"),
 ])
 def test_what_is_damaged_is_left_out_where_it_can_be(tmp_path, originals, change, name, words):
     text, _ = page_of(damaged(originals, tmp_path, "run", change))
@@ -389,13 +431,17 @@ def test_what_is_damaged_is_left_out_where_it_can_be(tmp_path, originals, change
     (with_value("family.json", {}, "points"), "family.json: points must be a list, got"),
     (with_value("family.json", [1], "points"), "family.json: .*got 1"),
     (with_value("family.json", "x", "seed"), "family.json: seed must be a whole number, got \"x\""),
-    (with_value("family.json", {}, "points", 0, "sets"), "family.json: .*one base, measured on every set"),
+    (with_value("family.json", {}, "points", 0, "sets"),
+     "family.json: .*one base, measured on every set"),
     (with_value("family.json", "member", "points", 0, "kind"), "family.json: .*must be one base"),
     (with_value("family.json", "other", "points", 1, "kind"),
      "family.json: .*kind must be one of base, member, baseline, blend, got \"other\""),
-    (with_value("family.json", "x", "points", 1, "alpha"), "family.json: .*alpha must be a number or null"),
-    (with_value("family.json", 5, "points", 1, "directory"), "family.json: .*directory must be a text, got 5"),
-    (with_value("family.json", "x", *TRAINED, "comparison", "p_value"), "json: .*p_value must be a number"),
+    (with_value("family.json", "x", "points", 1, "alpha"),
+     "family.json: .*alpha must be a number or null"),
+    (with_value("family.json", 5, "points", 1, "directory"),
+     "family.json: .*directory must be a text, got 5"),
+    (with_value("family.json", "x", *TRAINED, "comparison", "p_value"),
+     "json: .*p_value must be a number"),
     (with_value("family.json", MISSING, *TRAINED, "summary"), "family.json: .*got no summary"),
 ])
 def test_damaged_family_is_one_clear_error(tmp_path, originals, change, message):
@@ -409,7 +455,8 @@ def test_points_outside_a_family_are_not_read(tmp_path, originals):
     shutil.copytree(originals / "run", tmp_path / "elsewhere")
     for where in ("../elsewhere", str(tmp_path / "elsewhere")):
         change = with_value("family.json", where, "points", 1, "directory")
-        found = reading.read(damaged(originals, tmp_path / where[0].replace("/", "x"), "family", change))
+        found = reading.read(damaged(originals, tmp_path / where[0].replace("/", "x"), "family",
+                                     change))
         assert "α = 0.1" not in found.responses and [run.name for run in found.runs][0] == "α 0.4"
 
 
@@ -417,8 +464,10 @@ def test_output_writes_the_page_alone_and_over_no_other_file(tmp_path, run, caps
     directory, *_ = run
     output = tmp_path / "page.html"
     report.run([str(directory), "--output", str(output)], "effreason report")
-    assert capsys.readouterr().out == f"{output}\n" and [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    assert pages.write(directory, output) == output                 # a page of ours may be written again
+    assert capsys.readouterr().out == f"{output}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    # a page of ours may be written again
+    assert pages.write(directory, output) == output
     output.write_text("<p>mine</p>")
     with pytest.raises(UserError, match="exists already and is not a report"):
         pages.write(directory, output)
@@ -431,7 +480,8 @@ def test_page_of_a_directory_is_not_written_over_another_file(tmp_path):
     made_runs.make_run(tmp_path / "run", steps=2, problems=6)
     path = tmp_path / "run" / "report.html"
     path.write_text("<p>mine</p>")
-    with pytest.raises(UserError, match=r"run/report\.html exists already and is not a report") as error:
+    with pytest.raises(UserError,
+                       match=r"run/report\.html exists already and is not a report") as error:
         pages.write(tmp_path / "run")
     assert "\n" not in str(error.value)
     assert path.read_text() == "<p>mine</p>" and not (tmp_path / "run" / "plots").exists()
@@ -445,7 +495,8 @@ def test_page_of_a_directory_is_not_written_over_another_file(tmp_path):
 def test_plots_are_written_as_png_and_svg(family):
     directory, _, text, _ = family
     names = {path.name for path in (directory / "plots").iterdir()}
-    for stem in ("pareto", "pareto2", "budget", "difficulty", "lengths", "pressure", "pull", "training-tokens"):
+    for stem in ("pareto", "pareto2", "budget", "difficulty", "lengths", "pressure", "pull",
+                 "training-tokens"):
         assert {f"{stem}.png", f"{stem}.svg"} <= names, stem
     assert (directory / "plots" / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -457,10 +508,12 @@ def test_page_is_the_same_each_time(run):
 
 def test_commands_make_the_same_again(family, run):
     text = section(family[2], "settings")
-    assert ("python train.py --config family/config.yaml --family 0,0.1,0.4 --baselines sft_shortest,dpo "
-            "--blends 0.25,0.5,0.75 --run.directory family-again") in text
+    assert ("python train.py --config family/config.yaml --family 0,0.1,0.4 "
+            "--baselines sft_shortest,dpo --blends 0.25,0.5,0.75 "
+            "--run.directory family-again") in text
     assert f"git checkout {'a' * 40}" in text
-    assert "python train.py --config run/config.yaml --run.directory run-again" in section(run[2], "settings")
+    settings = section(run[2], "settings")
+    assert "python train.py --config run/config.yaml --run.directory run-again" in settings
 
 
 def test_settings_that_differ_come_first(run):
@@ -494,23 +547,28 @@ def test_run_whose_alpha_moved_says_from_where_to_where(tmp_path):
 def test_family_links_its_members_pages_where_they_are(tmp_path):
     made_runs.make_family(tmp_path / "family", alphas=(0.0, 0.2), steps=2, problems=9)
     (tmp_path / "family" / "alpha0.2" / "report.html").write_text("<p>")
-    links = [attributes["href"] for tag, attributes in page_of(tmp_path / "family", None)[1].elements if tag == "a"]
+    links = [attributes["href"] for tag,
+             attributes in page_of(tmp_path / "family", None)[1].elements if tag == "a"]
     assert [link for link in links if not link.startswith("#")] == ["alpha0.2/report.html"]
     assert "alpha0.2/report.html" not in page_of(tmp_path / "family")[0]        # may lie anywhere
 
 
 def test_minus_signs_are_real_and_intervals_stay_on_one_line():
-    assert pages._minus("-2.0 points [-3.5, -0.1], base-right -1") == "−2.0 points [−3.5,\xa0−0.1], base-right −1"
+    assert pages._minus("-2.0 points [-3.5, -0.1], base-right -1") == (
+        "−2.0 points [−3.5,\xa0−0.1], base-right −1")
     assert pages._minus("held-out") == "held\u2011out"
 
 
 def test_published_figures_stand_beside_the_model_they_are_of(tmp_path):
     found = published.published_points("/models/DeepSeek-R1-Distill-Qwen-7B", "gsm8k")
     assert [each.tokens for each in found] == [1626, 813, 249]
-    assert published.published_points("DeepSeek-R1-Distill-Qwen-1.5B", "gsm8k") == published.published_points("tiny", "math500") == []
+    assert published.published_points("DeepSeek-R1-Distill-Qwen-1.5B",
+                                      "gsm8k") == published.published_points("tiny",
+                                                                             "math500") == []
     assert published.published_points("org/R1-Distill-Qwen-7B", "aime24")[2].accuracy == 0.533
     assert published.published_points("org/R1-Distill-Qwen-7B", "commonsense") == []
-    made_runs.make_run(tmp_path / "run", model="x/R1-Distill-Qwen-7B", sets=("gsm8k",), steps=2, problems=12)
+    made_runs.make_run(tmp_path / "run", model="x/R1-Distill-Qwen-7B", sets=("gsm8k",), steps=2,
+                       problems=12)
     text, page = page_of(tmp_path / "run")
     assert published.SOURCE in page.text and "published α 0.1" in text
 
@@ -518,6 +576,7 @@ def test_published_figures_stand_beside_the_model_they_are_of(tmp_path):
 def test_alpha_is_drawn_only_where_it_moves(tmp_path, run):
     assert "training-alpha" not in run[2]
     made_runs.make_run(tmp_path / "run", steps=6, problems=12)
-    rows = [row | {"reward/alpha": 0.1 + 0.02 * row["step"]} for row in made_runs.metrics_rows(6, 0.2)]
+    rows = [row | {"reward/alpha": 0.1 + 0.02 * row["step"]} for row in made_runs.metrics_rows(6,
+                                                                                               0.2)]
     made_runs.write_rows(tmp_path / "run" / "metrics.jsonl", rows)
     assert "training-alpha" in page_of(tmp_path / "run")[0]

@@ -16,12 +16,14 @@ from effreason.types import FinishReason
 
 LEVELS = {"easy": (2, 88.0), "medium": (4, 92.0), "hard": (7, 104.0)}   # operations, base's tokens
 NEEDED = {"easy": 20, "medium": 32, "hard": 50}                         # tokens that the steps take
-ENVIRONMENT = {"effreason": "0.1.0", "git_commit": "a" * 40, "grader": "effreason 0.1.0, sympy 1.14",
+ENVIRONMENT = {"effreason": "0.1.0", "git_commit": "a" * 40,
+               "grader": "effreason 0.1.0, sympy 1.14",
                "python": "3.11.9", "jax": "0.10.2", "device": "cpu", "device_count": 1}
 PROVENANCE = {"origin": {}, "sampling": {}, "environment": ENVIRONMENT}
 
 
-def graded_responses(name, *, seed=0, alpha=0.0, progress=0.0, problems=60, samples=1, response=None):
+def graded_responses(name, *, seed=0, alpha=0.0, progress=0.0, problems=60, samples=1,
+                     response=None):
     """Responses of a model: `progress` of a training with `alpha` shortens what is not needed."""
     digits_rng = np.random.default_rng([7, *map(ord, name)])
     model = round(1000 * alpha) if progress else 0      # before training all are the base
@@ -45,7 +47,8 @@ def graded_responses(name, *, seed=0, alpha=0.0, progress=0.0, problems=60, samp
                 for i in range(max(tokens // 6, 1)))
             rows.append(EvaluatedResponse(
                 set=name, uid=uid * 17 + 5, sample=sample, level=level,
-                problem=f"({'+'.join(map(str, digits))})%10", reference_answer=str(digits.sum() % 10),
+                problem=f"({'+'.join(map(str, digits))})%10",
+                reference_answer=str(digits.sum() % 10),
                 response=response or f"{thinking}</think>\\boxed{{{answer}}}", answer=answer,
                 status="exact", correct=correct, tokens=tokens, finish=FinishReason.EOS,
                 first_answer_token=tokens - 8.0 if correct else None))
