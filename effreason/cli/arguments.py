@@ -39,6 +39,7 @@ def numbers(text: str, field: str, holds: Callable[[float], bool], bound: str) -
 
     Args: bound, what `holds` checks, in words. Raises: UserError."""
     values: dict[str, float] = {}
+
     for part in [] if text == "none" else text.split(","):
         try:
             number = float(part)
@@ -50,6 +51,7 @@ def numbers(text: str, field: str, holds: Callable[[float], bool], bound: str) -
         if f"{number:g}" in values:
             raise UserError(f"{field} must name each number once, in six digits, got {text!r}")
         values[f"{number:g}"] = number
+
     return list(values.values())
 
 
@@ -61,6 +63,7 @@ def check_model(path: str, field: str) -> None:
     from effreason.lm.hf import hub  # takes a third of a second: not for --help
 
     expected = f"{field} must be tiny, a Hugging Face directory or an id on its Hub"
+
     try:
         directory = hub.standing(Path(path))
     except OSError as error:        # the name is too long for a file

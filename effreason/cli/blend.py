@@ -52,6 +52,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     trained = open_pretrained(options.trained, dtype="float32")
     check(base, trained)
     trained_params = load_weights(trained)
+
     for weight, target in zip(weights, targets, strict=True):
         with disk(target):
             export_model(_blended(base, trained_params, weight), trained.decoder,

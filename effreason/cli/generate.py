@@ -32,6 +32,7 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     session = streaming.Session(options)
     read = None if prompts is None else [session.read(prompt) for prompt in prompts]
+
     with contextlib.suppress(BrokenPipeError):
         chunk = options.chunk or (STREAM_CHUNK if streamed else FILE_CHUNK)
         session.load(None if streamed else read, chunk)
@@ -130,4 +131,5 @@ def _prompts(options: argparse.Namespace) -> list[Prompt] | None:
             text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError:
             raise UserError("standard input: not UTF-8") from None
+
     return [Prompt(name=1, place=place, text=prompt_files.user_message(text, place))]

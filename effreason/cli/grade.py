@@ -92,6 +92,7 @@ def _parser(prog: str) -> Parser:
 def _read(options: argparse.Namespace) -> Iterator[Item]:
     """Yields the lines of the file. Raises: UserError naming the line."""
     name = "stdin" if options.file == "-" else options.file
+
     try:
         file = sys.stdin.buffer if options.file == "-" else open(options.file, "rb")
     except OSError as error:
@@ -150,6 +151,7 @@ def _choices(row: dict[str, Any], place: str) -> tuple[str, ...]:
             raise UserError(f"{place}: choices must be a list, or an object with A, B, C, ... in "
                             "this order")
         choices = list(choices.values())
+
     if not (isinstance(choices, list | tuple)
             and all(isinstance(choice, str) for choice in choices)):
         raise UserError(f"{place}: choices must be a list of strings, got {_shown(choices)}")
@@ -181,6 +183,7 @@ def _print_table(grades: Iterable[tuple[Item, Grade]], bare: bool) -> None:
     correct = 0
     room = WIDTH - sum(WIDTHS.values()) - len(WIDTHS)
     echo(" ".join([*(name.ljust(width) for name, width in WIDTHS.items()), "reason"]) + "\n")
+
     for item, grade in grades:
         statuses[grade.status] += 1
         correct += grade.correct

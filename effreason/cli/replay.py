@@ -43,10 +43,12 @@ def run(argv: Sequence[str], prog: str) -> None:
                         f"{options.sample}")
 
     sharding.use_compilation_cache()
+
     try:
         mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     except UserError:               # other devices than the run had: split the slots alone
         mesh = sharding.make_mesh(data=-1)
+
     with jax.set_mesh(mesh), make_grader(config) as grader:
         inputs = open_inputs(config, mesh, grader)
         problem = _problem(inputs.problems, config, options.uid, options.step)
@@ -54,6 +56,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         step = options.step if config.rollout.policy == "current" else 0
         params = _policy(engine, inputs.pretrained, directory, step)
         response = replay(engine, params, problem, config, options.step, options.sample)
+
     text = inputs.pretrained.tokenizer.decode(response.tokens, skip_special_tokens=True)
     _show(options, problem, response, text, _as_logged(directory, options, text))
 
@@ -130,6 +133,7 @@ def _show(options: Any, problem: Problem, response: Response, text: str,
             "text": text, "tokens": response.tokens.tolist(),
             "logprobs": response.logprobs.tolist()}, ensure_ascii=False))
         return
+
     comparison = {True: "the same text as in rollouts.jsonl", None: "not in rollouts.jsonl",
                   False: "not the text in rollouts.jsonl: rounding differs between devices and "
                   "numbers of slots"}[as_logged]

@@ -64,6 +64,7 @@ class Session:
         self.console = Console(stderr=True, force_terminal=os.isatty(2))
         dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         self.template: templates.Template | None = None         # None: texts are read unchanged
+
         try:
             self.pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype)
             if options.template or (self.pretrained.tokenizer.chat_template and not options.raw):
@@ -112,6 +113,7 @@ class Session:
 
         messages = ([asdict(message) for message in prompt.messages] if prompt.messages
                     else [{"role": "user", "content": prompt.text or ""}])
+
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False,
                                                  add_generation_prompt=True,
@@ -119,6 +121,7 @@ class Session:
         except Exception as error:      # a template may refuse a role, or do anything else
             raise UserError(f"{prompt.place}: the template {self.template.name} cannot be rendered "
                             f"({one_line(error)})") from None
+
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def load(self, prompts: Sequence[TokenizedPrompt] | None, chunk: int) -> None:
@@ -127,6 +130,7 @@ class Session:
         Args: prompts, all of them if they are known and not streamed. Raises: UserError."""
         sharding.use_compilation_cache()
         mesh, decoder = sharding.make_mesh(data=-1), self.pretrained.decoder
+
         with self.console.status("reading the weights"):
             self._params = load_weights(
                 self.pretrained, sharding.tree_sharding(mesh, model.logical_axes(decoder)))
@@ -155,6 +159,7 @@ def converse(session: Session) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  makes lines editable
     count = 0
+
     while True:
         try:
             line = input("> ")
@@ -235,6 +240,7 @@ def write_all(session: Session, prompts: Sequence[TokenizedPrompt]) -> None:
     waiting: dict[tuple[int, int], Response] = {}
     finishes: Counter[str] = Counter()
     form = _json_line if options.json or options.output else _block
+
     with (Interrupts() as interrupts, _sink(options.output) as write,
           session.console.status("starting") as status):
 
@@ -262,6 +268,7 @@ def write_all(session: Session, prompts: Sequence[TokenizedPrompt]) -> None:
                 put(waiting[name])
             raise Interrupted(stop.signum, f"{stop.message}: {generation.finished} of {total} "
                               "responses are written") from None
+
     ends = ", ".join(f"{finish} {count}" for finish, count in sorted(finishes.items()))
     _say_dim(f"{total} responses, {generation.tokens:,} tokens, {speed.rate(generation.tokens)} "
              f"tokens/s, the first after {speed.first_seconds:.1f} s; finish: {ends}",

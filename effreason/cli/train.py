@@ -89,6 +89,7 @@ def _family(values: Any) -> tuple[list[float], list[str], list[float]] | None:
 
     text = ",".join(BASELINES) if values.baselines is None else values.baselines
     baselines = [] if text == "none" else [name.strip() for name in text.split(",")]
+
     for name in baselines:
         if name not in BASELINES or baselines.count(name) > 1:
             raise UserError(f"--baselines must name each of {', '.join(BASELINES)} at most once, "

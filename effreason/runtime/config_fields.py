@@ -85,6 +85,7 @@ def settings(section: type) -> tuple[Setting, ...]:
     hints = typing.get_type_hints(section, include_extras=True)
     name = section.__name__.removesuffix("Config").lower()
     fields = []
+
     for field in dataclasses.fields(section):
         hint, optional, bound = hints[field.name], False, None
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -93,6 +94,7 @@ def settings(section: type) -> tuple[Setting, ...]:
         if typing.get_origin(hint) is Annotated:
             hint, bound = typing.get_args(hint)
         fields.append(Setting(name, field.name, hint, optional, bound, field.default))
+
     return tuple(fields)
 
 

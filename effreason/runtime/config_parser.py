@@ -43,6 +43,7 @@ def parser(config: type, prog: str, description: str | None = None) -> jsonargpa
                 default=setting.default,
                 metavar=f"{{{','.join(choices)}}}" if choices else METAVARS[setting.type],
                 help=f"{meaning} [{expected}default {written(setting.default)}]".replace("%", "%%"))
+
     return parser
 
 
@@ -61,6 +62,7 @@ def parse(config: type[Config], parser: jsonargparse.ArgumentParser, argv: Seque
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", action="append", default=[], type=Path)
     first.add_argument("--print_config", action="store_true")
+
     try:
         files, flags = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -70,6 +72,7 @@ def parse(config: type[Config], parser: jsonargparse.ArgumentParser, argv: Seque
     if not {"-h", "--help"}.intersection(flags):
         for path in files.config or ([default] if _fits(flags, made_for) else []):
             values = read(config, parser, _resolved(path, default.parent), values)
+
     try:
         values = parser.parse_args(flags, values)
     except argparse.ArgumentError as error:
@@ -102,6 +105,7 @@ def read(config: type, parser: jsonargparse.ArgumentParser, path: Path,
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
 
     table = {} if table is None else table
+
     try:
         _check_keys(table, config)
         # A section with every line commented out is null.
@@ -113,6 +117,7 @@ def read(config: type, parser: jsonargparse.ArgumentParser, path: Path,
         raise UserError(f"{path}: {_explained(error, config)}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
     return values
 
 
@@ -138,6 +143,7 @@ def _check_keys(table: Any, config: type) -> None:
     """Raises ValueError unless the table is sections of fields that exist."""
     if not isinstance(table, dict):
         raise ValueError(f"must hold sections with fields under them, got {written(table)}")
+
     for name, fields in table.items():
         if name not in sections(config):
             raise ValueError(f"no section {name}{_nearest(name, sections(config))}")
@@ -158,6 +164,7 @@ def _explained(error: argparse.ArgumentError, config: type) -> str:
         if not flag.startswith("-"):
             return f"unexpected argument {flag}"
         return f"no option {flag}{_nearest(flag, [f'--{field}' for field in known])}"
+
     named = re.search(r'Parser key "([\w.]+)"|argument --([\w.]+):', message)
     setting = known.get(named[1] or named[2]) if named else None
     if setting is None:

@@ -39,6 +39,7 @@ def joined(settings: DistributedConfig) -> Iterator[None]:
 
     processes.enter(_meet(settings))
     code = 0
+
     try:
         yield
     except errors.REPORTED as error:
@@ -76,6 +77,7 @@ def resolve(settings: DistributedConfig) -> dict[str, Any]:
 
     Raises: UserError if one is missing, or given twice with different values."""
     values: dict[str, Any] = {}
+
     for field, variable in ENVIRONMENT.items():
         configured, text = getattr(settings, field), os.environ.get(variable)
         is_number = field != "coordinator_address"
@@ -119,6 +121,7 @@ def _meet(settings: DistributedConfig) -> processes.Group:
     address = {"coordinator_address": values["coordinator_address"],
                "num_processes": values["processes"], "process_id": values["process_id"],
                "cluster_detection_method": "deactivate"} if manual else {}
+
     try:
         # Orbax would also ask JAX's own service for signals, with other counts of checks than ours.
         jax.config.update("jax_enable_preemption_service", False)

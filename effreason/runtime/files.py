@@ -28,6 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
     leaves the previous file intact. After an error in the block the temporary file is removed.
     Raises: UserError if the file system refuses."""
     partial = path.with_name(path.name + ".partial")
+
     try:
         with disk(path):
             yield partial
@@ -85,6 +86,7 @@ def complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
     Every write ends in a newline, so only a crash breaks a line, and only the last one."""
     broken = 0
+
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if broken:

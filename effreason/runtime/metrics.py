@@ -49,11 +49,13 @@ class MetricsWriter:
             self._wandb = _start_wandb(directory, start_step, config)
         with disk(directory):
             directory.mkdir(parents=True, exist_ok=True)
+
         for path in (directory / METRICS, directory / ROLLOUTS):
             if path.exists():
                 with replacing(path) as kept, kept.open("wb") as file:
                     file.writelines(line for line, row in complete_lines(path)
                                     if row["step"] < start_step)
+
         if tensorboard:
             self._events = _Events(directory / "tensorboard", start_step)
 

@@ -197,12 +197,14 @@ class Group:
         own = [processes, socket.gethostname()]
         self._client.key_value_set_bytes(f"{PREFIX}/hosts/{self.index}", json.dumps(own).encode())
         self.hosts = []
+
         for number in range(processes):
             expected, name = json.loads(self._get(f"{PREFIX}/hosts/{number}"))
             if expected != processes:
                 raise UserError(f"distributed.processes: expected {processes}, found {expected} in "
                                 f"process {number} on {name}")
             self.hosts.append(name)
+
         self.tell(hosts=self.hosts)
         if jax.process_count() != processes:
             raise UserError(f"distributed.processes: expected {processes}, JAX found "
@@ -234,6 +236,7 @@ class Group:
             self._keys.append((self._number, key))
 
         values = []
+
         for number in range(among):
             value = self._get(f"{PREFIX}/values/{self._number}/{number}")
             other_name, outcome = json.loads(zlib.decompress(value))
@@ -251,6 +254,7 @@ class Group:
                 if exchange < self._number:
                     self._client.key_value_delete(key)
             self._keys = [item for item in self._keys if item[0] == self._number]
+
         return values
 
     def leave(self, code: int) -> None:
@@ -258,6 +262,7 @@ class Group:
         self._client.key_value_set_bytes(f"{PREFIX}/ended/{self.index}", str(code).encode())
         deadline = None if code == 0 else time.monotonic() + LEAVE_SECONDS
         together = True
+
         for number in range(len(self.hosts)):
             ended = self._get(f"{PREFIX}/ended/{number}", deadline) if together else None
             together = ended is not None
@@ -271,6 +276,7 @@ class Group:
                 jax.distributed.shutdown()
             except jax.errors.JaxRuntimeError:
                 together = False
+
         self._relay.close()
         if not together:                    # JAX's own exit would wait for the others
             os._exit(code)

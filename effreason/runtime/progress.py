@@ -192,6 +192,7 @@ class Progress:
         if width >= 4:
             grid.add_column(width=width)
         grid.add_column(no_wrap=True)
+
         for label, completed, total, text in rows:
             bar = ProgressBar(total=total, completed=completed, width=width,
                               complete_style="cyan", finished_style="cyan") if total else ""
@@ -209,6 +210,7 @@ class Progress:
             parts += _pair("eta", duration(self._eta()))
         else:
             parts += _pair("elapsed", duration(time.monotonic() - self._started))
+
         return Text.assemble(*parts)
 
     def _rate_text(self, generation: _Generation | None) -> Text:

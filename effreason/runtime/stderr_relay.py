@@ -137,6 +137,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     relay, parent = Relay(2), os.getppid()
+
     while True:
         ready, _, _ = select.select([0], [], [], HELD_SECONDS if relay.holds else 2.0)
         data = os.read(0, 65536) if ready else b""
