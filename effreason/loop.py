@@ -1,9 +1,24 @@
-"""The training loop: prompts, rollouts, grades, rewards, advantages, update, checkpoints; then the report."""
+"""The training loop: `train` is a run, `train_step` one step of it as its seven stages.
 
+What was left out, and why:
+
+- Asynchronous rollouts. Sampler and trainer take turns on the same chips, so every response comes
+  from the very policy that it updates, and a run can be repeated and resumed token for token.
+- A value model and a reward model. The other responses of the group are the baseline, a grader of
+  final answers is the judge.
+- A Trainer class, hooks and plug-ins. To change the loop, edit this file; a reward or a grader of
+  your own is a function that the configuration names.
+- The state of a data loader. The problems of a step are a function of the seed and the step.
+- Early stopping and the choice of a best checkpoint. Each checkpoint is exported as a Hugging Face
+  model, and `evaluate.py` compares them.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,285 +26,380 @@ import jax
 import numpy as np
 
 from effreason.data import prompts
-from effreason.groups import RunState, describe, draw, engine_metrics
+from effreason.evaluation import responses
 from effreason.lm import model
 from effreason.lm.hf.pretrained import model_fingerprint
-from effreason.rl import alpha_control, packing, parity, update
-from effreason.rl import rollouts as attempts
+from effreason.rl import alpha_control, parity
 from effreason.rl.checkpoints import Checkpoints
-from effreason.rl.experience import Credit
-from effreason.rl.learner import Engine, needs_reference
+from effreason.rl.learner import Learner
+from effreason.rl.rollouts import GradedRollouts, Undecided, refill, sample_and_grade, watched
+from effreason.rl.update import TrainState
 from effreason.runs import directory as runs
-from effreason.runs import unfinished
 from effreason.runs.export import export, origin
 from effreason.runs.session import Inputs, Session, open_session
+from effreason.runs.unfinished import FILE, StepLog
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import GenerationProgress, Progress
-from effreason.sampling import engine as rollouts
+from effreason.sampling import engine
 from effreason.sampling.scheduler import make_requests
-from effreason.types import Outcomes, Packed, Rollouts
+from effreason.types import FinishReason, Outcomes, Problem
 
 
-def train(config: Config) -> None:
+@dataclasses.dataclass(kw_only=True)
+class RunState:
+    """What a run knows besides weights and optimiser state; saved with them."""
+
+    alpha: float
+    last_alpha_step: int            # the last step whose evaluation has moved alpha
+    lengths: dict[int, float]       # mean response tokens by uid, when last sampled
+    seconds: float                  # that the processes before this one took
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """A run in progress."""
+
+    config: Config
+    session: Session
+    directory: Path
+    checkpoints: Checkpoints
+    reference: model.Params         # the model before training, in the compute dtype
+    train_state: TrainState
+    run_state: RunState
+    initial_params: model.Params | None     # what rollouts are sampled from, if not from the policy
+    started: float                  # time.monotonic(), less the seconds of the processes before
+    progress: Progress | None = None
+
+    @property
+    def learner(self) -> Learner:
+        return self.session.engine.learner
+
+    @property
+    def step(self) -> int:
+        """Steps completed."""
+        return int(sharding.to_host(self.train_state.step))
+
+    def on_chunk(self, generation: GenerationProgress) -> None:
+        """Shows how far a generation is; raises Interrupted if a signal has come."""
+        self.session.interrupts.check()
+        if self.progress is not None:
+            self.progress.rollout(generation)
+
+
+def train(config: Config, session: Session | None = None, go_on: str | None = None) -> None:
     """Trains, evaluates before and after, and leaves everything in the run directory.
 
-    Raises: UserError for bad input; Interrupted, with the state saved, on SIGTERM or Ctrl-C."""
+    Args:
+        session: an open one that fits the configuration; None opens one.
+        go_on: the command that continues when it is stopped; None = that of a single run.
+
+    Raises:
+        UserError: bad input.
+        Interrupted: SIGTERM or Ctrl-C has come; the state is saved.
+    """
     started = time.monotonic()
-    with open_session(config) as session:
+    with (open_session(config) if session is None else contextlib.nullcontext(session)) as session:
         directory = runs.open_run(config)
-        run(session, session.config, directory, started=started, go_on=runs.resume(directory))
+        config = dataclasses.replace(config, model=session.config.model)    # with its revision
+        go_on = go_on or runs.resume(directory)
+        processes.advise(f"start all of them again, or, once there is a checkpoint, {go_on}")
 
+        with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+            run = begin(config, session, directory, checkpoints, started)
+            agreement = check_parity(run)
+            if processes.is_primary():
+                runs.write_config(config, directory)
+                runs.write_left_out(session.inputs.problems.left_out, directory)
 
-def run(session: Session, config: Config, directory: Path, *, started: float, go_on: str) -> None:
-    """One run, from its weights to its report.
+            console = None if processes.is_primary() else processes.console()
+            with (runs.open_metrics(config, directory, run.step) as writer,
+                  Progress(config.run.steps, start_step=run.step, console=console) as run.progress,
+                  saving_on_exit(run, go_on)):
+                run.progress.say(agreement)
+                base = evaluate_base(run)
+                for step in range(run.step, config.run.steps):
+                    # Before the step, in a row of its own: a run stopped here resumes with it.
+                    if base and config.evaluation.every and step % config.evaluation.every == 0 < step:
+                        writer.write(step, evaluate_between(run, base))
 
-    Args: config, the session's but for what its engine does not depend on; started, time.monotonic() when it began;
-        go_on, the command that goes on with it."""
-    inputs, engine, interrupts = session.inputs, session.engine, session.interrupts
-    processes.advise(f"start all of them again, or, once there is a checkpoint, {go_on}")
-    weights = session.load_weights()
-    reference = engine.learning.as_reference(weights)
-    with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as saved:
-        state, course = begin(config, engine, saved, weights, inputs)
-        del weights
-        started -= course.seconds
-        start = int(sharding.to_host(state.step))
-        if start > config.run.steps:
-            raise UserError(f"run.steps must be at least the {start} steps that {directory} has done, got "
-                            f"{config.run.steps}")
-        agreement = check_parity(config, engine, inputs.problems, state, reference, lambda now: interrupts.check())
+                    metrics, rows = train_step(run, step)
+                    writer.write(step, metrics)
+                    writer.samples(step, rows)
+                    run.progress.step(step, metrics)
+                    if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.run.steps:
+                        save(run)
+                    session.interrupts.check()
+                trained = evaluate(run, base) if base else {}
+
         if processes.is_primary():
-            runs.write_config(config, directory)
-            runs.write_left_out(inputs.problems.left_out, directory)
-        with (runs.open_metrics(config, directory, start) as writer,
-              Progress(config.run.steps, start_step=start,
-                       console=None if processes.is_primary() else processes.console()) as progress):
-            progress.say(agreement)
-
-            def watch(now: GenerationProgress) -> None:
-                interrupts.check()
-                progress.rollout(now)
-
-            def save(state: update.TrainState) -> None:
-                step = int(sharding.to_host(state.step))
-                course.seconds = time.monotonic() - started
-                saved.save(step, state, facts=origin(inputs) | dataclasses.asdict(course))
-                export(state.params, step, config, inputs, directory / "model", course.alpha)
-                processes.broadcast("saved", lambda: None)        # none ends while process 0 still writes
-
-            try:
-                base, trained = take_steps(session, config, directory, state, reference, course, writer=writer,
-                                           progress=progress, watch=watch, save=save)
-            except Halted as halt:
-                save(halt.state)
-                if not isinstance(halt.reason, Interrupted):
-                    raise halt.reason from None
-                done = int(sharding.to_host(halt.state.step))
-                # One of several processes says it for all.
-                raise Interrupted(halt.reason.signum, f"{halt.reason.message} after step {done} of {config.run.steps}, "
-                                  f"saved; go on with: {go_on}" if processes.is_primary() else "") from None
-    if processes.is_primary():
-        results = runs.compare(base, trained) if trained else None
-        runs.conclude(config, inputs, directory, results, time.monotonic() - started, course.alpha)
+            results = runs.compare(base, trained) if trained else None
+            runs.conclude(config, session.inputs, directory, results, time.monotonic() - run.started,
+                          run.run_state.alpha)
 
 
-class Halted(Exception):
-    """Steps that cannot go on, or are not to, with the state that is to be saved."""
+def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Runs one step: problems, responses, verdicts, rewards, advantages, update; the caller saves.
 
-    def __init__(self, state: update.TrainState, reason: Exception) -> None:
-        super().__init__(str(reason))
-        self.state, self.reason = state, reason
+    The train state is donated to the update, the last stage: a step that fails or is stopped before
+    it leaves the state intact.
 
+    Returns:
+        The metrics, and the rows of rollouts.jsonl.
+    """
+    config, learner, alpha = run.config, run.learner, run.run_state.alpha
+    began = time.monotonic()
+    problems = prompts.batch(run.session.inputs.problems, config.rollout.prompts_per_step,
+                             config.run.seed, step)                                         # 1
+    log = StepLog(run.directory / FILE, step)
+    graded = sample_groups(run, problems, step, log)                                        # 2, 3
+    sampled = time.monotonic()
 
-def take_steps(session: Session, config: Config, directory: Path, state: update.TrainState, reference: model.Params,
-               course: RunState, *, writer: MetricsWriter, progress: Progress, watch: attempts.OnChunk,
-               save: Callable[[update.TrainState], None]) -> tuple[dict[str, Outcomes], dict[str, Outcomes]]:
-    """The evaluation before, all steps that are left with the evaluations between, and the one after the last of them.
-
-    Returns: what the model before training and the trained one make of each set. Raises: Halted."""
-    step = make_step(config, session, reference, watch, course, directory)
-
-    def evaluate(done: int, names: Sequence[str] | None = None) -> dict[str, Outcomes]:
-        return session.evaluator.measure_all(state.params, watch, weights=f"step {done}", expected=known, names=names,
-                                             directory=runs.evaluations(directory, done))
-
-    try:
-        base = evaluate_base(session, reference, directory, progress, watch)
-        known = {int(uid): float(mean) for first in list(base.values())[:1]
-                 for uid, mean in zip(first.uids, first.lengths.mean(axis=1), strict=True)}
-        for index in range(int(sharding.to_host(state.step)), config.run.steps):
-            # Before the step, in a row of its own: when this is stopped, a resumed run begins with it.
-            if base and config.evaluation.every and index % config.evaluation.every == 0 < index:
-                writer.write(index, between(config, index, course, base, evaluate(index, list(base)[:1])))
-            state, metrics, samples = step(state, index)
-            writer.write(index, metrics)
-            writer.samples(index, samples)
-            progress.step(index, metrics)
-            if (index + 1) % config.checkpoint.every == 0 or index + 1 == config.run.steps:
-                save(state)
-            session.interrupts.check()
-        return base, evaluate(config.run.steps) if base else {}
-    except (attempts.Undecided, parity.Mismatch, Interrupted) as reason:
-        raise Halted(state, reason) from None
-
-
-def between(config: Config, index: int, course: RunState, base: Mapping[str, Outcomes],
-            found: Mapping[str, Outcomes]) -> dict[str, float]:
-    """What an evaluation between steps measured; where alpha is to follow it, it does so, once."""
-    (name, now), = found.items()
-    accuracy, tokens = float(now.correct.mean()), float(now.lengths.mean())
-    if alpha_control.is_on(config.reward) and index > course.last_alpha_step:
-        course.last_alpha_step = index       # the same evaluation is read again where a run resumes at it
-        course.alpha = alpha_control.next_alpha(
-            course.alpha, token_ratio=tokens / float(base[name].lengths.mean()),
-            accuracy_drop=100 * (float(base[name].correct.mean()) - accuracy), reward=config.reward)
-    return {"evaluation/accuracy": accuracy, "evaluation/tokens": tokens}
-
-
-def begin(config: Config, engine: Engine, saved: Checkpoints, weights: model.Params,
-          inputs: Inputs) -> tuple[update.TrainState, RunState]:
-    """The newest saved state, or a first one, and what was saved with it.
-
-    Raises: UserError where the checkpoint was trained with another template or on other problems."""
-    latest = processes.broadcast("newest checkpoint", lambda: saved.latest)
-    if latest is None:
-        # A copy: in float32 the reference may be these very arrays, and the state is donated at each update.
-        return engine.learning.initial_state(jax.tree.map(lambda weight: weight.copy(), weights)), RunState(
-            alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
-    state, facts = saved.restore(engine.learning.abstract_state, latest)
-    if facts["template"]["sha256"] != inputs.template.sha256:
-        raise UserError(f"data.template: the checkpoint was trained with the template {facts['template']['name']}, "
-                        f"whose text has changed since (sha256 {facts['template']['sha256'][:12]}, now "
-                        f"{inputs.template.sha256[:12]})")
-    now = origin(inputs)
-    for field, fact in (("data.path", "problems_sha256"), ("evaluation.path", "held_out_sha256")):
-        if facts[fact] != now[fact]:
-            raise UserError(f"{field}: the problems have changed since the checkpoint (sha256 {facts[fact][:12]}, now "
-                            f"{now[fact][:12]}); a resumed run needs the same ones")
-    lengths = {int(uid): tokens for uid, tokens in facts["lengths"].items()}
-    return state, RunState(alpha=facts["alpha"], last_alpha_step=facts["last_alpha_step"], lengths=lengths, seconds=facts["seconds"])
-
-
-def check_parity(config: Config, engine: Engine, problems: prompts.Problems, state: update.TrainState,
-                 reference: model.Params, watch: attempts.OnChunk) -> str:
-    """Samples a few tokens for the first step's problems and scores them; returns the line that says what was found.
-
-    Raises: parity.Mismatch."""
-    settings = config.rollout
-    batch = prompts.batch(problems, settings.prompts_per_step, config.run.seed, 0)
-    key = rollouts.step_key(config.run.seed, "parity", 0)
     with jax.transfer_guard("disallow"):
-        requests = make_requests([problem.prompt for problem in batch], settings.group_size,
-                                 min(parity.START_TOKENS, settings.max_new_tokens),
-                                 uids=[problem.uid for problem in batch])
-        responses, _ = attempts.generate(
-            lambda requests: engine.sampler(state.params, requests, key, engine.sampling), requests, watch)
-        sampled = rollouts.collect(batch, responses, settings.group_size)
-        wrong = np.zeros(sampled.lengths.shape, bool)
-        found = measured(make_experience(config, engine, state, reference, sampled, wrong, 0.0).credit.metrics)
-    parity.check(found, config, "before the first step")
-    return (f"parity: sampler and trainer are {found['rollout/mismatch']:.1e} nats apart on {sampled.lengths.sum():,} "
-            f"tokens (at most {parity.limit(config):g} accepted)")
+        rollouts = learner.pack(graded.rollouts, graded.correct)
+        old_logprobs = learner.score(run.train_state.params, rollouts)
+        reference_logprobs = learner.score_reference(run.reference, rollouts)
+        batch = learner.experience(rollouts, old_logprobs, reference_logprobs, alpha)       # 4, 5
+        metrics = means(batch.metrics)
+        check_finite(metrics, step)
+        if config.rollout.policy == "current":
+            parity.check(metrics, config, f"step {step}")
+
+        run.train_state, updates = learner.update(run.train_state, batch)                   # 6
+        metrics |= {f"update/{name}": value for name, value in means(*updates).items()}
+        rewards, advantages = sharding.to_host((batch.rewards, batch.advantages))
+    updated = time.monotonic()
+
+    log.remove()
+    run.run_state.lengths |= {
+        problem.uid: float(mean)
+        for problem, mean in zip(graded.problems, graded.rollouts.lengths.mean(axis=1), strict=True)}
+    metrics |= graded.metrics | {"reward/alpha": alpha} | step_metrics(
+        graded, rollouts.packing_efficiency, rollout_seconds=sampled - began - graded.grading_seconds,
+        update_seconds=updated - sampled, step_seconds=updated - began)
+    check_finite(metrics, step)
+    return metrics, describe(graded, rewards, advantages, config.log.groups_per_step)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """A step's responses, packed and credited, on the devices."""
+def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog) -> GradedRollouts:
+    """Samples and grades the groups of a step; replaces those without a signal if configured.
 
-    packed: Packed
-    credit: Credit
-    packing_efficiency: float       # share of the rows' positions that hold a token
+    The responses of rounds that refill are not kept when a signal comes: the first round, which
+    decides what is missing, is then drawn again, token for token."""
+    settings, sampler = run.config.rollout, run.session.engine
+    params = run.train_state.params if run.initial_params is None else run.initial_params
+    key = engine.step_key(run.config.run.seed, "train", step)
+    sample = functools.partial(
+        sample_and_grade, lambda requests: sampler.sampler(params, requests, key, sampler.sampling),
+        group_size=settings.group_size, max_new_tokens=settings.max_new_tokens,
+        tokenizer=run.session.inputs.pretrained.tokenizer, grader=run.session.grader,
+        require_eos=run.config.grade.require_eos, on_chunk=run.on_chunk, expected=run.run_state.lengths)
 
-
-def make_experience(config: Config, engine: Engine, state: update.TrainState, reference: model.Params,
-                    sampled: Rollouts, correct: np.ndarray, alpha: float) -> Batch:
-    """Stages 4 and 5, on the device: rewards and advantages, and the rows the update learns from."""
-    learning = engine.learning
-    laid = learning.pack(sampled)
-    packed = sharding.to_device(laid, learning.packed_sharding)
-    logprobs = packing.flatten(sampled.logprobs, laid.token_index.shape[1])
-    verdict, lengths, dial, logprobs = sharding.to_device(
-        (correct, sampled.lengths, np.float32(alpha), logprobs), learning.replicated)
-    old = learning.score(state.params, packed)
-    fixed = learning.score_reference(reference, packed) if needs_reference(config) else old
-    return Batch(packed=packed, credit=learning.credit(verdict, lengths, dial, logprobs, old, fixed, packed),
-                 packing_efficiency=packing.packing_efficiency(laid))
+    with jax.transfer_guard("disallow"):
+        graded = sample(problems, log=log)
+        if not settings.refill_rounds:
+            return graded
+        return refill(graded, sample, run.learner, run.session.inputs.problems,
+                      alpha=run.run_state.alpha, settings=settings, key=(run.config.run.seed, step))
 
 
-def measured(*metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """Metrics on the host; of several updates their means."""
-    found = sharding.to_host(metrics)
-    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+def means(*metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Brings metrics to the host; averages those of several updates."""
+    on_host = sharding.to_host(metrics)
+    return {name: float(np.mean([values[name] for values in on_host])) for name in on_host[0]}
 
 
-def make_step(config: Config, session: Session, reference: model.Params, watch: attempts.OnChunk, course: RunState,
-              directory: Path):
-    """step(state, index) -> (state, metrics, samples): the seven stages in order.
+def step_metrics(graded: GradedRollouts, packing_efficiency: float, *, rollout_seconds: float,
+                 update_seconds: float, step_seconds: float) -> dict[str, float]:
+    """Describes the rollouts of a step, and how well the devices were used."""
+    rollouts = graded.rollouts
 
-    The state passed in is donated to the update, the last stage: what fails or stops before it leaves it whole.
-    Args: course, whose lengths are kept up to date; directory, of the run, where the responses of a step that is
-        stopped are kept."""
-    engine, path = session.engine, directory / unfinished.FILE
-    initial = jax.device_put(reference, engine.learning.params_sharding) if config.rollout.policy == "initial" else None
+    def total(name: str) -> float:
+        return float(sum(getattr(generation, name) for generation in graded.generations))
 
-    def step(state: update.TrainState, index: int) -> tuple[update.TrainState, dict[str, float], list[dict[str, Any]]]:
-        began = time.monotonic()
-        policy = state.params if initial is None else initial
-        groups = draw(session, config, policy, index, course, watch, path)
-        tried = groups.tried
-        graded = time.monotonic()
+    metrics = {"rollout/accuracy": float(graded.correct.mean()),
+               "rollout/tokens": float(rollouts.lengths.mean()),
+               "rollout/truncated": float(1.0 - rollouts.ended.mean()),
+               "rollout/tokens_per_second": total("tokens") / rollout_seconds,
+               "engine/occupancy": total("tokens") / max(total("slot_steps"), 1),
+               "engine/host_share": total("host_seconds") / rollout_seconds,
+               "engine/compilations": total("compilations")}
 
-        with jax.transfer_guard("disallow"):
-            rows = make_experience(config, engine, state, reference, tried.rollouts, tried.correct, course.alpha)
-            reward, advantage = sharding.to_host((rows.credit.rewards, rows.credit.advantages))
-            credited = measured(rows.credit.metrics)
-            check_finite(credited, index)
-            if initial is None:
-                parity.check(credited, config, f"step {index}")
-            state, changed = engine.learning.update(state, rows.credit.experience, rows.packed)
-            updated = {f"update/{name}": value for name, value in measured(*changed).items()}
-        ended = time.monotonic()
+    if rollouts.repeated.any():
+        stopped = rollouts.finish == FinishReason.REPETITION
+        audited = rollouts.repeated & ~stopped
+        metrics |= {"rollout/repeated": float(rollouts.repeated.mean()),
+                    "rollout/repetition_stopped": float(stopped.mean())}
+        if audited.any():
+            metrics["rollout/repetition_recovered"] = float(rollouts.ended[audited].mean())
 
-        if processes.is_primary():
-            path.unlink(missing_ok=True)
-
-        sampled, count = tried.rollouts, int(tried.rollouts.lengths.sum())
-        course.lengths.update(attempts.mean_lengths(groups.batch, sampled))
-        rollout_seconds, update_seconds = graded - began - tried.grading_seconds, ended - graded
-        metrics = credited | updated | groups.metrics | {
-            "reward/alpha": course.alpha,
-            "rollout/accuracy": float(tried.correct.mean()),
-            "rollout/tokens": float(sampled.lengths.mean()),
-            "rollout/truncated": float(1.0 - sampled.ended.mean()),
-            **engine_metrics(tried, rollout_seconds),
-            "update/tokens_per_second": count / update_seconds,
-            "update/packing_efficiency": rows.packing_efficiency,
-            "time/rollout": rollout_seconds, "time/grade": tried.grading_seconds,
-            "time/update": update_seconds, "time/step": ended - began}
-        statuses = Counter(verdict.status for verdict in tried.verdicts)
-        metrics |= {f"grade/{status}": number / len(tried.verdicts) for status, number in sorted(statuses.items())}
-        check_finite(metrics, index)
-        return state, metrics, describe(groups, reward, advantage, config.log.groups_per_step)
-
-    return step
+    metrics |= {"update/tokens_per_second": int(rollouts.lengths.sum()) / update_seconds,
+                "update/packing_efficiency": packing_efficiency, "time/rollout": rollout_seconds,
+                "time/grade": graded.grading_seconds, "time/update": update_seconds,
+                "time/step": step_seconds}
+    statuses = Counter(verdict.status for verdict in graded.verdicts)
+    return metrics | {f"grade/{status}": count / len(graded.verdicts)
+                      for status, count in sorted(statuses.items())}
 
 
-def evaluate_base(session: Session, reference: model.Params, directory: Path, progress: Progress,
-                  watch: attempts.OnChunk) -> dict[str, Outcomes]:
-    """What the model before training makes of each set; sampled once, and read by a resumed run."""
-    if not session.inputs.held_out:
-        return {}
-    progress.say("evaluating the model before training")
-    original = jax.device_put(reference, session.engine.learning.params_sharding)
-    return session.evaluator.measure_all(original, watch, weights=model_fingerprint(session.inputs.pretrained),
-                                         directory=runs.evaluations(directory, 0))
+def describe(graded: GradedRollouts, rewards: np.ndarray, advantages: np.ndarray,
+             count: int) -> list[dict[str, Any]]:
+    """Returns the rows of `count` groups for people to read, spread evenly over the batch.
+
+    Args:
+        rewards, advantages: float32[P, G].
+    """
+    prompt_count, group_size = rewards.shape
+    count = min(count, prompt_count)
+    return [dataclasses.asdict(responses.graded_response(graded.problems, graded, prompt, sample))
+            | {"reward": float(rewards[prompt, sample]), "advantage": float(advantages[prompt, sample])}
+            for prompt in (number * prompt_count // count for number in range(count))
+            for sample in range(group_size)]
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:
-    """Raises FloatingPointError naming what has become NaN or infinite; nothing is saved after that."""
+    """Raises FloatingPointError naming what became NaN or infinite; nothing is saved after that."""
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(f"step {step}: non-finite {', '.join(bad)}; the checkpoints before it are whole")
+
+
+def begin(config: Config, session: Session, directory: Path, checkpoints: Checkpoints, started: float) -> Run:
+    """Starts from the newest checkpoint, or from the model before training.
+
+    Raises:
+        UserError: the checkpoint was trained with another template or on other problems, or has
+            done more steps than are wanted.
+    """
+    learner, weights = session.engine.learner, session.load_weights()
+    reference = learner.as_reference(weights)
+    latest = processes.broadcast("newest checkpoint", lambda: checkpoints.latest)
+    if latest is None:
+        # A copy: in float32 the reference may be these very arrays, and each update donates the state.
+        train_state = learner.init(jax.tree.map(lambda weight: weight.copy(), weights))
+        run_state = RunState(alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
+    else:
+        train_state, facts = checkpoints.restore(learner.abstract_state, latest)
+        check_origin(facts, session.inputs)
+        run_state = RunState(
+            alpha=facts["alpha"], last_alpha_step=facts["last_alpha_step"], seconds=facts["seconds"],
+            lengths={int(uid): tokens for uid, tokens in facts["lengths"].items()})
+
+    run = Run(config=config, session=session, directory=directory, checkpoints=checkpoints,
+              reference=reference, train_state=train_state, run_state=run_state,
+              initial_params=(jax.device_put(reference, learner.params_sharding)
+                              if config.rollout.policy == "initial" else None),
+              started=started - run_state.seconds)
+    if run.step > config.run.steps:
+        raise UserError(f"run.steps must be at least the {run.step} steps that {directory} has done, got "
+                        f"{config.run.steps}")
+    return run
+
+
+def check_origin(facts: dict[str, Any], inputs: Inputs) -> None:
+    """Raises UserError if a checkpoint was trained with another template or on other problems."""
+    template, wanted = facts["template"], origin(inputs)
+    if template["sha256"] != inputs.template.sha256:
+        raise UserError(f"data.template: the checkpoint was trained with the template {template['name']}, "
+                        f"whose text has changed since (sha256 {template['sha256'][:12]}, now "
+                        f"{inputs.template.sha256[:12]})")
+
+    for field, fact in (("data.path", "problems_sha256"), ("evaluation.path", "held_out_sha256")):
+        if facts[fact] != wanted[fact]:
+            raise UserError(f"{field}: the problems have changed since the checkpoint (sha256 {facts[fact][:12]}, "
+                            f"now {wanted[fact][:12]}); a resumed run needs the same ones")
+
+
+def check_parity(run: Run) -> str:
+    """Samples a few tokens for the first step's problems and scores them.
+
+    Returns:
+        A line for the user that says how far sampler and trainer are apart.
+
+    Raises:
+        parity.Mismatch: too far.
+    """
+    config, settings, sampler = run.config, run.config.rollout, run.session.engine
+    problems = prompts.batch(run.session.inputs.problems, settings.prompts_per_step, config.run.seed, 0)
+    requests = make_requests([problem.prompt for problem in problems], settings.group_size,
+                             min(parity.START_TOKENS, settings.max_new_tokens),
+                             uids=[problem.uid for problem in problems])
+    key = engine.step_key(config.run.seed, "parity", 0)
+    with jax.transfer_guard("disallow"):
+        params = run.train_state.params
+        generation = sampler.sampler(params, requests, key, sampler.sampling)
+        chunks = list(watched(generation, len(requests), run.on_chunk))
+        rollouts = engine.collect(problems, [response for chunk in chunks for response in chunk],
+                                  settings.group_size)
+        packed = run.learner.pack(rollouts, np.zeros(rollouts.lengths.shape, bool))
+        batch = run.learner.experience(packed, run.learner.score(params, packed),
+                                       run.learner.score_reference(run.reference, packed), 0.0)
+        metrics = means(batch.metrics)
+
+    parity.check(metrics, config, "before the first step")
+    return (f"parity: sampler and trainer are {metrics['rollout/mismatch']:.1e} nats apart on "
+            f"{rollouts.lengths.sum():,} tokens (at most {parity.limit(config):g} accepted)")
+
+
+@contextlib.contextmanager
+def saving_on_exit(run: Run, go_on: str) -> Iterator[None]:
+    """Saves the state if a signal, the grader or the parity check stops the run between two updates."""
+    try:
+        yield
+    except (Undecided, parity.Mismatch):
+        save(run)
+        raise
+    except Interrupted as stop:
+        save(run)
+        # One of several processes says it for all.
+        message = (f"{stop.message} after step {run.step} of {run.config.run.steps}, saved; go on with: {go_on}"
+                   if processes.is_primary() else "")
+        raise Interrupted(stop.signum, message) from None
+
+
+def save(run: Run) -> None:
+    """Stage 7: writes a checkpoint, and the policy as a Hugging Face model."""
+    run.run_state.seconds = time.monotonic() - run.started
+    step, inputs = run.step, run.session.inputs
+    run.checkpoints.save(step, run.train_state, facts=origin(inputs) | dataclasses.asdict(run.run_state))
+    export(run.train_state.params, step, run.config, inputs, run.directory / "model", run.run_state.alpha)
+    processes.broadcast("saved", lambda: None)        # no process ends while process 0 still writes
+
+
+def evaluate_base(run: Run) -> dict[str, Outcomes]:
+    """Evaluates the model before training on each set; a resumed run reads what is there."""
+    if not run.session.inputs.held_out:
+        return {}
+    if run.progress is not None:
+        run.progress.say("evaluating the model before training")
+    original = jax.device_put(run.reference, run.learner.params_sharding)
+    return run.session.evaluator.measure_all(
+        original, run.on_chunk, weights=model_fingerprint(run.session.inputs.pretrained),
+        directory=runs.evaluations(run.directory, 0))
+
+
+def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = None) -> dict[str, Outcomes]:
+    """Evaluates the policy. Args: names, of the sets; None = all."""
+    first = next(iter(base.values()))
+    expected = {int(uid): float(tokens)
+                for uid, tokens in zip(first.uids, first.lengths.mean(axis=1), strict=True)}
+    return run.session.evaluator.measure_all(
+        run.train_state.params, run.on_chunk, weights=f"step {run.step}", expected=expected, names=names,
+        directory=runs.evaluations(run.directory, run.step))
+
+
+def evaluate_between(run: Run, base: dict[str, Outcomes]) -> dict[str, float]:
+    """Evaluates the policy on the first set between two steps; alpha follows it if configured."""
+    state, reward, step = run.run_state, run.config.reward, run.step
+    name = next(iter(base))
+    before, after = base[name], evaluate(run, base, [name])[name]
+    accuracy, tokens = float(after.correct.mean()), float(after.lengths.mean())
+
+    # Once: a run that resumes here reads the same evaluation again.
+    if alpha_control.is_on(reward) and step > state.last_alpha_step:
+        state.last_alpha_step = step
+        state.alpha = alpha_control.next_alpha(
+            state.alpha, token_ratio=tokens / float(before.lengths.mean()),
+            accuracy_drop=100 * (float(before.correct.mean()) - accuracy), reward=reward)
+    return {"evaluation/accuracy": accuracy, "evaluation/tokens": tokens}

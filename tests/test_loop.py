@@ -28,7 +28,7 @@ from effreason.grading.grader import Grade
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import load_tokenizer
 from effreason.lm.hf.weights import read_weights
-from effreason.rl import experience, packing, parity, rollouts
+from effreason.rl import advantages, packing, parity, rollouts
 from effreason.rl.checkpoints import Checkpoints
 from effreason.runs import directory as runs
 from effreason.runs import export as run_export
@@ -76,7 +76,7 @@ def lasting(directory):
 
 def state_in(finished, directory):
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
-        return jax.device_get(saved.restore(finished.engine.learning.abstract_state)[0])
+        return jax.device_get(saved.restore(finished.engine.learner.abstract_state)[0])
 
 
 def assert_same_run(finished, directory):
@@ -159,8 +159,8 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
                 "update/loss", "update/kl", "update/grad_norm", "update/entropy", "update/clip_share",
                 "update/tokens_per_second", "time/rollout", "time/grade", "time/update", "time/step"} <= row.keys()
         assert sum(value for name, value in row.items() if name.startswith("grade/")) == pytest.approx(1)
-        assert sum(row[f"update_share/{part}"] for part in experience.PARTS) == pytest.approx(1, abs=1e-4)
-        assert {f"length_pull/{part}" for part in experience.PARTS} <= row.keys()
+        assert sum(row[f"update_share/{part}"] for part in advantages.PARTS) == pytest.approx(1, abs=1e-4)
+        assert {f"length_pull/{part}" for part in advantages.PARTS} <= row.keys()
     assert any(row["reward/groups_with_signal"] > 0 for row in steps)
     assert rows[3].keys() == {"step", "evaluation/accuracy", "evaluation/tokens"}
 
@@ -190,10 +190,9 @@ def test_the_exported_model_loads_and_has_learned(finished, world):
 
 
 def test_a_run_compiles_each_function_of_its_learning_once(finished):
-    learning = finished.engine.learning
-    assert len(finished.widths) == 1
-    programs = (learning.score, learning.score_reference, learning.credit, learning.gradients, learning.apply_gradients)
-    assert [program._cache_size() for program in programs] == [1] * 5
+    programs = vars(finished.engine.learner.programs)
+    assert len(finished.widths) == 1 and len(programs) == 5
+    assert {name: program._cache_size() for name, program in programs.items()} == dict.fromkeys(programs, 1)
 
 
 def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
@@ -578,14 +577,15 @@ def wrong_scores(monkeypatch, after):
 
     def made(*arguments):
         engine = make_engine(*arguments)
-        learning = engine.learning
+        score = engine.learner.score
 
-        def score(params, packed):
-            calls.append(packed.token_index.shape)
+        def wrong_score(params, packed):
+            calls.append(packed.lengths.shape)
             with jax.transfer_guard("allow"):
-                return learning.score(params, packed) * (1.5 if len(calls) > after else 1.0)
+                return score(params, packed) * (1.5 if len(calls) > after else 1.0)
 
-        return dataclasses.replace(engine, learning=dataclasses.replace(learning, score=score))
+        engine.learner.score = wrong_score
+        return engine
 
     monkeypatch.setattr(session, "make_engine", made)
 

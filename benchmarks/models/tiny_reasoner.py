@@ -17,9 +17,9 @@ from effreason.evaluation import evaluate
 from effreason.lm import model
 from effreason.lm.hf.pretrained import open_pretrained
 from effreason.lm.hf.weights import read_weights
-from effreason.rl import rollouts as attempts
 from effreason.rl.advantages import leave_one_out, length_pull
 from effreason.rl.rewards import length_rewards
+from effreason.rl.rollouts import sample_and_grade
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
 from effreason.sampling import engine
@@ -42,10 +42,10 @@ def main() -> None:
     sampler = engine.make_sampler(tiny.decoder, mesh, slots=256, chunk=16)
     key = engine.step_key(0, "evaluation", 1)
     with evaluate.make_grader(config) as grader:
-        tried = attempts.attempt(
+        tried = sample_and_grade(
             lambda requests: sampler(params, requests, key, sampling), problems, GROUP_SIZE,
             config.rollout.max_new_tokens, tokenizer=tiny.tokenizer, grader=grader, require_eos=True,
-            watch=lambda now: None)
+            on_chunk=lambda progress: None)
     texts, correct, sampled = tried.texts, tried.correct, tried.rollouts
     direct = np.array([text.startswith("</think>") for text in texts]).reshape(correct.shape)
     fewest = np.array([fewest_tokens(tiny.tokenizer, task) for task, _ in zip(

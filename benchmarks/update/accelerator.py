@@ -37,13 +37,10 @@ def scoring_memory(config: model.DecoderConfig, mesh: Mesh, *, tokens: int = 327
         batch = steps.make_batch("fixed", vocabulary, sequences=2 * rows, prompt=64, response=64)
         run = steps.settings(decoder, batch, rows=rows, remat="full", dtype=jnp.dtype(decoder.dtype).name)
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention="blockwise"))
-        learning = engine.make_learner(run, decoder, mesh)
-        packed = engine.abstract_packed(run, learning, width=tokens, micro_batches=1)
-        experience, params = engine.abstract_experience(packed), learning.abstract_state.params
+        step = engine.Learner(run, decoder, mesh).lowered(run, width=tokens, micro_batches=1)
         with jax.set_mesh(mesh):
-            scoring = learning.score.lower(params, packed).compile().memory_analysis()
-            which = jax.ShapeDtypeStruct((), jnp.int32, sharding=learning.replicated)
-            backward = learning.gradients.lower(params, experience, packed.counts, which).compile().memory_analysis()
+            scoring = step.lower["score"]().compile().memory_analysis()
+            backward = step.lower["gradients"]().compile().memory_analysis()
         found.append({"vocabulary": vocabulary, "tokens": tokens, "scoring_bytes": scoring.temp_size_in_bytes,
                       "gradient_bytes": backward.temp_size_in_bytes,
                       "logits_bytes": 4 * tokens * vocabulary})

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import os
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from effreason import loop
 from effreason.lm import model
 from effreason.lm.model import DecoderConfig
 from effreason.rl import learner as engine
@@ -130,21 +128,21 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
     Args: params, which are taken over; None = random ones."""
     run = settings(config, batch, rows=rows, remat=remat, dtype=dtype)
     decoder = dataclasses.replace(config, dtype=jnp.dtype(dtype), remat=remat)
-    learning = engine.make_learner(run, decoder, mesh)
+    learning = engine.Learner(run, decoder, mesh)
     if params is None:
         params = jax.jit(lambda: model.init(decoder, jax.random.key(0)), out_shardings=learning.params_sharding)()
     reference = learning.as_reference(params)
-    states = [learning.initial_state(params)]
-    whole: Any = types.SimpleNamespace(learning=learning)       # the sampler is not asked for
+    states = [learning.init(params)]
     figures: dict[str, Any] = {"rows": rows, "fill": 1.0}
 
     def step() -> None:
         with jax.set_mesh(mesh):
-            made = loop.make_experience(run, whole, states[0], reference, to_rollouts(batch), batch.correct,
-                                        run.reward.alpha)
-            states[0], metrics = learning.update(states[0], made.credit.experience, made.packed)
+            packed = learning.pack(to_rollouts(batch), batch.correct)
+            learnt = learning.experience(packed, learning.score(states[0].params, packed),
+                                         learning.score_reference(reference, packed), run.reward.alpha)
+            states[0], metrics = learning.update(states[0], learnt)
             jax.block_until_ready((states[0], metrics))
-        figures["fill"] = made.fill
+        figures["fill"] = packed.packing_efficiency
 
     product = jax.jit(jnp.matmul)
 

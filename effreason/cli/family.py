@@ -5,7 +5,6 @@ Everything is opened and compiled once; each member is a run of its own, in a di
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from effreason.evaluation import responses
 from effreason.lm.blend import blend
 from effreason.lm.hf.pretrained import load_weights, model_fingerprint, open_pretrained
 from effreason.rl import alpha_control, configured_reward
-from effreason.rl.learner import make_learner
+from effreason.rl.learner import Learner
 from effreason.runs import directory as runs
 from effreason.runs import results
 from effreason.runs.report import page
@@ -140,10 +139,10 @@ def train_member(session: Session, config: Config, name: str, base: Point, go_on
         if processes.is_primary():
             adopt(base.directory, runs.evaluations(directory, 0))
         if config.update.objective != "policy_gradient":
-            learning = make_learner(config, session.inputs.pretrained.decoder, session.mesh,
+            learner = Learner(config, session.inputs.pretrained.decoder, session.mesh,
                                      longest_prompt(session.inputs.problems))
-            session = dataclasses.replace(session, engine=dataclasses.replace(session.engine, learning=learning))
-        loop.run(session, config, directory, started=time.monotonic(), go_on=go_on)
+            session = dataclasses.replace(session, engine=dataclasses.replace(session.engine, learner=learner))
+        loop.train(config, session, go_on)
     else:
         say("trained already", processes.console())
     is_member = config.update.objective == "policy_gradient"
@@ -188,7 +187,7 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
     trained = max((point for point in points if point.kind == MEMBER), key=lambda point: point.alpha or 0.0)
     if not weights:
         return []
-    base, target = session.load_weights(), session.engine.learning.params_sharding
+    base, target = session.load_weights(), session.engine.learner.params_sharding
     pretrained = open_pretrained(str(trained.directory / "model"), dtype="float32")
     other = load_weights(pretrained, target)
     mix = jax.jit(blend, out_shardings=target)
@@ -198,7 +197,7 @@ def blended(session: Session, directory: Path, points: Sequence[Point], weights:
         say(f"{name}: {1 - weight:g} of the base and {weight:g} of {trained.name}", processes.console())
         path = directory / f"blend{weight:g}-{trained.directory.name}-step{session.config.run.steps}"
         outcomes = session.evaluator.measure_all(
-            mix(base, other, sharding.to_device(jax.numpy.float32(weight), session.engine.learning.replicated)),
+            mix(base, other, sharding.to_device(jax.numpy.float32(weight), session.engine.learner.replicated)),
             lambda now: session.interrupts.check(), weights=f"{weight:g} of {model_fingerprint(pretrained)}",
             directory=path)
         made.append(Point(name=name, kind=BLEND, directory=path, outcomes=outcomes, alpha=trained.alpha,

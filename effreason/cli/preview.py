@@ -66,7 +66,7 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     saved = read(Path(options.file))
     settings: list[float | None] = [alpha for alpha in alphas if alpha > 0] if has_alpha else [None]
-    reports = [report for advantage in advantages for report in pressure.effects(
+    reports = [report for advantage in advantages for report in pressure.reports(
         saved.groups, reward, settings, advantage, options.aggregation)]
     texts = list(warnings(saved, reward, settings, advantages, reports))
 
@@ -169,7 +169,7 @@ def warnings(saved: SavedResponses, reward: Reward, alphas: Sequence[float | Non
         yield from _group_std_warning(groups, reward, alphas)
 
     if "whiten" in advantages:
-        shift = pressure.make_split(pressure.correctness, "whiten")(groups, 0.0)[1].normalisation
+        shift = pressure.make_split(pressure.correctness, "whiten")(groups, 0.0)[2]["normalisation"]
         pull = pressure.pull(shift, groups, "sequence_mean")
         if pull and abs(pull) >= 0.005:
             yield ("whiten: with update.aggregation sequence_mean it pulls on length at alpha 0: "
@@ -177,7 +177,7 @@ def warnings(saved: SavedResponses, reward: Reward, alphas: Sequence[float | Non
 
     all_correct, all_wrong = int(groups.all_correct.sum()), int((~groups.correct.any(axis=1)).sum())
     split = pressure.make_split(reward, "loo")
-    length = np.abs(split(groups, alphas[-1] or 0.0)[1].length) if alphas else np.zeros(1)
+    length = np.abs(split(groups, alphas[-1] or 0.0)[2]["length"]) if alphas else np.zeros(1)
     if all_correct and length.sum() > 0:
         share = length[groups.all_correct].sum() / length.sum()
         yield (f"filtering by accuracy (DAPO) would drop {all_correct:,} all-correct groups, which "
@@ -212,7 +212,7 @@ def _group_std_warning(groups: Groups, reward: Reward,
         return
 
     split, (low, high) = pressure.make_split(reward, "group_std"), (min(numbers), max(numbers))
-    at_low, at_high = (split(groups, alpha)[1].whole[groups.all_correct] for alpha in (low, high))
+    at_low, at_high = (split(groups, alpha)[1][groups.all_correct] for alpha in (low, high))
 
     largest = np.abs(at_high).max()
     if largest > 0 and np.abs(at_high - at_low).max() < 0.01 * largest:

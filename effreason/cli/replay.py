@@ -106,14 +106,14 @@ def _problem(problems: prompts.Problems, config: Config, uid: int, step: int) ->
 def _policy(engine: Engine, pretrained: Pretrained, directory: Path, step: int) -> model.Params:
     """Returns the weights after `step` updates. Raises: UserError if they are not stored."""
     if step == 0:
-        return load_weights(pretrained, engine.learning.params_sharding)
+        return load_weights(pretrained, engine.learner.params_sharding)
     with Checkpoints(directory / "checkpoints", keep=None) as saved:
         if step not in saved.steps:
             kept = ", ".join(map(str, [0, *saved.steps]))
             raise UserError(f"--step must be one of {kept}, whose weights are stored in "
                             f"{directory / 'checkpoints'}; got {step}; a run keeps more of them "
                             "with checkpoint.every and checkpoint.keep")
-        return saved.restore(engine.learning.abstract_state, step)[0].params
+        return saved.restore(engine.learner.abstract_state, step)[0].params
 
 
 def _as_logged(directory: Path, options: Any, text: str) -> bool | None:

@@ -20,7 +20,7 @@ from effreason.evaluation.responses import EvaluatedResponse
 from effreason.grading.grader import Grader
 from effreason.lm import model
 from effreason.lm.hf.pretrained import Pretrained
-from effreason.rl.rollouts import OnChunk, attempt, unmatched
+from effreason.rl.rollouts import OnChunk, ResponseLog, sample_and_grade, unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance, sharding
 from effreason.runtime.config import Config
@@ -96,24 +96,24 @@ class Evaluator:
 
         vocabulary = self.pretrained.decoder.vocabulary
         with journals.Journal(journal_path, facts, vocabulary) as journal:
-            rows = self._sample(name, load_params(), on_chunk, expected, drawn=journal.resumed,
-                                record=journal.add, keep=journal.add_unfinished)
+            rows = self._sample(name, load_params(), on_chunk, expected, journal)
             processes.broadcast("graded", lambda: responses.write(path, sampled_facts, rows))
             journal.remove()
         return Measured(outcomes=responses.outcomes(rows), facts=sampled_facts)
 
     def _sample(self, name: str, params: model.Params, on_chunk: OnChunk,
-                expected: Mapping[int, float], **journal: Any) -> list[EvaluatedResponse]:
+                expected: Mapping[int, float],
+                log: ResponseLog | None = None) -> list[EvaluatedResponse]:
         settings, problems = self.config.evaluation, self.sets[name]
         sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p,
                                   top_k=settings.top_k, min_p=settings.min_p,
                                   eos_ids=self.pretrained.eos_ids)
         key = step_key(self.seed, "evaluation", 0)
-        graded = attempt(
+        graded = sample_and_grade(
             lambda requests: self.sampler(params, requests, key, sampling), problems,
             loading.evaluation_samples(self.config)[name], max_new_tokens(self.config),
             tokenizer=self.pretrained.tokenizer, grader=self.grader,
-            require_eos=self.config.grade.require_eos, watch=on_chunk, expected=expected, **journal)
+            require_eos=self.config.grade.require_eos, on_chunk=on_chunk, expected=expected, log=log)
         return responses.evaluated_responses(name, problems, graded)
 
     def facts(self, name: str, weights: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from effreason.lm.hf.pretrained import (
     open_pretrained,
 )
 from effreason.rl.checkpoints import Checkpoints
-from effreason.rl.learner import check_model, make_learner
+from effreason.rl.learner import Learner, check_model
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
@@ -102,7 +102,7 @@ def _open_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
         run.update, rows_per_micro_batch=sharding.batch_shards(mesh), offload_optimizer=False))
 
     def load() -> model.Params:
-        state = make_learner(run_here, pretrained.decoder, mesh).abstract_state
+        state = Learner(run_here, pretrained.decoder, mesh).abstract_state
         with Checkpoints(path.parent, keep=None) as checkpoints:
             params: model.Params = checkpoints.restore(state, int(path.name))[0].params
         return params

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Meta
 
 from effreason.grading.statements import end_of_answer, first_stated
-from effreason.rl.rollouts import GradedRollouts, gold
+from effreason.rl.rollouts import GradedRollouts, make_reference
 from effreason.runtime import files
 from effreason.runtime import rows as json_rows
 from effreason.runtime.config_fields import written
@@ -95,7 +95,7 @@ def first_answer_token(problem: Problem, row: GradedResponse) -> float | None:
     exact offsets would need every prefix decoded. A correct response states the reference with its
     final answer at the latest."""
     text = row.response
-    characters = first_stated(text, gold(problem))
+    characters = first_stated(text, make_reference(problem))
     if row.correct:
         characters = min(characters or len(text), end_of_answer(text))
     return None if characters is None or not text else round(row.tokens * characters / len(text), 1)

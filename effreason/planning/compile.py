@@ -20,7 +20,7 @@ from effreason.planning import costs, shapes
 from effreason.planning.chips import GIB, Target
 from effreason.planning.costs import Cost
 from effreason.planning.workloads import Workload
-from effreason.rl import learner
+from effreason.rl.learner import AbstractStep, Learner
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
@@ -118,27 +118,23 @@ def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mes
 def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slot_count: int,
                   workload: Workload) -> dict[str, PlannedProgram]:
     """Returns every function of a training step in call order; compiles nothing."""
-    learning: Any = learner.make_learner(config, decoder, mesh)
-    packed = learner.abstract_packed(config, learning, width=workload.width,
-                                     micro_batches=workload.room)
-    experience = learner.abstract_experience(packed)
-    state, reference = learning.abstract_state, learning.abstract_reference
-    logprobs = _array(learning.replicated, jnp.float32, *packed.token_index.shape)
+    learner = Learner(config, decoder, mesh)
+    step = learner.lowered(config, width=workload.width, micro_batches=workload.room)
+    state, reference = step.state, step.reference
 
     resident = {name: bytes_per_device(tree) for name, tree in (
         ("params", state.params), ("optimizer", state.opt_state), ("reference", reference),
-        ("experience", experience), ("tokens", logprobs))}
+        ("experience", step.experience), ("tokens", step.logprobs))}
     # Only the widest rows are compiled. Scoring needs the log-probs of all groups, flat, on every
     # chip.
     narrower = workload.widths - 1
     resident["narrower"] = narrower * resident["experience"]
     resident["narrower_scored"] = narrower * (
-        bytes_per_device(packed.groups) + 4 * math.prod(packed.groups[0].tokens.shape))
+        bytes_per_device(step.packed.groups) + 4 * math.prod(step.packed.groups[0].tokens.shape))
 
     programs = [*_sampler_programs(config, decoder, mesh, state.params, resident, slot_count,
                                    len(workload.lengths)),
-                *_learner_programs(config, learning, packed, experience, logprobs, resident,
-                                   workload)]
+                *_learner_programs(config, step, learner.needs_reference, resident, workload)]
     return {program.name: program for program in programs}
 
 
@@ -185,16 +181,10 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                                                           sampling=sampling, chunk=chunk))]
 
 
-def _learner_programs(config: Config, learning: Any, packed: Any, experience: Any, logprobs: Any,
+def _learner_programs(config: Config, step: AbstractStep, needs_reference: bool,
                       resident: Mapping[str, float], workload: Workload) -> list[PlannedProgram]:
-    """Returns the functions of stages 4 to 6. Args: as in `_sampler_programs`; logprobs, float32[B,
-    T]."""
-    state, reference = learning.abstract_state, learning.abstract_reference
+    """Returns the functions of stages 4 to 6. Args: as in `_sampler_programs`."""
     updates, trips = config.update.updates_per_batch, workload.micro_batches
-    groups = config.rollout.prompts_per_step, config.rollout.group_size
-    index, alpha = _array(learning.replicated, jnp.int32), _array(learning.replicated, jnp.float32)
-    correct = _array(learning.replicated, jnp.bool_, *groups)
-    lengths = _array(learning.replicated, jnp.int32, *groups)
 
     def resident_bytes(*names: str) -> float:
         return sum(resident[name] for name in names)
@@ -203,24 +193,22 @@ def _learner_programs(config: Config, learning: Any, packed: Any, experience: An
         PlannedProgram(name="score", per="a step", calls=1, trips=trips, divide=1,
                        other_bytes=resident_bytes("optimizer", "reference", "tokens",
                                                   "narrower_scored"),
-                       lower=lambda: learning.score.lower(state.params, packed)),
+                       lower=step.lower["score"]),
         PlannedProgram(name="score_reference", per="a step",
-                       calls=int(learner.needs_reference(config)),
+                       calls=int(needs_reference),
                        trips=trips, divide=1,
                        other_bytes=resident_bytes("params", "optimizer", "tokens", "tokens",
                                                   "narrower_scored"),
-                       lower=lambda: learning.score_reference.lower(reference, packed)),
+                       lower=step.lower["score_reference"]),
         PlannedProgram(name="experience", per="a step", calls=1, trips=1, divide=1,
                        other_bytes=resident_bytes("params", "optimizer", "reference", "narrower"),
-                       lower=lambda: learning.credit.lower(correct, lengths, alpha, logprobs,
-                                                           logprobs, logprobs, packed)),
+                       lower=step.lower["experience"]),
         PlannedProgram(name="gradients", per="an update", calls=updates, trips=trips, divide=1,
                        other_bytes=resident_bytes("optimizer", "reference", "tokens", "narrower"),
-                       lower=lambda: learning.gradients.lower(state.params, experience,
-                                                              packed.counts, index)),
+                       lower=step.lower["gradients"]),
         PlannedProgram(name="apply_gradients", per="an update", calls=updates, trips=1, divide=1,
                        other_bytes=resident_bytes("reference", "experience", "tokens", "narrower"),
-                       lower=lambda: learning.apply_gradients.lower(state, state.params, index))]
+                       lower=step.lower["apply_gradients"])]
 
 
 def _array(sharding: Any, dtype: Any, *shape: int) -> Any:

@@ -1,94 +1,162 @@
-"""From rewards to advantages: how much better a response did than its siblings, less what the KL penalty takes.
+"""From rewards to advantages: how much better a response did than the others of its group.
 
-P prompts, G responses for each prompt (the group), B = P * G rows, N token positions of a row. Needs nothing but jax.
+P prompts, G responses for each prompt (the group), B = P * G responses, T response tokens.
+Imports jax alone: copy the file into a notebook and it runs.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# What an advantage is the sum of: the advantage that correctness alone would give, what the rest of
+# the reward adds to it, what the KL penalty adds, and what whitening subtracts from every token.
+PARTS = ("accuracy", "length", "kl", "normalisation")
 
 
-def leave_one_out(rewards: jax.Array) -> jax.Array:
+def leave_one_out(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
     """Subtracts from each reward the mean of the other G - 1 rewards of its group (RLOO).
 
-    Args: rewards float32[P, G], G >= 2.
-    Returns: float32[P, G]; a group of equal rewards gives exactly 0. Source: arXiv 2402.14740.
+    Args:
+        rewards: float32, G >= 2.
+
+    Returns:
+        float32; exactly 0 for a group of equal rewards. Source: arXiv 2402.14740.
     """
-    # Measured from the first reward, equal rewards are exactly 0; sums of 0.95 would leave rounding noise.
+    # Measured from the first reward, equal rewards are exactly 0; sums of 0.95 leave rounding noise.
     offsets = rewards - rewards[..., :1]
     others = (jnp.sum(offsets, axis=-1, keepdims=True) - offsets) / (rewards.shape[-1] - 1)
     return offsets - others
 
 
-def group_std(advantages: jax.Array, rewards: jax.Array, eps: float = 1e-6) -> jax.Array:
+def group_std(advantages: Float[Array, "P G"], rewards: Float[Array, "P G"],
+              eps: float = 1e-6) -> Float[Array, "P G"]:
     """Divides each advantage by the population std of its group's rewards (GRPO).
 
-    Warning: this removes alpha. Where all responses are correct the rewards differ by alpha * sigmoid(z) alone, so
-    their std is proportional to alpha and the quotient is the same for alpha = 0.05 and 0.4: the dial turns and
-    nothing moves.
+    Warning: this removes alpha. The rewards of an all-correct group differ only by
+    alpha * sigmoid(z), so their std is proportional to alpha and the quotient is the same for
+    alpha = 0.05 and 0.4: turning alpha up changes nothing.
 
-    Args: advantages float32[P, G]; rewards float32[P, G], before any baseline; eps, added to the std.
-    Returns: float32[P, G]; 0 where the group's rewards are equal. Source: arXiv 2402.03300.
+    Args:
+        rewards: float32, before any baseline.
+        eps: added to the std.
+
+    Returns:
+        float32; 0 for a group of equal rewards. Source: arXiv 2402.03300.
     """
-    offsets = rewards - rewards[..., :1]                    # as above: equal rewards have std 0, not rounding noise
+    offsets = rewards - rewards[..., :1]                    # equal rewards: std 0, as above
     return advantages / (jnp.std(offsets, axis=-1, keepdims=True) + eps)
 
 
-def whiten(advantages: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Array:
-    """Shifts and scales the batch's advantages to mean 0 and variance 1, each response token weighing the same.
+def split_rewards(correct: Bool[Array, "P G"], rewards: Float[Array, "P G"], *, by_group_std: bool
+                  ) -> tuple[Float[Array, "P G"], dict[str, Float[Array, "P G"]]]:
+    """Computes the advantage of each response, and how much of it is accuracy and how much length.
 
-    The mean over tokens is a mean over responses weighted by length. Under a loss that averages over sequences this
-    adds a pull on length even at alpha = 0: compare with a control at alpha = 0.
+    Args:
+        by_group_std: also divide by the std of each group, see `group_std`.
 
-    Args: advantages float32[B, N]; mask bool[B, N], True on response tokens; eps, the least variance divided by.
-    Returns: float32[B, N], 0 outside the mask.
+    Returns:
+        The advantages, and their parts by the names in PARTS; kl and normalisation are 0.
     """
-    mean, scale = whitening(advantages, mask, eps)
-    return jnp.where(mask, (advantages - mean) * scale, 0.0)
+    accuracy = leave_one_out(correct.astype(jnp.float32))
+    total = leave_one_out(rewards)
+    length = total - accuracy
+
+    if by_group_std:
+        total, accuracy, length = (group_std(part, rewards) for part in (total, accuracy, length))
+
+    zeros = jnp.zeros_like(total)
+    return total, {"accuracy": accuracy, "length": length, "kl": zeros, "normalisation": zeros}
 
 
-def whitening(advantages: jax.Array, mask: jax.Array, eps: float = 1e-8) -> tuple[jax.Array, jax.Array]:
-    """What whiten subtracts, and multiplies by then: float32[] each."""
-    tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-    mean = jnp.sum(advantages, where=mask) / tokens
-    variance = jnp.sum(jnp.where(mask, advantages - mean, 0.0) ** 2) / tokens
-    return mean, jax.lax.rsqrt(jnp.maximum(variance, eps))
+def split_advantages(total: Float[Array, "*shape"], parts: dict[str, Float[Array, "*shape"]],
+                     mask: Bool[Array, "*shape"], *, tokens: Float[Array, "*shape"] | int = 1
+                     ) -> tuple[Float[Array, "*shape"], dict[str, Float[Array, "*shape"]]]:
+    """Whitens advantages, and their parts with them.
+
+    Training passes the advantages of tokens, [B, T]. The preview passes those of whole responses,
+    [P, G], with their lengths as `tokens`: the result is the same.
+
+    Returns:
+        The whitened advantages and the parts they are the sum of; see `whiten`.
+    """
+    total, shift, scale = whiten(total, mask, tokens=tokens)
+    parts = parts | {"normalisation": jnp.where(mask, -shift, 0.0)}
+    return total, {name: scale * part for name, part in parts.items()}
 
 
-def truncated_importance(trained: jax.Array, sampled: jax.Array, mask: jax.Array, cap: float) -> jax.Array:
-    """How much each token counts where sampler and trainer disagree a little: min(pi_trainer / pi_sampler, cap).
+def whiten(advantages: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *,
+           tokens: Float[Array, "*shape"] | int = 1, eps: float = 1e-8
+           ) -> tuple[Float[Array, "*shape"], Float[Array, ""], Float[Array, ""]]:
+    """Shifts and scales a batch of advantages to mean 0 and variance 1 over its response tokens.
 
-    The ratio makes the gradient that of the trainer's own policy; the cap bounds what one token can weigh.
+    The mean over tokens is a mean over responses weighted by length. Under a loss that averages
+    over sequences this pulls on length even at alpha = 0: compare with a control at alpha = 0.
 
-    Args: trained, sampled float32[B, N], log-probs of the same tokens; mask bool[B, N], True on response tokens;
-        cap > 0.
-    Returns: float32[B, N] in [0, cap], 0 outside the mask. Source: arXiv 1802.01561; between sampler and trainer:
-        Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    Args:
+        mask: the entries that count.
+        tokens: response tokens that each entry stands for.
+        eps: the least variance to divide by.
+
+    Returns:
+        The whitened advantages, 0 outside the mask; what was subtracted; what that was multiplied by.
+    """
+    count = jnp.maximum(jnp.sum(jnp.where(mask, tokens, 0)), 1).astype(jnp.float32)
+    mean = jnp.sum(tokens * advantages, where=mask) / count
+    variance = jnp.sum(tokens * jnp.where(mask, advantages - mean, 0.0) ** 2) / count
+
+    scale = jax.lax.rsqrt(jnp.maximum(variance, eps))
+    return jnp.where(mask, (advantages - mean) * scale, 0.0), mean, scale
+
+
+def truncated_importance(trained: Float[Array, "B T"], sampled: Float[Array, "B T"],
+                         mask: Bool[Array, "B T"], cap: float) -> Float[Array, "B T"]:
+    """Weighs tokens by how far sampler and trainer disagree: min(pi_trainer / pi_sampler, cap).
+
+    The ratio makes the gradient that of the trainer's own policy; the cap bounds one token's weight.
+
+    Args:
+        trained: log-probs by the trainer.
+        sampled: log-probs of the same tokens by the sampler.
+        mask: True on response tokens.
+        cap: > 0.
+
+    Returns:
+        float32 in [0, cap], 0 outside the mask. Source: arXiv 1802.01561; between sampler and
+        trainer: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+        Training".
     """
     log_ratio = jnp.where(mask, trained - sampled, 0.0)
     return jnp.where(mask, jnp.minimum(jnp.exp(log_ratio), cap), 0.0)
 
 
-def kl_return_to_go(penalty: jax.Array, mask: jax.Array) -> jax.Array:
+def kl_return_to_go(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     """Sums the penalty of each response token and all response tokens after it (no discount).
 
-    With penalty = coefficient * (policy log-prob - reference log-prob), subtract the result from the advantages: a
-    token answers for the drift from the reference that it and its successors cause, not for what stood before it.
+    With penalty = coefficient * (policy log-prob - reference log-prob), subtract the result from
+    the advantages: a token answers for the drift from the reference that it and its successors
+    cause, not for what came before it.
 
-    Args: penalty float32[B, N]; mask bool[B, N], True on response tokens.
-    Returns: float32[B, N], 0 outside the mask.
+    Args:
+        mask: True on response tokens.
+
+    Returns:
+        float32, 0 outside the mask.
     """
     response = jnp.where(mask, penalty, 0.0)
     return jnp.where(mask, jax.lax.cumsum(response, axis=response.ndim - 1, reverse=True), 0.0)
 
 
-def length_pull(advantages: jax.Array, lengths: jax.Array) -> jax.Array:
-    """How hard advantages pull on length, in tokens: the mean over responses of advantage * (length - group's mean).
+def length_pull(advantages: Float[Array, "P G"], lengths: Int[Array, "P G"]) -> Float[Array, ""]:
+    """Measures how hard advantages pull on length: mean of advantage * (length - group's mean).
 
-    It is the first-order change of the expected length, per unit of step, where each response is one action: negative
-    pulls towards shorter responses. Being linear in the advantages, it splits as they do.
+    It is the first-order change of the expected length, per unit of step, if each response is one
+    action. It is linear in the advantages, so the pulls of their parts add up.
 
-    Args: advantages float32[P, G]; lengths int32[P, G], response tokens through EOS.
-    Returns: float32[].
+    Args:
+        lengths: response tokens through EOS.
+
+    Returns:
+        float32[], tokens; negative pulls towards shorter responses.
     """
     tokens = lengths.astype(jnp.float32)
     return jnp.mean(advantages * (tokens - jnp.mean(tokens, axis=-1, keepdims=True)))

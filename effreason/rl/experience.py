@@ -1,6 +1,6 @@
-"""Stages 4 and 5 in one program: from verdicts to what each token of the packed rows is worth.
+"""Stages 4 and 5 in one compiled function: from verdicts to the advantage of each token.
 
-P prompts, G responses for each prompt (the group), B = P * G, T response tokens at most.
+P prompts, G responses for each prompt (the group), B = P * G responses, T response tokens.
 """
 
 import dataclasses
@@ -8,149 +8,159 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from effreason import types
-from effreason.rl import advantages, preferences, update
-from effreason.runtime.config import Config
+from effreason.rl import advantages, preferences, pressure, update
+from effreason.rl.configured_reward import Reward
 from effreason.types import Experience, Packed
 
-# (correct bool[P, G], lengths int32[P, G], alpha float32[]) -> float32[P, G]
-Reward = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Metrics = dict[str, jax.Array]
-PARTS = ("accuracy", "length", "kl", "normalisation")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Credit:
-    """What a step's responses have earned."""
+class Batch:
+    """What the update of a step learns from."""
 
-    experience: tuple[Experience, ...]      # of each group of rows
-    rewards: jax.Array                      # float32[P, G]
-    advantages: jax.Array                   # float32[P, G], before the penalty for drift and what is done over tokens
+    experience: tuple[Experience, ...]      # for each group of packed rows
+    counts: tuple[jax.Array, ...]           # int32[U] for each, see Packed
+    rewards: Float[Array, "P G"]
+    advantages: Float[Array, "P G"]         # of whole responses: before KL penalty and whitening
     metrics: Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Scored:
-    """Responses as the objectives read them."""
+class ScoredBatch:
+    """Responses with rewards and log-probs: what an objective reads."""
 
-    correct: jax.Array                      # bool[P, G]
-    lengths: jax.Array                      # int32[P, G]
-    rewards: jax.Array                      # float32[P, G]
-    mask: jax.Array                         # bool[B, T]
-    drift: jax.Array                        # float32[B, T], log-prob by the policy less that by the reference
+    correct: Bool[Array, "P G"]
+    lengths: Int[Array, "P G"]
+    rewards: Float[Array, "P G"]
+    mask: Bool[Array, "B T"]
+    drift: Float[Array, "B T"]              # log-prob by the policy less that by the reference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Worth:
-    """What an objective says of them."""
+class TokenAdvantages:
+    """What an objective gives each token to learn."""
 
-    advantages: jax.Array                   # float32[P, G]
-    of_tokens: jax.Array                    # float32[B, T]
-    weights: jax.Array                      # float32[B, T]
+    advantages: Float[Array, "P G"]
+    token_advantages: Float[Array, "B T"]
+    weights: Float[Array, "B T"]            # of the tokens in the loss
     metrics: Metrics
 
 
-def credit(correct: jax.Array, lengths: jax.Array, alpha: jax.Array, sampled: jax.Array, old: jax.Array,
-           reference: jax.Array, packed: Packed, *, config: Config, reward: Reward) -> Credit:
-    """Reward, baseline, KL penalty, and the options; or a baseline's choice among the responses.
+Objective = Callable[[ScoredBatch], TokenAdvantages]
 
-    Args: correct bool[P, G]; lengths int32[P, G]; alpha float32[], an argument so that one program serves a family of
-        them; the sampler's, old and reference log-probs float32[B, T]; packed, the rows that hold these responses."""
+
+def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], alpha: Float[Array, ""],
+                    sampled: Float[Array, "B T"], old: Float[Array, "B T"],
+                    reference: Float[Array, "B T"], packed: Packed, *, reward: Reward,
+                    objective: Objective, importance_cap: float | None = None,
+                    min_reward_spread: float = 0.0) -> Batch:
+    """Computes rewards and advantages, and puts each token's at its place in the packed rows.
+
+    Args:
+        alpha: an array, so that one compiled function serves every alpha.
+        sampled: log-probs of the response tokens by the sampler.
+        old: by the trainer before the update.
+        reference: by the frozen reference.
+        packed: the rows that hold these responses.
+        importance_cap: see `advantages.truncated_importance`; None leaves it out.
+        min_reward_spread: a group whose rewards differ by more has a signal; a metric alone.
+    """
     rewards = reward(correct, lengths, alpha)
     mask = types.response_mask(lengths.reshape(-1), old.shape[1])
     drift = jnp.where(mask, old - reference, 0.0)
-    objective = {"policy_gradient": _policy_gradient, "sft_shortest": _imitation, "dpo": _preference}
-    worth = objective[config.update.objective](
-        _Scored(correct=correct, lengths=lengths, rewards=rewards, mask=mask, drift=drift), config)
-    of_tokens = worth.of_tokens
-    if config.update.importance_cap is not None:
-        # Last: it weighs the gradient of a token, whatever the token is worth.
-        of_tokens *= advantages.truncated_importance(old, sampled, mask, config.update.importance_cap)
-    values = {"weights": worth.weights, "advantages": of_tokens, "old_logprobs": old, "reference_logprobs": reference}
-    experience = tuple(Experience(rows=rows, **{name: update.scatter_to_rows(value, rows)
-                                                for name, value in values.items()})
-                       for rows in packed.groups)
+    learnt = objective(ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask, drift=drift))
+
+    token_advantages = learnt.token_advantages
+    if importance_cap is not None:
+        # Last: it weighs the gradient of a token, whatever its advantage.
+        token_advantages *= advantages.truncated_importance(old, sampled, mask, importance_cap)
+
+    values = {"weights": learnt.weights, "advantages": token_advantages, "old_logprobs": old,
+              "reference_logprobs": reference}
+    experience = tuple(
+        Experience(rows=rows, **{name: update.scatter_to_rows(value, rows) for name, value in values.items()})
+        for rows in packed.groups)
+
     tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)
     spread = jnp.max(rewards, axis=-1) - jnp.min(rewards, axis=-1)
     metrics = {"reward/mean": jnp.mean(rewards),
-               "reward/groups_with_signal": jnp.mean(spread > config.rollout.min_reward_spread),
+               "reward/groups_with_signal": jnp.mean(spread > min_reward_spread),
                "reward/kl": jnp.sum(drift) / tokens,
                "rollout/mismatch": jnp.sum(gap) / tokens, "rollout/mismatch_max": jnp.max(gap)}
-    return Credit(experience=experience, rewards=rewards, advantages=worth.advantages, metrics=metrics | worth.metrics)
+    return Batch(experience=experience, counts=packed.counts, rewards=rewards,
+                 advantages=learnt.advantages, metrics=metrics | learnt.metrics)
 
 
-def _policy_gradient(scored: _Scored, config: Config) -> _Worth:
-    """The method's: advantages over the group, split all the way into what correctness, length and drift bring."""
-    rewards, mask = scored.rewards, scored.mask
-    accuracy = advantages.leave_one_out(scored.correct.astype(jnp.float32))
-    advantage = advantages.leave_one_out(rewards)
-    length = advantage - accuracy
-    if config.advantage.group_std:
-        advantage, accuracy, length = (advantages.group_std(each, rewards) for each in (advantage, accuracy, length))
+def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
+                    group_std: bool = False, whiten: bool = False, kl_form: str = "none",
+                    kl_coefficient: float = 0.0) -> TokenAdvantages:
+    """The method's objective: advantages over the group, with the parts that make them up as metrics.
 
-    def over_tokens(of_responses: jax.Array) -> jax.Array:
-        return jnp.where(mask, of_responses.reshape(-1, 1), 0.0)
+    Args:
+        aggregation: see `update.token_weights`.
+        updates: U, optimiser updates of the step.
+        group_std: see `advantages.group_std`.
+        whiten: see `advantages.whiten`.
+        kl_form: none, reward (a penalty in the advantages) or loss (the k3 term of the loss).
+        kl_coefficient: of the penalty or the term.
+    """
+    mask = scored.mask
+    advantage, parts = advantages.split_rewards(scored.correct, scored.rewards, by_group_std=group_std)
+    total, parts = jax.tree.map(lambda part: jnp.where(mask, part.reshape(-1, 1), 0.0), (advantage, parts))
 
-    of_tokens, penalty = over_tokens(advantage), jnp.zeros(mask.shape, jnp.float32)
-    if config.kl.form == "reward":
-        penalty = -advantages.kl_return_to_go(config.kl.coefficient * scored.drift, mask)
-        of_tokens += penalty
-    shift, scale = jnp.zeros(()), jnp.ones(())
-    if config.advantage.whiten:
-        shift, scale = advantages.whitening(of_tokens, mask)
-        of_tokens = jnp.where(mask, (of_tokens - shift) * scale, 0.0)
-    if config.kl.form == "loss":
-        # The slope of the k3 term, which the loss adds: worth as much as an advantage of exp(-drift) - 1.
-        penalty = jnp.where(mask, config.kl.coefficient * (jnp.exp(-scored.drift) - 1.0), 0.0) / scale
-    parts = (over_tokens(accuracy), over_tokens(length), penalty, jnp.where(mask, -shift, 0.0))
-    weights = update.token_weights(mask, config.update.aggregation, config.update.updates_per_batch)
-    return _Worth(advantages=advantage, of_tokens=of_tokens, weights=weights,
-                  metrics=_pressure([scale * part for part in parts], weights, scored))
+    if kl_form == "reward":
+        penalty = -advantages.kl_return_to_go(kl_coefficient * scored.drift, mask)
+        total += penalty
+        parts["kl"] = penalty
 
+    if whiten:
+        total, parts = advantages.split_advantages(total, parts, mask)
 
-def _pressure(parts: list[jax.Array], weights: jax.Array, scored: _Scored) -> Metrics:
-    """Where the update comes from: of its absolute size the share of each part, and how each pulls on length.
+    if kl_form == "loss":
+        # The slope of the k3 term, which the loss adds: worth an advantage of exp(-drift) - 1.
+        slope = kl_coefficient * (jnp.exp(-scored.drift) - 1.0)
+        parts["kl"] = jnp.where(mask, slope, 0.0)
 
-    A response is pushed as a whole by its tokens' mean of weight * part: under token_mean by its advantage, under
-    sequence_mean by its advantage over its length, and there even a constant pulls. In units of the mean weight.
-    Args: parts float32[B, T], of PARTS, which add up to the advantages; weights float32[B, T]."""
-    sizes = [jnp.sum(weights * jnp.abs(part)) for part in parts]
-    total = jnp.maximum(sum(sizes), jnp.finfo(jnp.float32).tiny)
-    tokens = jnp.maximum(scored.lengths, 1).astype(jnp.float32)
-    unit = jnp.sum(scored.mask).astype(jnp.float32) / jnp.maximum(jnp.sum(weights), jnp.finfo(jnp.float32).tiny)
-    pulls = [advantages.length_pull(unit * jnp.sum(weights * part, axis=-1).reshape(tokens.shape) / tokens,
-                                    scored.lengths) for part in parts]
-    return ({f"update_share/{name}": size / total for name, size in zip(PARTS, sizes, strict=True)}
-            | {f"length_pull/{name}": pull for name, pull in zip(PARTS, pulls, strict=True)})
+    weights = update.token_weights(mask, aggregation, updates)
+    return TokenAdvantages(advantages=advantage, token_advantages=total, weights=weights,
+                           metrics=pressure.metrics(parts, weights, mask, scored.lengths))
 
 
-def _imitation(scored: _Scored, config: Config) -> _Worth:
+def imitation(scored: ScoredBatch, *, aggregation: str) -> TokenAdvantages:
     """Rejection sampling: supervised learning on the shortest correct response of each group."""
     chosen = preferences.shortest_correct(scored.correct, scored.lengths)
     learnt = scored.mask & chosen.reshape(-1, 1)
-    return _Worth(advantages=chosen.astype(jnp.float32), of_tokens=jnp.where(learnt, 1.0, 0.0),
-                  weights=update.token_weights(learnt, config.update.aggregation),
-                  metrics={"sft/chosen": jnp.mean(jnp.any(chosen, axis=-1))})
+    return TokenAdvantages(advantages=chosen.astype(jnp.float32),
+                           token_advantages=jnp.where(learnt, 1.0, 0.0),
+                           weights=update.token_weights(learnt, aggregation),
+                           metrics={"sft/chosen": jnp.mean(jnp.any(chosen, axis=-1))})
 
 
-def _preference(scored: _Scored, config: Config) -> _Worth:
-    """DPO of the shortest correct response of each group against the longest one, mean over the pairs."""
-    beta = config.update.dpo_beta
-    chosen, rejected = preferences.pairs(preferences.shortest_correct(scored.correct, scored.lengths),
-                                         preferences.longest_correct(scored.correct, scored.lengths))
+def preference(scored: ScoredBatch, *, beta: float) -> TokenAdvantages:
+    """DPO on the shortest against the longest correct response of each group, mean over the pairs."""
+    chosen, rejected = preferences.pairs(
+        preferences.shortest_correct(scored.correct, scored.lengths),
+        preferences.longest_correct(scored.correct, scored.lengths))
     margins = jnp.sum(scored.drift, axis=-1).reshape(chosen.shape)
     advantage = preferences.preference_advantages(chosen, rejected, margins, beta=beta)
+
     learnt = scored.mask & (chosen | rejected).reshape(-1, 1)
     is_pair = jnp.any(chosen, axis=-1)
     count = jnp.maximum(jnp.sum(is_pair), 1).astype(jnp.float32)
     gaps = beta * preferences.difference(chosen, rejected, margins)[:, 0]
-    # A pair's loss sums over its tokens; the weights are of a mean, so that what is measured by them is one, too.
+
+    # A pair's loss sums over its tokens. The weights are those of a mean, so the metrics that the
+    # update weighs by them are means, too.
     tokens = jnp.sum(learnt).astype(jnp.float32)
-    return _Worth(advantages=advantage, weights=update.token_weights(learnt, "token_mean"),
-                  of_tokens=jnp.where(learnt, advantage.reshape(-1, 1) * tokens / count, 0.0),
-                  metrics={"dpo/pairs": jnp.mean(is_pair),
-                           "dpo/loss": jnp.sum(jax.nn.softplus(-gaps), where=is_pair) / count,
-                           "dpo/margin": jnp.sum(gaps, where=is_pair) / count})
+    return TokenAdvantages(
+        advantages=advantage, weights=update.token_weights(learnt, "token_mean"),
+        token_advantages=jnp.where(learnt, advantage.reshape(-1, 1) * tokens / count, 0.0),
+        metrics={"dpo/pairs": jnp.mean(is_pair),
+                 "dpo/loss": jnp.sum(jax.nn.softplus(-gaps), where=is_pair) / count,
+                 "dpo/margin": jnp.sum(gaps, where=is_pair) / count})

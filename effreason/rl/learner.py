@@ -1,4 +1,4 @@
-"""The compiled functions of a run, built once from the configuration, and where their arrays live."""
+"""The compiled functions of stages 4 to 6, built once from the configuration."""
 
 import dataclasses
 import functools
@@ -8,165 +8,267 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
 from effreason.lm import attention, model
 from effreason.lm.hf.pretrained import Pretrained
 from effreason.lm.kernels import unsupported_reason
-from effreason.rl import checkpoints, configured_reward, packing, update
-from effreason.rl.experience import Credit, Reward, credit
+from effreason.rl import checkpoints, configured_reward, experience, packing, update
+from effreason.rl.experience import Batch, Objective, make_experience
 from effreason.rl.update import TrainState
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
-from effreason.sampling import capacity, engine
+from effreason.runtime.sharding import Shardings
+from effreason.sampling import capacity
 from effreason.sampling.draws import SamplingParams
+from effreason.sampling.engine import Sampler
 from effreason.types import Experience, Packed, Rollouts, Rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedRollouts:
+    """Graded responses on the devices, packed into rows."""
+
+    packed: Packed
+    correct: Bool[Array, "P G"]
+    lengths: Int[Array, "P G"]
+    sampled_logprobs: Float[Array, "B T"]
+    packing_efficiency: float       # share of the rows' positions that hold a token
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The jitted functions of a learner."""
+
+    score: Any                      # (params, packed) -> log-probs float32[B, T]
+    score_reference: Any            # the same, with weights that may be in the hosts' memory
+    experience: Any                 # see experience.make_experience
+    gradients: Any                  # see update.gradients
+    apply_gradients: Any            # see update.apply_gradients
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractStep:
+    """The arrays of a step as shapes with shardings, and its functions ready to be lowered for them."""
+
+    state: TrainState
+    reference: model.Params
+    packed: Packed
+    experience: tuple[Experience, ...]
+    logprobs: jax.ShapeDtypeStruct              # float32[B, T]
+    lower: dict[str, Callable[[], Any]]         # by the name in Programs: () -> jax.stages.Lowered
+
+
 class Learner:
-    """What a step does with its responses, in order, and where it all lies."""
+    """Turns graded responses into new weights: pack, score, experience, update.
 
-    score: Callable[[model.Params, Packed], jax.Array]      # log-probs float32[B, T] by the policy
-    score_reference: Callable[[model.Params, Packed], jax.Array]                # by the reference
-    reward: Reward                          # what `credit` begins with, on its own
-    credit: Callable[..., Credit]
-    gradients: Callable[..., tuple[model.Params, dict[str, jax.Array]]]         # of one optimiser update
-    apply_gradients: Callable[..., tuple[TrainState, jax.Array]]
-    initial_state: Callable[[model.Params], TrainState]
-    as_reference: Callable[[model.Params], model.Params]    # float32 weights -> what score_reference reads
-    abstract_state: TrainState              # shapes, dtypes and shardings
-    abstract_reference: model.Params
-    params_sharding: model.Params
-    packed_sharding: Packed                 # a prefix of its tree
-    replicated: NamedSharding
-    pack: Callable[[Rollouts], Packed]      # on the host
-    updates: int                            # optimiser updates of a step
+    Args:
+        mesh: may be abstract (used by `effreason plan`).
+        longest_prompt: tokens; None = data.max_prompt_tokens.
 
-    def update(self, state: TrainState, experience: tuple[Experience, ...],
-               packed: Packed) -> tuple[TrainState, list[dict[str, jax.Array]]]:
-        """One optimiser update after another; the state passed in is donated.
+    Attributes:
+        params_sharding: shardings of the weights.
+        abstract_state: shapes, dtypes and shardings of the state.
+        abstract_reference: the same of the reference.
+        needs_reference: the loss or the reward reads log-probs by the reference.
+        replicated: the sharding of what every device holds.
+        reward: (correct bool[P, G], lengths int32[P, G], alpha float32[]) -> float32[P, G], jitted.
+        init: the state before the first step, for float32 weights, which it takes over.
+        as_reference: float32 weights -> what score_reference reads.
 
-        Returns: the state, its `step` one higher, and the float32[] metrics of each update."""
-        measured = []
-        for which in range(self.updates):
-            last = which + 1 == self.updates
-            index, steps = sharding.to_device((np.int32(which), np.int32(last)), self.replicated)
-            grads, metrics = self.gradients(state.params, experience, packed.counts, index)
-            state, norm = self.apply_gradients(state, grads, steps)
-            measured.append(metrics | {"grad_norm": norm})
-        return state, measured
+    Raises:
+        UserError: the mesh cannot split the model or the batch evenly, or the attention does not
+            fit them.
+    """
+
+    def __init__(self, config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                 longest_prompt: int | None = None) -> None:
+        check_divisible(config, decoder, mesh)
+        context, slots = mesh.shape["context"], config.rollout.max_new_tokens
+        longest = (longest_prompt or config.data.max_prompt_tokens) + slots
+        width = packing.row_width(longest, context)
+        decoder = dataclasses.replace(decoder, attention=choose_attention(
+            config, decoder, width, platform=mesh.devices.flat[0].platform, context=context))
+
+        loss = update.LossConfig(
+            clip_ratio=config.update.clip_ratio, temperature=config.rollout.temperature,
+            kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
+            vocabulary_tile=config.update.vocabulary_tile)
+        optimizer = update.make_optimizer(
+            learning_rate=config.update.learning_rate, beta1=config.update.beta1,
+            beta2=config.update.beta2, weight_decay=config.update.weight_decay,
+            max_grad_norm=config.update.max_grad_norm, warmup_updates=config.update.warmup_updates)
+
+        targets = update.state_sharding(decoder, optimizer, mesh, offload=config.update.offload_optimizer)
+        reference = sharding.offloaded(targets.params) if config.kl.offload_reference else targets.params
+        replicated: Shardings = sharding.sharding(mesh)
+        packed: Shardings = update.packed_sharding(mesh)
+        batch: Shardings = Batch(experience=packed.groups, counts=replicated, rewards=replicated,
+                                 advantages=replicated, metrics=replicated)
+        reward = configured_reward.make_reward(config.reward)
+
+        self.params_sharding, self.replicated, self._packed_sharding = targets.params, replicated, packed
+        self.reward = jax.jit(reward, out_shardings=replicated)
+        self.init = update.make_initial_state(optimizer, targets)
+        self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder), out_shardings=reference)
+        self.programs = Programs(
+            score=update.make_scorer(decoder, mesh, loss, params=targets.params),
+            score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
+            experience=jax.jit(functools.partial(
+                make_experience, reward=reward, objective=make_objective(config),
+                importance_cap=config.update.importance_cap,
+                min_reward_spread=config.rollout.min_reward_spread), out_shardings=batch),
+            gradients=update.make_gradients(decoder, mesh, loss, targets),
+            apply_gradients=update.make_apply_gradients(optimizer, mesh, targets))
+
+        params = model.abstract_params(decoder)
+        self.abstract_state = checkpoints.abstract(jax.eval_shape(self.init, params), targets)
+        self.abstract_reference = checkpoints.abstract(jax.eval_shape(self.as_reference, params), reference)
+        self.needs_reference = config.kl.form != "none" or config.update.objective == "dpo"
+        self._rows, self._updates = config.update.rows_per_micro_batch, config.update.updates_per_batch
+        self._pack = functools.partial(
+            packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
+            slots=slots, one_sequence_per_row=attention.one_sequence_per_row(decoder.attention))
+
+    def pack(self, rollouts: Rollouts, correct: np.ndarray) -> PackedRollouts:
+        """Packs responses into rows and puts them on the devices. Args: correct bool[P, G]."""
+        packed = self._pack(rollouts)
+        logprobs = packing.flatten(rollouts.logprobs, packed.token_index.shape[1])
+        on_device = sharding.to_device(packed, self._packed_sharding)
+        verdicts, lengths, sampled_logprobs = sharding.to_device(
+            (correct, rollouts.lengths, logprobs), self.replicated)
+        return PackedRollouts(
+            packed=on_device, correct=verdicts, lengths=lengths, sampled_logprobs=sampled_logprobs,
+            packing_efficiency=packing.packing_efficiency(packed))
+
+    def score(self, params: model.Params, rollouts: PackedRollouts) -> Float[Array, "B T"]:
+        """Computes the log-probs of the response tokens by the policy; 0 for padding."""
+        return self.programs.score(params, rollouts.packed)
+
+    def score_reference(self, reference: model.Params, rollouts: PackedRollouts) -> Float[Array, "B T"] | None:
+        """Computes those by the reference; None if neither loss nor reward reads them."""
+        return self.programs.score_reference(reference, rollouts.packed) if self.needs_reference else None
+
+    def experience(self, rollouts: PackedRollouts, old: Float[Array, "B T"],
+                   reference: Float[Array, "B T"] | None, alpha: float) -> Batch:
+        """Computes rewards and advantages.
+
+        Args:
+            old: log-probs by the policy.
+            reference: log-probs by the reference; None = those of the policy.
+        """
+        return self.programs.experience(
+            rollouts.correct, rollouts.lengths, sharding.to_device(np.float32(alpha), self.replicated),
+            rollouts.sampled_logprobs, old, old if reference is None else reference, rollouts.packed)
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+        """Makes the step's optimiser updates, one after another; the state passed in is donated.
+
+        Returns:
+            The state, its `step` one higher, and the float32[] metrics of each update.
+        """
+        metrics = []
+        for number in range(self._updates):
+            is_last = number + 1 == self._updates
+            index, steps = sharding.to_device((np.int32(number), np.int32(is_last)), self.replicated)
+            grads, update_metrics = self.programs.gradients(
+                state.params, batch.experience, batch.counts, index)
+            state, norm = self.programs.apply_gradients(state, grads, steps)
+            metrics.append(update_metrics | {"grad_norm": norm})
+        return state, metrics
+
+    def lowered(self, config: Config, *, width: int, micro_batches: int) -> AbstractStep:
+        """Prepares the lowering of a step's functions for rows of the widest group.
+
+        Args:
+            width: N.
+            micro_batches: M, that there is room for.
+        """
+        def array(dtype: Any, *shape: int) -> Any:
+            rows = self._packed_sharding.groups if len(shape) == 4 else self.replicated
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+        prompts, group_size = config.rollout.prompts_per_step, config.rollout.group_size
+        of_tokens = prompts * group_size, config.rollout.max_new_tokens
+        of_rows = self._updates, micro_batches, self._rows, width
+        integers, floats = array(jnp.int32, *of_rows), array(jnp.float32, *of_rows)
+        logprobs, one = array(jnp.float32, *of_tokens), array(jnp.int32)
+
+        rows = Rows(**{field.name: integers for field in dataclasses.fields(Rows)})
+        packed = Packed(groups=(rows,), counts=(array(jnp.int32, self._updates),),
+                        token_index=array(jnp.int32, *of_tokens))
+        learnt = Experience(rows=rows, weights=floats, advantages=floats, old_logprobs=floats,
+                            reference_logprobs=floats)
+        state, reference, programs = self.abstract_state, self.abstract_reference, self.programs
+        verdicts = array(jnp.bool_, prompts, group_size), array(jnp.int32, prompts, group_size), array(jnp.float32)
+        return AbstractStep(
+            state=state, reference=reference, packed=packed, experience=(learnt,), logprobs=logprobs,
+            lower={"score": lambda: programs.score.lower(state.params, packed),
+                   "score_reference": lambda: programs.score_reference.lower(reference, packed),
+                   "experience": lambda: programs.experience.lower(
+                       *verdicts, logprobs, logprobs, logprobs, packed),
+                   "gradients": lambda: programs.gradients.lower(
+                       state.params, (learnt,), packed.counts, one),
+                   "apply_gradients": lambda: programs.apply_gradients.lower(state, state.params, one)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
-    """The sampler of a run and what learns from it."""
+    """The sampler of a run and its learner."""
 
-    sampler: engine.Sampler
-    sampling: SamplingParams                      # the distribution of the rollouts
-    learning: Learner
+    sampler: Sampler
+    sampling: SamplingParams        # the distribution of the rollouts
+    learner: Learner
 
 
 def make_engine(config: Config, pretrained: Pretrained, mesh: Mesh, longest_prompt: int | None = None) -> Engine:
-    """Builds everything a training step needs; but for the trial of a kernel nothing is compiled before its first call.
+    """Builds everything a training step needs; nothing but a kernel's trial is compiled yet.
 
-    Args: longest_prompt, tokens; None = data.max_prompt_tokens.
-    Raises: UserError where the mesh cannot split the model or the batch evenly."""
+    Raises:
+        UserError: see Learner.
+    """
     settings = config.rollout
     return Engine(
-        sampler=capacity.make_configured_sampler(config, pretrained.decoder, mesh,
-                                                 capacity.training_weight_bytes(config)),
+        sampler=capacity.make_configured_sampler(
+            config, pretrained.decoder, mesh, capacity.training_weight_bytes(config)),
         sampling=SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-                          min_p=settings.min_p, eos_ids=pretrained.eos_ids),
-        learning=make_learner(config, pretrained.decoder, mesh, longest_prompt))
+                                min_p=settings.min_p, eos_ids=pretrained.eos_ids),
+        learner=Learner(config, pretrained.decoder, mesh, longest_prompt))
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether a step asks for the log-probs by the reference."""
-    return config.kl.form != "none" or config.update.objective == "dpo"
-
-
-def make_learner(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
-                  longest_prompt: int | None = None) -> Learner:
-    """All of a step but its sampling; of a mesh of devices that are only described, too.
-
-    Args: longest_prompt, tokens; None = data.max_prompt_tokens.
-    Raises: UserError where the mesh cannot split the model or the batch evenly, or an attention does not fit it."""
-    learning = config.update
-    check_divisible(config, decoder, mesh)
-    context, slots = mesh.shape["context"], config.rollout.max_new_tokens
-    width = packing.row_width((longest_prompt or config.data.max_prompt_tokens) + slots, context)
-    decoder = dataclasses.replace(decoder, attention=choose_attention(
-        config, decoder, width, platform=mesh.devices.flat[0].platform, context=context))
-    loss = update.LossConfig(
-        clip_ratio=learning.clip_ratio, temperature=config.rollout.temperature,
-        kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
-        vocabulary_tile=learning.vocabulary_tile)
-    optimizer = update.make_optimizer(
-        learning_rate=learning.learning_rate, beta1=learning.beta1, beta2=learning.beta2,
-        weight_decay=learning.weight_decay, max_grad_norm=learning.max_grad_norm,
-        warmup_updates=learning.warmup_updates)
-    targets = update.state_sharding(decoder, optimizer, mesh, offload=learning.offload_optimizer)
-    reference = sharding.offloaded(targets.params) if config.kl.offload_reference else targets.params
-    initial = update.make_initial_state(optimizer, targets)
-    packed: Any = update.packed_sharding(mesh)
-    replicated: Any = sharding.sharding(mesh)
-    as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder), out_shardings=reference)
-    params, reward = model.abstract_params(decoder), configured_reward.make_reward(config.reward)
-    credited: Any = Credit(experience=packed.groups, rewards=replicated, advantages=replicated, metrics=replicated)
-    return Learner(
-        score=update.make_scorer(decoder, mesh, loss, params=targets.params),
-        score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
-        reward=jax.jit(reward, out_shardings=replicated),
-        credit=jax.jit(functools.partial(credit, config=config, reward=reward), out_shardings=credited),
-        gradients=update.make_gradients(decoder, mesh, loss, targets),
-        apply_gradients=update.make_apply_gradients(optimizer, mesh, targets),
-        initial_state=initial, as_reference=as_reference,
-        abstract_state=checkpoints.abstract(jax.eval_shape(initial, params), targets),
-        abstract_reference=checkpoints.abstract(jax.eval_shape(as_reference, params), reference),
-        params_sharding=targets.params, packed_sharding=packed, replicated=replicated,
-        pack=functools.partial(
-            packing.pack, rows=learning.rows_per_micro_batch, updates=learning.updates_per_batch, context=context,
-            width=width, slots=slots,
-            one_sequence_per_row=attention.one_sequence_per_row(decoder.attention)),
-        updates=learning.updates_per_batch)
-
-
-def abstract_packed(config: Config, learning: Learner, *, width: int, micro_batches: int) -> Packed:
-    """Shapes and shardings of a step's packed rows, the widest group of them: the one that decides what must fit.
-
-    Args: width, N; micro_batches, M, that there is room for."""
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        target = learning.packed_sharding.groups if len(shape) == 4 else learning.replicated
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=target)
-
-    responses = config.rollout.prompts_per_step * config.rollout.group_size
-    rows: Any = array(learning.updates, micro_batches, config.update.rows_per_micro_batch, width)
-    group = Rows(tokens=rows, targets=rows, positions=rows, segments=rows, response_index=rows)
-    token_index: Any = array(responses, config.rollout.max_new_tokens)
-    counts: Any = array(learning.updates)
-    return Packed(groups=(group,), counts=(counts,), token_index=token_index)
-
-
-def abstract_experience(packed: Packed) -> tuple[Experience, ...]:
-    """Shapes and shardings of the experience of such rows."""
-    def of_group(rows: Rows) -> Experience:
-        values: Any = jax.ShapeDtypeStruct(rows.tokens.shape, jnp.float32, sharding=rows.tokens.sharding)
-        return Experience(rows=rows, weights=values, advantages=values, old_logprobs=values, reference_logprobs=values)
-
-    return tuple(of_group(rows) for rows in packed.groups)
+def make_objective(config: Config) -> Objective:
+    """Returns the objective that update.objective names, with its numbers."""
+    settings = config.update
+    match settings.objective:
+        case "sft_shortest":
+            return functools.partial(experience.imitation, aggregation=settings.aggregation)
+        case "dpo":
+            return functools.partial(experience.preference, beta=settings.dpo_beta)
+        case _:
+            return functools.partial(
+                experience.policy_gradient, aggregation=settings.aggregation, updates=settings.updates_per_batch,
+                group_std=config.advantage.group_std, whiten=config.advantage.whiten,
+                kl_form=config.kl.form, kl_coefficient=config.kl.coefficient)
 
 
 def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *, platform: str, context: int) -> str:
-    """The attention of the training passes: model.attention, or the best one that fits.
+    """Returns the attention of the training passes: model.attention, or the best one that fits.
 
-    Args: width, positions of a row; platform, of a device; context, shards of a row.
-    Raises: UserError where it does not fit."""
+    Args:
+        width: positions of a row.
+        platform: of a device.
+        context: shards of a row.
+
+    Raises:
+        UserError: the configured one does not fit.
+    """
     chosen = config.model.attention
     facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=context)
     if chosen == "auto":
         return attention.choose_attention(platform, **facts)
+
     if reason := unsupported_reason(chosen, platform, **facts):
         raise UserError(f"model.attention {chosen} does not fit: {reason}")
     return chosen
@@ -191,7 +293,7 @@ def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
 
 
 def check_model(pretrained: Pretrained, config: Config, mesh: Mesh) -> None:
-    """Raises UserError where the model does not fit onto the mesh, or the responses into the model."""
+    """Raises UserError if the model does not fit the mesh, or the responses do not fit the model."""
     check_mesh(pretrained.decoder, mesh)
     longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
     if config.data.max_prompt_tokens + longest > pretrained.max_positions:

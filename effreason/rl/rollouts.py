@@ -1,21 +1,25 @@
-"""Stages 2 and 3 at once: responses are graded while others are still being generated.
+"""Stages 2 and 3 overlapped: responses are graded while others are still being generated.
 
-B = P * G rows, in the order of prompts, then samples.
+P prompts, G responses for each prompt (the group), B = P * G responses in the order of prompts, then samples.
 """
 
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from effreason.data import prompts
 from effreason.grading.grader import Grade, Grader
 from effreason.grading.kinds import Reference
-from effreason.runtime import processes
+from effreason.rl.learner import Learner
+from effreason.runtime import processes, sharding
+from effreason.runtime.config import RolloutConfig
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import GenerationProgress
 from effreason.sampling.engine import Generation, collect
@@ -24,177 +28,253 @@ from effreason.types import Problem, Response, Rollouts
 
 GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seconds
 UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide, ...
-UNDECIDED_FEW = 2                   # ... beyond so many, which say nothing of a share
+UNDECIDED_FEW = 2                   # ... beyond so few that they say nothing of a share
 
-OnChunk = Callable[[GenerationProgress], None]           # called after every chunk; stops a generation by raising
-Start = Callable[[Sequence[Request]], Generation]       # a sampler with its weights, key and distribution
+OnChunk = Callable[[GenerationProgress], None]          # called after every chunk; may raise to stop
+Generate = Callable[[Sequence[Request]], Generation]    # a sampler with its weights, key and distribution
+Name = tuple[int, int]                                  # of a response: its prompt's index and its sample
 
 
 class Undecided(UserError):
-    """The grader is too slow or broken for its verdicts to mean anything."""
+    """The grader is too slow or too broken for its verdicts to mean anything."""
+
+
+class ResponseLog(Protocol):
+    """Where responses are kept, so that a generation that is stopped can be continued."""
+
+    resumed: list[Response]     # what an interrupted generation has left, finished or not
+
+    def add(self, responses: Sequence[Response]) -> None:
+        """Keeps the responses that a chunk has finished."""
+
+    def add_unfinished(self, responses: Sequence[Response]) -> None:
+        """Keeps all responses, finished or not, when a signal stops the generation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradedRollouts:
-    """Groups of responses with what the grader says of them."""
+    """Groups of responses with their verdicts."""
 
+    problems: list[Problem]
     rollouts: Rollouts
     texts: list[str]                # B, without special tokens; think tags are ordinary tokens and stay
-    correct: np.ndarray             # bool[P, G]: the verdict, and that the response ended where EOS is required
+    correct: np.ndarray             # bool[P, G]: the verdict, and an end with EOS if that is required
     verdicts: list[Grade]           # B, on the text alone
-    grading_seconds: float          # that grading took beyond the generation
+    grading_seconds: float          # that grading took after the generation was over
     generations: tuple[Generation, ...]     # over; for their counters
+    metrics: dict[str, float] = field(default_factory=dict)     # of refilling
 
 
-def generate(start: Start, requests: Sequence[Request], watch: OnChunk, *,
-             submit: Callable[[list[Response]], None] = lambda finished: None,
-             keep: Callable[[list[Response]], None] = lambda responses: None) -> tuple[list[Response], Generation]:
-    """Runs a sampler to its end; the responses in the order in which they ended.
+class BackgroundGrader:
+    """Grades responses in the background; each process grades a share of them."""
 
-    Args: watch, called after every chunk, may raise to stop it; submit, given the responses of each chunk; keep, given
-        all responses, finished and not, when it is stopped by a signal."""
-    responses: list[Response] = []
-    generation = start(requests)
+    def __init__(self, grader: Grader, tokenizer: Any, problems: Sequence[Problem], responses: int) -> None:
+        self.texts: dict[Name, str] = {}
+        self._grader, self._tokenizer, self._problems = grader, tokenizer, problems
+        self._budgets = [grader.budget() for _ in range(0, responses, GRADED_AT_ONCE)]
+        self._pending: list[tuple[list[Name], Future[list[Grade]]]] = []
 
-    def report() -> None:
-        watch(GenerationProgress(finished=len(responses), total=len(requests), running=generation.running,
-                      waiting=generation.waiting, tokens=generation.tokens))
+    def add(self, responses: Sequence[Response]) -> None:
+        """Starts to grade finished responses."""
+        budget = self._budgets[len(self.texts) // GRADED_AT_ONCE]
+        names = [(response.prompt, response.sample) for response in responses]
+        texts = self._tokenizer.batch_decode([response.tokens for response in responses],
+                                             skip_special_tokens=True)
+        self.texts.update(zip(names, texts, strict=True))
 
-    try:
-        report()
-        for finished in generation:
-            responses += finished
-            if finished:
-                submit(finished)
-            report()
-    except Interrupted:
-        keep(responses + generation.unfinished())
-        raise
-    return responses, generation
+        own = [name for name in names if sum(name) % processes.count() == processes.index()]
+        problems = [self._problems[prompt] for prompt, _ in own]
+        # If the prompt has opened the thinking, a response that never closes it has no answer.
+        whole = ["<think>" * problem.opens_thinking + self.texts[name]
+                 for problem, name in zip(problems, own, strict=True)]
+        references = [make_reference(problem) for problem in problems]
+        self._pending.append((own, self._grader.submit(whole, references, budget)))
+
+    def result(self) -> dict[Name, Grade]:
+        """Waits for all verdicts, those of other processes too; an error in one is raised in all."""
+        def own() -> dict[Name, Grade]:
+            return {name: grade for names, grades in self._pending
+                    for name, grade in zip(names, grades.result(), strict=True)}
+
+        if processes.count() == 1:
+            return own()
+
+        shares: list[list[Any]] = processes.all_gather(
+            "verdicts", lambda: [[*name, asdict(grade)] for name, grade in own().items()])
+        return {(prompt, sample): Grade(**row) for share in shares for prompt, sample, row in share}
 
 
-def attempt(start: Start, problems: Sequence[Problem], group_size: int, max_new_tokens: int, *, tokenizer: Any,
-            grader: Grader, require_eos: bool, watch: OnChunk, expected: Mapping[int, float] = MappingProxyType({}),
-            drawn: Sequence[Response] = (),
-            record: Callable[[list[Response]], None] = lambda finished: None,
-            keep: Callable[[list[Response]], None] = lambda responses: None) -> GradedRollouts:
+def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size: int, max_new_tokens: int, *,
+                     tokenizer: Any, grader: Grader, require_eos: bool, on_chunk: OnChunk,
+                     expected: Mapping[int, float] = MappingProxyType({}),
+                     log: ResponseLog | None = None) -> GradedRollouts:
     """Samples and grades a group of responses to each problem.
 
-    With several processes each grades a share of the responses, and all get all verdicts.
-    Args: require_eos, a response that was cut off at the token limit is wrong whatever its text holds; expected, tokens
-        by uid, where something is known of a problem's responses; drawn, what an interrupted generation had kept, which
-        is not drawn again; record, given the new responses of each chunk that has finished some; keep, given what
-        `drawn` is to be the next time when this one is interrupted.
-    Raises: Undecided when too many answers stay undecided: they would count as wrong for no fault of the model."""
-    texts: dict[tuple[int, int], str] = {}
-    waiting: list[tuple[list[tuple[int, int]], Any]] = []
-    budgets = [grader.budget() for _ in range(0, len(problems) * group_size, GRADED_AT_ONCE)]
+    Args:
+        require_eos: a response that was cut off at the token limit is wrong whatever its text says.
+        expected: tokens by uid, for problems with known response lengths.
+        log: keeps responses; what it holds is not drawn again.
 
-    def submit(finished: Sequence[Response]) -> None:
-        budget = budgets[len(texts) // GRADED_AT_ONCE]
-        names = [(response.prompt, response.sample) for response in finished]
-        decoded = tokenizer.batch_decode([response.tokens for response in finished], skip_special_tokens=True)
-        texts.update(zip(names, decoded, strict=True))
-        shared = [(name, text) for name, text in zip(names, decoded, strict=True)
-                  if sum(name) % processes.count() == processes.index()]
-        asked = [problems[prompt] for (prompt, _), _ in shared]
-        # Where the prompt has opened the thinking, a response that never closes it has no answer.
-        whole = ["<think>" * problem.opens_thinking + text for problem, (_, text) in zip(asked, shared, strict=True)]
-        waiting.append(([name for name, _ in shared],
-                        grader.submit(whole, [gold(problem) for problem in asked], budget)))
+    Raises:
+        Undecided: too many answers are undecided; they would count as wrong through no fault of the
+            model.
+    """
+    background = BackgroundGrader(grader, tokenizer, problems, len(problems) * group_size)
+    resumed = log.resumed if log else []
+    responses = [response for response in resumed if response.finish]
+    for first in range(0, len(responses), GRADED_AT_ONCE):
+        background.add(responses[first : first + GRADED_AT_ONCE])
 
-    def take(finished: list[Response]) -> None:
-        record(finished)
-        submit(finished)
+    requests = remaining(make_requests(
+        [problem.prompt for problem in problems], group_size, max_new_tokens,
+        uids=[problem.uid for problem in problems], expected=expected), resumed)
+    generation = generate(requests)
+    try:
+        for finished in watched(generation, len(requests), on_chunk):
+            responses += finished
+            if finished:
+                background.add(finished)
+            if finished and log:
+                log.add(finished)
+    except Interrupted:
+        if log:
+            log.add_unfinished(responses + generation.unfinished())
+        raise
 
-    before = [response for response in drawn if response.finish]
-    for first in range(0, len(before), GRADED_AT_ONCE):
-        submit(before[first : first + GRADED_AT_ONCE])
-    requests = make_requests([problem.prompt for problem in problems], group_size, max_new_tokens,
-                             uids=[problem.uid for problem in problems], expected=expected)
-    requests = remaining(requests, drawn)
-    responses, generation = generate(start, requests, watch, submit=take, keep=lambda now: keep([*before, *now]))
-    rollouts = collect(problems, [*before, *responses], group_size)
+    rollouts = collect(problems, responses, group_size)
     generated = time.monotonic()
-    graded = together(lambda: {name: grade for names, grades in waiting
-                               for name, grade in zip(names, grades.result(), strict=True)})
-    rows = sorted(graded)           # prompt by prompt: `collect` has checked that all are there
-    verdicts = [graded[row] for row in rows]
+    grades = background.result()
+    names = sorted(grades)          # prompt by prompt: `collect` has checked that all are there
+    verdicts = [grades[name] for name in names]
     check_decided(verdicts)
+
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
-    return GradedRollouts(rollouts=rollouts, texts=[texts[row] for row in rows], verdicts=verdicts,
-                    correct=correct & rollouts.ended if require_eos else correct,
-                    grading_seconds=time.monotonic() - generated, generations=(generation,))
+    return GradedRollouts(
+        problems=list(problems), rollouts=rollouts, texts=[background.texts[name] for name in names],
+        verdicts=verdicts, correct=correct & rollouts.ended if require_eos else correct,
+        grading_seconds=time.monotonic() - generated, generations=(generation,))
 
 
-def replaced(tried: GradedRollouts, places: Sequence[int], others: GradedRollouts, rows: Sequence[int]) -> GradedRollouts:
-    """Some groups in the place of others. Args: places, of the groups that go; rows, of `others`, those that come."""
-    group = tried.correct.shape[1]
-    texts, verdicts = list(tried.texts), list(tried.verdicts)
-    for place, row in zip(places, rows, strict=True):
-        there, here = slice(place * group, (place + 1) * group), slice(row * group, (row + 1) * group)
-        texts[there], verdicts[there] = others.texts[here], others.verdicts[here]
-
-    def exchanged(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        width = max(old.shape[-1], new.shape[-1])           # of [P], [P, S], [P, G] and [P, G, T] the last ones differ
-        old, new = (array if array.ndim == 1 else np.pad(
-            array, [*[(0, 0)] * (array.ndim - 1), (0, width - array.shape[-1])]) for array in (old, new))
-        old = old.copy()
-        old[list(places)] = new[list(rows)]
-        return old
-
-    names = [field.name for field in fields(Rollouts)]
-    rollouts = Rollouts(**{name: exchanged(getattr(tried.rollouts, name), getattr(others.rollouts, name))
-                           for name in names})
-    return GradedRollouts(rollouts=rollouts, texts=texts, verdicts=verdicts, correct=exchanged(tried.correct, others.correct),
-                    grading_seconds=tried.grading_seconds + others.grading_seconds,
-                    generations=tried.generations + others.generations)
+def watched(generation: Generation, total: int, on_chunk: OnChunk) -> Iterator[list[Response]]:
+    """Yields what each chunk has finished; calls on_chunk before the first and after each."""
+    count = 0
+    on_chunk(_progress(generation, count, total))
+    for finished in generation:
+        yield finished
+        count += len(finished)
+        on_chunk(_progress(generation, count, total))
 
 
-def together(graded: Callable[[], dict[tuple[int, int], Grade]]) -> dict[tuple[int, int], Grade]:
-    """What each process has graded, in all of them; an error in one is raised in all of them."""
-    if processes.count() == 1:
-        return graded()
-    shares: list[list[Any]] = processes.all_gather(
-        "verdicts", lambda: [[*name, asdict(grade)] for name, grade in graded().items()])
-    return {(prompt, sample): Grade(**table) for share in shares for prompt, sample, table in share}
+def _progress(generation: Generation, finished: int, total: int) -> GenerationProgress:
+    return GenerationProgress(finished=finished, total=total, running=generation.running,
+                              waiting=generation.waiting, tokens=generation.tokens)
 
 
-def mean_lengths(problems: Sequence[Problem], rollouts: Rollouts) -> dict[int, float]:
-    """Mean response tokens of each problem, by uid: what to expect of it the next time."""
-    return {problem.uid: float(mean) for problem, mean in zip(problems, rollouts.lengths.mean(axis=1), strict=True)}
-
-
-def remaining(requests: Sequence[Request], drawn: Sequence[Response]) -> list[Request]:
-    """What is left to do of some requests when these responses, finished or begun, are there already."""
-    known = {(response.prompt, response.sample): response for response in drawn}
+def remaining(requests: Sequence[Request], resumed: Sequence[Response]) -> list[Request]:
+    """Returns the requests still to generate, given responses already finished or started."""
+    by_name = {(response.prompt, response.sample): response for response in resumed}
     left = []
     for request in requests:
-        response = known.get((request.prompt, request.sample))
+        response = by_name.get((request.prompt, request.sample))
         if response is None or not response.finish:
-            # One that was given a slot, and drew nothing, simply starts.
+            # One that had a slot, but has drawn nothing yet, simply starts.
             prefix = response if response is not None and len(response.tokens) else None
             left.append(replace(request, prefix=prefix))
     return left
 
 
-def gold(problem: Problem) -> Reference:
-    """What the grader needs of a problem."""
+def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollouts], learner: Learner,
+           problems: prompts.Problems, *, alpha: float, settings: RolloutConfig,
+           key: tuple[int, int]) -> GradedRollouts:
+    """Replaces groups without a signal by groups of other problems, in settings.refill_rounds at most.
+
+    Args:
+        sample: samples and grades groups for some problems.
+        problems: what to choose others from.
+        key: seed and step; they decide which problems come.
+    """
+    taken = list(graded.problems)
+    lacking = ~has_signal(graded, learner, alpha, settings.min_reward_spread)
+    for number in range(settings.refill_rounds):
+        without = np.flatnonzero(lacking).tolist()
+        others = prompts.others(problems, [graded.problems[index] for index in without], taken,
+                                (*key, number, len(lacking)))
+        chosen = {index: problem for index, problem in zip(without, others, strict=True)
+                  if problem is not None}
+        if not chosen:
+            break
+
+        taken += chosen.values()
+        fresh = sample(list(chosen.values()))
+        rows = np.flatnonzero(has_signal(fresh, learner, alpha, settings.min_reward_spread)).tolist()
+        filled = [list(chosen)[row] for row in rows]
+        graded = replace_groups(graded, filled, fresh, rows)
+        lacking[filled] = False
+
+    return replace(graded, metrics={"rollout/asked": len(taken) / len(lacking),
+                                    "rollout/lacking": float(lacking.mean())})
+
+
+def has_signal(graded: GradedRollouts, learner: Learner, alpha: float, min_spread: float) -> np.ndarray:
+    """Marks the groups that can teach something: bool[P].
+
+    What counts is the spread of the shaped reward: groups that are all correct teach brevity."""
+    arguments = sharding.to_device((graded.correct, graded.rollouts.lengths, np.float32(alpha)),
+                                   learner.replicated)
+    rewards = sharding.to_host(learner.reward(*arguments))
+    spread: np.ndarray = rewards.max(axis=-1) - rewards.min(axis=-1)
+    return spread > min_spread
+
+
+def replace_groups(graded: GradedRollouts, indices: Sequence[int], others: GradedRollouts,
+                   rows: Sequence[int]) -> GradedRollouts:
+    """Replaces groups `indices` by groups `rows` of the others."""
+    size = graded.correct.shape[1]
+    problems, texts, verdicts = list(graded.problems), list(graded.texts), list(graded.verdicts)
+    for index, row in zip(indices, rows, strict=True):
+        problems[index] = others.problems[row]
+        old, new = slice(index * size, (index + 1) * size), slice(row * size, (row + 1) * size)
+        texts[old], verdicts[old] = others.texts[new], others.verdicts[new]
+
+    def replaced(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        # Of [P], [P, S], [P, G] and [P, G, T] the last axes may differ.
+        width = max(old.shape[-1], new.shape[-1])
+        old, new = (array if array.ndim == 1 else np.pad(
+            array, [*[(0, 0)] * (array.ndim - 1), (0, width - array.shape[-1])]) for array in (old, new))
+        old = old.copy()
+        old[list(indices)] = new[list(rows)]
+        return old
+
+    rollouts = Rollouts(**{
+        item.name: replaced(getattr(graded.rollouts, item.name), getattr(others.rollouts, item.name))
+        for item in fields(Rollouts)})
+    return GradedRollouts(
+        problems=problems, rollouts=rollouts, texts=texts, verdicts=verdicts,
+        correct=replaced(graded.correct, others.correct),
+        grading_seconds=graded.grading_seconds + others.grading_seconds,
+        generations=graded.generations + others.generations)
+
+
+def make_reference(problem: Problem) -> Reference:
+    """Returns what the grader needs of a problem."""
     return Reference(problem.reference, problem.kind, problem.choices)
 
 
 def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
-    """The places of problems whose reference answer the grader cannot match with itself: no response is ever right."""
-    golds = [gold(problem) for problem in problems]
-    # The places mean nothing to a process with other problems.
-    processes.check_same({"the number of problems": str(len(golds)),
-                          "the reference answers": hashlib.sha256(repr(golds).encode()).hexdigest()[:12]})
+    """Returns the indices of problems whose reference answer the grader cannot match with itself.
+
+    No response to them is ever right."""
+    references = [make_reference(problem) for problem in problems]
+    # The indices mean nothing to a process with other problems.
+    processes.check_same({
+        "the number of problems": str(len(references)),
+        "the reference answers": hashlib.sha256(repr(references).encode()).hexdigest()[:12]})
     # By one process: what takes too long on one host may not on another.
-    return processes.broadcast("reference answers", lambda: grader.check_references(golds))
+    return processes.broadcast("reference answers", lambda: grader.check_references(references))
 
 
 def check_decided(verdicts: Sequence[Grade]) -> None:
-    """Raises Undecided when the grader has left more answers undecided than can be passed over."""
+    """Raises Undecided if the grader left more answers undecided than can be passed over."""
     undecided = [verdict for verdict in verdicts if verdict.status in ("error", "budget")]
     if len(undecided) > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
         reason, count = Counter(verdict.reason for verdict in undecided).most_common(1)[0]

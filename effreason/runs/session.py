@@ -54,7 +54,7 @@ class Session:
 
     def load_weights(self) -> model.Params:
         """Loads the weights of the model before training."""
-        return load_weights(self.inputs.pretrained, self.engine.learning.params_sharding)
+        return load_weights(self.inputs.pretrained, self.engine.learner.params_sharding)
 
 
 @contextlib.contextmanager

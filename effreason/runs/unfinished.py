@@ -14,6 +14,26 @@ from effreason.types import Response
 FILE = "unfinished.jsonl"           # in the run directory
 
 
+class StepLog:
+    """Keeps the responses of a step that a signal stops; see rollouts.ResponseLog."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path, self._step = path, step
+        self.resumed = load(path, step)
+
+    def add(self, responses: Sequence[Response]) -> None:
+        """Does nothing: all of them are written when a signal comes."""
+
+    def add_unfinished(self, responses: Sequence[Response]) -> None:
+        """Writes all responses."""
+        save(self._path, self._step, responses)
+
+    def remove(self) -> None:
+        """Removes the file."""
+        if processes.is_primary():
+            self._path.unlink(missing_ok=True)
+
+
 def save(path: Path, step: int, responses: Sequence[Response]) -> None:
     """Writes the responses of a step, finished or not, completely or not at all. Raises: UserError.
 

@@ -27,7 +27,7 @@ three_groups = st.builds(
 SPLITS = {advantage: pressure.make_split(EFFICIENT, advantage) for advantage in pressure.ADVANTAGES}
 kernel, loo = jax.jit(rewards.length_rewards), jax.jit(advantages.leave_one_out)
 by_std = jax.jit(advantages.group_std)
-white, whitening = jax.jit(advantages.whiten), jax.jit(pressure.whitening)
+white = jax.jit(advantages.whiten)
 
 
 def random_groups(count=60, seed=0, rate=0.9):
@@ -38,9 +38,14 @@ def random_groups(count=60, seed=0, rate=0.9):
     return Groups(correct=correct, lengths=lengths)
 
 
+def whiten_responses(gains, groups):
+    mask, tokens = np.ones_like(groups.correct), groups.lengths.astype(np.float32)
+    return np.asarray(white(gains, mask, tokens=tokens)[0])
+
+
 def found_by(groups, advantage, alphas=(0.05, 0.1, 0.2, 0.4), aggregation="token_mean",
              reward=EFFICIENT):
-    reports = pressure.effects(groups, reward, alphas, advantage, aggregation)
+    reports = pressure.reports(groups, reward, alphas, advantage, aggregation)
     return {report.alpha: report for report in reports}
 
 
@@ -48,27 +53,25 @@ def found_by(groups, advantage, alphas=(0.05, 0.1, 0.2, 0.4), aggregation="token
 def test_whitening_of_responses_is_whitening_of_their_tokens(groups):
     gains = np.asarray(loo(kernel(groups.correct, groups.lengths, alpha=np.float32(0.2))))
     mask = np.arange(200) < groups.lengths.reshape(-1, 1)
-    of_tokens = np.asarray(white(np.where(mask, gains.reshape(-1, 1), np.float32(0)), mask))
-    mean, scale = whitening(gains, groups.lengths)
-    np.testing.assert_allclose(scale * (gains - mean), of_tokens[:, 0].reshape(gains.shape),
+    of_tokens = np.asarray(white(np.where(mask, gains.reshape(-1, 1), np.float32(0)), mask)[0])
+    np.testing.assert_allclose(whiten_responses(gains, groups), of_tokens[:, 0].reshape(gains.shape),
                                atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("advantage", pressure.ADVANTAGES)
 @hypothesis.given(three_groups, st.sampled_from([0.05, 0.4]))
 def test_parts_add_up_to_the_advantages_of_the_kernels(advantage, groups, alpha):
-    reward, parts = SPLITS[advantage](groups, alpha)
+    reward, total, parts = SPLITS[advantage](groups, alpha)
     np.testing.assert_allclose(reward, kernel(groups.correct, groups.lengths,
                                               alpha=np.float32(alpha)), atol=1e-6)
     gains = np.asarray(loo(reward))
     if advantage == "group_std":
         gains = np.asarray(by_std(gains, reward))
     if advantage == "whiten":
-        mean, scale = whitening(gains, groups.lengths)
-        gains = np.asarray(scale * (gains - mean))
-    np.testing.assert_allclose(parts.whole, gains, atol=2e-3, rtol=2e-3)
-    np.testing.assert_allclose(parts.accuracy + parts.length + parts.normalisation, parts.whole,
-                               atol=2e-3, rtol=2e-3)
+        gains = whiten_responses(gains, groups)
+    np.testing.assert_allclose(total, gains, atol=2e-3, rtol=2e-3)
+    assert parts.keys() == set(advantages.PARTS) and not parts["kl"].any()
+    np.testing.assert_allclose(sum(parts.values()), total, atol=2e-3, rtol=2e-3)
 
 
 def test_a_part_pulls_as_the_loss_weighs_its_tokens():

@@ -10,17 +10,22 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from effreason.rl import advantages
 from effreason.rl.advantages import (
     group_std,
     kl_return_to_go,
     leave_one_out,
     truncated_importance,
-    whiten,
 )
 from effreason.rl.rewards import length_rewards
 
 pytestmark = pytest.mark.usefixtures("strict")
 loo, by_std = jax.jit(leave_one_out), jax.jit(group_std)
+
+def whiten(values, mask):
+    return advantages.whiten(values, mask)[0]
+
+
 white, return_to_go, importance = jax.jit(whiten), jax.jit(kl_return_to_go), jax.jit(truncated_importance)
 groups = hnp.arrays(np.float32, (3, 8), elements=st.floats(0, 1, width=32, allow_subnormal=False))
 rows = hnp.arrays(np.float32, (8, 6), elements=st.floats(-1, 1, width=16, allow_subnormal=False))
@@ -76,10 +81,10 @@ def test_whiten_weighs_tokens_not_responses():
 
 
 @hypothesis.given(rows, masks)
-def test_whitened_tokens_have_mean_zero_and_variance_one(advantages, mask):
-    tokens = advantages[mask].astype(np.float64)
+def test_whitened_tokens_have_mean_zero_and_variance_one(values, mask):
+    tokens = values[mask].astype(np.float64)
     hypothesis.assume(tokens.size and tokens.var() > 1e-6)
-    result = np.asarray(white(advantages, mask))
+    result = np.asarray(white(values, mask))
     np.testing.assert_allclose(result[mask], (tokens - tokens.mean()) / tokens.std(), atol=2e-3)
     np.testing.assert_allclose([result[mask].mean(), result[mask].var()], [0, 1], atol=2e-3)
     np.testing.assert_array_equal(result[~mask], 0)

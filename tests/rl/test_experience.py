@@ -1,4 +1,4 @@
-"""What a step's responses earn: credit against a NumPy oracle for every option, and the baselines against gradients."""
+"""What a step's responses earn: experience against a NumPy oracle for every option, and the baselines against gradients."""
 
 import dataclasses
 import functools
@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from effreason.rl import advantages, configured_reward, update
-from effreason.rl.experience import PARTS, credit
+from effreason.rl.advantages import PARTS
+from effreason.rl.experience import make_experience
+from effreason.rl.learner import make_objective
 from effreason.runtime.config import AdvantageConfig, Config, KLConfig, RewardConfig, UpdateConfig
 from effreason.types import Packed, Rows
 
@@ -59,8 +61,14 @@ def one_a_row():
                   counts=(np.ones(1, np.int32),), token_index=None)
 
 
+def kernel(config):
+    return functools.partial(
+        make_experience, reward=configured_reward.make_reward(config.reward), objective=make_objective(config),
+        importance_cap=config.update.importance_cap, min_reward_spread=config.rollout.min_reward_spread)
+
+
 def credited(config, correct=CORRECT, lengths=LENGTHS):
-    step = jax.jit(functools.partial(credit, config=config, reward=configured_reward.make_reward(config.reward)))
+    step = jax.jit(kernel(config))
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         found = jax.device_get(step(correct, lengths, np.float32(config.reward.alpha), sampled(), *logprobs(),
                                     one_a_row()))
@@ -108,7 +116,7 @@ def oracle(config):
 @pytest.mark.parametrize("group_std", [False, True])
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("form", ["none", "reward", "loss"])
-def test_credit_is_the_oracle(form, whiten, group_std, importance_cap):
+def test_experience_is_the_oracle(form, whiten, group_std, importance_cap):
     config = settings(form, whiten=whiten, group_std=group_std, importance_cap=importance_cap)
     experience, reward, metrics = credited(config)
     rewards, mask, worth, expected = oracle(config)
@@ -195,10 +203,9 @@ def test_whitening_pulls_on_length_at_alpha_0():
 # The baselines: what a token is worth gives, in the policy gradient, the gradient of their own losses
 
 
-def gradient_of_credit(config):
+def gradient_of_experience(config):
     """d loss / d log-prob of each token, of the update's loss at the policy that was scored: float32[B, T]."""
-    step = functools.partial(credit, config=config, reward=configured_reward.make_reward(config.reward))
-    found = step(CORRECT, LENGTHS, np.float32(0.3), sampled(), *logprobs(), one_a_row())
+    found = kernel(config)(CORRECT, LENGTHS, np.float32(0.3), sampled(), *logprobs(), one_a_row())
     (experience,) = jax.tree.map(lambda values: values[0, 0], found.experience)
     old = jnp.where(mask_in_numpy(), logprobs()[0], 0.0)
     return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(old)
@@ -208,7 +215,7 @@ def test_imitation_has_the_gradient_of_supervised_learning_on_the_shortest_corre
     chosen = np.zeros((PROMPTS, GROUP), bool)
     chosen[[0, 1, 3, 4], [2, 0, 2, 0]] = True           # of lengths 1, 2, 5, and the first of four equal ones
     learnt = mask_in_numpy() & chosen.reshape(-1, 1)
-    np.testing.assert_allclose(gradient_of_credit(settings(objective="sft_shortest")),
+    np.testing.assert_allclose(gradient_of_experience(settings(objective="sft_shortest")),
                                -learnt.astype(np.float32) / learnt.sum(), rtol=1e-6)
 
 
@@ -222,7 +229,7 @@ def test_preference_has_the_gradient_of_dpo():
                                    for chosen, rejected in pairs]))
 
     config = settings(objective="dpo", dpo_beta=0.1)
-    np.testing.assert_allclose(gradient_of_credit(config), jax.grad(loss)(jnp.asarray(old)), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(gradient_of_experience(config), jax.grad(loss)(jnp.asarray(old)), rtol=1e-4, atol=1e-7)
     _, _, metrics = credited(config)
     assert float(metrics["dpo/loss"]) == pytest.approx(float(loss(jnp.asarray(old))), rel=1e-5)
     assert float(metrics["dpo/pairs"]) == pytest.approx(2 / 5)

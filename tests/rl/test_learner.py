@@ -34,10 +34,10 @@ def test_a_mesh_that_fits_gives_an_engine_with_every_array_placed(axes):
     target = mesh(**axes)
     pretrained = types.SimpleNamespace(decoder=QWEN2, eos_ids=(1,))
     made = learner.make_engine(dataclasses.replace(Config(), mesh=MeshConfig(**axes)), pretrained, target)
-    state = made.learning.abstract_state
+    state = made.learner.abstract_state
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding.mesh == target
     assert state.step.sharding.is_fully_replicated
     weights, moments = state.params, state.opt_state[1][0].mu
-    assert jax.tree.map(lambda leaf: leaf.sharding, weights) == made.learning.params_sharding
-    assert jax.tree.map(lambda leaf: leaf.sharding, moments) == made.learning.params_sharding
+    assert jax.tree.map(lambda leaf: leaf.sharding, weights) == made.learner.params_sharding
+    assert jax.tree.map(lambda leaf: leaf.sharding, moments) == made.learner.params_sharding

@@ -8,14 +8,12 @@ import dataclasses
 import functools
 import itertools
 import math
-import types
 
 import jax
 import numpy as np
 import pytest
 from decoders import mesh
 
-from effreason import loop
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
 from effreason.lm.hf.weights import read_weights
@@ -77,7 +75,7 @@ def found(shape):
     """Losses and weights of one learning step, and the greedy tokens by prompt."""
     target = mesh(*shape)
     config = settings(shape)
-    learning = learner.make_learner(config, DECODER, target)
+    learning = learner.Learner(config, DECODER, target)
     with jax.set_mesh(target):
         params = jax.device_put(weights(), learning.params_sharding)
         sample = rollouts.make_sampler(DECODER, target, slots=8, chunk=8, max_positions=64)
@@ -85,13 +83,13 @@ def found(shape):
         responses = [response for chunk in sample(params, requests, jax.random.key(0),
                                                   SamplingParams(temperature=0, eos_ids=())) for response in chunk]
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
-        state = learning.initial_state(params)
-        batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference,
-                                     rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0,
-                                     config.reward.alpha)
-        state, metrics = learning.update(state, batch.credit.experience, batch.packed)
+        state = learning.init(params)
+        packed = learning.pack(rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0)
+        batch = learning.experience(packed, learning.score(state.params, packed),
+                                    learning.score_reference(reference, packed), config.reward.alpha)
+        state, metrics = learning.update(state, batch)
         greedy = {(response.prompt, response.sample): response.tokens.tolist() for response in responses}
-        return *sharding.to_host((metrics, batch.credit.metrics, state.params)), greedy
+        return *sharding.to_host((metrics, batch.metrics, state.params)), greedy
 
 
 @pytest.mark.slow

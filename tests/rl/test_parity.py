@@ -8,7 +8,6 @@ import pytest
 from decoders import QWEN2, mesh, weights
 
 from effreason.rl import packing, parity, update
-from effreason.rl import rollouts as attempts
 from effreason.runtime.config import Config, ModelConfig, RolloutConfig
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
@@ -53,9 +52,9 @@ def sampled():
     sampler = engine.make_sampler(QWEN2, target, slots=16, chunk=8)
     sampling = SamplingParams(temperature=1.0, eos_ids=())
     with jax.set_mesh(target):
-        responses, _ = attempts.generate(
-            lambda requests: sampler(weights(QWEN2), requests, jax.random.key(0), sampling),
-            make_requests([problem.prompt for problem in problems], 4, 24), lambda now: None)
+        requests = make_requests([problem.prompt for problem in problems], 4, 24)
+        chunks = list(sampler(weights(QWEN2), requests, jax.random.key(0), sampling))
+    responses = [response for chunk in chunks for response in chunk]
     return engine.collect(problems, responses, 4)
 
 

@@ -69,9 +69,23 @@ class Right:
         return made
 
 
-def attempted(start, problems, group_size, grader, require_eos=True, watch=lambda now: None, **settings):
-    return rollouts.attempt(start, problems, group_size, 40, tokenizer=TOKENS, grader=grader, require_eos=require_eos,
-                            watch=watch, **settings)
+class Log:
+    """Remembers what it is given to keep."""
+
+    def __init__(self, resumed=()):
+        self.resumed, self.added, self.kept = resumed, [], []
+
+    def add(self, responses):
+        self.added.append(list(responses))
+
+    def add_unfinished(self, responses):
+        self.kept += responses
+
+
+def attempted(generate, problems, group_size, grader, require_eos=True, on_chunk=lambda progress: None, **settings):
+    return rollouts.sample_and_grade(
+        generate, problems, group_size, 40, tokenizer=TOKENS, grader=grader, require_eos=require_eos,
+        on_chunk=on_chunk, **settings)
 
 
 CHUNKS = ([response(1, 0, "1+1"), response(0, 1, "7+7")], [], [response(1, 1, "7", "length")],
@@ -127,57 +141,57 @@ def test_texts_keep_the_think_tags_and_lose_eos():
     assert tried.texts == ["3+4</think>\\boxed{7}", "9"]
 
 
-def test_generate_watches_every_chunk():
+def test_every_chunk_is_watched():
     seen = []
     requests = make_requests([problem(0).prompt, problem(1).prompt], 2, 40)
-    responses, generation = rollouts.generate(playing(*CHUNKS), requests, seen.append)
-    assert [(now.finished, now.total, now.waiting, now.tokens) for now in seen] == [
+    generation = Played(requests, CHUNKS)
+    responses = [response for chunk in rollouts.watched(generation, 4, seen.append) for response in chunk]
+    assert [(progress.finished, progress.total, progress.waiting, progress.tokens) for progress in seen] == [
         (0, 4, 4, 0), (2, 4, 2, 8), (2, 4, 2, 8), (3, 4, 1, 9), (4, 4, 0, 11)]
     assert [(response.prompt, response.sample) for response in responses] == [(1, 0), (0, 1), (1, 1), (0, 0)]
-    assert generation.requests == requests
 
 
-def test_generate_stops_when_the_watch_raises():
+def test_a_generation_stops_when_on_chunk_raises():
     def chunks():
         yield []
         raise AssertionError("went on")
 
-    def watch(now):
-        if now.tokens == 0:
+    def stop(progress):
+        if progress.tokens == 0:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rollouts.generate(lambda requests: Played(requests, chunks()), make_requests([problem(0).prompt], 2, 40), watch)
+        list(rollouts.watched(Played(make_requests([problem(0).prompt], 2, 40), chunks()), 2, stop))
 
 
-def test_every_response_is_recorded_once_and_before_anybody_may_stop():
-    recorded, seen = [], []
+def test_every_response_is_logged_once_and_before_anybody_may_stop():
+    log, seen = Log(), []
 
-    def watch(now):
-        seen.append((now.finished, sum(map(len, recorded))))
+    def on_chunk(progress):
+        seen.append((progress.finished, sum(map(len, log.added))))
 
-    attempted(playing(*CHUNKS), [problem(0), problem(1)], 2, Right(), watch=watch, record=recorded.append)
-    assert [[(each.prompt, each.sample) for each in chunk] for chunk in recorded] == [
+    attempted(playing(*CHUNKS), [problem(0), problem(1)], 2, Right(), on_chunk=on_chunk, log=log)
+    assert [[(response.prompt, response.sample) for response in chunk] for chunk in log.added] == [
         [(1, 0), (0, 1)], [(1, 1)], [(0, 0)]]
-    assert all(finished == kept for finished, kept in seen) and seen[-1] == (4, 4)
-    # What was there before is not news.
-    recorded.clear()
-    attempted(playing(*CHUNKS[1:]), [problem(0), problem(1)], 2, Right(), record=recorded.append, drawn=CHUNKS[0])
-    assert sum(map(len, recorded)) == 2
+    assert all(finished == added for finished, added in seen) and seen[-1] == (4, 4)
+    # What was drawn before is not logged again.
+    log = Log(resumed=CHUNKS[0])
+    attempted(playing(*CHUNKS[1:]), [problem(0), problem(1)], 2, Right(), log=log)
+    assert sum(map(len, log.added)) == 2
 
 
 def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn_later():
-    problems, kept = [problem(0, "3"), problem(1, "4")], []
+    problems, log = [problem(0, "3"), problem(1, "4")], Log()
     begun = [dataclasses.replace(response(0, 0, "7", "length"), finish=None),
              dataclasses.replace(response(1, 1, "", "length"), finish=None)]
 
-    def watch(now):
-        if now.finished == 2:
+    def stop(progress):
+        if progress.finished == 2:
             raise Interrupted(15, "stopped")
 
     with pytest.raises(Interrupted):
-        attempted(playing(*CHUNKS, begun=begun), problems, 2, Right(), watch=watch, keep=kept.extend)
-    assert [(each.prompt, each.sample, each.finish) for each in kept] == [
+        attempted(playing(*CHUNKS, begun=begun), problems, 2, Right(), on_chunk=stop, log=log)
+    assert [(response.prompt, response.sample, response.finish) for response in log.kept] == [
         (1, 0, "eos"), (0, 1, "eos"), (0, 0, None), (1, 1, None)]
 
     grader, asked = Right(), []
@@ -186,18 +200,18 @@ def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn
         asked.extend(requests)
         return Played(requests, CHUNKS[1:])
 
-    tried = attempted(start, problems, 2, grader, drawn=kept)
+    tried = attempted(start, problems, 2, grader, log=Log(resumed=log.kept))
     assert [(request.prompt, request.sample) for request in asked] == [(0, 0), (1, 1)]
     assert asked[0].prefix is begun[0] and asked[1].prefix is None      # what has drawn nothing simply starts
     assert tried.texts == ["9", "7+7", "1+1", "7"]
     assert sum(len(call) for call in grader.calls) == 4
 
     # Interrupted again, it keeps all of it.
-    kept_again = []
+    again = Log(resumed=log.kept)
     with pytest.raises(Interrupted):
-        attempted(playing([response(0, 0, "9")], [], begun=begun[1:]), problems, 2, Right(), drawn=kept,
-                  watch=lambda now: watch(dataclasses.replace(now, finished=now.finished + 1)), keep=kept_again.extend)
-    assert sorted((each.prompt, each.sample, each.finish) for each in kept_again) == [
+        attempted(playing([response(0, 0, "9")], [], begun=begun[1:]), problems, 2, Right(), log=again,
+                  on_chunk=lambda progress: stop(dataclasses.replace(progress, finished=progress.finished + 1)))
+    assert sorted((response.prompt, response.sample, response.finish) for response in again.kept) == [
         (0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"), (1, 1, None)]
 
 
@@ -216,7 +230,7 @@ def test_groups_take_the_place_of_others_with_all_that_is_known_of_them():
 
     first = tried([("7", "8"), ("8", "8"), ("9", "7")], (1, 2, 3))
     more = tried([("1", "1"), ("7 and 7", "8 and more")], (4, 5))
-    found = rollouts.replaced(first, [1], more, [1])
+    found = rollouts.replace_groups(first, [1], more, [1])
     expected = tried([("7", "8"), ("7 and 7", "8 and more"), ("9", "7")], (1, 5, 3))
     for name in ("texts", "verdicts"):
         assert getattr(found, name) == getattr(expected, name)

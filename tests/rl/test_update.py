@@ -13,7 +13,6 @@ import optax
 import pytest
 from decoders import QWEN2, QWEN3, VOCABULARY, mesh, place, weights
 
-from effreason import loop
 from effreason.lm import attention, model
 from effreason.rl import learner, packing, update
 from effreason.runtime import sharding
@@ -334,20 +333,21 @@ def learnt(settings, shape=(), offload=False, **changes):
         update=UpdateConfig(learning_rate=1e-2, warmup_updates=0, offload_optimizer=offload, **settings),
         mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8))
     target = mesh(**dict(shape))
-    learning = learner.make_learner(config, dataclasses.replace(QWEN2, **changes), target)
+    learning = learner.Learner(config, dataclasses.replace(QWEN2, **changes), target)
     rollouts = rollouts_of_the_table()
     with jax.set_mesh(target):
         params = place(QWEN2, weights(QWEN2), target)
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.1, params))
-        state = learning.initial_state(params)
-        batch = loop.make_experience(config, types.SimpleNamespace(learning=learning), state, reference, rollouts,
-                                     np.arange(8).reshape(4, 2) % 3 > 0, config.reward.alpha)
+        state = learning.init(params)
+        packed = learning.pack(rollouts, np.arange(8).reshape(4, 2) % 3 > 0)
+        batch = learning.experience(packed, learning.score(state.params, packed),
+                                    learning.score_reference(reference, packed), config.reward.alpha)
         assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_reference)
-        state, metrics = learning.update(state, batch.credit.experience, batch.packed)
+        state, metrics = learning.update(state, batch)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_state)
-        return sharding.to_host((state.params, metrics, batch.credit.metrics))
+        return sharding.to_host((state.params, metrics, batch.metrics))
 
 
 @pytest.fixture(scope="module")

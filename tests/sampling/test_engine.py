@@ -12,7 +12,7 @@ import pytest
 from decoders import QWEN2, VOCABULARY, mesh, place, weights
 
 from effreason.lm import model
-from effreason.rl import rollouts as attempts
+from effreason.rl.rollouts import remaining
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 from effreason.sampling import engine
@@ -460,7 +460,7 @@ def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(c
     before = [response for _ in range(chunks) for response in next(first)]
     begun = first.unfinished()
     assert len(begun) == 8 and all(response.finish is None for response in begun)
-    left = attempts.remaining(requests, [*before, *begun])
+    left = remaining(requests, [*before, *begun])
     assert len(left) == len(requests) - len(before)
     second = generation(left, shape=shape)
     after = [response for finished in second for response in finished]
