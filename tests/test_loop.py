@@ -233,7 +233,7 @@ def test_a_checkpoint_that_is_not_whole_is_one_line(finished, world, tmp_path, c
     shutil.copy(finished.directory / "config.yaml", tmp_path)
     arguments = [*small_runs.arguments(world, "unused"), "--models", str(tmp_path / "checkpoints" / "5")]
     assert refused(capsys, arguments, "evaluate") == (
-        f"{tmp_path}/checkpoints/5: the checkpoint cannot be read (it holds no facts beside the state)")
+        f"{tmp_path}/checkpoints/5: the checkpoint cannot be read (it holds no facts besides the state)")
 
 
 @pytest.mark.parametrize(("argv", "error"), [

@@ -65,7 +65,7 @@ def check_model(path: str, field: str) -> None:
     expected = f"{field} must be tiny, a Hugging Face directory or an id on its Hub"
 
     try:
-        directory = hub.standing(Path(path))
+        directory = hub.existing_export(Path(path))
     except OSError as error:        # the name is too long for a file
         raise UserError(f"{expected}, {path[:60]}...: {error.strerror}") from None
     if directory is None and Path(path).exists():

@@ -18,7 +18,7 @@ from effreason.cli.arguments import Parser, check_revision, numbers
 from effreason.lm import model
 from effreason.lm.blend import blend
 from effreason.lm.hf.config import read_json
-from effreason.lm.hf.hub import public_name, standing
+from effreason.lm.hf.hub import existing_export, public_name
 from effreason.lm.hf.pretrained import (
     FACTS_FILE,
     Pretrained,
@@ -92,7 +92,7 @@ def _parser(prog: str) -> Parser:
 
 def check_target(target: Path) -> None:
     """Raises UserError if the directory exists already or cannot be created."""
-    if target.exists() or standing(target) is not None:
+    if target.exists() or existing_export(target) is not None:
         raise UserError(f"--output: {target} exists already, nothing is overwritten")
     parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -127,7 +127,7 @@ def model_with_revision(config: Config, models: Sequence[str]) -> str | None:
     It is `model.path` if that is evaluated, otherwise the only Hub model. Raises: UserError."""
     if config.model.revision is None or config.model.path in models:
         return config.model.path
-    on_hub = [path for path in models if path != "tiny" and hub.standing(Path(path)) is None]
+    on_hub = [path for path in models if path != "tiny" and hub.existing_export(Path(path)) is None]
     if len(on_hub) != 1:
         raise UserError(
             f"model.revision is for one model on the Hub, got {config.model.revision} and "

@@ -286,7 +286,7 @@ def test_what_a_killed_export_left_stands_in_for_it(tmp_path):
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         for name in names:
             (tmp_path / "runs" / name).mkdir(parents=True)
-        found = hub.standing(tmp_path / "runs" / "model")
+        found = hub.existing_export(tmp_path / "runs" / "model")
         return found and found.name
 
     assert made("model", "model.partial", "model.old") == "model"

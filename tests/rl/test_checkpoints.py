@@ -107,7 +107,7 @@ def test_a_save_that_fails_is_one_clear_error_and_leaves_the_older_ones(tmp_path
         monkeypatch.setattr(saved._checkpointer, "save_checkpointables", failing)
         saved.save(3, vector(3), facts={"wall_seconds": 0})
     assert str(caught.value) == (f"{tmp_path / '3'}: the checkpoint cannot be written (No space left on device); "
-                                 "the newest whole one is step 2")
+                                 "the newest complete one is step 2")
     assert steps_in(tmp_path) == [1, 2]
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.restore(ABSTRACT_VECTOR)[0]["weights"][0] == 2
@@ -138,7 +138,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_error_and_leaves_the_older_ones(
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (f"{tmp_path / '3'}: the checkpoint cannot be written (File too large); "
-                           "the newest whole one is step 2\n")
+                           "the newest complete one is step 2\n")
     with Checkpoints(tmp_path, keep=2) as saved:
         state, _ = saved.restore({"weights": abstract_vector(50_000)})
     assert steps_in(tmp_path) == [1, 2]

@@ -1,4 +1,4 @@
-"""config.json in and out: the decoder a checkpoint describes, and a refusal by name of what ours does not compute."""
+"""Reads and writes config.json; refuses, by name, what this decoder does not compute."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from effreason.runtime.errors import UserError
 
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# Entries that change what a model computes, with the values under which they change nothing; null never does.
+# Entries that can change what a model computes, with the values that change nothing, besides null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "use_sliding_window": (False,),
@@ -46,8 +46,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (),
     "compression_config": (),
 }
-# Some families have entries of their own meaning: Qwen2's biases are always there, and its window waits for
-# use_sliding_window, as Qwen3's does.
+# Some entries depend on the family: Qwen2 always has biases, and its window is off unless
+# use_sliding_window is on, like Qwen3's.
 FAMILY_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"attention_bias": (False, True)}, "qwen3": {}, "llama": {"sliding_window": ()},
 }
@@ -55,7 +55,7 @@ LLAMA3_NAMES = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises: UserError naming the file."""
+    """Reads a JSON object from a file. Raises: UserError that names the file."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,79 +70,101 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:
-    """The decoder that a directory's config.json describes."""
+    """Returns the decoder that a directory's config.json describes."""
     path = directory / "config.json"
     return parse_config(read_json(path), path, dtype=dtype, remat=remat)
 
 
-def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:
-    """The decoder that the table of a config.json describes, in both its old and its new spelling.
+def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
+                 remat: str = "full") -> DecoderConfig:
+    """Returns the decoder that a config.json describes, in its old or its new spelling.
 
-    Raises: UserError that names the file and the entry, for an unknown family or a feature this decoder lacks:
-        it never computes something other than what the checkpoint means."""
+    Args:
+        table: The content of the file.
+        path: The file, for error messages.
+
+    Raises:
+        UserError: The family is unknown, or uses a feature that this decoder lacks."""
     family = table.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"{path}: model_type {_shown(family)} is not supported, expected one of {', '.join(FAMILIES)}")
+        raise UserError(f"{path}: model_type {_quote(family)} is not supported, expected one of "
+                        f"{', '.join(FAMILIES)}")
     _check_features(path, table, family)
 
     def entry(name: str, kind: type[int] | type[float] = int, default: Any = None) -> Any:
         value = default if table.get(name) is None else table[name]
         if value is None:
             raise UserError(f"{path}: has no entry {name!r}")
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {name} must be a positive {kind.__name__}, got {_shown(value)}")
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} must be a positive {kind.__name__}, got "
+                            f"{_quote(value)}")
         return value
 
-    heads, width, tied = entry("num_attention_heads"), entry("hidden_size"), table.get("tie_word_embeddings")
-    kv_heads, head_dim = entry("num_key_value_heads", default=heads), entry("head_dim", default=max(width // heads, 1))
+    heads, width = entry("num_attention_heads"), entry("hidden_size")
+    kv_heads = entry("num_key_value_heads", default=heads)
+    head_dim = entry("head_dim", default=max(width // heads, 1))
+    tied = table.get("tie_word_embeddings")
     if heads % kv_heads:
-        raise UserError(f"{path}: num_key_value_heads must divide num_attention_heads, {heads}, got {kv_heads}")
+        raise UserError(f"{path}: num_key_value_heads must divide num_attention_heads, {heads}, "
+                        f"got {kv_heads}")
     if table.get("head_dim") is None and width % heads:
-        raise UserError(f"{path}: num_attention_heads must divide hidden_size, {width}, got {heads}")
+        raise UserError(f"{path}: num_attention_heads must divide hidden_size, {width}, got "
+                        f"{heads}")
     if head_dim % 2:
         raise UserError(f"{path}: head_dim must be even, got {head_dim}")
     if tied not in (None, True, False):
-        raise UserError(f"{path}: tie_word_embeddings must be true or false, got {_shown(tied)}")
+        raise UserError(f"{path}: tie_word_embeddings must be true or false, got {_quote(tied)}")
+
     theta, scaling = _rope_entries(path, table)
     return DecoderConfig(
         vocabulary=entry("vocab_size"), width=width, layers=entry("num_hidden_layers"), heads=heads,
         kv_heads=kv_heads, head_dim=head_dim, mlp_width=entry("intermediate_size"),
-        norm_eps=entry("rms_norm_eps", float), rope_theta=theta, rope_scaling=scaling, tied=bool(tied),
-        qkv_bias=family == "qwen2", qk_norm=family == "qwen3", dtype=jnp.dtype(dtype), remat=remat)
+        norm_eps=entry("rms_norm_eps", float), rope_theta=theta, rope_scaling=scaling,
+        tied=bool(tied), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+        dtype=jnp.dtype(dtype), remat=remat)
 
 
 def _check_features(path: Path, table: dict[str, Any], family: str) -> None:
-    """Raises UserError for the first entry that asks for something this decoder does not compute."""
+    """Raises UserError for the first entry that this decoder does not compute."""
     for name, neutral in (NEUTRAL | FAMILY_NEUTRAL[family]).items():
         if table.get(name) is not None and table[name] not in neutral:
-            raise UserError(f"{path}: {name} = {_shown(table[name])} is not supported")
+            raise UserError(f"{path}: {name} = {_quote(table[name])} is not supported")
     kinds = table.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise UserError(f"{path}: layer_types = {_shown(kinds)} is not supported, expected full_attention alone")
-    named = table.get("architectures") or [FAMILIES[family]]
-    if not isinstance(named, list) or FAMILIES[family] not in named:
-        raise UserError(f"{path}: architectures = {_shown(named)} is not supported, expected {FAMILIES[family]}")
+        raise UserError(f"{path}: layer_types = {_quote(kinds)} is not supported, expected only "
+                        "full_attention")
+    names = table.get("architectures") or [FAMILIES[family]]
+    if not isinstance(names, list) or FAMILIES[family] not in names:
+        raise UserError(f"{path}: architectures = {_quote(names)} is not supported, expected "
+                        f"{FAMILIES[family]}")
 
 
 def _rope_entries(path: Path, table: dict[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """transformers 5 writes rope_parameters, which holds theta too; older files have rope_theta and rope_scaling."""
+    """Returns theta and the scaling.
+
+    transformers 5 writes rope_parameters, with theta; before, rope_theta and rope_scaling."""
     newer, older = (table.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     for name, rope in (("rope_parameters", newer), ("rope_scaling", older)):
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise UserError(f"{path}: {name} = {_shown(rope)} is not supported, expected one table for all layers")
+            raise UserError(f"{path}: {name} = {_quote(rope)} is not supported, expected one table "
+                            "for all layers")
     if newer and older and _rope_kind(newer) != _rope_kind(older):
-        raise UserError(f"{path}: rope_parameters say {_rope_kind(newer)!r}, rope_scaling says {_rope_kind(older)!r}")
+        raise UserError(f"{path}: rope_parameters say {_rope_kind(newer)!r}, rope_scaling says "
+                        f"{_rope_kind(older)!r}")
     rope = newer or older
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(f"{path}: partial_rotary_factor = {_shown(rope['partial_rotary_factor'])} is not supported")
-    thetas = [_positive(path, "rope_theta", each) for each in (rope.get("rope_theta"), table.get("rope_theta"))
-              if each is not None]
+    if (share := rope.get("partial_rotary_factor")) not in (None, 1):
+        raise UserError(f"{path}: partial_rotary_factor = {_quote(share)} is not supported")
+
+    thetas = [_positive(path, "rope_theta", theta)
+              for theta in (rope.get("rope_theta"), table.get("rope_theta")) if theta is not None]
     if not thetas:
         raise UserError(f"{path}: has neither rope_parameters.rope_theta nor rope_theta")
     if thetas[0] != thetas[-1]:
-        raise UserError(f"{path}: rope_parameters.rope_theta, {thetas[0]:g}, and rope_theta, {thetas[1]:g}, differ")
-    theta = thetas[0]
-    kind = _rope_kind(rope)
+        raise UserError(f"{path}: rope_parameters.rope_theta, {thetas[0]:g}, and rope_theta, "
+                        f"{thetas[1]:g}, differ")
+
+    theta, kind = thetas[0], _rope_kind(rope)
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -150,7 +172,8 @@ def _rope_entries(path: Path, table: dict[str, Any]) -> tuple[float, Llama3Scali
     missing = [name for name in LLAMA3_NAMES if rope.get(name) is None]
     if missing:
         raise UserError(f"{path}: llama3 rope parameters lack {missing[0]!r}")
-    factor, low, high, positions = (_positive(path, f"llama3 {name}", rope[name]) for name in LLAMA3_NAMES)
+    factor, low, high, positions = (_positive(path, f"llama3 {name}", rope[name])
+                                    for name in LLAMA3_NAMES)
     return theta, Llama3Scaling(factor=factor, low_frequency_factor=low, high_frequency_factor=high,
                                 original_positions=int(positions))
 
@@ -160,22 +183,26 @@ def _rope_kind(rope: dict[str, Any]) -> Any:
 
 
 def _positive(path: Path, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise UserError(f"{path}: {name} must be a positive number, got {_shown(value)}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise UserError(f"{path}: {name} must be a positive number, got {_quote(value)}")
     return float(value)
 
 
-def _shown(value: Any) -> str:
-    """A value of the file as it stands there, cut where it is long."""
+def _quote(value: Any) -> str:
+    """Returns a value as JSON, shortened to 60 characters."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def exported_config(table: dict[str, Any], config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The source's config.json, with dtype and rotary settings in the old and in the new spelling."""
-    table = table | {"dtype": dtype, "torch_dtype": dtype, "architectures": [FAMILIES[table["model_type"]]]}
+    """Returns the source's config.json, with dtype and rope in the old and the new spelling."""
+    table = table | {"dtype": dtype, "torch_dtype": dtype,
+                     "architectures": [FAMILIES[table["model_type"]]]}
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3"} | dict(zip(LLAMA3_NAMES, dataclasses.astuple(config.rope_scaling), strict=True))
+        values = dataclasses.astuple(config.rope_scaling)
+        rope = {"rope_type": "llama3"} | dict(zip(LLAMA3_NAMES, values, strict=True))
         table["rope_scaling"] = rope
-    return table | {"rope_theta": config.rope_theta, "rope_parameters": rope | {"rope_theta": config.rope_theta}}
+    theta = {"rope_theta": config.rope_theta}
+    return table | theta | {"rope_parameters": rope | theta}
