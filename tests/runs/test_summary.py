@@ -81,7 +81,9 @@ def test_summary_has_exactly_the_documented_shape(summary, tmp_path):
 
 def test_a_run_with_another_objective_has_no_alpha():
     config = Config()
-    config = dataclasses.replace(config, update=dataclasses.replace(config.update, objective="dpo"))
+    config = dataclasses.replace(
+        config, kl=dataclasses.replace(config.kl, form="none"),
+        update=dataclasses.replace(config.update, objective="dpo"))
     made = runs.run_results(config, runs.compare({"tiny": HEADLINE[0]}, {"tiny": HEADLINE[1]}), 1.0,
                             0.2, made_runs.PROVENANCE)
     assert made.points[1].alpha is made.points[1].alpha_start is None
