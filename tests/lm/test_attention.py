@@ -23,8 +23,8 @@ from effreason.runtime.errors import UserError
 PLAIN = ["xla", "blockwise"]
 SPLASH = splash_attention_kernel.make_splash_mha
 SHAPES = [(1, 1, 1, 4), (7, 2, 2, 4), (24, 4, 2, 8), (37, 6, 2, 4)]     # N, H, K, h
-MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context": 2}, {"data": 2, "context": 4},
-          {"context": 8}]
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context": 2},
+          {"data": 2, "context": 4}, {"context": 8}]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +34,8 @@ def small_tiles():
         patch.setattr(attention, "TILE", 8)
         patch.setattr(attention, "QUERY_BLOCK", 5)
         patch.setattr(attention, "SPLASH_TILE", 128)
-        patch.setattr(splash_attention_kernel, "make_splash_mha", functools.partial(SPLASH, interpret=True))
+        patch.setattr(splash_attention_kernel, "make_splash_mha",
+                      functools.partial(SPLASH, interpret=True))
         yield
 
 
@@ -53,7 +54,8 @@ def packed(lengths, length):
 
 def oracle(query, key, value, cotangent, segments):
     """The result and the three gradients, in float64."""
-    query, key, value, cotangent = (x.astype(np.float64).swapaxes(1, 2) for x in (query, key, value, cotangent))
+    query, key, value, cotangent = (x.astype(np.float64).swapaxes(1, 2)
+                                    for x in (query, key, value, cotangent))
     group, scale, length = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5, query.shape[2]
     key, value = (np.repeat(x, group, axis=1) for x in (key, value))
     visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0) & np.tri(length, dtype=bool)
@@ -61,10 +63,12 @@ def oracle(query, key, value, cotangent, segments):
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     slope = cotangent @ value.swapaxes(2, 3)
     slope = weights * (slope - np.sum(weights * slope, -1, keepdims=True)) * scale
-    results = [weights @ value, slope @ key, slope.swapaxes(2, 3) @ query, weights.swapaxes(2, 3) @ cotangent]
+    results = [weights @ value, slope @ key, slope.swapaxes(2, 3) @ query,
+               weights.swapaxes(2, 3) @ cotangent]
     for place in (2, 3):
         rows, heads, length, head_dim = results[place].shape
-        results[place] = results[place].reshape(rows, heads // group, group, length, head_dim).sum(2)
+        results[place] = results[place].reshape(rows, heads // group, group, length,
+                                                head_dim).sum(2)
     return [x.swapaxes(1, 2) for x in results]
 
 
@@ -81,7 +85,8 @@ def compiled(implementation):
 
 
 def check(results, expected, tolerance=2e-5):
-    for name, result, wanted in zip(("mixed", "query", "key", "value"), results, expected, strict=True):
+    for name, result, wanted in zip(("mixed", "query", "key", "value"), results, expected,
+                                    strict=True):
         np.testing.assert_allclose(result, wanted, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
@@ -98,7 +103,8 @@ def test_packed_rows_are_numpys(implementation, shape, lengths):
 SPLASH_SEGMENTS = np.stack([packed([100, 41, 70], 256), packed([3, 253], 256)])
 
 
-@pytest.mark.parametrize("shape", [None, {"tensor": 2, "fsdp": 2}, {"context": 2, "data": 2}], ids=str)
+@pytest.mark.parametrize("shape", [None, {"tensor": 2, "fsdp": 2}, {"context": 2, "data": 2}],
+                         ids=str)
 def test_splash_is_numpys(shape):
     given = arrays(2, 256, 4, 2, 64)
     expected = oracle(*given, SPLASH_SEGMENTS)
@@ -111,9 +117,11 @@ def test_splash_is_numpys(shape):
 def on_mesh(implementation, shape, given, segments):
     """The results on a mesh, put back into the order of the row."""
     target, columns = mesh(**shape), attention.zigzag(segments.shape[1], shape.get("context", 1))
-    logical = [("batch", "sequence", axis, "head_dim") for axis in ("heads", "kv_heads", "kv_heads", "heads")]
+    logical = [("batch", "sequence", axis, "head_dim")
+               for axis in ("heads", "kv_heads", "kv_heads", "heads")]
     places = [sharding.sharding(target, *axes) for axes in (*logical, ("batch", "sequence"))]
-    placed = [jax.device_put(x[:, columns], place) for x, place in zip((*given, segments), places, strict=True)]
+    placed = [jax.device_put(x[:, columns], place)
+              for x, place in zip((*given, segments), places, strict=True)]
     with jax.set_mesh(target):
         results = jax.jit(functools.partial(attend, implementation))(*placed)
     assert results[0].sharding.is_equivalent_to(places[0], 4)
@@ -153,7 +161,8 @@ def test_without_segments_a_row_is_one_sequence():
     expected = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     for implementation in PLAIN:
         segments = None if implementation == "xla" else np.ones((2, 24), np.int32)
-        mixed = attention.causal_attention(query, key, value, segments, implementation=implementation)
+        mixed = attention.causal_attention(query, key, value, segments,
+                                           implementation=implementation)
         np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -227,7 +236,8 @@ def test_cudnn_is_told_the_lengths(monkeypatch):
     by_xla = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention",
                         lambda *arrays, implementation, **options: by_xla(*arrays, **options))
-    given, segments = arrays(4, 24, 4, 2, 8), np.stack([packed(each, 24) for each in ([24], [7], [1], [])])
+    given = arrays(4, 24, 4, 2, 8)
+    segments = np.stack([packed(each, 24) for each in ([24], [7], [1], [])])
     check(jax.jit(functools.partial(attend, "cudnn"))(*given, segments), oracle(*given, segments))
     check(on_mesh("cudnn", {"fsdp": 2, "tensor": 2}, given, segments), oracle(*given, segments))
 
@@ -242,7 +252,8 @@ def test_cudnn_is_called_on_a_gpu(monkeypatch, shape):
     with jax.set_mesh(mesh(**(shape or {}))):
         text = step.trace(*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32)).lower(lowering_platforms=("cuda",))
     text = text.as_text()
-    assert set(re.findall(r"@(__cudnn\$\w+)", text)) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    assert set(re.findall(r"@(__cudnn\$\w+)", text)) == {"__cudnn$fmhaSoftmax",
+                                                         "__cudnn$fmhaSoftmaxBackward"}
     assert set(re.findall(r'mask_type\W+"?22: \W+22(\w+)\\', text)) == {"PADDING_CAUSAL"}
     here = "2x256x2x64xbf16" if shape else "4x256x4x64xbf16"
     assert re.search(rf"custom_call @__cudnn\$fmhaSoftmax\(.*\(tensor<{here}>", text)
@@ -250,7 +261,8 @@ def test_cudnn_is_called_on_a_gpu(monkeypatch, shape):
 
 def test_what_runs_where():
     def chosen(platform, dtype=jnp.bfloat16, head_dim=128, length=32768, context=1):
-        return attention.choose_attention(platform, head_dim=head_dim, dtype=dtype, length=length, context=context)
+        return attention.choose_attention(platform, head_dim=head_dim, dtype=dtype, length=length,
+                                          context=context)
 
     assert chosen("tpu") == chosen("tpu", jnp.float32, 64, 384, 3) == "splash"
     assert chosen("tpu", head_dim=80) == chosen("tpu", length=32768 + 64) == chosen("tpu", length=2176, context=2)
@@ -258,7 +270,8 @@ def test_what_runs_where():
     assert chosen("gpu") == "cudnn" and chosen("gpu", context=2) == "blockwise"
     assert chosen("gpu", jnp.float32) == chosen("gpu", head_dim=256) == "blockwise"
     assert chosen("cpu", length=1024) == "xla" and chosen("cpu", length=1025) == "blockwise"
-    assert [attention.one_sequence_per_row(each) for each in attention.IMPLEMENTATIONS] == [False, False, False, True]
+    assert [attention.one_sequence_per_row(each)
+            for each in attention.IMPLEMENTATIONS] == [False, False, False, True]
     assert kernels.unsupported_reason("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
     assert (kernels.unsupported_reason("splash", "tpu", head_dim=64, dtype=jnp.float32, length=320, context=2)
             == "the length of a row is 320, the splash kernel expects a multiple of 256")
@@ -267,9 +280,11 @@ def test_what_runs_where():
 def test_what_does_not_fit_is_one_clear_line():
     query, key, value, _ = arrays(1, 48, 2, 2, 8)
     segments = packed([48], 48)[None]
-    with pytest.raises(UserError, match="attention is 'flash', expected one of xla, blockwise, splash, cudnn"):
+    with pytest.raises(UserError,
+                       match="attention is 'flash', expected one of xla, blockwise, splash, cudnn"):
         attention.causal_attention(query, key, value, segments, implementation="flash")
-    with pytest.raises(UserError, match="a row has 48 positions, the splash kernel expects a multiple of 128"):
+    with pytest.raises(UserError,
+                       match="a row has 48 positions, the splash kernel expects a multiple of 128"):
         attention.causal_attention(query, key, value, segments, implementation="splash")
     with jax.set_mesh(mesh(context=2)), pytest.raises(UserError, match="mesh.context is 2, the cudnn kernel expects 1"):
         attention.causal_attention(query, key, value, segments, implementation="cudnn")
@@ -286,13 +301,15 @@ def test_splash_compiles_for_a_tpu(kernels_for_a_tpu, shape, heads, kv_heads, he
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-    target = Mesh(np.array(chips).reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    target = Mesh(np.array(chips).reshape(shape), sharding.MESH_AXES,
+                  axis_types=(AxisType.Auto,) * 4)
     rows, length = shape[0] * shape[1], 32768
     places = [(count, sharding.sharding(target, "batch", "sequence", axis, "head_dim"))
               for count, axis in ((heads, "heads"), (kv_heads, "kv_heads"), (kv_heads, "kv_heads"), (heads, "heads"))]
     given = [jax.ShapeDtypeStruct((rows, length, count, head_dim), jnp.bfloat16, sharding=place)
              for count, place in places]
-    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.sharding(target, "batch", "sequence"))
+    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32,
+                                    sharding=sharding.sharding(target, "batch", "sequence"))
     with jax.set_mesh(target):
         program = jax.jit(functools.partial(attend, "splash")).lower(*given, segments).compile()
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3

@@ -38,8 +38,10 @@ def decode(config, params, rubbish=None):
     unstacked = model.unstack(config, params)
     cache = model.empty_cache(config, ROWS, SLOTS)
     if rubbish:
-        cache = [{name: jnp.full_like(leaf, rubbish[name]) for name, leaf in layer.items()} for layer in cache]
-    prompts = jnp.where(jnp.arange(LENGTHS.max()) < LENGTHS[:, None], TOKENS[:, : LENGTHS.max()], 17)
+        cache = [{name: jnp.full_like(leaf, rubbish[name]) for name, leaf in layer.items()}
+                 for layer in cache]
+    prompts = jnp.where(jnp.arange(LENGTHS.max()) < LENGTHS[:, None], TOKENS[:, : LENGTHS.max()],
+                        17)
     _, cache = model.decode(config, unstacked, prompts, jnp.zeros(ROWS, jnp.int32), cache)
 
     def step(carry, tokens):
@@ -110,7 +112,8 @@ def test_a_donated_cache_is_written_in_place(layout):
     def steps(unstacked, cache):
         def step(carry, _):
             length, cache = carry
-            hidden, cache = model.decode(config, unstacked, jnp.zeros((ROWS, 1), jnp.int32), length, cache)
+            hidden, cache = model.decode(config, unstacked, jnp.zeros((ROWS, 1), jnp.int32), length,
+                                         cache)
             return (length + 1, cache), jnp.max(hidden)
 
         return jax.lax.scan(step, (jnp.asarray(LENGTHS), cache), length=STEPS)
@@ -154,15 +157,18 @@ def test_a_decode_step_moves_no_cache_between_devices(layout):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     cache = jax.tree.map(lambda leaf, place: struct(leaf.shape, place),
-                         jax.eval_shape(lambda: model.empty_cache(config, ROWS, SLOTS))[0], places[0])
+                         jax.eval_shape(lambda: model.empty_cache(config, ROWS, SLOTS))[0],
+                         places[0])
     heads = sharding.sharding(target, "batch", "width", "heads", "head_dim")
     key, query = struct((ROWS, 1, 2, 4), heads), struct((ROWS, 1, 4, 4), heads)
     with jax.set_mesh(target):
         written = jax.jit(write, out_shardings=places[0], donate_argnums=0).lower(
             cache, key, key, struct((ROWS,), rows, jnp.int32))
-        read = jax.jit(attend, out_shardings=heads).lower(query, cache, struct((ROWS, 1), rows, jnp.int32))
+        read = jax.jit(attend, out_shardings=heads).lower(query, cache,
+                                                          struct((ROWS, 1), rows, jnp.int32))
         text = written.compile().as_text() + read.compile().as_text()
-    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter",
+                          text)
 
 
 def test_the_layout_follows_from_the_machine_and_the_model():
@@ -178,21 +184,24 @@ def test_the_layout_follows_from_the_machine_and_the_model():
 def test_a_kernel_that_does_not_fit_says_why():
     assert unsupported_reason("paged", "tpu", 64, jnp.bfloat16) == (
         "head_dim is 64, the paged kernel expects a multiple of 128")
-    assert unsupported_reason("cudnn", "cpu", 64, jnp.bfloat16) == "platform is cpu, the cudnn kernel expects gpu"
+    assert unsupported_reason("cudnn", "cpu", 64,
+                              jnp.bfloat16) == "platform is cpu, the cudnn kernel expects gpu"
     assert "float32" in unsupported_reason("cudnn", "gpu", 64, jnp.float32)
     assert "context is 2" in unsupported_reason("paged", "tpu", 128, jnp.bfloat16, context=2)
     assert all(unsupported_reason(layout, "cpu", 5, jnp.float32) is None for layout in BY_XLA)
 
 
 def test_blocks_of_the_paged_kernel_divide_every_bucket():
-    assert [decode_kernels.block_size(slots) for slots in (64, 96, 384, 4096, 6144)] == [64, 32, 128, 512, 512]
+    assert [decode_kernels.block_size(slots)
+            for slots in (64, 96, 384, 4096, 6144)] == [64, 32, 128, 512, 512]
     with pytest.raises(ValueError, match="40 slots, expected a multiple of 16"):
         decode_kernels.block_size(40)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_kernel_is_tried_before_it_is_trusted(layout):
-    assert kv_cache.passes_trial(layout, rows=4, heads=4, kv_heads=2, head_dim=128, dtype=jnp.bfloat16)
+    assert kv_cache.passes_trial(layout, rows=4, heads=4, kv_heads=2, head_dim=128,
+                                 dtype=jnp.bfloat16)
 
 
 def raising(*arguments):
@@ -206,4 +215,5 @@ def wrong(query, *cache):
 @pytest.mark.parametrize("broken", [raising, wrong])
 def test_a_kernel_that_does_not_work_is_not_chosen(monkeypatch, broken):
     monkeypatch.setattr(decode_kernels, "cudnn_attention", broken)
-    assert not kv_cache.passes_trial("cudnn", rows=4, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16)
+    assert not kv_cache.passes_trial("cudnn", rows=4, heads=4, kv_heads=2, head_dim=64,
+                                     dtype=jnp.bfloat16)

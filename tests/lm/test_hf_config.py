@@ -18,26 +18,29 @@ from effreason.lm.hf.weights import read_weights
 from effreason.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-QWEN2_5 = dict(
-    architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643, eos_token_id=151643,
-    hidden_act="silu", hidden_size=1536, initializer_range=0.02, intermediate_size=8960, max_position_embeddings=4096,
-    max_window_layers=21, model_type="qwen2", num_attention_heads=12, num_hidden_layers=28, num_key_value_heads=2,
-    rms_norm_eps=1e-06, rope_theta=10000, sliding_window=4096, tie_word_embeddings=True, torch_dtype="bfloat16",
-    transformers_version="4.44.0", use_cache=True, use_mrope=False, use_sliding_window=False, vocab_size=151936)
-LLAMA3 = dict(
-    architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=128000,
-    eos_token_id=128001, hidden_act="silu", initializer_range=0.02, max_position_embeddings=131072, mlp_bias=False,
-    model_type="llama", num_attention_heads=32, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05,
-    rope_theta=500000.0, torch_dtype="bfloat16", transformers_version="4.43.0", use_cache=True, vocab_size=128256)
+QWEN2_5 = dict(architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643,
+               eos_token_id=151643, hidden_act="silu", hidden_size=1536, initializer_range=0.02,
+               intermediate_size=8960, max_position_embeddings=4096, max_window_layers=21,
+               model_type="qwen2", num_attention_heads=12, num_hidden_layers=28,
+               num_key_value_heads=2, rms_norm_eps=1e-06, rope_theta=10000, sliding_window=4096,
+               tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.44.0",
+               use_cache=True, use_mrope=False, use_sliding_window=False, vocab_size=151936)
+LLAMA3 = dict(architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0,
+              bos_token_id=128000, eos_token_id=128001, hidden_act="silu", initializer_range=0.02,
+              max_position_embeddings=131072, mlp_bias=False, model_type="llama",
+              num_attention_heads=32, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-05,
+              rope_theta=500000.0, torch_dtype="bfloat16", transformers_version="4.43.0",
+              use_cache=True, vocab_size=128256)
 LLAMA3_ROPE = dict(high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192,
                    rope_type="llama3")
-QWEN3 = dict(
-    architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=151643,
-    eos_token_id=151645, head_dim=128, hidden_act="silu", initializer_range=0.02, max_position_embeddings=40960,
-    max_window_layers=28, model_type="qwen3", num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8,
-    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000, sliding_window=None, tie_word_embeddings=True,
-    torch_dtype="bfloat16", transformers_version="4.51.0", use_cache=True, use_sliding_window=False,
-    vocab_size=151936)
+QWEN3 = dict(architectures=["Qwen3ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+             bos_token_id=151643, eos_token_id=151645, head_dim=128, hidden_act="silu",
+             initializer_range=0.02, max_position_embeddings=40960, max_window_layers=28,
+             model_type="qwen3", num_attention_heads=16, num_hidden_layers=28,
+             num_key_value_heads=8, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000,
+             sliding_window=None, tie_word_embeddings=True, torch_dtype="bfloat16",
+             transformers_version="4.51.0", use_cache=True, use_sliding_window=False,
+             vocab_size=151936)
 # As they stand on the Hub, with the number of parameters that is published there.
 PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-1.5B": (QWEN2_5 | dict(max_position_embeddings=131072, tie_word_embeddings=False),
@@ -83,7 +86,8 @@ def refusal(directory):
 def test_published_models_are_understood(name):
     table, parameters = PUBLISHED[name]
     config = configs.parse_config(table, Path("config.json"), dtype="bfloat16")
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params(config))) == parameters
+    assert sum(math.prod(leaf.shape)
+               for leaf in jax.tree.leaves(model.abstract_params(config))) == parameters
     assert (config.vocabulary, config.rope_theta) == (table["vocab_size"], table["rope_theta"])
     assert config.tied == table["tie_word_embeddings"]
     assert (config.rope_scaling is not None) == (table["model_type"] == "llama")
@@ -92,9 +96,11 @@ def test_published_models_are_understood(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_both_spellings_say_the_same(name):
     older, _ = PUBLISHED[name]
-    newer = {key: value for key, value in older.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    newer = {key: value for key, value in older.items()
+             if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     rope = older.get("rope_scaling") or dict(rope_type="default")
-    newer |= dict(rope_parameters=rope | dict(rope_theta=older["rope_theta"]), dtype=older["torch_dtype"],
+    newer |= dict(rope_parameters=rope | dict(rope_theta=older["rope_theta"]),
+                  dtype=older["torch_dtype"],
                   layer_types=["full_attention"] * older["num_hidden_layers"])
     path = Path("config.json")
     assert configs.parse_config(newer, path) == configs.parse_config(older, path)
@@ -119,7 +125,8 @@ def test_an_exported_config_has_both_spellings(tmp_path, name):
     kind = "default" if config.rope_scaling is None else "llama3"
     assert table["rope_parameters"]["rope_type"] == kind
     older = {key: value for key, value in table.items() if key not in ("rope_parameters", "dtype")}
-    newer = {key: value for key, value in table.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    newer = {key: value for key, value in table.items()
+             if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     for spelling in (older, newer, table):
         assert configs.parse_config(spelling, Path("config.json")) == config
 
@@ -178,9 +185,11 @@ def test_other_rotary_settings_are_refused(copy, key, rope, expected):
 
 
 def test_rotary_settings_that_contradict_each_other(copy):
-    edit(copy, rope_scaling=dict(rope_type="yarn", **YARN), rope_parameters=dict(rope_type="default"))
+    edit(copy, rope_scaling=dict(rope_type="yarn", **YARN),
+         rope_parameters=dict(rope_type="default"))
     assert "rope_parameters say 'default', rope_scaling says 'yarn'" in refusal(copy)
-    edit(copy, rope_scaling=None, rope_parameters=dict(rope_type="default", rope_theta=5.0), rope_theta=10.0)
+    edit(copy, rope_scaling=None, rope_parameters=dict(rope_type="default", rope_theta=5.0),
+         rope_theta=10.0)
     assert "differ" in refusal(copy)
 
 
@@ -199,5 +208,5 @@ def test_a_file_that_is_no_table(copy, spoil, expected):
 def test_the_dtype_is_the_one_asked_for():
     config = configs.read_config(FIXTURES / "llama", dtype="bfloat16", remat="none")
     assert config.dtype == "bfloat16" and config.remat == "none"
-    assert dataclasses.replace(config, dtype=jax.numpy.dtype("float32"), remat="full") == configs.read_config(
-        FIXTURES / "llama")
+    assert dataclasses.replace(config, dtype=jax.numpy.dtype("float32"),
+                               remat="full") == configs.read_config(FIXTURES / "llama")

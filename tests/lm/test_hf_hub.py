@@ -32,8 +32,8 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.asked, self.down = [], False
         sharded = {file.name: file.read_bytes() for file in (FIXTURES / "qwen2_untied").iterdir()}
-        newer = SMALL_CONFIG | {"tokenizer.json": b"{}", "model.safetensors": b"new", "pytorch_model.bin": b"pickle",
-                                "original/tokenizer.json": b"other"}
+        newer = SMALL_CONFIG | {"tokenizer.json": b"{}", "model.safetensors": b"new",
+                                "pytorch_model.bin": b"pickle", "original/tokenizer.json": b"other"}
         older = SMALL_CONFIG | {"model.safetensors": b"old"}
         self.repositories = {
             "good/model": {"main": (NEW, newer), "v1": (OLD, older), NEW: (NEW, newer), OLD: (OLD, older)},
@@ -81,22 +81,29 @@ class Answers(http.server.BaseHTTPRequestHandler):
             return self.answer(200, b"<html>Welcome to our network</html>")
         if name == "private/model" and "Authorization" in self.headers:
             return self.answer(403, X_Error_Message="You are not allowed to read this")
-        if versions is None:                                # as the Hub tells those who have not logged in
-            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Invalid username or password.")
+        # as the Hub tells those who have not logged in
+        if versions is None:
+            return self.answer(401, X_Error_Code="RepoNotFound",
+                               X_Error_Message="Invalid username or password.")
         if revision not in versions:
-            return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
+            return self.answer(404, X_Error_Code="RevisionNotFound",
+                               X_Error_Message="Invalid rev id")
         commit, files = versions[revision]
         if what == "revision":
             listed = [{"rfilename": file} for file in files]
-            return self.answer(200, json.dumps({"id": name, "sha": commit, "siblings": listed}).encode())
+            return self.answer(200,
+                               json.dumps({"id": name, "sha": commit, "siblings": listed}).encode())
         if what == "tree":
             listed = [{"type": "file", "path": file, "size": len(text), "oid": hashlib.sha1(text).hexdigest()}
                       for file, text in files.items()]
             return self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
-        if name.startswith("gated/"):                       # its description is public, its files are not
-            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+        # its description is public, its files are not
+        if name.startswith("gated/"):
+            return self.answer(403, X_Error_Code="GatedRepo",
+                               X_Error_Message="Access is restricted")
         text = files["/".join(parts[4:])]
-        return self.answer(200, text, ETag=f'"{hashlib.sha1(text).hexdigest()}"', X_Repo_Commit=commit)
+        return self.answer(200, text, ETag=f'"{hashlib.sha1(text).hexdigest()}"',
+                           X_Repo_Commit=commit)
 
 
 CLIENT = """
@@ -129,11 +136,12 @@ def client(server, tmp_path):
     Hub and its cache are when it is imported."""
 
     def run(source, *arguments, **environment):
-        known = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "cache"),
-                 "HF_ENDPOINT": server.address, "PYTHONPATH": str(Path(__file__).parents[2]),
-                 "HF_HUB_DISABLE_TELEMETRY": "1", "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run([sys.executable, "-c", source, *arguments], env=known | environment, cwd=tmp_path,
-                              capture_output=True, text=True, timeout=120)
+        known = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"),
+                 "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": server.address,
+                 "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_TELEMETRY": "1",
+                 "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run([sys.executable, "-c", source, *arguments], env=known | environment,
+                              cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -178,7 +186,8 @@ def test_what_is_in_the_cache_is_used_offline(server, client, revision):
     online = client("good/model", revision, ["model.safetensors"])
     for environment in (dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:9")):
         server.asked.clear()
-        assert client("good/model", revision, ["model.safetensors"], **environment)["commit"] == online["commit"]
+        assert client("good/model", revision, ["model.safetensors"],
+                      **environment)["commit"] == online["commit"]
         assert not server.asked
     server.down = True
     assert client("good/model", revision, ["model.safetensors"])["directory"] == online["directory"]
@@ -197,7 +206,8 @@ def test_a_model_is_opened_and_loaded(server, client, tmp_path):
     import transformers
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(72)}, unk_token="w0"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1").save_pretrained(tmp_path / "words")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend,
+                                         eos_token="w1").save_pretrained(tmp_path / "words")
     server.repositories["good/sharded"]["main"][1].update(
         {file.name: file.read_bytes() for file in (tmp_path / "words").iterdir()} | {
             "chat_template.jinja": b"{{ messages[0].content }}"})
@@ -211,7 +221,8 @@ print(json.dumps([found.name, found.revision, opened, str(found.directory), floa
 """)
     name, revision, opened, directory, total = answer
     assert (name, revision) == ("good/sharded", NEW) and "model.safetensors.index.json" in opened
-    assert not [file for file in opened if file.endswith(".safetensors")] and "reference.npz" not in opened
+    assert not [file for file in opened
+                if file.endswith(".safetensors")] and "reference.npz" not in opened
     from effreason.lm.hf.config import read_config
     from effreason.lm.hf.weights import read_weights
 
@@ -223,11 +234,15 @@ print(json.dumps([found.name, found.revision, opened, str(found.directory), floa
 
 
 def test_repositories_that_cannot_be_read(server, client):
-    refused(client("gated/model"), "gated/model: its licence", f"{server.address}/gated/model", "`hf auth login`")
-    refused(client("missing/model"), "missing/model: neither a directory here nor a model", "`hf auth login`")
+    refused(client("gated/model"), "gated/model: its licence", f"{server.address}/gated/model",
+            "`hf auth login`")
+    refused(client("missing/model"), "missing/model: neither a directory here nor a model",
+            "`hf auth login`")
     refused(client("private/model", HF_TOKEN="hf_secret"), "denies access (403)", "`hf auth login`")
-    refused(client("portal/model"), "portal/model: no directory here", "`hf download portal/model --local-dir DIR`")
-    refused(client("good/model", "v9"), "good/model: has no branch, tag or commit 'v9'", "/commits/main")
+    refused(client("portal/model"), "portal/model: no directory here",
+            "`hf download portal/model --local-dir DIR`")
+    refused(client("good/model", "v9"), "good/model: has no branch, tag or commit 'v9'",
+            "/commits/main")
     refused(client("good/model", "9" * 40), "has no branch, tag or commit '999")
 
 
@@ -247,7 +262,8 @@ def test_repositories_that_hold_no_model(server, client):
 def test_without_a_hub_it_fails_at_once(server, client, environment, revision):
     started = time.monotonic()
     answer = client("good/model", revision, **environment)
-    assert time.monotonic() - started < 10                      # the library alone would try for 23 s
+    # the library alone would try for 23 s
+    assert time.monotonic() - started < 10
     reason = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in environment else "[Errno"
     at = f" --revision {OLD}" if revision else ""
     refused(answer, "good/model: no directory here, not in the cache", reason,
@@ -256,8 +272,8 @@ def test_without_a_hub_it_fails_at_once(server, client, environment, revision):
 
 def test_weights_that_are_not_in_the_cache_offline(server, client):
     client("good/model")
-    refused(client("good/model", None, ["model.safetensors"], HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set",
-            f"`hf download good/model --revision {NEW} --local-dir DIR`")
+    refused(client("good/model", None, ["model.safetensors"], HF_HUB_OFFLINE="1"),
+            "HF_HUB_OFFLINE is set", f"`hf download good/model --revision {NEW} --local-dir DIR`")
 
 
 # Names
@@ -274,7 +290,8 @@ def test_a_directory_goes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good" / "model").mkdir(parents=True)
     assert hub.find("good/model", None, SMALL) == (Path("good/model"), None)
-    with pytest.raises(UserError, match=r"model\.revision is for .*, good/model is a directory, got v1"):
+    with pytest.raises(UserError,
+                       match=r"model\.revision is for .*, good/model is a directory, got v1"):
         hub.find("good/model", "v1", SMALL)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
@@ -290,7 +307,8 @@ def test_what_a_killed_export_left_stands_in_for_it(tmp_path):
         return found and found.name
 
     assert made("model", "model.partial", "model.old") == "model"
-    assert made("model.partial", "model.old") == "model.partial"        # it was whole: the old one made room for it
+    # it was whole: the old one made room for it
+    assert made("model.partial", "model.old") == "model.partial"
     assert made("model.old") == "model.old"
     assert made("model.partial") is None                                # half written
     assert made() is None

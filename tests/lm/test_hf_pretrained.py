@@ -47,7 +47,8 @@ def tokenizer(tmp_path_factory):
     words = {f"w{index}": index for index in range(72)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", unk_token="w0")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1",
+                                                unk_token="w0")
     fast.save_pretrained(directory)
     return directory
 
@@ -63,29 +64,33 @@ def whole(copy, tokenizer):
 
 def export(source, target, change=lambda leaf: leaf, **options):
     config = read_config(source)
-    export_model(jax.tree.map(change, read_weights(source, config)), config, source, target, **options)
+    export_model(jax.tree.map(change, read_weights(source, config)), config, source, target,
+                 **options)
 
 
 # The exported directory
 
 
 def test_what_stands_beside_the_weights_comes_along(copy, tmp_path):
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE", "README.md", "notes.txt",
-                 "effreason.json"):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE",
+                 "README.md", "notes.txt", "effreason.json"):
         (copy / name).write_text(name)
     target = tmp_path / "deep" / "target"
     export(copy, target)
-    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json",
-                                                        "chat_template.jinja", "generation_config.json", "LICENSE"}
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors",
+                                                        "tokenizer.json", "chat_template.jinja",
+                                                        "generation_config.json", "LICENSE"}
     assert [path.name for path in target.parent.iterdir()] == ["target"]
     assert_same_bits(stored(target), stored(copy))
 
 
 def test_the_card_and_the_facts_are_written(copy, tmp_path):
-    export(copy, tmp_path / "target", card="# Größe\n", facts={"step": 3, "template": {"name": "r1"}})
+    export(copy, tmp_path / "target", card="# Größe\n",
+           facts={"step": 3, "template": {"name": "r1"}})
     assert (tmp_path / "target" / "README.md").read_text(encoding="utf-8") == "# Größe\n"
     text = (tmp_path / "target" / "effreason.json").read_text(encoding="utf-8")
-    assert json.loads(text) == {"step": 3, "template": {"name": "r1"}} and text.startswith('{\n  "step": 3')
+    assert json.loads(text) == {"step": 3,
+                                "template": {"name": "r1"}} and text.startswith('{\n  "step": 3')
 
 
 @pytest.mark.parametrize("entry", ["{{ 'other' }}", [{"name": "default", "template": "{{ 'other' }}"}], None], ids=repr)
@@ -96,7 +101,8 @@ def test_the_template_of_the_training_is_the_one_that_is_found(whole, tmp_path, 
     (whole / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'other' }}"}))
     template, messages = "w2 {{ messages[0].content }} w3", [{"role": "user", "content": "w5"}]
     export(whole, tmp_path / "target", chat_template=template)
-    for missing in (None, "chat_template.jinja"):           # as versions read it that do not know the file
+    # as versions read it that do not know the file
+    for missing in (None, "chat_template.jinja"):
         if missing:
             (tmp_path / "target" / missing).unlink()
         found = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "target")
@@ -125,7 +131,8 @@ def test_a_checkpoint_may_be_exported_over_itself(copy):
 # An export that fails
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+@pytest.mark.parametrize("failure",
+                         [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
                          ids=["full", "interrupt"])
 def test_a_failed_export_leaves_the_old_one_as_it_was(copy, tmp_path, monkeypatch, failure):
     target = tmp_path / "target"
@@ -143,7 +150,8 @@ def test_a_failed_export_leaves_the_old_one_as_it_was(copy, tmp_path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
     export(copy, target, lambda leaf: leaf + 1)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
-    np.testing.assert_array_equal(stored(target)["model.norm.weight"], stored(copy)["model.norm.weight"] + 1)
+    np.testing.assert_array_equal(stored(target)["model.norm.weight"],
+                                  stored(copy)["model.norm.weight"] + 1)
 
 
 def test_what_a_killed_export_left_is_swept_away(copy, tmp_path):
@@ -152,7 +160,8 @@ def test_what_a_killed_export_left_is_swept_away(copy, tmp_path):
     for name in ("target.partial", "target.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    assert read_config(target)                       # leftovers beside a whole directory are nothing to a reader
+    # leftovers beside a whole directory are nothing to a reader
+    assert read_config(target)
     export(copy, target)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
     assert_same_bits(stored(target), stored(copy))
@@ -176,14 +185,16 @@ def test_an_export_killed_at_a_rename_loses_no_model(whole, tmp_path, monkeypatc
                 export(whole, target, lambda leaf: leaf + 1)
         else:
             patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
-            export(whole, target, lambda leaf: leaf + 1)        # killed before the old one is swept away
+            # killed before the old one is swept away
+            export(whole, target, lambda leaf: leaf + 1)
     # Before the first rename the old model stands, behind it the new one, wherever it is.
     found = open_pretrained(str(target), dtype="float32", remat="none")
     added = np.asarray(load_weights(found)["final_norm"]) - stored(whole)["model.norm.weight"]
     np.testing.assert_allclose(added, min(renames, 1), atol=1e-6)
     export(whole, target, lambda leaf: leaf + 2)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
-    np.testing.assert_array_equal(stored(target)["model.norm.weight"], stored(whole)["model.norm.weight"] + 2)
+    np.testing.assert_array_equal(stored(target)["model.norm.weight"],
+                                  stored(whole)["model.norm.weight"] + 2)
 
 
 def test_an_export_that_stops_before_its_first_rename_goes_on_from_the_last(whole, tmp_path, monkeypatch):
@@ -193,7 +204,8 @@ def test_an_export_that_stops_before_its_first_rename_goes_on_from_the_last(whol
     target.rename(tmp_path / "target.old")
     shutil.copytree(tmp_path / "target.old", tmp_path / "target.partial")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(pretrained, "write_weights", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(pretrained, "write_weights",
+                      lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         export(whole, target)
     assert_same_bits(stored(target), stored(whole))
 
@@ -236,7 +248,8 @@ def test_a_directory_without_a_tokenizer_is_refused(copy):
                                             ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{")])
 def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
     directory = Path(shutil.copytree(tokenizer, tmp_path / "model"))
-    assert load_tokenizer(directory).eos_token_id == 1          # without a chat template: data.template may name one
+    # without a chat template: data.template may name one
+    assert load_tokenizer(directory).eos_token_id == 1
     (directory / file).write_text(text)
     with pytest.raises(UserError) as caught:
         load_tokenizer(directory)
@@ -288,7 +301,8 @@ def files_of(directory, revision=None):
     return SimpleNamespace(directory=directory, revision=revision)
 
 
-@pytest.mark.parametrize(("file", "place"), [("config.json", 3), ("model.safetensors", 0), ("model.safetensors", -1)])
+@pytest.mark.parametrize(("file", "place"),
+                         [("config.json", 3), ("model.safetensors", 0), ("model.safetensors", -1)])
 def test_a_byte_that_differs_makes_another_files_of(tmp_path, file, place):
     (tmp_path / "config.json").write_text("{ }   ")
     (tmp_path / "model.safetensors").write_bytes(bytes(3 * FINGERPRINT_BYTES))

@@ -75,22 +75,26 @@ def test_the_index_of_a_sharded_export(tmp_path, monkeypatch):
     for file in files:
         assert sum(tensor.nbytes for tensor in safetensors.numpy.load_file(file).values()) <= 20_000
         with safetensors.safe_open(file, framework="numpy") as opened:
-            assert opened.metadata() == {"format": "pt"}        # without it, older transformers refuse the file
+            # without it, older transformers refuse the file
+            assert opened.metadata() == {"format": "pt"}
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored(tmp_path).values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes
+                                                  for tensor in stored(tmp_path).values())
     assert {file.name for file in files} == set(index["weight_map"].values()) == set(weights.weight_files(tmp_path))
     for name, file in index["weight_map"].items():
         assert name in safetensors.numpy.load_file(tmp_path / file)
 
 
 def test_a_written_header_is_as_the_library_writes_it(tmp_path):
-    weights.write_weights(load(FIXTURES / "llama"), configs.read_config(FIXTURES / "llama"), "bfloat16", tmp_path)
+    weights.write_weights(load(FIXTURES / "llama"), configs.read_config(FIXTURES / "llama"),
+                          "bfloat16", tmp_path)
     raw = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     assert length % 8 == 0 and len(raw) == 8 + length + ends[-1][1]
-    assert ends[0][0] == 0 and all(one[1] == other[0] for one, other in zip(ends, ends[1:], strict=False))
+    assert ends[0][0] == 0 and all(one[1] == other[0]
+                                   for one, other in zip(ends, ends[1:], strict=False))
 
 
 # Shards
@@ -118,10 +122,12 @@ def test_any_axis_may_be_sharded():
     names = ("data", "fsdp", "tensor")
 
     def target(leaf):
-        last = [name if size % 2 == 0 else None for name, size in zip(names, leaf.shape[::-1], strict=False)][::-1]
+        last = [name if size % 2 == 0 else None
+                for name, size in zip(names, leaf.shape[::-1], strict=False)][::-1]
         return NamedSharding(devices, PartitionSpec(*(None,) * (leaf.ndim - len(last)), *last))
 
-    params = weights.read_weights(FIXTURES / "qwen2_tied", config, jax.tree.map(target, model.abstract_params(config)))
+    params = weights.read_weights(FIXTURES / "qwen2_tied", config,
+                                  jax.tree.map(target, model.abstract_params(config)))
     jax.tree.map(np.testing.assert_array_equal, params, load(FIXTURES / "qwen2_tied"))
     assert params["layers"]["query"].sharding.shard_shape((2, 32, 4, 8)) == (2, 16, 2, 4)
 
@@ -143,7 +149,8 @@ def test_a_shard_is_read_once_and_only_the_shard(monkeypatch):
         targets = sharding.tree_sharding(mesh(**axes), model.logical_axes(config))
         weights.read_weights(FIXTURES / "qwen2_tied", config, targets)
         assert sum(elements) == total, axes             # not once for each of eight devices
-        if axes.get("fsdp") == 8:                       # at most an eighth of the largest tensor at a time
+        # at most an eighth of the largest tensor at a time
+        if axes.get("fsdp") == 8:
             assert max(elements) == config.vocabulary * config.width // 8
 
 
@@ -151,17 +158,19 @@ def test_a_shard_is_read_once_and_only_the_shard(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_loading_holds_no_second_copy(tmp_path, devices):
     # As the benchmark measures it, in a process of its own: 150 MB of weights, 48 MB of them in one matrix.
-    entries = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-                   num_key_value_heads=8)
+    entries = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+                   num_attention_heads=8, num_key_value_heads=8)
     table = json.loads((FIXTURES / "llama" / "config.json").read_text()) | entries | dict(head_dim=64)
     (tmp_path / "config.json").write_text(json.dumps(table))
     config = configs.read_config(tmp_path)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model.abstract_params(config))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+                         model.abstract_params(config))
     weights.write_weights(zeros, config, "bfloat16", tmp_path)
     command = [sys.executable, "-m", "benchmarks.models.loading", "--model", str(tmp_path),
                "--devices", str(devices), "--json"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}, timeout=300,
+    done = subprocess.run(command, cwd=root,
+                          env=os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": ""}, timeout=300,
                           capture_output=True, text=True, check=True)
     row = json.loads(done.stdout)
     assert row["result_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(zeros)) > 150e6
@@ -173,8 +182,8 @@ def test_loaded_weights_may_be_donated():
     # On the CPU they are the host's own buffers, taken without a copy.
     double = jax.jit(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), donate_argnums=0)
     doubled = double(load(FIXTURES / "llama"))
-    jax.tree.map(lambda twice, once: np.testing.assert_array_equal(twice, 2 * np.asarray(once)), doubled,
-                 load(FIXTURES / "llama"))
+    jax.tree.map(lambda twice, once: np.testing.assert_array_equal(twice, 2 * np.asarray(once)),
+                 doubled, load(FIXTURES / "llama"))
 
 
 # What is refused
@@ -258,7 +267,8 @@ def test_the_files_say_what_they_hold(tmp_path):
     path = directory / "model.safetensors.index.json"
     table = json.loads(path.read_text())
     first, *_, last = sorted(set(table["weight_map"].values()))
-    swapped = table["weight_map"] | {name: first for name in list(table["weight_map"])[1:]} | {"unknown": last}
+    swapped = table["weight_map"] | {name: first
+                                     for name in list(table["weight_map"])[1:]} | {"unknown": last}
     params = load(directory)
     path.write_text(json.dumps(table | {"weight_map": swapped | {f"more{n}": file for n, file in enumerate(
         table["weight_map"].values())}}))

@@ -84,7 +84,8 @@ def test_entropy_of_known_distributions(tile):
     head = np.zeros((9, 2), np.float32)
     head[0, 1] = 1_000.0
     hidden = np.array([[[1, 0], [0, 1]]], np.float32)
-    logprobs, entropy = token_logprobs(hidden, head, np.zeros((1, 2), np.int32), temperature=1.0, tile=tile)
+    logprobs, entropy = token_logprobs(hidden, head, np.zeros((1, 2), np.int32), temperature=1.0,
+                                       tile=tile)
     np.testing.assert_allclose(entropy, [[math.log(9), 0]], atol=1e-6)
     np.testing.assert_allclose(logprobs, [[-math.log(9), 0]], atol=1e-6)
 
@@ -93,7 +94,8 @@ def test_bfloat16_states_keep_float32_logprobs():
     hidden, head, targets, pull = inputs()
     low = [x.astype(jnp.bfloat16) for x in (hidden, head)]
     expected = both(naive, *(x.astype(np.float32) for x in low), targets, pull)
-    found = both(functools.partial(token_logprobs, temperature=TEMPERATURE, tile=8), *low, targets, pull)
+    found = both(functools.partial(token_logprobs, temperature=TEMPERATURE, tile=8), *low, targets,
+                 pull)
     assert [x.dtype.name for x in found] == ["float32", "float32", "bfloat16", "bfloat16"]
     for one, other, atol in zip(found, expected, (1e-5, 1e-5, 0.05, 0.2), strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=0.02, atol=atol)
@@ -105,7 +107,8 @@ def temporary_bytes(vocabulary, length, tile, gradient):
     In float32: a CPU would hold a float32 copy of a bfloat16 head."""
     width = 1536
     arrays = (jax.ShapeDtypeStruct((1, length, width), jnp.float32),
-              jax.ShapeDtypeStruct((vocabulary, width), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32))
+              jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
+              jax.ShapeDtypeStruct((1, length), jnp.int32))
 
     def score(hidden, head, targets):
         return token_logprobs(hidden, head, targets, temperature=1.0, tile=tile)[0]
@@ -116,7 +119,8 @@ def temporary_bytes(vocabulary, length, tile, gradient):
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["score", "gradient"])
 def test_memory_at_32k_positions_is_flat_in_the_vocabulary(gradient):
-    small, large = (temporary_bytes(vocabulary, 32_768, 512, gradient) for vocabulary in (16_384, 151_936))
+    small, large = (temporary_bytes(vocabulary, 32_768, 512, gradient)
+                    for vocabulary in (16_384, 151_936))
     whole = 4 * 32_768 * 151_936
     print(f"temporary: {small / 2**30:.2f} GiB at 16k, {large / 2**30:.2f} GiB at 152k; the table {whole / 2**30:.1f}")
     assert large < 1.05 * small and large < whole / 15

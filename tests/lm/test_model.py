@@ -36,7 +36,8 @@ def test_pieces_through_the_cache_are_the_whole(family):
     cache = jax.tree.map(lambda x: jnp.full_like(x, 9.0), model.empty_cache(config, ROWS, 16))
     pieces, at = [], 0
     for size in (8, 5, 1):
-        logits, cache = extend(params, TOKENS[:, at : at + size], np.full(ROWS, at, np.int32), cache)
+        logits, cache = extend(params, TOKENS[:, at : at + size], np.full(ROWS, at, np.int32),
+                               cache)
         pieces.append(logits)
         at += size
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=1e-4, atol=1e-4)
@@ -47,7 +48,8 @@ def test_every_row_continues_where_it_stands(family):
     config, params, extend, expected = family
     lengths = np.array([2, 7, 11], np.int32)
     prompts = np.where(np.arange(11) < lengths[:, None], TOKENS[:, :11], 17)
-    _, cache = extend(params, prompts, np.zeros(ROWS, np.int32), model.empty_cache(config, ROWS, 16))
+    _, cache = extend(params, prompts, np.zeros(ROWS, np.int32),
+                      model.empty_cache(config, ROWS, 16))
     rows, columns = np.arange(ROWS)[:, None], lengths[:, None] + np.arange(3)
     logits, _ = extend(params, TOKENS[rows, columns], lengths, cache)
     np.testing.assert_allclose(logits, expected[rows, columns], rtol=1e-4, atol=1e-4)
@@ -88,7 +90,8 @@ def test_bfloat16_is_a_rounding_of_float32(name):
     assert np.sqrt(np.mean(np.square(rough - exact))) < 0.05 * np.std(exact)
     cached, cache = jax.eval_shape(lambda: model.decode(
         config, model.unstack(config, params), TOKENS, jnp.zeros(ROWS, jnp.int32), model.empty_cache(config, ROWS, 16)))
-    assert cached.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cache))
+    assert cached.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.bfloat16
+                                                for leaf in jax.tree.leaves(cache))
 
 
 def test_weights_are_float32_and_the_tied_head_is_the_embedding():
@@ -108,7 +111,8 @@ def test_every_axis_of_every_weight_has_a_place_on_the_mesh(name):
     is_names = dict(is_leaf=lambda node: isinstance(node, tuple))
     jax.tree.map(lambda names, leaf: np.testing.assert_equal(len(names), len(leaf.shape)), axes,
                  model.abstract_params(config), **is_names)
-    placed = jax.device_put(weights(config), sharding.tree_sharding(mesh(data=2, fsdp=2, tensor=2), axes))
+    placed = jax.device_put(weights(config),
+                            sharding.tree_sharding(mesh(data=2, fsdp=2, tensor=2), axes))
     query = placed["layers"]["query"]
     assert query.addressable_shards[0].data.size == query.size // 4         # over fsdp and tensor
 

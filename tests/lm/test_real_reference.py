@@ -59,7 +59,8 @@ def test_prompts_are_rendered_as_transformers_did(directory, reference):
     found = open_pretrained(str(directory), dtype="float32")
     for index, prompt in enumerate(told["prompts"]):
         messages = [{"role": "user", "content": prompt["problem"]}]
-        rendered = found.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rendered = found.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                       add_generation_prompt=True)
         assert rendered == prompt["prompt"]
         ids = found.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         np.testing.assert_array_equal(ids, reference[f"{index}_input_ids"])
@@ -72,7 +73,8 @@ def test_prompt_logprobs(reference, checkpoint):
     score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, tile=4096))
     logprobs = np.asarray(score(params, rows_of(prompts))[0])
     for index, (found, prompt) in enumerate(zip(logprobs, prompts, strict=True)):
-        np.testing.assert_allclose(found[: len(prompt) - 1], reference[f"{index}_prompt_logprobs"], rtol=0, atol=1e-3)
+        np.testing.assert_allclose(found[: len(prompt) - 1], reference[f"{index}_prompt_logprobs"],
+                                   rtol=0, atol=1e-3)
 
 
 def test_greedy_tokens(reference, checkpoint):
@@ -86,4 +88,5 @@ def test_greedy_tokens(reference, checkpoint):
                  for response in chunk]
     assert sorted(response.prompt for response in responses) == list(PROMPTS)
     for response in responses:
-        np.testing.assert_array_equal(response.tokens, expected[response.prompt], err_msg=str(response.prompt))
+        np.testing.assert_array_equal(response.tokens, expected[response.prompt],
+                                      err_msg=str(response.prompt))

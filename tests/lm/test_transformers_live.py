@@ -56,13 +56,17 @@ def test_decoding_equals_transformers_greedy(pair):
     config = read_config(directory)
     unstacked = model.unstack(config, read_weights(directory, config))
     prompt, new = arrays["tokens"][:1, :8], 16
-    extend = jax.jit(lambda tokens, start, cache: model.decode(config, unstacked, tokens, start, cache))
+    extend = jax.jit(lambda tokens, start,
+                     cache: model.decode(config, unstacked, tokens, start, cache))
     hidden, cache = extend(prompt, np.array([0], np.int32), model.empty_cache(config, 1, 8 + new))
     ours = []
     for position in range(8, 8 + new):
         ours.append(int(model.logits(unstacked, hidden[:, -1]).argmax()))
-        hidden, cache = extend(np.array([[ours[-1]]], np.int32), np.array([position], np.int32), cache)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
-    output = theirs.generate(theirs.dummy_inputs["input_ids"].new_tensor(prompt.tolist()), do_sample=False,
-                             min_new_tokens=new, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+        hidden, cache = extend(np.array([[ours[-1]]], np.int32), np.array([position], np.int32),
+                               cache)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory,
+                                                               attn_implementation="eager").eval()
+    output = theirs.generate(theirs.dummy_inputs["input_ids"].new_tensor(prompt.tolist()),
+                             do_sample=False, min_new_tokens=new, max_new_tokens=new,
+                             eos_token_id=None, pad_token_id=0)
     assert ours == output[0, 8:].tolist()

@@ -41,6 +41,7 @@ def test_cached_path_gives_the_reference_logits(checkpoint):
         hidden, cache = model.decode(config, model.unstack(config, params), tokens, start, cache)
         return model.logits(params, hidden), cache
 
-    first, cache = extend(tokens[:, :half], np.zeros(rows, np.int32), model.empty_cache(config, rows, 64))
+    first, cache = extend(tokens[:, :half], np.zeros(rows, np.int32),
+                          model.empty_cache(config, rows, 64))
     second, _ = extend(tokens[:, half:], np.full(rows, half, np.int32), cache)
     np.testing.assert_allclose(np.concatenate([first, second], axis=1), expected, **TOLERANCE)

@@ -45,7 +45,8 @@ def vector(value):
 
 
 def abstract_vector(size=4):
-    return jax.ShapeDtypeStruct((size,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return jax.ShapeDtypeStruct((size,), np.float32,
+                                sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 ABSTRACT_VECTOR = {"weights": abstract_vector()}
@@ -68,7 +69,8 @@ def test_a_state_comes_back_bit_for_bit_on_its_shardings(tmp_path, after):
     assert facts == {"wall_seconds": 12.5}
     assert_bitwise(restored, state)
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(restored.opt_state))
-    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    assert jax.tree.map(lambda leaf: leaf.sharding,
+                        restored) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def test_the_newest_checkpoints_are_kept_and_one_step_is_saved_once(tmp_path):
@@ -92,7 +94,8 @@ def test_a_half_written_checkpoint_of_a_crash_is_not_seen(tmp_path):
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.latest == 1
         patience = time.monotonic() + 20
-        while half.exists() and time.monotonic() < patience:    # orbax clears up on a thread of its own
+        # orbax clears up on a thread of its own
+        while half.exists() and time.monotonic() < patience:
             time.sleep(0.01)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -135,14 +138,16 @@ except UserError as error:
 
 
 def test_a_disk_that_takes_no_more_is_one_clear_error_and_leaves_the_older_ones(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True,
+                          text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (f"{tmp_path / '3'}: the checkpoint cannot be written (File too large); "
                            "the newest complete one is step 2\n")
     with Checkpoints(tmp_path, keep=2) as saved:
         state, _ = saved.restore({"weights": abstract_vector(50_000)})
     assert steps_in(tmp_path) == [1, 2]
-    np.testing.assert_array_equal(state["weights"], np.random.default_rng(0).standard_normal(50_000, np.float32))
+    np.testing.assert_array_equal(state["weights"],
+                                  np.random.default_rng(0).standard_normal(50_000, np.float32))
 
 
 @pytest.mark.parametrize("damage", ["shape", "missing", "emptied", "metadata"])

@@ -35,8 +35,8 @@ from effreason.types import Problem, Rollouts
 WHOLE = read_config(SHIPPED_REASONER)
 DECODER = dataclasses.replace(WHOLE, layers=2)      # four take twice as long to compile, sixteen times
 PROMPTS, GROUP, LONGEST, GREEDY = 4, 4, 60, 24
-SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4)
-          if math.prod(shape) == 8 and DECODER.kv_heads % shape[2] == 0 and DECODER.width % shape[1] == 0]
+SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(shape) == 8
+          and DECODER.kv_heads % shape[2] == 0 and DECODER.width % shape[1] == 0]
 
 
 def problems():
@@ -86,9 +86,11 @@ def found(shape):
         state = learning.init(params)
         packed = learning.pack(rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0)
         batch = learning.experience(packed, learning.score(state.params, packed),
-                                    learning.score_reference(reference, packed), config.reward.alpha)
+                                    learning.score_reference(reference, packed),
+                                    config.reward.alpha)
         state, metrics = learning.update(state, batch)
-        greedy = {(response.prompt, response.sample): response.tokens.tolist() for response in responses}
+        greedy = {(response.prompt, response.sample): response.tokens.tolist()
+                  for response in responses}
         return *sharding.to_host((metrics, batch.metrics, state.params)), greedy
 
 
@@ -97,8 +99,10 @@ def found(shape):
 def test_a_mesh_of_eight_does_what_one_device_does(shape):
     metrics, credited, params, greedy = found(shape)
     expected = found((1, 1, 1, 1))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), (metrics, credited), expected[:2])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), params, expected[2])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+                 (metrics, credited), expected[:2])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), params,
+                 expected[2])
     assert greedy == expected[3] and len(greedy) == 2 * PROMPTS
     moved = jax.tree.map(lambda one, other: np.abs(one - other).max(), params, weights())
     assert min(jax.tree.leaves(moved)) > 1e-4

@@ -42,28 +42,33 @@ def test_two_sequences_share_a_row():
     # 52 and 32 + 30 in 64 positions, then 23: the longest first, each where it fits first.
     np.testing.assert_array_equal(rows.segments[0, :3, 0, [0, 51, 52, 63]].T,
                                   [[1, 1, 0, 0], [1, 2, 2, 0], [1, 0, 0, 0]])
-    second = {name: getattr(rows, name)[0, 1, 0] for name in ("tokens", "targets", "positions", "response_index")}
+    second = {name: getattr(rows, name)[0, 1, 0]
+              for name in ("tokens", "targets", "positions", "response_index")}
     assert second["tokens"][:4].tolist() == [0, 1, 1100, 1101] and second["tokens"][32:37].tolist() == [
         100, 101, 102, 2100, 2101]
     assert second["targets"][:3].tolist() == [1, 1100, 1101] and second["targets"][[31, 61]].tolist() == [0, 0]
     assert second["positions"][[0, 31, 32, 61]].tolist() == [0, 31, 0, 29]
-    assert second["response_index"][[0, 1, 30, 31]].tolist() == [4 * 60, 60, 60 + 29, 4 * 60]     # T = 60: response b at 60 b
+    # T = 60: response b at 60 b
+    assert second["response_index"][[0, 1, 30, 31]].tolist() == [4 * 60, 60, 60 + 29, 4 * 60]
     assert not rows.tokens[0, 3].any() and packing.packing_efficiency(packed) == pytest.approx((52 + 32 + 30 + 23) / (3 * 64))
 
 
 @hypothesis.given(st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(0, 90), min_size=4, max_size=4)),
                            min_size=1, max_size=4),
                   st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.booleans())
-def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updates, context, one_per_row):
-    rollouts = rollouts_of([prompt for prompt, _ in groups], [[max(n, 1) for n in each] for _, each in groups])
+def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updates, context,
+                                                             one_per_row):
+    rollouts = rollouts_of([prompt for prompt, _ in groups],
+                           [[max(n, 1) for n in each] for _, each in groups])
     width, slots = packing.row_width(130, context), 95
-    packed = packing.pack(rollouts, rows=rows, width=width, slots=slots, updates=updates, context=context,
-                          one_sequence_per_row=one_per_row)
+    packed = packing.pack(rollouts, rows=rows, width=width, slots=slots, updates=updates,
+                          context=context, one_sequence_per_row=one_per_row)
     none, seen = rollouts.lengths.size * packed.token_index.shape[1], []
     for table, counts in zip(in_row_order(packed, context), packed.counts, strict=True):
         for which in range(updates):
             used = counts[which] * rows
-            assert not table["segments"][which, used:].any()            # nothing behind the rows that are counted
+            # nothing behind the rows that are counted
+            assert not table["segments"][which, used:].any()
             for row in range(used):
                 segments = table["segments"][which, row]
                 for segment in range(1, segments.max() + 1):
@@ -78,12 +83,16 @@ def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updat
                     assert member % updates == which
                     np.testing.assert_array_equal(tokens, np.concatenate(
                         [rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]]))
-                    np.testing.assert_array_equal(table["targets"][which, row, here], [*tokens[1:], 0])
-                    np.testing.assert_array_equal(table["positions"][which, row, here], np.arange(len(tokens)))
+                    np.testing.assert_array_equal(table["targets"][which, row, here],
+                                                  [*tokens[1:], 0])
+                    np.testing.assert_array_equal(table["positions"][which, row, here],
+                                                  np.arange(len(tokens)))
                     response_index = np.full(len(tokens), none)
                     response_index[start - 1 : -1] = member * packed.token_index.shape[1] + np.arange(length)
-                    np.testing.assert_array_equal(table["response_index"][which, row, here], response_index)
-    assert sorted(seen) == [(prompt, sample) for prompt in range(len(groups)) for sample in range(4)]
+                    np.testing.assert_array_equal(table["response_index"][which, row, here],
+                                                  response_index)
+    assert sorted(seen) == [(prompt, sample) for prompt in range(len(groups))
+                            for sample in range(4)]
 
 
 @pytest.mark.parametrize(("context", "one_per_row"), [(1, False), (4, False), (1, True)])
@@ -93,9 +102,12 @@ def test_token_index_finds_what_response_index_scattered(context, one_per_row):
                           one_sequence_per_row=one_per_row)
     assert len(packed.groups) == (2 if one_per_row else 1)
     mask = np.arange(packed.token_index.shape[1]) < rollouts.lengths.reshape(-1, 1)
-    values = np.where(mask, np.random.default_rng(0).standard_normal(mask.shape), 0).astype(np.float32)
-    laid = [np.asarray(update.scatter_to_rows(jax.numpy.asarray(values), rows)) for rows in packed.groups]
-    assert all((each != 0).sum() for each in laid) and sum((each != 0).sum() for each in laid) == mask.sum()
+    values = np.where(mask, np.random.default_rng(0).standard_normal(mask.shape),
+                      0).astype(np.float32)
+    laid = [np.asarray(update.scatter_to_rows(jax.numpy.asarray(values), rows))
+            for rows in packed.groups]
+    assert all((each != 0).sum() for each in laid) and sum((each != 0).sum()
+                                                           for each in laid) == mask.sum()
     line = np.concatenate([*(each.reshape(-1) for each in laid), [0]])
     np.testing.assert_array_equal(line[packed.token_index], values)
 
@@ -124,15 +136,18 @@ def test_ragged_responses_fill_their_rows():
 
 
 def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
-    assert packing.row_widths(32_768) == [32_768, 16_384, 8_192] and packing.row_widths(2_048) == [2_048]
+    assert packing.row_widths(32_768) == [32_768, 16_384,
+                                          8_192] and packing.row_widths(2_048) == [2_048]
     assert packing.row_widths(320, one_sequence_per_row=True) == [320, 160, 80]
-    assert packing.row_widths(32_768, one_sequence_per_row=True) == [32_768, 16_384, 8_192, 4_096, 2_048]
+    assert packing.row_widths(32_768,
+                              one_sequence_per_row=True) == [32_768, 16_384, 8_192, 4_096, 2_048]
     sizes = np.array([30, 12, 11, 9, 7, 5, 3, 3, 2])
     # 30 takes a row of 32 and the second row of the micro-batch is computed with it: 12, 11, 9 fill it, 2 the first.
     # 7 and 5 then stand in rows of 8, one more of which takes the 3s.
     assert packing.assign_rows(sizes, range(9), [32, 16, 8], rows=2) == [
         [[0, 8], [1, 2, 3]], [], [[4], [5, 6], [7], []]]
-    assert packing.assign_rows(sizes[4:], range(5), [32, 16, 8], rows=2) == [[], [], [[0], [1, 2], [3, 4], []]]
+    assert packing.assign_rows(sizes[4:], range(5), [32, 16, 8],
+                               rows=2) == [[], [], [[0], [1, 2], [3, 4], []]]
     assert packing.assign_rows(sizes, range(9), [32, 16, 8], rows=2, one_sequence_per_row=True) == [
         [[0], [1]], [[2], [3]], [[4], [5], [6], [7], [8], []]]
 
@@ -141,14 +156,17 @@ def test_ragged_reasoning_fills_few_wide_rows():
     # 128 responses around 5,000 tokens on 16 rows of 32k: two micro-batches of 0.5M positions in rows of one width.
     sizes = np.random.default_rng(0).exponential(4_700, 128).clip(200, 32_000).astype(int)
     laid = packing.assign_rows(sizes, range(128), packing.row_widths(32_768), rows=16)
-    computed = sum(len(bins) * width for bins, width in zip(laid, packing.row_widths(32_768), strict=True))
+    computed = sum(len(bins) * width
+                   for bins, width in zip(laid, packing.row_widths(32_768), strict=True))
     assert sizes.sum() < computed < 1.35 * sizes.sum() and len(laid[0]) == 16
     members = sorted(member for bins in laid for each in bins for member in each)
     assert members == list(range(128))
-    assert all(sizes[each].sum() <= width for bins, width in zip(laid, packing.row_widths(32_768), strict=True)
+    assert all(sizes[each].sum() <= width
+               for bins, width in zip(laid, packing.row_widths(32_768), strict=True)
                for each in bins)
 
 
 def test_values_are_flattened_and_padded():
     values = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-    np.testing.assert_array_equal(packing.flatten(values, 4), np.pad(values.reshape(4, 3), ((0, 0), (0, 1))))
+    np.testing.assert_array_equal(packing.flatten(values, 4),
+                                  np.pad(values.reshape(4, 3), ((0, 0), (0, 1))))

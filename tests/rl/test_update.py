@@ -28,9 +28,11 @@ from effreason.runtime.config import (
 from effreason.types import Experience, Rollouts, Rows
 
 ROWS, PROMPTS, LENGTHS = 8, [3, 1, 7, 5, 2, 4, 6, 3], [9, 1, 5, 0, 12, 8, 2, 7]
-LOSS = update.LossConfig(clip_ratio=0.2, kl_loss_coefficient=0.05, temperature=0.8, vocabulary_tile=64)
+LOSS = update.LossConfig(clip_ratio=0.2, kl_loss_coefficient=0.05, temperature=0.8,
+                         vocabulary_tile=64)
 # All there are: tests/test_meshes.py.
-MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2), "context": dict(fsdp=2, tensor=2, context=2)}
+MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2),
+          "context": dict(fsdp=2, tensor=2, context=2)}
 
 
 @functools.cache
@@ -47,7 +49,8 @@ def table(positions=24):
     starts, at = np.array(PROMPTS)[:, None], np.arange(real)
     mask = (starts <= at) & (at < starts + np.array(LENGTHS)[:, None])
     logprobs = np.asarray(score_naively(QWEN2, weights(QWEN2), tokens, LOSS.temperature)[0])
-    old, reference = (logprobs + generator.normal(0, 0.2, mask.shape).astype(np.float32) for _ in range(2))
+    old, reference = (logprobs + generator.normal(0, 0.2, mask.shape).astype(np.float32)
+                      for _ in range(2))
     advantages = np.where(mask, generator.standard_normal(mask.shape), 0).astype(np.float32)
     return types.SimpleNamespace(
         tokens=padded(tokens, 5), mask=padded(mask, False), advantages=padded(advantages, 0),
@@ -90,7 +93,8 @@ def score_naively(config, params, tokens, temperature):
     return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in (chosen, entropy))
 
 
-def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2, aggregation="token_mean", spare=0):
+def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
+             aggregation="token_mean", spare=0):
     """One step of plain gradient descent at rate 1: params less gradients, on the host, and the metrics.
 
     Args: spare, empty micro-batches that there is room for."""
@@ -99,7 +103,8 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2, a
     rows = in_micro_batches(experience(positions, aggregation), micro_batches)
     rows = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=3), rows)
     with jax.set_mesh(target):
-        state = update.make_initial_state(optimizer, targets)(place(config, weights(config), target))
+        state = update.make_initial_state(optimizer,
+                                          targets)(place(config, weights(config), target))
         gradients = update.make_gradients(config, target, loss, targets)
         apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
@@ -121,7 +126,8 @@ def baseline():
 
 
 def assert_same(found, expected, rtol=1e-5, atol=1e-5):
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=rtol, atol=atol), found, expected)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=rtol, atol=atol),
+                 found, expected)
 
 
 # The loss
@@ -146,12 +152,15 @@ def loss_in_numpy(logprobs, e, weights, clip_ratio, coefficient):
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
 def test_policy_loss_is_the_oracle(aggregation, coefficient):
     e = experience(aggregation=aggregation)
-    logprobs = np.where(e.mask, e.old_logprobs, 0) + np.random.default_rng(2).normal(0, 0.3, e.mask.shape)
+    logprobs = np.where(e.mask, e.old_logprobs,
+                        0) + np.random.default_rng(2).normal(0, 0.3, e.mask.shape)
     logprobs = logprobs.astype(np.float32)
-    loss, sums = update.policy_loss(jnp.asarray(logprobs), e, clip_ratio=0.2, kl_loss_coefficient=coefficient)
+    loss, sums = update.policy_loss(jnp.asarray(logprobs), e, clip_ratio=0.2,
+                                    kl_loss_coefficient=coefficient)
     expected, kl, clip_share = loss_in_numpy(logprobs, e, e.weights, 0.2, coefficient)
     assert 0.05 < clip_share < 0.95
-    np.testing.assert_allclose([loss, sums["kl"], sums["clip_share"]], [expected, kl, clip_share], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose([loss, sums["kl"], sums["clip_share"]], [expected, kl, clip_share],
+                               rtol=1e-5, atol=1e-6)
 
 
 def one_token(ratio, advantage):
@@ -181,7 +190,8 @@ def test_k3_by_hand():
     e, logprobs = one_token(2.0, 0.0)
     (value, sums), gradient = jax.value_and_grad(functools.partial(
         update.policy_loss, experience=e, clip_ratio=0.2, kl_loss_coefficient=3.0), has_aux=True)(logprobs)
-    np.testing.assert_allclose([sums["kl"], value], [math.log(2) - 0.5, 3 * (math.log(2) - 0.5)], rtol=1e-6)
+    np.testing.assert_allclose([sums["kl"], value], [math.log(2) - 0.5, 3 * (math.log(2) - 0.5)],
+                               rtol=1e-6)
     np.testing.assert_allclose(gradient, 1.5, rtol=1e-6)
 
 
@@ -194,7 +204,8 @@ def test_the_gradient_at_ratio_one_is_reinforce():
 
 def test_what_stands_outside_the_responses_is_nothing_to_the_loss():
     e = experience()
-    for outside in (-1e4, 1e4):             # exp overflows: inf * 0 would be nan, in the value or in the gradient
+    # exp overflows: inf * 0 would be nan, in the value or in the gradient
+    for outside in (-1e4, 1e4):
         logprobs = jnp.where(e.mask, e.old_logprobs, outside)
         value, gradient = jax.value_and_grad(lambda logprobs: update.policy_loss(
             logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.1)[0])(logprobs)
@@ -203,12 +214,14 @@ def test_what_stands_outside_the_responses_is_nothing_to_the_loss():
 
 def test_token_weights():
     mask = np.array([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], bool)
-    by_token, by_row = (np.asarray(update.token_weights(mask, name)) for name in ("token_mean", "sequence_mean"))
+    by_token, by_row = (np.asarray(update.token_weights(mask, name))
+                        for name in ("token_mean", "sequence_mean"))
     np.testing.assert_allclose(by_token, mask / 5, rtol=1e-6)
     np.testing.assert_allclose(by_row, mask * np.array([[1 / 9], [1 / 3], [0], [1 / 3]]), rtol=1e-6)
     assert by_token.dtype == by_row.dtype == np.float32
     for name in ("token_mean", "sequence_mean"):
-        assert not np.asarray(update.token_weights(np.zeros((2, 3), bool), name)).any()     # no response at all: no nan
+        # no response at all: no nan
+        assert not np.asarray(update.token_weights(np.zeros((2, 3), bool), name)).any()
 
 
 def test_token_weights_of_each_update_sum_to_one():
@@ -216,7 +229,8 @@ def test_token_weights_of_each_update_sum_to_one():
     for name in ("token_mean", "sequence_mean"):
         both = np.asarray(update.token_weights(mask, name, updates=2))
         for which in range(2):
-            np.testing.assert_allclose(both[which::2], update.token_weights(mask[which::2], name), rtol=1e-6)
+            np.testing.assert_allclose(both[which::2], update.token_weights(mask[which::2], name),
+                                       rtol=1e-6)
             np.testing.assert_allclose(both[which::2].sum(), 1, rtol=1e-6)
 
 
@@ -229,12 +243,14 @@ def test_score_rows_is_the_naive_score(config, tile):
     rows = experience().rows
     found = jax.jit(functools.partial(update.score_rows, config, temperature=0.8, tile=tile))(weights(config), rows)
     inside = (rows.segments[:, 1:] > 0)
-    for one, other in zip(found, score_naively(config, weights(config), rows.tokens, 0.8), strict=True):
-        np.testing.assert_allclose(np.where(inside, one[:, :-1], 0), np.where(inside, other[:, 1:], 0), rtol=1e-5,
-                                   atol=1e-5)
+    for one, other in zip(found, score_naively(config, weights(config), rows.tokens, 0.8),
+                          strict=True):
+        np.testing.assert_allclose(np.where(inside, one[:, :-1], 0),
+                                   np.where(inside, other[:, 1:], 0), rtol=1e-5, atol=1e-5)
 
 
-PACKING = {"rows": dict(), "one per row": dict(one_sequence_per_row=True), "two updates": dict(updates=2)}
+PACKING = {"rows": dict(), "one per row": dict(one_sequence_per_row=True),
+           "two updates": dict(updates=2)}
 
 
 @pytest.mark.parametrize("settings", PACKING.values(), ids=PACKING.keys())
@@ -243,20 +259,25 @@ PACKING = {"rows": dict(), "one per row": dict(one_sequence_per_row=True), "two 
 def test_scorer_gives_every_response_its_own_scores(shape, settings):
     # Prompts and responses as the sampler leaves them, scored packed; against each sequence alone, unpacked.
     generator, target = np.random.default_rng(5), mesh(**shape)
-    lengths, starts = generator.integers(1, 50, (3, 4)).astype(np.int32), np.array([4, 17, 9], np.int32)
-    rollouts = Rollouts(
-        prompts=generator.integers(0, VOCABULARY, (3, 17)).astype(np.int32), prompt_lengths=starts, lengths=lengths,
-        tokens=generator.integers(0, VOCABULARY, (3, 4, 50)).astype(np.int32), logprobs=np.zeros((3, 4, 50)),
-        finish=np.full((3, 4), "eos"), repeated=np.zeros((3, 4), bool))
-    packed = packing.pack(rollouts, rows=4, width=96, slots=50, context=target.shape["context"], **settings)
+    lengths, starts = generator.integers(1, 50,
+                                         (3, 4)).astype(np.int32), np.array([4, 17, 9], np.int32)
+    rollouts = Rollouts(prompts=generator.integers(0, VOCABULARY, (3, 17)).astype(np.int32),
+                        prompt_lengths=starts, lengths=lengths,
+                        tokens=generator.integers(0, VOCABULARY, (3, 4, 50)).astype(np.int32),
+                        logprobs=np.zeros((3, 4, 50)), finish=np.full((3, 4), "eos"),
+                        repeated=np.zeros((3, 4), bool))
+    packed = packing.pack(rollouts, rows=4, width=96, slots=50, context=target.shape["context"],
+                          **settings)
     with jax.set_mesh(target):
         placed = place(QWEN2, weights(QWEN2), target)
-        score = update.make_scorer(QWEN2, target, LOSS, params=jax.tree.map(lambda leaf: leaf.sharding, placed))
+        score = update.make_scorer(QWEN2, target, LOSS,
+                                   params=jax.tree.map(lambda leaf: leaf.sharding, placed))
         found = np.asarray(score(placed, packed))
     for row, (prompt, sample) in enumerate(itertools.product(range(3), range(4))):
         start, length = starts[prompt], lengths[prompt, sample]
         sequence = np.concatenate([rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]])
-        expected = score_naively(QWEN2, weights(QWEN2), sequence[None], LOSS.temperature)[0][0, start:]
+        expected = score_naively(QWEN2, weights(QWEN2), sequence[None],
+                                 LOSS.temperature)[0][0, start:]
         np.testing.assert_allclose(found[row, :length], expected, rtol=1e-5, atol=2e-5)
         assert not found[row, length:].any()
 
@@ -279,16 +300,19 @@ def test_the_step_follows_the_gradient_of_the_whole_batch(baseline):
 
     (loss, (kl, entropy)), gradients = jax.value_and_grad(whole, has_aux=True)(weights(QWEN2))
     params, metrics = baseline
-    assert_same(params, jax.tree.map(lambda weight, change: weight - change, weights(QWEN2), gradients))
+    assert_same(params,
+                jax.tree.map(lambda weight, change: weight - change, weights(QWEN2), gradients))
     expected = dict(loss=loss, kl=kl, entropy=entropy, grad_norm=optax.tree.norm(gradients))
     assert_same({name: metrics[name] for name in expected}, expected)
-    assert 0 < metrics["clip_share"] < 1 and all(value.dtype == np.float32 for value in metrics.values())
+    assert 0 < metrics["clip_share"] < 1 and all(value.dtype == np.float32
+                                                 for value in metrics.values())
 
 
 def test_micro_batches_change_nothing(baseline):
     # Two of them are the baseline, which is compared with the whole batch above.
     assert_same(one_step(micro_batches=4), baseline)
-    assert_same(one_step(micro_batches=1, spare=3), baseline)       # what is not counted is not read
+    # what is not counted is not read
+    assert_same(one_step(micro_batches=1, spare=3), baseline)
 
 
 def test_micro_batches_change_nothing_under_sequence_mean():
@@ -301,7 +325,9 @@ def test_padding_and_tiles_change_nothing(baseline):
     assert_same(one_step(positions=40, loss=dataclasses.replace(LOSS, vocabulary_tile=7)), baseline)
 
 
-@pytest.mark.parametrize("changes", [dict(remat="attention"), dict(remat="none"), dict(attention="blockwise")], ids=str)
+@pytest.mark.parametrize("changes",
+                         [dict(remat="attention"), dict(remat="none"), dict(attention="blockwise")],
+                         ids=str)
 def test_what_is_kept_and_how_it_attends_change_nothing(baseline, changes):
     assert_same(one_step(config=dataclasses.replace(QWEN2, **changes)), baseline)
 
@@ -309,7 +335,8 @@ def test_what_is_kept_and_how_it_attends_change_nothing(baseline, changes):
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
 def test_eight_devices_step_as_one_does(baseline, shape):
     micro_batches = 1 if shape == MESHES["data"] else 2
-    assert_same(one_step(shape=tuple(shape.items()), micro_batches=micro_batches, positions=32), baseline, rtol=2e-5)
+    assert_same(one_step(shape=tuple(shape.items()), micro_batches=micro_batches, positions=32),
+                baseline, rtol=2e-5)
 
 
 def rollouts_of_the_table():
@@ -320,10 +347,11 @@ def rollouts_of_the_table():
     tokens = np.zeros((ROWS, lengths.max()), np.int32)
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         tokens[row, :length] = e.tokens[row, start : start + length]
-    return Rollouts(prompts=e.tokens[::2, : starts.max()], prompt_lengths=starts[::2].astype(np.int32),
-                    tokens=tokens.reshape(4, 2, -1), lengths=lengths.reshape(4, 2).astype(np.int32),
-                    logprobs=np.zeros((4, 2, lengths.max()), np.float32), finish=np.full((4, 2), "eos"),
-                    repeated=np.zeros((4, 2), bool))
+    return Rollouts(prompts=e.tokens[::2, : starts.max()],
+                    prompt_lengths=starts[::2].astype(np.int32), tokens=tokens.reshape(4, 2, -1),
+                    lengths=lengths.reshape(4, 2).astype(np.int32),
+                    logprobs=np.zeros((4, 2, lengths.max()), np.float32),
+                    finish=np.full((4, 2), "eos"), repeated=np.zeros((4, 2), bool))
 
 
 def learnt(settings, shape=(), offload=False, **changes):
@@ -341,7 +369,8 @@ def learnt(settings, shape=(), offload=False, **changes):
         state = learning.init(params)
         packed = learning.pack(rollouts, np.arange(8).reshape(4, 2) % 3 > 0)
         batch = learning.experience(packed, learning.score(state.params, packed),
-                                    learning.score_reference(reference, packed), config.reward.alpha)
+                                    learning.score_reference(reference, packed),
+                                    config.reward.alpha)
         assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_reference)
         state, metrics = learning.update(state, batch)
@@ -366,7 +395,8 @@ def test_a_learning_step_does_not_depend_on_packing(learnt_in_pairs, monkeypatch
     assert_same(learnt(dict(rows_per_micro_batch=2)), learnt_in_pairs, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [dict(data=2, fsdp=2, tensor=2), dict(data=2, fsdp=2, context=2)], ids=str)
+@pytest.mark.parametrize("shape", [dict(data=2, fsdp=2, tensor=2), dict(data=2, fsdp=2, context=2)],
+                         ids=str)
 def test_a_learning_step_on_eight_devices_is_that_on_one(shape):
     settings = dict(rows_per_micro_batch=4, updates_per_batch=2)
     assert_same(learnt(settings, tuple(shape.items())), learnt(settings), atol=1e-4)
@@ -374,13 +404,15 @@ def test_a_learning_step_on_eight_devices_is_that_on_one(shape):
 
 def test_offloading_changes_where_things_are_and_nothing_else():
     settings, shape = dict(rows_per_micro_batch=4, updates_per_batch=2), (("fsdp", 2),)
-    jax.tree.map(np.testing.assert_array_equal, learnt(settings, shape, offload=True), learnt(settings, shape))
+    jax.tree.map(np.testing.assert_array_equal, learnt(settings, shape, offload=True),
+                 learnt(settings, shape))
 
 
 def test_two_updates_follow_one_another_on_halves_of_the_responses(learnt_in_pairs):
     params, metrics, _ = learnt(dict(rows_per_micro_batch=2, updates_per_batch=2))
     assert len(metrics) == 2 and metrics[0]["clip_share"] == 0
-    assert metrics[1]["clip_share"] > 0         # the first update has moved the policy away from its old log-probs
+    # the first update has moved the policy away from its old log-probs
+    assert metrics[1]["clip_share"] > 0
     once = learnt_in_pairs[0]
     assert any(np.abs(one - other).max() > 1e-3
                for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(once), strict=True))
@@ -391,15 +423,18 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     optimizer = update.make_optimizer(1e-3, 0.9, 0.95, 0.0, 1.0, 2)
     targets = update.state_sharding(QWEN2, optimizer, target)
     moments = optax.tree.get(targets.opt_state, "mu")
-    assert moments == targets.params                            # the moments live beside their weights
+    # the moments live beside their weights
+    assert moments == targets.params
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
         gradients = update.make_gradients(QWEN2, target, LOSS, targets)
         apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         for count in (2, 1, 2):                                 # with less to learn from, too
             before = state
-            rows = sharding.to_device(in_micro_batches(experience(), 2), sharding.sharding(target, *update.ROW_AXES))
-            grads, metrics = gradients(state.params, (rows,), (np.full(1, count, np.int32),), np.int32(0))
+            rows = sharding.to_device(in_micro_batches(experience(), 2),
+                                      sharding.sharding(target, *update.ROW_AXES))
+            grads, metrics = gradients(state.params, (rows,), (np.full(1, count, np.int32),),
+                                       np.int32(0))
             state, _ = apply_gradients(state, grads, np.int32(1))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
             assert all(np.isfinite(value) for value in sharding.to_host(metrics).values())
@@ -429,14 +464,16 @@ def test_the_rate_rises_to_its_value_at_the_last_update_of_the_warm_up(warmup_up
     np.testing.assert_allclose(rates(warmup_updates), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("gradient", "expected"), [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])])
+@pytest.mark.parametrize(("gradient", "expected"),
+                         [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])])
 def test_gradients_are_clipped_by_their_global_norm(gradient, expected):
     optimizer = update.make_optimizer(1.0, 0.9, 0.95, 0.0, 1.0, 0)
     params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     gradients = dict(zip(params, map(jnp.float32, gradient), strict=True))
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     first_moment = optax.tree.get(state, "mu")
-    np.testing.assert_allclose([first_moment["a"] / 0.1, first_moment["b"] / 0.1], expected, rtol=1e-5)
+    np.testing.assert_allclose([first_moment["a"] / 0.1, first_moment["b"] / 0.1], expected,
+                               rtol=1e-5)
 
 
 def test_weight_decay_is_apart_from_the_gradient():

@@ -14,11 +14,13 @@ from effreason.types import Rows
 
 VOCABULARY = 24
 
-QWEN2 = model.DecoderConfig(vocabulary=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24,
-                            norm_eps=1e-6, rope_theta=10_000.0, qkv_bias=True)
+QWEN2 = model.DecoderConfig(vocabulary=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2,
+                            head_dim=4, mlp_width=24, norm_eps=1e-6, rope_theta=10_000.0,
+                            qkv_bias=True)
 SCALING = kv_cache.Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
                                   original_positions=16)
-LLAMA = dataclasses.replace(QWEN2, qkv_bias=False, kv_heads=4, rope_theta=500_000.0, rope_scaling=SCALING)
+LLAMA = dataclasses.replace(QWEN2, qkv_bias=False, kv_heads=4, rope_theta=500_000.0,
+                            rope_scaling=SCALING)
 QWEN3 = dataclasses.replace(QWEN2, qkv_bias=False, qk_norm=True, head_dim=8, tied=True)
 FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3}
 
@@ -52,5 +54,6 @@ def place(config, params, target):
 def rows_of(sequences):
     """Rows [R, N] of one sequence each, to score outside of training."""
     width = max(map(len, sequences))
-    table = jax.tree.map(lambda *rows: np.stack(rows), *(packing.pack_row([tokens], width) for tokens in sequences))
+    table = jax.tree.map(lambda *rows: np.stack(rows),
+                         *(packing.pack_row([tokens], width) for tokens in sequences))
     return Rows(**table, response_index=np.zeros_like(table["tokens"]))

@@ -19,44 +19,50 @@ import transformers
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ROWS, POSITIONS = 2, 40
-SHAPE: dict[str, Any] = dict(
-    vocab_size=72, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, dtype="float32",
-)
-LLAMA3: dict[str, Any] = dict(
-    rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=0.25, high_freq_factor=2.0,
-    original_max_position_embeddings=16,
-)
+SHAPE: dict[str, Any] = dict(vocab_size=72, hidden_size=32, intermediate_size=48,
+                             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                             max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+                             dtype="float32",)
+LLAMA3: dict[str, Any] = dict(rope_type="llama3", rope_theta=500_000.0, factor=8.0,
+                              low_freq_factor=0.25, high_freq_factor=2.0,
+                              original_max_position_embeddings=16,)
 
 
 def qwen2_tied() -> transformers.PretrainedConfig:
-    return transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True, rope_parameters=rope(1_000_000.0))
+    return transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True,
+                                    rope_parameters=rope(1_000_000.0))
 
 
 def qwen2_untied() -> transformers.PretrainedConfig:
     shape = SHAPE | dict(rms_norm_eps=1e-5)
-    return transformers.Qwen2Config(**shape, tie_word_embeddings=False, rope_parameters=rope(10_000.0))
+    return transformers.Qwen2Config(**shape, tie_word_embeddings=False,
+                                    rope_parameters=rope(10_000.0))
 
 
 def llama() -> transformers.PretrainedConfig:
     shape = SHAPE | dict(num_key_value_heads=4)             # no grouping
-    return transformers.LlamaConfig(**shape, tie_word_embeddings=False, rope_parameters=rope(10_000.0))
+    return transformers.LlamaConfig(**shape, tie_word_embeddings=False,
+                                    rope_parameters=rope(10_000.0))
 
 
 def llama3() -> transformers.PretrainedConfig:
     # Heads of 16: the first rotary plane is kept, the second is in between, the others are stretched.
     shape = SHAPE | dict(num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-5)
-    return transformers.LlamaConfig(**shape, tie_word_embeddings=False, rope_parameters=dict(LLAMA3))
+    return transformers.LlamaConfig(**shape, tie_word_embeddings=False,
+                                    rope_parameters=dict(LLAMA3))
 
 
 def qwen3() -> transformers.PretrainedConfig:
     shape = SHAPE | dict(num_hidden_layers=3, head_dim=16)  # 4 heads of 16 on a width of 32
-    return transformers.Qwen3Config(**shape, tie_word_embeddings=True, rope_parameters=rope(1_000_000.0))
+    return transformers.Qwen3Config(**shape, tie_word_embeddings=True,
+                                    rope_parameters=rope(1_000_000.0))
 
 
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "qwen2_tied": qwen2_tied, "qwen2_untied": qwen2_untied, "llama": llama, "llama3": llama3, "qwen3": qwen3,
-}
+CONFIGS: dict[str,
+              Callable[[], transformers.PretrainedConfig]] = {"qwen2_tied": qwen2_tied,
+                                                              "qwen2_untied": qwen2_untied,
+                                                              "llama": llama, "llama3": llama3,
+                                                              "qwen3": qwen3,}
 OLDER_SPELLING = {"qwen2_tied", "llama3"}                   # as most published checkpoints have it
 SHARDED = {"qwen2_untied"}
 
@@ -78,12 +84,14 @@ def build(config: transformers.PretrainedConfig, seed: int) -> Any:
                 parameter.copy_(0.5 * noise)
             elif "embed" in name:
                 parameter.copy_(noise)
-            else:                                           # twice the usual scale: sharp attention, visible mistakes
+            # twice the usual scale: sharp attention, visible mistakes
+            else:
                 parameter.copy_(2.0 * noise * parameter.shape[-1] ** -0.5)
     return model
 
 
-def reference(model: Any, seed: int, rows: int = ROWS, positions: int = POSITIONS) -> dict[str, np.ndarray]:
+def reference(model: Any, seed: int, rows: int = ROWS,
+              positions: int = POSITIONS) -> dict[str, np.ndarray]:
     """Random tokens int32[B, N] and the model's logits for them, float32[B, N, V]."""
     tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, (rows, positions))
     with torch.no_grad():
@@ -105,7 +113,8 @@ def respell(directory: Path) -> None:
     path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save(model: Any, directory: Path, *, older_spelling: bool = False, sharded: bool = False) -> None:
+def save(model: Any, directory: Path, *, older_spelling: bool = False,
+         sharded: bool = False) -> None:
     """Writes a Hugging Face directory: config.json and safetensors, in one file or in shards with an index."""
     model.save_pretrained(directory, max_shard_size="50KB" if sharded else "5GB")
     (directory / "generation_config.json").unlink(missing_ok=True)
@@ -122,7 +131,8 @@ def main() -> None:
         arrays = reference(model, seed)
         np.savez(directory / "reference.npz", tokens=arrays["tokens"], logits=arrays["logits"])
         again = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
-        np.testing.assert_array_equal(reference(again, seed)["logits"], arrays["logits"])   # nothing was lost on disk
+        # nothing was lost on disk
+        np.testing.assert_array_equal(reference(again, seed)["logits"], arrays["logits"])
         print(f"{name}: {sum(file.stat().st_size for file in directory.iterdir()) / 1000:.0f} kB, "
               f"logits std {arrays['logits'].std():.2f}")
 
