@@ -1,4 +1,5 @@
-"""Attention of packed rows: every implementation against NumPy, on one device and on meshes; what it compiles to."""
+"""Attention of packed rows: every implementation against NumPy, on one device and on meshes; what
+it compiles to."""
 
 import functools
 import importlib.util
@@ -244,7 +245,8 @@ def test_cudnn_is_told_the_lengths(monkeypatch):
 
 @pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_cudnn_is_called_on_a_gpu(monkeypatch, shape):
-    """Lowered for CUDA, which needs no GPU: forward and backward, causal and padded, on a device's rows and heads."""
+    """Lowered for CUDA, which needs no GPU: forward and backward, causal and padded, on a device's
+    rows and heads."""
     stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91000)
     shapes = [jax.ShapeDtypeStruct((4, 256, count, 64), jnp.bfloat16) for count in (4, 2, 2, 4)]

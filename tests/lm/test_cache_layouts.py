@@ -1,4 +1,5 @@
-"""Every cache layout against the full forward pass; the TPU kernels interpreted, cuDNN's by the same call to XLA."""
+"""Every cache layout against the full forward pass; the TPU kernels interpreted, cuDNN's by the
+same call to XLA."""
 
 import dataclasses
 import functools
@@ -34,7 +35,8 @@ def kernels_on_a_cpu(monkeypatch):
 
 
 def decode(config, params, rubbish=None):
-    """Logits [B, STEPS, V] at NEXT: a padded prefill of all rows, then one token a row at a time."""
+    """Logits [B, STEPS, V] at NEXT: a padded prefill of all rows, then one token a row at a
+    time."""
     unstacked = model.unstack(config, params)
     cache = model.empty_cache(config, ROWS, SLOTS)
     if rubbish:
@@ -125,7 +127,8 @@ def test_a_donated_cache_is_written_in_place(layout):
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     (_, cache), _ = steps(unstacked, cache)
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)] == places
-    # One layer may be rearranged to be read (a CPU does it where the sequence comes first), never all of them.
+    # One layer may be rearranged to be read (a CPU does it where the sequence comes first), never
+    # all of them.
     assert steps.lower(unstacked, cache).compile().memory_analysis().temp_size_in_bytes < whole / 2
 
 

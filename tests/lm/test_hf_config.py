@@ -1,4 +1,5 @@
-"""config.json: published ones are understood, both spellings, and whatever the decoder does not compute is refused."""
+"""config.json: published ones are understood, both spellings, and whatever the decoder does not
+compute is refused."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""Models on the Hub: the real client against a server on this machine that answers as the Hub does."""
+"""Models on the Hub: the real client against a server on this machine that answers as the Hub
+does."""
 
 import hashlib
 import http.server
@@ -24,7 +25,8 @@ SMALL_CONFIG = {"config.json": b'{"model_type": "llama"}'}
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Repositories by name: branches, tags and commits, each with its files; the paths that were asked for."""
+    """Repositories by name: branches, tags and commits, each with its files; the paths that were
+    asked for."""
 
     daemon_threads = True
 
@@ -132,8 +134,8 @@ def server():
 
 @pytest.fixture
 def client(server, tmp_path):
-    """open(name, revision, wanted, **environment): the answer, in a process of its own: the library reads where the
-    Hub and its cache are when it is imported."""
+    """open(name, revision, wanted, **environment): the answer, in a process of its own: the library
+    reads where the Hub and its cache are when it is imported."""
 
     def run(source, *arguments, **environment):
         known = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"),

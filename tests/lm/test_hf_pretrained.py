@@ -1,4 +1,5 @@
-"""Hugging Face models in and out: tokenizers, end tokens, and the directory we export, whole or not at all."""
+"""Hugging Face models in and out: tokenizers, end tokens, and the directory we export, whole or not
+at all."""
 
 import errno
 import json
@@ -264,7 +265,8 @@ def test_open_pretrained_reads_all_that_is_not_a_weight(whole):
     found = open_pretrained(str(whole), dtype="bfloat16", remat="none")
     assert found.eos_ids == (1, 2) and found.directory == whole and found.max_positions == 64
     assert (found.name, found.revision) == (str(whole), None)
-    # transformers has a class of its own for model_type qwen2, which would not split at spaces here.
+    # transformers has a class of its own for model_type qwen2, which would not split at spaces
+    # here.
     assert found.tokenizer.encode("w3 w71") == [3, 71]
     assert found.decoder == read_config(whole, dtype="bfloat16", remat="none")
     edit(whole, vocab_size=40)

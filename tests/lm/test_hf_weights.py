@@ -1,4 +1,5 @@
-"""Weights in and out: nothing changes on the way, a shard is read by itself, and other checkpoints are refused."""
+"""Weights in and out: nothing changes on the way, a shard is read by itself, and other checkpoints
+are refused."""
 
 import json
 import os
@@ -157,7 +158,8 @@ def test_a_shard_is_read_once_and_only_the_shard(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_loading_holds_no_second_copy(tmp_path, devices):
-    # As the benchmark measures it, in a process of its own: 150 MB of weights, 48 MB of them in one matrix.
+    # As the benchmark measures it, in a process of its own: 150 MB of weights, 48 MB of them in one
+    # matrix.
     entries = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
                    num_attention_heads=8, num_key_value_heads=8)
     table = json.loads((FIXTURES / "llama" / "config.json").read_text()) | entries | dict(head_dim=64)

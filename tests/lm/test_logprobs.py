@@ -1,4 +1,5 @@
-"""Log-probs of targets tile by tile: against the whole table, on every mesh, and flat in the vocabulary."""
+"""Log-probs of targets tile by tile: against the whole table, on every mesh, and flat in the
+vocabulary."""
 
 import functools
 import math
@@ -102,7 +103,8 @@ def test_bfloat16_states_keep_float32_logprobs():
 
 
 def temporary_bytes(vocabulary, length, tile, gradient):
-    """What XLA sets aside beside arguments and results for one row of `length` positions at width 1,536.
+    """What XLA sets aside beside arguments and results for one row of `length` positions at width
+    1,536.
 
     In float32: a CPU would hold a float32 copy of a bfloat16 head."""
     width = 1536

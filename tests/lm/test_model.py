@@ -31,7 +31,8 @@ def family(request):
 
 
 def test_pieces_through_the_cache_are_the_whole(family):
-    # Two pieces and then a single token, in a cache that holds rubbish where nothing has been written.
+    # Two pieces and then a single token, in a cache that holds rubbish where nothing has been
+    # written.
     config, params, extend, expected = family
     cache = jax.tree.map(lambda x: jnp.full_like(x, 9.0), model.empty_cache(config, ROWS, 16))
     pieces, at = [], 0
@@ -44,7 +45,8 @@ def test_pieces_through_the_cache_are_the_whole(family):
 
 
 def test_every_row_continues_where_it_stands(family):
-    # A padded prefill, then three tokens a row behind its own length: what the padding wrote is overwritten.
+    # A padded prefill, then three tokens a row behind its own length: what the padding wrote is
+    # overwritten.
     config, params, extend, expected = family
     lengths = np.array([2, 7, 11], np.int32)
     prompts = np.where(np.arange(11) < lengths[:, None], TOKENS[:, :11], 17)

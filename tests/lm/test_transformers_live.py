@@ -1,4 +1,5 @@
-"""The decoder against `transformers`, live, on random checkpoints of every family: load, compute, decode, export."""
+"""The decoder against `transformers`, live, on random checkpoints of every family: load, compute,
+decode, export."""
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ def pair(request, tmp_path_factory):
     name = request.param
     directory = tmp_path_factory.mktemp(name)
     theirs = make_fixtures.build(make_fixtures.CONFIGS[name](), SEED)
-    # The spelling of config.json and the split into files are not what the committed fixture of that name has.
+    # The spelling of config.json and the split into files are not what the committed fixture of
+    # that name has.
     make_fixtures.save(theirs, directory, older_spelling=name not in make_fixtures.OLDER_SPELLING,
                        sharded=name not in make_fixtures.SHARDED)
     return directory, make_fixtures.reference(theirs, SEED, ROWS, POSITIONS)

@@ -1,4 +1,5 @@
-"""The decoder against logits that `transformers` computed once: see make_fixtures.py. No torch is needed here."""
+"""The decoder against logits that `transformers` computed once: see make_fixtures.py. No torch is
+needed here."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Checkpoints: what comes back is what was saved, and a failure costs nothing that was saved before."""
+"""Checkpoints: what comes back is what was saved, and a failure costs nothing that was saved
+before."""
 
 import json
 import subprocess
@@ -117,7 +118,8 @@ def test_a_save_that_fails_is_one_clear_error_and_leaves_the_older_ones(tmp_path
     assert capfd.readouterr() == ("", "")
 
 
-# Real writes that fail: the system refuses files of more than a few kilobytes, as a full disk would.
+# Real writes that fail: the system refuses files of more than a few kilobytes, as a full disk
+# would.
 FULL = """
 import resource, signal, sys
 from pathlib import Path

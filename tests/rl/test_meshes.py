@@ -1,7 +1,8 @@
-"""The shipped reasoner, its first two layers, on every mesh of eight devices that divides it: one learning step and
-greedy tokens as on one device.
+"""The shipped reasoner, its first two layers, on every mesh of eight devices that divides it: one
+learning step and greedy tokens as on one device.
 
-Sums over shards have other roundings: losses agree to 1e-5, weights after a step at rate 1e-3 to 1e-4, tokens exactly.
+Sums over shards have other roundings: losses agree to 1e-5, weights after a step at rate 1e-3 to
+1e-4, tokens exactly.
 """
 
 import dataclasses

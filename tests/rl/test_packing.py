@@ -1,4 +1,5 @@
-"""Rows: every sequence stands in one of them, whole and in order, whatever the widths, updates and column order."""
+"""Rows: every sequence stands in one of them, whole and in order, whatever the widths, updates and
+column order."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +13,8 @@ from effreason.types import Rollouts
 
 
 def rollouts_of(prompt_lengths, lengths):
-    """Tokens that say where they belong: 100 p + position in prompts, 1000 (p + 1) + 100 g + position in responses."""
+    """Tokens that say where they belong: 100 p + position in prompts, 1000 (p + 1) + 100 g +
+    position in responses."""
     prompt_lengths, lengths = np.array(prompt_lengths, np.int32), np.array(lengths, np.int32)
     prompts, group_size = lengths.shape
     prompt = 100 * np.arange(prompts)[:, None] + np.arange(prompt_lengths.max())
@@ -26,7 +28,8 @@ def rollouts_of(prompt_lengths, lengths):
 
 
 def in_row_order(packed, context):
-    """Columns back in the order of the row, groups as lists of rows by update: {name: [U, M * R, N]}."""
+    """Columns back in the order of the row, groups as lists of rows by update: {name: [U, M * R,
+    N]}."""
     for rows in packed.groups:
         width = rows.tokens.shape[-1]
         order = zigzag(width, context)
@@ -142,8 +145,8 @@ def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
     assert packing.row_widths(32_768,
                               one_sequence_per_row=True) == [32_768, 16_384, 8_192, 4_096, 2_048]
     sizes = np.array([30, 12, 11, 9, 7, 5, 3, 3, 2])
-    # 30 takes a row of 32 and the second row of the micro-batch is computed with it: 12, 11, 9 fill it, 2 the first.
-    # 7 and 5 then stand in rows of 8, one more of which takes the 3s.
+    # 30 takes a row of 32 and the second row of the micro-batch is computed with it: 12, 11, 9 fill
+    # it, 2 the first. 7 and 5 then stand in rows of 8, one more of which takes the 3s.
     assert packing.assign_rows(sizes, range(9), [32, 16, 8], rows=2) == [
         [[0, 8], [1, 2, 3]], [], [[4], [5, 6], [7], []]]
     assert packing.assign_rows(sizes[4:], range(5), [32, 16, 8],
@@ -153,7 +156,8 @@ def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
 
 
 def test_ragged_reasoning_fills_few_wide_rows():
-    # 128 responses around 5,000 tokens on 16 rows of 32k: two micro-batches of 0.5M positions in rows of one width.
+    # 128 responses around 5,000 tokens on 16 rows of 32k: two micro-batches of 0.5M positions in
+    # rows of one width.
     sizes = np.random.default_rng(0).exponential(4_700, 128).clip(200, 32_000).astype(int)
     laid = packing.assign_rows(sizes, range(128), packing.row_widths(32_768), rows=16)
     computed = sum(len(bins) * width

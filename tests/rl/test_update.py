@@ -1,4 +1,5 @@
-"""The update: the loss against a NumPy oracle, and the same step however rows, padding and devices are cut."""
+"""The update: the loss against a NumPy oracle, and the same step however rows, padding and devices
+are cut."""
 
 import dataclasses
 import functools
@@ -37,8 +38,8 @@ MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2),
 
 @functools.cache
 def table(positions=24):
-    """One sequence a row, as tokens stand: ratios lie on both sides of the clip; one response is empty; rubbish stands
-    outside the responses."""
+    """One sequence a row, as tokens stand: ratios lie on both sides of the clip; one response is
+    empty; rubbish stands outside the responses."""
     generator = np.random.default_rng(1)
     real = 24
 
@@ -95,7 +96,8 @@ def score_naively(config, params, tokens, temperature):
 
 def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
              aggregation="token_mean", spare=0):
-    """One step of plain gradient descent at rate 1: params less gradients, on the host, and the metrics.
+    """One step of plain gradient descent at rate 1: params less gradients, on the host, and the
+    metrics.
 
     Args: spare, empty micro-batches that there is room for."""
     target, optimizer = mesh(**dict(shape)), optax.sgd(1.0)
@@ -257,7 +259,8 @@ PACKING = {"rows": dict(), "one per row": dict(one_sequence_per_row=True),
 @pytest.mark.parametrize("shape", [{}, dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, context=2)],
                          ids=["one device", "all", "context"])
 def test_scorer_gives_every_response_its_own_scores(shape, settings):
-    # Prompts and responses as the sampler leaves them, scored packed; against each sequence alone, unpacked.
+    # Prompts and responses as the sampler leaves them, scored packed; against each sequence alone,
+    # unpacked.
     generator, target = np.random.default_rng(5), mesh(**shape)
     lengths, starts = generator.integers(1, 50,
                                          (3, 4)).astype(np.int32), np.array([4, 17, 9], np.int32)
@@ -316,7 +319,8 @@ def test_micro_batches_change_nothing(baseline):
 
 
 def test_micro_batches_change_nothing_under_sequence_mean():
-    # Rows of one micro-batch have other lengths than those of the next: a mean within each would differ.
+    # Rows of one micro-batch have other lengths than those of the next: a mean within each would
+    # differ.
     assert_same(one_step(micro_batches=4, aggregation="sequence_mean"),
                 one_step(micro_batches=1, aggregation="sequence_mean"))
 
@@ -355,7 +359,8 @@ def rollouts_of_the_table():
 
 
 def learnt(settings, shape=(), offload=False, **changes):
-    """State and metrics after one whole learning step of a small configuration, and the log-probs it found."""
+    """State and metrics after one whole learning step of a small configuration, and the log-probs
+    it found."""
     config = Config(model=ModelConfig(dtype="float32"), rollout=RolloutConfig(
         prompts_per_step=4, group_size=2, max_new_tokens=16), kl=KLConfig(offload_reference=offload),
         update=UpdateConfig(learning_rate=1e-2, warmup_updates=0, offload_optimizer=offload, **settings),

@@ -1,4 +1,5 @@
-"""Small random decoders and meshes for the tests: shapes of all three families, weights that give uneven logits."""
+"""Small random decoders and meshes for the tests: shapes of all three families, weights that give
+uneven logits."""
 
 import dataclasses
 import functools
@@ -27,7 +28,8 @@ FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3}
 
 @functools.cache
 def weights(config, seed=0):
-    """None of them 0 or 1, so that one that is left out shows; on the host, so that every mesh can take a copy."""
+    """None of them 0 or 1, so that one that is left out shows; on the host, so that every mesh can
+    take a copy."""
     generator = np.random.default_rng(seed)
 
     def leaf(path, shape):

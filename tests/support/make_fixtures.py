@@ -1,10 +1,11 @@
 """Builds the small random checkpoints of tests/fixtures and what `transformers` computes from them.
 
-    python tests/make_fixtures.py            (needs the extra `parity`: torch and transformers)
+python tests/make_fixtures.py            (needs the extra `parity`: torch and transformers)
 
-Each directory holds config.json, the weights and reference.npz: int32 tokens[B, N] and float32 logits[B, N, V].
-Between them they cover both spellings of config.json, tied and untied heads, a single file and shards, biases,
-q/k norms, and Llama 3 rotary scaling with positions beyond the original context.
+Each directory holds config.json, the weights and reference.npz: int32 tokens[B, N] and float32
+logits[B, N, V]. Between them they cover both spellings of config.json, tied and untied heads, a
+single file and shards, biases, q/k norms, and Llama 3 rotary scaling with positions beyond the
+original context.
 """
 
 import json
@@ -46,7 +47,8 @@ def llama() -> transformers.PretrainedConfig:
 
 
 def llama3() -> transformers.PretrainedConfig:
-    # Heads of 16: the first rotary plane is kept, the second is in between, the others are stretched.
+    # Heads of 16: the first rotary plane is kept, the second is in between, the others are
+    # stretched.
     shape = SHAPE | dict(num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-5)
     return transformers.LlamaConfig(**shape, tie_word_embeddings=False,
                                     rope_parameters=dict(LLAMA3))
@@ -72,7 +74,8 @@ def rope(theta: float) -> dict[str, Any]:
 
 
 def build(config: transformers.PretrainedConfig, seed: int) -> Any:
-    """A model none of whose weights is 0 or 1: a bias, norm or scale that is left out shows in the logits."""
+    """A model none of whose weights is 0 or 1: a bias, norm or scale that is left out shows in the
+    logits."""
     generator = torch.Generator().manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
@@ -100,7 +103,8 @@ def reference(model: Any, seed: int, rows: int = ROWS,
 
 
 def respell(directory: Path) -> None:
-    """Rewrites config.json as transformers 4 did: rope_theta, rope_scaling, torch_dtype, no head_dim where implied."""
+    """Rewrites config.json as transformers 4 did: rope_theta, rope_scaling, torch_dtype, no
+    head_dim where implied."""
     path = directory / "config.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     parameters = table.pop("rope_parameters")
@@ -115,7 +119,8 @@ def respell(directory: Path) -> None:
 
 def save(model: Any, directory: Path, *, older_spelling: bool = False,
          sharded: bool = False) -> None:
-    """Writes a Hugging Face directory: config.json and safetensors, in one file or in shards with an index."""
+    """Writes a Hugging Face directory: config.json and safetensors, in one file or in shards with
+    an index."""
     model.save_pretrained(directory, max_shard_size="50KB" if sharded else "5GB")
     (directory / "generation_config.json").unlink(missing_ok=True)
     if older_spelling:
