@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from effreason.types import padded_length, response_mask
 
-pytestmark = pytest.mark.usefixtures("strict")
 POSITIONS = 12
 masks = jax.jit(functools.partial(response_mask, positions=POSITIONS))
 EOS = 2

@@ -19,7 +19,6 @@ from effreason.rl.advantages import (
 )
 from effreason.rl.rewards import length_rewards
 
-pytestmark = pytest.mark.usefixtures("strict")
 loo, by_std = jax.jit(leave_one_out), jax.jit(group_std)
 
 def whiten(values, mask):

@@ -14,7 +14,6 @@ from effreason.rl import configured_reward, rewards
 from effreason.runtime.config import RewardConfig
 from effreason.runtime.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("strict")
 CORRECT = np.array([[True, True, False], [True, True, True]])
 LENGTHS = np.array([[100, 200, 50], [300, 100, 100]], np.int32)
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from effreason.rl import advantages, rewards
 from effreason.rl.rewards import length_rewards
 
-pytestmark = pytest.mark.usefixtures("strict")
 kernel = jax.jit(length_rewards)                            # alpha is an array here: one compilation for every alpha
 GROUP = 8
 alphas = st.floats(0.0, 0.99, allow_subnormal=False)

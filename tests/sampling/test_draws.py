@@ -20,8 +20,6 @@ from effreason.runtime.errors import UserError
 from effreason.sampling import draws
 from effreason.sampling.draws import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("strict")
-
 ALMOST_ONE = np.float32(1 - 2**-24)         # the largest number below 1
 # 37 in one block; 5003, a prime, filled up; the others in blocks that fit
 VOCABULARIES = [1, 24, 37, 5003, 32000]
