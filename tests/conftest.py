@@ -27,6 +27,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import optax  # noqa: E402
 import pytest  # noqa: E402
 
 # No deadline: the first example of a property compiles. The seed is fixed, so that a failure is one
@@ -38,6 +39,17 @@ hypothesis.settings.load_profile("effreason")
 # Neither the package nor a test may promote ranks or dtypes silently, unless it is marked `promotes`.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def promoting(function):
+    """Lets a function of a library promote."""
+    def call(*args, **named):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **named)
+    return call
+
+
+optax.tree.bias_correction = promoting(optax.tree.bias_correction)     # float ** integer count
 
 
 @pytest.hookimpl(wrapper=True)

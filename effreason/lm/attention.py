@@ -181,7 +181,8 @@ def _visible(segments: Int[Array, "... n"], key_segments: Int[Array, "... N"],
     """Which keys each query sees. Padding is a segment too, so that every query sees a key: no
     softmax is empty."""
     same_sequence = segments[..., :, None] == key_segments[..., None, :]
-    return same_sequence & (positions[:, None] >= key_positions[None, :])
+    causal = positions[:, None] >= key_positions[None, :]
+    return same_sequence & jnp.broadcast_to(causal, same_sequence.shape)
 
 
 def _xla(query: Queries, key: Keys, value: Keys, segments: Int[Array, "B n"],

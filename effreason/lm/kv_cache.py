@@ -109,7 +109,7 @@ def rope_frequencies(head_dim: int, theta: float,
 def rope(positions: Int[Array, "B T"], frequencies: Float32[Array, " h/2"]) -> tuple[
         Float32[Array, "B T 1 h/2"], Float32[Array, "B T 1 h/2"]]:
     """Returns cosines and sines, to be broadcast over heads."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -61,7 +61,7 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"],
     """x / rms(x) * scale over the last axis, the division in float32. Source: arXiv 1910.07467."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * scale.astype(x.dtype)
+    return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
 class Block(nn.Module):
@@ -255,7 +255,7 @@ def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],
 
     Returns:
         The final hidden states, and the cache with T more tokens."""
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    positions = start[:, None] + jnp.arange(tokens.shape[1])[None]
     rope = _rope(config, positions)
     x = unstacked["embedding"].astype(config.dtype)[tokens]
     block: Any = Block(config)

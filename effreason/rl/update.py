@@ -116,7 +116,7 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     loss = jnp.sum(experience.weights * (kl_loss_coefficient * kl - gain))
     is_clipped = clipped * experience.advantages < ratio * experience.advantages
     return loss, {"kl": jnp.sum(experience.weights * kl),
-                  "clip_share": jnp.sum(experience.weights * is_clipped)}
+                  "clip_share": jnp.sum(experience.weights * is_clipped.astype(jnp.float32))}
 
 
 def in_compute_dtype(config: model.DecoderConfig, params: model.Params) -> model.Params:
