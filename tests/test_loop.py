@@ -14,6 +14,7 @@ import sys
 import types
 from pathlib import Path
 
+import cheap_runs
 import jax
 import numpy as np
 import pytest
@@ -44,6 +45,12 @@ ROOT = Path(__file__).parents[1]
 EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that being stopped within it is tested too
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cheap():
+    with cheap_runs.cheap_runs():
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
@@ -60,7 +67,7 @@ def finished(world, tmp_path_factory):
         widths.add(packed.groups[0].tokens.shape)
         return packed
 
-    with pytest.MonkeyPatch.context() as patch:
+    with cheap_runs.real_pictures(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
         patch.setattr(packing, "pack", noted_pack)
         loop.train(small_runs.config(world, directory, **EVALUATED))

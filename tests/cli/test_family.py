@@ -5,6 +5,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import cheap_runs
 import jax
 import numpy as np
 import pytest
@@ -24,6 +25,12 @@ CHANGES = {"run.steps": 3, "kl.form": "reward", "kl.coefficient": 0.01}
 NAMES = ["base", "α = 0", "α = 0.3", "SFT, shortest", "DPO", "blend 0.5"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cheap():
+    with cheap_runs.cheap_runs():
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
@@ -32,7 +39,8 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def family(world, tmp_path_factory):
     directory = tmp_path_factory.mktemp("family") / "family"
-    families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
+    with cheap_runs.real_pictures():
+        families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
     return directory
 
 
