@@ -44,8 +44,8 @@ def test_the_first_of_a_kind_is_kept_across_calls():
 
 def test_held_out_problems_are_found():
     marks = decontamination.keys([Item("x = 1"), Item("y")])
-    assert decontamination.contaminated([Item("X=1"), Item("z")], marks) == ([Item("z")],
-                                                                             [Item("X=1")])
+    assert decontamination.contaminated([Item("X=1"), Item("z")], marks) == (
+        [Item("z")], [Item("X=1")])
 
 
 def test_an_example_is_one_short_line():

@@ -79,21 +79,17 @@ def test_rows_without_an_answer_on_the_hub_are_counted(monkeypatch):
                       {"problem": "c", "answer": None}, {"problem": None, "answer": "2"}])
     rows, unusable = sources.read("deepscaler", DataConfig(), held_out=False)
     assert [row.text for row in rows] == ["a"]
-    assert [(row.number, row.text, row.reason) for row in unusable] == [(1, "b",
-                                                                         sources.WITHOUT_ANSWER),
-                                                                        (2, "c",
-                                                                         sources.WITHOUT_ANSWER),
-                                                                        (3, "",
-                                                                         sources.WITHOUT_TEXT)]
+    assert [(row.number, row.text, row.reason) for row in unusable] == [
+        (1, "b", sources.WITHOUT_ANSWER), (2, "c", sources.WITHOUT_ANSWER),
+        (3, "", sources.WITHOUT_TEXT)]
 
 
 @local
 def test_commonsense_qa_on_the_hub_is_the_local_copy(monkeypatch):
     saved = json.loads((SHARED / "commonsense_qa" / "test.jsonl").read_text().splitlines()[0])
+    choices = {"label": list(saved["choices"]), "text": list(saved["choices"].values())}
     hub(monkeypatch, [{"question": saved["problem"].split("\nOptions:")[0],
-                       "answerKey": saved["answer"], "choices": {"label": list(saved["choices"]),
-                                                                 "text": list(
-                                                                     saved["choices"].values())}}])
+                       "answerKey": saved["answer"], "choices": choices}])
     (row,) = read("commonsense_qa")
     assert row == sources.read("commonsense_qa", DataConfig(directory=str(SHARED)),
                                held_out=True)[0][0]

@@ -192,8 +192,8 @@ def test_parquet_and_saved_folders_are_read_like_jsonl(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: cannot be read by datasets"):
         read(tmp_path / "empty")
-    datasets.DatasetDict({"train": saved, "dev": saved.select([1])}).save_to_disk(str(tmp_path
-                                                                                      / "splits"))
+    splits = datasets.DatasetDict({"train": saved, "dev": saved.select([1])})
+    splits.save_to_disk(str(tmp_path / "splits"))
     assert [row.reference for row in read(tmp_path / "splits")] == ["3", "4"]
     with pytest.raises(UserError, match=r"has no split 'test', found train, dev; "
                        r"data\.split or evaluation\.split"):
@@ -256,9 +256,8 @@ def test_offline_another_commit_in_the_cache_is_not_taken(monkeypatch, offline, 
     saved.save_to_disk(str(tmp_path / commit))
     loaded = datasets.load_from_disk(str(tmp_path / commit))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
-    assert [row.reference for row in read(f"org/name@{commit}")] == [row.reference
-                                                                     for row in read(
-                                                                         "org/name")] == ["2"]
+    for name in (f"org/name@{commit}", "org/name"):
+        assert [row.reference for row in read(name)] == ["2"]
     with pytest.raises(UserError, match="org/name@abcdef0: the newest in the cache "
                        f"is another commit, {commit}"):
         read("org/name@abcdef0")
@@ -336,8 +335,8 @@ def test_a_saved_folder_on_the_hub_is_downloaded_whole(monkeypatch, tmp_path):
         "huggingface_hub")
     rows = [{"problem": "1", "answer": "2"}]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path
-                                                                                       / "splits"))
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    splits.save_to_disk(str(tmp_path / "splits"))
     monkeypatch.setattr(hub, "_state", lambda name, revision, offline: ("abc", True))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name,
                         **_: str(tmp_path / name.split("/")[1]))

@@ -24,9 +24,8 @@ LARGE = dataclasses.replace(QWEN2, layers=28, kv_heads=2, head_dim=128, dtype=ja
 
 
 def config(**rollout):
-    return dataclasses.replace(Config(), rollout=RolloutConfig(**dict(max_new_tokens=3584,
-                                                                      prompts_per_step=32,
-                                                                      group_size=8) | rollout),
+    defaults = dict(max_new_tokens=3584, prompts_per_step=32, group_size=8)
+    return dataclasses.replace(Config(), rollout=RolloutConfig(**defaults | rollout),
                                data=DataConfig(max_prompt_tokens=512),
                                evaluation=EvaluationConfig(problems=0))
 
@@ -47,8 +46,8 @@ def test_as_many_as_fit_all_of_a_step_or_a_power_of_two(gib, slots):
 
 def test_what_the_configuration_says_is_what_there_is():
     assert capacity.slot_count(config(slots=48), LARGE, mesh(), 20) == 48
-    assert "48 slots of at most 4,096 positions" in capacity.describe(config(slots=48), LARGE,
-                                                                      mesh(), 20)
+    assert "48 slots of at most 4,096 positions" in capacity.describe(
+        config(slots=48), LARGE, mesh(), 20)
 
 
 def test_a_mesh_gets_a_power_of_two_for_each_of_its_shards():

@@ -258,8 +258,8 @@ def test_an_iterator_yields_after_every_chunk_and_may_be_dropped():
 @pytest.mark.parametrize("shape", [{}, MESHES["all"]], ids=["one device", "eight devices"])
 def test_host_and_device_meet_only_where_they_say_so(shape):
     target, sample = sampler(tuple(shape.items()))
-    params, key = place(QWEN2, weights(QWEN2), target), jax.device_put(jax.random.key(0),
-                                                                       sharding.sharding(target))
+    params = place(QWEN2, weights(QWEN2), target)
+    key = jax.device_put(jax.random.key(0), sharding.sharding(target))
     with jax.transfer_guard("disallow"):
         requests = requests_for(PROBLEMS, GROUP, LIMIT)
         assert sum(len(chunk) for chunk in sample(params, requests, key,
@@ -338,8 +338,8 @@ def test_requests_of_one_prompt_may_have_limits_of_their_own(baseline):
                 for request in requests_for(PROBLEMS, GROUP, LIMIT)]
     responses = named([response for chunk in generation(requests) for response in chunk], PROBLEMS)
     for (uid, sample), response in responses.items():
-        np.testing.assert_array_equal(response.tokens, baseline[uid,
-                                                                sample].tokens[: 1 + 3 * sample])
+        np.testing.assert_array_equal(response.tokens,
+                                      baseline[uid, sample].tokens[: 1 + 3 * sample])
         assert response.finish == ("eos" if response.tokens[-1] in EOS else "length")
 
 
@@ -467,14 +467,14 @@ def test_an_interrupted_generation_goes_on_with_the_tokens_it_would_have_drawn(c
     assert_same(named([*before, *after], PROBLEMS), expected)
     # Stopped again at once, in fewer slots: what has not started again is kept as well.
     kept = generation(left, shape=shape, slots=2).unfinished()
-    assert sum(len(response.tokens) for response in kept) == sum(len(response.tokens)
-                                                                 for response in begun)
+    assert (sum(len(response.tokens) for response in kept)
+            == sum(len(response.tokens) for response in begun))
     drawn_before = sum(len(response.tokens) for response in [*before, *begun])
     assert second.tokens == sum(len(response.tokens)
                                 for response in expected.values()) - drawn_before
 
 
-# loops
+# repetition
 
 
 def periodic(shape=()):
@@ -486,7 +486,7 @@ def periodic(shape=()):
 STOPPING = RepetitionStopping(window=16, longest_period=8, grid=4)
 
 
-def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots():
+def test_repetition_stops_at_a_length_that_depends_on_the_tokens_alone():
     whole = sampled(**periodic())
     cut = sampled(**periodic(), repetition=STOPPING)
     repeated = [name for name, response in cut.items() if response.finish == "repetition"]
@@ -501,7 +501,7 @@ def test_loops_are_stopped_where_their_tokens_say_whatever_the_chunks_and_slots(
         assert_same(sampled(**periodic(), repetition=STOPPING, **arrangement), cut)
 
 
-def test_audited_loops_go_on_and_are_marked():
+def test_audited_responses_continue_and_are_marked():
     cut = sampled(**periodic(), repetition=STOPPING)
     audited = sampled(**periodic(), repetition=dataclasses.replace(STOPPING, audit_share=1.0))
     assert all(response.finish == "length" and len(response.tokens) == 80

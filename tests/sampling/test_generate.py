@@ -158,8 +158,8 @@ def wrapped(core, specials):
 def byte_level():
     """Each byte is a token, the last id is EOS."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(zip(alphabet, range(256),
-                                                                     strict=True)), merges=[]))
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab=dict(zip(alphabet, range(256), strict=True)), merges=[]))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                              use_regex=False)
     core.decoder = tokenizers.decoders.ByteLevel()
@@ -225,8 +225,8 @@ def test_what_is_shown_is_the_text_whatever_the_tokens(tokenizer, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "WINDOW", 12)
         patch.setattr(generate, "CONTEXT", data.draw(some.integers(1, 6)))
-        assert "".join(shown(made, tokens, sizes)) == generate.decode(made,
-                                                                      np.array(tokens, np.int32))
+        text = generate.decode(made, np.array(tokens, np.int32))
+        assert "".join(shown(made, tokens, sizes)) == text
 
 
 # the command
@@ -517,8 +517,8 @@ def test_greedy_tokens_of_a_real_checkpoint_are_those_of_transformers(tmp_path, 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct",
                                   "r1-distill-qwen-tokenizer"])
 def test_real_tokenizers_show_whole_characters(name):
-    if not (place_ := os.environ.get("EFFREASON_REAL")) or not (Path(place_) / name
-                                                                / "tokenizer.json").exists():
+    place_ = os.environ.get("EFFREASON_REAL")
+    if not place_ or not (Path(place_) / name / "tokenizer.json").exists():
         pytest.skip(f"no tokenizer of {name} under EFFREASON_REAL")
     tokenizer = load_tokenizer(Path(place_) / name)
     text = "Zürich: 新年快乐, नमस्ते, 🙂👩‍👩‍👧, ∑x² ≤ ½.\n\n  def f():\n\treturn 1" * 12

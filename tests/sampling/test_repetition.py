@@ -13,11 +13,11 @@ SMALL = RepetitionStopping(window=12, longest_period=5, grid=4)
 
 
 def repeats(tokens, window, longest_period):
-    """looping, one comparison at a time."""
+    """is_repeating, one comparison at a time."""
     last = list(tokens)[-window:]
-    return len(last) == window and any(all(last[at] == last[at - period] for at in range(period,
-                                                                                         window))
-                                       for period in range(1, longest_period + 1))
+    return len(last) == window and any(
+        all(last[at] == last[at - period] for at in range(period, window))
+        for period in range(1, longest_period + 1))
 
 
 def first_cut(tokens, stopping):
@@ -52,7 +52,7 @@ def responses(draw):
 
 
 @given(responses(), some.integers(1, 6), some.integers(0, 8))
-def test_looping_finds_what_brute_force_finds(tokens, longest_period, more):
+def test_repetition_is_found_as_by_brute_force(tokens, longest_period, more):
     window = 2 * longest_period + more
     found = repetition.is_repeating(tokens, window=window, longest_period=longest_period)
     assert found is repeats(tokens, window, longest_period)
@@ -69,7 +69,7 @@ def test_the_defaults_take_four_repeats_of_any_block_they_allow(period):
     assert not repetition.is_repeating(tokens, window=512, longest_period=128)
 
 
-def test_a_block_longer_than_allowed_is_no_loop():
+def test_a_block_longer_than_allowed_is_no_repetition():
     tokens = np.tile(np.arange(129), 10).astype(np.int32)
     assert not repetition.is_repeating(tokens, window=512, longest_period=128)
     assert repetition.is_repeating(tokens, window=512, longest_period=129)
@@ -81,13 +81,13 @@ def test_a_cut_is_the_first_length_on_the_grid_whatever_the_pieces(tokens, sizes
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 64, 100, 5000])
-def test_a_long_response_is_cut_where_its_loop_has_filled_the_window(chunk):
+def test_a_long_response_stops_once_repetition_fills_the_window(chunk):
     tokens = np.concatenate([np.arange(700), np.tile(np.arange(31), 200)]).astype(np.int32)
     # The window is full at 700 + 512 = 1212: the next multiple of 64 is 1216.
     assert fed(tokens, [chunk], RepetitionStopping()) == 1216
 
 
-def test_a_loop_that_begins_and_ends_between_two_looks_cuts_nothing():
+def test_repetition_between_two_checks_stops_nothing():
     # looked at after 16 and 32
     tokens = np.array([7, 8] + [1] * 13 + [9, 8, 7] + [1] * 13 + [9], np.int32)
     assert repeats(tokens[:15], 12, 5) and repeats(tokens[:31], 12, 5)
@@ -104,7 +104,7 @@ def test_a_cut_lies_in_the_new_tokens_alone():
     assert SMALL.stop_length([], 0, 0) is None
 
 
-def test_an_end_of_sequence_breaks_the_loop_before_it():
+def test_an_eos_ends_the_repetition_before_it():
     tokens = np.array([5] * 11 + [2], np.int32)
     assert SMALL.stop_length([tokens], 12, 12) is None
 
@@ -132,7 +132,7 @@ def test_audited_follows_splitmix64():
     assert not RepetitionStopping(audit_share=share - 1e-12).is_audited(0)
 
 
-def test_more_loops_are_audited_by_a_larger_share():
+def test_a_larger_share_audits_more_responses():
     names = [(0, uid, 0) for uid in range(500)]
     few, more = RepetitionStopping(audit_share=0.2), RepetitionStopping(audit_share=0.6)
     assert all(more.is_audited(*name) for name in names if few.is_audited(*name))
