@@ -103,7 +103,7 @@ def train(config: Config, session: Session | None = None, go_on: str | None = No
     with (open_session(config) if session is None else contextlib.nullcontext(session)) as session:
         directory = runs.open_run(config)
         config = dataclasses.replace(config, model=session.config.model)    # with its revision
-        go_on = go_on or runs.resume(directory)
+        go_on = go_on or runs.resume_command(directory)
         processes.advise(f"start all of them again, or, once there is a checkpoint, {go_on}")
 
         with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:

@@ -1,6 +1,6 @@
-"""A family: one model trained with several alphas, the baselines beside it, and blends; all evaluated alike.
+"""A family: one model trained with several alphas, baselines and blends, all evaluated alike.
 
-Everything is opened and compiled once; each member is a run of its own, in a directory of its own.
+Everything is opened and compiled once. Each member is a run of its own, in its own directory.
 """
 
 import dataclasses
@@ -18,12 +18,11 @@ from effreason.lm.blend import blend
 from effreason.lm.hf.pretrained import load_weights, model_fingerprint, open_pretrained
 from effreason.rl import alpha_control, configured_reward
 from effreason.rl.learner import Learner
-from effreason.runs import directory as runs
+from effreason.runs import directory as run_directory
 from effreason.runs import results
 from effreason.runs.report import page
-from effreason.runs.report.comparison_charts import BASE, BASELINE, BLEND, MEMBER
 from effreason.runs.report.summary import print_results
-from effreason.runs.results import FAMILY_FILE, RUN_FILE, PointKind, Results, measure, read_results
+from effreason.runs.results import FAMILY_FILE, RUN_FILE, Point, PointKind, Results, measure
 from effreason.runs.session import Inputs, Session, longest_prompt, open_session
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
@@ -32,188 +31,217 @@ from effreason.runtime.files import disk
 from effreason.runtime.progress import say
 from effreason.types import Outcomes
 
-FOLDER = "base"                     # the directory of the model before training
+BASE_FOLDER = "base"                # responses of the model before training
 BASELINES = {"sft_shortest": "SFT, shortest", "dpo": "DPO"}
-# Shares of the family's learning rate. DPO wants a lower one wherever it is used: at the same one it forgets how to
-# answer (docs/families.md).
+# Shares of the family's learning rate. DPO is commonly trained with a lower one: at the same one it
+# forgets how to answer (docs/families.md).
 LEARNING_RATES = {"sft_shortest": 1.0, "dpo": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
-    """One model of a family and what it makes of each set."""
+class Member:
+    """A run of a family: a member, or a baseline."""
 
     name: str
     kind: PointKind
-    directory: Path
-    outcomes: dict[str, Outcomes]
-    alpha: float | None = None
-    weight: float | None = None     # of a blend: the trained model's
-    seconds: float | None = None    # that its training took
+    config: Config
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the run."""
+        return Path(self.config.run.directory or "")
 
 
-def train(config: Config, alphas: Sequence[float], baselines: Sequence[str], weights: Sequence[float]) -> None:
-    """Trains a member for each alpha and each baseline, blends base and the member of the greatest alpha, and reports.
+def train(config: Config, alphas: Sequence[float], baselines: Sequence[str],
+          weights: Sequence[float]) -> None:
+    """Trains a member for each alpha and each baseline, evaluates blends, and writes the report.
 
-    A family that was stopped goes on where it was; on a resume it may have more members.
-    Args: weights, of the trained model in each blend. Raises: UserError; Interrupted, with everything saved."""
+    A family that was stopped continues where it stopped; a resumed one may have more members.
+
+    Args: weights, of the member with the greatest alpha in its blends with the base.
+    Raises: UserError; Interrupted, with everything saved."""
     check(config)
-    processes.check_same({"--family": f"{alphas}", "--baselines": f"{baselines}", "--blends": f"{weights}"})
+    processes.check_same({"--family": f"{alphas}", "--baselines": f"{baselines}",
+                          "--blends": f"{weights}"})
+
     with open_session(config) as session:
-        directory = runs.open_run(config, name=f"family-seed{config.run.seed}", free=("reward.alpha",), family=True)
-        go_on = runs.resume(directory, "".join(f" --{name} {','.join(map(str, values)) or 'none'}" for name, values in (
-            ("family", [f"{alpha:g}" for alpha in alphas]), ("baselines", baselines),
-            ("blends", [f"{weight:g}" for weight in weights]))))
+        directory = run_directory.open_run(config, name=f"family-seed{config.run.seed}",
+                                           may_change=("reward.alpha",), family=True)
+        options = {"family": [f"{alpha:g}" for alpha in alphas], "baselines": baselines,
+                   "blends": [f"{weight:g}" for weight in weights]}
+        command = run_directory.resume_command(directory, "".join(
+            f" --{name} {','.join(values) or 'none'}" for name, values in options.items()))
         if processes.is_primary():
-            runs.write_config(session.config, directory)
-            if not (directory / FAMILY_FILE).exists():                  # so that it is not taken for a run
-                results.write(directory / FAMILY_FILE, Results(
-                    model=config.model.path, seed=config.run.seed, steps=config.run.steps, points=[],
-                    **runs.made_with(session.config, session.inputs)))
+            run_directory.write_config(session.config, directory)
+            if not (directory / FAMILY_FILE).exists():      # so that it is not taken for a run
+                results.write(directory / FAMILY_FILE,
+                              family_results(session.config, session.inputs, []))
+
         try:
-            points = [evaluate_base(session, directory)]
-            for place, (name, member) in enumerate(members(session.config, alphas, baselines, directory).items()):
-                say(f"\n{name} ({place + 1} of {len(alphas) + len(baselines)})", processes.console())
-                points.append(train_member(session, member, name, points[0], go_on))
-            points += blended(session, directory, points, weights)
+            base = evaluate_base(session, directory)
+            trained = members(session.config, alphas, baselines, directory)
+            for number, member in enumerate(trained, start=1):
+                say(f"\n{member.name} ({number} of {len(trained)})", processes.console())
+                train_member(session, member, directory, list(base), command)
+            greatest = max(trained[:len(alphas)], key=lambda member: member.config.reward.alpha)
+            blends = evaluate_blends(session, greatest, weights, directory) if weights else {}
         except Interrupted as stop:
-            message = stop.message if "go on with" in stop.message else f"{stop.message}; go on with: {go_on}"
+            message = stop.message
+            if "go on with" not in message:
+                message = f"{message}; go on with: {command}"
             raise Interrupted(stop.signum, message if processes.is_primary() else "") from None
+
     if processes.is_primary():
-        conclude(session.config, session.inputs, directory, points)
+        points = [Point(name="base", kind=PointKind.BASE, directory=BASE_FOLDER,
+                        sets=measure(base))]
+        points += [member_point(member) for member in trained] + [
+            Point(name=f"blend {weight:g}", kind=PointKind.BLEND, weight=weight,
+                  alpha=greatest.config.reward.alpha, sets=measure(base, outcomes),
+                  directory=blend_folder(greatest, weight)) for weight, outcomes in blends.items()]
+        conclude(directory, family_results(session.config, session.inputs, points))
 
 
 def check(config: Config) -> None:
-    """Raises UserError for a configuration that no family can have."""
+    """Raises UserError for a configuration that a family cannot have."""
     if config.evaluation.problems == 0:
-        raise UserError("evaluation.problems must be >= 1 to compare the members of a family, got 0")
+        raise UserError("evaluation.problems must be >= 1 to compare the members of a family, "
+                        "got 0")
     if config.update.objective != "policy_gradient":
-        raise UserError("update.objective must be policy_gradient for a family, whose baselines come beside it, got "
-                        f"{config.update.objective}")
+        raise UserError("update.objective must be policy_gradient for a family, which has its own "
+                        f"baselines, got {config.update.objective}")
     if alpha_control.is_on(config.reward):
-        raise UserError("reward.target_tokens and reward.max_accuracy_drop must be null for a family, whose members "
-                        f"keep their alphas, got {config.reward.target_tokens} and {config.reward.max_accuracy_drop}")
+        raise UserError(
+            "reward.target_tokens and reward.max_accuracy_drop must be null for a family, whose "
+            f"members keep their alphas, got {config.reward.target_tokens} and "
+            f"{config.reward.max_accuracy_drop}")
     if not configured_reward.has_alpha(config.reward):
-        raise UserError(f"reward.form must be one with an alpha for a family, got {config.reward.form}")
+        raise UserError("reward.form must be one with an alpha for a family, got "
+                        f"{config.reward.form}")
 
 
-def members(config: Config, alphas: Sequence[float], baselines: Sequence[str], directory: Path) -> dict[str, Config]:
-    """The configuration of each member by the name it goes by, each with a run directory of its own."""
-    def placed(config: Config, name: str) -> Config:
-        path = directory / name
-        begun = processes.broadcast(f"member {name}", lambda: (path / "config.yaml").exists())
-        return dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(path), resume=begun))
+def members(config: Config, alphas: Sequence[float], baselines: Sequence[str],
+            directory: Path) -> list[Member]:
+    """Returns the members, then the baselines, each with a run directory of its own."""
+    def make_member(name: str, kind: PointKind, config: Config, folder: str) -> Member:
+        path = directory / folder
+        resume = processes.broadcast(f"member {name}", lambda: (path / "config.yaml").exists())
+        run = dataclasses.replace(config.run, directory=str(path), resume=resume)
+        return Member(name=name, kind=kind, config=dataclasses.replace(config, run=run))
 
-    found = {f"α = {alpha:g}": placed(
-        dataclasses.replace(config, reward=dataclasses.replace(config.reward, alpha=alpha)), f"alpha{alpha:g}")
-        for alpha in alphas}
-    return found | {BASELINES[objective]: placed(baseline(config, objective), objective) for objective in baselines}
+    with_alpha = [make_member(
+        f"α = {alpha:g}", PointKind.MEMBER,
+        dataclasses.replace(config, reward=dataclasses.replace(config.reward, alpha=alpha)),
+        f"alpha{alpha:g}") for alpha in alphas]
+    return with_alpha + [make_member(
+        BASELINES[objective], PointKind.BASELINE, baseline(config, objective), objective)
+        for objective in baselines]
 
 
 def baseline(config: Config, objective: Any) -> Config:
-    """The same run with another objective: on responses of the model it starts from, as many of them."""
+    """Returns the configuration of a baseline: another objective, on responses of the base.
+
+    It learns from as many responses as a member."""
     learning_rate = config.update.learning_rate * LEARNING_RATES[objective]
     return dataclasses.replace(
-        config, rollout=dataclasses.replace(config.rollout, policy="initial", refill_rounds=0),
+        config, kl=dataclasses.replace(config.kl, form="none"),
+        rollout=dataclasses.replace(config.rollout, policy="initial", refill_rounds=0),
         advantage=dataclasses.replace(config.advantage, whiten=False, group_std=False),
-        kl=dataclasses.replace(config.kl, form="none"),
-        update=dataclasses.replace(config.update, objective=objective, learning_rate=learning_rate,
-                                   updates_per_batch=1, importance_cap=None))
+        update=dataclasses.replace(
+            config.update, objective=objective, learning_rate=learning_rate, updates_per_batch=1,
+            importance_cap=None))
 
 
-def evaluate_base(session: Session, directory: Path) -> Point:
-    """The model before training, evaluated once for all members."""
+def evaluate_base(session: Session, directory: Path) -> dict[str, Outcomes]:
+    """Evaluates the model before training, once for all members."""
     say("evaluating the model before training", processes.console())
-    outcomes = session.evaluator.measure_all(
-        session.load_weights(), lambda now: session.interrupts.check(),
-        weights=model_fingerprint(session.inputs.pretrained), directory=directory / FOLDER)
-    return Point(name="base", kind=BASE, directory=directory / FOLDER, outcomes=outcomes)
+    return session.evaluator.measure_all(
+        session.load_weights(), lambda progress: session.interrupts.check(),
+        weights=model_fingerprint(session.inputs.pretrained), directory=directory / BASE_FOLDER)
 
 
-def train_member(session: Session, config: Config, name: str, base: Point, go_on: str) -> Point:
-    """One run, unless it is finished already."""
-    directory = Path(config.run.directory or "")
-    done = processes.broadcast(f"{name} finished", lambda: finished(directory, config.run.steps, list(base.outcomes)))
-    if not done:
-        runs.open_run(config)
-        if processes.is_primary():
-            adopt(base.directory, runs.evaluations(directory, 0))
-        if config.update.objective != "policy_gradient":
-            learner = Learner(config, session.inputs.pretrained.decoder, session.mesh,
-                                     longest_prompt(session.inputs.problems))
-            session = dataclasses.replace(session, engine=dataclasses.replace(session.engine, learner=learner))
-        loop.train(config, session, go_on)
-    else:
+def train_member(session: Session, member: Member, family: Path, sets: Sequence[str],
+                 command: str) -> None:
+    """Trains one member unless it is finished. Args: family, directory of the family."""
+    config, directory = member.config, member.directory
+    if processes.broadcast(f"{member.name} finished",
+                           lambda: finished(directory, config.run.steps, sets)):
         say("trained already", processes.console())
-    is_member = config.update.objective == "policy_gradient"
-    return Point(name=name, kind=MEMBER if is_member else BASELINE, directory=directory,
-                 alpha=config.reward.alpha if is_member else None,
-                 outcomes=found(directory, config.run.steps) if processes.is_primary() else {},
-                 seconds=processes.broadcast(f"{name} seconds",
-                                           lambda: read_results(directory / RUN_FILE).points[1].seconds))
+        return
+
+    run_directory.open_run(config)
+    if processes.is_primary():
+        copy_responses(family / BASE_FOLDER, run_directory.evaluations(directory, 0))
+    if member.kind == PointKind.BASELINE:
+        learner = Learner(config, session.inputs.pretrained.decoder, session.mesh,
+                          longest_prompt(session.inputs.problems))
+        session = dataclasses.replace(
+            session, engine=dataclasses.replace(session.engine, learner=learner))
+    loop.train(config, session, command)
 
 
 def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
-    """Whether a run has been concluded after so many steps, with all sets. Raises: UserError where it has done more."""
+    """Returns whether a run was concluded after `steps` steps, with all sets.
+
+    Raises: UserError if it has made more steps."""
     path = directory / RUN_FILE
-    done = read_results(path).steps if path.exists() else 0
-    if done > steps:
-        raise UserError(f"run.steps must be at least the {done} steps that {directory} has done, got {steps}")
-    evaluated = runs.evaluations(directory, steps)
-    return done == steps and all((evaluated / (name + responses.SUFFIX)).exists()
-                                 for name in responses.file_names(sets).values())
+    steps_made = results.read_results(path).steps if path.exists() else 0
+    if steps_made > steps:
+        raise UserError(f"run.steps must be at least the {steps_made} steps that {directory} has "
+                        f"done, got {steps}")
+    evaluated = run_directory.evaluations(directory, steps)
+    return steps_made == steps and all((evaluated / (name + responses.SUFFIX)).exists()
+                                       for name in responses.file_names(sets).values())
 
 
-def adopt(evaluated: Path, target: Path) -> None:
-    """Gives a run the base model's evaluation, unless it has it."""
+def copy_responses(source: Path, target: Path) -> None:
+    """Copies the graded responses of a directory that are not yet in another."""
     with disk(target):
         target.mkdir(parents=True, exist_ok=True)
-        for path in evaluated.glob(f"*{responses.SUFFIX}"):
+        for path in source.glob(f"*{responses.SUFFIX}"):
             if not (target / path.name).exists():
                 shutil.copyfile(path, target / path.name)
 
 
-def found(directory: Path, steps: int) -> dict[str, Outcomes]:
-    """What a finished run made of each set, by the set's name."""
-    by_set = {}
-    for path in sorted(runs.evaluations(directory, steps).glob(f"*{responses.SUFFIX}")):
-        facts, outcomes = responses.read_outcomes(path)
-        by_set[facts["set"]] = outcomes
-    return by_set
+def evaluate_blends(session: Session, member: Member, weights: Sequence[float],
+                    directory: Path) -> dict[float, dict[str, Outcomes]]:
+    """Evaluates weighted means of the base and a member. Args: weights, of the member."""
+    learner, base = session.engine.learner, session.load_weights()
+    pretrained = open_pretrained(str(member.directory / "model"), dtype="float32")
+    trained = load_weights(pretrained, learner.params_sharding)
+    mix = jax.jit(blend, out_shardings=learner.params_sharding)
 
-
-def blended(session: Session, directory: Path, points: Sequence[Point], weights: Sequence[float]) -> list[Point]:
-    """Points between the base and the member of the greatest alpha, without training."""
-    trained = max((point for point in points if point.kind == MEMBER), key=lambda point: point.alpha or 0.0)
-    if not weights:
-        return []
-    base, target = session.load_weights(), session.engine.learner.params_sharding
-    pretrained = open_pretrained(str(trained.directory / "model"), dtype="float32")
-    other = load_weights(pretrained, target)
-    mix = jax.jit(blend, out_shardings=target)
-    made = []
+    outcomes = {}
     for weight in weights:
-        name = f"blend {weight:g}"
-        say(f"{name}: {1 - weight:g} of the base and {weight:g} of {trained.name}", processes.console())
-        path = directory / f"blend{weight:g}-{trained.directory.name}-step{session.config.run.steps}"
-        outcomes = session.evaluator.measure_all(
-            mix(base, other, sharding.to_device(jax.numpy.float32(weight), session.engine.learner.replicated)),
-            lambda now: session.interrupts.check(), weights=f"{weight:g} of {model_fingerprint(pretrained)}",
-            directory=path)
-        made.append(Point(name=name, kind=BLEND, directory=path, outcomes=outcomes, alpha=trained.alpha,
-                          weight=weight))
-    return made
+        say(f"blend {weight:g}: {1 - weight:g} of the base and {weight:g} of {member.name}",
+            processes.console())
+        share = sharding.to_device(jax.numpy.float32(weight), learner.replicated)
+        outcomes[weight] = session.evaluator.measure_all(
+            mix(base, trained, share), lambda progress: session.interrupts.check(),
+            weights=f"{weight:g} of {model_fingerprint(pretrained)}",
+            directory=directory / blend_folder(member, weight))
+    return outcomes
 
 
-def conclude(config: Config, inputs: Inputs, directory: Path, points: Sequence[Point]) -> None:
+def blend_folder(member: Member, weight: float) -> str:
+    """Returns the folder of a blend's responses."""
+    return f"blend{weight:g}-{member.directory.name}-step{member.config.run.steps}"
+
+
+def member_point(member: Member) -> Point:
+    """Returns the point of a finished member in its family."""
+    run = results.read_results(member.directory / RUN_FILE)
+    return dataclasses.replace(run.points[1], name=member.name, kind=member.kind,
+                               directory=member.directory.name, alpha_start=None)
+
+
+def family_results(config: Config, inputs: Inputs, points: list[Point]) -> Results:
+    """Returns the content of family.json."""
+    return Results(model=config.model.path, seed=config.run.seed, steps=config.run.steps,
+                   points=points, **run_directory.made_with(config, inputs))
+
+
+def conclude(directory: Path, family: Results) -> None:
     """Writes family.json, the pictures and the page, and prints the tables."""
-    base = points[0].outcomes
-    family = Results(
-        model=config.model.path, seed=config.run.seed, steps=config.run.steps, points=[results.Point(
-            name=point.name, kind=point.kind, alpha=point.alpha, weight=point.weight,
-            seconds=point.seconds, directory=point.directory.relative_to(directory).as_posix(),
-            sets=measure(base, None if point is points[0] else point.outcomes))
-            for point in points], **runs.made_with(config, inputs))
     results.write(directory / FAMILY_FILE, family)
     console = Console()
     print_results(console, family)

@@ -358,27 +358,3 @@ def ratio_of_sums(tokens: np.ndarray, tokens_base: np.ndarray, axis: int) -> np.
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
-
-
-def summary_from_table(table: dict[str, Any]) -> Summary:
-    """The inverse of dataclasses.asdict, through JSON too."""
-    return Summary(**table | {
-        "accuracy_interval": _pair(table["accuracy_interval"]), "tokens_interval": _pair(table["tokens_interval"]),
-        "pass_at": {int(k): share for k, share in table["pass_at"].items()},
-        "majority_at": {int(k): share for k, share in table["majority_at"].items()},
-        "budgets": tuple(Budget(**row) for row in table["budgets"]),
-        "by_level": {level: LevelResult(**row) for level, row in table["by_level"].items()}})
-
-
-def comparison_from_table(table: dict[str, Any]) -> Comparison:
-    """The inverse of dataclasses.asdict, through JSON too."""
-    return Comparison(**table | {
-        "accuracy_change_interval": _pair(table["accuracy_change_interval"]),
-        "token_ratio_interval": _pair(table["token_ratio_interval"]),
-        "by_difficulty": {name: Difficulty(**row | {"saving_interval": _pair(row["saving_interval"])})
-                          for name, row in table["by_difficulty"].items()}})
-
-
-def _pair(values: list[float]) -> Interval:
-    low, high = values
-    return low, high
