@@ -134,7 +134,7 @@ def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_p
     assert caught.value.message == (
         "stopped by SIGTERM after step 2 of 3, saved; go on with: python train.py --config "
         f"{directory / 'config.yaml'} --run.resume true --family 0,0.3 --baselines sft_shortest,dpo --blends 0.5")
-    assert table(directory) == {"points": []}
+    assert table(directory)["points"] == []
     command = caught.value.message.partition("train.py ")[2].split()
     assert main.main(["train", *command]) == 0
     for name in ("alpha0", "alpha0.3", "dpo"):
