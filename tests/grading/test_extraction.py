@@ -15,27 +15,30 @@ from effreason.grading.grader import extract_answer
     (r"no box: 5", None),
     ("", None),
     (r"\boxed{1} and then \boxed{2}", "2"),
-    (r"\boxed{5} then \boxed{}", None),                                        # the last box decides, whatever is in it
+    (r"\boxed{5} then \boxed{}", None),  # the last box decides, whatever is in it
     (r"\boxed{5} then \boxed{6", None),
     (r"\boxed{6 and again \boxed{5}", "5"),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\left\{1\right.}", r"\left\{1\right."),                          # an escaped brace does not group
+    (r"\boxed{\left\{1\right.}", r"\left\{1\right."),  # an escaped brace does not group
     (r"\boxed{\boxed{5}}", "5"),
     (r"\boxed{x = \boxed{5}}", "5"),
-    (r"\boxed{5 or \boxed{6}}", r"5 or \boxed{6}"),                           # one answer, and it hedges
-    ("**\\boxed{5}**", "5"), ("$$\\boxed{5}$$", "5"), ("`\\boxed{5}`", "5"), (r"\boxed{\text{(A)}}", r"\text{(A)}"),
-    ("\\boxed{\n5\n}", "5"), ("答案是 \\boxed{五}。", "五"), ("\ud800 \\boxed{5}", "5"), (r"\boxed 5", None),
-    ("\\boxed{\\begin{cases} x=1 \\\\ y=2 \\end{cases}}", "\\begin{cases} x=1 \\\\ y=2 \\end{cases}"),
+    (r"\boxed{5 or \boxed{6}}", r"5 or \boxed{6}"),  # one answer, and it hedges
+    ("**\\boxed{5}**", "5"), ("$$\\boxed{5}$$", "5"), ("`\\boxed{5}`", "5"),
+    (r"\boxed{\text{(A)}}", r"\text{(A)}"),
+    ("\\boxed{\n5\n}", "5"), ("答案是 \\boxed{五}。", "五"), ("\ud800 \\boxed{5}", "5"),
+    (r"\boxed 5", None),
+    ("\\boxed{\\begin{cases} x=1 \\\\ y=2 \\end{cases}}",
+     "\\begin{cases} x=1 \\\\ y=2 \\end{cases}"),
     (r"\fbox{5}", "5"),
     (r"\boxed {5}", "5"),
     (r"\\boxed{5}", "5"),
     (r"\boxed{5}. I have boxed the answer.", "5"),
     (r"stray } and { braces, \boxed{5}} {", "5"),
     (r"<think>\boxed{4}</think> \boxed{5}", "5"),
-    (r"\boxed{4}</think> \boxed{5}", "5"),                                     # the prompt opened the thinking
+    (r"\boxed{4}</think> \boxed{5}", "5"),  # the prompt opened the thinking
     (r"\boxed{4}</think> done", None),
-    (r"<think>\boxed{4}", None),                                               # cut off while thinking
+    (r"<think>\boxed{4}", None),  # cut off while thinking
     (r"<think>a</think><think>b \boxed{4}", None),
     (r"</think>\boxed{4}<think>hm", None),
     (r"a</think>b \boxed{1}</think>\boxed{2}", "2"),

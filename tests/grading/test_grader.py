@@ -240,9 +240,9 @@ def test_submitted_calls_agree_with_one_call_and_use_all_workers(grader, monkeyp
     budget = grader.budget()
     futures = [grader.submit(*zip(*pairs[start:start + 3], strict=True), budget)
                for start in range(0, len(pairs), 3)]
-    beside = grader.grade([ALGEBRA[0]], [ALGEBRA[1]])  # another thread grades meanwhile
+    concurrent = grader.grade([ALGEBRA[0]], [ALGEBRA[1]])  # another thread grades meanwhile
     submitted = [grade for future in futures for grade in future.result(timeout=60)]
-    assert beside[0].correct and most[0] == 2
+    assert concurrent[0].correct and most[0] == 2
     with Grader() as another:
         once = another.grade(*zip(*pairs, strict=True))
     assert [(grade.correct, grade.answer) for grade in submitted] == [(grade.correct, grade.answer)
@@ -257,7 +257,7 @@ def test_a_budget_runs_only_while_a_call_is_under_way(monkeypatch):
     with budget as deadline:
         assert deadline == 110.0
         clock[0] += 3
-        with budget as other:                       # a call beside the first: the time counts once
+        with budget as other:                       # a second call at the same time: it counts once
             assert other == 110.0
             clock[0] += 1
     clock[0] += 1000                                # generating, grading nothing

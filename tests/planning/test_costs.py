@@ -128,7 +128,7 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
   %loop = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)S(1)}) while(%begin), condition=%condition, body=%body
   ROOT %y.1 = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
 }
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.parametrize(("step", "direction", "trips"),
@@ -150,7 +150,8 @@ def test_a_condition_that_is_no_comparison_leaves_the_length_open():
     # A batch of 12 products as a convolution whose window picks one of them, forwards and reversed.
     ((12, 64, 32), (12, 32, 16), (12, 64, 16), "window={size=12 stride=11 pad=0_0 lhs_dilate=12}, "
      "dim_labels=0bf_0io->0bf", 12 * product(64, 32, 16)),
-    ((256, 1536), (1536, 128, 2), (2, 256, 128), "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=bf_io0->0bf",
+    ((256, 1536), (1536, 128, 2), (2, 256, 128),
+     "window={size=2 pad=1_1 rhs_reversal=1}, dim_labels=bf_io0->0bf",
      None),
     ((8, 96), (96, 40), (8, 40), "dim_labels=bf_io->bf", product(8, 96, 40)),
     ((40, 8), (40, 96), (8, 96), "dim_labels=fb_io->bf", product(8, 40, 96)),
@@ -183,7 +184,7 @@ ENTRY %main (p: bf16[64,8]) -> bf16[1024,8] {
   %other = bf16[1024,8]{1,0} all-gather(%p), channel_id=7, GROUPS, dimensions={0}
   ROOT %done = bf16[1024,8]{1,0} fusion(%p), kind=kCustom, calls=%during
 }
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.parametrize(("groups", "size"), [
