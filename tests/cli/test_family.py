@@ -199,7 +199,7 @@ def test_a_family_is_no_run_and_a_run_no_family(family, world):
     (["--family", "0,x"], "--family must be numbers in [0, 1) with commas between them, got 'x' in '0,x'"),
     (["--family", "0.1,0.1"], "--family must name each number once, in six digits, got '0.1,0.1'"),
     (["--family", "none"], "--family must name at least one alpha, got none"),
-    (["--family", "0", "--baselines", "ppo"], "--baselines must name each of sft_shortest, dpo once at most"),
+    (["--family", "0", "--baselines", "ppo"], "--baselines must name each of sft_shortest, dpo at most once"),
     (["--family", "0", "--blends", "2"], "--blends must be numbers in [0, 1] with commas between them, got '2' in '2'"),
     (["--family", "0.1,0.1000000001"], "--family must name each number once, in six digits"),
     (["--baselines", "dpo"], "--baselines is for a family: name its alphas with --family"),

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from effreason.cli import family
 from effreason.rl import learner
+from effreason.rl.learner import Learner
 from effreason.runs import session
 from effreason.runtime.config import EvaluationConfig, LogConfig, RunConfig
 
@@ -35,7 +36,8 @@ def share_engine(config, pretrained, mesh, longest_prompt=None):
 
 
 def share_learner(config, decoder, mesh, longest_prompt=None):
-    return share(learner.make_learner, config, decoder, mesh, longest_prompt, key=(decoder, mesh, longest_prompt))
+    return share(Learner, config, decoder, mesh, longest_prompt,
+                 key=(decoder, mesh, longest_prompt))
 
 
 def draw_blank(figure, target, **options):
@@ -51,7 +53,7 @@ def cheap_runs():
     """Shares engines and leaves pictures blank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "make_engine", share_engine)
-        patch.setattr(family, "make_learner", share_learner)
+        patch.setattr(family, "Learner", share_learner)
         patch.setattr(Figure, "savefig", draw_blank)
         yield
     built.clear()
