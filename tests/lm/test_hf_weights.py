@@ -197,9 +197,9 @@ def test_loaded_weights_may_be_donated():
     ("model.safetensors", lambda path: path.unlink(), "neither model.safetensors nor"),
     ("model.safetensors", lambda path: path.rename(path.with_name("pytorch_model.bin")), "pickled by PyTorch"),
     ("model.safetensors.index.json", lambda path: path.write_text("{}"), "weight_map"),
-    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "gone"}}'), "not there"),
-    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "../x"}}'), "beside it"),
-    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": 3}}'), "beside it"),
+    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "gone"}}'), "does not exist"),
+    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "../x"}}'), "next to it"),
+    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": 3}}'), "next to it"),
 ])
 def test_files_that_are_missing_or_broken(copy, name, spoil, expected):
     spoil(copy / name)
