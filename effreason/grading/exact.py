@@ -232,6 +232,7 @@ def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NeedsSet
             predictions, references = _by_name(predictions), _by_name(references)
         ordered = p.brackets not in ("", "{}") or named
         return (_all if ordered else _matched)(predictions, references, same)
+
     return _all(_by_name(predictions), _by_name(references), same) if kinds == {"", "()"} else False
 
 
@@ -258,6 +259,7 @@ def _matched(predictions: tuple[str, ...], references: tuple[str, ...], same: Le
         return _all(predictions, references, same)
 
     left, undecided = list(predictions), False
+
     for reference in references:
         verdicts = []
         for prediction in left:
@@ -270,6 +272,7 @@ def _matched(predictions: tuple[str, ...], references: tuple[str, ...], same: Le
             undecided = True
         else:
             return False
+
     return None if undecided else True
 
 

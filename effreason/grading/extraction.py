@@ -44,6 +44,7 @@ def _last_box(text: str) -> str | None:
     """
     boxes: list[list[int]] = []  # start of the command, start and end of the content; end -1: open
     open_braces: list[int | None] = []  # index into boxes, None for a brace that only groups
+
     for match in TOKEN.finditer(text, _first_box(text)):
         if match["box"]:
             open_braces.append(len(boxes))
@@ -56,11 +57,13 @@ def _last_box(text: str) -> str | None:
                 boxes[box][2] = match.start()
 
     last: list[int] | None = None
+
     for start, begin, end in boxes:
         inside = last is not None and last[2] >= 0 and start < last[2]
         if last is None or not inside or (
                 NAMED.fullmatch(text, last[1], start) and not text[end + 1:last[2]].strip()):
             last = [start, begin, end]
+
     if last is None or last[2] < 0:
         return None
     return text[last[1]:last[2]].strip() or None

@@ -33,6 +33,7 @@ def plain(text: str) -> str:
                 if row.strip()]
         if len(rows) > 1 and all("=" in row and "&" not in row for row in rows):
             return ",".join(rows)                   # x=1 and y=2 on two lines
+
     return f"{ratio[1]}:{ratio[2]}" if (ratio := RATIO.fullmatch(text)) else text
 
 

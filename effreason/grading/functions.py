@@ -33,6 +33,7 @@ def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
     check_name(name)
     module_name, _, attributes = name.partition(":")
     sys.path[:0] = [directory for directory in path if directory not in sys.path]
+
     try:
         function: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -58,6 +59,7 @@ def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
             f"{attributes} must take two arguments, the response and the answer") from None
     except ValueError:              # written in C: its arguments are not known
         pass
+
     return function
 
 

@@ -159,6 +159,7 @@ class Grader:
             with contextlib.suppress(WorkerDied, WorkerStuck):
                 self._pool.wait_ready()  # loading is not grading: it costs nothing of the budget
             self._ready = True
+
         with budget or self.budget() as deadline:
             return self._grade(responses, typed, deadline, bare)
 
@@ -216,6 +217,7 @@ class Grader:
                bare: bool) -> list[Grade]:
         grades: list[Grade] = []
         rows_of_task: dict[Task, list[int]] = {}
+
         for row, (response, reference) in enumerate(zip(responses, references, strict=True)):
             grade, task = self._without_worker(response, reference, deadline, bare)
             grades.append(grade)
@@ -224,12 +226,14 @@ class Grader:
 
         pending = {task: self._askers.submit(self._compare, task, deadline)
                    for task in rows_of_task}
+
         for task, rows in rows_of_task.items():
             verdict, seconds = pending[task].result()
             for index, row in enumerate(rows):
                 grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status,
                                     0.0 if index else seconds,
                                     verdict.reason or REASONS[verdict.status])
+
         return grades
 
     def _without_worker(self, response: str, reference: Reference, deadline: float,
@@ -247,6 +251,7 @@ class Grader:
             correct, status, reason = self._exact(answer, reference, start > deadline)
             if status == GradeStatus.SYMBOLIC:
                 task = Task(answer, reference.answer)
+
         return Grade(correct, answer, status, time.monotonic() - start,
                      reason or REASONS[status]), task
 

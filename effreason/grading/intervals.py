@@ -36,4 +36,5 @@ def interval(text: str) -> str | None:
             return None
         left, right = "[" if len(signs[0]) > 1 else "(", "]" if len(signs[1]) > 1 else ")"
         return f"{left}{terms[0]},{terms[2]}{right}"
+
     return None

@@ -56,6 +56,7 @@ def same_choice(answer: str, reference: Reference) -> bool:
         if not matches:
             return False            # the reference is none of the choices, so no answer can name it
         correct = matches[0]
+
     if correct is None:             # only the text of the correct choice is known
         candidates = (plain_answer, text, _letter_and_text(text)[1])
         return any(_same_words(words, plain_reference) for words in candidates)
@@ -126,4 +127,5 @@ def _plain(text: str) -> str:
                 text = inside.strip()
         if re.fullmatch(r"\{[^{}]+\}", text):
             text = text[1:-1]
+
     return text

@@ -108,6 +108,7 @@ def strip_parentheses(text: str) -> str:
     brackets."""
     pairs = matching(text)
     first, last = 0, len(text) - 1
+
     while first < last and text[first] + text[last] in ("()", "{}") and pairs.get(first) == last:
         begin, end = first + 1, last - 1
         while begin < end and text[begin] == " ":
@@ -119,6 +120,7 @@ def strip_parentheses(text: str) -> str:
             if len(split_top(text[begin:end + 1], ",;")) > 1:
                 break
         first, last = begin, end
+
     return text[first:last + 1].strip()
 
 
@@ -129,12 +131,14 @@ def matching(text: str | list[str]) -> dict[int, int]:
     braces = {"{", r"\{", "}", r"\}"}
     pairs: dict[int, int] = {}
     stack: list[int] = []
+
     for index, character in enumerate(text):
         if character in opening:
             stack.append(index)
         elif character in closing and stack and (text[stack[-1]] in braces) == (
             character in braces):
             pairs[stack.pop()] = index
+
     return pairs
 
 
@@ -144,6 +148,7 @@ def split_top(text: str, separators: str | re.Pattern[str]) -> list[str]:
     pairs = matching(text)
     opened, closed = set(pairs), set(pairs.values())
     pieces, begin, index, depth = [], 0, 0, 0
+
     while index < len(text):
         depth += (index in opened) - (index in closed)
         match = pattern.match(text, index) if depth == 0 else None
@@ -152,6 +157,7 @@ def split_top(text: str, separators: str | re.Pattern[str]) -> list[str]:
             begin = index = match.end()
         else:
             index += 1
+
     return [piece.strip() for piece in [*pieces, text[begin:]]]
 
 
@@ -171,6 +177,7 @@ def _ascii(text: str) -> str:
     # of zero width
     text = "".join(character for character in text if unicodedata.category(character) != "Cf")
     text = re.sub("(?:[0-9][\u0304\u0305])+", lambda match: rf"\overline{{{match[0][::2]}}}", text)
+
     for command, scripts in (("^", SUPERSCRIPTS), ("_", SUBSCRIPTS)):
         for run in sorted(set(re.findall(f"[{''.join(scripts)}]+", text)), key=len, reverse=True):
             script = "".join(scripts[character] for character in run)
@@ -218,6 +225,7 @@ def _renamed(tokens: list[str]) -> list[str]:
         if new:
             result.extend([new] if len(new) < 3 or new.count("\\") == 1 and new[1:].isalpha()
                           else TOKEN.findall(new))
+
     return result
 
 
@@ -228,6 +236,7 @@ def _braced(tokens: list[str]) -> str:
     writer = _Writer()
     dropped: set[int] = set()
     index = 0
+
     while index < len(tokens):
         token = tokens[index]
         if token == r"\text":
@@ -268,6 +277,7 @@ def _braced(tokens: list[str]) -> str:
         else:
             writer.command(token)
         index += 1
+
     return writer.text()
 
 

@@ -112,6 +112,7 @@ class Worker:
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
         view = memoryview(data)
+
         while view:
             if not poll.poll(max(end - time.monotonic(), 0) * 1000):
                 raise WorkerStuck
@@ -128,6 +129,7 @@ class Worker:
         descriptor = self.process.stdout.fileno()
         poll = select.poll()
         poll.register(descriptor, select.POLLIN | select.POLLHUP)
+
         while b"\n" not in self.buffer:
             if not poll.poll(max(end - time.monotonic(), 0) * 1000):
                 raise WorkerStuck
@@ -135,7 +137,9 @@ class Worker:
             if not data:
                 raise WorkerDied(f"it ended with code {self.process.wait()}")
             self.buffer += data
+
         line, _, self.buffer = self.buffer.partition(b"\n")
+
         try:
             reply = json.loads(line)
         except ValueError as error:
@@ -176,6 +180,7 @@ class Pool:
         Raises: RuntimeError if workers cannot be started or the pool is closed.
         """
         deaths = 0
+
         while deaths < 2:
             try:
                 return self._compare_once(prediction, reference, deadline)
@@ -183,6 +188,7 @@ class Pool:
                 continue  # `_start_failed` raises RuntimeError after several in a row
             except WorkerDied:
                 deaths += 1
+
         return Verdict(False, GradeStatus.ERROR, "the worker that compared it ended, twice")
 
     def close(self) -> None:
@@ -200,6 +206,7 @@ class Pool:
             return Verdict(False, GradeStatus.BUDGET)
 
         healthy = True
+
         try:
             try:
                 worker.wait_ready(min(max(deadline - time.monotonic(), 0), START_SECONDS))

@@ -118,6 +118,7 @@ class _Reader:
         while token := self.take("+", "-"):
             sign = -sign if token == "-" else sign
         total = self.factor()
+
         while True:
             if self.take("*", r"\cdot", r"\times"):
                 total = _bounded(total * self.signed_factor())
@@ -144,6 +145,7 @@ class _Reader:
             if exponent.denominator != 1:
                 raise Undecided
             base = _power(base, int(exponent))
+
         return base
 
     def atom(self) -> Fraction:
@@ -178,6 +180,7 @@ class _Reader:
             cycle = repeat.rstrip("}")
             return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10
                                     ** len(digits.partition(".")[2]))
+
         self.decimal = self.decimal or "." in digits
         return self.mixed(value) if "." not in digits else value
 

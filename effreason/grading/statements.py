@@ -44,6 +44,7 @@ def first_stated(response: str, reference: Reference) -> int | None:
     same = _cached_comparison(reference)
     # end of the value after the previous equals sign, if it is the reference
     last: int | None = None
+
     for match in STATEMENT.finditer(response):
         if match[0] != "=":
             if last is not None:
@@ -55,6 +56,7 @@ def first_stated(response: str, reference: Reference) -> int | None:
             value = NUMBER.match(response, match.end())
             complete = value is not None and not CONTINUATION.match(response, value.end())
             last = value.end() if value and complete and _equal(_value(value), number) else None
+
     return last
 
 

@@ -135,6 +135,7 @@ def _parse(text: str):
     # broken answer.
     config = LatexExtractionConfig(boxed_match_priority=0,
                                    normalization_config=NormalizationConfig(boxed="last"))
+
     try:
         parsed = parse(rf"\boxed{{{text}}}", extraction_config=[config],
                        fallback_mode="no_fallback", parsing_timeout=None)
@@ -185,12 +186,14 @@ def _same_equations(prediction, reference) -> bool | None:
         return False
 
     ratios = []
+
     for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], POSITIVE[5:] + POSITIVE[:5]):
         values = _assign(names, points)
         top, bottom = _value(p, values), _value(g, values)
         if top is None or bottom is None or not bottom:
             return None
         ratios.append(sympy.sympify(top / bottom))
+
     tolerance = TOLERANCE if not (p.atoms(sympy.Float)
                                   or g.atoms(sympy.Float)) else BOTH_DECIMAL_TOLERANCE
     return bool(ratios[0]) and all(_close(ratio, ratios[0], tolerance) for ratio in ratios[1:])
@@ -243,6 +246,7 @@ def _same_values(prediction, reference, prediction_decimal: bool,
                 return False
         if all(verdicts):
             return True
+
     return None
 
 

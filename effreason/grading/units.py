@@ -61,6 +61,7 @@ def without_unit(text: str) -> str:
     text = feet[1] if (feet := FEET.fullmatch(text)) else text
     if not TRIGONOMETRY.search(text):
         text = DEGREE.sub("", text)
+
     for pattern in (TEXT_UNIT, WORD_UNIT, ASIDE):
         match = pattern.fullmatch(text) if len(text) < 1000 else None
         if match and not NO_UNIT.search(match[2]):

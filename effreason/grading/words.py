@@ -61,6 +61,7 @@ def number(words: str) -> int | None:
 
     total, group, last = 0, None, 10**12
     below: int | None = None        # the part of the group below a hundred
+
     for index, part in enumerate(parts):
         if part in UNITS and (
                 below is None or (below >= 20 and below % 10 == 0 and 0 < UNITS[part] < 10)):
@@ -76,6 +77,7 @@ def number(words: str) -> int | None:
             continue
         else:
             return None
+
     return sign * (total + (group or 0) + (below or 0))
 
 

@@ -53,6 +53,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, _on_cpu_time)
     settings = json.loads(sys.argv[1])
+
     try:
         _limit(resource.RLIMIT_CORE, 0)
         comparator = _function(settings) if settings["function"] else _algebra(settings)
@@ -61,6 +62,7 @@ def main() -> None:
         return
 
     _reply(replies, {"ready": True, "rss_mb": _rss_mb()})
+
     for line in tasks:
         task = json.loads(line)
         verdict = _verdict(comparator, task, settings["cpu_seconds"])
@@ -96,6 +98,7 @@ def _verdict(comparator: Comparator, task: dict[str, Any], cpu_seconds: float) -
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
     cpu_seconds *= comparator.cpu_share(task["prediction"], task["reference"])
+
     try:
         try:
             armed = True

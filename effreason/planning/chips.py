@@ -117,6 +117,7 @@ class Target:
             return min(self.chip.link_bandwidth, members * self.chip.network_bandwidth)
 
         bandwidth, covered = 0.0, 1
+
         for size in sorted(self.shape, reverse=True):
             if size > 1 and covered < group:
                 links = 2 if size % self.chip.wraps_at == 0 else 1      # a ring sends both ways
@@ -136,6 +137,7 @@ def parse(text: str) -> Target:
             raise UserError(f"--chips {text}: expected cpu or cpu:N with a number "
                             f"of virtual devices, found {rest!r}")
         return cpu(int(rest or 1))
+
     name, _, size = rest.partition(":")
     chip = CHIPS.get(f"{family}:{name}")
     if chip is None:

@@ -86,6 +86,7 @@ def _described_devices(target: Target) -> Any:
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
+
     try:
         with quiet_stderr():
             return topologies.get_topology_desc(platform="tpu", topology_name=target.topology,
@@ -277,6 +278,7 @@ def quiet_stderr() -> Iterator[None]:
     """Discards what libraries write to file descriptor 2: libtpu logs loudly that it finds no
     machine."""
     sys.stderr.flush()
+
     try:
         saved = os.dup(2)
     except OSError:                     # there is no standard error

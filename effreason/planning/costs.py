@@ -81,6 +81,7 @@ def total(costs: Iterable[Cost]) -> Cost:
     open_loops = 0
     collectives: dict[tuple[str, int], Collective] = {}
     kernels: dict[tuple[str, tuple[Array, ...]], KernelCall] = {}
+
     for cost in costs:
         flops, moved, host = flops + cost.flops, moved + cost.bytes, host + cost.host_bytes
         open_loops += cost.open_loops
@@ -92,6 +93,7 @@ def total(costs: Iterable[Cost]) -> Cost:
             previous = kernels.get((call.name, call.operands))
             count = call.count + (previous.count if previous else 0)
             kernels[call.name, call.operands] = dataclasses.replace(call, count=count)
+
     return Cost(flops, moved, host, tuple(collectives.values()), tuple(kernels.values()),
                 open_loops)
 
@@ -133,6 +135,7 @@ class _CostCounter:
             if length is None:
                 return dataclasses.replace(body * self._trips, open_loops=body.open_loops + 1)
             return body * length
+
         if kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names = re.findall(r"%([\w.\-]+)",
@@ -141,6 +144,7 @@ class _CostCounter:
                                    instruction.attribute("false_computation")]
             return max((self.computation_cost(name) for name in names),
                        key=lambda cost: (cost.flops, cost.bytes))
+
         if kind in ("call", "async-start"):
             return self.computation_cost(instruction.attribute("to_apply")
                                          or instruction.attribute("calls"))
@@ -173,6 +177,7 @@ class _CostCounter:
                 continue
             seen.add((kind, channel))
             collectives.append(Cost(collectives=(self._collective(inner, part, kind),)))
+
         return collectives
 
     def _within(self, computation: Computation,
@@ -204,11 +209,13 @@ class _CostCounter:
                     part in self._within(computation, instruction))
 
         read = host = 0.0
+
         for index, name in enumerate(instruction.operands):
             for array in computation.instructions[name].arrays[:1]:
                 size = min(self._operand_bytes_read(fused, index), array.bytes)
                 read += size if array.memory == DEVICE else 0.0
                 host += size if array.memory == HOST else 0.0
+
         written, host_written = self._bytes_written(fused, instruction)
         return Cost(flops=flops, bytes=read + written, host_bytes=host + host_written)
 
@@ -236,6 +243,7 @@ class _CostCounter:
                             name in enumerate(user.operands) if name == source.name)
             else:
                 return whole
+
         return min(read, whole)
 
     def _bytes_written(self, fused: Computation, instruction: Instruction) -> tuple[float, float]:
@@ -244,6 +252,7 @@ class _CostCounter:
         results = [fused.instructions[name]
                    for name in root.operands] if root.opcode == "tuple" else [root]
         written = host = 0.0
+
         for array, result in zip(instruction.arrays, results, strict=False):
             source = fused.through(result.name, ("bitcast", "reshape"))
             size = array.bytes
@@ -251,6 +260,7 @@ class _CostCounter:
                 size = fused.instructions[source.operands[1]].arrays[0].bytes
             written += size if array.memory == DEVICE else 0.0
             host += size if array.memory == HOST else 0.0
+
         return written, host
 
     def _traffic(self, computation: Computation,
@@ -307,11 +317,13 @@ def convolution_flops(left: Array, right: Array, instruction: Instruction) -> fl
     stride, dilation, base, padding = (values(name, default) for name, default in (
         ("stride", "1"), ("rhs_dilate", "1"), ("lhs_dilate", "1"), ("pad", "0_0")))
     taps = 1.0
+
     for axis, letter in enumerate(spatial):
         taps *= _taps(left.dimensions[images.index(letter)],
                       right.dimensions[weights.index(letter)],
                       instruction.arrays[0].dimensions[result.index(letter)], int(stride[axis]),
                       int(dilation[axis]), int(base[axis]), int(padding[axis].split("_")[0]))
+
     groups = int(instruction.attribute("batch_group_count") or 1)
     return (2.0 * taps * left.dimensions[images.index("b")] / groups
             * right.dimensions[weights.index("i")] * right.dimensions[weights.index("o")])
@@ -341,6 +353,7 @@ def _group_size(attributes: str, partitions: int) -> int:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
+
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return _longest_ring(re.findall(r"(\d+),(\d+)", match[1]))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
@@ -361,4 +374,5 @@ def _longest_ring(pairs: list[tuple[str, str]]) -> int:
             device, count = receivers[device], count + 1
         # the last device of a line sends nothing
         longest = max(longest, count + (device not in receivers))
+
     return longest

@@ -124,6 +124,7 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
         products = 4 if "dkv" in path else 3 if "dq" in path else 2
         pairs = math.prod(query.dimensions[:-1]) * key.dimensions[-2] / 2 * pair_share
         return Cost(flops=2.0 * products * pairs * query.dimensions[-1], bytes=kernel.bytes)
+
     if "paged_attention" in path:
         cache = [array for array in operands if len(array.dimensions) == 4][-2:]
         queries = max((array for array in operands if len(array.dimensions) == 4),
@@ -131,6 +132,7 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
         live = sum(array.bytes for array in cache) * live_share
         grouped = queries.dimensions[1]
         return Cost(flops=2.0 * grouped * live / (cache[0].bytes / cache[0].elements), bytes=live)
+
     # A cache that is returned in place: one position of each row was written.
     aliased = [array for array in kernel.results if len(array.dimensions) == 4
                and array in operands]

@@ -114,6 +114,7 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = name = ""
     instructions: dict[str, Instruction] = {}
+
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
             name, instructions = _NAME.search(line)[1], {}      # type: ignore[index]
@@ -155,6 +156,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
         if not _is_unchanged(body, index):
             return None
         bound = _constant(computation, start.operands[index])
+
     first, step = _constant(computation, start.operands[counter]), _step(module, body, counter)
     if bound is None or first is None or not step or step < 0:
         return None
@@ -170,6 +172,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | str 
         sources = {inner.parameters[index].name: operand for index,
                    operand in enumerate(root.operands)}
         root = inner.root
+
     if root.opcode != "compare" or root.attribute("direction") not in ("LT", "LE"):
         return None
 
@@ -207,6 +210,7 @@ def _step(module: Module, body: Computation, index: int) -> int | None:
         operands = [inner.through(name) for name in addition.operands]
     else:
         addition, operands = source, [body.through(name) for name in source.operands]
+
     if addition.opcode != "add":
         return None
     steps = [_integer(operand) for operand in operands if operand.opcode == "constant"]

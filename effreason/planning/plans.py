@@ -101,6 +101,7 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
                                             live_share=live_share)
         functions = {name: function for name, function in functions.items() if names is None
                      or name in names}
+
     run = None
     if not stop_early or all(fits(function, target) for function in functions.values()):
         run = _estimate(config, decoder, target, shape, inputs, functions, workload, slots,
@@ -118,6 +119,7 @@ def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, ta
     first = ("gradients", "decode") if stop_early else ()
 
     functions = {}
+
     for number, program in enumerate(sorted(chosen, key=lambda program: program.name not in first),
                                      start=1):
         log(f"compiling {program.name} ({number} of {len(chosen)})")
@@ -128,6 +130,7 @@ def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, ta
             live_share=live_share, pair_share=workload.pair_batches / workload.micro_batches)
         if stop_early and not fits(functions[program.name], target):
             break
+
     return {program.name: functions[program.name] for program in chosen
             if program.name in functions}
 

@@ -37,6 +37,7 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanI
 
     fit: list[Plan] = []
     too_large: list[Plan] = []
+
     for candidate, candidate_decoder in ranked[:MAX_COMPILED]:
         log(_describe(candidate))
         plan = plans.make_plan(candidate.config, candidate_decoder, target, inputs, stop_early=True,
@@ -44,6 +45,7 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanI
         (fit if plan.all_fit else too_large).append(plan)
         if len(fit) == ENOUGH_FITTING:
             break
+
     return min(fit, key=_rank) if fit else min(too_large, key=_largest_bytes)
 
 
@@ -52,6 +54,7 @@ def _plans_by_formula(config: Config, decoder: DecoderConfig, target: Target,
     """Returns the plans of all candidates, best first. Raises: UserError if there are none."""
     candidate_plans: list[tuple[Plan, DecoderConfig]] = []
     refusal: UserError | None = None
+
     for candidate in candidates(config, decoder, target):
         candidate_decoder = dataclasses.replace(decoder, remat=candidate.model.remat)
         try:
@@ -70,6 +73,7 @@ def _plans_by_formula(config: Config, decoder: DecoderConfig, target: Target,
             f"--chips {target.text}: no mesh of {target.chips} chips divides "
             "this model; its heads, key/value heads, "
             "feed-forward width, vocabulary and width must be divisible by their axes")
+
     return sorted(candidate_plans, key=lambda candidate: _rank(candidate[0]))
 
 
@@ -78,6 +82,7 @@ def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterat
     remats: list[Literal["full", "attention", "none"]] = ["full", "attention"]
     if decoder.layers <= MAX_UNROLLED_LAYERS:
         remats.append("none")
+
     for data, fsdp, tensor, context in meshes(decoder, target.chips):
         if target.kind == "gpu" and context > 1:        # cuDNN's attention has no context axis
             continue

@@ -55,6 +55,7 @@ def open_decoder(config: Config) -> DecoderConfig:
         directory = SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
         path = directory / "config.json"
         table = read_json(path)
+
     decoder = parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)
     most, longest = table.get("max_position_embeddings"), capacity.max_positions(config)
     if isinstance(most, int) and 0 < most < longest:

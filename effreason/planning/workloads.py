@@ -54,6 +54,7 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
         return np.clip(np.ceil(-scale * np.log1p(-shares)), 1, most)
 
     low, high = 1e-3, 1e3 * most
+
     for _ in range(200):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if spread(middle).mean() < mean else (low, middle)
@@ -76,6 +77,7 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
                for first in range(update.updates_per_batch)]
 
     count = pairs = 0.0
+
     for group, width in enumerate(widths):
         batches = max(len(bins[group]) for bins in layouts) / update.rows_per_micro_batch
         count, pairs = count + batches * width / widest, pairs + batches * (width / widest) ** 2
@@ -102,6 +104,7 @@ def generate(lengths: np.ndarray, *, prompt_tokens: int, slots: int, shards: int
     running: list[tuple[int, int]] = []  # (step at which it ends, step at which it started)
     now = start_sum = 0                                 # start_sum: over the running responses
     total = 0.0
+
     while waiting or running:
         while waiting and len(running) < slots:
             heapq.heappush(running, (now + int(waiting.pop()), now))
@@ -117,4 +120,5 @@ def generate(lengths: np.ndarray, *, prompt_tokens: int, slots: int, shards: int
             now += steps
         while running and running[0][0] == now:
             start_sum -= heapq.heappop(running)[1]
+
     return total
