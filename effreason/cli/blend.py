@@ -73,7 +73,7 @@ def _blended(base: Pretrained, trained_params: model.Params, weight: float) -> m
 def _parser(prog: str) -> Parser:
     parser = Parser(prog, "Write a model between a base model and one trained from it: the "
                     "weighted mean of their weights, with the tokenizer and chat template of the "
-                    "trained model. Runs on the CPU, in the memory of both models in float32.")
+                    "trained model. Runs on the CPU and needs memory for both models in float32.")
     parser.add_argument("--base", metavar="DIR", required=True,
                         help="a Hugging Face directory, the id of a model on the Hub, or tiny")
     parser.add_argument("--revision", metavar="NAME",

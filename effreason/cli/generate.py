@@ -45,9 +45,9 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 
 def _parser(prog: str) -> Parser:
-    parser = Parser(prog, "Generate responses to a prompt, shown as they grow, or to a file of "
-                    "prompts. Without --prompt and --prompts the prompt is read from standard "
-                    "input; on a terminal each line you type is a prompt, until an empty one.")
+    parser = Parser(prog, "Generate responses to one prompt, streamed, or to a file of prompts. "
+                    "Without --prompt and --prompts the prompt is read from standard input; on a "
+                    "terminal each line you type is a prompt, and an empty line ends the session.")
     parser.add_argument("--model", metavar="DIR", required=True,
                         help="a Hugging Face directory, the id of a model on the Hub, or tiny")
     parser.add_argument("--revision", metavar="NAME",
@@ -87,8 +87,8 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--slots", metavar="N", type=_count, default=64,
                         help="responses generated at the same time; default 64")
     parser.add_argument("--chunk", metavar="N", type=_count,
-                        help="tokens to generate between two looks at the responses; default "
-                        f"{STREAM_CHUNK} if they are shown as they grow, otherwise {FILE_CHUNK}")
+                        help="tokens to generate between checks for finished responses; "
+                        f"default {STREAM_CHUNK} for streamed text, otherwise {FILE_CHUNK}")
     parser.add_argument("--json", action="store_true", help="print one object for each response: "
                         "id, sample, tokens, text, logprobs, model_logprobs, finish, "
                         "prompt_tokens; nothing else")

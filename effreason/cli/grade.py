@@ -76,10 +76,10 @@ def _parser(prog: str) -> Parser:
                         help="each response is the answer itself, without a box")
     parser.add_argument("--function", metavar="MODULE:FUNCTION",
                         help="your own grader: (response, reference) -> True or False")
-    parser.add_argument("--response-field", metavar="NAME", help="field with the response; default "
-                        f"response, or if it is missing {', '.join(RESPONSE_FIELDS[1:])}")
+    parser.add_argument("--response-field", metavar="NAME", help="field with the response; "
+                        f"default: the first present of {', '.join(RESPONSE_FIELDS)}")
     parser.add_argument("--reference-field", metavar="NAME", help="field with the reference; "
-                        f"default reference, or if it is missing {', '.join(REFERENCE_FIELDS[1:])}")
+                        f"default: the first present of {', '.join(REFERENCE_FIELDS)}")
     parser.add_argument("--workers", metavar="N", type=_count, default=2,
                         help="processes that compare answers; default 2")
     parser.add_argument("--cpu-seconds", metavar="X", type=_seconds, default=1.0,

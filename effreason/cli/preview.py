@@ -84,7 +84,7 @@ def _parser(prog: str) -> arguments.Parser:
         "rollouts.jsonl of a run, or the graded responses of an evaluation with several samples. "
         "alpha 0, correctness alone, is always included.")
     parser.add_argument(
-        "file", metavar="FILE.jsonl", help="one JSON object a line with uid, sample, correct, "
+        "file", metavar="FILE.jsonl", help="one JSON object per line with uid, sample, correct, "
         "tokens and optionally step, set, finish; responses with the same step, set and uid are a "
         "group")
     parser.add_argument("--alpha", metavar="LIST", default=ALPHAS,

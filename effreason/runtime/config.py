@@ -36,7 +36,7 @@ Template = Annotated[str, Bound('holding "{problem}"', lambda text: "{problem}" 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    """The model to train."""
+    """The model."""
 
     path: str = "tiny"
     """"tiny" = the built-in tiny reasoner; otherwise a Hugging Face directory (config.json,
@@ -84,8 +84,8 @@ class DataConfig(Section):
     level_field: str | None = None
     """Column with the difficulty, for results by level; null = one level for the whole data set."""
     answer_from: Literal["whole", "hashes", "boxed"] = "whole"
-    r"""Which part of its column the final answer is: whole = all of it; hashes = the text after the
-    last ####; boxed = the contents of the last \boxed{}."""
+    r"""Which part of the answer column holds the final answer: whole = all of it; hashes = the text
+    after the last ####; boxed = the contents of the last \boxed{}."""
     answer_kind: Literal["math", "choice", "text"] = "math"
     """How answers are compared: as mathematics, as the letter of a choice, or as text; presets set
     their own."""
@@ -132,8 +132,8 @@ class RolloutConfig(Section):
     finished one makes room for the next. null = as many as fit into rollout.memory_gib at full
     length, but at most those of a step."""
     memory_gib: Positive | None = None
-    """Memory for the keys and values of all slots, in GiB, over all devices; null = what weights,
-    optimizer and a reserve of 10% leave."""
+    """Memory for the keys and values of all slots, in GiB, over all devices; null = what remains
+    after weights, optimizer and a reserve of 10%."""
     cache_layout: Literal["auto", "transposed", "sequence_last", "cudnn", "paged"] = "auto"
     """Layout of the cache of keys and values, and the kernel that reads it: cudnn, in bfloat16 on a
     GPU; paged, in bfloat16 on a TPU, if head_dim is a multiple of 128; transposed and
@@ -150,25 +150,25 @@ class RolloutConfig(Section):
     """A group has no signal if its highest and lowest reward differ by no more than this."""
     max_mismatch: Positive | None = None
     """Stop the run if the log-probs that sampler and trainer give to the sampled tokens differ by
-    more than this, in nats, averaged over a step. Also checked on short responses before the first
-    step. null = 0.1 in bfloat16, 0.02 in float32."""
+    more than this many nats on average over a step. Also checked on short responses before the
+    first step. null = 0.1 in bfloat16, 0.02 in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RepetitionConfig(Section):
-    """Responses that repeat themselves word for word until the token limit."""
+    """Responses that repeat themselves word for word, and would do so until the token limit."""
 
     stop: bool = False
     """Stop them early; like any response that is cut off they count as wrong, and their length is
     that at the cut."""
     window: Count = 512
-    """Number of last tokens to examine: a response is stopped if they are one block of tokens,
-    repeated."""
+    """How many of the latest tokens to examine; a response is stopped if they consist of one
+    repeated block."""
     longest_period: Count = 128
     """Longest such block, in tokens; at most half of repetition.window."""
     audit_share: Closed = 0.05
-    """Share of these responses that are not stopped; rollout/repetition_recovered is the share of
-    them that ended by themselves."""
+    """Share of the detected responses that are left running; rollout/repetition_recovered is the
+    share of those that ended on their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +256,7 @@ class UpdateConfig(Section):
     response of each group (rejection sampling); dpo = prefer it to the longest correct one. The
     baselines need rollout.policy initial."""
     dpo_beta: Positive = 0.1
-    """Strength of the pull of dpo towards the reference model; higher = stay closer to it."""
+    """How strongly dpo pulls towards the reference model; higher = stay closer to it."""
     learning_rate: NonNegative = 5e-6
     """Learning rate; constant after the warm-up."""
     beta1: Fraction = 0.9
@@ -272,8 +272,8 @@ class UpdateConfig(Section):
     updates_per_batch: Count = 1
     """Optimizer updates for each step; each one uses an equal part of the step's responses."""
     clip_ratio: Positive = 0.2
-    """PPO: clip the probability ratio to the sampling policy; has an effect only if
-    updates_per_batch > 1."""
+    """PPO: how far the ratio of the policy's probabilities to those before the step may move from 1;
+    has an effect only if updates_per_batch > 1."""
     importance_cap: Positive | None = None
     """Truncated importance sampling: weight each token by min(trainer's probability / sampler's
     probability, this), which corrects their numerical differences; 2 is usual; null = off."""
@@ -283,11 +283,11 @@ class UpdateConfig(Section):
     rows_per_micro_batch: Count = 8
     """Rows in each forward and backward pass, a multiple of mesh.data x mesh.fsdp; more = faster,
     with more memory, and the same loss. Sequences are packed into rows as wide as the longest one a
-    run can have; narrower rows are compiled as well if that is 4,096 positions or more."""
+    run can have; if that width is at least 4,096, narrower rows are compiled too."""
     vocabulary_tile: Count = 2048
     """Vocabulary entries whose log-probs are computed at a time, for all positions of a
     micro-batch; more = faster, with more memory. If it is at least the size of the vocabulary, the
-    backward pass does not recompute them."""
+    backward pass does not recompute the log-probs."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory, and copy it to the devices for each update."""
 
@@ -340,13 +340,14 @@ class MeshConfig(Section):
     """Devices along each axis of the mesh; their product must be the number of devices."""
 
     data: DataAxis = -1
-    """Copies of the model, which share the batch; -1 = all devices that the other axes leave."""
+    """Copies of the model, which share the batch; -1 = all remaining devices."""
     fsdp: Count = 1
-    """Parts that weights and optimizer state are split into; these devices share the batch too."""
+    """Number of parts into which weights and optimizer state are split; these devices share the
+    batch too."""
     tensor: Count = 1
-    """Parts that heads, feed-forward layers and vocabulary are split into."""
+    """Number of parts into which heads, feed-forward layers and vocabulary are split."""
     context: Count = 1
-    """Parts that sequences are split into."""
+    """Number of parts into which sequences are split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,13 +361,13 @@ class DistributedConfig(Section):
     """manual: host:port of process 0, which all others connect to; null = the environment variable
     JAX_COORDINATOR_ADDRESS."""
     processes: Count | None = None
-    """Number of processes; finding another number is an error. null = JAX_NUM_PROCESSES, or if mode
-    is auto and that is not set, what JAX finds."""
+    """Number of processes; finding another number is an error. null = JAX_NUM_PROCESSES; if that is
+    unset and mode is auto, the number that JAX finds."""
     process_id: Natural | None = None
     """manual: number of this process, from 0; null = JAX_PROCESS_ID, so that one file serves all
     hosts."""
     initialization_timeout_seconds: Count = 300
-    """Seconds to wait for all processes to start; then those that have started exit."""
+    """Seconds to wait for all processes to start; after that, any that have started exit."""
     heartbeat_timeout_seconds: HeartbeatSeconds = 30
     """Seconds without a heartbeat before a process counts as lost; the others then exit."""
 
@@ -386,7 +387,7 @@ class LogConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Section):
-    """One run."""
+    """Directory, seed and length of the run."""
 
     directory: str | None = None
     """Where the run writes its files; null = runs/<UTC time>-alpha<alpha>-seed<seed>."""

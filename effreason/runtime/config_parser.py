@@ -27,7 +27,7 @@ def parser(config: type, prog: str, description: str | None = None) -> jsonargpa
         "--config", metavar="FILE",
         help="YAML file; a later one overrides an earlier one, flags override all files. Default: "
         "configs/tiny.yaml, or no file if a flag names a model or data set other than tiny. Fields "
-        "that no file and no flag sets have the defaults below.")
+        "set by neither a file nor a flag have the defaults below.")
     parser.add_argument("--print_config", action="store_true",
                         help="print the resolved configuration as YAML and exit")
 
