@@ -1,5 +1,4 @@
-"""Compares two answers in plain Python: structure, words, rational numbers. Leaves undecided what
-needs algebra."""
+"""Compares two answers in plain Python; leaves undecided what needs algebra."""
 
 import re
 from collections.abc import Callable
@@ -52,8 +51,7 @@ class Bracketed:
 
 
 def exact(prediction: str, reference: str) -> Verdict:
-    """Compares two answers without algebra. True and False are final, None leaves the pair to the
-    symbolic stage."""
+    """Compares two answers without algebra; None leaves the pair to the symbolic stage."""
     p = notation.strip_parentheses(notation.canonical(prediction))
     g = notation.strip_parentheses(notation.canonical(reference))
     if p != g and notation.depth(p) > MAX_DEPTH:
@@ -76,6 +74,7 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
         return True
     if {prediction, reference} <= NO_SOLUTION:
         return True
+
     p_claims, g_claims = (CLAIM.search(SUBSCRIPT.sub("", side)) for side in (prediction, reference))
     if p_claims and not g_claims:
         return False                                # 5 \equiv 6 is neither the answer 5 nor 6
@@ -87,6 +86,7 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
     g = _bracketed(notation.strip_parentheses(reference))
     if (p.brackets == "()") != (g.brackets == "()"):
         p, g = _vector(p), _vector(g)
+
     if len(p.elements) > 1 or len(g.elements) > 1 or p.brackets or g.brackets:
         verdict = _compare_lists(p, g, same)
         return same(prediction, reference) if isinstance(verdict, NeedsSetAlgebra) else verdict
@@ -94,8 +94,7 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
 
 
 def leaf(prediction: str, reference: str) -> Verdict:
-    """Compares two canonical answers without parts: spelling, words, rational numbers. Ignores
-    units."""
+    """Compares two canonical answers without parts: spelling, words, numbers; ignores units."""
     if notation.key(prediction) == notation.key(reference):
         return True
     verdict = _words(prediction, reference)
@@ -115,6 +114,7 @@ def leaf(prediction: str, reference: str) -> Verdict:
         p_value = _value_of_letter_unit(p)
     if g_value is None and p_value is not None:
         g_value = _value_of_letter_unit(g)
+
     if p_value is UNDEFINED or g_value is UNDEFINED:
         return False
     if isinstance(p_value, rationals.Value) and isinstance(g_value, rationals.Value):
@@ -143,8 +143,7 @@ def _value(text: str) -> rationals.Value | Undefined | None:
 
 
 def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
-    """Returns the number in a quantity such as 3s: compared with a number, s is seconds and not a
-    variable."""
+    """Returns the number in a quantity such as 3s: next to a number s is seconds, no variable."""
     match = units.LETTER_UNIT.fullmatch(text) if len(text) < 200 else None
     return _value(match[1]) if match else None
 
@@ -168,8 +167,7 @@ def _is_choice(prediction: str, letter: str) -> Verdict:
 
 
 def _without_approximation(text: str) -> str:
-    r"""Drops approximations: 10\sqrt{2} \approx 14.14 is 10\sqrt{2}; but x \approx 14.14 is x =
-    14.14."""
+    r"""Drops approximations: \sqrt{2} \approx 1.41 is \sqrt{2}; but x \approx 1.41 is x = 1.41."""
     parts = notation.split_top(text, APPROXIMATELY) if r"\approx" in text else [text]
     if len(parts) == 1:
         return text
@@ -253,13 +251,13 @@ def _all(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) 
 
 
 def _matched(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) -> Verdict:
-    """Returns whether the lists are equal in some order. Equality is transitive, so the first match
-    can be taken."""
+    """Returns whether the lists are equal in some order.
+
+    Equality is transitive, so the first match can be taken."""
     if len(references) > MAX_UNORDERED:
         return _all(predictions, references, same)
 
     left, undecided = list(predictions), False
-
     for reference in references:
         verdicts = []
         for prediction in left:
@@ -280,6 +278,7 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     matrix, other = MATRIX.fullmatch(prediction), MATRIX.fullmatch(reference)
     if matrix and other:
         return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
+
     if any(CUP.search(side) or intervals.RELATION.search(side) for side in (prediction, reference)):
         parts = _union(prediction), _union(reference)
         verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])),
@@ -289,6 +288,7 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     p_parts, g_parts = _chain(prediction), _chain(reference)
     if len(p_parts) == len(g_parts) == 1:
         return same(prediction, reference)
+
     p_named, g_named = forms.is_name(p_parts[0]), forms.is_name(g_parts[0])
     if len(g_parts) > 1 and not g_named:            # a real equation: only an equation can equal it
         return same(prediction, reference) if len(p_parts) == len(g_parts) else False
@@ -298,8 +298,7 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     if len(p_parts) > 1 and not p_named and len(g_parts) > 1:
         return same(prediction, reference) if len(p_parts) == 2 else False
 
-    # A chain states that all its parts are equal: 3 = 5 is not the answer 5, although its last part
-    # is.
+    # A chain states that all parts are equal: 3 = 5 is not the answer 5, though its last part is.
     values = p_parts[1:] if p_named and len(p_parts) > 1 else p_parts
     if len(values) > MAX_CHAIN:
         return False
@@ -342,8 +341,7 @@ def _union(text: str) -> list[str]:
 
 
 def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
-    """Compares inequalities and intervals as sets of intervals; None if they differ or are anything
-    else."""
+    """Compares inequalities and intervals as sets; None if they differ or are anything else."""
     elements = (*p.elements, *g.elements)
     if not any(intervals.RELATION.search(piece) or CUP.search(piece) for piece in elements):
         return None

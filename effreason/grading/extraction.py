@@ -57,7 +57,6 @@ def _last_box(text: str) -> str | None:
                 boxes[box][2] = match.start()
 
     last: list[int] | None = None
-
     for start, begin, end in boxes:
         inside = last is not None and last[2] >= 0 and start < last[2]
         if last is None or not inside or (

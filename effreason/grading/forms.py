@@ -1,5 +1,4 @@
-"""Removes what surrounds an answer: names of quantities, labels, set builders, systems of
-equations, points."""
+"""Removes what surrounds an answer: names of quantities, labels, set builders, points."""
 
 import re
 
@@ -10,8 +9,8 @@ MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 ANGLED = re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle|<([^<>]*,[^<>]*)>", re.DOTALL)
 LABEL = re.compile(r"[A-Za-z][A-Za-z ]{2,30}:\s*(?=[\d\\(-])")                 # Area: 12
 SET_BUILDER = re.compile(
-    r"(?:\\?\{\s*)?(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?"
-    r"(?:\\?\})?", re.DOTALL)
+    r"(?:\\?\{\s*)?(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)"
+    r"(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?(?:\\?\})?", re.DOTALL)
 RATIO = re.compile(r"(\d+)\s*(?:\\text\{\s*to\s*\}|to)\s*(\d+)")
 SYSTEM = re.compile(
     r"(?:\\\{\s*)?\\begin\{(cases|aligned|align\*?|array)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}\s*",
@@ -20,14 +19,15 @@ POINT = re.compile(r"[A-Z]'?\s*(?=\()")
 
 
 def plain(text: str) -> str:
-    r"""Rewrites words for mathematics, \langle 1,2\rangle, \{x|x>2\}, systems and ratios in their
-    plain form."""
+    r"""Rewrites words for mathematics, \langle 1,2\rangle, \{x|x>2\}, systems, ratios plainly."""
     text = words.mathematics(text)
     text = text[label.end():] if (label := LABEL.match(text)) else text
+
     if angled := ANGLED.fullmatch(text):
         return f"({angled[1] or angled[2]})"
     if (builder := SET_BUILDER.fullmatch(text)) and intervals.RELATION.search(builder[2]):
         return builder[2].strip()
+
     if (system := SYSTEM.fullmatch(text)) is not None:
         rows = [row.replace("&=", "=").strip(" ,;") for row in system[2].split(r"\\")
                 if row.strip()]
@@ -38,8 +38,7 @@ def plain(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    r"""Returns whether the text names a quantity: x, f(x), |AB|, S_{2}, \angle ABC, \frac{NO}{BO},
-    A:B, (x,y), \text{Area}."""
+    r"""Returns whether a text names a quantity: f(x), |AB|, S_{2}, \angle ABC, A:B, \text{Area}."""
     text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "",
                   re.sub(r"\[([A-Z]{2,})\]", r"\1", text))
     text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)

@@ -59,16 +59,14 @@ class Grade:
 
 
 class Budget:
-    """Seconds of grading shared by several calls. The clock runs only while at least one of them is
-    running."""
+    """Seconds of grading shared by several calls; the clock runs only while one of them does."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._used, self._calls, self._since = seconds, 0.0, 0, 0.0
         self._lock = threading.Lock()
 
     def __enter__(self) -> float:
-        """Begins a call. Returns: when the budget ends if calls go on without a pause
-        (time.monotonic)."""
+        """Begins a call; returns when the budget ends if calls go on (time.monotonic)."""
         with self._lock:
             if self._calls == 0:
                 self._since = time.monotonic()
@@ -217,7 +215,6 @@ class Grader:
                bare: bool) -> list[Grade]:
         grades: list[Grade] = []
         rows_of_task: dict[Task, list[int]] = {}
-
         for row, (response, reference) in enumerate(zip(responses, references, strict=True)):
             grade, task = self._without_worker(response, reference, deadline, bare)
             grades.append(grade)
@@ -289,6 +286,7 @@ class Grader:
         """Has a worker compare the pair. Returns: its verdict and the wall time in seconds."""
         start = time.monotonic()
         verdict = self._pool.compare(*task, deadline)
+
         # only verdicts that did not depend on a limit are kept
         if verdict.status == GradeStatus.SYMBOLIC:
             with self._lock:

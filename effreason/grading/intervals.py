@@ -9,8 +9,7 @@ VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
 
 
 def interval(text: str) -> str | None:
-    r"""Returns (1,5] for 1 < x \le 5, (2,\infty) for x > 2, an interval itself, None for anything
-    else."""
+    r"""Returns (1,5] for 1 < x \le 5, (2,\infty) for x > 2, an interval itself, otherwise None."""
     text = text.strip()
     pieces = RELATION.split(text)
     if len(pieces) == 1:

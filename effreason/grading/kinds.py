@@ -1,5 +1,4 @@
-"""Defines reference answers and their kinds: "math", "choice" (multiple choice) and "text" (the
-same words)."""
+"""Defines reference answers and their kinds: "math", "choice" (of several) and "text" (words)."""
 
 import re
 import unicodedata
@@ -10,23 +9,24 @@ from effreason.grading.exact import exact
 KINDS = ("math", "choice", "text")
 
 # \text{B}, \textbf{(B)}, \boxed{B}: formatting around an answer.
-WRAPPER = re.compile(
-    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|boxed|fbox|underline|emph|operatorname)\s*\{([^{}]*)\}")
+WRAPPER = re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|boxed|fbox|underline|emph"
+                     r"|operatorname)\s*\{([^{}]*)\}")
 NOTHING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|[,;:!> ])|~|\*\*|__")
 QUOTES = str.maketrans("‘’“”", "''\"\"")
 MARKS = ("$$", "$", "*", "`", '"', "'")
 INTRODUCED = re.compile(
-    r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|answer)\b\s*(?:is\b)?\s*:?\s*",
-    re.IGNORECASE)
+    r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|answer)\b\s*(?:is\b)?"
+    r"\s*:?\s*", re.IGNORECASE)
 LETTER = re.compile(r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z]))\s*[.:)]?")
 # A letter, its punctuation, and the text of the choice: (B) bank, B) bank, B. bank, B: bank, B -
 # bank; B bank, but not "A bank", because A may be an article.
 LETTER_AND_TEXT = re.compile(
-    r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+[-–=]\s|([B-HJ-Z])\s)\s*(\S.*)",
-    re.DOTALL)
+    r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+[-–=]\s"
+    r"|([B-HJ-Z])\s)\s*(\S.*)", re.DOTALL)
 TEXT_AND_LETTER = re.compile(r"(\S.*?)\s*\(\s*([A-Za-z])\s*\)", re.DOTALL)     # bank (B)
 ANOTHER_LETTER = re.compile(
-    r"\(\s*[A-Za-z]\s*\)|(?<![a-zA-Z'])[B-HJ-Z](?![a-zA-Z'])|\b(?:not|or|and|nor)\s+\(?[A-Za-z]\b(?!\s+[a-z])")
+    r"\(\s*[A-Za-z]\s*\)|(?<![a-zA-Z'])[B-HJ-Z](?![a-zA-Z'])"
+    r"|\b(?:not|or|and|nor)\s+\(?[A-Za-z]\b(?!\s+[a-z])")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def same_choice(answer: str, reference: Reference) -> bool:
     chosen, rest = _letter_and_text(text)
     if reference.choices and (match := TEXT_AND_LETTER.fullmatch(text)):
         chosen, rest = _index(match[2]), match[1]
+
     if not reference.choices:
         return chosen == correct and not ANOTHER_LETTER.search(rest)
     if correct >= len(reference.choices):
@@ -78,8 +79,7 @@ def same_choice(answer: str, reference: Reference) -> bool:
 
 
 def same_text(answer: str, reference: Reference) -> bool:
-    r"""Returns whether both are the same words. Case, spaces, \text{} and outer punctuation are
-    ignored, digits are not."""
+    r"""Returns whether the words are the same; case, spaces, \text{}, outer marks do not count."""
     words = _words(answer)
     return bool(words) and words == _words(reference.answer)
 

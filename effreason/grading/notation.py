@@ -15,14 +15,13 @@ from effreason.grading.symbols import RENAMED, SUBSCRIPTS, SUPERSCRIPTS, SYMBOLS
 ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
 
 TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
-# Function names without backslash, as sympy prints them. "sec" may be a unit, so some names need a
-# bracket.
+# Function names without backslash, as sympy prints them. Some need a bracket: "sec" may be a unit.
 PLAIN_NAME = re.compile(
     r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
-    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc|exp|gcd|det)"
-    r"(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
-    r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])|(?P<lcm>lcm)(?=\s*\()"
-    r"|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
+    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc"
+    r"|exp|gcd|det)(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
+    r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])"
+    r"|(?P<lcm>lcm)(?=\s*\()|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
 TEX_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\\!|\\!,?|\\,|\\;|\\:|\\ "
                            r"|~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
 PLAIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -34,8 +33,8 @@ MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")((?:(?!\1).)+)\1""", re.DOTALL)
 CURRENCY = re.compile(r"(?<![a-zA-Z\\\d])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
                       r"|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD|Rs|Rp)\b\.?)\s*(?=\d)")
 LETTERED = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{\s*(lcm|gcd|max|min)\s*\}")
-FUNCTION = re.compile(
-    r"\\(?:text|mathrm|operatorname)\s*\{\s*((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|det)\s*\}")
+FUNCTION = re.compile(r"\\(?:text|mathrm|operatorname)\s*"
+                      r"\{\s*((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|det)\s*\}")
 WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
 TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
@@ -49,8 +48,9 @@ CYCLE = re.compile(r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3+(?:\.{3}|\\dots)|(\d*)\.\((\d
 # Words before the answer: The answer is 5, Answer: 5, = 5, \therefore 5, about 5.
 LEAD = re.compile(
     r"(?:=|\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![a-zA-Z])|(?:\\text\{\s*)?"
-    r"(?:(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution)\b\s*"
-    r"(?:is\s*:?|are\s*:?|equals|=|:)|(?:about|approximately|approx\.?|roughly|around|exactly|only|just)(?=[\s\d}]))\s*\}?)"
+    r"(?:(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:the\s+)?(?:(?:final|correct)\s+)?"
+    r"(?:answer|result|solution)\b\s*(?:is\s*:?|are\s*:?|equals|=|:)"
+    r"|(?:about|approximately|approx\.?|roughly|around|exactly|only|just)(?=[\s\d}]))\s*\}?)"
     r"\s*(?=\S)", re.IGNORECASE)
 
 
@@ -67,6 +67,7 @@ def canonical(text: str) -> str:
     text = LETTERED.sub(r"\\operatorname{\1}", FUNCTION.sub(r"\\\1 ", text))
     text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
     text = re.sub(r"(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
+
     if r"\begin" not in text:  # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
     text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
@@ -84,28 +85,26 @@ def canonical(text: str) -> str:
 
 
 def key(text: str) -> str:
-    r"""Returns what two canonical texts of the same spelling share: it ignores spaces, \text and
-    the case of words."""
+    r"""Returns a canonical text without spaces, \text and the case of words."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)      # "5 5" is not 55
+
     if clock := re.fullmatch(r"0?(\d{1,2})(:\d\d(?::\d\d)?)?([ap])\.?m\.?", bare, re.IGNORECASE):
         return clock[1] + (clock[2] or ":00") + clock[3].lower()
     return bare.casefold() if is_word(text) else bare
 
 
 def is_word(text: str) -> bool:
-    r"""Returns whether an answer is in words: \text{...} with letters, or four letters in a row
-    without a backslash."""
+    r"""Returns whether an answer is words: \text{...} with letters, or four letters in a row."""
     words = re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z' .\-])+", text)
     if re.match(r"[a-zA-Z]\s*\\text", text) or words is None:
         return False
-    return r"\text" in text or re.search(r"[A-Za-z]{4}",
-                                         text) is not None or text.strip().lower() in ("yes", "no")
+    return (r"\text" in text or re.search(r"[A-Za-z]{4}", text) is not None
+            or text.strip().lower() in ("yes", "no"))
 
 
 def strip_parentheses(text: str) -> str:
-    """Removes brackets that only group the whole text: (x+1), {x+1}, ((1)). A tuple keeps its
-    brackets."""
+    """Removes brackets that only group the whole text: (x+1), {x+1}, ((1)); a tuple keeps its."""
     pairs = matching(text)
     first, last = 0, len(text) - 1
 
@@ -115,6 +114,7 @@ def strip_parentheses(text: str) -> str:
             begin += 1
         while end > begin and text[end] == " ":
             end -= 1
+
         # the innermost pair, which may enclose a list
         if text[begin] not in "({" or pairs.get(begin) != end:
             if len(split_top(text[begin:end + 1], ",;")) > 1:
@@ -125,8 +125,7 @@ def strip_parentheses(text: str) -> str:
 
 
 def matching(text: str | list[str]) -> dict[int, int]:
-    """Returns the index of the closing bracket for that of each opening one; ] may close (, as in
-    an interval."""
+    """Maps each opening bracket's index to its closing one's; ] may close (, as in an interval."""
     opening, closing = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
     braces = {"{", r"\{", "}", r"\}"}
     pairs: dict[int, int] = {}
@@ -135,8 +134,8 @@ def matching(text: str | list[str]) -> dict[int, int]:
     for index, character in enumerate(text):
         if character in opening:
             stack.append(index)
-        elif character in closing and stack and (text[stack[-1]] in braces) == (
-            character in braces):
+        elif (character in closing and stack
+              and (text[stack[-1]] in braces) == (character in braces)):
             pairs[stack.pop()] = index
 
     return pairs
@@ -182,6 +181,7 @@ def _ascii(text: str) -> str:
         for run in sorted(set(re.findall(f"[{''.join(scripts)}]+", text)), key=len, reverse=True):
             script = "".join(scripts[character] for character in run)
             text = text.replace(run, command + "{" + script + "}")
+
     text = re.sub(r"√(\d+(?:\.\d+)?|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = "".join(_character(character) for character in text)
     return unicodedata.normalize("NFKC", text)
@@ -191,6 +191,7 @@ def _character(character: str) -> str:
     if character in SYMBOLS:
         new = SYMBOLS[character]
         return new + " " if new[-1:].isalpha() else new
+
     if (unicodedata.category(character) == "No"
             and "⁄" in (parts := unicodedata.normalize("NFKC", character))):
         top, bottom = parts.split("⁄")
@@ -203,6 +204,7 @@ def _with_backslash(match: re.Match[str]) -> str:
         return r"\infty "
     if match["lcm"]:
         return r"\operatorname{lcm}"
+
     name = match["call"] or match["root"] or match["name"]
     name = f"arc{name[1:]}" if name in ("asin", "acos", "atan") else name
     return f"\\{name} " if name else match[0]
@@ -218,6 +220,7 @@ def _renamed(tokens: list[str]) -> list[str]:
     for index, token in enumerate(tokens):
         if token == "." and index and tokens[index - 1] in (r"\left", r"\right"):
             continue
+
         new = r"\text" if token in TEXTS else RENAMED.get(token, token)
         neighbours = (*result[-1:], *tokens[index + 1:index + 2])
         if not new and "".join(neighbours[-2:]).isdigit() and result:
@@ -230,8 +233,7 @@ def _renamed(tokens: list[str]) -> list[str]:
 
 
 def _braced(tokens: list[str]) -> str:
-    r"""Puts braces around the arguments of \frac, \binom, \sqrt, ^ and _, and keeps \text only
-    around words."""
+    r"""Puts braces around arguments of \frac, \sqrt, ^ etc., and keeps \text only around words."""
     pairs = matching(tokens)
     writer = _Writer()
     dropped: set[int] = set()
@@ -246,6 +248,7 @@ def _braced(tokens: list[str]) -> str:
             end = pairs.get(index) if tokens[index:index + 1] == ["{"] else None
             if end is None:
                 continue
+
             words = "".join(tokens[index + 1:end])
             if words.strip() in ("and", "or", ""):
                 writer.write("," if words.strip() else " ")
@@ -257,6 +260,7 @@ def _braced(tokens: list[str]) -> str:
                 dropped.update((index, end))
                 writer.write(" ")
             continue
+
         if index in dropped:
             writer.write(" ")
         elif token == " " and writer.needs_argument():
@@ -282,8 +286,7 @@ def _braced(tokens: list[str]) -> str:
 
 
 class _Writer:
-    """Writes the output of `_braced`; knows how many arguments are missing on each level of
-    nesting."""
+    """Writes the output of `_braced`; knows how many arguments are missing on each level."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -340,10 +343,10 @@ class _Writer:
 
 
 def _argument(tokens: list[str], index: int, command: str) -> str:
-    r"""Returns an unbraced argument: a signed whole number for ^, _ and \sqrt (10^-12, \sqrt16),
-    otherwise one token."""
+    r"""Returns an unbraced argument: for ^, _, \sqrt a whole number (10^-12), otherwise a token."""
     if command not in ("^", "_", r"\sqrt"):
         return tokens[index]
+
     end = index + (tokens[index] in ("-", "+") and index + 1 < len(tokens))
     if not tokens[end].isdigit():
         return tokens[index] + (tokens[end] if end > index and tokens[end] not in "{}()[] " else "")

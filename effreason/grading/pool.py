@@ -15,8 +15,7 @@ from pathlib import Path
 
 from effreason.grading.status import GradeStatus
 
-# sympy caches, so a worker is replaced after this many comparisons or when it has grown by this
-# much.
+# sympy caches, so a worker is replaced after this many comparisons or after this growth.
 MAX_TASKS = 500
 MAX_GROWTH_MB = 650
 START_SECONDS = 120.0
@@ -45,17 +44,17 @@ class WorkerStuck(Exception):
 
 
 class Worker:
-    """One process, used by one thread at a time. It starts at once and is ready some tenths of a
-    second later."""
+    """One process, used by one thread at a time; it starts at once and is ready a moment later."""
 
     def __init__(self, *, cpu_seconds: float, memory_mb: int, function: str | None = None) -> None:
         directory = _working_directory()
         path = [entry or directory for entry in ("", *sys.path)] if function else []
         settings = json.dumps({"cpu_seconds": cpu_seconds, "memory_mb": memory_mb,
                                "function": function, "path": path})
+
         # -P: no modules from the working directory; -s: none from the user's site-packages; -B: no
-        # .pyc files. In a session of its own Ctrl-C in the terminal does not reach it, and killing
-        # the group kills its children.
+        # .pyc files. In a session of its own Ctrl-C does not reach it, and killing the group kills
+        # its children.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-s", "-B", "-m", "effreason.grading.worker", settings],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -64,6 +63,7 @@ class Worker:
             start_new_session=True, close_fds=True)
         assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
+
         self.function = function
         self.ready, self.tasks = False, 0
         self.start_mb = self.growth_mb = 0
@@ -75,6 +75,7 @@ class Worker:
         end = time.monotonic() + seconds
         task = {"id": self.tasks, "prediction": prediction, "reference": reference}
         self._send(json.dumps(task).encode() + b"\n", end)
+
         reply = self._receive(end)
         if reply.get("id") != self.tasks:
             raise WorkerDied("its replies do not match the tasks")
@@ -83,8 +84,7 @@ class Worker:
                        str(reply.get("reason", "")))
 
     def wait_ready(self, seconds: float) -> None:
-        """Waits until the libraries are loaded. Raises: WorkerDied with the reason, or
-        WorkerStuck."""
+        """Waits until the libraries are loaded. Raises: WorkerDied with a reason, WorkerStuck."""
         if not self.ready:
             reply = self._receive(time.monotonic() + seconds)
             if "failed" in reply:
@@ -99,14 +99,14 @@ class Worker:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):      # bytes that were not sent cannot be sent now
                 if pipe is not None:
                     pipe.close()
 
     def _send(self, data: bytes, end: float) -> None:
-        """Writes, but never waits beyond `end`: a stuck worker does not read, and a response may be
-        long."""
+        """Writes, but never waits beyond `end`: a stuck worker does not read a long response."""
         assert self.process.stdin is not None
         descriptor = self.process.stdin.fileno()
         poll = select.poll()
@@ -139,7 +139,6 @@ class Worker:
             self.buffer += data
 
         line, _, self.buffer = self.buffer.partition(b"\n")
-
         try:
             reply = json.loads(line)
         except ValueError as error:
@@ -154,6 +153,7 @@ class Pool:
                  function: str | None = None) -> None:
         self.cpu_seconds, self.wall_seconds, self.memory_mb = cpu_seconds, wall_seconds, memory_mb
         self.function = function
+
         self._lock = threading.Lock()
         self.closed = False
         self._failed_starts = 0
@@ -172,15 +172,12 @@ class Pool:
                 self._idle.put(worker)
 
     def compare(self, prediction: str, reference: str, deadline: float) -> Verdict:
-        """Compares two answers by the deadline (time.monotonic); the status is BUDGET if that cut
-        it short.
+        """Compares two answers; the status is BUDGET if the deadline (time.monotonic) came first.
 
-        If a worker dies by itself, the answer may not be the cause, so the comparison is tried
-        twice.
+        If a worker dies by itself, the answer may not be the cause, so a comparison is tried twice.
         Raises: RuntimeError if workers cannot be started or the pool is closed.
         """
         deaths = 0
-
         while deaths < 2:
             try:
                 return self._compare_once(prediction, reference, deadline)
@@ -206,7 +203,6 @@ class Pool:
             return Verdict(False, GradeStatus.BUDGET)
 
         healthy = True
-
         try:
             try:
                 worker.wait_ready(min(max(deadline - time.monotonic(), 0), START_SECONDS))
@@ -227,6 +223,7 @@ class Pool:
                 raise RuntimeError("the grader is closed") from None
             if isinstance(error, WorkerDied):
                 raise
+
             late = time.monotonic() >= deadline
             return Verdict(False, GradeStatus.BUDGET if late else GradeStatus.HARD_KILL)
         except BaseException:
@@ -240,6 +237,7 @@ class Pool:
             worker = self._idle.get(timeout=max(deadline - time.monotonic(), 0))
         except queue.Empty:
             return None
+
         if worker is None or self.closed:
             self._idle.put(None)                    # so that the next thread in the queue stops too
             raise RuntimeError("the grader is closed")
@@ -250,6 +248,7 @@ class Pool:
         if healthy and not worker.worn():
             self._idle.put(worker)
             return
+
         with self._lock:
             self._living.discard(worker)
         worker.kill()
@@ -269,6 +268,7 @@ class Pool:
         with self._lock:
             self._failed_starts += 1
             failed = self._failed_starts
+
         if self.closed:
             return RuntimeError("the grader is closed")
         if failed >= MAX_FAILED_STARTS:
@@ -277,8 +277,7 @@ class Pool:
 
 
 def _environment() -> dict[str, str]:
-    """Returns only what Python needs from the trainer's environment: no keys, proxies or library
-    settings."""
+    """Returns what Python needs from the environment: no keys, proxies or library settings."""
     names = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     inherited = {name: os.environ[name] for name in names if name in os.environ}
     package = str(Path(__file__).resolve().parents[2])

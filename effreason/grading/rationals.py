@@ -59,12 +59,12 @@ def read(text: str) -> Value:
 
 
 def same(a: Value, b: Value) -> bool:
-    """Compares two values exactly, except that a decimal equals a fraction within a relative
-    tolerance of 1e-6."""
+    """Compares two values exactly, but a decimal and a fraction to a relative 1e-6."""
     if a.number == b.number:
         return True
     if a.decimal == b.decimal:
         return False
+
     decimal, other = (a.number, b.number) if a.decimal else (b.number, a.number)
     return other.denominator != 1 and abs(decimal - other) <= abs(other) / 10**6
 
@@ -110,6 +110,7 @@ class _Reader:
         while sign := self.take("+", "-"):
             term = self.product()
             total = _bounded(total + term if sign == "+" else total - term)
+
         self.depth -= 1
         return total
 
@@ -117,8 +118,8 @@ class _Reader:
         sign = 1
         while token := self.take("+", "-"):
             sign = -sign if token == "-" else sign
-        total = self.factor()
 
+        total = self.factor()
         while True:
             if self.take("*", r"\cdot", r"\times"):
                 total = _bounded(total * self.signed_factor())
@@ -140,6 +141,7 @@ class _Reader:
             if base.denominator != 1 or not 0 <= base <= MAX_FACTORIAL:
                 raise Undecided
             base = Fraction(factorial(int(base)))
+
         if self.take("^"):
             exponent = self.signed_factor()         # right-associative: 2^3^2 = 2^9
             if exponent.denominator != 1:
@@ -161,6 +163,7 @@ class _Reader:
         opening = self.take("(", "{", "[")
         if opening is None:
             raise Undecided
+
         inside = self.sum()
         if self.take({"(": ")", "{": "}", "[": "]"}[opening]) is None:
             raise Undecided
@@ -177,18 +180,17 @@ class _Reader:
         if repeat:
             if "." not in digits:
                 raise Undecided
-            cycle = repeat.rstrip("}")
-            return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10
-                                    ** len(digits.partition(".")[2]))
+            cycle, decimals = repeat.rstrip("}"), len(digits.partition(".")[2])
+            return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**decimals)
 
         self.decimal = self.decimal or "." in digits
         return self.mixed(value) if "." not in digits else value
 
     def mixed(self, whole: Fraction) -> Fraction:
-        r"""Reads the rest of 2\frac{1}{2}, two and a half. 2\frac{3}{2} may be a product, so it
-        stays undecided."""
+        r"""Reads the rest of 2\frac{1}{2}, two and a half. 2\frac{3}{2} may be a product."""
         if self.next() != r"\frac":
             return whole
+
         self.index += 1
         top, bottom = self.group(), self.group()
         if not (top.denominator == bottom.denominator == 1 and 0 < top < bottom):

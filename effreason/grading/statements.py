@@ -20,9 +20,9 @@ STATEMENT = re.compile(
 NUMBER = re.compile(
     r"[\s$*]{0,9}+(?:\\?\(\s?)?(?P<sign>[-−+]?)\s?(?:\\?[$€£])?\s?"
     r"(?:\\[dt]?frac\s*\{\s*(?P<over>\d{1,15})\s*\}\s*\{\s*(?P<under>\d{1,15})\s*\}"
-    r"|(?P<whole>\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,20}|(?=\.\d))(?P<part>\.\d{1,20})?(?:\s*/\s*(?P<by>\d{1,15}))?)")
-# The rest of a longer expression that begins with a number: 7 + 5, 7x, 7 \cdot 3, 7^2, 7!, 7.5
-# after 20 digits.
+    r"|(?P<whole>\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,20}|(?=\.\d))(?P<part>\.\d{1,20})?"
+    r"(?:\s*/\s*(?P<by>\d{1,15}))?)")
+# The rest of a longer expression: 7 + 5, 7x, 7 \cdot 3, 7^2, 7!, a digit after 20 digits.
 CONTINUATION = re.compile(
     r"\d|\s*[-−+*/^×÷·]\s*[\d(\\$a-z]|[(!^_]|[a-z](?![a-z])"
     r"|\s*\\(?:times|cdot|div|frac|sqrt|pm|pi)\b|\s+x\s+\d|\s*[*×·]")
@@ -32,8 +32,7 @@ MAX_STATEMENT = 300                 # characters of a box that are compared
 
 
 def first_stated(response: str, reference: Reference) -> int | None:
-    """Returns the number of characters up to the end of the reference's first statement; None if
-    there is none.
+    """Returns the characters up to the end of the reference's first statement; None without one.
 
     After an equals sign only a number can be separated from the text that follows, so equals signs
     count only for a numeric reference. One counts if it is the last before the end of the line, of
@@ -42,9 +41,9 @@ def first_stated(response: str, reference: Reference) -> int | None:
     """
     number = _number(reference.answer) if reference.kind == "math" else None
     same = _cached_comparison(reference)
+
     # end of the value after the previous equals sign, if it is the reference
     last: int | None = None
-
     for match in STATEMENT.finditer(response):
         if match[0] != "=":
             if last is not None:
@@ -62,8 +61,7 @@ def first_stated(response: str, reference: Reference) -> int | None:
 
 def _end_of_statement(response: str, match: re.Match[str], number: float | None,
                       same: Callable[[str], bool]) -> int | None:
-    """Returns the end of a box, or of the text after "answer", if it states the reference,
-    otherwise None."""
+    """Returns the end of a box, or of the text after "answer", if it states the reference."""
     if match["box"]:
         end = _end_of_box(response, match.end())
         stated = end is not None and _states(response[match.end() : end], number, same)
@@ -72,13 +70,13 @@ def _end_of_statement(response: str, match: re.Match[str], number: float | None,
     if number is not None and (value := NUMBER.match(response, match.end())):
         if not CONTINUATION.match(response, value.end()):
             return value.end() if _equal(_value(value), number) else None
+
     sentence = SENTENCE.match(response, match.end())
     return sentence.end() if sentence and _states(sentence[0].strip(" *$"), number, same) else None
 
 
 def end_of_answer(response: str) -> int:
-    r"""Returns the number of characters up to the end of the last \boxed{}, or of the response if
-    it has none."""
+    r"""Returns the characters up to the end of the last \boxed{}, or all if there is none."""
     begins = [match.end() for match in STATEMENT.finditer(response) if match["box"]]
     end = _end_of_box(response, begins[-1]) if begins else None
     return len(response) if end is None else end + 1
@@ -91,8 +89,7 @@ def _states(text: str, number: float | None, same: Callable[[str], bool]) -> boo
 
 
 def _cached_comparison(reference: Reference) -> Callable[[str], bool]:
-    """Returns a comparison with the reference that compares each text once: repetitive responses
-    repeat theirs."""
+    """Returns a comparison with the reference that compares each text once: many texts repeat."""
     verdicts: dict[str, bool] = {}
 
     def same(text: str) -> bool:
@@ -119,8 +116,7 @@ def _same(text: str, reference: Reference) -> bool:
 
 
 def _number(text: str) -> float | None:
-    r"""Returns the value of a text that is one number: 1,000, -3.5, 2/3, \frac{2}{3}, $5, 50\%;
-    otherwise None."""
+    r"""Returns the value of a text that is one number, such as 1,000, \frac{2}{3}, $5 or 50\%."""
     match = NUMBER.match(text)
     rest = text[match.end():].strip(" $.*") if match else None
     return _value(match) if match and rest in ("", "%", r"\%", r"\)") else None

@@ -4,8 +4,7 @@ import enum
 
 
 class GradeStatus(enum.StrEnum):
-    """How a verdict came about. From `GUARD` on the answer was not compared, and counts as
-    wrong."""
+    """How a verdict came about. From `GUARD` on the answer was not compared: it counts as wrong."""
 
     NO_ANSWER = "no_answer"
     """The response has no box, or its last box is empty or open; wrong."""

@@ -1,5 +1,4 @@
-"""Compares two answers with sympy, after Math-Verify has parsed their LaTeX. Only a worker calls
-`symbolic`.
+"""Compares two answers with sympy, after Math-Verify has parsed their LaTeX; for workers only.
 
 `symbolic` evaluates no names and no code, but it may take any time and memory, so its process must
 be killable.
@@ -30,8 +29,7 @@ FOREIGN = re.compile(
     r"|\\(?:log|ln|sin|cos|tan|lim|sum|prod|int|binom|frac|sqrt|cdot|cup|cap)\s*$")
 LONG_DIGITS = re.compile(r"\d{120,}")
 
-# Points at which expressions are compared: first positive ones, for roots and logarithms, then both
-# signs.
+# Points at which expressions are compared: positive ones, for roots and logarithms; both signs.
 POSITIVE = ("0.7390851", "1.3247179", "2.2360679", "0.5671432", "1.7724538", "3.1622776",
             "0.9159655", "2.6854520")
 SIGNED = ("-1.2020569", "0.6434105", "-0.3285820", "2.5029078", "-2.8077702", "1.4513692",
@@ -41,8 +39,7 @@ DECIMAL_TOLERANCE = 1e-6            # between a decimal and what it approximates
 BOTH_DECIMAL_TOLERANCE = 1e-14      # the parser reads decimals as binary fractions
 TOLERANCE = 1e-40                   # e^{\pi\sqrt{163}} is within 3e-30 of an integer
 
-# Rarely left unevaluated in an answer, and may take sympy any time, so it gets only part of the CPU
-# limit.
+# Rarely left unevaluated in an answer, and may take any time: gets only part of the CPU limit.
 HEAVY = re.compile(
     r"\\(?:int|iint|oint|sum|prod|lim|binom|choose|det|Gamma|zeta|frac\{d)|\\begin|!")
 HEAVY_SHARE = 0.5
@@ -131,11 +128,9 @@ def _parse(text: str):
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    # Only LaTeX in the box, which is canonical already: other extractors pick any number out of a
-    # broken answer.
+    # Only canonical LaTeX in the box: other extractors pick any number out of a broken answer.
     config = LatexExtractionConfig(boxed_match_priority=0,
                                    normalization_config=NormalizationConfig(boxed="last"))
-
     try:
         parsed = parse(rf"\boxed{{{text}}}", extraction_config=[config],
                        fallback_mode="no_fallback", parsing_timeout=None)
@@ -174,8 +169,7 @@ def _same(prediction, reference, prediction_decimal: bool, reference_decimal: bo
 
 
 def _same_equations(prediction, reference) -> bool | None:
-    """Returns whether one equation is a multiple of the other, from values at fixed points; None if
-    undecided."""
+    """Returns whether one equation is a multiple of the other, from values at points, or None."""
     import sympy
 
     p, g = prediction.lhs - prediction.rhs, reference.lhs - reference.rhs
@@ -186,7 +180,6 @@ def _same_equations(prediction, reference) -> bool | None:
         return False
 
     ratios = []
-
     for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], POSITIVE[5:] + POSITIVE[:5]):
         values = _assign(names, points)
         top, bottom = _value(p, values), _value(g, values)
@@ -194,8 +187,8 @@ def _same_equations(prediction, reference) -> bool | None:
             return None
         ratios.append(sympy.sympify(top / bottom))
 
-    tolerance = TOLERANCE if not (p.atoms(sympy.Float)
-                                  or g.atoms(sympy.Float)) else BOTH_DECIMAL_TOLERANCE
+    decimals = p.atoms(sympy.Float) or g.atoms(sympy.Float)
+    tolerance = BOTH_DECIMAL_TOLERANCE if decimals else TOLERANCE
     return bool(ratios[0]) and all(_close(ratio, ratios[0], tolerance) for ratio in ratios[1:])
 
 
@@ -207,8 +200,7 @@ def _undefined(side) -> bool:
 
 def _same_values(prediction, reference, prediction_decimal: bool,
                  reference_decimal: bool) -> bool | None:
-    """Compares two expressions by their values at fixed points, with so many digits that other
-    expressions differ.
+    """Compares two expressions by values at fixed points, with so many digits that others differ.
 
     If both can be evaluated, this replaces simplification, which may take minutes and misses
     identities. None if they agree only at positive points or cannot be evaluated; algebra then
@@ -283,11 +275,10 @@ def _evaluated(side):
 
 
 def _value(side, values):
-    """Returns the complex value of an expression for these values of its variables; None if it has
-    none."""
+    """Returns an expression's complex value for these values of its variables; None without one."""
     try:
-        number = side.subs({symbol: values[symbol.name]
-                            for symbol in side.free_symbols}).evalf(DIGITS)
+        points = {symbol: values[symbol.name] for symbol in side.free_symbols}
+        number = side.subs(points).evalf(DIGITS)
         return number if number.is_number and number.is_finite and not number.free_symbols else None
     except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError,
             ValueError):
@@ -299,8 +290,8 @@ def _close(prediction, reference, tolerance: float) -> bool | None:
         return None
     import sympy
 
-    difference, size = sympy.Abs(prediction
-                                 - reference).evalf(DIGITS), sympy.Abs(reference).evalf(DIGITS)
+    difference = sympy.Abs(prediction - reference).evalf(DIGITS)
+    size = sympy.Abs(reference).evalf(DIGITS)
     if not (difference.is_Float or difference.is_Number) or not size.is_Number:
         return None
     return bool(difference <= tolerance * (size if size else 1))

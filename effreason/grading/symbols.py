@@ -3,7 +3,7 @@
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
 GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda "
-         "mu nu xi omicron pi rho varsigma sigma tau " "upsilon phi chi psi omega").split()
+         "mu nu xi omicron pi rho varsigma sigma tau upsilon phi chi psi omega").split()
 GREEK_CAPITALS = dict(zip("ΓΔΘΛΞΠΣΦΨΩ",
                           "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega".split(),
                           strict=True))

@@ -17,16 +17,16 @@ SCALED = re.compile(r"(.*?\S)\s*(?:\\text\{\s*)?\b(" + "|".join(SCALE)
                     + r")s?(\s+[A-Za-z ]*)?\s*(?:\}|\Z)(.*)", re.DOTALL)
 # Words that change the number next to them.
 NO_UNIT = re.compile(
-    r"\b(?:or|and|if|mod|more|less|fewer|least|most|times|plus|minus|over|under|pi|not|to|is|by|base|percent|dozen|"
-    r"score|half|halves|thirds?|quarters?|fifths?|tenths?|hundredths?|thousandths?|squared|cubed|negative|below|before|"
-    r"after|factorial|root|choose|double|triple|twice|pairs?|remainder|except|wrong|incorrect|false|invalid|never|no|"
-    r"none|impossible|isn|undefined|a\.?m|p\.?m|AM|PM|am|pm|BC|BCE|AD|CE|"
+    r"\b(?:or|and|if|mod|more|less|fewer|least|most|times|plus|minus|over|under|pi|not|to|is|by|"
+    r"base|percent|dozen|score|half|halves|thirds?|quarters?|fifths?|tenths?|hundredths?|"
+    r"thousandths?|squared|cubed|negative|below|before|after|factorial|root|choose|double|triple|"
+    r"twice|pairs?|remainder|except|wrong|incorrect|false|invalid|never|no|none|impossible|isn|"
+    r"undefined|a\.?m|p\.?m|AM|PM|am|pm|BC|BCE|AD|CE|"
     + "|".join(SCALE) + r")\b")
-SHORT = ("mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa "
-         "Hz kHz MHz GHz THz kW MW GW kJ MJ kN MN mph "
-         "kph kmh hr hrs min mins sec secs ms ns sq cu rad deg USD EUR GBP gal "
-         "qt pt cc eV keV MeV GeV KB kB MB GB TB mA mV "
-         "kV mW Wh kWh mol mmol atm AU ly dB MPa GPa cal kcal rpm ppm fl").split()
+SHORT = ("mm cm dm km nm in ft yd mi kg mg lb lbs oz ml mL cl dl dL kL kPa Pa Hz kHz MHz GHz THz "
+         "kW MW GW kJ MJ kN MN mph kph kmh hr hrs min mins sec secs ms ns sq cu rad deg USD EUR "
+         "GBP gal qt pt cc eV keV MeV GeV KB kB MB GB TB mA mV kV mW Wh kWh mol mmol atm AU ly dB "
+         "MPa GPa cal kcal rpm ppm fl").split()
 LETTERS = (r"(?:[smghlLVWJNAKCFT](?![a-zA-Z\\])|\\Omega|k\s*\\Omega"
            r"|(?:\\mu|\\text\{\s*\\mu\s*\}|µ)\s*[a-zA-Z]{1,2})")
 POWER = r"(?:\s*\^\{\s*-?\d\s*\})?"
@@ -47,13 +47,12 @@ ASIDE = re.compile(                 # 15 (students)
 SYMBOL = rf"(?:{LETTERS}|{'|'.join(SHORT)}|\\text\{{[^{{}}]*\}}){POWER}"
 SYMBOLS = rf"(?:{SYMBOL}(?:\s*(?:/|\\cdot|\s)\s*{SYMBOL}){{0,3}})"
 LETTER_UNIT = re.compile(
-    rf"(.*?[\d}}])\s*(?:\\text\{{\s*)?(?:{SYMBOLS}|\\frac\{{\s*{SYMBOLS}\s*\}}\{{\s*{SYMBOLS}\s*\}})\s*\}}?$",
-    re.DOTALL)
+    rf"(.*?[\d}}])\s*(?:\\text\{{\s*)?"
+    rf"(?:{SYMBOLS}|\\frac\{{\s*{SYMBOLS}\s*\}}\{{\s*{SYMBOLS}\s*\}})\s*\}}?$", re.DOTALL)
 
 
 def without_unit(text: str) -> str:
-    r"""Removes what follows a quantity: 5\text{ cm}, 50\%, 90^{\circ}, 10 weeks; 5 million is
-    5\cdot 10^{6}."""
+    r"""Removes what follows a quantity: 5\text{ cm}, 50\%, 10 weeks; 5 million is 5\cdot 10^{6}."""
     text = notation.strip_parentheses(text)
     if (match := SCALED.fullmatch(text)) and not NO_UNIT.search(match[3] or ""):
         text = rf"{match[1]}\cdot 10^{{{SCALE[match[2]]}}}{match[4]}"

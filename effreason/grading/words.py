@@ -2,33 +2,29 @@
 
 import re
 
-UNITS = {name: value for value,
-         name in enumerate("zero one two three four five six seven eight nine ten eleven twelve "
-                           "thirteen fourteen fifteen sixteen seventeen "
-                           "eighteen nineteen".split())}
+UNITS = {name: value for value, name in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen".split())}
 TENS = {name: 10 * (index + 2) for index, name in enumerate(
     "twenty thirty forty fifty sixty seventy eighty ninety".split())}
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 NOT_A_NUMBER = re.compile(r"[^a-z -]")
 SAME = {
     name: mathematics for mathematics, names in {
-        r"\emptyset": "no solution|no solutions|no real solution|no real "
-        "solutions|there is no solution|"
-        "there are no solutions|there are no real solutions|empty "
-        "set|the empty set|has no solution|" "no solution exists|no solutions exist",
-        r"\mathbb{R}": "all real numbers|all reals|the real numbers|the set "
-        "of all real numbers|all real number|" "real numbers|every real number|any real number|set "
-        "of all real numbers|all real values",
+        r"\emptyset": "no solution|no solutions|no real solution|no real solutions|"
+        "there is no solution|there are no solutions|there are no real solutions|"
+        "empty set|the empty set|has no solution|no solution exists|no solutions exist",
+        r"\mathbb{R}": "all real numbers|all reals|the real numbers|the set of all real numbers|"
+        "all real number|real numbers|every real number|any real number|"
+        "set of all real numbers|all real values",
         r"\infty": "infinity|positive infinity|plus infinity",
         r"-\infty": "negative infinity|minus infinity",
         r"\text{does not exist}": "dne|d.n.e|does not exist|doesn't exist|limit does not exist|"
         "the limit does not exist",
     }.items() for name in names.split("|")
 }
-PARTS = {name: value for value,
-         name in enumerate(
-             "half third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split(),
-             start=2)} | {"quarter": 4}
+PART_NAMES = "half third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+PARTS = {name: value for value, name in enumerate(PART_NAMES.split(), start=2)} | {"quarter": 4}
 FRACTION = re.compile(rf"(.+)[ -]({'|'.join(PARTS)}|halve)s?")
 ARTICLE = re.compile(r"(?:the|an|a)\s+(?=\S{2})", re.IGNORECASE)
 

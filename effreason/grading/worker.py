@@ -26,8 +26,7 @@ START_BYTES = 512 << 20             # address space that the libraries need befo
 
 
 class SoftStop(BaseException):
-    """The task used up its CPU time. Not an Exception, so that `except Exception` in a library does
-    not catch it."""
+    """The task used up its CPU time. Not an Exception, which a library would catch."""
 
 
 armed = False                       # whether SoftStop may be raised: only during a comparison
@@ -46,6 +45,7 @@ def main() -> None:
     os.umask(0o077)
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     tasks = os.fdopen(os.dup(0), "rb")
+
     # A library must neither read tasks from stdin nor print what would look like a verdict.
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -84,8 +84,7 @@ def _algebra(settings: dict[str, Any]) -> Comparator:
 
 def _function(settings: dict[str, Any]) -> Comparator:
     function = functions.load(settings["function"], settings["path"])
-    # Its libraries may reserve any amount of address space while they load; the limit is on top of
-    # that.
+    # Its libraries may reserve any amount of address space while they load: the limit is on top.
     _limit(resource.RLIMIT_AS, _address_space() + (settings["memory_mb"] << 20))
     return Comparator(GradeStatus.FUNCTION, functools.partial(functions.verdict, function),
                       lambda response, answer: 1.0)
@@ -98,7 +97,6 @@ def _verdict(comparator: Comparator, task: dict[str, Any], cpu_seconds: float) -
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
     cpu_seconds *= comparator.cpu_share(task["prediction"], task["reference"])
-
     try:
         try:
             armed = True
