@@ -121,7 +121,8 @@ def train(config: Config, session: Session | None = None, go_on: str | None = No
                 base = evaluate_base(run)
                 for step in range(run.step, config.run.steps):
                     # Before the step, in a row of its own: a run stopped here resumes with it.
-                    if base and config.evaluation.every and step % config.evaluation.every == 0 < step:
+                    every = config.evaluation.every
+                    if base and every and step % every == 0 < step:
                         writer.write(step, evaluate_between(run, base))
 
                     metrics, rows = train_step(run, step)
@@ -135,8 +136,8 @@ def train(config: Config, session: Session | None = None, go_on: str | None = No
 
         if processes.is_primary():
             results = runs.compare(base, trained) if trained else None
-            runs.conclude(config, session.inputs, directory, results, time.monotonic() - run.started,
-                          run.run_state.alpha)
+            runs.conclude(config, session.inputs, directory, results,
+                          time.monotonic() - run.started, run.run_state.alpha)
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -164,7 +165,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
         metrics = means(batch.metrics)
         check_finite(metrics, step)
         if config.rollout.policy == "current":
-            parity.check(metrics, config, f"step {step}")
+            dtype = config.model.dtype
+            parity.check(metrics, parity.limit(config.rollout.max_mismatch, dtype), dtype,
+                         f"step {step}")
 
         run.train_state, updates = learner.update(run.train_state, batch)                   # 6
         metrics |= {f"update/{name}": value for name, value in means(*updates).items()}
@@ -172,11 +175,12 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     updated = time.monotonic()
 
     log.remove()
-    run.run_state.lengths |= {
-        problem.uid: float(mean)
-        for problem, mean in zip(graded.problems, graded.rollouts.lengths.mean(axis=1), strict=True)}
+    means_by_group = graded.rollouts.lengths.mean(axis=1)
+    run.run_state.lengths |= {problem.uid: float(mean) for problem, mean
+                              in zip(graded.problems, means_by_group, strict=True)}
     metrics |= graded.metrics | {"reward/alpha": alpha} | step_metrics(
-        graded, rollouts.packing_efficiency, rollout_seconds=sampled - began - graded.grading_seconds,
+        graded, rollouts.packing_efficiency,
+        rollout_seconds=sampled - began - graded.grading_seconds,
         update_seconds=updated - sampled, step_seconds=updated - began)
     check_finite(metrics, step)
     return metrics, describe(graded, rewards, advantages, config.log.groups_per_step)
@@ -194,7 +198,8 @@ def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog
         sample_and_grade, lambda requests: sampler.sampler(params, requests, key, sampler.sampling),
         group_size=settings.group_size, max_new_tokens=settings.max_new_tokens,
         tokenizer=run.session.inputs.pretrained.tokenizer, grader=run.session.grader,
-        require_eos=run.config.grade.require_eos, on_chunk=run.on_chunk, expected=run.run_state.lengths)
+        require_eos=run.config.grade.require_eos, on_chunk=run.on_chunk,
+        expected=run.run_state.lengths)
 
     with jax.transfer_guard("disallow"):
         graded = sample(problems, log=log)
@@ -253,7 +258,8 @@ def describe(graded: GradedRollouts, rewards: np.ndarray, advantages: np.ndarray
     prompt_count, group_size = rewards.shape
     count = min(count, prompt_count)
     return [dataclasses.asdict(responses.graded_response(graded.problems, graded, prompt, sample))
-            | {"reward": float(rewards[prompt, sample]), "advantage": float(advantages[prompt, sample])}
+            | {"reward": float(rewards[prompt, sample]),
+               "advantage": float(advantages[prompt, sample])}
             for prompt in (number * prompt_count // count for number in range(count))
             for sample in range(group_size)]
 
@@ -262,10 +268,12 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
     """Raises FloatingPointError naming what became NaN or infinite; nothing is saved after that."""
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"step {step}: non-finite {', '.join(bad)}; the checkpoints before it are whole")
+        raise FloatingPointError(
+            f"step {step}: non-finite {', '.join(bad)}; the checkpoints before it are whole")
 
 
-def begin(config: Config, session: Session, directory: Path, checkpoints: Checkpoints, started: float) -> Run:
+def begin(config: Config, session: Session, directory: Path, checkpoints: Checkpoints,
+          started: float) -> Run:
     """Starts from the newest checkpoint, or from the model before training.
 
     Raises:
@@ -276,15 +284,16 @@ def begin(config: Config, session: Session, directory: Path, checkpoints: Checkp
     reference = learner.as_reference(weights)
     latest = processes.broadcast("newest checkpoint", lambda: checkpoints.latest)
     if latest is None:
-        # A copy: in float32 the reference may be these very arrays, and each update donates the state.
+        # A copy: in float32 the reference may be these very arrays, and updates donate the state.
         train_state = learner.init(jax.tree.map(lambda weight: weight.copy(), weights))
         run_state = RunState(alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
     else:
         train_state, facts = checkpoints.restore(learner.abstract_state, latest)
         check_origin(facts, session.inputs)
         run_state = RunState(
-            alpha=facts["alpha"], last_alpha_step=facts["last_alpha_step"], seconds=facts["seconds"],
-            lengths={int(uid): tokens for uid, tokens in facts["lengths"].items()})
+            alpha=facts["alpha"], last_alpha_step=facts["last_alpha_step"],
+            lengths={int(uid): tokens for uid, tokens in facts["lengths"].items()},
+            seconds=facts["seconds"])
 
     run = Run(config=config, session=session, directory=directory, checkpoints=checkpoints,
               reference=reference, train_state=train_state, run_state=run_state,
@@ -292,8 +301,9 @@ def begin(config: Config, session: Session, directory: Path, checkpoints: Checkp
                               if config.rollout.policy == "initial" else None),
               started=started - run_state.seconds)
     if run.step > config.run.steps:
-        raise UserError(f"run.steps must be at least the {run.step} steps that {directory} has done, got "
-                        f"{config.run.steps}")
+        raise UserError(
+            f"run.steps must be at least the {run.step} steps that {directory} has done, got "
+            f"{config.run.steps}")
     return run
 
 
@@ -301,13 +311,15 @@ def check_origin(facts: dict[str, Any], inputs: Inputs) -> None:
     """Raises UserError if a checkpoint was trained with another template or on other problems."""
     template, wanted = facts["template"], origin(inputs)
     if template["sha256"] != inputs.template.sha256:
-        raise UserError(f"data.template: the checkpoint was trained with the template {template['name']}, "
-                        f"whose text has changed since (sha256 {template['sha256'][:12]}, now "
-                        f"{inputs.template.sha256[:12]})")
+        raise UserError(
+            f"data.template: the checkpoint was trained with the template {template['name']}, "
+            f"whose text has changed since (sha256 {template['sha256'][:12]}, now "
+            f"{inputs.template.sha256[:12]})")
 
     for field, fact in (("data.path", "problems_sha256"), ("evaluation.path", "held_out_sha256")):
         if facts[fact] != wanted[fact]:
-            raise UserError(f"{field}: the problems have changed since the checkpoint (sha256 {facts[fact][:12]}, "
+            raise UserError(f"{field}: the problems have changed since the checkpoint "
+                            f"(sha256 {facts[fact][:12]}, "
                             f"now {wanted[fact][:12]}); a resumed run needs the same ones")
 
 
@@ -321,7 +333,8 @@ def check_parity(run: Run) -> str:
         parity.Mismatch: too far.
     """
     config, settings, sampler = run.config, run.config.rollout, run.session.engine
-    problems = prompts.batch(run.session.inputs.problems, settings.prompts_per_step, config.run.seed, 0)
+    problems = prompts.batch(run.session.inputs.problems, settings.prompts_per_step,
+                             config.run.seed, 0)
     requests = make_requests([problem.prompt for problem in problems], settings.group_size,
                              min(parity.START_TOKENS, settings.max_new_tokens),
                              uids=[problem.uid for problem in problems])
@@ -337,14 +350,15 @@ def check_parity(run: Run) -> str:
                                        run.learner.score_reference(run.reference, packed), 0.0)
         metrics = means(batch.metrics)
 
-    parity.check(metrics, config, "before the first step")
+    limit = parity.limit(settings.max_mismatch, config.model.dtype)
+    parity.check(metrics, limit, config.model.dtype, "before the first step")
     return (f"parity: sampler and trainer are {metrics['rollout/mismatch']:.1e} nats apart on "
-            f"{rollouts.lengths.sum():,} tokens (at most {parity.limit(config):g} accepted)")
+            f"{rollouts.lengths.sum():,} tokens (at most {limit:g} accepted)")
 
 
 @contextlib.contextmanager
 def saving_on_exit(run: Run, go_on: str) -> Iterator[None]:
-    """Saves the state if a signal, the grader or the parity check stops the run between two updates."""
+    """Saves the state if a signal, the grader or the parity check stops the run."""
     try:
         yield
     except (Undecided, parity.Mismatch):
@@ -353,8 +367,8 @@ def saving_on_exit(run: Run, go_on: str) -> Iterator[None]:
     except Interrupted as stop:
         save(run)
         # One of several processes says it for all.
-        message = (f"{stop.message} after step {run.step} of {run.config.run.steps}, saved; go on with: {go_on}"
-                   if processes.is_primary() else "")
+        message = (f"{stop.message} after step {run.step} of {run.config.run.steps}, "
+                   f"saved; go on with: {go_on}" if processes.is_primary() else "")
         raise Interrupted(stop.signum, message) from None
 
 
@@ -362,8 +376,10 @@ def save(run: Run) -> None:
     """Stage 7: writes a checkpoint, and the policy as a Hugging Face model."""
     run.run_state.seconds = time.monotonic() - run.started
     step, inputs = run.step, run.session.inputs
-    run.checkpoints.save(step, run.train_state, facts=origin(inputs) | dataclasses.asdict(run.run_state))
-    export(run.train_state.params, step, run.config, inputs, run.directory / "model", run.run_state.alpha)
+    run.checkpoints.save(step, run.train_state,
+                         facts=origin(inputs) | dataclasses.asdict(run.run_state))
+    export(run.train_state.params, step, run.config, inputs, run.directory / "model",
+           run.run_state.alpha)
     processes.broadcast("saved", lambda: None)        # no process ends while process 0 still writes
 
 
@@ -379,14 +395,15 @@ def evaluate_base(run: Run) -> dict[str, Outcomes]:
         directory=runs.evaluations(run.directory, 0))
 
 
-def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = None) -> dict[str, Outcomes]:
-    """Evaluates the policy. Args: names, of the sets; None = all."""
+def evaluate(run: Run, base: dict[str, Outcomes],
+             names: Sequence[str] | None = None) -> dict[str, Outcomes]:
+    """Evaluates the policy on some sets; `names` None = all."""
     first = next(iter(base.values()))
     expected = {int(uid): float(tokens)
                 for uid, tokens in zip(first.uids, first.lengths.mean(axis=1), strict=True)}
     return run.session.evaluator.measure_all(
-        run.train_state.params, run.on_chunk, weights=f"step {run.step}", expected=expected, names=names,
-        directory=runs.evaluations(run.directory, run.step))
+        run.train_state.params, run.on_chunk, weights=f"step {run.step}", expected=expected,
+        names=names, directory=runs.evaluations(run.directory, run.step))
 
 
 def evaluate_between(run: Run, base: dict[str, Outcomes]) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""What passes between the stages.
+"""The records that pass between the stages.
 
-Axis letters, used in every docstring: P prompts, G responses for each prompt (the group), S prompt slots, T response
-slots, B = P * G responses, R rows of N positions, D width, V vocabulary, L layers, K key/value heads, H query heads.
+Axis letters, used in every docstring: P prompts, G responses for each prompt (the group), S prompt
+slots, T response slots, B = P * G responses, R rows of N positions, D width, V vocabulary, L
+layers, K key/value heads, H query heads.
 """
 
 import dataclasses
@@ -10,20 +11,21 @@ from enum import StrEnum
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
     """One problem of a data set, on the host."""
 
-    uid: int                        # stable within the data set, < 2**31: part of every sampled token's key
+    uid: int                        # stable within the data set, < 2**31; part of the tokens' keys
     prompt: np.ndarray              # int32[S'], the rendered and tokenised prompt, unpadded
     text: str                       # the problem as the data set has it
     reference: str                  # the reference answer; the field `answer` of a data set
-    level: str                      # difficulty, "all" where the data set has none
-    opens_thinking: bool = False    # the prompt ends in <think>: the response begins inside the thinking
+    level: str                      # difficulty, "all" if the data set has none
+    opens_thinking: bool = False    # the prompt ends in <think>, the response begins inside it
     kind: str = "math"              # how answers are compared: math | choice | text
-    choices: tuple[str, ...] = ()   # of kind "choice", the answers behind A, B, C, ...; () where unknown
+    choices: tuple[str, ...] = ()   # of kind "choice", the answers A, B, C, ...; () if unknown
 
 
 class FinishReason(StrEnum):
@@ -41,18 +43,22 @@ class FinishReason(StrEnum):
 class Response:
     """One response, on the host."""
 
-    prompt: int                     # index into the prompts that were asked for
+    prompt: int                     # index into the requested prompts
     sample: int                     # 0..G-1
     tokens: np.ndarray              # int32[T'], through and including EOS
-    logprobs: np.ndarray            # float32[T'], of each token by the model at the sampling temperature
-    sampling_logprobs: np.ndarray   # float32[T'], by the distribution it was drawn from: after top-k, top-p, min-p
-    model_logprobs: np.ndarray      # float32[T'], by the model at temperature 1
+    # Of each token, float32[T']: by the model at the sampling temperature, ...
+    logprobs: np.ndarray
+    # ... by the distribution it was drawn from (after top-k, top-p, min-p), ...
+    sampling_logprobs: np.ndarray
+    # ... and by the model at temperature 1.
+    model_logprobs: np.ndarray
     finish: FinishReason | None     # None: not finished yet
-    repeated: bool = False          # it repeated itself; unless finish says so, too, it went on as an audit
+    repeated: bool = False          # it repeated itself; unless finish is REPETITION, it was not
+                                    # stopped, as an audit
 
     @property
     def ended(self) -> bool:
-        """True: by itself, with EOS."""
+        """Whether it ended by itself, with EOS."""
         return self.finish == FinishReason.EOS
 
 
@@ -70,7 +76,7 @@ class Rollouts:
 
     @property
     def ended(self) -> np.ndarray:
-        """bool[P, G], False where the response was cut off."""
+        """bool[P, G], False if the response was cut off."""
         return self.finish == FinishReason.EOS
 
 
@@ -79,15 +85,18 @@ class Rollouts:
 class Rows:
     """Sequences, prompt and response, packed into rows of N positions: what the trainer reads.
 
-    What is scored at a position is the token that follows it, so nothing depends on where in the row its successor is.
+    A position scores its target, the token that follows it in the sequence. So the column of the
+    successor does not matter, and columns may be permuted.
     """
 
     tokens: jax.Array               # int32[..., R, N]
-    targets: jax.Array              # int32[..., R, N], the token that follows in the sequence; 0 behind the last one
+    targets: jax.Array              # int32[..., R, N], the next token of the sequence; 0 after the
+                                    # last one
     positions: jax.Array            # int32[..., R, N], of each token in its sequence
-    segments: jax.Array             # int32[..., R, N], which sequence of the row, from 1; 0 = padding
-    response_index: jax.Array       # int32[..., R, N], flat index into [B, T] of the response token that is the target;
-                                    # B * T = none
+    segments: jax.Array             # int32[..., R, N], the sequence within the row, from 1;
+                                    # 0 = padding
+    response_index: jax.Array       # int32[..., R, N], flat index into [B, T] of the response token
+                                    # that is the target; B * T = none
 
 
 @jax.tree_util.register_dataclass
@@ -95,34 +104,39 @@ class Rows:
 class Packed:
     """A step's responses as rows: U optimiser updates, M micro-batches of R rows.
 
-    Rows of one group have one width; there are several groups where rows are long, or hold one sequence each."""
+    Rows of one group have one width. There are several groups if rows are long, or hold one
+    sequence each.
+    """
 
     groups: tuple[Rows, ...]        # [U, M, R, N]
     counts: tuple[jax.Array, ...]   # int32[U] for each group: micro-batches that hold something
-    token_index: jax.Array          # int32[B, T], flat index, over the concatenated groups, of the position that scores
-                                    # each response token; one past the end for padding
+    token_index: jax.Array          # int32[B, T], flat index, over the concatenated groups, of the
+                                    # position that scores each response token; one past the end
+                                    # for padding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experience:
-    """Rows with what each target is worth: what the update learns from."""
+    """Rows with the worth of each target: what the update learns from."""
 
     rows: Rows
-    weights: jax.Array              # float32[..., R, N], how much the target counts in the loss; 0 = no response token
+    weights: jax.Array              # float32[..., R, N], of the target in the loss; 0 = no
+                                    # response token
     advantages: jax.Array           # float32[..., R, N], KL penalty included
-    old_logprobs: jax.Array         # float32[..., R, N], of the target by the policy before the update
+    old_logprobs: jax.Array         # float32[..., R, N], by the policy before the update
     reference_logprobs: jax.Array   # float32[..., R, N], by the frozen reference
 
     @property
     def mask(self) -> jax.Array:
-        """bool[..., R, N], True where the target is a response token."""
+        """bool[..., R, N], True if the target is a response token."""
         return self.weights > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """What a model made of P problems of one set, k samples of each, on the host: all that statistics need."""
+    """How a model did on P problems of one set, k samples each, on the host: the input of all
+    statistics."""
 
     uids: np.ndarray                # int64[P]
     levels: np.ndarray              # str[P]
@@ -130,7 +144,8 @@ class Outcomes:
     lengths: np.ndarray             # int32[P, k], response tokens through EOS
     finish: np.ndarray              # str[P, k], values of FinishReason
     answers: np.ndarray             # str[P, k], as the grader found it; "" = none
-    first_answer_token: np.ndarray  # float32[P, k], tokens until the reference answer is first stated; nan = never
+    first_answer_token: np.ndarray  # float32[P, k], tokens until the reference answer is first
+                                    # stated; nan = never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,21 +157,30 @@ class LevelResult:
     problems: int
 
 
-def response_mask(lengths: jax.Array, positions: int) -> jax.Array:
+def response_mask(lengths: Int[Array, " B"], positions: int) -> Bool[Array, "B T"]:
     """Marks the tokens of responses that are padded on the right.
 
-    From where a response ended, never from `tokens != pad`: many tokenizers pad with EOS, or with a token that a
-    response may hold.
+    Computed from the lengths, never from `tokens != pad`: many tokenizers pad with EOS, or with a
+    token that a response may hold.
 
-    Args: lengths int32[B], tokens through EOS; positions T, static under jit.
-    Returns: bool[B, T], True through EOS; a response that does not fit into T is cut at T."""
+    Args:
+        lengths: tokens through EOS.
+        positions: T, static under jit.
+
+    Returns:
+        True through EOS; a response that does not fit into T is cut at T.
+    """
     return jnp.arange(positions, dtype=jnp.int32)[None, :] < lengths[:, None]
 
 
 def padded_length(length: int, smallest: int = 64) -> int:
-    """The least of 64, 96, 128, 192, 256, ... that holds `length`: few shapes to compile, at most a third of padding.
+    """Returns the least of 64, 96, 128, 192, 256, ... that is at least `length`.
 
-    Args: smallest, a power of two."""
+    So there are few shapes to compile, and at most a third is padding.
+
+    Args:
+        smallest: a power of two.
+    """
     size = smallest
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

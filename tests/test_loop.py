@@ -1,4 +1,5 @@
-"""Whole runs of a model that learns in six steps: what they leave, how they stop, and that they go on unchanged."""
+"""Whole runs of a model that learns in six steps: what they leave, how they stop, and that they go
+on unchanged."""
 
 import contextlib
 import dataclasses
@@ -42,7 +43,8 @@ from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[1]
-EVALUATED = {"evaluation.every": 3}         # an evaluation between, so that being stopped within it is tested too
+# an evaluation between, so that being stopped within it is tested too
+EVALUATED = {"evaluation.every": 3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,14 +70,16 @@ def finished(world, tmp_path_factory):
         return packed
 
     with cheap_runs.real_pictures(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "make_engine", lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
+        patch.setattr(session, "make_engine",
+                      lambda *arguments: engines.append(make_engine(*arguments)) or engines[0])
         patch.setattr(packing, "pack", noted_pack)
         loop.train(small_runs.config(world, directory, **EVALUATED))
     return types.SimpleNamespace(directory=directory, engine=engines[0], widths=widths)
 
 
 def lasting(directory):
-    """The rows of metrics.jsonl without what a clock says, and what the sampler had to do in this process."""
+    """The rows of metrics.jsonl without what a clock says, and what the sampler had to do in this
+    process."""
     timed = ("time/", "rollout/tokens_per_second", "update/tokens_per_second", "engine/")
     return [{name: value for name, value in row.items() if not name.startswith(timed)}
             for row in read_json_lines(directory / "metrics.jsonl")]
@@ -87,18 +91,22 @@ def state_in(finished, directory):
 
 
 def assert_same_run(finished, directory):
-    """Bit for bit: weights, moments and step; what was exported, measured and sampled; the evaluations."""
+    """Bit for bit: weights, moments and step; what was exported, measured and sampled; the
+    evaluations."""
     expected, found = state_in(finished, finished.directory), state_in(finished, directory)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    evaluated = sorted(path.relative_to(finished.directory) for path in finished.directory.glob("evaluations/*/*"))
+    evaluated = sorted(path.relative_to(finished.directory)
+                       for path in finished.directory.glob("evaluations/*/*"))
     assert [path.parent.name for path in evaluated] == ["step0", "step3", "step6"]
     for name in ("model/model.safetensors", "rollouts.jsonl"):
         assert (directory / name).read_bytes() == (finished.directory / name).read_bytes(), name
     for path in evaluated:
-        (facts, rows), (expected, others) = (responses.read(each / path) for each in (directory, finished.directory))
+        facts, rows = responses.read(directory / path)
+        expected, others = responses.read(finished.directory / path)
         assert rows == others and facts | {"environment": 0} == expected | {"environment": 0}, path
     assert lasting(directory) == lasting(finished.directory)
-    summaries = [json.loads((path / "summary.json").read_text()) for path in (directory, finished.directory)]
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (directory,
+                                                                              finished.directory)]
     for summary in summaries:
         assert summary["points"][1].pop("seconds") > 0
     assert summaries[0] == summaries[1]
@@ -112,13 +120,18 @@ def refused(capsys, argv, command="train"):
     return error.removeprefix("error: ").rstrip("\n")
 
 
-# What a run leaves behind
+# What a run leaves
 
 
 def test_the_run_directory_holds_what_was_promised(finished):
-    assert {path.name for path in finished.directory.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model",
-        "evaluations", "summary.json", "report.png", "report.html", "plots"}
+    assert {path.name for path in finished.directory.iterdir()} == {"config.yaml",
+                                                                    "environment.json",
+                                                                    "metrics.jsonl",
+                                                                    "rollouts.jsonl",
+                                                                    "left_out.jsonl", "checkpoints",
+                                                                    "model", "evaluations",
+                                                                    "summary.json", "report.png",
+                                                                    "report.html", "plots"}
     assert {path.name for path in (finished.directory / "checkpoints").iterdir()} == {"3", "6"}
     assert (finished.directory / "report.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -162,11 +175,14 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
     steps = [row for row in rows if "rollout/tokens" in row]
     assert len(steps) == 6
     for row in steps:
-        assert {"reward/mean", "reward/alpha", "rollout/accuracy", "rollout/truncated", "rollout/tokens_per_second",
-                "update/loss", "update/kl", "update/grad_norm", "update/entropy", "update/clip_share",
-                "update/tokens_per_second", "time/rollout", "time/grade", "time/update", "time/step"} <= row.keys()
-        assert sum(value for name, value in row.items() if name.startswith("grade/")) == pytest.approx(1)
-        assert sum(row[f"update_share/{part}"] for part in advantages.PARTS) == pytest.approx(1, abs=1e-4)
+        assert {"reward/mean", "reward/alpha", "rollout/accuracy", "rollout/truncated",
+                "rollout/tokens_per_second", "update/loss", "update/kl", "update/grad_norm",
+                "update/entropy", "update/clip_share", "update/tokens_per_second", "time/rollout",
+                "time/grade", "time/update", "time/step"} <= row.keys()
+        assert sum(value for name, value in row.items()
+                   if name.startswith("grade/")) == pytest.approx(1)
+        shares = sum(row[f"update_share/{part}"] for part in advantages.PARTS)
+        assert shares == pytest.approx(1, abs=1e-4)
         assert {f"length_pull/{part}" for part in advantages.PARTS} <= row.keys()
     assert any(row["reward/groups_with_signal"] > 0 for row in steps)
     assert rows[3].keys() == {"step", "evaluation/accuracy", "evaluation/tokens"}
@@ -174,11 +190,15 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
 
 def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
     samples = read_json_lines(finished.directory / "rollouts.jsonl")
-    assert [row["step"] for row in samples] == [step for step in range(6) for _ in range(4)]      # a group each
-    assert [row["sample"] for row in samples] == [0, 1, 2, 3] * 6 and len({row["uid"] for row in samples[:4]}) == 1
+    # a group each
+    assert [row["step"] for row in samples] == [step for step in range(6) for _ in range(4)]
+    assert [row["sample"] for row in samples] == [0, 1, 2,
+                                                  3] * 6 and len({row["uid"]
+                                                                  for row in samples[:4]}) == 1
     assert any(row["correct"] for row in samples) and not all(row["correct"] for row in samples)
     for row in samples:
-        assert row["correct"] == (row["answer"] == row["reference_answer"] and (row["finish"] == "eos"))
+        assert row["correct"] == (row["answer"] == row["reference_answer"]
+                                  and (row["finish"] == "eos"))
         assert (row["reward"] > 0) == row["correct"]
         group = [other["advantage"] for other in samples if other["step"] == row["step"]]
         assert sum(group) == pytest.approx(0, abs=1e-6)         # leave-one-out
@@ -188,10 +208,12 @@ def test_samples_are_for_people_to_read_and_agree_with_the_reward(finished):
 def test_the_exported_model_loads_and_has_learned(finished, world):
     decoder = read_config(finished.directory / "model")
     assert decoder == read_config(world / "base")
-    trained, base = read_weights(finished.directory / "model", decoder), read_weights(world / "base", decoder)
-    jax.tree.map(np.testing.assert_array_equal, trained, state_in(finished, finished.directory).params)
-    changed = [bool((one != other).any()) for one, other in zip(jax.tree.leaves(trained), jax.tree.leaves(base),
-                                                               strict=True)]
+    trained, base = read_weights(finished.directory / "model",
+                                 decoder), read_weights(world / "base", decoder)
+    jax.tree.map(np.testing.assert_array_equal, trained,
+                 state_in(finished, finished.directory).params)
+    changed = [bool((one != other).any()) for one, other in zip(jax.tree.leaves(trained),
+                                                                jax.tree.leaves(base), strict=True)]
     assert all(changed)
     assert len(load_tokenizer(finished.directory / "model")) == len(load_tokenizer(world / "base"))
 
@@ -199,12 +221,14 @@ def test_the_exported_model_loads_and_has_learned(finished, world):
 def test_a_run_compiles_each_function_of_its_learning_once(finished):
     programs = vars(finished.engine.learner.programs)
     assert len(finished.widths) == 1 and len(programs) == 5
-    assert {name: program._cache_size() for name, program in programs.items()} == dict.fromkeys(programs, 1)
+    assert {name: program._cache_size() for name,
+            program in programs.items()} == dict.fromkeys(programs, 1)
 
 
 def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
     arguments = small_runs.arguments(world, "unused")
-    model, checkpoint = str(finished.directory / "model"), str(finished.directory / "checkpoints" / "6")
+    model, checkpoint = str(finished.directory / "model"), str(finished.directory / "checkpoints"
+                                                               / "6")
     models = [str(world / "base"), model, checkpoint]
     assert main.main(["evaluate", *arguments, "--models", *models, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -224,7 +248,8 @@ def test_evaluate_finds_the_numbers_of_the_run_again(finished, world, tmp_path):
 def test_a_response_is_replayed_by_its_name_from_a_checkpoint_or_the_base(finished, capsys):
     rows = read_json_lines(finished.directory / "rollouts.jsonl")
     for row in [next(row for row in rows if row["step"] == step) for step in (0, 3)]:
-        name = ["--step", str(row["step"]), "--uid", str(row["uid"]), "--sample", str(row["sample"])]
+        name = ["--step", str(row["step"]), "--uid", str(row["uid"]), "--sample",
+                str(row["sample"])]
         assert main.main(["replay", str(finished.directory), *name, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["as_logged"] is True
@@ -238,19 +263,23 @@ def test_a_response_is_replayed_by_its_name_from_a_checkpoint_or_the_base(finish
 def test_a_checkpoint_that_is_not_whole_is_one_line(finished, world, tmp_path, capsys):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     shutil.copy(finished.directory / "config.yaml", tmp_path)
-    arguments = [*small_runs.arguments(world, "unused"), "--models", str(tmp_path / "checkpoints" / "5")]
-    assert refused(capsys, arguments, "evaluate") == (
-        f"{tmp_path}/checkpoints/5: the checkpoint cannot be read (it holds no facts besides the state)")
+    arguments = [*small_runs.arguments(world, "unused"), "--models",
+                 str(tmp_path / "checkpoints" / "5")]
+    assert refused(capsys, arguments,
+                   "evaluate") == (f"{tmp_path}/checkpoints/5: the checkpoint cannot be read "
+                                   "(it holds no facts besides the state)")
 
 
 @pytest.mark.parametrize(("argv", "error"), [
     (["--step", "0", "--uid", "99999"], "--uid must be a problem of step 0: "),
-    (["--step", "1", "--uid", "UID"], "--step must be one of 0, 3, 6, whose weights are stored in "),
+    (["--step", "1", "--uid", "UID"],
+     "--step must be one of 0, 3, 6, whose weights are stored in "),
     (["--step", "0", "--uid", "1", "--sample", "4"], "--sample must be in [0, 3], got 4"),
     (["--step", "-1", "--uid", "1"], "--step must be >= 0, got -1"),
 ])
 def test_what_cannot_be_replayed_is_one_line(finished, capsys, argv, error):
-    uid = next(row["uid"] for row in read_json_lines(finished.directory / "rollouts.jsonl") if row["step"] == 1)
+    uid = next(row["uid"] for row in read_json_lines(finished.directory / "rollouts.jsonl")
+               if row["step"] == 1)
     argv = [str(uid) if part == "UID" else part for part in argv]
     assert refused(capsys, [str(finished.directory), *argv], "replay").startswith(error)
 
@@ -264,7 +293,8 @@ def test_a_replay_of_no_run_is_one_line(tmp_path, capsys):
 
 
 def stop_at(monkeypatch, where, signum=signal.SIGTERM):
-    """Sends a signal once: after a number of steps, in the evaluation before or between, or within the fifth step."""
+    """Sends a signal once: after a number of steps, in the evaluation before or between, or within
+    the fifth step."""
     step, rollout = Progress.step, Progress.rollout
     sent = []
 
@@ -295,8 +325,9 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
             stop_at(patch, where, signal.SIGINT if where == "between" else signal.SIGTERM)
             loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": done > 0}))
         name = "SIGINT" if where == "between" else "SIGTERM"
-        assert caught.value.message == (f"stopped by {name} after step {done} of 6, saved; go on with: python train.py "
-                                        f"--config {directory / 'config.yaml'} --run.resume true")
+        assert caught.value.message == (
+            f"stopped by {name} after step {done} of 6, saved; go on with: python train.py "
+            f"--config {directory / 'config.yaml'} --run.resume true")
         with Checkpoints(directory / "checkpoints", keep=2) as saved:
             assert saved.latest == done
         assert len([row for row in lasting(directory) if "rollout/tokens" in row]) == done
@@ -304,10 +335,12 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
         assert not (directory / "summary.json").exists()
         assert (directory / "unfinished.jsonl").exists() == (where == "within")
     with contextlib.redirect_stdout(None):
-        assert main.main(["train", "--config", str(directory / "config.yaml"), "--run.resume", "true"]) == 0
+        assert main.main(["train", "--config", str(directory / "config.yaml"), "--run.resume",
+                          "true"]) == 0
     assert_same_run(finished, directory)
-    assert (directory / "config.yaml").read_text() == (finished.directory / "config.yaml").read_text().replace(
-        str(finished.directory), str(directory))
+    assert (directory / "config.yaml").read_text() == (finished.directory
+                                                       / "config.yaml").read_text().replace(
+                                                           str(finished.directory), str(directory))
 
 
 # A process that is sent a signal at a known place, and says which processes it has started.
@@ -327,16 +360,21 @@ sys.exit(cli.main(["train", *sys.argv[2:]]))
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(finished, world, tmp_path, signum, code):
+def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(finished, world,
+                                                                              tmp_path, signum,
+                                                                              code):
     directory = tmp_path / "a run"
     arguments = small_runs.arguments(world, directory, **EVALUATED)
-    done = subprocess.run([sys.executable, "-c", STOPPED, str(int(signum)), *arguments], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(int(signum)), *arguments], cwd=ROOT,
+                          text=True, capture_output=True, timeout=300)
     assert done.returncode == code
-    assert done.stderr == (f"stopped by {signal.Signals(signum).name} after step 5 of 6, saved; go on with: "
-                           f"python train.py --config '{directory}/config.yaml' --run.resume true\n")
-    assert "Traceback" not in done.stdout and "step 5/6" in done.stdout and "step 6/6" not in done.stdout
-    children = next(line for line in done.stdout.splitlines() if line.startswith("children:")).split()[1:]
+    assert done.stderr == (
+        f"stopped by {signal.Signals(signum).name} after step 5 of 6, saved; go on with: "
+        f"python train.py --config '{directory}/config.yaml' --run.resume true\n")
+    assert "Traceback" not in done.stdout
+    assert "step 5/6" in done.stdout and "step 6/6" not in done.stdout
+    children = next(line for line in done.stdout.splitlines()
+                    if line.startswith("children:")).split()[1:]
     assert children and not [child for child in children if Path("/proc", child).exists()]
     if signum == signal.SIGTERM:
         loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": True}))
@@ -346,7 +384,8 @@ def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(fi
 def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(finished.directory, directory)
-    loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": True, "run.steps": 7}))
+    loop.train(small_runs.config(world, directory, **EVALUATED,
+                                 **{"run.resume": True, "run.steps": 7}))
     rows = lasting(directory)
     assert rows[:7] == lasting(finished.directory)
     assert [row["step"] for row in rows[7:]] == [6, 6]      # the evaluation between, then the step
@@ -359,19 +398,21 @@ def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):
 def test_a_second_run_into_the_same_directory_is_refused(finished, world, capsys):
     before = (finished.directory / "config.yaml").read_bytes()
     error = refused(capsys, small_runs.arguments(world, finished.directory))
-    assert error == (f"run.directory: {finished.directory} holds a run already; resume it with --run.resume true, or "
-                     "choose another directory")
+    assert error == (f"run.directory: {finished.directory} holds a run already; "
+                     "resume it with --run.resume true, or choose another directory")
     assert (finished.directory / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize(("changes", "found"), [
     ({"reward.alpha": 0.3}, "reward.alpha: 0.2 -> 0.3"),
     ({"grade.require_eos": False}, "grade.require_eos: true -> false"),
-    ({"run.seed": 1, "update.learning_rate": 1e-4}, "update.learning_rate: 0.003 -> 0.0001; run.seed: 0 -> 1"),
+    ({"run.seed": 1, "update.learning_rate": 1e-4},
+     "update.learning_rate: 0.003 -> 0.0001; run.seed: 0 -> 1"),
 ])
 def test_a_resume_that_would_be_another_run_is_refused(finished, world, changes, found):
     with pytest.raises(UserError) as caught:
-        runs.open_run(small_runs.config(world, finished.directory, **EVALUATED, **{"run.resume": True}, **changes))
+        runs.open_run(small_runs.config(world, finished.directory, **EVALUATED,
+                                        **{"run.resume": True}, **changes))
     path = finished.directory / "config.yaml"
     assert str(caught.value) == f"{path}: a resumed run must keep its configuration, found {found}"
 
@@ -380,22 +421,29 @@ def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_pat
     first = small_runs.config(world, tmp_path / "run")
     runs.write_config(first, runs.open_run(first))
     changed = small_runs.config(world, tmp_path / "run", **{
-        "run.resume": True, "run.steps": 9, "checkpoint.every": 1, "checkpoint.keep": 5, "grade.workers": 2,
-        "grade.step_budget_seconds": 60.0, "log.groups_per_step": 0, "evaluation.every": 2, "model.remat": "full",
-        "update.rows_per_micro_batch": 16, "update.vocabulary_tile": 8, "update.offload_optimizer": True,
+        "run.resume": True, "run.steps": 9, "checkpoint.every": 1, "checkpoint.keep": 5,
+        "grade.workers": 2,
+        "grade.step_budget_seconds": 60.0, "log.groups_per_step": 0, "evaluation.every": 2,
+        "model.remat": "full",
+        "update.rows_per_micro_batch": 16, "update.vocabulary_tile": 8,
+        "update.offload_optimizer": True,
         "kl.offload_reference": True, "mesh.fsdp": 2})
     runs.write_config(changed, runs.open_run(changed))
     written = configuration.load(tmp_path / "run" / "config.yaml")
-    assert written == dataclasses.replace(changed, run=dataclasses.replace(changed.run, resume=False))
+    assert written == dataclasses.replace(changed, run=dataclasses.replace(changed.run,
+                                                                           resume=False))
 
 
-def test_resuming_nothing_and_fewer_steps_than_were_done_are_refused(finished, world, tmp_path, capsys):
+def test_resuming_nothing_and_fewer_steps_than_were_done_are_refused(finished, world, tmp_path,
+                                                                     capsys):
     error = refused(capsys, small_runs.arguments(world, tmp_path, **{"run.resume": True}))
-    assert error == f"run.directory: {tmp_path} holds no run to resume, {tmp_path / 'config.yaml'} does not exist"
+    assert error == (f"run.directory: {tmp_path} holds no run to resume, "
+                     f"{tmp_path / 'config.yaml'} does not exist")
     shutil.copytree(finished.directory, tmp_path / "run")
     changes = EVALUATED | {"run.resume": True, "run.steps": 4}
     error = refused(capsys, small_runs.arguments(world, tmp_path / "run", **changes))
-    assert error == f"run.steps must be at least the 6 steps that {tmp_path / 'run'} has done, got 4"
+    assert error == (f"run.steps must be at least the 6 steps that {tmp_path / 'run'} has done, "
+                     "got 4")
 
 
 def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_path):
@@ -407,22 +455,26 @@ def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_p
 # Meshes
 
 
-@pytest.mark.parametrize("axes", [{"mesh.data": 2, "mesh.fsdp": 4}, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}],
+@pytest.mark.parametrize("axes", [{"mesh.data": 2, "mesh.fsdp": 4},
+                                  {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}],
                          ids=["fsdp", "tensor"])
 def test_other_meshes_run_and_agree_with_the_first(finished, world, tmp_path, axes):
     changes = axes | {"run.steps": 2, "evaluation.problems": 0, "kl.form": "reward"}
     loop.train(small_runs.config(world, tmp_path / "run", **changes))
-    assert not (tmp_path / "run" / "summary.json").exists() and (tmp_path / "run" / "report.png").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "report.png").exists()
     found, expected = lasting(tmp_path / "run"), lasting(finished.directory)
-    for name in ("rollout/tokens", "rollout/accuracy", "reward/mean", "update/loss", "update/grad_norm"):
+    for name in ("rollout/tokens", "rollout/accuracy", "reward/mean", "update/loss",
+                 "update/grad_norm"):
         assert found[0][name] == pytest.approx(expected[0][name], rel=1e-3, abs=1e-4), name
     assert len(found) == 2
 
 
 def test_options_run(world, tmp_path, capsys):
-    changes = {"kl.form": "loss", "advantage.group_std": True, "advantage.whiten": True, "update.updates_per_batch": 2,
-               "update.aggregation": "sequence_mean", "evaluation.problems": 0, "run.steps": 1,
-               "log.tensorboard": True, "rollout.top_p": 0.95, "model.dtype": "bfloat16"}
+    changes = {"kl.form": "loss", "advantage.group_std": True, "advantage.whiten": True,
+               "update.updates_per_batch": 2, "update.aggregation": "sequence_mean",
+               "evaluation.problems": 0, "run.steps": 1, "log.tensorboard": True,
+               "rollout.top_p": 0.95, "model.dtype": "bfloat16"}
     loop.train(small_runs.config(world, tmp_path / "run", **changes))
     assert "warning: advantage.group_std" in capsys.readouterr().out
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -432,39 +484,48 @@ def drawn(directory):
     """The groups that were learnt from, by step: correct and tokens by uid."""
     found = {}
     for row in read_json_lines(directory / "rollouts.jsonl"):
-        found.setdefault(row["step"], {}).setdefault(row["uid"], []).append((row["correct"], row["tokens"]))
+        found.setdefault(row["step"], {}).setdefault(row["uid"],
+                                                     []).append((row["correct"], row["tokens"]))
     return found
 
 
-REFILLED = {"evaluation.problems": 0, "run.steps": 2, "rollout.group_size": 2, "log.groups_per_step": 4}
+REFILLED = {"evaluation.problems": 0, "run.steps": 2, "rollout.group_size": 2,
+            "log.groups_per_step": 4}
 
 
 def test_groups_without_a_signal_are_replaced_by_others(world, tmp_path):
     changes = REFILLED | {"reward.alpha": 0.0}
     loop.train(small_runs.config(world, tmp_path / "plain", **changes | {"run.steps": 1}))
-    loop.train(small_runs.config(world, tmp_path / "run", **changes, **{"rollout.refill_rounds": 3}))
+    loop.train(small_runs.config(world, tmp_path / "run", **changes,
+                                 **{"rollout.refill_rounds": 3}))
     for row in lasting(tmp_path / "run"):
-        assert row["reward/groups_with_signal"] == 1 - row["rollout/lacking"] and row["rollout/asked"] > 1
+        assert row["reward/groups_with_signal"] == 1 - row["rollout/lacking"]
+        assert row["rollout/asked"] > 1
     plain, refilled = drawn(tmp_path / "plain")[0], drawn(tmp_path / "run")[0]
     teaching = {uid for uid, group in plain.items() if len({correct for correct, _ in group}) == 2}
     assert teaching < set(refilled) and set(refilled) - set(plain) and len(refilled) == 4
     assert all(refilled[uid] == plain[uid] for uid in teaching)
-    for uid in set(refilled) - set(plain):                      # only what teaches something comes in
+    for uid in set(refilled) - set(plain):  # only what teaches something comes in
         assert len({correct for correct, _ in refilled[uid]}) == 2
 
 
 def test_groups_that_are_all_correct_stay_where_length_counts(world, tmp_path):
-    loop.train(small_runs.config(world, tmp_path / "run", **REFILLED, **{"rollout.refill_rounds": 3}))
+    loop.train(small_runs.config(world, tmp_path / "run", **REFILLED,
+                                 **{"rollout.refill_rounds": 3}))
     groups = [group for step in drawn(tmp_path / "run").values() for group in step.values()]
-    assert any(all(correct for correct, _ in group) and len({tokens for _, tokens in group}) == 2 for group in groups)
+    assert any(all(correct for correct, _ in group) and len({tokens for _, tokens in group}) == 2
+               for group in groups)
 
 
 def test_a_spread_that_is_too_small_is_no_signal(world, tmp_path):
-    changes = REFILLED | {"rollout.refill_rounds": 1, "rollout.min_reward_spread": 0.5, "run.steps": 1}
+    changes = REFILLED | {"rollout.refill_rounds": 1, "rollout.min_reward_spread": 0.5,
+                          "run.steps": 1}
     loop.train(small_runs.config(world, tmp_path / "run", **changes))
     (row,) = lasting(tmp_path / "run")
-    # All correct, rewards differ by alpha = 0.2 at most: only groups with right and wrong are taken for a signal.
-    mixed = [len({correct for correct, _ in group}) == 2 for group in drawn(tmp_path / "run")[0].values()]
+    # All correct, rewards differ by alpha = 0.2 at most: only groups with right and wrong are taken
+    # for a signal.
+    mixed = [len({correct for correct, _ in group}) == 2
+             for group in drawn(tmp_path / "run")[0].values()]
     assert row["reward/groups_with_signal"] == np.mean(mixed) == 1 - row["rollout/lacking"]
 
 
@@ -475,7 +536,8 @@ def test_a_step_that_is_stopped_while_it_refills_is_drawn_again(world, tmp_path)
 
     def stopping(self, now):
         rollout(self, now)
-        if self._done == 1 and now.total < 8 and not sent:      # fewer than a step's: a round that refills
+        # fewer than a step's: a round that refills
+        if self._done == 1 and now.total < 8 and not sent:
             sent.append(signal.raise_signal(signal.SIGTERM))
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
@@ -495,7 +557,8 @@ def test_alpha_follows_the_evaluations_and_a_resumed_run_goes_the_same_way(world
     assert (trained["alpha_start"], trained["alpha"]) == pytest.approx((0.2, 0.4))
     assert "α = 0.4" in (tmp_path / "run" / "model" / "README.md").read_text()
     rows = [row for row in lasting(tmp_path / "run") if "reward/alpha" in row]
-    assert [row["reward/alpha"] for row in rows] == pytest.approx([0.2, 0.2, 0.3, 0.3, 0.4, 0.4])   # too long still
+    # too long still
+    assert [row["reward/alpha"] for row in rows] == pytest.approx([0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, "within")
         loop.train(small_runs.config(world, tmp_path / "again", **changes))
@@ -517,14 +580,15 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")      # what orbax leaves half done
+# what orbax leaves half done
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("place", "name", "file"), [
     ((MetricsWriter, "write"), "metrics", "metrics.jsonl: cannot be written: "),
     ((Checkpoints, "save"), "checkpoint", "checkpoints/2: the checkpoint cannot be written ("),
     ((run_export, "export_model"), "export", "model: cannot be written: "),
 ], ids=["metrics", "checkpoint", "export"])
-def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tmp_path, monkeypatch, capfd, place,
-                                                                       name, file):
+def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tmp_path, monkeypatch,
+                                                                       capfd, place, name, file):
     directory, original, calls = tmp_path / "run", getattr(*place), []
 
     def filling(*arguments, **settings):
@@ -538,16 +602,19 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
     assert error.startswith(f"{directory}/{file}") and os.strerror(errno.EFBIG) in error
     monkeypatch.undo()
     steps = {"metrics": 1, "checkpoint": 2, "export": 2}[name]
-    assert [row["step"] for row in read_json_lines(directory / "metrics.jsonl")] == list(range(steps))
+    rows = read_json_lines(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(steps))
     assert {path.name for path in directory.iterdir()} == {
-        "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl", "checkpoints", "model"}
+        "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl",
+        "checkpoints", "model"}
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == (2 if name == "export" else 1)
     read_weights(directory / "model", read_config(directory / "model"))
 
 
 @pytest.mark.parametrize(("file", "change", "error"), [
-    ("config.json", {"model_type": "gpt2"}, 'model_type "gpt2" is not supported, expected one of qwen2, llama, qwen3'),
+    ("config.json", {"model_type": "gpt2"},
+     'model_type "gpt2" is not supported, expected one of qwen2, llama, qwen3'),
     ("train.jsonl", '{"problem": "1+6", "answer": "7", "level"', ":17: not valid JSON ("),
     ("test.jsonl", '{"problem": "1+6"}', ":9: has no field 'answer', found problem"),
 ])
@@ -559,19 +626,25 @@ def test_bad_input_is_one_line_and_leaves_no_run(world, tmp_path, capsys, file, 
     else:
         path.write_text(path.read_text() + change + "\n")
     changes = {"evaluation.problems": 20}
-    assert refused(capsys, small_runs.arguments(tmp_path / "world", tmp_path / "run", **changes)).startswith(
-        f"{path}{error}" if error.startswith(":") else f"{path}: {error}")
+    message = refused(capsys, small_runs.arguments(tmp_path / "world", tmp_path / "run", **changes))
+    assert message.startswith(f"{path}{error}" if error.startswith(":") else f"{path}: {error}")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("changes", "error"), [
-    ({"model.path": "/no/model"}, "model.path must be tiny, a Hugging Face directory or an id on its Hub, /no/model"),
-    ({"rollout.prompts_per_step": 32}, "rollout.prompts_per_step must be at most the number of problems, 16, got 32"),
-    ({"mesh.data": 3}, "mesh: data 3 x fsdp 1 x tensor 1 x context 1 = 3, expected 8, the number of devices"),
-    ({"mesh.fsdp": 4, "mesh.tensor": 2, "update.rows_per_micro_batch": 2}, "mesh.data x mesh.fsdp must divide update."),
+    ({"model.path": "/no/model"},
+     "model.path must be tiny, a Hugging Face directory or an id on its Hub, /no/model"),
+    ({"rollout.prompts_per_step": 32},
+     "rollout.prompts_per_step must be at most the number of problems, 16, got 32"),
+    ({"mesh.data": 3},
+     "mesh: data 3 x fsdp 1 x tensor 1 x context 1 = 3, expected 8, the number of devices"),
+    ({"mesh.fsdp": 4, "mesh.tensor": 2, "update.rows_per_micro_batch": 2},
+     "mesh.data x mesh.fsdp must divide update."),
 ])
-def test_a_configuration_that_does_not_fit_is_one_line_and_leaves_no_run(world, tmp_path, capsys, changes, error):
-    assert refused(capsys, small_runs.arguments(world, tmp_path / "run", **changes)).startswith(error)
+def test_a_configuration_that_does_not_fit_is_one_line_and_leaves_no_run(world, tmp_path, capsys,
+                                                                         changes, error):
+    message = refused(capsys, small_runs.arguments(world, tmp_path / "run", **changes))
+    assert message.startswith(error)
     assert not (tmp_path / "run").exists()
 
 
@@ -597,26 +670,34 @@ def wrong_scores(monkeypatch, after):
     monkeypatch.setattr(session, "make_engine", made)
 
 
-def test_a_trainer_that_scores_another_policy_than_was_sampled_never_starts(world, tmp_path, capsys, monkeypatch):
+def test_a_trainer_that_scores_another_policy_than_was_sampled_never_starts(world, tmp_path, capsys,
+                                                                            monkeypatch):
     wrong_scores(monkeypatch, after=0)
     error = refused(capsys, small_runs.arguments(world, tmp_path / "run"))
-    assert re.match(r"before the first step: sampler and trainer give the same tokens log-probs [\d.]+ nats", error)
+    assert re.match(
+        r"before the first step: sampler and trainer give the same tokens log-probs [\d.]+ nats",
+        error)
     monkeypatch.undo()
-    loop.train(small_runs.config(world, tmp_path / "run", **{"run.steps": 1}))       # nothing is in the way
+    # nothing is in the way
+    loop.train(small_runs.config(world, tmp_path / "run", **{"run.steps": 1}))
 
 
-def test_a_trainer_that_begins_to_disagree_stops_and_keeps_what_it_has(world, tmp_path, monkeypatch):
-    # One score for the check at the start, one for each step. The fourth step is the first wrong one.
+def test_a_trainer_that_begins_to_disagree_stops_and_keeps_what_it_has(world, tmp_path,
+                                                                       monkeypatch):
+    # One score for the check at the start, one for each step. The fourth step is the first wrong
+    # one.
     wrong_scores(monkeypatch, after=1 + 3)
     with pytest.raises(parity.Mismatch, match="^step 3: sampler and trainer"):
-        loop.train(small_runs.config(world, tmp_path / "run", **{"kl.form": "reward", "checkpoint.every": 6}))
+        loop.train(small_runs.config(world, tmp_path / "run",
+                                     **{"kl.form": "reward", "checkpoint.every": 6}))
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as saved:
         assert saved.latest == 3
     assert [row["step"] for row in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_mismatch_is_in_the_log_and_small(finished):
-    rows = [row for row in read_json_lines(finished.directory / "metrics.jsonl") if "rollout/mismatch" in row]
+    rows = [row for row in read_json_lines(finished.directory / "metrics.jsonl")
+            if "rollout/mismatch" in row]
     assert len(rows) == 6
     assert all(0 <= row["rollout/mismatch"] <= row["rollout/mismatch_max"] < 1e-4 for row in rows)
 
@@ -624,66 +705,79 @@ def test_mismatch_is_in_the_log_and_small(finished):
 # The template belongs to the model
 
 
-def test_a_run_cannot_go_on_with_a_template_that_has_changed(finished, world, tmp_path, monkeypatch):
+def test_a_run_cannot_go_on_with_a_template_that_has_changed(finished, world, tmp_path,
+                                                             monkeypatch):
     shutil.copytree(finished.directory, tmp_path / "run")
     choose = templates.choose
     monkeypatch.setattr(templates, "choose", lambda *arguments: dataclasses.replace(
         choose(*arguments), text=choose(*arguments).text + " "))
     changes = EVALUATED | {"run.resume": True, "run.steps": 7}
-    with pytest.raises(UserError, match=r"^data\.template: the checkpoint was trained with the template"):
+    with pytest.raises(UserError,
+                       match=r"^data\.template: the checkpoint was trained with the template"):
         loop.train(small_runs.config(world, tmp_path / "run", **changes))
 
 
-@pytest.mark.parametrize(("file", "field"), [("train.jsonl", "data.path"), ("test.jsonl", "evaluation.path")])
+@pytest.mark.parametrize(("file", "field"), [("train.jsonl", "data.path"),
+                                             ("test.jsonl", "evaluation.path")])
 def test_a_run_cannot_go_on_with_other_problems(finished, world, tmp_path, file, field):
     changed = Path(shutil.copytree(world, tmp_path / "world"))
     shutil.copytree(finished.directory, tmp_path / "run")
     rows = (changed / file).read_text().splitlines(keepends=True)
     (changed / file).write_text("".join([*rows[:-1], rows[-1].replace("+7", "+7+0")]))
     changes = EVALUATED | {"run.resume": True, "run.steps": 7, field: str(changed / file)}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=rf"^{field}: the problems have changed"):
-        patch.setattr(configuration, "differences", lambda *configs: [])        # the same path, as far as it can tell
+    message = rf"^{field}: the problems have changed"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=message):
+        # the same path, as far as it can tell
+        patch.setattr(configuration, "differences", lambda *configs: [])
         loop.train(small_runs.config(world, tmp_path / "run", **changes))
 
 
 def test_what_is_not_trained_on_is_listed(world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     rows = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "world" / "train.jsonl").write_text("".join([*rows, rows[3], *(world / "test.jsonl").open()]))
-    loop.train(small_runs.config(tmp_path / "world", tmp_path / "run", **{"run.steps": 1, "evaluation.problems": 2}))
+    (tmp_path / "world" / "train.jsonl").write_text("".join([*rows, rows[3],
+                                                             *(world / "test.jsonl").open()]))
+    loop.train(small_runs.config(tmp_path / "world", tmp_path / "run",
+                                 **{"run.steps": 1, "evaluation.problems": 2}))
     left = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").open()]
     assert [row["number"] for row in left] == [16, *range(17, 25)]
-    assert left[0]["text"] == json.loads(rows[3])["problem"] and left[0]["reason"] != left[1]["reason"]
+    assert left[0]["text"] == json.loads(rows[3])["problem"]
+    assert left[0]["reason"] != left[1]["reason"]
 
 
 def test_an_export_says_what_it_was_trained_on_and_is_evaluated_on_nothing_else(finished, world):
     model = finished.directory / "model"
     facts = json.loads((model / "effreason.json").read_text())
-    assert (facts["base_model"], facts["data"], facts["step"], facts["alpha"]) == ("base", ["train.jsonl"], 6, 0.2)
+    assert (facts["base_model"], facts["data"]) == ("base", ["train.jsonl"])
+    assert (facts["step"], facts["alpha"]) == (6, 0.2)
     card = (model / "README.md").read_text()
     points = json.loads((finished.directory / "summary.json").read_text())["points"]
     for result in (measured["summary"] for point in points for measured in point["sets"].values()):
         assert f"{100 * result['accuracy']:.1f} %" in card and f"{result['tokens']:,.0f}" in card
     assert "α = 0.2" in card and "test.jsonl" in card and str(world) not in card
-    assert facts["template"]["user_prompt"] == "{problem}" and len(facts["template"]["sha256"]) == 64
+    assert facts["template"]["user_prompt"] == "{problem}"
+    assert len(facts["template"]["sha256"]) == 64
     mesh = sharding.make_mesh(data=-1)
     for path in (model, finished.directory / "checkpoints" / "6"):
         opened = candidates.open_model(small_runs.config(world, "unused"), str(path), None, mesh)
         assert opened.facts["template"] == facts["template"]
         other = small_runs.config(world, "unused", **{"data.user_prompt": "Think. {problem}"})
-        with pytest.raises(UserError, match=r"was trained with the template .* set data.template and data.user_prompt"):
+        with pytest.raises(UserError, match=r"was trained with the template .* set "
+                           r"data.template and data.user_prompt"):
             candidates.open_model(other, str(path), None, mesh)
 
 
 def verdicts(**counts):
-    return [Grade(False, None, status, 0.0, f"for {status}") for status in counts for _ in range(counts[status])]
+    return [Grade(False, None, status, 0.0, f"for {status}") for status in counts
+            for _ in range(counts[status])]
 
 
 def test_too_many_undecided_answers_end_the_run():
     rollouts.check_decided(verdicts(exact=98, budget=1, error=1))
     rollouts.check_decided(verdicts(exact=14, budget=2))           # too few to speak of a share
-    with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers, at most 2 % are accepted; "
-                                        r"2 of them: for budget; raise grade\.step_budget_seconds"):
+    with pytest.raises(UserError, match=r"^the grader could not decide 3 of 100 answers, "
+                       r"at most 2 % are accepted; "
+                       r"2 of them: for budget; raise grade\.step_budget_seconds"):
         rollouts.check_decided(verdicts(exact=97, budget=2, error=1))
     with pytest.raises(UserError, match=r"4 of them: for error$"):
         rollouts.check_decided(verdicts(exact=97, error=4))
@@ -692,5 +786,6 @@ def test_too_many_undecided_answers_end_the_run():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_ends_the_run(value):
     loop.check_finite({"update/loss": 1.0}, 3)
-    with pytest.raises(FloatingPointError, match=r"^step 3: non-finite update/loss, update/kl; the checkpoints "):
+    with pytest.raises(FloatingPointError,
+                       match=r"^step 3: non-finite update/loss, update/kl; the checkpoints "):
         loop.check_finite({"update/loss": value, "reward/mean": 1.0, "update/kl": value}, 3)

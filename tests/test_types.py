@@ -1,4 +1,4 @@
-"""Response masks come from where the response ended."""
+"""Response masks come from the lengths of responses."""
 
 import functools
 
@@ -31,12 +31,14 @@ def test_padding_is_dropped_and_nothing_else_whatever_it_is(response, pad):
 
 @hypothesis.given(st.lists(st.integers(0, POSITIONS), min_size=4, max_size=4))
 def test_each_row_holds_its_response_and_nothing_else(lengths):
-    for marked, length in zip(np.asarray(masks(jnp.array(lengths, jnp.int32))), lengths, strict=True):
+    for marked, length in zip(np.asarray(masks(jnp.array(lengths, jnp.int32))), lengths,
+                              strict=True):
         assert np.flatnonzero(marked).tolist() == list(range(length))
 
 
 def test_padded_lengths_are_few_and_waste_at_most_a_third():
-    assert sorted({padded_length(length) for length in range(1000)}) == [64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    assert sorted({padded_length(length) for length in range(1000)}) == [64, 96, 128, 192, 256, 384,
+                                                                         512, 768, 1024]
     for length in range(64, 5000):
         assert length <= padded_length(length) <= 1.5 * length
     assert padded_length(5, smallest=16) == 16

@@ -22,7 +22,7 @@ def leave_one_out(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
     Returns:
         float32; exactly 0 for a group of equal rewards. Source: arXiv 2402.14740.
     """
-    # Measured from the first reward, equal rewards are exactly 0; sums of 0.95 leave rounding noise.
+    # Offsets from the first reward are exactly 0 if all are equal; sums of 0.95 are rounded.
     offsets = rewards - rewards[..., :1]
     others = (jnp.sum(offsets, axis=-1, keepdims=True) - offsets) / (rewards.shape[-1] - 1)
     return offsets - others
@@ -94,11 +94,12 @@ def whiten(advantages: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *,
 
     Args:
         mask: the entries that count.
-        tokens: response tokens that each entry stands for.
+        tokens: response tokens of each entry.
         eps: the least variance to divide by.
 
     Returns:
-        The whitened advantages, 0 outside the mask; what was subtracted; what that was multiplied by.
+        The whitened advantages, 0 outside the mask; the shift that was subtracted; the scale that
+        the difference was multiplied by.
     """
     count = jnp.maximum(jnp.sum(jnp.where(mask, tokens, 0)), 1).astype(jnp.float32)
     mean = jnp.sum(tokens * advantages, where=mask) / count
@@ -112,7 +113,7 @@ def truncated_importance(trained: Float[Array, "B T"], sampled: Float[Array, "B 
                          mask: Bool[Array, "B T"], cap: float) -> Float[Array, "B T"]:
     """Weighs tokens by how far sampler and trainer disagree: min(pi_trainer / pi_sampler, cap).
 
-    The ratio makes the gradient that of the trainer's own policy; the cap bounds one token's weight.
+    The ratio makes the gradient that of the trainer's own policy; the cap bounds a token's weight.
 
     Args:
         trained: log-probs by the trainer.

@@ -54,8 +54,9 @@ class TokenAdvantages:
 Objective = Callable[[ScoredBatch], TokenAdvantages]
 
 
-def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], alpha: Float[Array, ""],
-                    sampled: Float[Array, "B T"], old: Float[Array, "B T"],
+def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
+                    alpha: Float[Array, ""], sampled: Float[Array, "B T"],
+                    old: Float[Array, "B T"],
                     reference: Float[Array, "B T"], packed: Packed, *, reward: Reward,
                     objective: Objective, importance_cap: float | None = None,
                     min_reward_spread: float = 0.0) -> Batch:
@@ -73,7 +74,8 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], alp
     rewards = reward(correct, lengths, alpha)
     mask = types.response_mask(lengths.reshape(-1), old.shape[1])
     drift = jnp.where(mask, old - reference, 0.0)
-    learnt = objective(ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask, drift=drift))
+    learnt = objective(ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask,
+                                   drift=drift))
 
     token_advantages = learnt.token_advantages
     if importance_cap is not None:
@@ -83,8 +85,8 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], alp
     values = {"weights": learnt.weights, "advantages": token_advantages, "old_logprobs": old,
               "reference_logprobs": reference}
     experience = tuple(
-        Experience(rows=rows, **{name: update.scatter_to_rows(value, rows) for name, value in values.items()})
-        for rows in packed.groups)
+        Experience(rows=rows, **{name: update.scatter_to_rows(value, rows)
+                                 for name, value in values.items()}) for rows in packed.groups)
 
     tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)
@@ -100,7 +102,7 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], alp
 def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
                     group_std: bool = False, whiten: bool = False, kl_form: str = "none",
                     kl_coefficient: float = 0.0) -> TokenAdvantages:
-    """The method's objective: advantages over the group, with the parts that make them up as metrics.
+    """The method's objective: advantages over the group; their parts become metrics.
 
     Args:
         aggregation: see `update.token_weights`.
@@ -111,8 +113,10 @@ def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
         kl_coefficient: of the penalty or the term.
     """
     mask = scored.mask
-    advantage, parts = advantages.split_rewards(scored.correct, scored.rewards, by_group_std=group_std)
-    total, parts = jax.tree.map(lambda part: jnp.where(mask, part.reshape(-1, 1), 0.0), (advantage, parts))
+    advantage, parts = advantages.split_rewards(scored.correct, scored.rewards,
+                                                by_group_std=group_std)
+    total, parts = jax.tree.map(lambda part: jnp.where(mask, part.reshape(-1, 1), 0.0),
+                                (advantage, parts))
 
     if kl_form == "reward":
         penalty = -advantages.kl_return_to_go(kl_coefficient * scored.drift, mask)
@@ -143,7 +147,7 @@ def imitation(scored: ScoredBatch, *, aggregation: str) -> TokenAdvantages:
 
 
 def preference(scored: ScoredBatch, *, beta: float) -> TokenAdvantages:
-    """DPO on the shortest against the longest correct response of each group, mean over the pairs."""
+    """DPO on the shortest against the longest correct response of a group, mean over the pairs."""
     chosen, rejected = preferences.pairs(
         preferences.shortest_correct(scored.correct, scored.lengths),
         preferences.longest_correct(scored.correct, scored.lengths))

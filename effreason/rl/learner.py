@@ -51,7 +51,7 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractStep:
-    """The arrays of a step as shapes with shardings, and its functions ready to be lowered for them."""
+    """The arrays of a step as shapes with shardings, and its functions ready for lowering."""
 
     state: TrainState
     reference: model.Params
@@ -101,18 +101,23 @@ class Learner:
             beta2=config.update.beta2, weight_decay=config.update.weight_decay,
             max_grad_norm=config.update.max_grad_norm, warmup_updates=config.update.warmup_updates)
 
-        targets = update.state_sharding(decoder, optimizer, mesh, offload=config.update.offload_optimizer)
-        reference = sharding.offloaded(targets.params) if config.kl.offload_reference else targets.params
+        targets = update.state_sharding(decoder, optimizer, mesh,
+                                        offload=config.update.offload_optimizer)
+        reference = targets.params
+        if config.kl.offload_reference:
+            reference = sharding.offloaded(reference)
         replicated: Shardings = sharding.sharding(mesh)
         packed: Shardings = update.packed_sharding(mesh)
         batch: Shardings = Batch(experience=packed.groups, counts=replicated, rewards=replicated,
                                  advantages=replicated, metrics=replicated)
         reward = configured_reward.make_reward(config.reward)
 
-        self.params_sharding, self.replicated, self._packed_sharding = targets.params, replicated, packed
+        self.params_sharding, self.replicated = targets.params, replicated
+        self._packed_sharding = packed
         self.reward = jax.jit(reward, out_shardings=replicated)
         self.init = update.make_initial_state(optimizer, targets)
-        self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder), out_shardings=reference)
+        self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder),
+                                    out_shardings=reference)
         self.programs = Programs(
             score=update.make_scorer(decoder, mesh, loss, params=targets.params),
             score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
@@ -125,9 +130,11 @@ class Learner:
 
         params = model.abstract_params(decoder)
         self.abstract_state = checkpoints.abstract(jax.eval_shape(self.init, params), targets)
-        self.abstract_reference = checkpoints.abstract(jax.eval_shape(self.as_reference, params), reference)
+        self.abstract_reference = checkpoints.abstract(jax.eval_shape(self.as_reference, params),
+                                                       reference)
         self.needs_reference = config.kl.form != "none" or config.update.objective == "dpo"
-        self._rows, self._updates = config.update.rows_per_micro_batch, config.update.updates_per_batch
+        self._rows = config.update.rows_per_micro_batch
+        self._updates = config.update.updates_per_batch
         self._pack = functools.partial(
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
             slots=slots, one_sequence_per_row=attention.one_sequence_per_row(decoder.attention))
@@ -147,9 +154,12 @@ class Learner:
         """Computes the log-probs of the response tokens by the policy; 0 for padding."""
         return self.programs.score(params, rollouts.packed)
 
-    def score_reference(self, reference: model.Params, rollouts: PackedRollouts) -> Float[Array, "B T"] | None:
+    def score_reference(self, reference: model.Params,
+                        rollouts: PackedRollouts) -> Float[Array, "B T"] | None:
         """Computes those by the reference; None if neither loss nor reward reads them."""
-        return self.programs.score_reference(reference, rollouts.packed) if self.needs_reference else None
+        if not self.needs_reference:
+            return None
+        return self.programs.score_reference(reference, rollouts.packed)
 
     def experience(self, rollouts: PackedRollouts, old: Float[Array, "B T"],
                    reference: Float[Array, "B T"] | None, alpha: float) -> Batch:
@@ -160,10 +170,12 @@ class Learner:
             reference: log-probs by the reference; None = those of the policy.
         """
         return self.programs.experience(
-            rollouts.correct, rollouts.lengths, sharding.to_device(np.float32(alpha), self.replicated),
-            rollouts.sampled_logprobs, old, old if reference is None else reference, rollouts.packed)
+            rollouts.correct, rollouts.lengths,
+            sharding.to_device(np.float32(alpha), self.replicated), rollouts.sampled_logprobs, old,
+            old if reference is None else reference, rollouts.packed)
 
-    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+    def update(self, state: TrainState,
+               batch: Batch) -> tuple[TrainState, list[dict[str, jax.Array]]]:
         """Makes the step's optimiser updates, one after another; the state passed in is donated.
 
         Returns:
@@ -172,7 +184,8 @@ class Learner:
         metrics = []
         for number in range(self._updates):
             is_last = number + 1 == self._updates
-            index, steps = sharding.to_device((np.int32(number), np.int32(is_last)), self.replicated)
+            index, steps = sharding.to_device((np.int32(number), np.int32(is_last)),
+                                              self.replicated)
             grads, update_metrics = self.programs.gradients(
                 state.params, batch.experience, batch.counts, index)
             state, norm = self.programs.apply_gradients(state, grads, steps)
@@ -202,16 +215,19 @@ class Learner:
         learnt = Experience(rows=rows, weights=floats, advantages=floats, old_logprobs=floats,
                             reference_logprobs=floats)
         state, reference, programs = self.abstract_state, self.abstract_reference, self.programs
-        verdicts = array(jnp.bool_, prompts, group_size), array(jnp.int32, prompts, group_size), array(jnp.float32)
+        verdicts = (array(jnp.bool_, prompts, group_size), array(jnp.int32, prompts, group_size),
+                    array(jnp.float32))
         return AbstractStep(
-            state=state, reference=reference, packed=packed, experience=(learnt,), logprobs=logprobs,
+            state=state, reference=reference, packed=packed, experience=(learnt,),
+            logprobs=logprobs,
             lower={"score": lambda: programs.score.lower(state.params, packed),
                    "score_reference": lambda: programs.score_reference.lower(reference, packed),
                    "experience": lambda: programs.experience.lower(
                        *verdicts, logprobs, logprobs, logprobs, packed),
                    "gradients": lambda: programs.gradients.lower(
                        state.params, (learnt,), packed.counts, one),
-                   "apply_gradients": lambda: programs.apply_gradients.lower(state, state.params, one)})
+                   "apply_gradients": lambda: programs.apply_gradients.lower(
+                       state, state.params, one)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,7 +239,8 @@ class Engine:
     learner: Learner
 
 
-def make_engine(config: Config, pretrained: Pretrained, mesh: Mesh, longest_prompt: int | None = None) -> Engine:
+def make_engine(config: Config, pretrained: Pretrained, mesh: Mesh,
+                longest_prompt: int | None = None) -> Engine:
     """Builds everything a training step needs; nothing but a kernel's trial is compiled yet.
 
     Raises:
@@ -233,8 +250,9 @@ def make_engine(config: Config, pretrained: Pretrained, mesh: Mesh, longest_prom
     return Engine(
         sampler=capacity.make_configured_sampler(
             config, pretrained.decoder, mesh, capacity.training_weight_bytes(config)),
-        sampling=SamplingParams(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-                                min_p=settings.min_p, eos_ids=pretrained.eos_ids),
+        sampling=SamplingParams(
+            temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+            min_p=settings.min_p, eos_ids=pretrained.eos_ids),
         learner=Learner(config, pretrained.decoder, mesh, longest_prompt))
 
 
@@ -248,12 +266,14 @@ def make_objective(config: Config) -> Objective:
             return functools.partial(experience.preference, beta=settings.dpo_beta)
         case _:
             return functools.partial(
-                experience.policy_gradient, aggregation=settings.aggregation, updates=settings.updates_per_batch,
-                group_std=config.advantage.group_std, whiten=config.advantage.whiten,
-                kl_form=config.kl.form, kl_coefficient=config.kl.coefficient)
+                experience.policy_gradient, aggregation=settings.aggregation,
+                updates=settings.updates_per_batch, group_std=config.advantage.group_std,
+                whiten=config.advantage.whiten, kl_form=config.kl.form,
+                kl_coefficient=config.kl.coefficient)
 
 
-def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *, platform: str, context: int) -> str:
+def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *, platform: str,
+                     context: int) -> str:
     """Returns the attention of the training passes: model.attention, or the best one that fits.
 
     Args:
@@ -278,25 +298,29 @@ def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) ->
     """Raises UserError for a batch or an array axis that a mesh axis does not divide."""
     rows, shards = config.update.rows_per_micro_batch, sharding.batch_shards(mesh)
     if rows % shards:
-        raise UserError(f"mesh.data x mesh.fsdp must divide update.rows_per_micro_batch, {rows}, got {shards}")
+        raise UserError(
+            f"mesh.data x mesh.fsdp must divide update.rows_per_micro_batch, {rows}, got {shards}")
     check_mesh(decoder, mesh)
 
 
 def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
     """Raises UserError for an axis of the weights that a mesh axis does not divide."""
-    split = [("attention heads", decoder.heads, "tensor"), ("key/value heads", decoder.kv_heads, "tensor"),
-             ("feed-forward width", decoder.mlp_width, "tensor"), ("vocabulary", decoder.vocabulary, "tensor"),
-             ("width", decoder.width, "fsdp")]
+    split = [("attention heads", decoder.heads, "tensor"),
+             ("key/value heads", decoder.kv_heads, "tensor"),
+             ("feed-forward width", decoder.mlp_width, "tensor"),
+             ("vocabulary", decoder.vocabulary, "tensor"), ("width", decoder.width, "fsdp")]
     for name, size, axis in split:
         if size % mesh.shape[axis]:
-            raise UserError(f"mesh.{axis} must divide the model's {name}, {size}, got {mesh.shape[axis]}")
+            raise UserError(
+                f"mesh.{axis} must divide the model's {name}, {size}, got {mesh.shape[axis]}")
 
 
 def check_model(pretrained: Pretrained, config: Config, mesh: Mesh) -> None:
-    """Raises UserError if the model does not fit the mesh, or the responses do not fit the model."""
+    """Raises UserError if the model does not fit the mesh, or responses do not fit the model."""
     check_mesh(pretrained.decoder, mesh)
     longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
     if config.data.max_prompt_tokens + longest > pretrained.max_positions:
-        raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or evaluation.max_new_tokens) must be at "
-                        f"most the model's {pretrained.max_positions} positions, got {config.data.max_prompt_tokens} "
-                        f"+ {longest}")
+        raise UserError(
+            "data.max_prompt_tokens + rollout.max_new_tokens (or evaluation.max_new_tokens) must "
+            f"be at most the model's {pretrained.max_positions} positions, got "
+            f"{config.data.max_prompt_tokens} + {longest}")

@@ -1,7 +1,7 @@
-"""The paper's two baselines as token advantages: imitate the shortest correct response, or prefer it.
+"""The paper's two baselines as advantages: imitate the shortest correct response, or prefer it.
 
-P prompts, G responses for each prompt (the group). Imports jax alone. At the policy that was scored,
-the policy gradient with these advantages is the gradient of the baseline's own loss.
+P prompts, G responses for each prompt (the group). Imports jax alone. At the policy that was
+scored, the policy gradient with these advantages is the gradient of the baseline's own loss.
 """
 
 import jax
@@ -25,9 +25,10 @@ def shortest_correct(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"]) ->
 
 
 def longest_correct(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"]) -> Bool[Array, "P G"]:
-    """Chooses the longest correct response of each group that has correct ones of several lengths."""
+    """Chooses the longest correct response of groups with correct ones of several lengths."""
     longest = _first_least(-lengths, correct)
-    least = jnp.min(lengths, axis=-1, keepdims=True, where=correct, initial=jnp.iinfo(jnp.int32).max)
+    least = jnp.min(lengths, axis=-1, keepdims=True, where=correct,
+                    initial=jnp.iinfo(jnp.int32).max)
     return longest & (lengths > least)
 
 
@@ -46,7 +47,8 @@ def preference_advantages(chosen: Bool[Array, "P G"], rejected: Bool[Array, "P G
         beta: > 0.
 
     Returns:
-        float32; 0 outside the pairs and in groups that lack one of the two. Source: arXiv 2305.18290.
+        float32; 0 outside the pairs and in groups that lack one of the two.
+        Source: arXiv 2305.18290.
     """
     weight = beta * jax.nn.sigmoid(-beta * difference(chosen, rejected, margins))
     return jnp.where(chosen, weight, 0.0) - jnp.where(rejected, weight, 0.0)

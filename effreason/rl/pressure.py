@@ -1,4 +1,4 @@
-"""How a reward and an advantage push on length: of a training step, and of saved responses (preview).
+"""Measures how a reward and an advantage push on length, in a step or on saved responses.
 
 P prompts, G responses for each prompt (the group), B = P * G responses, T response tokens.
 """
@@ -69,7 +69,7 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A statistic, separately for all-correct and mixed groups; None if there are no such groups."""
+    """A statistic of all-correct and of mixed groups; None if there are no such groups."""
 
     all_correct: float | None
     mixed: float | None
@@ -77,7 +77,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PressureReport:
-    """One advantage at one alpha. Pulls are in tokens; negative ones are towards shorter responses."""
+    """One advantage at one alpha. Pulls are in tokens, towards shorter responses if negative."""
 
     advantage: str
     alpha: float | None             # None: the reward has none; 0: correctness alone
@@ -97,12 +97,12 @@ Split = Callable[[Groups, float], tuple[np.ndarray, np.ndarray, Parts]]
 
 
 def correctness(correct: jax.Array, lengths: jax.Array, alpha: jax.Array) -> jax.Array:
-    """The reward of the control: 1 if correct, whatever the length."""
+    """Rewards the control: 1 if correct, whatever the length."""
     return correct.astype(jnp.float32)
 
 
 def make_split(reward: Reward, advantage: str) -> Split:
-    """Compiles split(groups, alpha), which returns rewards, advantages and their parts: [P, G] each.
+    """Compiles split(groups, alpha) -> rewards, advantages and their parts, [P, G] each.
 
     Args:
         advantage: one of ADVANTAGES. Whitening takes all groups as one batch.
@@ -162,14 +162,14 @@ def reports(groups: Groups, reward: Reward, alphas: Sequence[float | None], adva
         alphas: greater than 0, or None for a reward that has none.
     """
     control, shaped = make_split(correctness, advantage), make_split(reward, advantage)
-    found = [_report(groups, *control(groups, 0.0), advantage, 0.0, aggregation)]
-    found += [_report(groups, *shaped(groups, alpha or 0.0), advantage, alpha, aggregation)
+    results = [_report(groups, *control(groups, 0.0), advantage, 0.0, aggregation)]
+    results += [_report(groups, *shaped(groups, alpha or 0.0), advantage, alpha, aggregation)
               for alpha in alphas]
 
-    base = found[1 + list(alphas).index(reference_alpha(alphas))] if alphas else found[0]
+    base = results[1 + list(alphas).index(reference_alpha(alphas))] if alphas else results[0]
     return [dataclasses.replace(report, size_ratio=Sizes(
         all_correct=_ratio(report.size.all_correct, base.size.all_correct),
-        mixed=_ratio(report.size.mixed, base.size.mixed))) for report in found]
+        mixed=_ratio(report.size.mixed, base.size.mixed))) for report in results]
 
 
 def _report(groups: Groups, rewards: np.ndarray, total: np.ndarray, parts: Parts,

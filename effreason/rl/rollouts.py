@@ -1,6 +1,7 @@
 """Stages 2 and 3 overlapped: responses are graded while others are still being generated.
 
-P prompts, G responses for each prompt (the group), B = P * G responses in the order of prompts, then samples.
+P prompts, G responses for each prompt (the group), B = P * G responses in the order of prompts,
+then samples.
 """
 
 import hashlib
@@ -30,9 +31,10 @@ GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seco
 UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide, ...
 UNDECIDED_FEW = 2                   # ... beyond so few that they say nothing of a share
 
-OnChunk = Callable[[GenerationProgress], None]          # called after every chunk; may raise to stop
-Generate = Callable[[Sequence[Request]], Generation]    # a sampler with its weights, key and distribution
-Name = tuple[int, int]                                  # of a response: its prompt's index and its sample
+OnChunk = Callable[[GenerationProgress], None]  # called after every chunk; may raise to stop
+# A sampler with its weights, key and distribution.
+Generate = Callable[[Sequence[Request]], Generation]
+Name = tuple[int, int]              # of a response: its prompt's index and its sample
 
 
 class Undecided(UserError):
@@ -40,7 +42,7 @@ class Undecided(UserError):
 
 
 class ResponseLog(Protocol):
-    """Where responses are kept, so that a generation that is stopped can be continued."""
+    """Keeps responses, so that a generation that is stopped can be continued."""
 
     resumed: list[Response]     # what an interrupted generation has left, finished or not
 
@@ -57,8 +59,8 @@ class GradedRollouts:
 
     problems: list[Problem]
     rollouts: Rollouts
-    texts: list[str]                # B, without special tokens; think tags are ordinary tokens and stay
-    correct: np.ndarray             # bool[P, G]: the verdict, and an end with EOS if that is required
+    texts: list[str]                # B, without special tokens; think tags are ordinary tokens
+    correct: np.ndarray             # bool[P, G]: the verdict, and an end with EOS if required
     verdicts: list[Grade]           # B, on the text alone
     grading_seconds: float          # that grading took after the generation was over
     generations: tuple[Generation, ...]     # over; for their counters
@@ -68,7 +70,8 @@ class GradedRollouts:
 class BackgroundGrader:
     """Grades responses in the background; each process grades a share of them."""
 
-    def __init__(self, grader: Grader, tokenizer: Any, problems: Sequence[Problem], responses: int) -> None:
+    def __init__(self, grader: Grader, tokenizer: Any, problems: Sequence[Problem],
+                 responses: int) -> None:
         self.texts: dict[Name, str] = {}
         self._grader, self._tokenizer, self._problems = grader, tokenizer, problems
         self._budgets = [grader.budget() for _ in range(0, responses, GRADED_AT_ONCE)]
@@ -91,7 +94,7 @@ class BackgroundGrader:
         self._pending.append((own, self._grader.submit(whole, references, budget)))
 
     def result(self) -> dict[Name, Grade]:
-        """Waits for all verdicts, those of other processes too; an error in one is raised in all."""
+        """Waits for the verdicts of all processes; an error in one is raised in all."""
         def own() -> dict[Name, Grade]:
             return {name: grade for names, grades in self._pending
                     for name, grade in zip(names, grades.result(), strict=True)}
@@ -104,9 +107,9 @@ class BackgroundGrader:
         return {(prompt, sample): Grade(**row) for share in shares for prompt, sample, row in share}
 
 
-def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size: int, max_new_tokens: int, *,
-                     tokenizer: Any, grader: Grader, require_eos: bool, on_chunk: OnChunk,
-                     expected: Mapping[int, float] = MappingProxyType({}),
+def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size: int,
+                     max_new_tokens: int, *, tokenizer: Any, grader: Grader, require_eos: bool,
+                     on_chunk: OnChunk, expected: Mapping[int, float] = MappingProxyType({}),
                      log: ResponseLog | None = None) -> GradedRollouts:
     """Samples and grades a group of responses to each problem.
 
@@ -149,10 +152,10 @@ def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size
     check_decided(verdicts)
 
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
-    return GradedRollouts(
-        problems=list(problems), rollouts=rollouts, texts=[background.texts[name] for name in names],
-        verdicts=verdicts, correct=correct & rollouts.ended if require_eos else correct,
-        grading_seconds=time.monotonic() - generated, generations=(generation,))
+    return GradedRollouts(problems=list(problems), rollouts=rollouts,
+                          texts=[background.texts[name] for name in names], verdicts=verdicts,
+                          correct=correct & rollouts.ended if require_eos else correct,
+                          grading_seconds=time.monotonic() - generated, generations=(generation,))
 
 
 def watched(generation: Generation, total: int, on_chunk: OnChunk) -> Iterator[list[Response]]:
@@ -183,12 +186,13 @@ def remaining(requests: Sequence[Request], resumed: Sequence[Response]) -> list[
     return left
 
 
-def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollouts], learner: Learner,
-           problems: prompts.Problems, *, alpha: float, settings: RolloutConfig,
+def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollouts],
+           learner: Learner, problems: prompts.Problems, *, alpha: float, settings: RolloutConfig,
            key: tuple[int, int]) -> GradedRollouts:
-    """Replaces groups without a signal by groups of other problems, in settings.refill_rounds at most.
+    """Replaces groups without a signal by groups of other problems, in a few rounds.
 
     Args:
+        settings: refill_rounds bounds the rounds.
         sample: samples and grades groups for some problems.
         problems: what to choose others from.
         key: seed and step; they decide which problems come.
@@ -206,7 +210,8 @@ def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollo
 
         taken += chosen.values()
         fresh = sample(list(chosen.values()))
-        rows = np.flatnonzero(has_signal(fresh, learner, alpha, settings.min_reward_spread)).tolist()
+        useful = has_signal(fresh, learner, alpha, settings.min_reward_spread)
+        rows = np.flatnonzero(useful).tolist()
         filled = [list(chosen)[row] for row in rows]
         graded = replace_groups(graded, filled, fresh, rows)
         lacking[filled] = False
@@ -215,7 +220,8 @@ def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollo
                                     "rollout/lacking": float(lacking.mean())})
 
 
-def has_signal(graded: GradedRollouts, learner: Learner, alpha: float, min_spread: float) -> np.ndarray:
+def has_signal(graded: GradedRollouts, learner: Learner, alpha: float,
+               min_spread: float) -> np.ndarray:
     """Marks the groups that can teach something: bool[P].
 
     What counts is the spread of the shaped reward: groups that are all correct teach brevity."""
@@ -240,14 +246,15 @@ def replace_groups(graded: GradedRollouts, indices: Sequence[int], others: Grade
         # Of [P], [P, S], [P, G] and [P, G, T] the last axes may differ.
         width = max(old.shape[-1], new.shape[-1])
         old, new = (array if array.ndim == 1 else np.pad(
-            array, [*[(0, 0)] * (array.ndim - 1), (0, width - array.shape[-1])]) for array in (old, new))
+            array, [*[(0, 0)] * (array.ndim - 1), (0, width - array.shape[-1])])
+            for array in (old, new))
         old = old.copy()
         old[list(indices)] = new[list(rows)]
         return old
 
-    rollouts = Rollouts(**{
-        item.name: replaced(getattr(graded.rollouts, item.name), getattr(others.rollouts, item.name))
-        for item in fields(Rollouts)})
+    rollouts = Rollouts(**{item.name: replaced(getattr(graded.rollouts, item.name),
+                                               getattr(others.rollouts, item.name))
+                           for item in fields(Rollouts)})
     return GradedRollouts(
         problems=problems, rollouts=rollouts, texts=texts, verdicts=verdicts,
         correct=replaced(graded.correct, others.correct),
@@ -279,6 +286,7 @@ def check_decided(verdicts: Sequence[Grade]) -> None:
     if len(undecided) > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
         reason, count = Counter(verdict.reason for verdict in undecided).most_common(1)[0]
         late = undecided[0].status == "budget"
-        raise Undecided(f"the grader could not decide {len(undecided)} of {len(verdicts)} answers, at most "
-                        f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; {count} of them: {reason}"
-                        + ("; raise grade.step_budget_seconds or grade.workers" if late else ""))
+        raise Undecided(
+            f"the grader could not decide {len(undecided)} of {len(verdicts)} answers, at most "
+            f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; {count} of them: {reason}"
+            + ("; raise grade.step_budget_seconds or grade.workers" if late else ""))

@@ -104,7 +104,7 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     Returns:
         The loss, and the weighted sums kl (k3) and clip_share.
         Source: arXiv 1707.06347; the k's: joschu.net/blog/kl-approx."""
-    # Log-probs outside of responses are undefined: without the `where` their ratios could overflow
+    # Log-probs outside of responses are undefined: unless masked here, their ratios could overflow
     # to inf * 0.
     log_ratio = jnp.where(experience.mask, logprobs - experience.old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)

@@ -1,4 +1,5 @@
-"""Baselines and the KL return against NumPy, hand numbers, invariants, and one device against eight."""
+"""Baselines and the KL return against NumPy, hand numbers, invariants, and one device against
+eight."""
 
 import functools
 
@@ -25,20 +26,23 @@ def whiten(values, mask):
     return advantages.whiten(values, mask)[0]
 
 
-white, return_to_go, importance = jax.jit(whiten), jax.jit(kl_return_to_go), jax.jit(truncated_importance)
+white, return_to_go, importance = jax.jit(whiten), jax.jit(kl_return_to_go), jax.jit(
+    truncated_importance)
 groups = hnp.arrays(np.float32, (3, 8), elements=st.floats(0, 1, width=32, allow_subnormal=False))
 rows = hnp.arrays(np.float32, (8, 6), elements=st.floats(-1, 1, width=16, allow_subnormal=False))
 masks = hnp.arrays(np.bool_, (8, 6))
 
 
 def test_leave_one_out_hand_numbers():
-    np.testing.assert_allclose(loo(jnp.array([[1.0, 0.0, 0.5, 0.0]])), [[5 / 6, -0.5, 1 / 6, -0.5]], atol=1e-6)
+    np.testing.assert_allclose(loo(jnp.array([[1.0, 0.0, 0.5, 0.0]])), [[5 / 6, -0.5, 1 / 6, -0.5]],
+                               atol=1e-6)
     np.testing.assert_allclose(loo(jnp.array([[0.9, 0.0]])), [[0.9, -0.9]], atol=1e-6)
 
 
 @hypothesis.given(groups)
 def test_leave_one_out_subtracts_the_mean_of_the_others(rewards):
-    expected = [[group[g] - np.delete(group, g).mean() for g in range(8)] for group in rewards.astype(np.float64)]
+    expected = [[group[g] - np.delete(group, g).mean() for g in range(8)]
+                for group in rewards.astype(np.float64)]
     np.testing.assert_allclose(loo(rewards), expected, atol=1e-6)
 
 
@@ -66,7 +70,7 @@ def test_group_std_divides_by_the_population_std_of_the_rewards(rewards):
 def test_group_std_removes_alpha_in_an_all_correct_group():
     correct, lengths = jnp.ones((1, 4), bool), jnp.array([[100, 120, 150, 400]])
     weak, strong = (length_rewards(correct, lengths, alpha=alpha) for alpha in (0.05, 0.4))
-    np.testing.assert_allclose(loo(strong), 8 * loo(weak), rtol=1e-4)               # the default keeps the dial
+    np.testing.assert_allclose(loo(strong), 8 * loo(weak), rtol=1e-4)  # the default keeps alpha
     np.testing.assert_allclose(by_std(loo(strong), strong), by_std(loo(weak), weak), rtol=1e-3)
 
 
@@ -89,9 +93,11 @@ def test_whitened_tokens_have_mean_zero_and_variance_one(values, mask):
     np.testing.assert_array_equal(result[~mask], 0)
 
 
-@pytest.mark.parametrize("mask", [np.zeros((2, 3), bool), np.ones((2, 3), bool)], ids=["no tokens", "equal advantages"])
+@pytest.mark.parametrize("mask", [np.zeros((2, 3), bool), np.ones((2, 3), bool)],
+                         ids=["no tokens", "equal advantages"])
 def test_whiten_without_spread_is_zero(mask):
-    np.testing.assert_allclose(white(np.full((2, 3), 0.7, np.float32), mask), np.zeros((2, 3)), atol=2e-3)
+    np.testing.assert_allclose(white(np.full((2, 3), 0.7, np.float32), mask), np.zeros((2, 3)),
+                               atol=2e-3)
 
 
 def test_padding_never_reaches_the_result():
@@ -110,7 +116,8 @@ def test_kl_return_to_go_hand_numbers():
 def test_truncated_importance_hand_numbers():
     trained, sampled = np.log([[0.5, 0.2, 0.3, 0.9]]), np.log([[0.5, 0.4, 0.1, 0.1]])
     mask = np.array([[True, True, True, False]])
-    weights = importance(trained.astype(np.float32), sampled.astype(np.float32), mask, np.float32(2))
+    weights = importance(trained.astype(np.float32), sampled.astype(np.float32), mask,
+                         np.float32(2))
     np.testing.assert_allclose(weights, [[1.0, 0.5, 2.0, 0.0]], rtol=1e-6)
 
 
@@ -141,8 +148,9 @@ def test_one_device_equals_eight():
 
 def test_each_compiles_once_and_returns_float32():
     group, row, mask = jnp.ones((2, 4)), jnp.ones((2, 4)), jnp.ones((2, 4), bool)
-    for function, inputs in ((leave_one_out, (group,)), (group_std, (group, group)), (whiten, (row, mask)),
-                             (kl_return_to_go, (row, mask)), (truncated_importance, (row, row, mask, 2.0))):
+    for function, inputs in ((leave_one_out, (group,)), (group_std, (group, group)),
+                             (whiten, (row, mask)), (kl_return_to_go, (row, mask)),
+                             (truncated_importance, (row, row, mask, 2.0))):
         compiled = jax.jit(functools.partial(function))     # a cache of its own
         for _ in range(3):
             result = compiled(*inputs)

@@ -1,4 +1,4 @@
-"""Alpha that follows evaluations: its direction, its bounds, and that it settles where it was told to."""
+"""Alpha that follows evaluations: its direction, its bounds, and that it settles on its target."""
 
 import pytest
 
@@ -15,13 +15,15 @@ def test_alpha_follows_the_tokens():
     assert moved(ratio=0.6, target_tokens=0.5) == pytest.approx(0.12)
     assert moved(ratio=0.4, target_tokens=0.5) == pytest.approx(0.08)
     assert moved(ratio=0.5, target_tokens=0.5) == 0.1
-    assert moved(ratio=1.0, target_tokens=0.3) == pytest.approx(0.15)        # at most half more at a time
+    assert moved(ratio=1.0, target_tokens=0.3) == pytest.approx(0.15)  # at most half more at a time
 
 
 def test_accuracy_goes_first():
-    assert moved(ratio=1.0, drop=1.5, target_tokens=0.5, max_accuracy_drop=1.0) == pytest.approx(0.1 / 1.5)
+    alpha = moved(ratio=1.0, drop=1.5, target_tokens=0.5, max_accuracy_drop=1.0)
+    assert alpha == pytest.approx(0.1 / 1.5)
     assert moved(ratio=1.0, drop=1.0, target_tokens=0.5, max_accuracy_drop=1.0) > 0.1
-    assert moved(drop=0.5, max_accuracy_drop=1.0) == pytest.approx(0.15)     # no target: as short as accuracy allows
+    # no target: as short as accuracy allows
+    assert moved(drop=0.5, max_accuracy_drop=1.0) == pytest.approx(0.15)
 
 
 def test_alpha_stays_within_its_bounds():
@@ -40,4 +42,5 @@ def test_it_settles_at_the_target():
 
 def test_without_either_alpha_does_not_move():
     assert not alpha_control.is_on(RewardConfig())
-    assert alpha_control.is_on(RewardConfig(target_tokens=0.5)) and alpha_control.is_on(RewardConfig(max_accuracy_drop=0.0))
+    assert alpha_control.is_on(RewardConfig(target_tokens=0.5)) and alpha_control.is_on(
+        RewardConfig(max_accuracy_drop=0.0))

@@ -28,8 +28,8 @@ def state_on(target, step=0):
     state = initial(place(QWEN2, weights(QWEN2), target))
     leaves, tree = jax.tree.flatten(state)
     generator = np.random.default_rng(step)
-    filled = [jax.device_put((generator.standard_normal(leaf.shape) * 100).astype(leaf.dtype), leaf.sharding)
-              for leaf in leaves]
+    filled = [jax.device_put((generator.standard_normal(leaf.shape) * 100).astype(leaf.dtype),
+                             leaf.sharding) for leaf in leaves]
     abstract = checkpoints.abstract(jax.eval_shape(initial, model.abstract_params(QWEN2)), targets)
     return jax.tree.unflatten(tree, filled), abstract
 
@@ -101,17 +101,20 @@ def test_a_half_written_checkpoint_of_a_crash_is_not_seen(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-def test_a_save_that_fails_is_one_clear_error_and_leaves_the_older_ones(tmp_path, monkeypatch, capfd):
+def test_a_save_that_fails_is_one_clear_error_and_leaves_the_older_ones(tmp_path, monkeypatch,
+                                                                        capfd):
     def failing(*args, **kwargs):
-        raise ValueError("RESOURCE_EXHAUSTED: Failed to write\n 9 bytes: No space [os_error_code='28']")
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: Failed to write\n 9 bytes: No space [os_error_code='28']")
 
     with pytest.raises(UserError) as caught, Checkpoints(tmp_path, keep=2) as saved:
         for step in (1, 2):
             saved.save(step, vector(step), facts={"wall_seconds": 0})
         monkeypatch.setattr(saved._checkpointer, "save_checkpointables", failing)
         saved.save(3, vector(3), facts={"wall_seconds": 0})
-    assert str(caught.value) == (f"{tmp_path / '3'}: the checkpoint cannot be written (No space left on device); "
-                                 "the newest complete one is step 2")
+    assert str(caught.value) == (
+        f"{tmp_path / '3'}: the checkpoint cannot be written (No space left on device); "
+        "the newest complete one is step 2")
     assert steps_in(tmp_path) == [1, 2]
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.restore(ABSTRACT_VECTOR)[0]["weights"][0] == 2

@@ -1,4 +1,5 @@
-"""Which reward a configuration names, with what parameters, and what is said of one that cannot be used."""
+"""Which reward a configuration names, with what parameters, and what is said of one that cannot be
+used."""
 
 import inspect
 import re
@@ -98,9 +99,12 @@ def test_alpha_is_an_argument_and_compiles_once():
 
 
 @pytest.mark.parametrize(("form", "parameters", "given"), [
-    ("kimi", None, {}), ("kimi", "weight=0.5", {"weight": 0.5}), ("alp", " scale = 1e-4 ", {"scale": 1e-4}),
-    ("l1_max", "target=150,scale=3e-3", {"target": 150, "scale": 3e-3}), ("l1_exact", "target=2e2", {"target": 200}),
-    ("limit", "limit=150", {"limit": 150}), ("laser", "bonus=1,target=150", {"target": 150, "bonus": 1}),
+    ("kimi", None, {}), ("kimi", "weight=0.5", {"weight": 0.5}),
+    ("alp", " scale = 1e-4 ", {"scale": 1e-4}),
+    ("l1_max", "target=150,scale=3e-3", {"target": 150, "scale": 3e-3}),
+    ("l1_exact", "target=2e2", {"target": 200}),
+    ("limit", "limit=150", {"limit": 150}), ("laser", "bonus=1,target=150",
+                                             {"target": 150, "bonus": 1}),
     ("soft_overlong", "limit=200, buffer=100", {"limit": 200, "buffer": 100}), ("gr3", None, {}),
     ("shorter_better", "", {}), ("efficient", "eps=1", {"eps": 1, "alpha": np.float32(0.2)}),
 ])
@@ -112,7 +116,8 @@ def test_a_name_is_its_function_with_its_parameters(form, parameters, given):
 
 
 def test_every_published_reward_has_a_name():
-    public = {function for name, function in vars(rewards).items() if callable(function) and not name.startswith("_")}
+    public = {function for name, function in vars(rewards).items()
+              if inspect.isfunction(function) and not name.startswith("_")}
     assert set(configured_reward.FORMS.values()) == public
 
 
@@ -122,7 +127,8 @@ def test_the_documentation_names_every_form_with_its_parameters():
             if line.startswith("| `") and len(row := re.split(r"(?<!\\)\|", line)) > 5}
     assert rows.keys() == configured_reward.FORMS.keys()
     for form, function in configured_reward.FORMS.items():
-        documented = dict((text.split("=") + [None])[:2] for text in re.findall("`([^`]+)`", rows[form]))
+        documented = dict((text.split("=") + [None])[:2] for text in re.findall("`([^`]+)`",
+                                                                                rows[form]))
         taken = {name: each.default for name, each in inspect.signature(function).parameters.items()
                  if each.kind == each.KEYWORD_ONLY and name != "alpha"}
         assert documented.keys() == taken.keys(), form
@@ -154,15 +160,17 @@ NAMES = "efficient, kimi, l1_exact, l1_max, soft_overlong, limit, laser, alp, gr
     ("mine:", None, "reward.form mine:: it must have the form module:function"),
     ("kimi", "weight", "reward.parameters must be NAME=VALUE,NAME=VALUE, got 'weight'"),
     ("kimi", "weight=1,", "reward.parameters must be NAME=VALUE,NAME=VALUE, got 'weight=1,'"),
-    ("kimi", "weight=1,weight=2", "reward.parameters must be NAME=VALUE,NAME=VALUE with each name once, "
-     "got weight twice"),
+    ("kimi", "weight=1,weight=2",
+     "reward.parameters must be NAME=VALUE,NAME=VALUE with each name once, got weight twice"),
     ("kimi", "weight=much", "reward.parameters: weight must be a finite number, got 'much'"),
     ("kimi", "weight=nan", "reward.parameters: weight must be a finite number, got 'nan'"),
     ("kimi", "weight=-1", "reward.parameters: weight must be >= 0, got -1"),
     ("kimi", "target=1", "reward.parameters of kimi must be of weight, got target"),
     ("kimi", "correct=1", "reward.parameters of kimi must be of weight, got correct"),
-    ("l1_max", None, "reward.parameters must have target=NUMBER: l1_max has no default for it, got null"),
-    ("laser", "bonus=1", "reward.parameters must have target=NUMBER: laser has no default for it, got bonus=1"),
+    ("l1_max", None,
+     "reward.parameters must have target=NUMBER: l1_max has no default for it, got null"),
+    ("laser", "bonus=1",
+     "reward.parameters must have target=NUMBER: laser has no default for it, got bonus=1"),
     ("efficient", "alpha=0.1", "reward.parameters must not hold alpha: it is reward.alpha"),
 ])
 def test_mistakes_are_told_before_anything_else(form, parameters, message):
@@ -173,14 +181,17 @@ def test_mistakes_are_told_before_anything_else(form, parameters, message):
 
 
 @pytest.mark.parametrize(("form", "parameters", "message"), [
-    ("no_such_module:reward", None, "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
-    ("own_reward:nope", None, "cannot be imported: AttributeError: module 'own_reward' has no attribute 'nope'"),
+    ("no_such_module:reward", None,
+     "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("own_reward:nope", None,
+     "cannot be imported: AttributeError: module 'own_reward' has no attribute 'nope'"),
     ("broken_reward:reward", None, "cannot be imported: RuntimeError: a line and another"),
     ("own_reward:number", None, "cannot be called, it is of type int"),
     ("own_reward:one", None, "it must take correct and lengths, it takes correct"),
-    ("own_reward:of_group", None, "must return an array of the shape of its arguments, prompts x responses [3, 4], "
-     "got [3]"),
-    ("own_reward:nothing", None, "calling it failed: TypeError: it returned NoneType, expected an array"),
+    ("own_reward:of_group", None,
+     "must return an array of the shape of its arguments, prompts x responses [3, 4], got [3]"),
+    ("own_reward:nothing", None,
+     "calling it failed: TypeError: it returned NoneType, expected an array"),
     ("own_reward:raises", None, "calling it failed: KeyError: 'no such column'"),
     ("own_reward:on_host", None, "must be of JAX operations alone, so that it can be compiled; "
      "TracerArrayConversionError: "),
@@ -189,7 +200,7 @@ def test_mistakes_are_told_before_anything_else(form, parameters, message):
 ])
 def test_a_function_that_cannot_be_used_is_told_at_once(own, form, parameters, message):
     reward = RewardConfig(form=form, parameters=parameters)
-    configured_reward.check(reward)                                   # nothing of the user's is imported for this
+    configured_reward.check(reward)  # nothing of the user's is imported for this
     with pytest.raises(UserError) as error:
         configured_reward.make_reward(reward)
     assert str(error.value).startswith(f"reward.form {form}: {message}")
@@ -197,9 +208,12 @@ def test_a_function_that_cannot_be_used_is_told_at_once(own, form, parameters, m
 
 
 @pytest.mark.parametrize(("form", "parameters", "message"), [
-    ("own_reward:priced", "cost=1", "reward.parameters of own_reward:priced must be of price, got cost"),
-    ("own_reward:plain", "cost=1", "reward.parameters of own_reward:plain must be of no name, got cost"),
-    ("own_reward:Table.method", None, "reward.parameters must have target=NUMBER: own_reward:Table.method has no "
+    ("own_reward:priced", "cost=1",
+     "reward.parameters of own_reward:priced must be of price, got cost"),
+    ("own_reward:plain", "cost=1",
+     "reward.parameters of own_reward:plain must be of no name, got cost"),
+    ("own_reward:Table.method", None,
+     "reward.parameters must have target=NUMBER: own_reward:Table.method has no "
      "default for it, got null"),
 ])
 def test_parameters_of_a_function_of_ones_own_are_those_it_takes(own, form, parameters, message):

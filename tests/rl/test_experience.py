@@ -1,4 +1,5 @@
-"""What a step's responses earn: experience against a NumPy oracle for every option, and the baselines against gradients."""
+"""What a step's responses earn: experience against a NumPy oracle for every option, and the
+baselines against gradients."""
 
 import dataclasses
 import functools
@@ -33,7 +34,7 @@ def settings(form="none", coefficient=0.05, alpha=0.3, whiten=False, group_std=F
 
 @functools.cache
 def logprobs():
-    """Rubbish, some of it not finite, stands outside the responses."""
+    """Rubbish, some of it not finite, is outside the responses."""
     generator = np.random.default_rng(0)
     old, reference = generator.normal(-1, 0.5, (2, PROMPTS * GROUP, POSITIONS)).astype(np.float32)
     inside = mask_in_numpy()
@@ -56,24 +57,28 @@ def mask_in_numpy(lengths=LENGTHS):
 
 def one_a_row():
     """Rows that hold the responses as they are: [U, M, R, N] = [1, 1, B, T], all else left out."""
-    response_index = np.arange(PROMPTS * GROUP * POSITIONS, dtype=np.int32).reshape(1, 1, -1, POSITIONS)
-    return Packed(groups=(Rows(tokens=None, targets=None, positions=None, segments=None, response_index=response_index),),
-                  counts=(np.ones(1, np.int32),), token_index=None)
+    response_index = np.arange(PROMPTS * GROUP * POSITIONS, dtype=np.int32).reshape(1, 1, -1,
+                                                                                    POSITIONS)
+    return Packed(groups=(Rows(tokens=None, targets=None, positions=None, segments=None,
+                               response_index=response_index),), counts=(np.ones(1, np.int32),),
+                  token_index=None)
 
 
 def kernel(config):
-    return functools.partial(
-        make_experience, reward=configured_reward.make_reward(config.reward), objective=make_objective(config),
-        importance_cap=config.update.importance_cap, min_reward_spread=config.rollout.min_reward_spread)
+    return functools.partial(make_experience, reward=configured_reward.make_reward(config.reward),
+                             objective=make_objective(config),
+                             importance_cap=config.update.importance_cap,
+                             min_reward_spread=config.rollout.min_reward_spread)
 
 
 def credited(config, correct=CORRECT, lengths=LENGTHS):
     step = jax.jit(kernel(config))
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        found = jax.device_get(step(correct, lengths, np.float32(config.reward.alpha), sampled(), *logprobs(),
-                                    one_a_row()))
+        found = jax.device_get(step(correct, lengths, np.float32(config.reward.alpha), sampled(),
+                                    *logprobs(), one_a_row()))
     rows = ("weights", "advantages", "old_logprobs", "reference_logprobs")
-    experience = types.SimpleNamespace(**{name: getattr(found.experience[0], name)[0, 0] for name in rows})
+    experience = types.SimpleNamespace(**{name: getattr(found.experience[0], name)[0, 0]
+                                          for name in rows})
     experience.mask = experience.weights > 0
     return experience, found.rewards, found.metrics
 
@@ -107,8 +112,10 @@ def oracle(config):
     if (cap := config.update.importance_cap) is not None:
         advantages[mask] *= np.minimum(np.exp((old - sampled())[mask]), cap)
     signal = np.mean([len(set(row.tolist())) > 1 for row in np.round(rewards, 9)])
-    return rewards, mask, advantages, {"reward/mean": rewards.mean(), "reward/groups_with_signal": signal,
-                                       "reward/kl": np.mean(drifts), "rollout/mismatch": gaps.mean(),
+    return rewards, mask, advantages, {"reward/mean": rewards.mean(),
+                                       "reward/groups_with_signal": signal,
+                                       "reward/kl": np.mean(drifts),
+                                       "rollout/mismatch": gaps.mean(),
                                        "rollout/mismatch_max": gaps.max()}
 
 
@@ -123,12 +130,15 @@ def test_experience_is_the_oracle(form, whiten, group_std, importance_cap):
     np.testing.assert_allclose(reward, rewards, atol=1e-6)
     np.testing.assert_array_equal(experience.mask, mask)
     np.testing.assert_allclose(experience.advantages, worth, rtol=1e-4, atol=1e-5)
-    assert metrics.keys() == expected.keys() | {f"{kind}/{part}" for kind in ("update_share", "length_pull") for part in PARTS}
+    assert metrics.keys() == expected.keys() | {f"{kind}/{part}" for kind in ("update_share",
+                                                                              "length_pull")
+                                                for part in PARTS}
     for name, value in expected.items():
         assert float(metrics[name]) == pytest.approx(value, abs=1e-5), name
     np.testing.assert_array_equal(experience.old_logprobs, logprobs()[0])
     np.testing.assert_array_equal(experience.reference_logprobs, logprobs()[1])
-    assert {leaf.dtype.name for leaf in (reward, experience.advantages, *metrics.values())} == {"float32"}
+    assert {leaf.dtype.name for leaf in (reward, experience.advantages,
+                                         *metrics.values())} == {"float32"}
 
 
 def test_groups_without_a_difference_give_exactly_nothing():
@@ -139,7 +149,8 @@ def test_groups_without_a_difference_give_exactly_nothing():
 
 def test_all_wrong_is_finite_and_nothing():
     for whiten, group_std in itertools.product((False, True), repeat=2):
-        experience, reward, metrics = credited(settings(whiten=whiten, group_std=group_std), np.zeros_like(CORRECT))
+        experience, reward, metrics = credited(settings(whiten=whiten, group_std=group_std),
+                                               np.zeros_like(CORRECT))
         assert not reward.any() and not experience.advantages.any()
         assert float(metrics["reward/groups_with_signal"]) == 0
 
@@ -152,7 +163,8 @@ def test_alpha_0_rewards_correctness_alone():
 
 def test_empty_responses_cost_nothing():
     empty = np.zeros_like(LENGTHS)
-    experience, reward, metrics = credited(settings("reward", whiten=True), np.zeros_like(CORRECT), empty)
+    experience, reward, metrics = credited(settings("reward", whiten=True), np.zeros_like(CORRECT),
+                                           empty)
     assert not experience.mask.any() and not experience.advantages.any() and not reward.any()
     assert all(np.isfinite(value) for value in metrics.values())
 
@@ -167,7 +179,8 @@ def shares(metrics, kind="update_share"):
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("form", ["none", "reward", "loss"])
-def test_the_shares_of_the_pressure_add_up_and_the_pulls_are_those_of_the_advantages(form, whiten, aggregation):
+def test_the_shares_of_the_pressure_add_up_and_the_pulls_are_those_of_the_advantages(form, whiten,
+                                                                                     aggregation):
     experience, _, metrics = credited(settings(form, whiten=whiten, aggregation=aggregation))
     found = shares(metrics)
     assert sum(found.values()) == pytest.approx(1, abs=1e-5) and min(found.values()) >= 0
@@ -177,43 +190,52 @@ def test_the_shares_of_the_pressure_add_up_and_the_pulls_are_those_of_the_advant
         if aggregation == "sequence_mean":
             of_responses *= LENGTHS.mean() / LENGTHS
         whole = advantages.length_pull(of_responses, LENGTHS)
-        assert sum(shares(metrics, "length_pull").values()) == pytest.approx(float(whole), rel=1e-4, abs=1e-5)
+        assert sum(shares(metrics, "length_pull").values()) == pytest.approx(float(whole), rel=1e-4,
+                                                                             abs=1e-5)
 
 
 def test_alpha_alone_makes_length_pressure():
     assert shares(credited(settings(alpha=0.0))[2])["length"] == 0
-    weak, strong = (shares(credited(settings(alpha=alpha))[2], "length_pull") for alpha in (0.1, 0.4))
+    weak, strong = (shares(credited(settings(alpha=alpha))[2], "length_pull")
+                    for alpha in (0.1, 0.4))
     assert strong["length"] == pytest.approx(4 * weak["length"], rel=1e-4)      # linear in alpha
     assert strong["length"] < 0 and strong["accuracy"] == weak["accuracy"]
 
 
 def test_whitening_pulls_on_length_at_alpha_0():
-    lengths, right = np.array([[1, 2, 14, 15]] * PROMPTS, np.int32), np.array([[1, 1, 0, 0]] * PROMPTS, bool)
+    lengths, right = np.array([[1, 2, 14, 15]] * PROMPTS, np.int32), np.array([[1, 1, 0, 0]]
+                                                                              * PROMPTS, bool)
 
     def pull(**learning):
-        return shares(credited(settings(alpha=0.0, whiten=True, **learning), right, lengths)[2], "length_pull")
+        return shares(credited(settings(alpha=0.0, whiten=True, **learning), right, lengths)[2],
+                      "length_pull")
 
-    # What is wrong is long, and longer responses count more in the mean: it is below 0 and taking it away lifts all,
-    # which under a mean over each one's tokens lifts those of short responses most.
+    # What is wrong is long, and longer responses count more in the mean: it is below 0 and taking
+    # it away lifts all, which under a mean over each one's tokens lifts those of short responses
+    # most.
     assert pull(aggregation="sequence_mean")["normalisation"] < -0.1
     assert pull()["normalisation"] == pytest.approx(0, abs=1e-6)
     assert pull()["length"] == 0
 
 
-# The baselines: what a token is worth gives, in the policy gradient, the gradient of their own losses
+# The baselines: what a token is worth gives, in the policy gradient, the gradient of their own
+# losses
 
 
 def gradient_of_experience(config):
-    """d loss / d log-prob of each token, of the update's loss at the policy that was scored: float32[B, T]."""
+    """d loss / d log-prob of each token, of the update's loss at the policy that was scored:
+    float32[B, T]."""
     found = kernel(config)(CORRECT, LENGTHS, np.float32(0.3), sampled(), *logprobs(), one_a_row())
     (experience,) = jax.tree.map(lambda values: values[0, 0], found.experience)
     old = jnp.where(mask_in_numpy(), logprobs()[0], 0.0)
-    return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(old)
+    return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2,
+                                                   kl_loss_coefficient=0.0)[0])(old)
 
 
 def test_imitation_has_the_gradient_of_supervised_learning_on_the_shortest_correct():
     chosen = np.zeros((PROMPTS, GROUP), bool)
-    chosen[[0, 1, 3, 4], [2, 0, 2, 0]] = True           # of lengths 1, 2, 5, and the first of four equal ones
+    # of lengths 1, 2, 5, and the first of four equal ones
+    chosen[[0, 1, 3, 4], [2, 0, 2, 0]] = True
     learnt = mask_in_numpy() & chosen.reshape(-1, 1)
     np.testing.assert_allclose(gradient_of_experience(settings(objective="sft_shortest")),
                                -learnt.astype(np.float32) / learnt.sum(), rtol=1e-6)
@@ -221,7 +243,8 @@ def test_imitation_has_the_gradient_of_supervised_learning_on_the_shortest_corre
 
 def test_preference_has_the_gradient_of_dpo():
     old, reference = (np.where(mask_in_numpy(), values, 0.0) for values in logprobs())
-    pairs = [((0, 2), (0, 3)), ((1, 0), (1, 3))]        # the other groups: none right, one right, all equally long
+    # the other groups: none right, one right, all equally long
+    pairs = [((0, 2), (0, 3)), ((1, 0), (1, 3))]
 
     def loss(now):
         margins = jnp.sum(now - reference, axis=-1, where=mask_in_numpy()).reshape(PROMPTS, GROUP)
@@ -229,7 +252,8 @@ def test_preference_has_the_gradient_of_dpo():
                                    for chosen, rejected in pairs]))
 
     config = settings(objective="dpo", dpo_beta=0.1)
-    np.testing.assert_allclose(gradient_of_experience(config), jax.grad(loss)(jnp.asarray(old)), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(gradient_of_experience(config), jax.grad(loss)(jnp.asarray(old)),
+                               rtol=1e-4, atol=1e-7)
     _, _, metrics = credited(config)
     assert float(metrics["dpo/loss"]) == pytest.approx(float(loss(jnp.asarray(old))), rel=1e-5)
     assert float(metrics["dpo/pairs"]) == pytest.approx(2 / 5)

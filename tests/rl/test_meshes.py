@@ -34,15 +34,15 @@ from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem, Rollouts
 
 WHOLE = read_config(SHIPPED_REASONER)
-DECODER = dataclasses.replace(WHOLE, layers=2)      # four take twice as long to compile, sixteen times
+DECODER = dataclasses.replace(WHOLE, layers=2)  # four take twice as long to compile, sixteen times
 PROMPTS, GROUP, LONGEST, GREEDY = 4, 4, 60, 24
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(shape) == 8
           and DECODER.kv_heads % shape[2] == 0 and DECODER.width % shape[1] == 0]
 
 
 def problems():
-    return [Problem(uid=uid, prompt=np.arange(2 + uid, 9 + 3 * uid, dtype=np.int32), text="", reference="", level="all")
-            for uid in range(PROMPTS)]
+    return [Problem(uid=uid, prompt=np.arange(2 + uid, 9 + 3 * uid, dtype=np.int32), text="",
+                    reference="", level="all") for uid in range(PROMPTS)]
 
 
 def rollouts_of(tokens):
@@ -52,23 +52,28 @@ def rollouts_of(tokens):
     lengths[0, :2] = 1, LONGEST
     prompts = [problem.prompt for problem in problems()]
     sizes = np.array([len(prompt) for prompt in prompts], np.int32)
-    return Rollouts(prompts=np.stack([np.pad(prompt, (0, sizes.max() - len(prompt))) for prompt in prompts]),
+    return Rollouts(prompts=np.stack([np.pad(prompt, (0, sizes.max() - len(prompt)))
+                                      for prompt in prompts]),
                     prompt_lengths=sizes, lengths=lengths,
-                    tokens=generator.integers(2, tokens, (PROMPTS, GROUP, LONGEST)).astype(np.int32),
+                    tokens=generator.integers(2, tokens,
+                                              (PROMPTS, GROUP, LONGEST)).astype(np.int32),
                     logprobs=np.zeros((PROMPTS, GROUP, LONGEST), np.float32),
                     finish=np.full(lengths.shape, "eos"), repeated=np.zeros(lengths.shape, bool))
 
 
 def settings(shape):
-    return Config(model=ModelConfig(dtype="float32", remat="none"), data=DataConfig(max_prompt_tokens=20),
-                  rollout=RolloutConfig(prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=LONGEST),
+    return Config(model=ModelConfig(dtype="float32", remat="none"),
+                  data=DataConfig(max_prompt_tokens=20),
+                  rollout=RolloutConfig(prompts_per_step=PROMPTS, group_size=GROUP,
+                                        max_new_tokens=LONGEST),
                   update=UpdateConfig(rows_per_micro_batch=8, learning_rate=1e-3, warmup_updates=0),
                   mesh=MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True))))
 
 
 def weights():
     params = read_weights(SHIPPED_REASONER, WHOLE)
-    return jax.device_get(params | {"layers": {name: leaf[:2] for name, leaf in params["layers"].items()}})
+    return jax.device_get(params | {"layers": {name: leaf[:2] for name,
+                                               leaf in params["layers"].items()}})
 
 
 @functools.cache
@@ -82,7 +87,8 @@ def found(shape):
         sample = rollouts.make_sampler(DECODER, target, slots=8, chunk=8, max_positions=64)
         requests = make_requests([problem.prompt for problem in problems()], 2, GREEDY)
         responses = [response for chunk in sample(params, requests, jax.random.key(0),
-                                                  SamplingParams(temperature=0, eos_ids=())) for response in chunk]
+                                                  SamplingParams(temperature=0, eos_ids=()))
+                     for response in chunk]
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
         state = learning.init(params)
         packed = learning.pack(rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0)

@@ -1,4 +1,4 @@
-"""Rows: every sequence stands in one of them, whole and in order, whatever the widths, updates and
+"""Rows: every sequence is in one of them, whole and in order, whatever the widths, updates and
 column order."""
 
 import hypothesis
@@ -13,16 +13,19 @@ from effreason.types import Rollouts
 
 
 def rollouts_of(prompt_lengths, lengths):
-    """Tokens that say where they belong: 100 p + position in prompts, 1000 (p + 1) + 100 g +
+    """Tokens that say what they are: 100 p + position in prompts, 1000 (p + 1) + 100 g +
     position in responses."""
     prompt_lengths, lengths = np.array(prompt_lengths, np.int32), np.array(lengths, np.int32)
     prompts, group_size = lengths.shape
     prompt = 100 * np.arange(prompts)[:, None] + np.arange(prompt_lengths.max())
     at = np.arange(lengths.max())
-    response = 1000 * (1 + np.arange(prompts)[:, None, None]) + 100 * np.arange(group_size)[None, :, None] + at
+    response = (1000 * (1 + np.arange(prompts)[:, None, None])
+                + 100 * np.arange(group_size)[None, :, None] + at)
     return Rollouts(
-        prompts=np.where(np.arange(prompt_lengths.max()) < prompt_lengths[:, None], prompt, -1).astype(np.int32),
-        prompt_lengths=prompt_lengths, tokens=np.where(at < lengths[..., None], response, -1).astype(np.int32),
+        prompts=np.where(np.arange(prompt_lengths.max()) < prompt_lengths[:, None], prompt,
+                         -1).astype(np.int32),
+        prompt_lengths=prompt_lengths, tokens=np.where(at < lengths[..., None], response,
+                                                       -1).astype(np.int32),
         lengths=lengths, logprobs=np.zeros((*lengths.shape, lengths.max()), np.float32),
         finish=np.full(lengths.shape, "eos"), repeated=np.zeros(lengths.shape, bool))
 
@@ -42,23 +45,30 @@ def test_two_sequences_share_a_row():
     packed = packing.pack(rollouts_of([2, 3], [[50, 30], [20, 27]]), rows=1, width=64, slots=60)
     (rows,), (count,) = packed.groups, packed.counts
     assert rows.tokens.shape == (1, 4, 1, 64) and count.tolist() == [3]
-    # 52 and 32 + 30 in 64 positions, then 23: the longest first, each where it fits first.
+    # 52 and 32 + 30 in 64 positions, then 23: the longest first, each into the first that fits.
     np.testing.assert_array_equal(rows.segments[0, :3, 0, [0, 51, 52, 63]].T,
                                   [[1, 1, 0, 0], [1, 2, 2, 0], [1, 0, 0, 0]])
     second = {name: getattr(rows, name)[0, 1, 0]
               for name in ("tokens", "targets", "positions", "response_index")}
-    assert second["tokens"][:4].tolist() == [0, 1, 1100, 1101] and second["tokens"][32:37].tolist() == [
-        100, 101, 102, 2100, 2101]
-    assert second["targets"][:3].tolist() == [1, 1100, 1101] and second["targets"][[31, 61]].tolist() == [0, 0]
+    assert second["tokens"][:4].tolist() == [0, 1, 1100,
+                                             1101] and second["tokens"][32:37].tolist() == [100,
+                                                                                            101,
+                                                                                            102,
+                                                                                            2100,
+                                                                                            2101]
+    assert second["targets"][:3].tolist() == [1, 1100, 1101]
+    assert second["targets"][[31, 61]].tolist() == [0, 0]
     assert second["positions"][[0, 31, 32, 61]].tolist() == [0, 31, 0, 29]
     # T = 60: response b at 60 b
     assert second["response_index"][[0, 1, 30, 31]].tolist() == [4 * 60, 60, 60 + 29, 4 * 60]
-    assert not rows.tokens[0, 3].any() and packing.packing_efficiency(packed) == pytest.approx((52 + 32 + 30 + 23) / (3 * 64))
+    assert not rows.tokens[0, 3].any()
+    assert packing.packing_efficiency(packed) == pytest.approx((52 + 32 + 30 + 23) / (3 * 64))
 
 
-@hypothesis.given(st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(0, 90), min_size=4, max_size=4)),
-                           min_size=1, max_size=4),
-                  st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.booleans())
+@hypothesis.given(st.lists(st.tuples(st.integers(1, 40),
+                                     st.lists(st.integers(0, 90), min_size=4, max_size=4)),
+                           min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([1, 2, 4]),
+                  st.sampled_from([1, 2, 4]), st.booleans())
 def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updates, context,
                                                              one_per_row):
     rollouts = rollouts_of([prompt for prompt, _ in groups],
@@ -70,7 +80,7 @@ def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updat
     for table, counts in zip(in_row_order(packed, context), packed.counts, strict=True):
         for which in range(updates):
             used = counts[which] * rows
-            # nothing behind the rows that are counted
+            # nothing after the rows that are counted
             assert not table["segments"][which, used:].any()
             for row in range(used):
                 segments = table["segments"][which, row]
@@ -84,14 +94,17 @@ def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updat
                     seen.append((prompt, sample))
                     member, length = 4 * prompt + sample, rollouts.lengths[prompt, sample]
                     assert member % updates == which
-                    np.testing.assert_array_equal(tokens, np.concatenate(
-                        [rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]]))
+                    np.testing.assert_array_equal(tokens,
+                                                  np.concatenate([rollouts.prompts[prompt, :start],
+                                                                  rollouts.tokens[prompt, sample,
+                                                                                  :length]]))
                     np.testing.assert_array_equal(table["targets"][which, row, here],
                                                   [*tokens[1:], 0])
                     np.testing.assert_array_equal(table["positions"][which, row, here],
                                                   np.arange(len(tokens)))
                     response_index = np.full(len(tokens), none)
-                    response_index[start - 1 : -1] = member * packed.token_index.shape[1] + np.arange(length)
+                    response_index[start - 1 : -1] = member * packed.token_index.shape[
+                        1] + np.arange(length)
                     np.testing.assert_array_equal(table["response_index"][which, row, here],
                                                   response_index)
     assert sorted(seen) == [(prompt, sample) for prompt in range(len(groups))
@@ -115,9 +128,11 @@ def test_token_index_finds_what_response_index_scattered(context, one_per_row):
     np.testing.assert_array_equal(line[packed.token_index], values)
 
 
-@pytest.mark.parametrize(("longest", "context", "width"), [
-    (64, 1, 64), (65, 1, 96), (96, 8, 96), (65, 64, 128), (1024, 1, 1024), (1025, 1, 1536), (32_512, 4, 32_768),
-    (32_512, 8, 32_768), (32_512, 16, 32_768), (5_000, 8, 16_384), (4_095, 1, 4_096), (4_097, 1, 6_144)])
+@pytest.mark.parametrize(("longest", "context", "width"),
+                         [(64, 1, 64), (65, 1, 96), (96, 8, 96), (65, 64, 128), (1024, 1, 1024),
+                          (1025, 1, 1536), (32_512, 4, 32_768), (32_512, 8, 32_768),
+                          (32_512, 16, 32_768), (5_000, 8, 16_384), (4_095, 1, 4_096),
+                          (4_097, 1, 6_144)])
 def test_the_width_of_rows(longest, context, width):
     assert packing.row_width(longest, context) == width
 
@@ -134,8 +149,10 @@ def test_every_step_of_a_run_has_the_same_shapes():
 def test_ragged_responses_fill_their_rows():
     lengths = np.random.default_rng(0).exponential(96, (16, 8)).clip(1, 500).astype(int)
     settings = dict(rows=4, width=packing.row_width(520), slots=500)
-    assert packing.packing_efficiency(packing.pack(rollouts_of([20] * 16, lengths), **settings)) > 0.9
-    assert packing.packing_efficiency(packing.pack(rollouts_of([20] * 16, lengths), **settings, one_sequence_per_row=True)) > 0.45
+    assert packing.packing_efficiency(packing.pack(rollouts_of([20] * 16, lengths),
+                                                   **settings)) > 0.9
+    assert packing.packing_efficiency(packing.pack(rollouts_of([20] * 16, lengths), **settings,
+                                                   one_sequence_per_row=True)) > 0.45
 
 
 def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
@@ -146,7 +163,7 @@ def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
                               one_sequence_per_row=True) == [32_768, 16_384, 8_192, 4_096, 2_048]
     sizes = np.array([30, 12, 11, 9, 7, 5, 3, 3, 2])
     # 30 takes a row of 32 and the second row of the micro-batch is computed with it: 12, 11, 9 fill
-    # it, 2 the first. 7 and 5 then stand in rows of 8, one more of which takes the 3s.
+    # it, 2 the first. 7 and 5 are then in rows of 8, one more of which takes the 3s.
     assert packing.assign_rows(sizes, range(9), [32, 16, 8], rows=2) == [
         [[0, 8], [1, 2, 3]], [], [[4], [5, 6], [7], []]]
     assert packing.assign_rows(sizes[4:], range(5), [32, 16, 8],

@@ -1,4 +1,5 @@
-"""The reward kernel against a NumPy oracle, hand numbers, the method's edge cases and its invariants."""
+"""The reward kernel against a NumPy oracle, hand numbers, the method's edge cases and its
+invariants."""
 
 import doctest
 import functools
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from effreason.rl import advantages, rewards
 from effreason.rl.rewards import length_rewards
 
-kernel = jax.jit(length_rewards)                            # alpha is an array here: one compilation for every alpha
+kernel = jax.jit(length_rewards)  # alpha is an array here: one compilation for every alpha
 GROUP = 8
 alphas = st.floats(0.0, 0.99, allow_subnormal=False)
 lengths_of_a_group = st.lists(st.integers(1, 32_768), min_size=GROUP, max_size=GROUP)
@@ -23,7 +24,8 @@ verdicts_of_a_group = st.lists(st.booleans(), min_size=GROUP, max_size=GROUP)
 
 def rewards_of(correct, lengths, alpha):
     """float32[P, G] on the host, from nested lists."""
-    return np.asarray(kernel(np.asarray(correct, bool), np.asarray(lengths, np.int32), alpha=np.float32(alpha)))
+    return np.asarray(kernel(np.asarray(correct, bool), np.asarray(lengths, np.int32),
+                             alpha=np.float32(alpha)))
 
 
 def sigmoid(z):
@@ -46,18 +48,22 @@ def test_equals_the_numpy_oracle(alpha):
     rng = np.random.default_rng(0)
     correct = rng.random((64, GROUP)) < rng.random((64, 1))
     lengths = np.exp(rng.normal(6.0, 1.0, (64, GROUP))).astype(np.int32) + 1
-    np.testing.assert_allclose(rewards_of(correct, lengths, alpha), oracle(correct, lengths, alpha), atol=2e-6)
+    np.testing.assert_allclose(rewards_of(correct, lengths, alpha), oracle(correct, lengths, alpha),
+                               atol=2e-6)
 
 
 def test_hand_numbers():
-    # Correct lengths 10, 20, 30: mean 20, population std sqrt(200 / 3) = 8.16497, z = -1.224745, 0, 1.224745.
+    # Correct lengths 10, 20, 30: mean 20, population std sqrt(200 / 3) = 8.16497, z = -1.224745, 0,
+    # 1.224745.
     rewards = rewards_of([[True, True, False, True]], [[10, 20, 1000, 30]], 0.4)
-    np.testing.assert_allclose(rewards, [[1 - 0.4 * 0.2271004, 0.8, 0.0, 1 - 0.4 * 0.7728996]], atol=1e-6)
+    np.testing.assert_allclose(rewards, [[1 - 0.4 * 0.2271004, 0.8, 0.0, 1 - 0.4 * 0.7728996]],
+                               atol=1e-6)
 
 
 def test_two_correct_lie_one_std_from_the_mean_whatever_the_gap():
     rewards = rewards_of([[True, True]] * 2, [[5, 6], [5, 5000]], 0.2)
-    np.testing.assert_allclose(rewards, [[1 - 0.2 * sigmoid(-1), 1 - 0.2 * sigmoid(1)]] * 2, atol=1e-6)
+    np.testing.assert_allclose(rewards, [[1 - 0.2 * sigmoid(-1), 1 - 0.2 * sigmoid(1)]] * 2,
+                               atol=1e-6)
 
 
 def test_one_correct_response_scores_one_minus_half_alpha():
@@ -139,7 +145,8 @@ def test_alpha_zero_is_correctness(correct, lengths):
 @hypothesis.given(verdicts_of_a_group, lengths_of_a_group, alphas)
 def test_shorter_never_scores_below_longer_among_the_correct(correct, lengths, alpha):
     right = np.array(correct)
-    rewards = rewards_of([correct], [lengths], alpha)[0][right][np.argsort(np.array(lengths)[right])]
+    rewards = rewards_of([correct], [lengths],
+                         alpha)[0][right][np.argsort(np.array(lengths)[right])]
     assert np.all(np.diff(rewards) <= 0)
 
 
@@ -152,7 +159,8 @@ def test_z_is_at_most_the_root_of_the_other_correct_responses(correct, lengths, 
     assert np.all(rewards <= 1 - alpha * sigmoid(-bound) + 1e-6)
 
 
-# With 8 responses and leave-one-out, the fewest correct ones among which a correct one can have a negative advantage.
+# With 8 responses and leave-one-out, the fewest correct ones among which a correct one can have a
+# negative advantage.
 FEWEST = {0.05: 8, 0.1: 8, 0.2: 8, 0.4: 7, 0.6: 6, 0.9: 4}
 
 
@@ -168,7 +176,9 @@ def test_that_bound_is_reached_by_one_long_response_among_equal_short_ones(alpha
     correct = [[sample < right for sample in range(GROUP)] for right in range(2, GROUP + 1)]
     lengths = [[1000] + [10] * (GROUP - 1)] * len(correct)
     gains = np.asarray(advantages.leave_one_out(rewards_of(correct, lengths, alpha)))
-    assert [right for right in range(2, GROUP + 1) if gains[right - 2, 0] < 0] == list(range(fewest, GROUP + 1))
+    assert [right for right in range(2, GROUP + 1) if gains[right - 2, 0] < 0] == list(range(fewest,
+                                                                                             GROUP
+                                                                                             + 1))
 
 
 def test_compiles_once_and_returns_float32():
@@ -177,10 +187,12 @@ def test_compiles_once_and_returns_float32():
         rewards = reward(jnp.ones((2, 4), bool), jnp.full((2, 4), step + 1, jnp.int32))
     assert rewards.shape == (2, 4) and rewards.dtype == jnp.float32
     assert reward._cache_size() == 1
-    assert jax.jit(length_rewards)(np.ones((1, 2), bool), np.ones((1, 2), np.int64), alpha=0.1).dtype == jnp.float32
+    assert jax.jit(length_rewards)(np.ones((1, 2), bool), np.ones((1, 2), np.int64),
+                                   alpha=0.1).dtype == jnp.float32
 
 
-# The published others: each with parameters of its own, and the formula as its source has it, in float64.
+# The published others: each with parameters of its own, and the formula as its source has it, in
+# float64.
 
 def kimi_oracle(right, tokens, weight):
     if tokens.max() == tokens.min():
@@ -202,16 +214,17 @@ OTHERS = {
     "kimi": ({"weight": 0.4}, kimi_oracle),
     "l1_exact": ({"target": 300, "scale": 3e-4},
                  lambda right, tokens, target, scale: right - scale * np.abs(target - tokens)),
-    "l1_max": ({"target": 300, "scale": 3e-3, "offset": 0.5}, lambda right, tokens, target, scale, offset:
-               right * np.clip(scale * (target - tokens) + offset, 0, 1)),
-    "soft_overlong": ({"limit": 1000, "buffer": 600}, lambda right, tokens, limit, buffer:
-                      right + np.select([tokens <= limit - buffer, tokens <= limit],
-                                        [0, (limit - buffer - tokens) / buffer], -1)),
+    "l1_max": ({"target": 300, "scale": 3e-3, "offset": 0.5}, lambda right, tokens, target, scale,
+               offset: right * np.clip(scale * (target - tokens) + offset, 0, 1)),
+    "soft_overlong": ({"limit": 1000, "buffer": 600}, lambda right, tokens, limit,
+                      buffer: right + np.select([tokens <= limit - buffer, tokens <= limit],
+                                                [0, (limit - buffer - tokens) / buffer], -1)),
     "limit": ({"limit": 300}, lambda right, tokens, limit: right * (tokens <= limit)),
-    "laser": ({"target": 300, "bonus": 0.5}, lambda right, tokens, target, bonus:
-              right + bonus * (right & (tokens <= target))),
+    "laser": ({"target": 300, "bonus": 0.5}, lambda right, tokens, target,
+              bonus: right + bonus * (right & (tokens <= target))),
     "alp": ({"scale": 1e-4}, alp_oracle),
-    "gr3": ({"weight": 0.33}, lambda right, tokens, weight: right / (1 + weight * tokens / tokens.mean())),
+    "gr3": ({"weight": 0.33}, lambda right, tokens, weight: right
+            / (1 + weight * tokens / tokens.mean())),
     "shorter_better": ({"value": 2.0, "scale": 1e-3}, shorter_better_oracle),
 }
 forms = pytest.mark.parametrize("form", sorted(OTHERS))
@@ -231,7 +244,8 @@ def test_others_equal_their_numpy_oracles(form, correct, lengths):
     parameters, oracle = OTHERS[form]
     right, tokens = np.array(correct), np.array(lengths)
     found = np.asarray(kernels[form](right[None], tokens[None].astype(np.int32)))[0]
-    np.testing.assert_allclose(found, oracle(right, tokens.astype(float), **parameters), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, oracle(right, tokens.astype(float), **parameters), rtol=1e-5,
+                               atol=1e-5)
 
 
 @forms
@@ -239,7 +253,8 @@ def test_others_equal_their_numpy_oracles(form, correct, lengths):
 def test_permuting_a_group_permutes_the_rewards_of_others(form, correct, lengths, order):
     right, tokens = np.array([correct]), np.array([lengths], np.int32)
     permuted = np.asarray(kernels[form](right[:, order], tokens[:, order]))
-    np.testing.assert_allclose(permuted, np.asarray(kernels[form](right, tokens))[:, order], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(permuted, np.asarray(kernels[form](right, tokens))[:, order],
+                               rtol=1e-5, atol=1e-5)
 
 
 @forms
@@ -269,9 +284,11 @@ HAND = [
     ("kimi", {"weight": 0.0}, [1, 0], [1, 9], [1, 0]),
     ("kimi", {}, [1, 0, 1], [7, 7, 7], [1, 0, 1]),
     ("l1_exact", {"target": 1000}, [1, 1, 0], [1000, 2000, 500], [1, 0.7, -0.15]),
-    ("l1_max", {"target": 1000}, [1, 1, 1, 1, 0], [1000, 2000, 9000, 1, 1], [0.5, 0.2, 0, 0.7997, 0]),
+    ("l1_max", {"target": 1000}, [1, 1, 1, 1, 0], [1000, 2000, 9000, 1, 1],
+     [0.5, 0.2, 0, 0.7997, 0]),
     ("l1_max", {"target": 9000}, [1], [1], [1]),
-    ("soft_overlong", {}, [1, 1, 1, 0, 0], [16384, 18432, 20480, 20480, 99999], [1, 0.5, 0, -1, -1]),
+    ("soft_overlong", {}, [1, 1, 1, 0, 0], [16384, 18432, 20480, 20480, 99999],
+     [1, 0.5, 0, -1, -1]),
     ("soft_overlong", {"limit": 10, "buffer": 0}, [1, 1], [10, 11], [1, 0]),
     ("limit", {"limit": 4000}, [1, 1, 0], [4000, 4001, 10], [1, 0, 0]),
     ("laser", {"target": 4096}, [1, 1, 0], [4096, 4097, 10], [1.5, 1, 0]),
@@ -286,7 +303,8 @@ HAND = [
 
 @pytest.mark.parametrize(("form", "parameters", "correct", "lengths", "expected"), HAND)
 def test_hand_numbers_of_others(form, parameters, correct, lengths, expected):
-    np.testing.assert_allclose(other(form, [correct], [lengths], **parameters), [expected], atol=2e-6)
+    np.testing.assert_allclose(other(form, [correct], [lengths], **parameters), [expected],
+                               atol=2e-6)
 
 
 def test_alp_of_the_source_is_exact_to_a_token_of_a_long_response():
@@ -313,5 +331,6 @@ def test_these_never_score_a_wrong_response_above_a_correct_one(form, correct, l
 
 
 def test_the_example_of_the_documentation_shows_the_edge_cases():
-    found = doctest.testfile(str(Path(__file__).parents[2] / "docs" / "rewards.md"), module_relative=False)
+    found = doctest.testfile(str(Path(__file__).parents[2] / "docs" / "rewards.md"),
+                             module_relative=False)
     assert (found.failed, found.attempted) == (0, 11)

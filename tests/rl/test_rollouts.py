@@ -1,4 +1,5 @@
-"""Sampling and grading together: every response is graded once, under its own problem, while others are generated."""
+"""Sampling and grading together: every response is graded once, under its own problem, while others
+are generated."""
 
 import concurrent.futures
 import dataclasses
@@ -18,12 +19,13 @@ TOKENS = tokenizer.build()
 
 
 def problem(uid, reference="7", **changes):
-    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}", reference=reference, level="all",
-                   **changes)
+    return Problem(uid=uid, prompt=np.array([5, uid], np.int32), text=f"problem {uid}",
+                   reference=reference, level="all", **changes)
 
 
 def response(prompt, sample, text, finish="eos"):
-    ids = TOKENS(text, add_special_tokens=False)["input_ids"] + [TOKENS.eos_token_id] * (finish == "eos")
+    ids = TOKENS(text, add_special_tokens=False)["input_ids"] + [TOKENS.eos_token_id] * (finish
+                                                                                         == "eos")
     zeros = np.zeros(len(ids), np.float32)
     return Response(prompt=prompt, sample=sample, tokens=np.array(ids, np.int32), logprobs=zeros,
                     sampling_logprobs=zeros, model_logprobs=zeros, finish=finish)
@@ -65,7 +67,8 @@ class Right:
     def submit(self, responses, golds, budget):
         self.calls.append(list(zip(responses, golds, strict=True)))
         made = concurrent.futures.Future()
-        made.set_result([Grade("7" in response, response, self.status, 0.0) for response in responses])
+        made.set_result([Grade("7" in response, response, self.status, 0.0)
+                         for response in responses])
         return made
 
 
@@ -82,10 +85,11 @@ class Log:
         self.kept += responses
 
 
-def attempted(generate, problems, group_size, grader, require_eos=True, on_chunk=lambda progress: None, **settings):
-    return rollouts.sample_and_grade(
-        generate, problems, group_size, 40, tokenizer=TOKENS, grader=grader, require_eos=require_eos,
-        on_chunk=on_chunk, **settings)
+def attempted(generate, problems, group_size, grader, require_eos=True,
+              on_chunk=lambda progress: None, **settings):
+    return rollouts.sample_and_grade(generate, problems, group_size, 40, tokenizer=TOKENS,
+                                     grader=grader, require_eos=require_eos, on_chunk=on_chunk,
+                                     **settings)
 
 
 CHUNKS = ([response(1, 0, "1+1"), response(0, 1, "7+7")], [], [response(1, 1, "7", "length")],
@@ -102,8 +106,10 @@ def test_verdicts_stand_beside_their_responses_whatever_the_order(require_eos, c
     np.testing.assert_array_equal(tried.correct, correct)
     np.testing.assert_array_equal(tried.rollouts.lengths, [[2, 4], [4, 1]])
     assert tried.correct.dtype == bool and tried.grading_seconds >= 0
-    # Each chunk that finished something is a call of its own, made before the next chunk is generated.
-    assert grader.calls == [[("1+1", Reference("4")), ("7+7", Reference("3"))], [("7", Reference("4"))], [("9", Reference("3"))]]
+    # Each chunk that finished something is a call of its own, made before the next chunk is
+    # generated.
+    assert grader.calls == [[("1+1", Reference("4")), ("7+7", Reference("3"))],
+                            [("7", Reference("4"))], [("9", Reference("3"))]]
 
 
 def test_responses_are_submitted_before_the_generation_is_over():
@@ -136,8 +142,8 @@ def test_a_real_grader_and_an_unclosed_thought():
 
 
 def test_texts_keep_the_think_tags_and_lose_eos():
-    tried = attempted(playing([response(0, 0, "3+4</think>\\boxed{7}"), response(0, 1, "9", "length")]),
-                      [problem(0)], 2, Right())
+    tried = attempted(playing([response(0, 0, "3+4</think>\\boxed{7}"),
+                               response(0, 1, "9", "length")]), [problem(0)], 2, Right())
     assert tried.texts == ["3+4</think>\\boxed{7}", "9"]
 
 
@@ -145,10 +151,13 @@ def test_every_chunk_is_watched():
     seen = []
     requests = make_requests([problem(0).prompt, problem(1).prompt], 2, 40)
     generation = Played(requests, CHUNKS)
-    responses = [response for chunk in rollouts.watched(generation, 4, seen.append) for response in chunk]
-    assert [(progress.finished, progress.total, progress.waiting, progress.tokens) for progress in seen] == [
-        (0, 4, 4, 0), (2, 4, 2, 8), (2, 4, 2, 8), (3, 4, 1, 9), (4, 4, 0, 11)]
-    assert [(response.prompt, response.sample) for response in responses] == [(1, 0), (0, 1), (1, 1), (0, 0)]
+    responses = [response for chunk in rollouts.watched(generation, 4, seen.append)
+                 for response in chunk]
+    assert [(progress.finished, progress.total, progress.waiting, progress.tokens)
+            for progress in seen] == [(0, 4, 4, 0), (2, 4, 2, 8), (2, 4, 2, 8), (3, 4, 1, 9),
+                                      (4, 4, 0, 11)]
+    assert [(response.prompt, response.sample) for response in responses] == [(1, 0), (0, 1),
+                                                                              (1, 1), (0, 0)]
 
 
 def test_a_generation_stops_when_on_chunk_raises():
@@ -202,24 +211,29 @@ def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn
 
     tried = attempted(start, problems, 2, grader, log=Log(resumed=log.kept))
     assert [(request.prompt, request.sample) for request in asked] == [(0, 0), (1, 1)]
-    assert asked[0].prefix is begun[0] and asked[1].prefix is None      # what has drawn nothing simply starts
+    # what has drawn nothing simply starts
+    assert asked[0].prefix is begun[0] and asked[1].prefix is None
     assert tried.texts == ["9", "7+7", "1+1", "7"]
     assert sum(len(call) for call in grader.calls) == 4
 
     # Interrupted again, it keeps all of it.
     again = Log(resumed=log.kept)
     with pytest.raises(Interrupted):
-        attempted(playing([response(0, 0, "9")], [], begun=begun[1:]), problems, 2, Right(), log=again,
-                  on_chunk=lambda progress: stop(dataclasses.replace(progress, finished=progress.finished + 1)))
-    assert sorted((response.prompt, response.sample, response.finish) for response in again.kept) == [
-        (0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"), (1, 1, None)]
+        attempted(playing([response(0, 0, "9")], [], begun=begun[1:]), problems, 2, Right(),
+                  log=again, on_chunk=lambda progress: stop(
+                      dataclasses.replace(progress, finished=progress.finished + 1)))
+    assert sorted((response.prompt, response.sample, response.finish)
+                  for response in again.kept) == [(0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"),
+                                                  (1, 1, None)]
 
 
 def test_answers_that_stay_undecided_stop_the_run():
     chunk = [response(0, sample, "7") for sample in range(3)]
-    with pytest.raises(rollouts.Undecided, match="could not decide 3 of 3 answers.*raise grade.step_budget"):
+    with pytest.raises(rollouts.Undecided,
+                       match="could not decide 3 of 3 answers.*raise grade.step_budget"):
         attempted(playing(chunk), [problem(0)], 3, Right("budget"))
-    assert attempted(playing(chunk[:2]), [problem(0)], 2, Right("budget")).correct.all()    # two say nothing of a share
+    # two say nothing of a share
+    assert attempted(playing(chunk[:2]), [problem(0)], 2, Right("budget")).correct.all()
 
 
 def test_groups_take_the_place_of_others_with_all_that_is_known_of_them():
@@ -236,5 +250,7 @@ def test_groups_take_the_place_of_others_with_all_that_is_known_of_them():
         assert getattr(found, name) == getattr(expected, name)
     np.testing.assert_array_equal(found.correct, expected.correct)
     for field in dataclasses.fields(found.rollouts):
-        np.testing.assert_array_equal(getattr(found.rollouts, field.name), getattr(expected.rollouts, field.name))
-    assert first.texts[2:4] == ["8", "8"] and len(found.generations) == 2       # what was passed in is as it was
+        np.testing.assert_array_equal(getattr(found.rollouts, field.name),
+                                      getattr(expected.rollouts, field.name))
+    # what was passed in is as it was
+    assert first.texts[2:4] == ["8", "8"] and len(found.generations) == 2

@@ -38,8 +38,8 @@ MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2),
 
 @functools.cache
 def table(positions=24):
-    """One sequence a row, as tokens stand: ratios lie on both sides of the clip; one response is
-    empty; rubbish stands outside the responses."""
+    """One sequence a row, in the order of tokens: ratios on both sides of the clip; one response is
+    empty; rubbish is outside the responses."""
     generator = np.random.default_rng(1)
     real = 24
 
@@ -60,7 +60,7 @@ def table(positions=24):
 
 
 def experience(positions=24, aggregation="token_mean"):
-    """The table where its tokens are targets: one position earlier. [B, N]"""
+    """The table at the positions that score its tokens, one earlier. [B, N]"""
     e, ends = table(positions), np.add(PROMPTS, LENGTHS)[:, None]
 
     def ahead(x):
@@ -69,9 +69,11 @@ def experience(positions=24, aggregation="token_mean"):
     at = np.broadcast_to(np.arange(positions, dtype=np.int32), e.tokens.shape)
     token_weights = np.asarray(update.token_weights(e.mask, aggregation))
     return Experience(
-        rows=Rows(tokens=e.tokens, targets=ahead(e.tokens), positions=at, segments=(at < ends).astype(np.int32),
+        rows=Rows(tokens=e.tokens, targets=ahead(e.tokens), positions=at,
+                  segments=(at < ends).astype(np.int32),
                   response_index=np.zeros_like(at)),
-        weights=ahead(token_weights), advantages=ahead(e.advantages), old_logprobs=ahead(e.old_logprobs),
+        weights=ahead(token_weights), advantages=ahead(e.advantages),
+        old_logprobs=ahead(e.old_logprobs),
         reference_logprobs=ahead(e.reference_logprobs))
 
 
@@ -87,7 +89,9 @@ def zigzagged(tree, context):
 
 
 def score_naively(config, params, tokens, temperature):
-    logits = jax.jit(lambda params, tokens: model.logits(params, model.forward(config, params, tokens)))(params, tokens)
+    logits = jax.jit(lambda params, tokens: model.logits(params,
+                                                         model.forward(config, params,
+                                                                       tokens)))(params, tokens)
     table = jax.nn.log_softmax(logits[:, :-1] / temperature, axis=-1)
     chosen = jnp.take_along_axis(table, tokens[:, 1:, None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(table) * table, axis=-1)
@@ -103,7 +107,8 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
     target, optimizer = mesh(**dict(shape)), optax.sgd(1.0)
     targets = update.state_sharding(config, optimizer, target)
     rows = in_micro_batches(experience(positions, aggregation), micro_batches)
-    rows = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=3), rows)
+    rows = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)),
+                                         constant_values=3), rows)
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer,
                                           targets)(place(config, weights(config), target))
@@ -111,8 +116,8 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
         apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
                                   sharding.sharding(target, *update.ROW_AXES))
-        counts, which, steps = sharding.to_device((np.full(1, micro_batches, np.int32), np.int32(0), np.int32(1)),
-                                                  sharding.sharding(target))
+        counts, which, steps = sharding.to_device((np.full(1, micro_batches, np.int32), np.int32(0),
+                                                   np.int32(1)), sharding.sharding(target))
         with jax.transfer_guard("disallow"):
             grads, metrics = gradients(state.params, (rows,), (counts,), which)
             assert jax.tree.map(lambda leaf: leaf.sharding, grads) == targets.params
@@ -173,7 +178,7 @@ def one_token(ratio, advantage):
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "slope", "clipped"), [
     (1.0, 2.0, -2.0, -2.0, 0),
-    (1.5, 2.0, -2.4, 0.0, 1),               # already made likelier by more than the clip: no more pull
+    (1.5, 2.0, -2.4, 0.0, 1),               # already likelier by more than the clip: no pull
     (1.5, -2.0, 3.0, 3.0, 0),               # too likely and bad: pushed down however far it went
     (0.5, 2.0, -1.0, -1.0, 0),
     (0.5, -2.0, 1.6, 0.0, 1),
@@ -190,8 +195,10 @@ def test_clip_by_hand(ratio, advantage, loss, slope, clipped):
 def test_k3_by_hand():
     # pi / reference = 2: d = -log 2, k3 = 1/2 + log 2 - 1; its slope is 1 - exp(d) = 1/2.
     e, logprobs = one_token(2.0, 0.0)
-    (value, sums), gradient = jax.value_and_grad(functools.partial(
-        update.policy_loss, experience=e, clip_ratio=0.2, kl_loss_coefficient=3.0), has_aux=True)(logprobs)
+    (value, sums), gradient = jax.value_and_grad(functools.partial(update.policy_loss, experience=e,
+                                                                   clip_ratio=0.2,
+                                                                   kl_loss_coefficient=3.0),
+                                                 has_aux=True)(logprobs)
     np.testing.assert_allclose([sums["kl"], value], [math.log(2) - 0.5, 3 * (math.log(2) - 0.5)],
                                rtol=1e-6)
     np.testing.assert_allclose(gradient, 1.5, rtol=1e-6)
@@ -199,8 +206,9 @@ def test_k3_by_hand():
 
 def test_the_gradient_at_ratio_one_is_reinforce():
     e = experience()
-    gradient = jax.grad(lambda logprobs: update.policy_loss(logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0)[0])(
-        jnp.asarray(e.old_logprobs))
+    gradient = jax.grad(lambda logprobs: update.policy_loss(logprobs, e, clip_ratio=0.2,
+                                                            kl_loss_coefficient=0.0)[0])(
+                                                                jnp.asarray(e.old_logprobs))
     np.testing.assert_allclose(gradient, -e.weights * e.advantages, rtol=1e-6)
 
 
@@ -243,7 +251,8 @@ def test_token_weights_of_each_update_sum_to_one():
 @pytest.mark.parametrize("tile", [7, 64])
 def test_score_rows_is_the_naive_score(config, tile):
     rows = experience().rows
-    found = jax.jit(functools.partial(update.score_rows, config, temperature=0.8, tile=tile))(weights(config), rows)
+    found = jax.jit(functools.partial(update.score_rows, config, temperature=0.8,
+                                      tile=tile))(weights(config), rows)
     inside = (rows.segments[:, 1:] > 0)
     for one, other in zip(found, score_naively(config, weights(config), rows.tokens, 0.8),
                           strict=True):
@@ -278,7 +287,8 @@ def test_scorer_gives_every_response_its_own_scores(shape, settings):
         found = np.asarray(score(placed, packed))
     for row, (prompt, sample) in enumerate(itertools.product(range(3), range(4))):
         start, length = starts[prompt], lengths[prompt, sample]
-        sequence = np.concatenate([rollouts.prompts[prompt, :start], rollouts.tokens[prompt, sample, :length]])
+        sequence = np.concatenate([rollouts.prompts[prompt, :start],
+                                   rollouts.tokens[prompt, sample, :length]])
         expected = score_naively(QWEN2, weights(QWEN2), sequence[None],
                                  LOSS.temperature)[0][0, start:]
         np.testing.assert_allclose(found[row, :length], expected, rtol=1e-5, atol=2e-5)
@@ -361,10 +371,12 @@ def rollouts_of_the_table():
 def learnt(settings, shape=(), offload=False, **changes):
     """State and metrics after one whole learning step of a small configuration, and the log-probs
     it found."""
-    config = Config(model=ModelConfig(dtype="float32"), rollout=RolloutConfig(
-        prompts_per_step=4, group_size=2, max_new_tokens=16), kl=KLConfig(offload_reference=offload),
-        update=UpdateConfig(learning_rate=1e-2, warmup_updates=0, offload_optimizer=offload, **settings),
-        mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8))
+    config = Config(model=ModelConfig(dtype="float32"),
+                    rollout=RolloutConfig(prompts_per_step=4, group_size=2, max_new_tokens=16),
+                    kl=KLConfig(offload_reference=offload),
+                    update=UpdateConfig(learning_rate=1e-2, warmup_updates=0,
+                                        offload_optimizer=offload, **settings),
+                    mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8))
     target = mesh(**dict(shape))
     learning = learner.Learner(config, dataclasses.replace(QWEN2, **changes), target)
     rollouts = rollouts_of_the_table()
@@ -428,7 +440,7 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     optimizer = update.make_optimizer(1e-3, 0.9, 0.95, 0.0, 1.0, 2)
     targets = update.state_sharding(QWEN2, optimizer, target)
     moments = optax.tree.get(targets.opt_state, "mu")
-    # the moments live beside their weights
+    # the moments live next to their weights
     assert moments == targets.params
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
@@ -462,9 +474,9 @@ def rates(warmup_updates, learning_rate=2.0, count=6):
     return sizes
 
 
-@pytest.mark.parametrize(("warmup_updates", "expected"), [
-    (0, [2, 2, 2, 2, 2, 2]), (1, [2, 2, 2, 2, 2, 2]), (2, [1, 2, 2, 2, 2, 2]), (4, [0.5, 1, 1.5, 2, 2, 2]),
-])
+@pytest.mark.parametrize(("warmup_updates", "expected"),
+                         [(0, [2, 2, 2, 2, 2, 2]), (1, [2, 2, 2, 2, 2, 2]), (2, [1, 2, 2, 2, 2, 2]),
+                          (4, [0.5, 1, 1.5, 2, 2, 2]),])
 def test_the_rate_rises_to_its_value_at_the_last_update_of_the_warm_up(warmup_updates, expected):
     np.testing.assert_allclose(rates(warmup_updates), expected, rtol=1e-4)
 
