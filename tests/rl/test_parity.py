@@ -1,5 +1,7 @@
 """The parity gate: what passes, what stops a run, and what it then says."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
