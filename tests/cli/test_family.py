@@ -1,4 +1,5 @@
-"""Families: members that are the runs they would be alone, one evaluation of the base, baselines, blends, going on."""
+"""Families: members that are the runs they would be alone, one evaluation of the base, baselines,
+blends, going on."""
 
 import json
 import shutil
@@ -50,19 +51,21 @@ def table(family):
 
 def test_the_directory_holds_a_run_for_each_member_and_the_family_itself(family):
     names = {path.name for path in family.iterdir()}
-    assert {"config.yaml", "environment.json", "family.json", "report.html", "base", "alpha0", "alpha0.3",
-            "sft_shortest", "dpo", "blend0.5-alpha0.3-step3"} <= names
+    assert {"config.yaml", "environment.json", "family.json", "report.html", "base", "alpha0",
+            "alpha0.3", "sft_shortest", "dpo", "blend0.5-alpha0.3-step3"} <= names
     for name in ("alpha0", "alpha0.3", "sft_shortest", "dpo"):
-        assert (family / name / "model" / "model.safetensors").exists() and (family / name / "summary.json").exists()
+        assert ((family / name / "model" / "model.safetensors").exists()
+                and (family / name / "summary.json").exists())
 
 
 def test_family_json_compares_every_point_with_the_base(family, world):
-    found = table(family)
-    assert [point["name"] for point in found["points"]] == NAMES
-    assert [point["kind"] for point in found["points"]] == ["base", *["member"] * 2, *["baseline"] * 2, "blend"]
-    ((name, base),) = found["points"][0]["sets"].items()
+    family_table = table(family)
+    assert [point["name"] for point in family_table["points"]] == NAMES
+    assert [point["kind"] for point in family_table["points"]] == [
+        "base", *["member"] * 2, *["baseline"] * 2, "blend"]
+    ((name, base),) = family_table["points"][0]["sets"].items()
     assert base["comparison"] is None and base["summary"]["problems"] == 8
-    for point in found["points"][1:]:
+    for point in family_table["points"][1:]:
         measured = point["sets"][name]
         assert measured["comparison"]["token_ratio"] == pytest.approx(
             measured["summary"]["tokens"] / base["summary"]["tokens"])
@@ -72,7 +75,8 @@ def test_family_json_compares_every_point_with_the_base(family, world):
 def test_a_member_is_the_run_it_would_be_alone(family, world, tmp_path):
     loop.train(small_runs.config(world, tmp_path / "run", **CHANGES, **{"reward.alpha": 0.3}))
     for name in ("model/model.safetensors", "rollouts.jsonl"):
-        assert (family / "alpha0.3" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+        member, alone = family / "alpha0.3" / name, tmp_path / "run" / name
+        assert member.read_bytes() == alone.read_bytes(), name
     summaries = [json.loads((path / "summary.json").read_text())
                  for path in (family / "alpha0.3", tmp_path / "run")]
     for summary in summaries:
@@ -85,14 +89,15 @@ def test_baselines_learn_from_the_same_number_of_responses_of_the_model_before_t
             for name in ("alpha0.3", "sft_shortest", "dpo")}
     assert [(row["uid"], row["response"]) for row in rows["dpo"]] == [
         (row["uid"], row["response"]) for row in rows["sft_shortest"]]
-    first = {name: [row["response"] for row in each if row["step"] == 0] for name, each in rows.items()}
+    first = {name: [row["response"] for row in member_rows if row["step"] == 0]
+             for name, member_rows in rows.items()}
     assert first["dpo"] == first["alpha0.3"]            # no step has been taken: the same model
     assert len(rows["dpo"]) == len(rows["alpha0.3"])
     weights = [read_weights(family / name / "model", read_config(family / name / "model"))
                for name in ("alpha0.3", "sft_shortest", "dpo")]
     for one, other in ((0, 1), (1, 2)):
-        assert any((a != b).any() for a, b in zip(*(jax.tree.leaves(weights[place]) for place in (one, other)),
-                                                  strict=True))
+        assert any((a != b).any() for a, b in zip(
+            *(jax.tree.leaves(weights[place]) for place in (one, other)), strict=True))
 
 
 def test_sft_makes_the_shortest_correct_responses_more_likely(family):
@@ -100,23 +105,27 @@ def test_sft_makes_the_shortest_correct_responses_more_likely(family):
     chosen = [row for row in rows if row["advantage"] == 1]
     assert chosen and all(row["correct"] for row in chosen)
     for row in chosen:
-        group = [other for other in rows if (other["step"], other["uid"]) == (row["step"], row["uid"])]
+        group = [other for other in rows
+                 if (other["step"], other["uid"]) == (row["step"], row["uid"])]
         assert row["tokens"] == min(other["tokens"] for other in group if other["correct"])
 
 
-def test_a_finished_family_is_not_sampled_again_and_may_grow(family, world, tmp_path, monkeypatch, capsys):
-    family = Path(shutil.copytree(family, tmp_path / "family"))        # other tests read the one that was
+def test_a_finished_family_is_not_sampled_again_and_may_grow(
+    family, world, tmp_path, monkeypatch, capsys):
+    # a copy: other tests read the original
+    family = Path(shutil.copytree(family, tmp_path / "family"))
     before = table(family)
     calls = []
     generation = engine.Generation
-    monkeypatch.setattr(engine, "Generation", lambda *given, **named: calls.append(1) or generation(*given, **named))
+    monkeypatch.setattr(engine, "Generation", lambda *given, **named: calls.append(1)
+                        or generation(*given, **named))
     config = small_runs.config(world, family, **CHANGES, **{"run.resume": True})
     families.train(config, ALPHAS, BASELINES, WEIGHTS)
     assert not calls and table(family)["points"] == before["points"]
     assert "α = 0.3" in capsys.readouterr().out
     families.train(config, [*ALPHAS, 0.1], BASELINES, [])
-    assert calls and [point["alpha"] for point in table(family)["points"] if point["kind"] == "member"] == [
-        0.0, 0.3, 0.1]
+    assert calls and [point["alpha"] for point in table(family)["points"]
+                      if point["kind"] == "member"] == [0.0, 0.3, 0.1]
 
 
 def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_path):
@@ -133,13 +142,15 @@ def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_p
         families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
     assert caught.value.message == (
         "stopped by SIGTERM after step 2 of 3, saved; go on with: python train.py --config "
-        f"{directory / 'config.yaml'} --run.resume true --family 0,0.3 --baselines sft_shortest,dpo --blends 0.5")
+        f"{directory / 'config.yaml'} --run.resume true --family 0,0.3 "
+        "--baselines sft_shortest,dpo --blends 0.5")
     assert table(directory)["points"] == []
     command = caught.value.message.partition("train.py ")[2].split()
     assert main.main(["train", *command]) == 0
     for name in ("alpha0", "alpha0.3", "dpo"):
         models = [path / name / "model" for path in (family, directory)]
-        jax.tree.map(np.testing.assert_array_equal, *(read_weights(model, read_config(model)) for model in models))
+        jax.tree.map(np.testing.assert_array_equal,
+                     *(read_weights(model, read_config(model)) for model in models))
 
 
 def test_a_family_that_is_stopped_in_a_baseline_goes_on_and_ends_the_same(family, world, tmp_path):
@@ -158,16 +169,22 @@ def test_a_family_that_is_stopped_in_a_baseline_goes_on_and_ends_the_same(family
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         members.append(-1)
         patch.setattr(Progress, "step", lambda self, index, metrics: (
-            step(self, index, metrics), "dpo/pairs" in metrics and index == 1 and signal.raise_signal(signal.SIGTERM)))
-        families.train(small_runs.config(world, directory, **CHANGES, **{"run.resume": True}), [0.3], ["dpo"], [])
-    families.train(small_runs.config(world, directory, **CHANGES, **{"run.resume": True}), [0.3], ["dpo"], [])
+            step(self, index, metrics), "dpo/pairs" in metrics and index == 1
+            and signal.raise_signal(signal.SIGTERM)))
+        families.train(small_runs.config(world, directory, **CHANGES, **{"run.resume": True}),
+                       [0.3], ["dpo"], [])
+    families.train(
+        small_runs.config(world, directory, **CHANGES, **{"run.resume": True}), [0.3], ["dpo"], [])
     models = [path / "dpo" / "model" for path in (family, directory)]
-    jax.tree.map(np.testing.assert_array_equal, *(read_weights(model, read_config(model)) for model in models))
+    jax.tree.map(np.testing.assert_array_equal,
+                 *(read_weights(model, read_config(model)) for model in models))
     for name in ("dpo", "alpha0.3"):
-        assert (directory / name / "rollouts.jsonl").read_bytes() == (family / name / "rollouts.jsonl").read_bytes()
+        assert ((directory / name / "rollouts.jsonl").read_bytes()
+                == (family / name / "rollouts.jsonl").read_bytes())
 
 
-def test_a_family_trained_on_is_the_family_that_was_trained_as_long_at_once(family, world, tmp_path):
+def test_a_family_trained_on_is_the_family_that_was_trained_as_long_at_once(
+    family, world, tmp_path):
     directory = tmp_path / "family"
     shorter = CHANGES | {"run.steps": 1}
     families.train(small_runs.config(world, directory, **shorter), [0.3], [], WEIGHTS)
@@ -175,12 +192,14 @@ def test_a_family_trained_on_is_the_family_that_was_trained_as_long_at_once(fami
     # As if it had been killed within the last evaluation of the longer run.
     (directory / "alpha0.3" / "evaluations" / "step3").mkdir()
     families.train(resumed, [0.3], [], WEIGHTS)
-    found = {point["name"]: point["sets"] for point in table(directory)["points"]}
+    resumed = {point["name"]: point["sets"] for point in table(directory)["points"]}
     expected = {point["name"]: point["sets"] for point in table(family)["points"]}
     for name in ("base", "α = 0.3", "blend 0.5"):
-        assert found[name] == expected[name], name
-    with pytest.raises(UserError, match=r"^run\.steps must be at least the 3 steps that .*alpha0\.3 has done, got 1"):
-        families.train(small_runs.config(world, directory, **shorter, **{"run.resume": True}), [0.3], [], WEIGHTS)
+        assert resumed[name] == expected[name], name
+    expected = r"^run\.steps must be at least the 3 steps that .*alpha0\.3 has done, got 1"
+    with pytest.raises(UserError, match=expected):
+        families.train(small_runs.config(world, directory, **shorter, **{"run.resume": True}),
+                       [0.3], [], WEIGHTS)
 
 
 def test_a_family_is_no_run_and_a_run_no_family(family, world):
@@ -195,16 +214,21 @@ def test_a_family_is_no_run_and_a_run_no_family(family, world):
 
 
 @pytest.mark.parametrize(("argv", "error"), [
-    (["--family", "0,1"], "--family must be numbers in [0, 1) with commas between them, got '1' in '0,1'"),
-    (["--family", "0,x"], "--family must be numbers in [0, 1) with commas between them, got 'x' in '0,x'"),
+    (["--family", "0,1"],
+     "--family must be numbers in [0, 1) with commas between them, got '1' in '0,1'"),
+    (["--family", "0,x"],
+     "--family must be numbers in [0, 1) with commas between them, got 'x' in '0,x'"),
     (["--family", "0.1,0.1"], "--family must name each number once, in six digits, got '0.1,0.1'"),
     (["--family", "none"], "--family must name at least one alpha, got none"),
-    (["--family", "0", "--baselines", "ppo"], "--baselines must name each of sft_shortest, dpo at most once"),
-    (["--family", "0", "--blends", "2"], "--blends must be numbers in [0, 1] with commas between them, got '2' in '2'"),
+    (["--family", "0", "--baselines", "ppo"],
+     "--baselines must name each of sft_shortest, dpo at most once"),
+    (["--family", "0", "--blends", "2"],
+     "--blends must be numbers in [0, 1] with commas between them, got '2' in '2'"),
     (["--family", "0.1,0.1000000001"], "--family must name each number once, in six digits"),
     (["--baselines", "dpo"], "--baselines is for a family: name its alphas with --family"),
     (["--blends", "0.5"], "--blends is for a family: name its alphas with --family"),
-    (["--family", "0", "--evaluation.problems", "0"], "evaluation.problems must be >= 1 to compare the members"),
+    (["--family", "0", "--evaluation.problems", "0"],
+     "evaluation.problems must be >= 1 to compare the members"),
 ])
 def test_what_is_no_family_is_one_line(world, tmp_path, capsys, argv, error):
     assert main.main(["train", *small_runs.arguments(world, tmp_path / "run"), *argv]) == 2
@@ -214,8 +238,10 @@ def test_what_is_no_family_is_one_line(world, tmp_path, capsys, argv, error):
 
 
 @pytest.mark.parametrize(("changes", "error"), [
-    ({"update.objective": "dpo", "kl.form": "none"}, "update.objective must be policy_gradient for a family"),
-    ({"reward.target_tokens": 0.5, "evaluation.every": 2}, "reward.target_tokens and reward.max_accuracy_drop must be"),
+    ({"update.objective": "dpo", "kl.form": "none"},
+     "update.objective must be policy_gradient for a family"),
+    ({"reward.target_tokens": 0.5, "evaluation.every": 2},
+     "reward.target_tokens and reward.max_accuracy_drop must be"),
     ({"reward.form": "kimi"}, "reward.form must be one with an alpha for a family, got kimi"),
 ])
 def test_a_family_that_alpha_does_not_tell_apart_is_refused(world, tmp_path, changes, error):

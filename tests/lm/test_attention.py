@@ -48,7 +48,7 @@ def arrays(rows, length, heads, kv_heads, head_dim, seed=0):
 
 
 def packed(lengths, length):
-    """One row of segments: sequences of these lengths, cut off at the row's end, padding behind."""
+    """One row of segments: sequences of these lengths, cut off at the row's end, then padding."""
     row = np.repeat(np.arange(1, len(lengths) + 1), lengths)[:length]
     return np.pad(row, (0, length - len(row))).astype(np.int32)
 
@@ -59,7 +59,8 @@ def oracle(query, key, value, cotangent, segments):
                                     for x in (query, key, value, cotangent))
     group, scale, length = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5, query.shape[2]
     key, value = (np.repeat(x, group, axis=1) for x in (key, value))
-    visible = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0) & np.tri(length, dtype=bool)
+    visible = ((segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
+               & np.tri(length, dtype=bool))
     weights = np.exp(query @ key.swapaxes(2, 3) * scale) * visible[:, None]
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     slope = cotangent @ value.swapaxes(2, 3)
@@ -75,8 +76,8 @@ def oracle(query, key, value, cotangent, segments):
 
 def attend(implementation, query, key, value, cotangent, segments):
     """The result and the three gradients."""
-    mixed, pull = jax.vjp(lambda *arrays: attention.causal_attention(*arrays, segments, implementation=implementation),
-                          query, key, value)
+    mixed, pull = jax.vjp(lambda *arrays: attention.causal_attention(
+        *arrays, segments, implementation=implementation), query, key, value)
     return mixed, *pull(cotangent)
 
 
@@ -96,7 +97,7 @@ def check(results, expected, tolerance=2e-5):
 @given(shape=st.sampled_from(SHAPES),
        lengths=st.lists(st.lists(st.integers(1, 20), max_size=4), min_size=2, max_size=2))
 def test_packed_rows_are_numpys(implementation, shape, lengths):
-    segments = np.stack([packed(each, shape[0]) for each in lengths])
+    segments = np.stack([packed(row, shape[0]) for row in lengths])
     given = arrays(2, *shape)
     check(compiled(implementation)(*given, segments), oracle(*given, segments))
 
@@ -188,8 +189,9 @@ def compile_shapes(implementation, rows, length, heads, kv_heads, head_dim):
 def test_blockwise_memory_grows_with_the_row(monkeypatch):
     monkeypatch.setattr(attention, "TILE", 256)
     lengths = (8192, 16384, 32768)
-    memory = [compile_shapes("blockwise", 1, length, 12, 12, 128).memory_analysis().temp_size_in_bytes
-              for length in lengths]
+    memory = [
+        compile_shapes("blockwise", 1, length, 12, 12, 128).memory_analysis().temp_size_in_bytes
+        for length in lengths]
     assert memory[2] < 2**30
     for less, more in itertools.pairwise(memory):
         assert more < 2.2 * less
@@ -204,7 +206,8 @@ def test_blockwise_leaves_out_what_is_not_seen(monkeypatch):
     assert np.all(np.isnan(mixed[:, :8])) and np.all(np.isfinite(mixed[:, 16:]))
     value[:] = 1
     value[:, 24:] = np.nan
-    assert np.all(np.isfinite(compiled("blockwise")(query, key, value, cotangent, segments)[0][:, :24]))
+    mixed = compiled("blockwise")(query, key, value, cotangent, segments)[0]
+    assert np.all(np.isfinite(mixed[:, :24]))
 
 
 @pytest.fixture
@@ -228,8 +231,9 @@ def test_a_policy_saves_the_kernels_forward_pass(kernels_for_a_tpu, shape):
             traced = step.trace(query, key, value, packed([256], 256)[None])
             return traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
 
-    assert kernel_calls(jax.checkpoint_policies.save_only_these_names(attention.CHECKPOINT_NAME)) == 3
-    assert kernel_calls(jax.checkpoint_policies.nothing_saveable) == 4
+    policies = jax.checkpoint_policies
+    assert kernel_calls(policies.save_only_these_names(attention.CHECKPOINT_NAME)) == 3
+    assert kernel_calls(policies.nothing_saveable) == 4
 
 
 def test_cudnn_is_told_the_lengths(monkeypatch):
@@ -238,7 +242,7 @@ def test_cudnn_is_told_the_lengths(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention",
                         lambda *arrays, implementation, **options: by_xla(*arrays, **options))
     given = arrays(4, 24, 4, 2, 8)
-    segments = np.stack([packed(each, 24) for each in ([24], [7], [1], [])])
+    segments = np.stack([packed(row, 24) for row in ([24], [7], [1], [])])
     check(jax.jit(functools.partial(attend, "cudnn"))(*given, segments), oracle(*given, segments))
     check(on_mesh("cudnn", {"fsdp": 2, "tensor": 2}, given, segments), oracle(*given, segments))
 
@@ -252,7 +256,8 @@ def test_cudnn_is_called_on_a_gpu(monkeypatch, shape):
     shapes = [jax.ShapeDtypeStruct((4, 256, count, 64), jnp.bfloat16) for count in (4, 2, 2, 4)]
     step = jax.jit(functools.partial(attend, "cudnn"))
     with jax.set_mesh(mesh(**(shape or {}))):
-        text = step.trace(*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32)).lower(lowering_platforms=("cuda",))
+        text = step.trace(*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32)).lower(
+            lowering_platforms=("cuda",))
     text = text.as_text()
     assert set(re.findall(r"@(__cudnn\$\w+)", text)) == {"__cudnn$fmhaSoftmax",
                                                          "__cudnn$fmhaSoftmaxBackward"}
@@ -267,15 +272,17 @@ def test_what_runs_where():
                                           context=context)
 
     assert chosen("tpu") == chosen("tpu", jnp.float32, 64, 384, 3) == "splash"
-    assert chosen("tpu", head_dim=80) == chosen("tpu", length=32768 + 64) == chosen("tpu", length=2176, context=2)
+    assert (chosen("tpu", head_dim=80) == chosen("tpu", length=32768 + 64)
+            == chosen("tpu", length=2176, context=2))
     assert chosen("tpu", head_dim=80) == "blockwise" and chosen("tpu", length=320) == "xla"
     assert chosen("gpu") == "cudnn" and chosen("gpu", context=2) == "blockwise"
     assert chosen("gpu", jnp.float32) == chosen("gpu", head_dim=256) == "blockwise"
     assert chosen("cpu", length=1024) == "xla" and chosen("cpu", length=1025) == "blockwise"
-    assert [attention.one_sequence_per_row(each)
-            for each in attention.IMPLEMENTATIONS] == [False, False, False, True]
+    assert [attention.one_sequence_per_row(implementation)
+            for implementation in attention.IMPLEMENTATIONS] == [False, False, False, True]
     assert kernels.unsupported_reason("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
-    assert (kernels.unsupported_reason("splash", "tpu", head_dim=64, dtype=jnp.float32, length=320, context=2)
+    assert (kernels.unsupported_reason("splash", "tpu", head_dim=64, dtype=jnp.float32,
+                                       length=320, context=2)
             == "the length of a row is 320, the splash kernel expects a multiple of 256")
 
 
@@ -288,7 +295,8 @@ def test_what_does_not_fit_is_one_clear_line():
     with pytest.raises(UserError,
                        match="a row has 48 positions, the splash kernel expects a multiple of 128"):
         attention.causal_attention(query, key, value, segments, implementation="splash")
-    with jax.set_mesh(mesh(context=2)), pytest.raises(UserError, match="mesh.context is 2, the cudnn kernel expects 1"):
+    expected = "mesh.context is 2, the cudnn kernel expects 1"
+    with jax.set_mesh(mesh(context=2)), pytest.raises(UserError, match=expected):
         attention.causal_attention(query, key, value, segments, implementation="cudnn")
 
 
@@ -307,7 +315,8 @@ def test_splash_compiles_for_a_tpu(kernels_for_a_tpu, shape, heads, kv_heads, he
                   axis_types=(AxisType.Auto,) * 4)
     rows, length = shape[0] * shape[1], 32768
     places = [(count, sharding.sharding(target, "batch", "sequence", axis, "head_dim"))
-              for count, axis in ((heads, "heads"), (kv_heads, "kv_heads"), (kv_heads, "kv_heads"), (heads, "heads"))]
+              for count, axis in ((heads, "heads"), (kv_heads, "kv_heads"),
+                                  (kv_heads, "kv_heads"), (heads, "heads"))]
     given = [jax.ShapeDtypeStruct((rows, length, count, head_dim), jnp.bfloat16, sharding=place)
              for count, place in places]
     segments = jax.ShapeDtypeStruct((rows, length), jnp.int32,

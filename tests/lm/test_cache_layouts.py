@@ -19,7 +19,8 @@ from effreason.runtime import sharding
 LAYOUTS = list(kv_cache.CACHE_LAYOUTS)
 BY_XLA = ["transposed", "sequence_last", "sequence_first"]
 ROWS, POSITIONS, SLOTS = 4, 24, 32
-LENGTHS = np.array([1, 7, 15, 20], np.int32)    # of the prompts: some rows cross the edge of a tile, 16
+# of the prompts: some rows cross the edge of a tile, 16
+LENGTHS = np.array([1, 7, 15, 20], np.int32)
 STEPS = 3
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, POSITIONS)).astype(np.int32)
 NEXT = LENGTHS[:, None] + np.arange(STEPS)          # the positions decoded, int[B, STEPS]
@@ -60,7 +61,8 @@ def decode(config, params, rubbish=None):
 def expected(config):
     """Of the full forward pass at NEXT, in float32."""
     config = dataclasses.replace(config, dtype=jnp.float32)
-    logits = jax.jit(lambda params: model.logits(params, model.forward(config, params, TOKENS)))(weights(config))
+    logits = jax.jit(
+        lambda params: model.logits(params, model.forward(config, params, TOKENS)))(weights(config))
     return np.asarray(logits)[np.arange(ROWS)[:, None], NEXT]
 
 
@@ -88,11 +90,12 @@ def test_bfloat16_is_a_rounding_of_float32(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_lies_behind_a_row_is_never_seen(layout):
+def test_what_lies_after_a_row_is_never_seen(layout):
     config = dataclasses.replace(QWEN2, cache_layout=layout)
     clean = jax.jit(functools.partial(decode, config))(weights(QWEN2))
     rubbish = {"keys": np.nan if layout in BY_XLA else 1e30, "values": 1e30}
-    np.testing.assert_array_equal(jax.jit(functools.partial(decode, config, rubbish=rubbish))(weights(QWEN2)), clean)
+    np.testing.assert_array_equal(
+        jax.jit(functools.partial(decode, config, rubbish=rubbish))(weights(QWEN2)), clean)
 
 
 def test_a_tile_written_by_the_kernel_keeps_its_other_slots():
@@ -127,7 +130,7 @@ def test_a_donated_cache_is_written_in_place(layout):
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     (_, cache), _ = steps(unstacked, cache)
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache)] == places
-    # One layer may be rearranged to be read (a CPU does it where the sequence comes first), never
+    # One layer may be rearranged to be read (a CPU does it if the sequence comes first), never
     # all of them.
     assert steps.lower(unstacked, cache).compile().memory_analysis().temp_size_in_bytes < whole / 2
 
@@ -136,7 +139,8 @@ def test_a_donated_cache_is_written_in_place(layout):
 def test_eight_devices_decode_as_one_does(layout):
     config = dataclasses.replace(QWEN2, cache_layout=layout, layers=1)
     target, params = mesh(data=2, fsdp=2, tensor=2), weights(dataclasses.replace(QWEN2, layers=1))
-    placed = jax.device_put(params, sharding.tree_sharding(target, model.logical_axes(config), sharding.SAMPLING_AXES))
+    placed = jax.device_put(
+        params, sharding.tree_sharding(target, model.logical_axes(config), sharding.SAMPLING_AXES))
     with jax.set_mesh(target):
         sharded = jax.jit(functools.partial(decode, config))(placed)
     alone = jax.jit(functools.partial(decode, config))(params)
@@ -147,7 +151,8 @@ def test_eight_devices_decode_as_one_does(layout):
 def test_a_decode_step_moves_no_cache_between_devices(layout):
     config = dataclasses.replace(QWEN2, cache_layout=layout)
     target = mesh(data=2, fsdp=2, tensor=2)
-    places = [{name: sharding.sharding(target, *axes) for name, axes in model.cache_axes(config).items()}]
+    places = [{name: sharding.sharding(target, *axes)
+               for name, axes in model.cache_axes(config).items()}]
     rows = sharding.sharding(target, "batch")
 
     def write(cache, key, value, start):

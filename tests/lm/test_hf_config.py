@@ -42,23 +42,24 @@ QWEN3 = dict(architectures=["Qwen3ForCausalLM"], attention_bias=False, attention
              sliding_window=None, tie_word_embeddings=True, torch_dtype="bfloat16",
              transformers_version="4.51.0", use_cache=True, use_sliding_window=False,
              vocab_size=151936)
-# As they stand on the Hub, with the number of parameters that is published there.
+# As published on the Hub, with the number of parameters given there.
 PUBLISHED = {
-    "DeepSeek-R1-Distill-Qwen-1.5B": (QWEN2_5 | dict(max_position_embeddings=131072, tie_word_embeddings=False),
-                                      1_777_088_000),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (QWEN2_5 | dict(
+        max_position_embeddings=131072, tie_word_embeddings=False), 1_777_088_000),
     "DeepSeek-R1-Distill-Qwen-7B": (QWEN2_5 | dict(
-        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, max_window_layers=28,
-        max_position_embeddings=131072, tie_word_embeddings=False, vocab_size=152064), 7_615_616_512),
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
+        max_window_layers=28, max_position_embeddings=131072, tie_word_embeddings=False,
+        vocab_size=152064), 7_615_616_512),
     "DeepSeek-R1-Distill-Llama-8B": (LLAMA3 | dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128, tie_word_embeddings=False,
-        rope_scaling=LLAMA3_ROPE | dict(factor=8.0)), 8_030_261_248),
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128,
+        tie_word_embeddings=False, rope_scaling=LLAMA3_ROPE | dict(factor=8.0)), 8_030_261_248),
     "Llama-3.2-1B": (LLAMA3 | dict(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True,
-        rope_scaling=LLAMA3_ROPE | dict(factor=32.0)), 1_235_814_400),
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
+        tie_word_embeddings=True, rope_scaling=LLAMA3_ROPE | dict(factor=32.0)), 1_235_814_400),
     "Qwen2.5-Math-1.5B": (QWEN2_5, 1_543_714_304),
     "Qwen2.5-Math-7B": (QWEN2_5 | dict(
-        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, max_window_layers=28,
-        tie_word_embeddings=False, vocab_size=152064), 7_615_616_512),
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
+        max_window_layers=28, tie_word_embeddings=False, vocab_size=152064), 7_615_616_512),
     "Qwen3-0.6B": (QWEN3 | dict(hidden_size=1024, intermediate_size=3072), 596_049_920),
     "Qwen3-1.7B": (QWEN3 | dict(hidden_size=2048, intermediate_size=6144), 1_720_574_976),
 }
@@ -136,18 +137,21 @@ def test_an_exported_config_has_both_spellings(tmp_path, name):
 
 
 @pytest.mark.parametrize("entries", [
-    dict(model_type="mamba"), dict(model_type=None), dict(model_type=["qwen2"]), dict(hidden_act="gelu"),
-    dict(use_sliding_window=True),
-    dict(layer_types=["full_attention", "sliding_attention"]), dict(layer_types=["linear_attention"]),
-    dict(mlp_bias=True), dict(pretraining_tp=2), dict(quantization_config={"bits": 4}),
-    dict(compression_config={"format": "int"}), dict(partial_rotary_factor=0.5), dict(use_mrope=True),
-    dict(num_experts=8), dict(num_local_experts=8, num_experts_per_tok=2), dict(moe_intermediate_size=1408),
+    dict(model_type="mamba"),
+    dict(model_type=None), dict(model_type=["qwen2"]), dict(hidden_act="gelu"),
+    dict(use_sliding_window=True), dict(layer_types=["full_attention", "sliding_attention"]),
+    dict(layer_types=["linear_attention"]), dict(mlp_bias=True), dict(pretraining_tp=2),
+    dict(quantization_config={"bits": 4}), dict(compression_config={"format": "int"}),
+    dict(partial_rotary_factor=0.5), dict(use_mrope=True), dict(num_experts=8),
+    dict(num_local_experts=8, num_experts_per_tok=2), dict(moe_intermediate_size=1408),
     dict(attn_logit_softcapping=50.0), dict(final_logit_softcapping=30.0), dict(logit_scale=0.0625),
-    dict(dual_chunk_attention_config={"chunk_size": 262144}), dict(is_causal=False), dict(clip_qkv=8.0),
-    dict(architectures=["Qwen2ForSequenceClassification"]), dict(architectures="Qwen2ForCausalLM"),
-    dict(hidden_size="wide"), dict(num_hidden_layers=0), dict(vocab_size=72.5), dict(rms_norm_eps=True),
-    dict(num_key_value_heads=3), dict(num_attention_heads=5, num_key_value_heads=5), dict(head_dim=7),
-    dict(tie_word_embeddings="yes"), dict(rope_theta="long"), dict(rope_theta=[1, 2]), dict(rope_theta=0),
+    dict(dual_chunk_attention_config={"chunk_size": 262144}), dict(is_causal=False),
+    dict(clip_qkv=8.0), dict(architectures=["Qwen2ForSequenceClassification"]),
+    dict(architectures="Qwen2ForCausalLM"), dict(hidden_size="wide"), dict(num_hidden_layers=0),
+    dict(vocab_size=72.5), dict(rms_norm_eps=True), dict(num_key_value_heads=3),
+    dict(num_attention_heads=5, num_key_value_heads=5), dict(head_dim=7),
+    dict(tie_word_embeddings="yes"), dict(rope_theta="long"), dict(rope_theta=[1, 2]),
+    dict(rope_theta=0),
 ], ids=str)
 def test_what_the_decoder_does_not_compute_is_refused_by_name(copy, entries):
     edit(copy, **entries)
@@ -155,15 +159,17 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(copy, entries):
 
 
 @pytest.mark.parametrize(("family", "entry"), [
-    ("llama", dict(attention_bias=True)), ("qwen3", dict(attention_bias=True)), ("llama", dict(sliding_window=4096)),
+    ("llama", dict(attention_bias=True)), ("qwen3", dict(attention_bias=True)),
+    ("llama", dict(sliding_window=4096)),
 ])
 def test_what_another_family_would_not_read_is_refused(copy, family, entry):
     edit(copy, model_type=family, architectures=[configs.FAMILIES[family]], **entry)
     assert next(iter(entry)) in refusal(copy)
 
 
-@pytest.mark.parametrize("name", ["model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                  "intermediate_size", "rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("name", ["model_type", "vocab_size", "hidden_size",
+                                  "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                                  "rms_norm_eps", "rope_theta"])
 def test_a_missing_entry_is_named(copy, name):
     edit(copy, remove=[name])
     assert name in refusal(copy)
@@ -172,13 +178,15 @@ def test_a_missing_entry_is_named(copy, name):
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize(("rope", "expected"), [
     (dict(rope_type="yarn", **YARN), "'yarn'"), (dict(type="yarn", **YARN), "'yarn'"),
-    (dict(rope_type="dynamic", factor=2.0), "'dynamic'"), (dict(type="linear", factor=2.0), "'linear'"),
+    (dict(rope_type="dynamic", factor=2.0), "'dynamic'"),
+    (dict(type="linear", factor=2.0), "'linear'"),
     (dict(rope_type="longrope", short_factor=[1.0], long_factor=[4.0]), "'longrope'"),
     (dict(type="mrope", mrope_section=[16, 24, 24]), "'mrope'"),
     (dict(rope_type="llama3", factor=8.0), "low_freq_factor"),
     (LLAMA3_ROPE | dict(factor="8"), "llama3 factor"),
     (dict(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor"),
-    (dict(full_attention=dict(rope_type="default", rope_theta=1e6)), "one table"), ([4.0], "one table"),
+    (dict(full_attention=dict(rope_type="default", rope_theta=1e6)), "one table"),
+    ([4.0], "one table"),
 ], ids=str)
 def test_other_rotary_settings_are_refused(copy, key, rope, expected):
     edit(copy, **{key: rope})

@@ -26,19 +26,20 @@ SMALL_CONFIG = {"config.json": b'{"model_type": "llama"}'}
 
 class Hub(http.server.ThreadingHTTPServer):
     """Repositories by name: branches, tags and commits, each with its files; the paths that were
-    asked for."""
+    requested."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answers)
-        self.asked, self.down = [], False
+        self.requested, self.down = [], False
         sharded = {file.name: file.read_bytes() for file in (FIXTURES / "qwen2_untied").iterdir()}
         newer = SMALL_CONFIG | {"tokenizer.json": b"{}", "model.safetensors": b"new",
                                 "pytorch_model.bin": b"pickle", "original/tokenizer.json": b"other"}
         older = SMALL_CONFIG | {"model.safetensors": b"old"}
         self.repositories = {
-            "good/model": {"main": (NEW, newer), "v1": (OLD, older), NEW: (NEW, newer), OLD: (OLD, older)},
+            "good/model": {"main": (NEW, newer), "v1": (OLD, older), NEW: (NEW, newer),
+                           OLD: (OLD, older)},
             "good/sharded": {"main": (NEW, sharded), NEW: (NEW, sharded)},
             "gated/model": {"main": (NEW, newer), NEW: (NEW, newer)},
             "pickled/model": {"main": (NEW, SMALL_CONFIG | {"pytorch_model.bin": b"pickle"})},
@@ -72,7 +73,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):  # noqa: N802
         path = urlsplit(self.path).path.strip("/")
-        self.server.asked.append(path)
+        self.server.requested.append(path)
         parts = path.removeprefix("api/models/").split("/")
         name, what = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "revision"
         revision = parts[3] if len(parts) > 3 else "main"
@@ -96,8 +97,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
             return self.answer(200,
                                json.dumps({"id": name, "sha": commit, "siblings": listed}).encode())
         if what == "tree":
-            listed = [{"type": "file", "path": file, "size": len(text), "oid": hashlib.sha1(text).hexdigest()}
-                      for file, text in files.items()]
+            listed = [{"type": "file", "path": file, "size": len(text),
+                       "oid": hashlib.sha1(text).hexdigest()} for file, text in files.items()]
             return self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
         # its description is public, its files are not
         if name.startswith("gated/"):
@@ -115,9 +116,11 @@ from effreason.lm.hf import hub
 name, revision, wanted = json.loads(sys.argv[1])
 try:
     directory, commit = hub.find(name, revision, {small})
-    opened = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+    opened = sorted(str(file.relative_to(directory))
+                    for file in directory.rglob("*") if file.is_file())
     fetched = hub.fetch(name, commit, wanted) if wanted else None
-    print(json.dumps(dict(directory=str(directory), commit=commit, opened=opened, fetched=str(fetched))))
+    print(json.dumps(dict(directory=str(directory), commit=commit, opened=opened,
+                          fetched=str(fetched))))
 except UserError as error:
     print(json.dumps(dict(error=str(error))))
 """
@@ -135,7 +138,7 @@ def server():
 @pytest.fixture
 def client(server, tmp_path):
     """open(name, revision, wanted, **environment): the answer, in a process of its own: the library
-    reads where the Hub and its cache are when it is imported."""
+    reads the places of the Hub and its cache when it is imported."""
 
     def run(source, *arguments, **environment):
         known = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"),
@@ -167,39 +170,39 @@ def refused(answer, *expected):
 
 
 def test_small_files_first_and_weights_when_they_are_wanted(server, client):
-    found = client("good/model")
-    assert found["commit"] == NEW and found["opened"] == ["config.json", "tokenizer.json"]
-    assert not any(path.endswith((".safetensors", ".bin")) for path in server.asked)
-    found = client("good/model", wanted=["model.safetensors"])
-    assert found["fetched"] == found["directory"]
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == b"new"
-    assert not any(path.endswith(".bin") for path in server.asked)
+    pretrained = client("good/model")
+    assert pretrained["commit"] == NEW and pretrained["opened"] == ["config.json", "tokenizer.json"]
+    assert not any(path.endswith((".safetensors", ".bin")) for path in server.requested)
+    pretrained = client("good/model", wanted=["model.safetensors"])
+    assert pretrained["fetched"] == pretrained["directory"]
+    assert (Path(pretrained["directory"]) / "model.safetensors").read_bytes() == b"new"
+    assert not any(path.endswith(".bin") for path in server.requested)
 
 
 @pytest.mark.parametrize("revision", ["v1", OLD])
 def test_a_revision_is_pinned(client, revision):
-    found = client("good/model", revision, ["model.safetensors"])
-    assert found["commit"] == OLD and found["opened"] == ["config.json"]
-    assert (Path(found["directory"]) / "model.safetensors").read_bytes() == b"old"
+    pretrained = client("good/model", revision, ["model.safetensors"])
+    assert pretrained["commit"] == OLD and pretrained["opened"] == ["config.json"]
+    assert (Path(pretrained["directory"]) / "model.safetensors").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("revision", [None, "v1", OLD])
 def test_what_is_in_the_cache_is_used_offline(server, client, revision):
     online = client("good/model", revision, ["model.safetensors"])
     for environment in (dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:9")):
-        server.asked.clear()
+        server.requested.clear()
         assert client("good/model", revision, ["model.safetensors"],
                       **environment)["commit"] == online["commit"]
-        assert not server.asked
+        assert not server.requested
     server.down = True
     assert client("good/model", revision, ["model.safetensors"])["directory"] == online["directory"]
 
 
 def test_weights_in_the_cache_need_no_request(server, client):
     client("good/model", None, ["model.safetensors"])
-    server.asked.clear()
+    server.requested.clear()
     client("good/model", None, ["model.safetensors"])
-    assert not any("resolve" in path for path in server.asked)
+    assert not any("resolve" in path for path in server.requested)
 
 
 def test_a_model_is_opened_and_loaded(server, client, tmp_path):
@@ -207,7 +210,8 @@ def test_a_model_is_opened_and_loaded(server, client, tmp_path):
     import tokenizers
     import transformers
 
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{n}": n for n in range(72)}, unk_token="w0"))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{n}": n for n in range(72)}, unk_token="w0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend,
                                          eos_token="w1").save_pretrained(tmp_path / "words")
     server.repositories["good/sharded"]["main"][1].update(
@@ -216,10 +220,11 @@ def test_a_model_is_opened_and_loaded(server, client, tmp_path):
     answer = client.run("""
 import json
 from effreason.lm.hf.pretrained import load_weights, open_pretrained
-found = open_pretrained("good/sharded", dtype="float32", revision="main")
-opened = sorted(file.name for file in found.directory.iterdir())
-params = load_weights(found)
-print(json.dumps([found.name, found.revision, opened, str(found.directory), float(params["head"].sum())]))
+pretrained = open_pretrained("good/sharded", dtype="float32", revision="main")
+opened = sorted(file.name for file in pretrained.directory.iterdir())
+params = load_weights(pretrained)
+print(json.dumps([pretrained.name, pretrained.revision, opened, str(pretrained.directory),
+                  float(params["head"].sum())]))
 """)
     name, revision, opened, directory, total = answer
     assert (name, revision) == ("good/sharded", NEW) and "model.safetensors.index.json" in opened
@@ -254,12 +259,13 @@ def test_repositories_that_hold_no_model(server, client):
     refused(client("bare/model"), "bare/model: has no config.json")
     server.repositories["good/model"]["main"][1].pop("model.safetensors")
     refused(client("good/model"), "only weights pickled by PyTorch")
-    assert not any("resolve" in path for path in server.asked)
+    assert not any("resolve" in path for path in server.requested)
 
 
 @pytest.mark.parametrize("revision", [None, OLD])
 @pytest.mark.parametrize("environment", [
-    dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:9"), dict(HF_ENDPOINT="http://hub.invalid"),
+    dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:9"),
+    dict(HF_ENDPOINT="http://hub.invalid"),
 ], ids=["offline", "refused", "no name"])
 def test_without_a_hub_it_fails_at_once(server, client, environment, revision):
     started = time.monotonic()
@@ -281,9 +287,11 @@ def test_weights_that_are_not_in_the_cache_offline(server, client):
 # Names
 
 
-@pytest.mark.parametrize("name", ["runs/typo/model", "/no/such", "../runs/model", "model", "a--b/c", "runs/model/", ""])
+@pytest.mark.parametrize("name", ["runs/typo/model", "/no/such", "../runs/model", "model",
+                                  "a--b/c", "runs/model/", ""])
 def test_names_that_are_mistyped_directories(name):
-    with pytest.raises(UserError, match="no such directory; a model on the Hugging Face Hub is named") as caught:
+    expected = "no such directory; a model on the Hugging Face Hub is named"
+    with pytest.raises(UserError, match=expected) as caught:
         hub.find(name, None, SMALL)
     assert "\n" not in str(caught.value)
 
@@ -301,16 +309,17 @@ def test_a_directory_goes_before_the_hub(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_export_left_stands_in_for_it(tmp_path):
-    def made(*names):
+    def export_left_by(*names):
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         for name in names:
             (tmp_path / "runs" / name).mkdir(parents=True)
-        found = hub.existing_export(tmp_path / "runs" / "model")
-        return found and found.name
+        export = hub.existing_export(tmp_path / "runs" / "model")
+        return export and export.name
 
-    assert made("model", "model.partial", "model.old") == "model"
+    assert export_left_by("model", "model.partial", "model.old") == "model"
     # it was whole: the old one made room for it
-    assert made("model.partial", "model.old") == "model.partial"
-    assert made("model.old") == "model.old"
-    assert made("model.partial") is None                                # half written
-    assert made() is None
+    assert export_left_by("model.partial", "model.old") == "model.partial"
+    assert export_left_by("model.old") == "model.old"
+    # half written
+    assert export_left_by("model.partial") is None
+    assert export_left_by() is None

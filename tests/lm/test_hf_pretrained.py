@@ -94,7 +94,8 @@ def test_the_card_and_the_facts_are_written(copy, tmp_path):
                                 "template": {"name": "r1"}} and text.startswith('{\n  "step": 3')
 
 
-@pytest.mark.parametrize("entry", ["{{ 'other' }}", [{"name": "default", "template": "{{ 'other' }}"}], None], ids=repr)
+@pytest.mark.parametrize(
+    "entry", ["{{ 'other' }}", [{"name": "default", "template": "{{ 'other' }}"}], None], ids=repr)
 def test_the_template_of_the_training_is_the_one_that_is_found(whole, tmp_path, entry):
     import transformers
 
@@ -106,9 +107,9 @@ def test_the_template_of_the_training_is_the_one_that_is_found(whole, tmp_path, 
     for missing in (None, "chat_template.jinja"):
         if missing:
             (tmp_path / "target" / missing).unlink()
-        found = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "target")
-        assert found.chat_template == template
-        assert found.apply_chat_template(messages, tokenize=False) == "w2 w5 w3"
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "target")
+        assert tokenizer.chat_template == template
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == "w2 w5 w3"
     assert not (tmp_path / "target" / "chat_template.json").exists()
     assert load_tokenizer(whole).chat_template == TEMPLATE           # the source is as it was
 
@@ -117,7 +118,8 @@ def test_the_template_of_the_training_is_the_one_that_is_found(whole, tmp_path, 
 def test_every_tensor_keeps_its_own_dtype(copy, tmp_path, monkeypatch, shard_bytes):
     monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
     rewrite(copy, lambda tensors: tensors.update({
-        name: each.astype(np.float32 if "norm" in name else ml_dtypes.bfloat16) for name, each in tensors.items()}))
+        name: tensor.astype(np.float32 if "norm" in name else ml_dtypes.bfloat16)
+        for name, tensor in tensors.items()}))
     export(copy, tmp_path / "target")
     assert_same_bits(stored(tmp_path / "target"), stored(copy))
     assert json.loads((tmp_path / "target" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -161,7 +163,7 @@ def test_what_a_killed_export_left_is_swept_away(copy, tmp_path):
     for name in ("target.partial", "target.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    # leftovers beside a whole directory are nothing to a reader
+    # a reader ignores leftovers next to a complete directory
     assert read_config(target)
     export(copy, target)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
@@ -188,9 +190,9 @@ def test_an_export_killed_at_a_rename_loses_no_model(whole, tmp_path, monkeypatc
             patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
             # killed before the old one is swept away
             export(whole, target, lambda leaf: leaf + 1)
-    # Before the first rename the old model stands, behind it the new one, wherever it is.
-    found = open_pretrained(str(target), dtype="float32", remat="none")
-    added = np.asarray(load_weights(found)["final_norm"]) - stored(whole)["model.norm.weight"]
+    # Before the first rename the old model is in place, after it the new one, wherever it is.
+    pretrained = open_pretrained(str(target), dtype="float32", remat="none")
+    added = np.asarray(load_weights(pretrained)["final_norm"]) - stored(whole)["model.norm.weight"]
     np.testing.assert_allclose(added, min(renames, 1), atol=1e-6)
     export(whole, target, lambda leaf: leaf + 2)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "target"}
@@ -198,7 +200,8 @@ def test_an_export_killed_at_a_rename_loses_no_model(whole, tmp_path, monkeypatc
                                   stored(whole)["model.norm.weight"] + 2)
 
 
-def test_an_export_that_stops_before_its_first_rename_goes_on_from_the_last(whole, tmp_path, monkeypatch):
+def test_an_export_that_stops_before_its_first_rename_goes_on_from_the_last(
+    whole, tmp_path, monkeypatch):
     # Killed between the renames, and the next export fails: the model of the first is still there.
     target = tmp_path / "target"
     export(whole, target)
@@ -245,8 +248,9 @@ def test_a_directory_without_a_tokenizer_is_refused(copy):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", '{"a": 1}'), ("tokenizer.json", ""),
-                                            ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{")])
+@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", '{"a": 1}'),
+                                            ("tokenizer.json", ""), ("tokenizer_config.json", "[]"),
+                                            ("tokenizer_config.json", "{")])
 def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
     directory = Path(shutil.copytree(tokenizer, tmp_path / "model"))
     # without a chat template: data.template may name one
@@ -254,7 +258,8 @@ def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
     (directory / file).write_text(text)
     with pytest.raises(UserError) as caught:
         load_tokenizer(directory)
-    assert str(caught.value).startswith(f"{directory}: tokenizer.json and") and "\n" not in str(caught.value)
+    assert (str(caught.value).startswith(f"{directory}: tokenizer.json and")
+            and "\n" not in str(caught.value))
     (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer.json$"):
         load_tokenizer(directory)
@@ -262,13 +267,14 @@ def test_a_damaged_tokenizer_is_one_line(tokenizer, tmp_path, file, text):
 
 def test_open_pretrained_reads_all_that_is_not_a_weight(whole):
     edit(whole, "generation_config.json", eos_token_id=[2])
-    found = open_pretrained(str(whole), dtype="bfloat16", remat="none")
-    assert found.eos_ids == (1, 2) and found.directory == whole and found.max_positions == 64
-    assert (found.name, found.revision) == (str(whole), None)
+    pretrained = open_pretrained(str(whole), dtype="bfloat16", remat="none")
+    assert (pretrained.eos_ids == (1, 2) and pretrained.directory == whole
+            and pretrained.max_positions == 64)
+    assert (pretrained.name, pretrained.revision) == (str(whole), None)
     # transformers has a class of its own for model_type qwen2, which would not split at spaces
     # here.
-    assert found.tokenizer.encode("w3 w71") == [3, 71]
-    assert found.decoder == read_config(whole, dtype="bfloat16", remat="none")
+    assert pretrained.tokenizer.encode("w3 w71") == [3, 71]
+    assert pretrained.decoder == read_config(whole, dtype="bfloat16", remat="none")
     edit(whole, vocab_size=40)
     with pytest.raises(UserError, match="72 tokens, config.json's vocab_size is 40"):
         open_pretrained(str(whole), dtype="float32", remat="full")
@@ -277,12 +283,14 @@ def test_open_pretrained_reads_all_that_is_not_a_weight(whole):
 def test_a_padded_vocabulary_is_no_mistake(whole):
     def pad(tensors):
         rows = tensors["model.embed_tokens.weight"]
-        tensors["model.embed_tokens.weight"] = np.concatenate([rows, np.zeros((8, rows.shape[1]), rows.dtype)])
+        tensors["model.embed_tokens.weight"] = np.concatenate(
+            [rows, np.zeros((8, rows.shape[1]), rows.dtype)])
 
     rewrite(whole, pad)
     edit(whole, vocab_size=80)
-    found = open_pretrained(str(whole), dtype="float32", remat="full")
-    assert len(found.tokenizer) == 72 and load_weights(found)["embedding"].shape == (80, 32)
+    pretrained = open_pretrained(str(whole), dtype="float32", remat="full")
+    assert (len(pretrained.tokenizer) == 72
+            and load_weights(pretrained)["embedding"].shape == (80, 32))
 
 
 def test_weights_are_missed_when_the_model_is_opened(whole):
@@ -292,8 +300,9 @@ def test_weights_are_missed_when_the_model_is_opened(whole):
 
 
 def test_the_shipped_reasoner_is_called_tiny():
-    found = open_pretrained("tiny", dtype="float32", remat="full")
-    assert (found.name, found.revision, found.directory) == ("tiny", None, SHIPPED_REASONER)
+    pretrained = open_pretrained("tiny", dtype="float32", remat="full")
+    assert (pretrained.name, pretrained.revision, pretrained.directory) == (
+        "tiny", None, SHIPPED_REASONER)
 
 
 # What tells one model from another

@@ -54,8 +54,10 @@ def refusal(directory):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, monkeypatch, name, dtype, shard_bytes):
-    source, target = Path(shutil.copytree(FIXTURES / name, tmp_path / "source")), tmp_path / "target"
-    rewrite(source, lambda tensors: tensors.update({key: each.astype(dtype) for key, each in tensors.items()}))
+    source, target = Path(shutil.copytree(FIXTURES / name,
+                                          tmp_path / "source")), tmp_path / "target"
+    rewrite(source, lambda tensors: tensors.update(
+        {key: tensor.astype(dtype) for key, tensor in tensors.items()}))
     monkeypatch.setattr(weights, "SHARD_BYTES", shard_bytes)
     config, params = configs.read_config(source), load(source)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
@@ -81,7 +83,8 @@ def test_the_index_of_a_sharded_export(tmp_path, monkeypatch):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes
                                                   for tensor in stored(tmp_path).values())
-    assert {file.name for file in files} == set(index["weight_map"].values()) == set(weights.weight_files(tmp_path))
+    assert {file.name for file in files} == set(index["weight_map"].values()) == set(
+        weights.weight_files(tmp_path))
     for name, file in index["weight_map"].items():
         assert name in safetensors.numpy.load_file(tmp_path / file)
 
@@ -117,7 +120,7 @@ def test_weights_go_straight_to_their_shards(tmp_path, name, axes):
 
 
 def test_any_axis_may_be_sharded():
-    # Head widths too, which lie behind a fold's first axis; the trainer leaves them whole.
+    # Head widths too, which come after a fold's first axis; the trainer leaves them whole.
     config = configs.read_config(FIXTURES / "qwen2_tied")
     devices = mesh(data=2, fsdp=2, tensor=2)
     names = ("data", "fsdp", "tensor")
@@ -162,7 +165,8 @@ def test_loading_holds_no_second_copy(tmp_path, devices):
     # matrix.
     entries = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
                    num_attention_heads=8, num_key_value_heads=8)
-    table = json.loads((FIXTURES / "llama" / "config.json").read_text()) | entries | dict(head_dim=64)
+    table = (json.loads((FIXTURES / "llama" / "config.json").read_text()) | entries
+             | dict(head_dim=64))
     (tmp_path / "config.json").write_text(json.dumps(table))
     config = configs.read_config(tmp_path)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype),
@@ -176,7 +180,8 @@ def test_loading_holds_no_second_copy(tmp_path, devices):
                           capture_output=True, text=True, check=True)
     row = json.loads(done.stdout)
     assert row["result_bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(zeros)) > 150e6
-    assert row["largest_group_bytes"] == 12 * 512 * 2048 * 4 and row["peak_bytes"] > row["result_bytes"] * 0.9
+    assert (row["largest_group_bytes"] == 12 * 512 * 2048 * 4
+            and row["peak_bytes"] > row["result_bytes"] * 0.9)
     assert row["overhead_bytes"] < row["largest_group_bytes"], row
 
 
@@ -192,14 +197,19 @@ def test_loaded_weights_may_be_donated():
 
 
 @pytest.mark.parametrize(("name", "spoil", "expected"), [
-    ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000]), "cannot be read"),
+    ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000]),
+     "cannot be read"),
     ("model.safetensors", lambda path: path.write_bytes(b""), "cannot be read"),
     ("model.safetensors", lambda path: path.unlink(), "neither model.safetensors nor"),
-    ("model.safetensors", lambda path: path.rename(path.with_name("pytorch_model.bin")), "pickled by PyTorch"),
+    ("model.safetensors", lambda path: path.rename(path.with_name("pytorch_model.bin")),
+     "pickled by PyTorch"),
     ("model.safetensors.index.json", lambda path: path.write_text("{}"), "weight_map"),
-    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "gone"}}'), "does not exist"),
-    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "../x"}}'), "next to it"),
-    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": 3}}'), "next to it"),
+    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "gone"}}'),
+     "does not exist"),
+    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "../x"}}'),
+     "next to it"),
+    ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": 3}}'),
+     "next to it"),
 ])
 def test_files_that_are_missing_or_broken(copy, name, spoil, expected):
     spoil(copy / name)
@@ -221,11 +231,14 @@ def replace(name, change):
     (drop, "model.embed_tokens.weight", "has no tensor"),
     (lambda name: replace(name, lambda tensor: tensor[:, :-1].copy()), "model.embed_tokens.weight",
      "shape (72, 31), config.json expects (72, 32)"),
-    (lambda name: replace(name, lambda tensor: np.concatenate([tensor, tensor])), "model.embed_tokens.weight",
+    (lambda name: replace(name, lambda tensor: np.concatenate([tensor, tensor])),
+     "model.embed_tokens.weight",
      "has 144 rows, config.json's vocab_size is 72"),
-    (lambda name: replace(name, lambda tensor: tensor.T.copy()), "model.layers.0.mlp.down_proj.weight",
+    (lambda name: replace(name, lambda tensor: tensor.T.copy()),
+     "model.layers.0.mlp.down_proj.weight",
      "shape (48, 32), config.json expects (32, 48)"),
-    (lambda name: replace(name, lambda tensor: tensor.astype(np.int8)), "model.norm.weight", "stored as I8"),
+    (lambda name: replace(name, lambda tensor: tensor.astype(np.int8)), "model.norm.weight",
+     "stored as I8"),
 ])
 def test_tensors_that_are_missing_or_of_another_shape(copy, change, name, expected):
     rewrite(copy, change(name))
@@ -238,7 +251,8 @@ def test_tensors_that_are_missing_or_of_another_shape(copy, change, name, expect
     "model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.self_attn.q_norm.weight",
 ])
 def test_tensors_that_the_decoder_would_not_read(copy, name):
-    rewrite(copy, lambda tensors: tensors.update({name: np.ones(3, np.float32), "zzz": np.ones(3, np.float32)}))
+    rewrite(copy, lambda tensors: tensors.update(
+        {name: np.ones(3, np.float32), "zzz": np.ones(3, np.float32)}))
     assert f"holds tensor {name} and 1 more" in refusal(copy)
 
 
@@ -251,7 +265,8 @@ def test_buffers_of_older_exports_are_passed_over(copy):
 
 def test_a_tied_head_in_the_file_must_be_the_embedding(copy):
     params = load(copy)
-    rewrite(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    rewrite(copy, lambda tensors: tensors.update(
+        {"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     jax.tree.map(np.testing.assert_array_equal, load(copy), params)
     rewrite(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
     assert "tie_word_embeddings is true; set it to false" in refusal(copy)
@@ -261,7 +276,8 @@ def test_a_tied_head_in_the_file_must_be_the_embedding(copy):
 
 def test_an_untied_head_must_be_there(copy):
     edit(copy, tie_word_embeddings=False)
-    assert "has no tensor lm_head.weight; config.json's tie_word_embeddings is not true" in refusal(copy)
+    assert "has no tensor lm_head.weight; config.json's tie_word_embeddings is not true" in refusal(
+        copy)
 
 
 def test_the_files_say_what_they_hold(tmp_path):
@@ -272,8 +288,8 @@ def test_the_files_say_what_they_hold(tmp_path):
     swapped = table["weight_map"] | {name: first
                                      for name in list(table["weight_map"])[1:]} | {"unknown": last}
     params = load(directory)
-    path.write_text(json.dumps(table | {"weight_map": swapped | {f"more{n}": file for n, file in enumerate(
-        table["weight_map"].values())}}))
+    path.write_text(json.dumps(table | {"weight_map": swapped | {
+        f"more{n}": file for n, file in enumerate(table["weight_map"].values())}}))
     jax.tree.map(np.testing.assert_array_equal, load(directory), params)
     (directory / last).write_bytes((directory / first).read_bytes())
     assert f"is in {first} and in " in refusal(directory)

@@ -33,15 +33,15 @@ def naive(hidden, head, targets):
 def both(score, hidden, head, targets, pull):
     """Log-probs, entropies, and the gradients of a weighted sum of the log-probs."""
     def pulled(hidden, head):
-        found = score(hidden, head, targets)
-        return jnp.sum(pull * found[0]), found
+        result = score(hidden, head, targets)
+        return jnp.sum(pull * result[0]), result
 
-    gradients, found = jax.jit(jax.grad(pulled, argnums=(0, 1), has_aux=True))(hidden, head)
-    return *found, *gradients
+    gradients, result = jax.jit(jax.grad(pulled, argnums=(0, 1), has_aux=True))(hidden, head)
+    return *result, *gradients
 
 
-def assert_same(found, expected, atol=2e-5):
-    for one, other in zip(found, expected, strict=True):
+def assert_same(result, expected, atol=2e-5):
+    for one, other in zip(result, expected, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=atol)
 
@@ -52,8 +52,9 @@ def test_tiles_change_nothing(tile):
     assert_same(both(score, *inputs()), both(naive, *inputs()))
 
 
-@pytest.mark.parametrize("shape", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=2, context=2),
-                                   dict(tensor=8), dict(context=8), dict(fsdp=8)], ids=str)
+@pytest.mark.parametrize("shape", [dict(data=8), dict(data=2, fsdp=2, tensor=2),
+                                   dict(fsdp=2, tensor=2, context=2), dict(tensor=8),
+                                   dict(context=8), dict(fsdp=8)], ids=str)
 @pytest.mark.parametrize("tile", [4, 64])
 def test_eight_devices_score_as_one_does(shape, tile):
     hidden, head, targets, pull = inputs()
@@ -61,18 +62,20 @@ def test_eight_devices_score_as_one_does(shape, tile):
     with jax.set_mesh(target):
         placed = (jax.device_put(hidden, sharding.sharding(target, "batch", "sequence", "width")),
                   jax.device_put(head, sharding.sharding(target, "vocab", "embed")), targets, pull)
-        found = both(functools.partial(token_logprobs, temperature=TEMPERATURE, tile=tile), *placed)
-        assert_same(jax.device_get(found), both(naive, hidden, head, targets, pull))
+        result = both(
+            functools.partial(token_logprobs, temperature=TEMPERATURE, tile=tile), *placed)
+        assert_same(jax.device_get(result), both(naive, hidden, head, targets, pull))
 
 
 def test_the_head_is_gathered_and_its_gradient_summed_outside_the_tiles():
     hidden, head, targets, pull = inputs()
     target = mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(target):
-        step = jax.jit(jax.grad(lambda hidden, head: jnp.sum(
-            pull * token_logprobs(hidden, head, targets, temperature=1.0, tile=4)[0]), argnums=(0, 1)))
-        text = step.lower(jax.device_put(hidden, sharding.sharding(target, "batch", "sequence", "width")),
-                          jax.device_put(head, sharding.sharding(target, "vocab", "embed"))).compile().as_text()
+        step = jax.jit(jax.grad(lambda hidden, head: jnp.sum(pull * token_logprobs(
+            hidden, head, targets, temperature=1.0, tile=4)[0]), argnums=(0, 1)))
+        text = step.lower(
+            jax.device_put(hidden, sharding.sharding(target, "batch", "sequence", "width")),
+            jax.device_put(head, sharding.sharding(target, "vocab", "embed"))).compile().as_text()
     entry = text[text.index("ENTRY"):]
     collectives = ("all-gather(", "all-reduce(", "reduce-scatter(")
     assert " while(" in entry and all(name in entry for name in collectives[:2])
@@ -95,15 +98,15 @@ def test_bfloat16_states_keep_float32_logprobs():
     hidden, head, targets, pull = inputs()
     low = [x.astype(jnp.bfloat16) for x in (hidden, head)]
     expected = both(naive, *(x.astype(np.float32) for x in low), targets, pull)
-    found = both(functools.partial(token_logprobs, temperature=TEMPERATURE, tile=8), *low, targets,
+    result = both(functools.partial(token_logprobs, temperature=TEMPERATURE, tile=8), *low, targets,
                  pull)
-    assert [x.dtype.name for x in found] == ["float32", "float32", "bfloat16", "bfloat16"]
-    for one, other, atol in zip(found, expected, (1e-5, 1e-5, 0.05, 0.2), strict=True):
+    assert [x.dtype.name for x in result] == ["float32", "float32", "bfloat16", "bfloat16"]
+    for one, other, atol in zip(result, expected, (1e-5, 1e-5, 0.05, 0.2), strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=0.02, atol=atol)
 
 
 def temporary_bytes(vocabulary, length, tile, gradient):
-    """What XLA sets aside beside arguments and results for one row of `length` positions at width
+    """What XLA allocates besides arguments and results for one row of `length` positions at width
     1,536.
 
     In float32: a CPU would hold a float32 copy of a bfloat16 head."""
@@ -124,5 +127,6 @@ def test_memory_at_32k_positions_is_flat_in_the_vocabulary(gradient):
     small, large = (temporary_bytes(vocabulary, 32_768, 512, gradient)
                     for vocabulary in (16_384, 151_936))
     whole = 4 * 32_768 * 151_936
-    print(f"temporary: {small / 2**30:.2f} GiB at 16k, {large / 2**30:.2f} GiB at 152k; the table {whole / 2**30:.1f}")
+    print(f"temporary: {small / 2**30:.2f} GiB at 16k, {large / 2**30:.2f} "
+          f"GiB at 152k; the table {whole / 2**30:.1f}")
     assert large < 1.05 * small and large < whole / 15

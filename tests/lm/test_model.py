@@ -31,7 +31,7 @@ def family(request):
 
 
 def test_pieces_through_the_cache_are_the_whole(family):
-    # Two pieces and then a single token, in a cache that holds rubbish where nothing has been
+    # Two pieces and then a single token, in a cache that holds rubbish until something has been
     # written.
     config, params, extend, expected = family
     cache = jax.tree.map(lambda x: jnp.full_like(x, 9.0), model.empty_cache(config, ROWS, 16))
@@ -45,7 +45,7 @@ def test_pieces_through_the_cache_are_the_whole(family):
 
 
 def test_every_row_continues_where_it_stands(family):
-    # A padded prefill, then three tokens a row behind its own length: what the padding wrote is
+    # A padded prefill, then three tokens a row after its own length: what the padding wrote is
     # overwritten.
     config, params, extend, expected = family
     lengths = np.array([2, 7, 11], np.int32)
@@ -57,11 +57,12 @@ def test_every_row_continues_where_it_stands(family):
     np.testing.assert_allclose(logits, expected[rows, columns], rtol=1e-4, atol=1e-4)
 
 
-def test_no_position_sees_what_stands_behind_it(family):
+def test_no_position_sees_what_comes_after_it(family):
     config, params, _, expected = family
     changed = TOKENS.copy()
     changed[:, 9:] = (changed[:, 9:] + 1) % VOCABULARY
-    logits = jax.jit(lambda params: model.logits(params, model.forward(config, params, changed)))(params)
+    logits = jax.jit(
+        lambda params: model.logits(params, model.forward(config, params, changed)))(params)
     np.testing.assert_allclose(logits[:, :9], expected[:, :9], rtol=1e-5, atol=1e-5)
     assert np.abs(logits[:, 9:] - expected[:, 9:]).max() > 0.1
 
@@ -91,7 +92,8 @@ def test_bfloat16_is_a_rounding_of_float32(name):
     assert rough.dtype == jnp.float32
     assert np.sqrt(np.mean(np.square(rough - exact))) < 0.05 * np.std(exact)
     cached, cache = jax.eval_shape(lambda: model.decode(
-        config, model.unstack(config, params), TOKENS, jnp.zeros(ROWS, jnp.int32), model.empty_cache(config, ROWS, 16)))
+        config, model.unstack(config, params), TOKENS, jnp.zeros(ROWS, jnp.int32),
+        model.empty_cache(config, ROWS, 16)))
     assert cached.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.bfloat16
                                                 for leaf in jax.tree.leaves(cache))
 

@@ -55,16 +55,16 @@ def checkpoint(directory):
 
 
 def test_prompts_are_rendered_as_transformers_did(directory, reference):
-    told = json.loads((REFERENCES / f"{directory.name}.json").read_text(encoding="utf-8"))
-    found = open_pretrained(str(directory), dtype="float32")
-    for index, prompt in enumerate(told["prompts"]):
+    published = json.loads((REFERENCES / f"{directory.name}.json").read_text(encoding="utf-8"))
+    pretrained = open_pretrained(str(directory), dtype="float32")
+    for index, prompt in enumerate(published["prompts"]):
         messages = [{"role": "user", "content": prompt["problem"]}]
-        rendered = found.tokenizer.apply_chat_template(messages, tokenize=False,
-                                                       add_generation_prompt=True)
+        rendered = pretrained.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                            add_generation_prompt=True)
         assert rendered == prompt["prompt"]
-        ids = found.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = pretrained.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         np.testing.assert_array_equal(ids, reference[f"{index}_input_ids"])
-    assert set(found.eos_ids) >= set(told["eos_ids"])
+    assert set(pretrained.eos_ids) >= set(published["eos_ids"])
 
 
 def test_prompt_logprobs(reference, checkpoint):
@@ -72,19 +72,20 @@ def test_prompt_logprobs(reference, checkpoint):
     prompts = [reference[f"{prompt}_input_ids"] for prompt in PROMPTS]
     score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, tile=4096))
     logprobs = np.asarray(score(params, rows_of(prompts))[0])
-    for index, (found, prompt) in enumerate(zip(logprobs, prompts, strict=True)):
-        np.testing.assert_allclose(found[: len(prompt) - 1], reference[f"{index}_prompt_logprobs"],
+    for index, (scores, prompt) in enumerate(zip(logprobs, prompts, strict=True)):
+        np.testing.assert_allclose(scores[: len(prompt) - 1], reference[f"{index}_prompt_logprobs"],
                                    rtol=0, atol=1e-3)
 
 
 def test_greedy_tokens(reference, checkpoint):
     config, params = checkpoint
-    problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32), text="", reference="",
-                        level="all") for prompt in PROMPTS]
+    problems = [Problem(uid=prompt, prompt=reference[f"{prompt}_input_ids"].astype(np.int32),
+                        text="", reference="", level="all") for prompt in PROMPTS]
     expected = [reference[f"{prompt}_greedy_ids"] for prompt in PROMPTS]
     sample = engine.make_sampler(config, mesh(), slots=8, chunk=16)
     requests = make_requests([problem.prompt for problem in problems], 1, len(expected[0]))
-    responses = [response for chunk in sample(params, requests, jax.random.key(0), SamplingParams(temperature=0, eos_ids=()))
+    responses = [response for chunk in sample(params, requests, jax.random.key(0),
+                                              SamplingParams(temperature=0, eos_ids=()))
                  for response in chunk]
     assert sorted(response.prompt for response in responses) == list(PROMPTS)
     for response in responses:

@@ -17,7 +17,7 @@ import transformers  # noqa: E402
 pytestmark = pytest.mark.parity
 TOLERANCE = dict(rtol=1e-4, atol=5e-4)
 ROWS, POSITIONS = 2, 60
-SEED = 1000                                 # other weights and tokens than the committed fixtures have
+SEED = 1000  # other weights and tokens than the committed fixtures have
 
 
 @pytest.fixture(scope="module", params=sorted(make_fixtures.CONFIGS))
@@ -37,7 +37,8 @@ def test_logits_equal_transformers(pair):
     directory, arrays = pair
     config = read_config(directory)
     params = read_weights(directory, config)
-    logits = jax.jit(lambda params: model.logits(params, model.forward(config, params, arrays["tokens"])))(params)
+    logits = jax.jit(lambda params: model.logits(
+        params, model.forward(config, params, arrays["tokens"])))(params)
     np.testing.assert_allclose(logits, arrays["logits"], **TOLERANCE)
 
 

@@ -14,7 +14,7 @@ from effreason.lm.hf.weights import read_weights
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ["qwen2_tied", "qwen2_untied", "llama", "llama3", "qwen3"]
-TOLERANCE = dict(rtol=1e-4, atol=5e-4)      # float32 sums in another order; a logit's spread is 2 to 6
+TOLERANCE = dict(rtol=1e-4, atol=5e-4)  # float32 sums in another order; a logit's spread is 2 to 6
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -27,13 +27,14 @@ def checkpoint(request):
 
 def test_training_path_gives_the_reference_logits(checkpoint):
     config, params, tokens, expected = checkpoint
-    logits = jax.jit(lambda params: model.logits(params, model.forward(config, params, tokens)))(params)
+    logits = jax.jit(
+        lambda params: model.logits(params, model.forward(config, params, tokens)))(params)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, **TOLERANCE)
 
 
 def test_cached_path_gives_the_reference_logits(checkpoint):
-    # In two pieces, the second behind the first, through a cache with room to spare.
+    # In two pieces, the second after the first, through a cache with room to spare.
     config, params, tokens, expected = checkpoint
     rows, half = tokens.shape[0], tokens.shape[1] // 2
 

@@ -1,4 +1,5 @@
-"""Makes the runs of a test file cheap: equal runs share their compiled functions, pictures are blank."""
+"""Makes the runs of a test file cheap: equal runs share their compiled functions, pictures are
+blank."""
 
 import contextlib
 import dataclasses
@@ -21,9 +22,10 @@ def share(build, config, *arguments, key):
     """Returns what an earlier run built that compiles the same functions, or builds it."""
     # What these functions do not depend on; alpha is one of their arguments.
     compiled = dataclasses.replace(
-        config, run=RunConfig(), log=LogConfig(), reward=dataclasses.replace(config.reward, alpha=0.0),
-        evaluation=EvaluationConfig(
-            problems=0, max_new_tokens=config.evaluation.max_new_tokens))
+        config, run=RunConfig(), log=LogConfig(),
+        reward=dataclasses.replace(config.reward, alpha=0.0),
+        evaluation=EvaluationConfig(problems=0,
+                                    max_new_tokens=config.evaluation.max_new_tokens))
     key = build, repr(compiled), *key
     if key not in built:
         built[key] = build(config, *arguments)

@@ -11,11 +11,11 @@ def stored(directory):
             for name, tensor in safetensors.numpy.load_file(file).items()}
 
 
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same_bits(tensors, expected):
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-        assert found[name].tobytes() == tensor.tobytes(), name
+        assert tensors[name].dtype == tensor.dtype and tensors[name].shape == tensor.shape, name
+        assert tensors[name].tobytes() == tensor.tobytes(), name
 
 
 def edit(directory, name="config.json", remove=(), **entries):

@@ -42,7 +42,7 @@ def weights(config, seed=0):
 
 
 def mesh(data=1, fsdp=1, tensor=1, context=1):
-    """A mesh over the first devices; `sharding.make_mesh` takes all there are."""
+    """A mesh over the first devices; `sharding.make_mesh` takes all of them."""
     shape = (data, fsdp, tensor, context)
     return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
                          devices=jax.devices()[: data * fsdp * tensor * context])

@@ -1,4 +1,4 @@
-"""Directories of runs and families as training leaves them, made of seeded random numbers."""
+"""Directories of runs and families as training leaves them, filled with seeded random numbers."""
 
 import dataclasses
 import json
@@ -121,10 +121,10 @@ def make_run(directory, *, alpha=0.2, steps=30, sets=("tiny", "tiny_long"), prob
         outcomes[step] = write_evaluation(
             runs.evaluations(directory, step), sets if step in (0, steps) else sets[:1], seed=seed,
             alpha=alpha, progress=progress, problems=problems, samples=samples, response=response)
-    made = runs.run_results(config, runs.compare(outcomes[0], outcomes[steps]), 181.5, alpha,
+    summary = runs.run_results(config, runs.compare(outcomes[0], outcomes[steps]), 181.5, alpha,
                             PROVENANCE)
-    results.write(directory / "summary.json", made)
-    return made
+    results.write(directory / "summary.json", summary)
+    return summary
 
 
 def write_evaluation(directory, sets, **options):

@@ -77,7 +77,8 @@ def build(config: transformers.PretrainedConfig, seed: int) -> Any:
     """A model none of whose weights is 0 or 1: a bias, norm or scale that is left out shows in the
     logits."""
     generator = torch.Generator().manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -104,7 +105,7 @@ def reference(model: Any, seed: int, rows: int = ROWS,
 
 def respell(directory: Path) -> None:
     """Rewrites config.json as transformers 4 did: rope_theta, rope_scaling, torch_dtype, no
-    head_dim where implied."""
+    head_dim if implied."""
     path = directory / "config.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     parameters = table.pop("rope_parameters")
@@ -135,7 +136,8 @@ def main() -> None:
         save(model, directory, older_spelling=name in OLDER_SPELLING, sharded=name in SHARDED)
         arrays = reference(model, seed)
         np.savez(directory / "reference.npz", tokens=arrays["tokens"], logits=arrays["logits"])
-        again = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, attn_implementation="eager").eval()
         # nothing was lost on disk
         np.testing.assert_array_equal(reference(again, seed)["logits"], arrays["logits"])
         print(f"{name}: {sum(file.stat().st_size for file in directory.iterdir()) / 1000:.0f} kB, "

@@ -79,13 +79,13 @@ def overrides(world, directory, **changes):
 
 def config(world, directory, **changes):
     """The same as a Config."""
-    made = configuration.Config()
+    defaults = configuration.Config()
     sections: dict[str, dict] = {}
     for name, value in overrides(world, directory, **changes).items():
         section, field = name.split(".")
         sections.setdefault(section, {})[field] = value
-    return dataclasses.replace(made,
-                               **{section: dataclasses.replace(getattr(made, section), **fields)
+    return dataclasses.replace(defaults,
+                               **{section: dataclasses.replace(getattr(defaults, section), **fields)
                                   for section, fields in sections.items()})
 
 

@@ -37,7 +37,7 @@ def decisions(directory):
     assert processes.count() == jax.process_count() == 2 and processes.is_primary() == (here == 0)
     assert processes.broadcast("name", lambda: {"from": here}) == {"from": 0}
     assert processes.all_gather("numbers", lambda: [here, "\udc80", None, 1.5]) == [
-        [each, "\udc80", None, 1.5] for each in (0, 1)]
+        [process, "\udc80", None, 1.5] for process in (0, 1)]
 
     def fails(number, error):
         if here == number:
