@@ -1,4 +1,5 @@
-"""What the benchmarks share: two Qwen2 shapes, tables in Markdown, progress on stderr, lists as arguments."""
+"""Shared by the benchmarks: two Qwen2 shapes, tables in Markdown, progress on stderr, lists as
+arguments."""
 
 import argparse
 import sys
@@ -9,9 +10,11 @@ from effreason.lm import model
 
 QWEN2: dict[str, Any] = dict(norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, remat="none")
 MODELS = {
-    "M1": model.DecoderConfig(vocabulary=32000, width=512, layers=8, heads=8, kv_heads=2, head_dim=64, mlp_width=1408,
+    "M1": model.DecoderConfig(vocabulary=32000, width=512, layers=8, heads=8, kv_heads=2,
+                              head_dim=64, mlp_width=1408,
                               **QWEN2),
-    "M2": model.DecoderConfig(vocabulary=256, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384,
+    "M2": model.DecoderConfig(vocabulary=256, width=128, layers=4, heads=4, kv_heads=2, head_dim=32,
+                              mlp_width=384,
                               **QWEN2),
 }
 
@@ -24,7 +27,8 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) if word else cell.rjust(width)
-                                 for cell, width, word in zip(cells, widths, words, strict=True)) + " |"
+                                 for cell, width,
+                                 word in zip(cells, widths, words, strict=True)) + " |"
 
     print(line(headings))
     print("|" + "|".join("-" * (width + 1) + ("-" if word else ":")
@@ -41,6 +45,7 @@ def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = text.split(",")
         if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, found {unknown[0]!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected some of {','.join(known)}, found {unknown[0]!r}")
         return names
     return parse

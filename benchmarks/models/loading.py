@@ -1,10 +1,12 @@
-"""Measures how much memory and time a checkpoint takes to load, and that the host holds no second copy of it.
+"""Measures how much memory and time a checkpoint takes to load, and that the host holds no second
+copy of it.
 
     python -m benchmarks.models.loading --model DIR [--devices 8] [--json]
 
-Peak memory is what the process held at most while loading, file pages included, less what it held before. The overhead
-is that peak less the weights themselves, which on the CPU live in the same memory. The largest tensor group is the
-largest of our weights: one matrix of all layers, or the embedding.
+Peak memory is what the process held at most while loading, file pages included, less what it held
+before. The overhead is that peak less the weights themselves, which on the CPU live in the same
+memory. The largest tensor group is the largest of our weights: one matrix of all layers, or the
+embedding.
 """
 
 import argparse
@@ -23,7 +25,8 @@ def memory(entry: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices; the weights are split over them")
+    parser.add_argument("--devices", type=int, default=1,
+                        help="virtual CPU devices; the weights are split over them")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args()
     # JAX reads these when it is imported.
@@ -39,7 +42,8 @@ def main() -> None:
 
     directory, _ = hub.find(options.model, None, ())
     config = read_config(directory)
-    targets = sharding.tree_sharding(sharding.make_mesh(fsdp=options.devices), model.logical_axes(config))
+    targets = sharding.tree_sharding(sharding.make_mesh(fsdp=options.devices),
+                                     model.logical_axes(config))
     leaves = jax.tree.leaves(model.abstract_params(config))
     before, started, processed = memory("VmRSS"), time.perf_counter(), time.process_time()
     params = jax.block_until_ready(weights.read_weights(directory, config, targets))
@@ -47,15 +51,19 @@ def main() -> None:
     peak = memory("VmHWM") - before
     result = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    row = {"model": directory.name, "devices": options.devices, "parameters": result // 4, "result_bytes": result,
+    row = {"model": directory.name, "devices": options.devices, "parameters": result // 4,
+           "result_bytes": result,
            "peak_bytes": peak, "overhead_bytes": peak - result, "largest_group_bytes": largest,
-           "overhead_over_largest_group": (peak - result) / largest, "seconds": seconds, "cpu_seconds": processor}
+           "overhead_over_largest_group": (peak - result) / largest, "seconds": seconds,
+           "cpu_seconds": processor}
     if options.json:
         print(json.dumps(row))
         return
-    print(f"{row['model']}: {row['parameters']:,} parameters on {options.devices} device(s) in {seconds:.1f} s "
+    print(f"{row['model']}: {row['parameters']:,} parameters on "
+          f"{options.devices} device(s) in {seconds:.1f} s "
           f"({processor:.1f} s of processor time)")
-    for name, size in (("weights in float32", result), ("peak memory", peak), ("overhead", peak - result),
+    for name, size in (("weights in float32", result), ("peak memory", peak),
+                       ("overhead", peak - result),
                        ("largest tensor group", largest)):
         print(f"  {name:22} {size / 2**20:9,.0f} MiB")
 

@@ -1,18 +1,24 @@
-"""Measures a learning step against one in plain torch and `transformers`, and against this machine's matrix products.
+"""Measures a learning step against one in plain torch and `transformers`, and against this
+machine's matrix products.
 
-    python -m benchmarks.update.compare [--model M1] [--batches fixed,ragged] [--engines ours,torch] [--repeats 3] [--json]
-    python -m benchmarks.update.compare --scoring         memory of scoring 32k tokens by the size of the vocabulary
-    python -m benchmarks.update.compare --gpu             one whole RL step of a 1.5B model on an accelerator
+    python -m benchmarks.update.compare [--model M1] [--batches fixed,ragged]
+        [--engines ours,torch] [--repeats 3] [--json]
+    python -m benchmarks.update.compare --scoring
+        memory of scoring 32k tokens by the size of the vocabulary
+    python -m benchmarks.update.compare --gpu
+        one whole RL step of a 1.5B model on an accelerator
 
-The step: 32 sequences of 64 prompt and 256 response tokens through a Qwen2 shape of benchmarks/sampling/compare.py in float32:
-log-probs by policy and reference, the loss, backward, AdamW; no part of it is saved for the next one. `ragged`:
-responses of exponential lengths around 128, at most 512, which torch pads and we pack. A second counts response tokens.
+The step: 32 sequences of 64 prompt and 256 response tokens through a Qwen2 shape of
+benchmarks/sampling/compare.py in float32: log-probs by policy and reference, the loss, backward,
+AdamW; no part of it is saved for the next one. `ragged`: responses of exponential lengths around
+128, at most 512, which torch pads and we pack. A second counts response tokens.
 
-Each engine is in a process of its own, whose memory is its own: the most it ever held, compilation included, above what
-it held when everything was imported but no weight was there. The engines take turns, so that all meet the same load;
-medians. Both get the micro-batch that suits them best, found beforehand. Rates of matrix products: float32 squares of
-1,024 and 2,048, measured in both libraries right behind each step; the best of all is what the steps are measured by.
-How the operations of a step are counted says steps.flops: only what any engine must compute.
+Each engine is in a process of its own, whose memory is its own: the most it ever held, compilation
+included, above what it held when everything was imported but no weight was there. The engines take
+turns, so that all meet the same load; medians. Both get the micro-batch that suits them best, found
+beforehand. Rates of matrix products: float32 squares of 1,024 and 2,048, measured in both libraries
+right after each step; the best of all is what the steps are measured by. steps.flops says how the
+operations of a step are counted: only what any engine must compute.
 """
 
 import argparse
@@ -40,7 +46,8 @@ ENGINES = ("ours", "torch")
 BATCHES = ("fixed", "ragged")
 REMATS = ("none", "attention", "full")
 # Two layers of the 1.5B shape: scanned over, more of them need little more.
-SCORED = model.DecoderConfig(vocabulary=151936, width=1536, layers=2, heads=12, kv_heads=2, head_dim=128,
+SCORED = model.DecoderConfig(vocabulary=151936, width=1536, layers=2, heads=12, kv_heads=2,
+                             head_dim=128,
                              mlp_width=8960, tied=True, **(QWEN2 | {"remat": "full"}))
 MATMUL_SHARE, TORCH_RATIO = 0.55, 2.3
 Row = dict[str, Any]
@@ -50,20 +57,23 @@ class Worker:
     """An engine in a process of its own, which makes a step when it is told to."""
 
     def __init__(self, engine: str, batch: str, options: argparse.Namespace, rows: int) -> None:
-        spec = {"engine": engine, "batch": batch, "rows": rows, "model": options.model, "remat": options.remat,
+        spec = {"engine": engine, "batch": batch, "rows": rows, "model": options.model,
+                "remat": options.remat,
                 "sequences": options.sequences, "response": options.response}
-        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.update.compare", "--worker", json.dumps(spec)], text=True,
+        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.update.compare",
+                                          "--worker", json.dumps(spec)], text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def step(self) -> Row:
-        """Its figures. Raises: RuntimeError where the process has ended."""
+        """Returns its figures. Raises: RuntimeError if the process has ended."""
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("step\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"an engine's process ended with code {self._process.wait()}; its words are above")
+            raise RuntimeError(
+                f"an engine's process ended with code {self._process.wait()}; its words are above")
         return json.loads(line)
 
     def close(self) -> None:
@@ -73,12 +83,14 @@ class Worker:
 
 
 def work(spec: Row) -> None:
-    """What a worker does: one step for each line of its input, its figures as a line of its output."""
+    """What a worker does: one step for each line of its input, its figures as a line of its
+    output."""
     # Whatever libraries print goes elsewhere.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     config = MODELS[spec["model"]]
-    batch = steps.make_batch(spec["batch"], config.vocabulary, sequences=spec["sequences"], response=spec["response"])
+    batch = steps.make_batch(spec["batch"], config.vocabulary, sequences=spec["sequences"],
+                             response=spec["response"])
     if spec["engine"] == "torch":
         import torch
         import transformers
@@ -96,13 +108,16 @@ def work(spec: Row) -> None:
     for _ in sys.stdin:
         processor, started = time.process_time(), time.perf_counter()
         learner.step()
-        figures = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - processor,
-                   "peak_bytes": steps.resident_bytes("VmHWM") - before, "matmul_flops": steps.matmul_flops(learner)}
+        figures = {"seconds": time.perf_counter() - started,
+                   "cpu_seconds": time.process_time() - processor,
+                   "peak_bytes": steps.resident_bytes("VmHWM") - before,
+                   "matmul_flops": steps.matmul_flops(learner)}
         print(json.dumps(figures | learner.figures), file=replies, flush=True)
 
 
 def best_rows(engine: str, batch: str, options: argparse.Namespace) -> int:
-    """The micro-batch at which an engine is fastest, of those it may have: by the second step in each."""
+    """The micro-batch at which an engine is fastest, of those it may have: by the second step in
+    each."""
     candidates = options.ours_rows if engine == "ours" else options.torch_rows
     seconds = {}
     for rows in candidates if len(candidates) > 1 else ():
@@ -126,7 +141,8 @@ def workers(engines: Sequence[str], batch: str, options: argparse.Namespace,
 def measure(kind: str, options: argparse.Namespace) -> list[Row]:
     """Each engine on one batch: a row of figures for each."""
     config = MODELS[options.model]
-    batch = steps.make_batch(kind, config.vocabulary, sequences=options.sequences, response=options.response)
+    batch = steps.make_batch(kind, config.vocabulary, sequences=options.sequences,
+                             response=options.response)
     work, found = steps.flops(config, batch), {}
     rows = {engine: best_rows(engine, kind, options) for engine in options.engines}
     with workers(options.engines, kind, options, rows) as running:
@@ -135,8 +151,10 @@ def measure(kind: str, options: argparse.Namespace) -> list[Row]:
                 say(f"{engine}, {kind}: " + (f"step {repeat}" if repeat else "first step"))
                 figures = worker.step()
                 if not repeat:
-                    found[engine] = {"engine": engine, "batch": kind, "tokens": batch.tokens, "flops": work,
-                                     "first_seconds": figures["seconds"], "seconds": [], "cpu_seconds": [],
+                    found[engine] = {"engine": engine, "batch": kind, "tokens": batch.tokens,
+                                     "flops": work,
+                                     "first_seconds": figures["seconds"], "seconds": [],
+                                     "cpu_seconds": [],
                                      "matmul_flops": []}
                     continue
                 for name in ("seconds", "cpu_seconds", "matmul_flops"):
@@ -148,7 +166,8 @@ def measure(kind: str, options: argparse.Namespace) -> list[Row]:
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
-    """Adds to each row its share of the best matrix products and how much faster ours is; returns the targets."""
+    """Adds to each row its share of the best matrix products and how much faster ours is; returns
+    the targets."""
     best = max(rate for row in rows for rate in row["matmul_flops"])
     ours = {row["batch"]: row["tokens_per_second"] for row in rows if row["engine"] == "ours"}
     targets = []
@@ -162,7 +181,8 @@ def judge(rows: Sequence[Row]) -> list[Row]:
                              (TORCH_RATIO, row.get("ours_is_faster")))
             what = "ours, of the best matmul rate" if row["engine"] == "ours" else "ours / torch"
             if figure is not None:
-                targets.append({"target": what, "figure": figure, "bound": bound, "met": figure >= bound})
+                targets.append({"target": what, "figure": figure, "bound": bound,
+                                "met": figure >= bound})
     return targets
 
 
@@ -170,8 +190,10 @@ def print_rows(rows: Sequence[Row]) -> None:
     print_table(["batch", "engine", "tokens/s", "ours is", "s", "cpu s", "peak GB", "of matmul"],
                 [[row["batch"], row["engine"], f"{row['tokens_per_second']:,.0f}",
                   f"{row['ours_is_faster']:.2f} x" if "ours_is_faster" in row else "-",
-                  f"{statistics.median(row['seconds']):.2f}", f"{statistics.median(row['cpu_seconds']):.2f}",
-                  f"{row['peak_bytes'] / 1e9:.2f}", f"{100 * row['matmul_share']:.0f} %"] for row in rows])
+                  f"{statistics.median(row['seconds']):.2f}",
+                  f"{statistics.median(row['cpu_seconds']):.2f}",
+                  f"{row['peak_bytes'] / 1e9:.2f}", f"{100 * row['matmul_share']:.0f} %"]
+                 for row in rows])
     print_table(["micro-batches", "engine", "rows", "filled with tokens", "first step s"],
                 [[row["batch"], row["engine"], f"{row['rows']}", f"{100 * row['fill']:.0f} %",
                   f"{row['first_seconds']:.1f}"] for row in rows])
@@ -184,12 +206,14 @@ def compare(options: argparse.Namespace) -> Row:
     targets, loads = judge(rows), (load, os.getloadavg()[0])
     if not options.json:
         print(f"{options.model}, {options.sequences} sequences, medians of {options.repeats}; "
-              f"{len(os.sched_getaffinity(0))} cores, load {loads[0]:.1f} before, {loads[1]:.1f} at the end")
+              f"{len(os.sched_getaffinity(0))} cores, load {loads[0]:.1f} "
+              f"before, {loads[1]:.1f} at the end")
         print(f"best product of squares: {rows[0]['best_matmul_flops'] / 1e9:,.0f} GFLOP/s\n")
         print_rows(rows)
         if targets:
             print_table(["target", "figure", "bound", "met"],
-                        [[row["target"], f"{row['figure']:.3g}", f">= {row['bound']:g}", "yes" if row["met"] else "no"]
+                        [[row["target"], f"{row['figure']:.3g}", f">= {row['bound']:g}", "yes"
+                          if row["met"] else "no"]
                          for row in targets])
     return {"rows": rows, "targets": targets, "load": loads}
 
@@ -198,35 +222,47 @@ def show_scoring(options: argparse.Namespace) -> Row:
     """Memory that scoring and learning from long rows need, by the size of the vocabulary."""
     rows = device.scoring_memory(SCORED, sharding.make_mesh(data=-1))
     if not options.json:
-        print(f"one row of {rows[0]['tokens']:,} tokens, {SCORED.layers} layers of width {SCORED.width}, float32: "
+        print(f"one row of {rows[0]['tokens']:,} tokens, {SCORED.layers} "
+              f"layers of width {SCORED.width}, float32: "
               "temporaries\nof the compiled programs, in GiB\n")
         figures = ("scoring_bytes", "gradient_bytes", "logits_bytes")
         print_table(["vocabulary", "scoring", "gradients", "all logits would be"],
-                    [[f"{row['vocabulary']:,}", *(f"{row[name] / 2**30:.2f}" for name in figures)] for row in rows])
+                    [[f"{row['vocabulary']:,}", *(f"{row[name] / 2**30:.2f}" for name in figures)]
+                     for row in rows])
     return {"rows": rows}
 
 
 def show_rl_step(options: argparse.Namespace) -> Row:
     """A whole RL step, rollout and learning, in the dtype of accelerators."""
     layers, width, mlp_width, heads, kv_heads, vocabulary = options.shape
-    config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads, kv_heads=kv_heads,
+    config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads,
+                                 kv_heads=kv_heads,
                                  head_dim=width // heads, mlp_width=mlp_width, tied=True,
-                                 dtype=jnp.dtype(options.dtype), **(QWEN2 | {"remat": options.remat}))
+                                 dtype=jnp.dtype(options.dtype),
+                                 **(QWEN2 | {"remat": options.remat}))
     prompts, samples, prompt, response = options.sizes
-    row = device.rl_step(config, sharding.make_mesh(data=-1), prompts=prompts, samples=samples, prompt=prompt,
-                         response=response, rows=options.ours_rows[0], remat=options.remat, chunk=options.chunk,
-                         repeats=options.repeats, peak=options.peak_tflops and 1e12 * options.peak_tflops)
+    row = device.rl_step(config, sharding.make_mesh(data=-1), prompts=prompts, samples=samples,
+                         prompt=prompt,
+                         response=response, rows=options.ours_rows[0], remat=options.remat,
+                         chunk=options.chunk,
+                         repeats=options.repeats, peak=options.peak_tflops
+                         and 1e12 * options.peak_tflops)
     if not options.json:
-        share = f"{100 * row['mfu']:.1f} % of the peak (MFU)" if row["mfu"] else "peak unknown: --peak-tflops"
+        share = f"{100 * row['mfu']:.1f} % of the peak (MFU)" if row[
+            "mfu"] else "peak unknown: --peak-tflops"
         held = f", {row['peak_bytes'] / 2**30:.1f} GiB held at most" if row["peak_bytes"] else ""
-        print(f"{row['device']} x {row['devices']}, {row['dtype']}, {row['matrix_entries'] / 1e9:.3g} B weights{held}\n"
-              f"{prompts} prompts x {samples} responses of {prompt} + {response:,} tokens; first step "
+        print(f"{row['device']} x {row['devices']}, {row['dtype']}, "
+              f"{row['matrix_entries'] / 1e9:.3g} B weights{held}\n"
+              f"{prompts} prompts x {samples} responses of {prompt} "
+              f"+ {response:,} tokens; first step "
               f"{sum(row['first_seconds'].values()):.0f} s, with compilation\n")
         print_table(["part", "s", "tokens/s", "rate", "of what is possible"], [
             ["rollout", f"{row['rollout_seconds']:.2f}", f"{row['rollout_tokens_per_second']:,.0f}",
              f"{row['decode_bytes_per_second'] / 1e9:,.0f} GB/s",
-             f"{100 * row['decode_bytes_per_second'] / row['copy_bandwidth']:.0f} % of a copy's rate"],
-            ["learning", f"{row['learning_seconds']:.2f}", f"{row['learning_tokens_per_second']:,.0f}",
+             f"{100 * row['decode_bytes_per_second'] / row['copy_bandwidth']:.0f} "
+             "% of a copy's rate"],
+            ["learning", f"{row['learning_seconds']:.2f}",
+             f"{row['learning_tokens_per_second']:,.0f}",
              f"{row['flops_per_second'] / 1e12:,.3g} TFLOP/s", share],
             ["", "", "", "", f"{100 * row['of_matmul']:.0f} % of a product of squares"]])
     return row
@@ -253,22 +289,29 @@ def parse() -> argparse.Namespace:
                         help="rows of a micro-batch to choose from")
     parser.add_argument("--ours-rows", type=numbers(), default=[4, 8], metavar="N,N",
                         help="the same for ours; --gpu: the first")
-    parser.add_argument("--remat", choices=REMATS, default="none", help="ours: what backward computes again")
-    parser.add_argument("--scoring", action="store_true", help="memory by the size of the vocabulary, nothing else")
-    parser.add_argument("--gpu", action="store_true", help="one RL step on an accelerator, nothing else")
+    parser.add_argument("--remat", choices=REMATS, default="none",
+                        help="ours: what backward computes again")
+    parser.add_argument("--scoring", action="store_true",
+                        help="memory by the size of the vocabulary, nothing else")
+    parser.add_argument("--gpu", action="store_true",
+                        help="one RL step on an accelerator, nothing else")
     parser.add_argument("--shape", type=numbers(6), default=[28, 1536, 8960, 12, 2, 151936],
                         help="--gpu: layers,width,mlp,heads,kv heads,vocabulary")
     parser.add_argument("--sizes", type=numbers(4), default=[4, 8, 64, 1024],
                         help="--gpu: prompts,responses to each,prompt tokens,response tokens")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="--gpu")
-    parser.add_argument("--chunk", type=int, default=64, help="--gpu: decode steps between two looks")
-    parser.add_argument("--peak-tflops", type=float, help="--gpu: of one device, where its name does not say")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
+                        help="--gpu")
+    parser.add_argument("--chunk", type=int, default=64,
+                        help="--gpu: decode steps between two looks")
+    parser.add_argument("--peak-tflops", type=float,
+                        help="--gpu: of one device, if its name does not say")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     compared = options.worker is None and not options.scoring and not options.gpu
     if compared and "torch" in options.engines and importlib.util.find_spec("torch") is None:
-        parser.error("the engine torch needs torch: pip install 'effreason[bench]', or choose --engines ours")
+        parser.error("the engine torch needs torch: pip install 'effreason[bench]', "
+                     "or choose --engines ours")
     return options
 
 
@@ -279,7 +322,8 @@ def main() -> None:
         return
     if options.scoring or options.gpu:
         sharding.use_compilation_cache()
-    result = (show_scoring if options.scoring else show_rl_step if options.gpu else compare)(options)
+    result = (show_scoring if options.scoring else show_rl_step if options.gpu
+              else compare)(options)
     if options.json:
         print(json.dumps({"jax": jax.__version__, "model": options.model, **result}))
 

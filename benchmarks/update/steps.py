@@ -1,9 +1,12 @@
-"""What benchmarks/update/compare.py compares: one learning step of ours, and the same in plain torch.
+"""What benchmarks/update/compare.py compares: one learning step of ours, and the same in plain
+torch.
 
-A step is policy and reference log-probs of all responses, the clipped loss with a k3 term against the reference,
-backward, a clip of the gradient's norm and AdamW. Both take the same sequences and the same advantages.
+A step is policy and reference log-probs of all responses, the clipped loss with a k3 term against
+the reference, backward, a clip of the gradient's norm and AdamW. Both take the same sequences and
+the same advantages.
 
-P prompts, G responses for each, B = P * G sequences, T response tokens at most, D width, V vocabulary.
+P prompts, G responses for each, B = P * G sequences, T response tokens at most, D width, V
+vocabulary.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ class Batch:
     """Responses to learn from; sequence b is response b % G to prompt b // G."""
 
     prompts: np.ndarray             # int32[P, S], all of one length
-    responses: np.ndarray           # int32[B, T], 0 behind the ends
+    responses: np.ndarray           # int32[B, T], 0 after the ends
     lengths: np.ndarray             # int32[B]
     correct: np.ndarray             # bool[P, G]
     longest: int                    # tokens that a response could have had
@@ -58,54 +61,67 @@ class Learner:
     """One way to learn from a batch."""
 
     step: Callable[[], None]        # one learning step, until its results are there
-    policy: Callable[[], Any]       # its weights as they stand, or its model
+    policy: Callable[[], Any]       # its current weights, or its model
     matmul: Callable[[int], float]  # seconds of a product of float32 squares of that size
     figures: dict[str, Any]         # what there is to say of it
 
 
-def make_batch(kind: str, vocabulary: int, *, sequences: int = 32, prompt: int = 64, response: int = 256,
+def make_batch(kind: str, vocabulary: int, *, sequences: int = 32, prompt: int = 64,
+               response: int = 256,
                longest: int = 512) -> Batch:
-    """`fixed`: all responses of `response` tokens. `ragged`: exponential lengths around half of it, 8 .. `longest`."""
+    """`fixed`: all responses of `response` tokens. `ragged`: exponential lengths around half of it,
+    8 .. `longest`."""
     random = np.random.default_rng(0)
     lengths = np.full(sequences, response, np.int32)
     if kind == "fixed":
         longest = response
     else:
-        lengths = np.clip(random.exponential(response / 2, sequences).round(), 8, longest).astype(np.int32)
+        lengths = np.clip(random.exponential(response / 2, sequences).round(), 8,
+                          longest).astype(np.int32)
     responses = random.integers(0, vocabulary, (sequences, int(lengths.max()))).astype(np.int32)
     responses[np.arange(responses.shape[1]) >= lengths[:, None]] = 0
     samples = math.gcd(SAMPLES, sequences)
-    return Batch(prompts=random.integers(0, vocabulary, (sequences // samples, prompt)).astype(np.int32),
-                 responses=responses, lengths=lengths, correct=random.random((sequences // samples, samples)) < 0.5,
+    return Batch(prompts=random.integers(0, vocabulary,
+                                         (sequences // samples, prompt)).astype(np.int32),
+                 responses=responses, lengths=lengths,
+                 correct=random.random((sequences // samples, samples)) < 0.5,
                  longest=longest)
 
 
 def to_rollouts(batch: Batch) -> Rollouts:
     """The batch as the sampler would hand it on."""
     group = batch.correct.shape
-    return Rollouts(prompts=batch.prompts, prompt_lengths=np.full(group[0], batch.prompts.shape[1], np.int32),
-                    tokens=batch.responses.reshape(*group, -1), lengths=batch.lengths.reshape(group),
+    return Rollouts(prompts=batch.prompts,
+                    prompt_lengths=np.full(group[0], batch.prompts.shape[1], np.int32),
+                    tokens=batch.responses.reshape(*group, -1),
+                    lengths=batch.lengths.reshape(group),
                     logprobs=np.zeros((*group, batch.responses.shape[1]), np.float32),
                     finish=np.full(group, FinishReason.LENGTH), repeated=np.zeros(group, bool))
 
 
 def flops(config: DecoderConfig, batch: Batch) -> float:
-    """Floating-point operations that one step cannot do without: 5 forward passes' worth.
+    """Counts the floating-point operations that one step cannot do without: 5 forward passes'
+    worth.
 
-    A forward pass: 2 x parameters in products x positions, the layers at all positions, the head at those that predict
-    a response token; and 4 x H x h x L for each pair of a position with one it may attend to, n (n + 1) / 2 of them in
-    a sequence of n. Policy, reference and the loss's own pass: 3; backward: 2 more (4 x instead of 2 x). Nothing is
-    credited for padding, for what is computed again in the backward pass, for norms, softmax or the optimiser."""
+    A forward pass: 2 x parameters in products x positions, the layers at all positions, the head
+    at those that predict a response token; and 4 x H x h x L for each pair of a position with one
+    it may attend to, n (n + 1) / 2 of them in a sequence of n. Policy, reference and the loss's
+    own pass: 3; backward: 2 more (4 x instead of 2 x). Nothing is credited for padding, for what
+    is computed again in the backward pass, for norms, softmax or the optimiser."""
     heads = config.heads * config.head_dim
-    layer = 2 * config.width * (heads + config.kv_heads * config.head_dim) + 3 * config.width * config.mlp_width
+    layer = 2 * config.width * (heads + config.kv_heads
+                                * config.head_dim) + 3 * config.width * config.mlp_width
     sizes = batch.prompts.shape[1] + batch.lengths.astype(np.int64)
-    products = 2 * (config.layers * layer * sizes.sum() + config.vocabulary * config.width * batch.tokens)
+    products = 2 * (config.layers * layer * sizes.sum() + config.vocabulary * config.width
+                    * batch.tokens)
     attention = 4 * heads * config.layers * (sizes * (sizes + 1) // 2).sum()
     return 5.0 * float(products + attention)
 
 
-def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str, dtype: str = "float32") -> Config:
-    """The configuration of the step, as a run would have it: where nothing is computed again, no scores either."""
+def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str,
+             dtype: str = "float32") -> Config:
+    """The configuration of the step, as a run would have it: if nothing is computed again, no
+    scores either."""
     prompts, samples = batch.correct.shape
     made = Config()
     tile = config.vocabulary if remat == "none" else made.update.vocabulary_tile
@@ -116,12 +132,14 @@ def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str, dtyp
                                     max_new_tokens=batch.longest),
         reward=dataclasses.replace(made.reward, alpha=0.0),
         kl=dataclasses.replace(made.kl, form="loss", coefficient=KL),
-        update=dataclasses.replace(made.update, learning_rate=RATE, beta1=BETAS[0], beta2=BETAS[1], warmup_updates=0,
+        update=dataclasses.replace(made.update, learning_rate=RATE, beta1=BETAS[0], beta2=BETAS[1],
+                                   warmup_updates=0,
                                    clip_ratio=CLIP, max_grad_norm=NORM, rows_per_micro_batch=rows,
                                    vocabulary_tile=tile))
 
 
-def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, remat: str, dtype: str = "float32",
+def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, remat: str,
+              dtype: str = "float32",
               params: model.Params | None = None) -> Learner:
     """The step of a run: packing, scoring by policy and reference, credit, update.
 
@@ -130,7 +148,8 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
     decoder = dataclasses.replace(config, dtype=jnp.dtype(dtype), remat=remat)
     learning = engine.Learner(run, decoder, mesh)
     if params is None:
-        params = jax.jit(lambda: model.init(decoder, jax.random.key(0)), out_shardings=learning.params_sharding)()
+        params = jax.jit(lambda: model.init(decoder, jax.random.key(0)),
+                         out_shardings=learning.params_sharding)()
     reference = learning.as_reference(params)
     states = [learning.init(params)]
     figures: dict[str, Any] = {"rows": rows, "fill": 1.0}
@@ -139,7 +158,8 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
         with jax.set_mesh(mesh):
             packed = learning.pack(to_rollouts(batch), batch.correct)
             learnt = learning.experience(packed, learning.score(states[0].params, packed),
-                                         learning.score_reference(reference, packed), run.reward.alpha)
+                                         learning.score_reference(reference, packed),
+                                         run.reward.alpha)
             states[0], metrics = learning.update(states[0], learnt)
             jax.block_until_ready((states[0], metrics))
         figures["fill"] = packed.packing_efficiency
@@ -155,11 +175,14 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
                    policy=lambda: states[0].params)
 
 
-def make_torch(config: DecoderConfig, batch: Batch, *, rows: int, directory: Path | None = None) -> Learner:
-    """A training step as one writes it with torch and `transformers`, in float32 on all cores.
+def make_torch(config: DecoderConfig, batch: Batch, *, rows: int,
+               directory: Path | None = None) -> Learner:
+    """Makes a training step as one writes it with torch and `transformers`, in float32 on all
+    cores.
 
-    Micro-batches of `rows` sequences in their order, padded on the right to their longest: causal attention needs no
-    mask then, and takes its fast path. Logits of response tokens alone, none for padding.
+    Micro-batches of `rows` sequences in their order, padded on the right to their longest: causal
+    attention needs no mask then, and takes its fast path. Logits of response tokens alone, none for
+    padding.
     Args: directory, the weights; None = random ones."""
     import torch
     import transformers
@@ -170,8 +193,10 @@ def make_torch(config: DecoderConfig, batch: Batch, *, rows: int, directory: Pat
     policy, reference = (_torch_model(config, directory) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
     reference.requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, betas=BETAS, weight_decay=0.0, fused=True)
-    parts = [_torch_rows(batch, slice(first, first + rows)) for first in range(0, len(batch.lengths), rows)]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, betas=BETAS, weight_decay=0.0,
+                                  fused=True)
+    parts = [_torch_rows(batch, slice(first, first + rows))
+             for first in range(0, len(batch.lengths), rows)]
 
     def logprobs(decoder: Any, part: dict[str, Any]) -> Any:
         hidden = decoder.model(input_ids=part["tokens"], use_cache=False).last_hidden_state
@@ -180,7 +205,8 @@ def make_torch(config: DecoderConfig, batch: Batch, *, rows: int, directory: Pat
 
     def step() -> None:
         with torch.no_grad():
-            old, fixed = ([logprobs(decoder, part) for part in parts] for decoder in (policy, reference))
+            old, fixed = ([logprobs(decoder, part) for part in parts]
+                          for decoder in (policy, reference))
         optimizer.zero_grad(set_to_none=True)
         for part, before, anchor in zip(parts, old, fixed, strict=True):
             found = logprobs(policy, part)
@@ -208,13 +234,15 @@ def _torch_model(config: DecoderConfig, directory: Path | None) -> Any:
                                                                  attn_implementation="sdpa")
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=config.vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
-        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, intermediate_size=config.mlp_width,
+        num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
+        intermediate_size=config.mlp_width,
         rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta, tie_word_embeddings=config.tied,
         attn_implementation="sdpa", dtype=torch.float32))
 
 
 def _torch_rows(batch: Batch, which: slice) -> dict[str, Any]:
-    """One micro-batch: tokens [R, N - 1], which of them predict a response token, these tokens and their advantages."""
+    """One micro-batch: tokens [R, N - 1], which of them predict a response token, these tokens and
+    their advantages."""
     import torch
 
     prompts = np.repeat(batch.prompts, batch.correct.shape[1], axis=0)[which]
@@ -222,7 +250,8 @@ def _torch_rows(batch: Batch, which: slice) -> dict[str, Any]:
     tokens = np.concatenate([prompts, batch.responses[which, : lengths.max()]], axis=1)
     predicts = np.zeros((len(tokens), tokens.shape[1] - 1), bool)
     predicts[:, prompts.shape[1] - 1 :] = np.arange(lengths.max()) < lengths[:, None]
-    return {"tokens": torch.from_numpy(tokens[:, :-1].astype(np.int64)), "predicts": torch.from_numpy(predicts),
+    return {"tokens": torch.from_numpy(tokens[:, :-1].astype(np.int64)),
+            "predicts": torch.from_numpy(predicts),
             "targets": torch.from_numpy(tokens[:, 1:][predicts].astype(np.int64))[:, None],
             "advantages": torch.from_numpy(np.repeat(batch.advantages()[which], lengths))}
 
@@ -245,9 +274,10 @@ def matmul_flops(learner: Learner, repeats: int = 3) -> float:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS, what this process holds, or VmHWM, the most it has held.
+    """Reads VmRSS, what this process holds, or VmHWM, the most it has held.
 
-    Not getrusage: its maximum is that of the parent where that held more when it started this process."""
+    Not getrusage: its maximum is that of the parent if that held more when it started this
+    process."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
         for line in file:
             if line.startswith(f"{field}:"):
