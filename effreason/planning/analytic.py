@@ -17,14 +17,11 @@ from effreason.planning.estimates import TILE, PlannedFunction
 from effreason.planning.workloads import Workload
 from effreason.runtime.config import Config
 
-# Attention products for each pair of positions, 2 H h FLOPs each: in a forward pass and in a
-# backward pass.
+# Attention products for each pair of positions, 2 H h FLOPs each: in a forward, a backward pass.
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "xla": (2, 4), "blockwise": (2, 6)}
-# Share of the N * N pairs that is computed: kernels skip the blocks above the diagonal, XLA skips
-# eighths.
+# Share of the N * N pairs computed: kernels skip the blocks above the diagonal, XLA skips eighths.
 PAIRS = {"splash": 0.5, "cudnn": 0.5, "xla": 9 / 16, "blockwise": 0.5}
-# Arrays of F and of D values a token that are alive at once, in a block's backward pass and in a
-# forward pass.
+# Arrays of F and of D values a token alive at once, in a block's backward and in a forward pass.
 BLOCK_ARRAYS, FORWARD_ARRAYS = (9, 14), (3, 5)
 ROW_ARRAYS = 5                      # arrays in Rows
 EXPERIENCE_ARRAYS = 9               # arrays in Experience, with its Rows
@@ -71,21 +68,18 @@ class StepSizes:
 
     @property
     def saved(self) -> str:
-        """What remat saves. It cannot save cuDNN's attention, whose backward pass needs statistics
-        of its own."""
+        """What remat saves. It cannot save cuDNN's attention, whose backward pass needs more."""
         return "full" if (self.attention, self.remat) == ("cudnn", "attention") else self.remat
 
     @property
     def recomputed(self) -> float:
-        """Share of the products with weights that the backward pass repeats: all but the last of
-        each block."""
+        """Share of the products with weights to repeat: all but the last one of each block."""
         if self.remat == "none":
             return 0.0
         return 1 - self.decoder.layers * self.decoder.width * self.decoder.mlp_width / self.products
 
     def attention_flops(self, pairs: float, backward: bool) -> float:
-        """Returns one chip's FLOPs in one layer. Args: pairs, of positions, without regard to the
-        causal mask."""
+        """Returns one chip's FLOPs in one layer. Args: pairs, of positions, masked or not."""
         forward, back = ATTENTION_PRODUCTS[self.attention]
         # In zig-zag order XLA's own attention masks pairs instead of skipping them.
         computed = 1.0 if self.attention == "xla" and self.context > 1 else PAIRS[self.attention]
@@ -108,8 +102,8 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
     state = resident["params"] + resident["optimizer"]
     tokens, rows = _step_arrays(config, sizes, workload)
     experience = tokens + EXPERIENCE_ARRAYS * rows
-
     training, costs = state + resident["reference"], learner_costs | sampler_costs
+
     # What one call covers, calls of a step, other bytes in HBM.
     calls = {
         "unstack": ("a step", 1, resident["optimizer"] + resident["reference"]),
@@ -133,11 +127,12 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int,
     c = sizes.decoder
     weights = sizes.weights
     position = 2 * c.layers * c.kv_heads * c.head_dim * sizes.itemsize / sizes.tensor
+    split = sizes.itemsize * weights / sizes.shards
+
     return {
         "params": 4 * weights / sizes.shards,
         "optimizer": 0.0 if config.update.offload_optimizer else 8 * weights / sizes.shards,
-        "reference": 0.0 if config.kl.offload_reference else sizes.itemsize * weights
-        / sizes.shards,
+        "reference": 0.0 if config.kl.offload_reference else split,
         "weights": sizes.itemsize * weights / sizes.tensor,
         "position": position,
         "slots": slots / (sizes.data * sizes.fsdp) * capacity / sizes.context * position,
@@ -146,8 +141,7 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int,
 
 
 def _step_arrays(config: Config, sizes: StepSizes, workload: Workload) -> tuple[float, float]:
-    """Returns one chip's bytes of a number for each response token (on every chip) and for each row
-    position."""
+    """Returns one chip's bytes of a number for each response token, and for each row position."""
     update = config.update
     rows = update.updates_per_batch * workload.room * workload.rows
     positions = rows * workload.width * workload.widths
@@ -179,6 +173,7 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
     host = 16 * sizes.weights * split if config.update.offload_optimizer else 0.0
     from_host = s * sizes.weights * split if config.kl.offload_reference else 0.0
     times = trips * updates
+
     return {
         "score": ((4 + s) * sizes.weights * split + score_bytes, forward * times),
         "score_reference": (s * sizes.weights * split + score_bytes,
@@ -196,14 +191,14 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
     rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
     tokens, pairs = rows * workload.width / sizes.context, rows * workload.width**2 / sizes.context
     pairs *= workload.pair_batches / workload.micro_batches  # averaged over the narrower rows
+
     layers = 2.0 * tokens * sizes.products / sizes.tensor
     head = 2.0 * tokens * sizes.table / sizes.tensor
     activation = tokens * c.width * s
     keys = 2 * rows * workload.width * c.kv_heads * c.head_dim * s / sizes.tensor
 
     def passes(count: float) -> list[Collective]:
-        """Collectives of `count` passes over the layers: weights, sums over tensor, keys and values
-        over context."""
+        """Returns passes over the layers: weights, sums over tensor, keys, values over context."""
         collectives = [_weight_gather(sizes, sizes.products, 7 * c.layers),
                        _reduction(sizes.tensor, 2 * c.layers * activation, count=2 * c.layers),
                        _reduction(sizes.context, c.layers * keys, "all-gather", 2 * c.layers)]
@@ -214,23 +209,24 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
     width_f, width_d = c.mlp_width / sizes.tensor, c.width
     moved = tokens * c.layers * s
     forward = Cost(flops=layers + head + c.layers * sizes.attention_flops(pairs, False),
-                   bytes=moved * (6 * width_f + 20 * width_d) + s
-                   * (sizes.products + 2 * sizes.table) / sizes.tensor,
+                   bytes=moved * (6 * width_f + 20 * width_d)
+                   + s * (sizes.products + 2 * sizes.table) / sizes.tensor,
                    collectives=tuple(passes(1) + ends))
 
     recomputes = sizes.recomputed > 0
     gradients = [_reduction(sizes.fsdp, s * sizes.weights / sizes.tensor, "reduce-scatter"),
                  _reduction(sizes.data * sizes.context, s * sizes.weights / sizes.shards)]
-    step = Cost(flops=layers * (3 + sizes.recomputed) + 4 * head + c.layers
-                * sizes.attention_flops(pairs, True), bytes=moved * (20 * width_f + 60 * width_d)
-                + (3 + recomputes) * s * sizes.weights / sizes.tensor + 8 * sizes.weights
-                / sizes.shards, collectives=tuple(passes(2 + recomputes) + ends + gradients))
+    step = Cost(flops=layers * (3 + sizes.recomputed) + 4 * head
+                + c.layers * sizes.attention_flops(pairs, True),
+                bytes=moved * (20 * width_f + 60 * width_d)
+                + (3 + recomputes) * s * sizes.weights / sizes.tensor
+                + 8 * sizes.weights / sizes.shards,
+                collectives=tuple(passes(2 + recomputes) + ends + gradients))
     return forward, step
 
 
 def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> tuple[float, float]:
-    """Returns one chip's bytes for scoring, without the weights, and for the gradients, with
-    them."""
+    """Returns one chip's bytes for scoring, without the weights, and for gradients, with them."""
     c, s = sizes.decoder, sizes.itemsize
     rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
     tokens = rows * workload.width / sizes.context
@@ -238,6 +234,7 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
     width_f, width_d = c.mlp_width / sizes.tensor, c.width
     tile = 4 * tokens * min(config.update.vocabulary_tile, c.vocabulary / sizes.tensor)
     table = sizes.table / sizes.tensor
+
     of_tokens, of_rows = _step_arrays(config, sizes, workload)
     saved = {"full": 2.0, "attention": 2.0 + c.heads * c.head_dim / sizes.tensor / c.width,
              "none": 12.0 + 5 * width_f / c.width}[sizes.saved] * c.layers * activation
@@ -260,8 +257,7 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
 
 def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float], *, slots: int,
                    capacity: int, live_share: float) -> tuple[Costs, tuple[int, int]]:
-    """Returns the costs of the sampler's functions, and (prompts of a prefill batch, prefill
-    batches of a step)."""
+    """Returns the costs of the sampler's functions, and (prompts of a prefill batch, batches)."""
     c, s = sizes.decoder, sizes.itemsize
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots, 8, 8192 // width), 1)

@@ -1,5 +1,4 @@
-"""The machines a plan can be made for: the figures of a chip, how chips are connected, and their
-names.
+"""The machines a plan can be made for: figures of a chip, how chips are connected, names.
 
 Peak figures are the manufacturers'; the share that a program reaches is an input
 (estimates.Efficiency). Imports no jax.
@@ -10,9 +9,9 @@ import math
 import os
 import re
 
+from effreason.runtime.config import GIB
 from effreason.runtime.errors import UserError
 
-GIB = 2**30
 DEFAULT_SHAPES = "tpu:v5e:4x4, tpu:v5p:2x2x4, tpu:v6e:4x4, gpu:h100:8, gpu:h200:2x8, cpu"
 
 
@@ -36,44 +35,38 @@ class Chip:
 
 
 # TPU: cloud.google.com/tpu/docs/v5e, v5p, v6e (HBM, FLOP/s, bandwidths). The usable HBM is the
-# limit the compiler reports for a program that does not fit. Link rates, one way, and rings: jax-
-# ml.github.io/scaling-book/tpus. Google publishes no power for these chips; TPU v4 draws 170 W on
-# average (arXiv 2304.01433). The figures here are round guesses in proportion: pass --watts for
-# your own. Latencies are rounded from measurements: a few microseconds, ten through NCCL. GPU:
-# NVIDIA's data sheets for the SXM modules (dense bfloat16 is half the figure "with sparsity";
+# limit the compiler reports for a program that does not fit. Link rates, one way, and rings:
+# jax-ml.github.io/scaling-book/tpus. Google publishes no power for these chips; TPU v4 draws 170 W
+# on average (arXiv 2304.01433). The figures here are round guesses in proportion: pass --watts for
+# your own. Latencies are rounded from measurements: a few microseconds, ten through NCCL.
+# GPU: NVIDIA's data sheets for the SXM modules (dense bfloat16 is half the figure "with sparsity";
 # NVLink is counted both ways there); one 400 Gb/s adapter per GPU, 200 Gb/s for the A100; 92 % of
 # the HBM, as a run is started with.
 CHIPS = {
     "tpu:v5e": Chip(
         name="TPU v5e", hbm_bytes=15.75 * GIB, flops=197e12, hbm_bandwidth=819e9,
-        link_bandwidth=45e9,
-        host_bandwidth=15e9, latency=3e-6, watts=200, chips_per_host=4, axes=2, wraps_at=16,
-        most=256),
+        link_bandwidth=45e9, host_bandwidth=15e9, latency=3e-6, watts=200, chips_per_host=4,
+        axes=2, wraps_at=16, most=256),
     "tpu:v5p": Chip(
         name="TPU v5p", hbm_bytes=95.74 * GIB, flops=459e12, hbm_bandwidth=2765e9,
-        link_bandwidth=90e9,
-        host_bandwidth=15e9, latency=3e-6, watts=400, chips_per_host=4, axes=3, wraps_at=4,
-        most=8960),
+        link_bandwidth=90e9, host_bandwidth=15e9, latency=3e-6, watts=400, chips_per_host=4,
+        axes=3, wraps_at=4, most=8960),
     "tpu:v6e": Chip(
         name="TPU v6e", hbm_bytes=31.25 * GIB, flops=918e12, hbm_bandwidth=1640e9,
-        link_bandwidth=90e9,
-        host_bandwidth=15e9, latency=3e-6, watts=300, chips_per_host=4, axes=2, wraps_at=16,
-        most=256),
+        link_bandwidth=90e9, host_bandwidth=15e9, latency=3e-6, watts=300, chips_per_host=4,
+        axes=2, wraps_at=16, most=256),
     "gpu:a100": Chip(
         name="A100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=312e12, hbm_bandwidth=2039e9,
-        link_bandwidth=300e9,
-        network_bandwidth=25e9, host_bandwidth=25e9, latency=10e-6, watts=400, chips_per_host=8,
-        most=8),
+        link_bandwidth=300e9, network_bandwidth=25e9, host_bandwidth=25e9, latency=10e-6,
+        watts=400, chips_per_host=8, most=8),
     "gpu:h100": Chip(
         name="H100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=989e12, hbm_bandwidth=3350e9,
-        link_bandwidth=450e9,
-        network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6, watts=700, chips_per_host=8,
-        most=8),
+        link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6,
+        watts=700, chips_per_host=8, most=8),
     "gpu:h200": Chip(
         name="H200 141 GB", hbm_bytes=0.92 * 139 * GIB, flops=989e12, hbm_bandwidth=4800e9,
-        link_bandwidth=450e9,
-        network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6, watts=700, chips_per_host=8,
-        most=8),
+        link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6,
+        watts=700, chips_per_host=8, most=8),
 }
 
 
@@ -109,6 +102,7 @@ class Target:
         """
         if group <= 1 or self.kind == "cpu":
             return math.inf if group <= 1 else self.chip.link_bandwidth
+
         if self.kind == "gpu":
             node = self.shape[-1]
             if group * stride <= node:
@@ -117,7 +111,6 @@ class Target:
             return min(self.chip.link_bandwidth, members * self.chip.network_bandwidth)
 
         bandwidth, covered = 0.0, 1
-
         for size in sorted(self.shape, reverse=True):
             if size > 1 and covered < group:
                 links = 2 if size % self.chip.wraps_at == 0 else 1      # a ring sends both ways
@@ -126,8 +119,7 @@ class Target:
 
 
 def parse(text: str) -> Target:
-    """Parses a target: tpu:v5e:4x4, gpu:h100:8, gpu:h100:2x8 (nodes x GPUs), cpu, cpu:8 (virtual
-    devices).
+    """Parses a target: tpu:v5e:4x4, gpu:h100:2x8 (nodes x GPUs), cpu:8 (virtual devices).
 
     Raises: UserError.
     """
@@ -144,10 +136,12 @@ def parse(text: str) -> Target:
         raise UserError(
             f"--chips {text}: expected cpu or one of {', '.join(CHIPS)} with a size, such as "
             f"{DEFAULT_SHAPES}")
+
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         example = {"tpu": "4x4" if chip.axes == 2 else "2x2x4", "gpu": "8 or 2x8"}[family]
         raise UserError(f"--chips {text}: expected a size after {family}:{name}, "
                         f"such as {example}, found {size!r}")
+
     shape = tuple(map(int, size.split("x")))
     target = Target(text=text, kind=family, chip=chip, shape=shape)
     (_check_tpu if family == "tpu" else _check_gpu)(target)
@@ -158,16 +152,15 @@ def _check_tpu(target: Target) -> None:
     chip, shape = target.chip, target.shape
     if len(shape) != chip.axes:
         example = "x".join(["4"] * chip.axes)
-        raise UserError(f"--chips {target.text}: a {chip.name} slice has {chip.axes} "
-                        f"axes, such as {example}, found " f"{len(shape)}")
+        raise UserError(f"--chips {target.text}: a {chip.name} slice has {chip.axes} axes, such as "
+                        f"{example}, found {len(shape)}")
     if target.chips > chip.most:
         raise UserError(
             f"--chips {target.text}: a {chip.name} slice has at most {chip.most:,} chips, found "
             f"{target.chips:,}")
     if target.chips > 1 and any(size % 2 for size in shape[:2]):
-        raise UserError(f"--chips {target.text}: a host holds 2x2 chips, so the "
-                        "first two sizes must be even (or all "
-                        f"1), found {'x'.join(map(str, shape))}")
+        raise UserError(f"--chips {target.text}: a host holds 2x2 chips, so the first two sizes "
+                        f"must be even (or all 1), found {'x'.join(map(str, shape))}")
 
 
 def _check_gpu(target: Target) -> None:
@@ -181,11 +174,11 @@ def _check_gpu(target: Target) -> None:
 
 
 def cpu(devices: int) -> Target:
-    """Returns this machine, shared by virtual devices. Its rates are coarse; only memory and counts
-    are meaningful."""
+    """Returns this machine, shared by virtual devices; only its memory and counts mean anything."""
     cores = os.cpu_count() or 1
     # half is left for the rest of a run
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
     chip = Chip(name="this machine's CPU" if devices == 1 else f"1/{devices} of this machine's CPU",
                 hbm_bytes=memory / devices, flops=40e9 * cores / devices,
                 hbm_bandwidth=20e9 / devices, link_bandwidth=5e9 / devices,

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from effreason.lm import kv_cache, model
 from effreason.lm.kernels import unsupported_reason
 from effreason.planning import costs, shapes
-from effreason.planning.chips import GIB, Target
+from effreason.planning.chips import Target
 from effreason.planning.costs import Cost
 from effreason.planning.workloads import Workload
 from effreason.rl.learner import AbstractStep, Learner
 from effreason.runtime import sharding
-from effreason.runtime.config import Config
+from effreason.runtime.config import GIB, Config
 from effreason.runtime.errors import UserError
 from effreason.sampling import capacity, scheduler, slots
 from effreason.sampling.draws import SamplingParams
@@ -53,8 +53,7 @@ class CompiledProgram:
 
 
 def target_mesh(config: Config, target: Target) -> Mesh:
-    """Returns the configuration's mesh over the target's devices; TPU devices are only described.
-    Raises: UserError."""
+    """Returns the mesh over the target's devices; TPUs are only described. Raises: UserError."""
     shape = mesh_shape(config, target.chips)
     if target.kind != "cpu":
         return sharding.arranged(shape, _described_devices(target))
@@ -68,25 +67,22 @@ def target_mesh(config: Config, target: Target) -> Mesh:
 
 
 def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
-    """Returns the sizes of the mesh axes. Raises: UserError if their product is not the number of
-    chips."""
+    """Returns the sizes of the mesh axes. Raises: UserError if their product is not `chips`."""
     mesh = config.mesh
     others = mesh.fsdp * mesh.tensor * mesh.context
     data = max(chips // others, 1) if mesh.data == -1 else mesh.data
     if data * others != chips:
-        raise UserError(f"mesh: data {data} x fsdp {mesh.fsdp} x tensor "
-                        f"{mesh.tensor} x context {mesh.context} = "
-                        f"{data * others}, --chips has {chips}; --fit finds a mesh")
+        raise UserError(f"mesh: data {data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} x context "
+                        f"{mesh.context} = {data * others}, --chips has {chips}; --fit finds a "
+                        "mesh")
     return data, mesh.fsdp, mesh.tensor, mesh.context
 
 
 def _described_devices(target: Target) -> Any:
-    """Returns descriptions of the devices of a TPU slice. Raises: UserError if libtpu knows no such
-    slice."""
+    """Describes the devices of a TPU slice. Raises: UserError if libtpu knows no such slice."""
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
-
     try:
         with quiet_stderr():
             return topologies.get_topology_desc(platform="tpu", topology_name=target.topology,
@@ -98,16 +94,15 @@ def _described_devices(target: Target) -> Any:
 
 
 def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Any) -> int:
-    """Returns the responses in flight, as the run would choose them on these chips. `mesh` may be
-    abstract."""
+    """Returns the responses in flight that a run would choose here. `mesh` may be abstract."""
     settings = config.rollout
     training_bytes = capacity.training_weight_bytes(config)
+
     if settings.slots is None and settings.memory_gib is None:
         weights = shapes.weight_count(decoder)
         weight_bytes = training_bytes / mesh.shape["fsdp"] + jnp.dtype(decoder.dtype).itemsize
-        free = target.chip.hbm_bytes * (1
-                                        - capacity.RESERVE) - weight_bytes * weights / mesh.shape[
-                                            "tensor"]
+        free = (target.chip.hbm_bytes * (1 - capacity.RESERVE)
+                - weight_bytes * weights / mesh.shape["tensor"])
         settings = dataclasses.replace(settings, memory_gib=max(free * mesh.size / GIB, 1e-6))
 
     shards = sharding.batch_shards(mesh)
@@ -126,8 +121,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     resident = {name: bytes_per_device(tree) for name, tree in (
         ("params", state.params), ("optimizer", state.opt_state), ("reference", reference),
         ("experience", step.experience), ("tokens", step.logprobs))}
-    # Only the widest rows are compiled. Scoring needs the log-probs of all groups, flat, on every
-    # chip.
+    # Only the widest rows are compiled. Scoring needs all groups' log-probs, flat, on every chip.
     narrower = workload.widths - 1
     resident["narrower"] = narrower * resident["experience"]
     resident["narrower_scored"] = narrower * (
@@ -142,16 +136,15 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
 def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, params: Any,
                       resident: Mapping[str, float], slot_count: int,
                       responses: int) -> list[PlannedProgram]:
-    """Returns the functions of stage 2. Args: resident, HBM bytes of the arrays that outlive a
-    function."""
+    """Returns the functions of stage 2. Args: resident, HBM bytes of arrays that outlive them."""
     layout = cache_layout(config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=layout), mesh)
     positions = cache_positions(capacity.max_positions(config))
     width = scheduler.prefill_width(config.data.max_prompt_tokens, positions)
     height = scheduler.prefill_rows(width, slot_count)
 
-    def integers(*shape: int) -> jax.ShapeDtypeStruct:
-        return _array(sampler.replicated, jnp.int32, *shape)
+    def integers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sampler.replicated)
 
     weights = sampler.unstack.eval_shape(params)
     prefilled = sampler.prefill.eval_shape(weights, integers(height, width))
@@ -165,6 +158,11 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                               top_k=settings.top_k, min_p=settings.min_p, eos_ids=EOS)
     training_bytes = resident["params"] + resident["optimizer"] + resident["reference"]
     batches = -(-settings.prompts_per_step // height)
+
+    def lower_decode() -> Any:
+        return sampler.decode.lower(weights, running, integers(1 + slot_count), sampling=sampling,
+                                    chunk=chunk)
+
     return [
         PlannedProgram(name="unstack", per="a step", calls=1, trips=1, divide=1,
                        other_bytes=resident["optimizer"] + resident["reference"],
@@ -177,9 +175,7 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                        lower=lambda: sampler.insert.lower(running, prefilled, fresh, key)),
         PlannedProgram(name="decode", per="a token", calls=0, trips=chunk, divide=chunk,
                        other_bytes=training_bytes + bytes_per_device(prefilled),
-                       lower=lambda: sampler.decode.lower(weights, running,
-                                                          integers(1 + slot_count),
-                                                          sampling=sampling, chunk=chunk))]
+                       lower=lower_decode)]
 
 
 def _learner_programs(config: Config, step: AbstractStep, needs_reference: bool,
@@ -187,38 +183,24 @@ def _learner_programs(config: Config, step: AbstractStep, needs_reference: bool,
     """Returns the functions of stages 4 to 6. Args: as in `_sampler_programs`."""
     updates, trips = config.update.updates_per_batch, workload.micro_batches
 
-    def resident_bytes(*names: str) -> float:
-        return sum(resident[name] for name in names)
+    # Calls of a step, runs of a loop, and what else is in memory.
+    table = {
+        "score": (1, trips, ("optimizer", "reference", "tokens", "narrower_scored")),
+        "score_reference": (int(needs_reference), trips,
+                            ("params", "optimizer", "tokens", "tokens", "narrower_scored")),
+        "experience": (1, 1, ("params", "optimizer", "reference", "narrower")),
+        "gradients": (updates, trips, ("optimizer", "reference", "tokens", "narrower")),
+        "apply_gradients": (updates, 1, ("reference", "experience", "tokens", "narrower")),
+    }
+    return [PlannedProgram(name=name, per="an update" if "gradients" in name else "a step",
+                           calls=calls, trips=runs, divide=1, lower=step.lower[name],
+                           other_bytes=sum(resident[array] for array in arrays))
+            for name, (calls, runs, arrays) in table.items()]
 
-    return [
-        PlannedProgram(name="score", per="a step", calls=1, trips=trips, divide=1,
-                       other_bytes=resident_bytes("optimizer", "reference", "tokens",
-                                                  "narrower_scored"),
-                       lower=step.lower["score"]),
-        PlannedProgram(name="score_reference", per="a step",
-                       calls=int(needs_reference),
-                       trips=trips, divide=1,
-                       other_bytes=resident_bytes("params", "optimizer", "tokens", "tokens",
-                                                  "narrower_scored"),
-                       lower=step.lower["score_reference"]),
-        PlannedProgram(name="experience", per="a step", calls=1, trips=1, divide=1,
-                       other_bytes=resident_bytes("params", "optimizer", "reference", "narrower"),
-                       lower=step.lower["experience"]),
-        PlannedProgram(name="gradients", per="an update", calls=updates, trips=trips, divide=1,
-                       other_bytes=resident_bytes("optimizer", "reference", "tokens", "narrower"),
-                       lower=step.lower["gradients"]),
-        PlannedProgram(name="apply_gradients", per="an update", calls=updates, trips=1, divide=1,
-                       other_bytes=resident_bytes("reference", "experience", "tokens", "narrower"),
-                       lower=step.lower["apply_gradients"])]
-
-
-def _array(sharding: Any, dtype: Any, *shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, context: int) -> str:
-    """Returns the cache layout of the run. Whether its kernel works can only be tried on the
-    machine itself."""
+    """Returns the cache layout of the run; only the machine itself shows if its kernel works."""
     layout: str = config.rollout.cache_layout
     if layout == "auto":
         return kv_cache.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
@@ -234,8 +216,9 @@ def bytes_per_device(tree: Any) -> float:
         placement = leaf.sharding
         if placement is None or placement.memory_kind == "pinned_host":
             continue
-        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype,
-                                              jax.dtypes.extended) else leaf.dtype.itemsize
+
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        itemsize = 8 if is_key else leaf.dtype.itemsize
         total += math.prod(placement.shard_shape(leaf.shape)) * itemsize
     return total
 
@@ -261,10 +244,10 @@ def compile_program(program: PlannedProgram, mesh: Mesh) -> CompiledProgram:
 
 
 def needed_bytes(message: str) -> float | None:
-    """Returns the HBM that a program needs, from the compiler's out-of-memory error; None for any
-    other error."""
+    """Returns the HBM that a program needs, from an out-of-memory error; None for any other."""
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
+
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     if match := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
         return float(match[1]) * units[match[2]]
@@ -275,10 +258,8 @@ def needed_bytes(message: str) -> float | None:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Discards what libraries write to file descriptor 2: libtpu logs loudly that it finds no
-    machine."""
+    """Discards what libraries write to file descriptor 2: libtpu logs that it finds no machine."""
     sys.stderr.flush()
-
     try:
         saved = os.dup(2)
     except OSError:                     # there is no standard error

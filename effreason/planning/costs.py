@@ -75,8 +75,7 @@ class Cost:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
-    """Adds costs; collectives of one kind and group size, and calls of one kernel, become one
-    entry."""
+    """Adds costs; collectives of one kind and group size become one, and calls of one kernel."""
     flops = moved = host = 0.0
     open_loops = 0
     collectives: dict[tuple[str, int], Collective] = {}
@@ -114,8 +113,7 @@ class _CostCounter:
         self._costs: dict[str, Cost] = {}
 
     def computation_cost(self, name: str | None) -> Cost:
-        """Returns the cost of a computation that runs instruction by instruction. Args: name, None
-        for the entry."""
+        """Returns the cost of a computation, by its instructions. Args: name, None = the entry."""
         computation = self._module.computations[name or self._module.entry]
         if computation.name not in self._costs:
             parts, seen = [], set[tuple[str, str]]()
@@ -138,10 +136,9 @@ class _CostCounter:
 
         if kind == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-            names = re.findall(r"%([\w.\-]+)",
-                               branches[1]) if branches else [
-                                   instruction.attribute("true_computation"),
-                                   instruction.attribute("false_computation")]
+            names = (re.findall(r"%([\w.\-]+)", branches[1]) if branches else
+                     [instruction.attribute("true_computation"),
+                      instruction.attribute("false_computation")])
             return max((self.computation_cost(name) for name in names),
                        key=lambda cost: (cost.flops, cost.bytes))
 
@@ -167,8 +164,7 @@ class _CostCounter:
 
     def _collectives(self, computation: Computation, instruction: Instruction,
                      seen: set[tuple[str, str]]) -> list[Cost]:
-        """Returns the instruction's collectives. On a TPU several fusions may hold parts of one: it
-        counts once."""
+        """Returns the instruction's collectives; one with parts in several fusions counts once."""
         collectives = []
         for inner, part in self._within(computation, instruction):
             kind = _collective_kind(part.opcode)
@@ -205,27 +201,21 @@ class _CostCounter:
 
     def _fusion(self, computation: Computation, instruction: Instruction) -> Cost:
         fused = self._module.computations[instruction.attribute("calls") or ""]
-        flops = sum(self._flops(inner, part) for inner,
-                    part in self._within(computation, instruction))
+        flops = sum(self._flops(*part) for part in self._within(computation, instruction))
 
         read = host = 0.0
-
         for index, name in enumerate(instruction.operands):
             for array in computation.instructions[name].arrays[:1]:
-                size = min(self._operand_bytes_read(fused, index), array.bytes)
+                source = fused.parameters.get(index)
+                size = min(self._bytes_read(fused, source), array.bytes) if source else 0.0
                 read += size if array.memory == DEVICE else 0.0
                 host += size if array.memory == HOST else 0.0
 
         written, host_written = self._bytes_written(fused, instruction)
         return Cost(flops=flops, bytes=read + written, host_bytes=host + host_written)
 
-    def _operand_bytes_read(self, fused: Computation, index: int) -> float:
-        """Returns the bytes of an operand that a fusion reads: only the slices if it is only
-        sliced."""
-        return self._bytes_read(fused,
-                                fused.parameters[index]) if index in fused.parameters else 0.0
-
     def _bytes_read(self, fused: Computation, source: Instruction) -> float:
+        """Returns the bytes of an array that a fusion reads: the slices if it is only sliced."""
         whole, read = source.arrays[0].bytes, 0.0
         if source.root:                 # returned: the caller reads it
             return whole
@@ -239,8 +229,9 @@ class _CostCounter:
                 read += self._bytes_read(fused, user)
             elif user.opcode == "fusion":
                 inner = self._module.computations[user.attribute("calls") or ""]
-                read += sum(self._operand_bytes_read(inner, index) for index,
-                            name in enumerate(user.operands) if name == source.name)
+                read += sum(self._bytes_read(inner, inner.parameters[index])
+                            for index, name in enumerate(user.operands)
+                            if name == source.name and index in inner.parameters)
             else:
                 return whole
 
@@ -249,8 +240,9 @@ class _CostCounter:
     def _bytes_written(self, fused: Computation, instruction: Instruction) -> tuple[float, float]:
         """Returns the bytes that a fusion writes into device memory and into the host's."""
         root = fused.root
-        results = [fused.instructions[name]
-                   for name in root.operands] if root.opcode == "tuple" else [root]
+        results = [root]
+        if root.opcode == "tuple":
+            results = [fused.instructions[name] for name in root.operands]
         written = host = 0.0
 
         for array, result in zip(instruction.arrays, results, strict=False):
@@ -265,8 +257,7 @@ class _CostCounter:
 
     def _traffic(self, computation: Computation,
                  instruction: Instruction) -> tuple[float, float, float]:
-        """Returns bytes (read, written) in device memory and moved to or from the host, for an
-        unfused instruction."""
+        """Returns an instruction's bytes: read, written, and moved to or from the host."""
         operands, results = self._operands(computation, instruction), instruction.arrays
         if instruction.opcode in (*SLICES, "copy-start", "slice-start"):
             # A copy-start returns its result first, a slice-start after its source.
@@ -364,8 +355,7 @@ def _group_size(attributes: str, partitions: int) -> int:
 
 
 def _longest_ring(pairs: list[tuple[str, str]]) -> int:
-    """Returns the number of devices in the longest ring. Args: pairs of a sender and its
-    receiver."""
+    """Returns the size of the longest ring. Args: pairs, each of a sender and its receiver."""
     receivers, longest, seen = dict(pairs), 1, set[str]()
     for first in receivers:
         device, count = first, 0

@@ -1,5 +1,4 @@
-"""Turns the costs of a run's functions into seconds, tokens per second, hours, energy and money: a
-roofline model.
+"""Turns the costs of a run's functions into times, energy and money: a roofline model.
 
 A function takes as long as the slowest of four overlapping things: matrix products, device memory
 traffic, collectives, and traffic to the host's memory. Each runs at the share of its peak rate
@@ -28,8 +27,7 @@ NEEDED = frozenset(("unstack", "prefill", "insert", "decode", "score", "score_re
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of the peak rates that programs reach: guesses from published runs, to be replaced by
-    measured ones."""
+    """Shares of the peak rates that programs reach: guesses, to be replaced by measured ones."""
 
     compute: float = 0.5  # of FLOP/s in large products: 0.4 to 0.6 in training such models
     memory: float = 0.6             # of HBM bandwidth in decoding: 0.4 to 0.85
@@ -99,8 +97,8 @@ def roofline(cost: Cost, target: Target, efficiency: Efficiency) -> tuple[float,
     """Returns the seconds of one call and which of the four limits it."""
     chip = target.chip
     collectives = [collective for collective in cost.collectives if collective.group > 1]
-    links = sum(one.bytes / target.bandwidth(one.group)
-                for one in collectives) / efficiency.interconnect
+    sent = sum(one.bytes / target.bandwidth(one.group) for one in collectives)
+    links = sent / efficiency.interconnect
     links += sum(one.count for one in collectives) * chip.latency
     times = {COMPUTE: cost.flops / (chip.flops * efficiency.compute),
              MEMORY: cost.bytes / (chip.hbm_bandwidth * efficiency.memory),
@@ -134,8 +132,8 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
         return Cost(flops=2.0 * grouped * live / (cache[0].bytes / cache[0].elements), bytes=live)
 
     # A cache that is returned in place: one position of each row was written.
-    aliased = [array for array in kernel.results if len(array.dimensions) == 4
-               and array in operands]
+    aliased = [array for array in kernel.results
+               if len(array.dimensions) == 4 and array in operands]
     if aliased:
         tiles = sum(array.bytes / array.dimensions[2] * TILE for array in aliased)
         return Cost(bytes=2 * tiles)
@@ -195,8 +193,8 @@ def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workl
     if NEEDED - functions.keys() or any(functions[name].cost is None for name in NEEDED):
         return None
 
-    seconds = {name: machine.seconds(function.full_cost) * function.calls for name,
-               function in functions.items() if function.full_cost is not None}
+    seconds = {name: machine.seconds(function.full_cost) * function.calls
+               for name, function in functions.items() if function.full_cost is not None}
     decode = decode_seconds(functions["decode"], machine, slots=slots, capacity=capacity,
                             weights_bytes=weights_bytes, lengths=workload.lengths,
                             prompt_tokens=workload.prompt_tokens, smallest=smallest)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 # Memory spaces, the n in S(n) of an array's layout; without S(n) it is the device's own memory.
 DEVICE, ON_CHIP, HOST = 0, 1, 5
 
+PASSING = ("copy", "bitcast", "convert", "reshape")     # opcodes that keep the value
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -90,10 +92,8 @@ class Computation:
         return {int(instruction.inside): instruction for instruction in self.instructions.values()
                 if instruction.opcode == "parameter"}
 
-    def through(self, name: str, opcodes: tuple[str, ...] = ("copy", "bitcast", "convert",
-                                                             "reshape")) -> Instruction:
-        """Returns the instruction of that name, or the source of its value if these opcodes only
-        pass it on."""
+    def through(self, name: str, opcodes: tuple[str, ...] = PASSING) -> Instruction:
+        """Returns the instruction of that name or, if these opcodes only pass it on, its source."""
         source = self.instructions[name]
         while source.opcode in opcodes and source.operands:
             source = self.instructions[source.operands[0]]
@@ -127,6 +127,7 @@ def parse(text: str) -> Module:
 
     if not entry:
         raise ValueError("no compiled program: the text has no line that begins with ENTRY")
+
     match = re.search(r"\bnum_partitions=(\d+)", text[:100_000].partition("\n")[0])
     return Module(computations, entry, int(match[1]) if match else 1)
 
@@ -146,6 +147,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     comparison = _comparison(module, condition)
     if comparison is None:
         return None
+
     counter, bound, inclusive = comparison
     start = computation.through(loop.operands[0]) if loop.operands else None
     if start is None or start.opcode != "tuple" or counter >= len(start.operands):
@@ -164,13 +166,12 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _comparison(module: Module, condition: Computation) -> tuple[int, int | str | None, int] | None:
-    """Returns the counter's index in the state, the bound or (as str) its index, and 1 for <=, 0
-    for <."""
+    """Returns the counter's index in the state, the bound or (as str) its index, 1 for <=."""
     root, inner, sources = condition.root, condition, {}
     if root.opcode == "fusion":
         inner = module.computations[root.attribute("calls") or ""]
-        sources = {inner.parameters[index].name: operand for index,
-                   operand in enumerate(root.operands)}
+        sources = {inner.parameters[index].name: operand
+                   for index, operand in enumerate(root.operands)}
         root = inner.root
 
     if root.opcode != "compare" or root.attribute("direction") not in ("LT", "LE"):
@@ -183,6 +184,7 @@ def _comparison(module: Module, condition: Computation) -> tuple[int, int | str 
     left, right = (side(name) for name in root.operands[:2])
     if left.opcode != "get-tuple-element":
         return None
+
     bound: int | str | None = None
     if right.opcode == "constant":
         bound = _integer(right)
@@ -203,6 +205,7 @@ def _step(module: Module, body: Computation, index: int) -> int | None:
     """Returns what the loop adds to this part of its state, its counter."""
     if body.root.opcode != "tuple":
         return None
+
     source = body.through(body.root.operands[index])
     if source.opcode == "fusion":                       # of nothing but the addition
         inner = module.computations[source.attribute("calls") or ""]
@@ -232,8 +235,9 @@ def _instruction(line: str) -> Instruction:
     result_type, rest = right[:end], right[end:]
     opcode = _OPCODE.match(rest)
     assert opcode is not None, line[:200]
+
     close = _closing(rest, opcode.end() - 1)
-    inside = rest[opcode.end() : close - 1]
+    inside = rest[opcode.end():close - 1]
     return Instruction(name=left.removeprefix("ROOT ").lstrip("%"), opcode=opcode[1],
                        arrays=tuple(arrays(result_type)), operands=tuple(_NAME.findall(inside)),
                        inside=inside, attributes=rest[close:], root=left.startswith("ROOT "))

@@ -1,5 +1,4 @@
-"""Makes a plan: the functions of a training run on a machine, whether they fit, and how long they
-take."""
+"""Makes a plan: the functions of a run on a machine, whether they fit, and how long they take."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -99,8 +98,8 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
         functions = analytic.make_functions(config, decoder, shape, slots=slots, capacity=capacity,
                                             workload=workload, attention=attention,
                                             live_share=live_share)
-        functions = {name: function for name, function in functions.items() if names is None
-                     or name in names}
+        functions = {name: function for name, function in functions.items()
+                     if names is None or name in names}
 
     run = None
     if not stop_early or all(fits(function, target) for function in functions.values()):
@@ -117,11 +116,10 @@ def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, ta
     programs = compile.make_programs(config, decoder, mesh, slot_count=slots, workload=workload)
     chosen = [program for name, program in programs.items() if names is None or name in names]
     first = ("gradients", "decode") if stop_early else ()
+    ordered = sorted(chosen, key=lambda program: program.name not in first)
 
     functions = {}
-
-    for number, program in enumerate(sorted(chosen, key=lambda program: program.name not in first),
-                                     start=1):
+    for number, program in enumerate(ordered, start=1):
         log(f"compiling {program.name} ({number} of {len(chosen)})")
         compiled = compile.compile_program(program, mesh)
         functions[program.name] = PlannedFunction(
@@ -153,6 +151,5 @@ def _estimate(config: Config, decoder: DecoderConfig, target: Target,
 
 
 def fits(function: PlannedFunction, target: Target) -> bool:
-    """Returns whether the function, with everything else in HBM at the time, fits into a chip's
-    memory."""
+    """Returns whether a function, with all else in HBM at the time, fits into a chip's memory."""
     return function.cost is not None and function.hbm_bytes <= target.chip.hbm_bytes

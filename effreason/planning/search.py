@@ -1,5 +1,4 @@
-"""Searches for the fastest plan that fits (`effreason plan --fit`): formulas rank all, then the
-best are compiled."""
+"""Searches for the fastest plan that fits: formulas rank all plans, then the best are compiled."""
 
 import dataclasses
 import itertools
@@ -37,7 +36,6 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanI
 
     fit: list[Plan] = []
     too_large: list[Plan] = []
-
     for candidate, candidate_decoder in ranked[:MAX_COMPILED]:
         log(_describe(candidate))
         plan = plans.make_plan(candidate.config, candidate_decoder, target, inputs, stop_early=True,
@@ -54,7 +52,6 @@ def _plans_by_formula(config: Config, decoder: DecoderConfig, target: Target,
     """Returns the plans of all candidates, best first. Raises: UserError if there are none."""
     candidate_plans: list[tuple[Plan, DecoderConfig]] = []
     refusal: UserError | None = None
-
     for candidate in candidates(config, decoder, target):
         candidate_decoder = dataclasses.replace(decoder, remat=candidate.model.remat)
         try:
@@ -70,9 +67,9 @@ def _plans_by_formula(config: Config, decoder: DecoderConfig, target: Target,
 
     if not candidate_plans:
         raise refusal or UserError(
-            f"--chips {target.text}: no mesh of {target.chips} chips divides "
-            "this model; its heads, key/value heads, "
-            "feed-forward width, vocabulary and width must be divisible by their axes")
+            f"--chips {target.text}: no mesh of {target.chips} chips divides this model; its "
+            "heads, key/value heads, feed-forward width, vocabulary and width must be divisible by "
+            "their axes")
 
     return sorted(candidate_plans, key=lambda candidate: _rank(candidate[0]))
 
@@ -89,10 +86,11 @@ def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterat
         shards, responses = data * fsdp, config.rollout.prompts_per_step * config.rollout.group_size
         mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor,
                                    context=context)
-        row_counts = [shards * factor for factor in (1, 2, 4) if factor == 1 or shards * factor
-                      <= responses]
-        slot_counts = sorted({-(-min(responses, limit) // shards) * shards for limit in (
-            responses, responses // 2, responses // 4, responses // 8) if limit})
+        row_counts = [shards * factor for factor in (1, 2, 4)
+                      if factor == 1 or shards * factor <= responses]
+        slot_counts = sorted({-(-(responses // part) // shards) * shards
+                              for part in (1, 2, 4, 8) if responses // part})
+
         for rows, slots, remat in itertools.product(row_counts, slot_counts, remats):
             yield dataclasses.replace(
                 config, mesh=mesh, model=dataclasses.replace(config.model, remat=remat),
@@ -101,8 +99,7 @@ def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterat
 
 
 def host_offload_variants(config: Config) -> Iterator[Config]:
-    """Yields the configuration with nothing on the host, with the reference, and with the
-    optimiser's moments too."""
+    """Yields the configuration with nothing on the host, the reference, the optimiser too."""
     for reference, optimizer in ((False, False), (True, False), (True, True)):
         yield dataclasses.replace(
             config, kl=dataclasses.replace(config.kl, offload_reference=reference),
@@ -110,8 +107,7 @@ def host_offload_variants(config: Config) -> Iterator[Config]:
 
 
 def meshes(decoder: DecoderConfig, chips: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields sizes of (data, fsdp, tensor, context) whose product is `chips` and that divide the
-    model."""
+    """Yields (data, fsdp, tensor, context) whose product is `chips` and that divide the model."""
     def divisors(number: int) -> list[int]:
         return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
@@ -136,8 +132,8 @@ def _largest_bytes(plan: Plan) -> float:
 def _rank(plan: Plan) -> tuple[bool, float]:
     """Sorts plans that fit first, by their time; the others by their memory."""
     fits = plan.all_fit if plan.functions["decode"].source == "compiled" else _fits_by_formula(plan)
-    return not fits, plan.run.step_seconds if fits and plan.run is not None else _largest_bytes(
-        plan)
+    seconds = plan.run.step_seconds if fits and plan.run is not None else None
+    return not fits, _largest_bytes(plan) if seconds is None else seconds
 
 
 def _describe(plan: Plan) -> str:
@@ -145,7 +141,6 @@ def _describe(plan: Plan) -> str:
     offloads = (("reference", config.kl.offload_reference),
                 ("optimiser", config.update.offload_optimizer))
     on_host = [name for name, offloaded in offloads if offloaded]
+    host = f", {' and '.join(on_host)} on the host" if on_host else ""
     return (f"mesh {' x '.join(map(str, plan.shape))}, {plan.slots} slots, "
-            f"{config.update.rows_per_micro_batch} rows, "
-            f"remat {config.model.remat}" + (f", {' and '.join(on_host)} on the host" if on_host
-                                             else ""))
+            f"{config.update.rows_per_micro_batch} rows, remat {config.model.remat}{host}")

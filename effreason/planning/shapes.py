@@ -1,5 +1,4 @@
-"""Finds the shape of the model to plan for, in a shipped table, a directory or the Hub; never reads
-weights."""
+"""Finds the shape of the model to plan for: in a table, a directory or the Hub, without weights."""
 
 import dataclasses
 import functools
@@ -23,31 +22,25 @@ _QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6,
 _QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
           "rope_theta": 1000000.0, "max_position_embeddings": 40960, "vocab_size": 151936}
 
-# The shapes in config.json of the recipes' models, so that a plan for them needs neither network
-# nor files.
+# The recipes' models, as in their config.json: a plan for them needs neither network nor files.
 SHIPPED: dict[str, dict[str, Any]] = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN2 | {
         "vocab_size": 151936, "hidden_size": 1536, "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960},
+        "num_key_value_heads": 2, "intermediate_size": 8960},
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN2 | {
         "vocab_size": 152064, "hidden_size": 3584, "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944},
+        "num_key_value_heads": 4, "intermediate_size": 18944},
     "Qwen/Qwen3-1.7B": _QWEN3 | {
         "num_hidden_layers": 28, "hidden_size": 2048, "num_attention_heads": 16,
-        "intermediate_size": 6144,
-        "tie_word_embeddings": True},
+        "intermediate_size": 6144, "tie_word_embeddings": True},
     "Qwen/Qwen3-8B": _QWEN3 | {
         "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32,
-        "intermediate_size": 12288,
-        "tie_word_embeddings": False},
+        "intermediate_size": 12288, "tie_word_embeddings": False},
 }
 
 
 def open_decoder(config: Config) -> DecoderConfig:
-    """Returns the decoder of model.path. Raises: UserError, also if the run's sequences are too
-    long for it."""
+    """Returns model.path's decoder. Raises: UserError, also if it is too small for the run."""
     name = config.model.path
     if name in SHIPPED and not Path(name).exists():
         table, path = SHIPPED[name], Path(name) / "config.json"
@@ -60,8 +53,8 @@ def open_decoder(config: Config) -> DecoderConfig:
     most, longest = table.get("max_position_embeddings"), capacity.max_positions(config)
     if isinstance(most, int) and 0 < most < longest:
         raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or "
-                        "evaluation.max_new_tokens) must be at "
-                        f"most the model's {most} positions, got {longest}")
+                        f"evaluation.max_new_tokens) must be at most the model's {most} positions, "
+                        f"got {longest}")
     return decoder
 
 
@@ -71,8 +64,8 @@ def _directory(name: str, revision: str | None) -> Path:
     except UserError as error:
         if not hub.is_hub_id(name) or Path(name).exists():
             raise
-        raise UserError(f"{error}; a plan needs only its config.json, and "
-                        f"has those of {', '.join(SHIPPED)}") from None
+        raise UserError(f"{error}; a plan needs only its config.json, and has those of "
+                        f"{', '.join(SHIPPED)}") from None
 
 
 def weight_count(decoder: DecoderConfig) -> int:

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-from effreason.planning.chips import GIB
 from effreason.planning.estimates import PlannedFunction
 from effreason.planning.plans import Plan, fits
+from effreason.runtime.config import GIB
 from effreason.runtime.sharding import MESH_AXES
 
 HEAD = ("function", "for", "own", "other", "FLOPs", "moved", "sent", "time", "limit", "fits")
@@ -17,8 +17,8 @@ def scaled(value: float, digits: int = 3) -> str:
     """Formats a number with a unit prefix: 2.45T, 310G, 0."""
     if not math.isfinite(value):
         return "-"
-    prefixes = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
-    for prefix, size in prefixes:
+
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= 0.9995 * size:
             return f"{_digits(value / size, digits)}{prefix}"
     return "0" if not value else _digits(value, digits)
@@ -37,6 +37,7 @@ def _digits(value: float, digits: int = 3) -> str:
     """Formats a number with this many significant digits, at most two decimals and no exponent."""
     if value == 0:
         return "0"
+
     decimals = min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 2)
     text = f"{value:.{decimals}f}"
     return text.rstrip("0").rstrip(".") if decimals else text
@@ -53,21 +54,24 @@ def render(plan: Plan) -> str:
 def _heading(plan: Plan) -> list[str]:
     chip, settings, workload = plan.target.chip, plan.config, plan.workload
     mesh = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, plan.shape, strict=True))
+
     options = [f"remat {settings.model.remat}"]
     options += ["reference on the host"] * settings.kl.offload_reference
     options += ["optimiser on the host"] * settings.update.offload_optimizer
     hosts = f"on {plan.target.hosts:,} host{'s' * (plan.target.hosts > 1)}"
+
     return [f"{settings.model.path} on {plan.target.text}",
             f"{plan.target.chips:,} x {chip.name} {hosts}, {chip.hbm_bytes / GIB:.2f} GiB each",
             f"mesh: {mesh}; {'; '.join(options)}",
-            f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} "
-            f"rows of {workload.width:,} in a " "micro-batch"]
+            f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} rows of "
+            f"{workload.width:,} in a micro-batch"]
 
 
 def _row(cells: tuple[str, ...]) -> str:
     left = (0, 1, 8, 9)
-    return " ".join(cell.ljust(width) if column in left else cell.rjust(width) for column,
-                    (cell, width) in enumerate(zip(cells, WIDTHS, strict=True))).rstrip()
+    padded = (cell.ljust(width) if column in left else cell.rjust(width)
+              for column, (cell, width) in enumerate(zip(cells, WIDTHS, strict=True)))
+    return " ".join(padded).rstrip()
 
 
 def _cells(plan: Plan, function: PlannedFunction) -> tuple[str, ...]:
@@ -78,20 +82,21 @@ def _cells(plan: Plan, function: PlannedFunction) -> tuple[str, ...]:
 
     sent = sum(collective.bytes for collective in cost.collectives)
     return (function.name, function.per, own, other, scaled(cost.flops), scaled(cost.bytes),
-            scaled(sent), duration(timing[0]), timing[1], "yes" if fits(function, plan.target)
-            else "NO")
+            scaled(sent), duration(timing[0]), timing[1],
+            "yes" if fits(function, plan.target) else "NO")
 
 
 def _legend(plan: Plan) -> list[str]:
     efficiency = plan.inputs.efficiency
     analytic = any(function.source == "analytic" for function in plan.functions.values())
     source = "formulas (analytic)" if analytic else "the compiled programs"
+
     return [f"One chip, from {source}. own: GiB of HBM for arguments, results,",
             "temporaries, code; other: GiB of HBM in use besides. moved: bytes in HBM,",
             "sent: bytes over links. time: the longest of FLOPs, moved, sent at "
             f"{efficiency.compute:.0%}, {efficiency.memory:.0%},",
-            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which "
-            "one. Kernels, which XLA does not count,",
+            f"{efficiency.interconnect:.0%} of the chip's rates; limit: which one. Kernels, which "
+            "XLA does not count,",
             f"are added by formula; a decode step reads {plan.live:,.0f} positions of a slot."]
 
 
@@ -105,23 +110,26 @@ def _collectives(plan: Plan) -> list[str]:
             lines.append((function.name,
                           f"  {label:<16}{one.kind:<19}{one.count:>9,.0f} x over {one.group:>5,}"
                           f"{scaled(one.bytes):>9}B"))
+
     return ["", "collectives of a call, above 1 MB", *(line for _, line in lines)] if lines else []
 
 
 def _verdict(plan: Plan) -> list[str]:
     if not plan.functions:
         return []
+
     worst = max(plan.functions.values(), key=lambda function: function.hbm_bytes)
     available = plan.target.chip.hbm_bytes / GIB
     verdict = "fits" if plan.all_fit else "DOES NOT FIT"
-    return [f"{verdict}: {worst.hbm_bytes / GIB:.2f} of {available:.2f} "
-            f"GiB per chip at most, in {worst.name}"]
+    return [f"{verdict}: {worst.hbm_bytes / GIB:.2f} of {available:.2f} GiB per chip at most, in "
+            f"{worst.name}"]
 
 
 def _run(plan: Plan) -> list[str]:
     run, inputs, config = plan.run, plan.inputs, plan.config
     if run is None:
         return ["no estimate of the run: it needs all functions, and all of them must fit"]
+
     money = "" if run.money is None else f", {run.money:,.0f} in money"
     rows = [
         ("lengths", f"{len(plan.workload.lengths):,} responses, {inputs.mean_tokens:,.0f} "
@@ -143,26 +151,23 @@ def _run(plan: Plan) -> list[str]:
 def as_json(plan: Plan) -> dict[str, Any]:
     """Returns the plan as a JSON object; the numbers of a function are for one call on one chip."""
     def as_object(function: PlannedFunction) -> dict[str, Any]:
-        cost, timing = function.full_cost, plan.seconds(function)
-        figures: dict[str, Any] = dict.fromkeys(("flops", "bytes", "host_bytes", "seconds",
-                                                 "limit"))
-        if cost is not None and timing is not None:
-            figures = {"flops": cost.flops, "bytes": cost.bytes, "host_bytes": cost.host_bytes,
-                       "seconds": timing[0], "limit": timing[1]}
+        cost = function.full_cost
+        seconds, limit = plan.seconds(function) or (None, None)
+        collectives = [dataclasses.asdict(one) for one in cost.collectives] if cost else []
         return {"fits": fits(function, plan.target), "hbm_bytes": function.hbm_bytes,
-                "own_bytes": function.own_bytes, "other_bytes": function.other_bytes, **figures,
-                "collectives": [dataclasses.asdict(one)
-                                for one in (cost.collectives if cost else ())], "per": function.per,
+                "own_bytes": function.own_bytes, "other_bytes": function.other_bytes,
+                "flops": cost and cost.flops, "bytes": cost and cost.bytes,
+                "host_bytes": cost and cost.host_bytes, "seconds": seconds, "limit": limit,
+                "collectives": collectives, "per": function.per,
                 "calls_per_step": function.calls, "source": function.source}
 
-    return {"model": plan.config.model.path, "chips": plan.target.text,
-            "chip_count": plan.target.chips,
-            "hbm_bytes_per_chip": plan.target.chip.hbm_bytes,
+    target, workload = plan.target, plan.workload
+    return {"model": plan.config.model.path, "chips": target.text, "chip_count": target.chips,
+            "hbm_bytes_per_chip": target.chip.hbm_bytes,
             "mesh": dict(zip(MESH_AXES, plan.shape, strict=True)),
             "slots": plan.slots, "cache_positions": plan.capacity,
-            "row_positions": plan.workload.width,
-            "rows_per_micro_batch": plan.workload.rows,
-            "micro_batches": plan.workload.micro_batches,
+            "row_positions": workload.width, "rows_per_micro_batch": workload.rows,
+            "micro_batches": workload.micro_batches,
             "remat": plan.config.model.remat, "inputs": dataclasses.asdict(plan.inputs),
             "fits": plan.all_fit,
             "functions": {name: as_object(function) for name, function in plan.functions.items()},

@@ -1,5 +1,4 @@
-"""Models the work of a training step from the mean response length: lengths, slots over time,
-packed rows.
+"""Models the work of a training step from the mean length: lengths, slots over time, packed rows.
 
 Lengths follow an exponential distribution clipped at the token limit. Most responses are shorter
 than the mean and a few are many times longer, as reasoning models behave on problems of mixed
@@ -42,11 +41,10 @@ class Workload:
 
 @functools.cache
 def lengths(count: int, mean: float, most: int) -> np.ndarray:
-    """Returns int64[count] response lengths with this mean, shuffled: quantiles of an exponential
-    clipped at `most`.
+    """Returns int64[count] response lengths with this mean, shuffled, always the same.
 
-    Deterministic. A mean near the limit leaves no room to spread: many lengths then equal the
-    limit.
+    They are quantiles of an exponential clipped at `most`. A mean near the limit leaves no room to
+    spread: many lengths then equal the limit.
     """
     shares = (np.arange(count) + 0.5) / count
 
@@ -54,7 +52,6 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
         return np.clip(np.ceil(-scale * np.log1p(-shares)), 1, most)
 
     low, high = 1e-3, 1e3 * most
-
     for _ in range(200):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if spread(middle).mean() < mean else (low, middle)
@@ -63,8 +60,7 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
 
 def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS,
                   one_sequence_per_row: bool = False) -> Workload:
-    """Returns the work of one step of a configuration, with rows wide enough for the longest
-    possible response."""
+    """Returns the work of one step, with rows wide enough for the longest possible response."""
     settings, update = config.rollout, config.update
     responses = lengths(settings.prompts_per_step * settings.group_size, mean_tokens,
                         settings.max_new_tokens)
@@ -77,7 +73,6 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
                for first in range(update.updates_per_batch)]
 
     count = pairs = 0.0
-
     for group, width in enumerate(widths):
         batches = max(len(bins[group]) for bins in layouts) / update.rows_per_micro_batch
         count, pairs = count + batches * width / widest, pairs + batches * (width / widest) ** 2

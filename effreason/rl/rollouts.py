@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from effreason.data import prompts
-from effreason.grading.grader import Grade, Grader
+from effreason.grading.grader import Grade, Grader, GradeStatus
 from effreason.grading.kinds import Reference
 from effreason.rl.learner import Learner
 from effreason.runtime import processes, sharding
@@ -104,7 +104,8 @@ class BackgroundGrader:
 
         shares: list[list[Any]] = processes.all_gather(
             "verdicts", lambda: [[*name, asdict(grade)] for name, grade in own().items()])
-        return {(prompt, sample): Grade(**row) for share in shares for prompt, sample, row in share}
+        return {(prompt, sample): Grade(**row | {"status": GradeStatus(row["status"])})
+                for share in shares for prompt, sample, row in share}
 
 
 def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size: int,

@@ -18,6 +18,8 @@ import yaml
 from effreason.runtime import config_parser, files
 from effreason.runtime.config_fields import Bound, Section, all_settings, written
 
+GIB = 2**30                         # bytes
+
 Natural = Annotated[int, Bound(">= 0", lambda n: n >= 0)]
 Count = Annotated[int, Bound(">= 1", lambda n: n >= 1)]
 GroupSize = Annotated[int, Bound(">= 2", lambda n: n >= 2)]

@@ -9,11 +9,10 @@ from jax.sharding import Mesh
 
 from effreason.lm import model
 from effreason.runtime import processes, sharding
-from effreason.runtime.config import Config
+from effreason.runtime.config import GIB, Config
 from effreason.sampling.engine import Sampler, make_sampler
 from effreason.sampling.repetition import RepetitionStopping
 
-GIB = 2**30
 RESERVE = 0.1                       # of device memory: prompts in prefill, logits, everything else
 MIN_SLOTS = 8                       # worth trying, whatever the estimate says
 EVALUATION_WEIGHT_BYTES = 4         # per parameter, without the sampler's copy: loaded in float32
