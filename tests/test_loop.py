@@ -8,10 +8,12 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import traceback
 import types
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from effreason.grading.grader import Grade
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import load_tokenizer
 from effreason.lm.hf.weights import read_weights
-from effreason.rl import advantages, packing, parity, rollouts
+from effreason.rl import advantages, packing, parity, rollouts, update
 from effreason.rl.checkpoints import Checkpoints
 from effreason.runs import directory as runs
 from effreason.runs import export as run_export
@@ -118,6 +120,31 @@ def refused(capsys, argv, command="train"):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     return error.removeprefix("error: ").rstrip("\n")
+
+
+class LossTraced(Exception):
+    """Ends a run at its first loss; carries the functions called on the way there."""
+
+
+def test_the_way_from_train_py_to_the_loss_is_short(world, tmp_path, monkeypatch):
+    def record(*arguments, **settings):
+        frames = [frame for frame in traceback.extract_stack()
+                  if Path(frame.filename).is_relative_to(ROOT / "effreason")
+                  or Path(frame.filename) == ROOT / "train.py"]
+        raise LossTraced([f"{Path(frame.filename).relative_to(ROOT)}: {frame.name}"
+                          for frame in frames])
+
+    monkeypatch.setattr(update, "policy_loss", record)
+    # A clip ratio of its own: the functions of the other runs are compiled already.
+    arguments = small_runs.arguments(world, tmp_path / "run", **{
+        "update.clip_ratio": 0.3, "evaluation.problems": 0, "run.steps": 1})
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(LossTraced) as caught:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+    frames = [*caught.value.args[0], "effreason/rl/update.py: policy_loss"]
+    print("\n".join(frames))
+    assert frames[0] == "train.py: <module>" and len(frames) <= 9
 
 
 # What a run leaves

@@ -147,29 +147,23 @@ def gradients(params: model.Params, experience: tuple[Experience, ...],
         entropy = jnp.sum(experience.weights * entropies)
         return value, sums | {"loss": value, "entropy": entropy}
 
-    def add(total: Any, experience: Experience) -> Any:
-        grads, metrics = jax.grad(micro_batch_loss, has_aux=True)(weights, experience)
-        # Pinned to the weights' shards: otherwise each device would sum a whole gradient.
-        grads = jax.lax.with_sharding_constraint(grads, shardings)
-        return jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), total,
-                            (grads, metrics))
-
     zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
     names = "loss", "kl", "clip_share", "entropy"
     total = zeros, dict.fromkeys(names, jnp.zeros((), jnp.float32))
     for group, count in zip(experience, counts, strict=True):
         micro_batches = jax.tree.map(lambda x: x[which], group)
-        total = over_micro_batches(add, total, micro_batches, count[which])
+
+        def add(index: Array, total: Any, micro_batches: Experience = micro_batches) -> Any:
+            micro_batch = jax.tree.map(lambda x: x[index], micro_batches)
+            grads, metrics = jax.grad(micro_batch_loss, has_aux=True)(weights, micro_batch)
+            # Pinned to the weights' shards: otherwise each device would sum a whole gradient.
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+            return jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), total,
+                                (grads, metrics))
+
+        # Micro-batches beyond the count cost no time.
+        total = jax.lax.fori_loop(0, count[which], add, total)
     return total
-
-
-def over_micro_batches(add: Callable[[Any, Any], Any], carry: Any, micro_batches: Any,
-                       count: Int32[Array, ""]) -> Any:
-    """Folds `add` over the first `count` of [M, ...]: the others cost no time."""
-    def body(index: Array, carry: Any) -> Any:
-        return add(carry, jax.tree.map(lambda x: x[index], micro_batches))
-
-    return jax.lax.fori_loop(0, count, body, carry)
 
 
 def apply_gradients(state: TrainState, grads: model.Params, steps: Int32[Array, ""], *,
