@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, cheap compilation, strict promotion, quiet property tests."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -7,9 +8,9 @@ from pathlib import Path
 # in. Processes that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Most of the suite's time is compilation. Programs that run for milliseconds need no optimised code:
-# this takes 8.0 s of compilation of a training step to 0.9 s. EFFREASON_TESTS_OPTIMIZED=1 leaves
-# the code as users get it.
+# Most of the suite's time is compilation. Programs that run for milliseconds need no optimised
+# code: this takes 8.0 s of compilation of a training step to 0.9 s. EFFREASON_TESTS_OPTIMIZED=1
+# leaves the code as users get it.
 CHEAP_COMPILATION = (
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
@@ -36,14 +37,15 @@ hypothesis.settings.register_profile(
     "effreason", deadline=None, max_examples=50, derandomize=True, database=None)
 hypothesis.settings.load_profile("effreason")
 
-# Neither the package nor a test may promote ranks or dtypes silently, unless it is marked `promotes`.
-if os.environ.get("EFFREASON_TESTS_STRICT"):
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Neither the package nor a test may promote ranks or dtypes silently, unless it is marked
+# `promotes`.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def promoting(function):
     """Lets a function of a library promote."""
+    @functools.wraps(function)
     def call(*args, **named):
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return function(*args, **named)
@@ -51,6 +53,7 @@ def promoting(function):
 
 
 optax.tree.bias_correction = promoting(optax.tree.bias_correction)     # float ** integer count
+jax.nn.dot_product_attention = promoting(jax.nn.dot_product_attention)     # bfloat16 to float32
 
 
 @pytest.hookimpl(wrapper=True)
@@ -60,3 +63,14 @@ def pytest_runtest_protocol(item):
         return (yield)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         return (yield)
+
+
+# By CPU time. They start first, so that all workers end at about the same time.
+LONG_FILES = ("test_loop.py", "test_update.py", "test_engine.py", "test_family.py",
+              "test_attention.py", "test_processes.py", "test_draws.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files that take longest first."""
+    rank = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

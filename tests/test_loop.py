@@ -762,11 +762,12 @@ def test_a_run_cannot_go_on_with_other_problems(finished, world, tmp_path, file,
 def test_what_is_not_trained_on_is_listed(world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     rows = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "world" / "train.jsonl").write_text("".join([*rows, rows[3],
-                                                             *(world / "test.jsonl").open()]))
+    (tmp_path / "world" / "train.jsonl").write_text(
+        "".join([*rows, rows[3], (world / "test.jsonl").read_text()]))
     loop.train(small_runs.config(tmp_path / "world", tmp_path / "run",
                                  **{"run.steps": 1, "evaluation.problems": 2}))
-    left = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").open()]
+    left = [json.loads(line)
+            for line in (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()]
     assert [row["number"] for row in left] == [16, *range(17, 25)]
     assert left[0]["text"] == json.loads(rows[3])["problem"]
     assert left[0]["reason"] != left[1]["reason"]

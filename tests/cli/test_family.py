@@ -85,7 +85,8 @@ def test_a_member_is_the_run_it_would_be_alone(family, world, tmp_path):
 
 
 def test_baselines_learn_from_the_same_number_of_responses_of_the_model_before_training(family):
-    rows = {name: [json.loads(line) for line in (family / name / "rollouts.jsonl").open()]
+    rows = {name: [json.loads(line)
+                   for line in (family / name / "rollouts.jsonl").read_text().splitlines()]
             for name in ("alpha0.3", "sft_shortest", "dpo")}
     assert [(row["uid"], row["response"]) for row in rows["dpo"]] == [
         (row["uid"], row["response"]) for row in rows["sft_shortest"]]
@@ -101,7 +102,8 @@ def test_baselines_learn_from_the_same_number_of_responses_of_the_model_before_t
 
 
 def test_sft_makes_the_shortest_correct_responses_more_likely(family):
-    rows = [json.loads(line) for line in (family / "sft_shortest" / "rollouts.jsonl").open()]
+    rows = [json.loads(line)
+            for line in (family / "sft_shortest" / "rollouts.jsonl").read_text().splitlines()]
     chosen = [row for row in rows if row["advantage"] == 1]
     assert chosen and all(row["correct"] for row in chosen)
     for row in chosen:

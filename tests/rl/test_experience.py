@@ -225,7 +225,10 @@ def test_whitening_pulls_on_length_at_alpha_0():
 def gradient_of_experience(config):
     """d loss / d log-prob of each token, of the update's loss at the policy that was scored:
     float32[B, T]."""
-    found = kernel(config)(CORRECT, LENGTHS, np.float32(0.3), sampled(), *logprobs(), one_a_row())
+    # Arrays of JAX: NumPy warns of inf - inf in the padding.
+    old, reference = map(jnp.asarray, logprobs())
+    found = kernel(config)(CORRECT, LENGTHS, np.float32(0.3), sampled(), old, reference,
+                           one_a_row())
     (experience,) = jax.tree.map(lambda values: values[0, 0], found.experience)
     old = jnp.where(mask_in_numpy(), logprobs()[0], 0.0)
     return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2,
