@@ -427,20 +427,25 @@ class Config:
             raise ValueError("rollout.prompts_per_step * rollout.group_size must be divisible by "
                              f"update.updates_per_batch, got {rollout.prompts_per_step} * "
                              f"{rollout.group_size} and {update.updates_per_batch}")
+
         if self.repetition.window < 2 * self.repetition.longest_period:
             raise ValueError("repetition.window must be at least twice repetition.longest_period, "
                              f"got {self.repetition.window} and {self.repetition.longest_period}")
+
         if data.choices_field is not None and data.answer_kind != "choice":
             raise ValueError("data.answer_kind must be choice if data.choices_field names a "
                              f"column, got {data.answer_kind}")
+
         if data.path != "tiny" and evaluation.path is None and evaluation.problems > 0:
             raise ValueError("evaluation.path must name held-out problems, or evaluation.problems "
                              "must be 0, when data.path is not tiny, got evaluation.path null and "
                              f"evaluation.problems {evaluation.problems}")
+
         if update.objective != "policy_gradient":
             self._check_baseline()
         if self.reward.target_tokens is not None or self.reward.max_accuracy_drop is not None:
             self._check_control()
+
         if self.run.resume and self.run.directory is None:
             raise ValueError("run.directory must name the run to resume when run.resume is true, "
                              "got null")
@@ -463,9 +468,11 @@ class Config:
         condition = "if reward.target_tokens or reward.max_accuracy_drop moves alpha"
         if reward.form != "efficient":
             raise ValueError(f"reward.form must be efficient {condition}, got {reward.form}")
+
         if evaluation.every == 0 or evaluation.problems == 0:
             raise ValueError(f"evaluation.every and evaluation.problems must be >= 1 {condition}, "
                              f"got {evaluation.every} and {evaluation.problems}")
+
         if not 0 < reward.alpha_min <= reward.alpha <= reward.alpha_max:
             raise ValueError("reward.alpha must be between reward.alpha_min, > 0, and "
                              f"reward.alpha_max {condition}, got {reward.alpha}, "

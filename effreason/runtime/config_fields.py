@@ -64,8 +64,10 @@ class Setting:
         """Raises ValueError with field, bound and value if the field does not accept the value."""
         if value is None and self.optional:
             return
+
         if not self.has_type(value):
             raise ValueError(f"{self.field} must be {self.expected}, got {written(value)}")
+
         if self.bound and not self.bound.holds(value):
             expected = self.expected if self.type is str else self.bound.text
             raise ValueError(f"{self.field} must be {expected}, got {written(value)}")
@@ -74,6 +76,7 @@ class Setting:
         """Returns whether a value other than None is of the field's type."""
         if self.choices:
             return value in self.choices
+
         if isinstance(value, bool):     # a bool is an int to Python, but not to a reader
             return self.type is bool
         return isinstance(value, (int, float) if self.type is float else self.type)
@@ -91,6 +94,7 @@ def settings(section: type) -> tuple[Setting, ...]:
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
             hint, = (arg for arg in typing.get_args(hint) if arg is not types.NoneType)
             optional = True
+
         if typing.get_origin(hint) is Annotated:
             hint, bound = typing.get_args(hint)
         fields.append(Setting(name, field.name, hint, optional, bound, field.default))

@@ -169,6 +169,7 @@ def _explained(error: argparse.ArgumentError, config: type) -> str:
     setting = known.get(named[1] or named[2]) if named else None
     if setting is None:
         return _one_line(error)
+
     got = re.search(r"(?:Got|Given) value: (.*)", message)
     value = got[1] if got else "nothing"
     value = {"None": "null", "True": "true", "False": "false"}.get(value, value)

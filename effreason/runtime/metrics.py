@@ -66,6 +66,7 @@ class MetricsWriter:
         row = {name: _plain(value) for name, value in metrics.items()}
         finite = {name: value for name, value in row.items() if value is not None}
         append(self._directory / METRICS, json_line({"step": step, **row}))
+
         if self._events is not None:
             self._events.write(step, finite)
         if self._wandb is not None:
@@ -94,6 +95,7 @@ def _plain(value: Any) -> Any:
     """Returns a value as JSON has it: arrays as lists, numbers that are not finite as None."""
     if hasattr(value, "tolist"):                # an array or scalar of NumPy or JAX
         value = value.tolist()
+
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -119,10 +121,12 @@ class _Events:
         self._checksum = masked_crc32c
         with disk(directory):
             directory.mkdir(parents=True, exist_ok=True)
+
         # TensorBoard reads the files in the order of their names, so these begin with the time.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = directory / name
         self._add(file_version="brain.Event:2")
+
         if start_step:
             # A session that starts at a step hides what earlier files hold from that step on.
             status = event_pb2.SessionLog.START
@@ -161,6 +165,7 @@ def _start_wandb(directory: Path, start_step: int, config: Mapping[str, Any]) ->
     known = id_file.read_text().strip() if start_step and id_file.exists() else None
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
+
     run: _WandbRun = wandb.init(project="effreason", name=directory.resolve().name,
                                 dir=str(directory), config=dict(config), id=known, resume="allow")
     with disk(id_file):

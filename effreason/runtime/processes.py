@@ -82,9 +82,11 @@ def check_shared(directory: Path, field: str) -> None:
         return
     token = directory / broadcast("token", lambda: f".shared-{os.getpid()}-{time.time_ns()}")
     broadcast("shared directory", lambda: token.write_text(""))
+
     visible = all_gather("sight of it", lambda: appears(token.exists))
     if is_primary():
         token.unlink(missing_ok=True)
+
     if not all(visible):
         blind = ", ".join(_label(number) for number, sees in enumerate(visible) if not sees)
         raise UserError(f"{field}: must be on a disk that all hosts share, {blind} cannot see what "
@@ -209,6 +211,7 @@ class Group:
         if jax.process_count() != processes:
             raise UserError(f"distributed.processes: expected {processes}, JAX found "
                             f"{jax.process_count()}")
+
         self.stop = SignalAgreement(self._client, self.index, processes)
         self.stop.start()
 
@@ -221,6 +224,7 @@ class Group:
 
         Raises: UserError if one of these failed; in that process its own error."""
         self._number += 1
+
         failure: Exception | None = None
         if self.index < among:
             try:
@@ -230,6 +234,7 @@ class Group:
                 if not isinstance(error, UserError):
                     text = f"{_label(self.index)}: {type(error).__name__}: {error}"
                 outcome = {"error": text}
+
             key = f"{PREFIX}/values/{self._number}/{self.index}"
             value = zlib.compress(json.dumps([name, outcome]).encode(), 1)
             self._client.key_value_set_bytes(key, value)

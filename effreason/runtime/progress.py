@@ -29,6 +29,7 @@ def duration(seconds: float) -> str:
     """Formats seconds in at most six characters: 0:07, 12:34, 1h02m, 3d04h."""
     if not math.isfinite(seconds):
         return "-"
+
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02}"
@@ -41,6 +42,7 @@ def rate(per_second: float) -> str:
     """Formats a rate in at most five characters: 850, 5,012, 12.3k, 456k, 1.2M."""
     if not math.isfinite(per_second):
         return "-"
+
     for bound, divisor, form in ((9_999.5, 1, ",.0f"), (99_950, 1e3, ".1f"),
                                  (999_500, 1e3, ".0f")):
         if per_second < bound:
@@ -77,6 +79,7 @@ class _Generation:
         """Returns tokens per second, from the first report until all responses are there."""
         if self.progress.finished < self.progress.total:
             self._changed = time.monotonic()
+
         elapsed = self._changed - self._started
         sampled = self.progress.tokens - self._first_tokens
         return sampled / elapsed if sampled and elapsed else math.nan
@@ -95,6 +98,7 @@ class Progress:
                  console: Console | None = None) -> None:
         # FORCE_COLOR makes rich take a pipe for a terminal: it asks for colours, not for a bar.
         self._console = console or Console(force_interactive=None if os.isatty(1) else False)
+
         self._total = total_steps
         self._done = start_step
         self._metrics: Mapping[str, float] = {}
@@ -105,6 +109,7 @@ class Progress:
         self._ended: float | None = None
         self._rollout: _Generation | None = None
         self._live: Live | None = None
+
         if self._console.is_interactive:
             self._live = Live(self, console=self._console, refresh_per_second=4)
 
@@ -128,10 +133,12 @@ class Progress:
         if len(self._durations) == 1 and self._first:
             self._durations.clear()         # the first step compiled, so it predicts nothing
             self._first = False
+
         self._durations.append(float(metrics.get("time/step", now - self._step_started)))
         self._step_started = now
         self._done = step + 1
         self._metrics = metrics
+
         if self._rollout is not None:
             self._rollout.over = True
         if self._live is None:
@@ -143,6 +150,7 @@ class Progress:
         if (current is None or current.over or progress.total != current.progress.total
                 or progress.finished < current.progress.finished):
             current = self._rollout = _Generation(progress)
+
         current.progress = progress
 
     def say(self, text: str) -> None:
@@ -220,6 +228,7 @@ class Progress:
             return Text.assemble(*_pair("rollout", f"{rate(generation.rate()):>5} tok/s"),
                                  *_pair("running", f"{progress.running}"),
                                  *_pair("waiting", f"{progress.waiting}"))
+
         parts = _pair("rollout", f"{rate(sampled):>5} tok/s")
         if self._metrics:
             parts += _pair("update", f"{rate(self._value('update/tokens_per_second')):>5} tok/s")

@@ -40,6 +40,7 @@ def grading_sha256(directory: Path = Path(__file__).parents[1] / "grading") -> s
     for path in sorted(directory.glob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
+
     return digest.hexdigest()[:12]
 
 
@@ -55,6 +56,7 @@ def git_commit(directory: Path = Path(__file__).parents[2]) -> str | None:
     """Returns the commit of a checkout, with "+dirty" after changes; None without a checkout."""
     if not (directory / ".git").exists():       # installed, within the checkout of something else
         return None
+
     commit = _git(directory, "rev-parse", "HEAD")
     changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None else commit + ("+dirty" if changed else "")
@@ -66,4 +68,5 @@ def _git(directory: Path, *arguments: str) -> str | None:
                               text=True, timeout=GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
+
     return done.stdout.strip() if done.returncode == 0 else None

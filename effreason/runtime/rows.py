@@ -75,6 +75,7 @@ def _explained(message: str, value: Any, kind: Any) -> str:
     expected = inspect.type_info(kind)
     for key in keys:
         expected, value = _member(expected, key), _item(value, key)
+
     got = f"no {keys[-1]}" if missing else json.dumps(value)[:SHOWN]
     return f"{'.'.join(keys)} must be {_words(expected)}, got {got}"
 
@@ -83,6 +84,7 @@ def _member(kind: Any, key: str) -> Any:
     """Returns the type of a field, item or value of another type."""
     if isinstance(kind, inspect.UnionType):
         kind = next(part for part in kind.types if not isinstance(part, inspect.NoneType))
+
     match kind:
         case inspect.DataclassType(fields=fields):
             return next(field.type for field in fields if field.encode_name == key)
@@ -90,6 +92,7 @@ def _member(kind: Any, key: str) -> Any:
             return inner
         case inspect.TupleType(item_types=types):
             return types[int(key)]
+
     return kind.item_type
 
 
@@ -110,4 +113,5 @@ def _words(kind: Any) -> str:
             return f"a whole number in [{low}, {high}]"
         case inspect.IntType(ge=int() as low):
             return f"a whole number >= {low}"
+
     return next((words for type_, words in WORDS.items() if isinstance(kind, type_)), "an object")

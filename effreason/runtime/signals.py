@@ -28,6 +28,7 @@ class Interrupts:
 
         With several processes all stop at the same call, whichever of them got the signal."""
         number = processes.agree_on_signal(self._received)
+
         if number is not None:
             # Process 0 prints the message for all.
             name = signal.Signals(number).name

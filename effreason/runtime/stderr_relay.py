@@ -62,6 +62,7 @@ class Relay:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._line(line + b"\n")
+
         if self._rest and not (self._held or self._fatal) and self._rest[:1] not in STARTS:
             self._write(self._rest)         # a prompt or a bar, which no newline ends
             self._rest = b""
@@ -79,6 +80,7 @@ class Relay:
         elif not self._table.get("quiet"):
             if os.isatty(self._target):
                 self._write(b"\x1b[?25h")   # show the cursor that a live display has hidden
+
             lost = cause(self._held.decode(errors="replace"), self._table.get("hosts", []))
             if lost is None or "after" not in self._table:
                 line = self._table.get("missing", "the processes did not meet")
@@ -115,6 +117,7 @@ class StderrRelay:
         self._own = os.dup(2)
         self._relay = subprocess.Popen([sys.executable, "-I", __file__], stdin=subprocess.PIPE,
                                        stdout=subprocess.DEVNULL, stderr=self._own)
+
         assert self._relay.stdin is not None
         os.dup2(self._relay.stdin.fileno(), 2)
         self._relay.stdin.close()
@@ -136,6 +139,7 @@ def main() -> None:
     """Relays standard input to its end, ignoring signals that the terminal sends to the group."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
     relay, parent = Relay(2), os.getppid()
 
     while True:

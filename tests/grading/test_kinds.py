@@ -59,8 +59,8 @@ def test_choices_unknown(answer, reference, right):
 
 def test_a_choice_may_speak_of_choices():
     reference = Reference("B", "choice", ("died", "answer question", "no other choice"))
-    assert all(same_choice(answer, reference) for answer in ("(B) answer question",
-                                                             "answer question", "Answer: B"))
+    assert all(same_choice(answer, reference)
+               for answer in ("(B) answer question", "answer question", "Answer: B"))
     assert same_choice("(C) no other choice", Reference("C", "choice", reference.choices))
 
 

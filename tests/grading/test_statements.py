@@ -15,7 +15,7 @@ def stated(text, answer, kind="math", choices=()):
     return None if end is None else text[:end]
 
 
-@pytest.mark.parametrize(("text", "answer", "found"), [
+@pytest.mark.parametrize(("text", "answer", "statement"), [
     (r"3 + 4 = 7. So \boxed{7}", "7", "3 + 4 = 7"),
     (r"= 8, no: \boxed{7}. \boxed{8}", "7", r"= 8, no: \boxed{7}"),
     ("The answer is 42.", "42", "The answer is 42"),
@@ -50,8 +50,8 @@ def stated(text, answer, kind="math", choices=()):
     ("", "7", None),
     ("= 5", "five", None), ("= 1/0", "7", None), (r"= \frac{1}{0}", "7", None),
     ("answer", "7", None)])
-def test_the_first_statement(text, answer, found):
-    assert stated(text, answer) == found
+def test_the_first_statement(text, answer, statement):
+    assert stated(text, answer) == statement
 
 
 def test_choices_and_words():

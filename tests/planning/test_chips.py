@@ -8,26 +8,21 @@ from effreason.planning import chips
 from effreason.runtime.errors import UserError
 
 
-@pytest.mark.parametrize(("text", "count", "kind"), [("tpu:v5e:4x4", 16, "tpu"),
-                                                     ("tpu:v5p:2x2x4", 16, "tpu"),
-                                                     ("tpu:v6e:4x4", 16, "tpu"),
-                                                     ("tpu:v5e:1x1", 1, "tpu"),
-                                                     ("tpu:v5p:8x8x16", 1024, "tpu"),
-                                                     ("gpu:h100:8", 8, "gpu"),
-                                                     ("gpu:h200:8", 8, "gpu"),
-                                                     ("gpu:h100:2x8", 16, "gpu"),
-                                                     ("gpu:a100:1", 1, "gpu"), ("cpu", 1, "cpu"),
-                                                     ("cpu:8", 8, "cpu")])
+@pytest.mark.parametrize(("text", "count", "kind"), [
+    ("tpu:v5e:4x4", 16, "tpu"), ("tpu:v5p:2x2x4", 16, "tpu"), ("tpu:v6e:4x4", 16, "tpu"),
+    ("tpu:v5e:1x1", 1, "tpu"), ("tpu:v5p:8x8x16", 1024, "tpu"), ("gpu:h100:8", 8, "gpu"),
+    ("gpu:h200:8", 8, "gpu"), ("gpu:h100:2x8", 16, "gpu"), ("gpu:a100:1", 1, "gpu"),
+    ("cpu", 1, "cpu"), ("cpu:8", 8, "cpu")])
 def test_targets(text, count, kind):
-    found = chips.parse(text)
-    assert (found.chips, found.kind, found.text) == (count, kind, text)
-    assert found.chip.hbm_bytes > 0 and found.chip.flops > 0
+    target = chips.parse(text)
+    assert (target.chips, target.kind, target.text) == (count, kind, text)
+    assert target.chip.hbm_bytes > 0 and target.chip.flops > 0
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("tpu", "expected cpu or one of tpu:v5e"), ("v5e:4x4", "expected cpu or one of"),
-    ("tpu:v9:4x4", "expected cpu or one of"), ("gpu:h100",
-                                               "expected a size after gpu:h100, such as 8 or 2x8"),
+    ("tpu:v9:4x4", "expected cpu or one of"),
+    ("gpu:h100", "expected a size after gpu:h100, such as 8 or 2x8"),
     ("tpu:v5e:4by4", "such as 4x4, found '4by4'"), ("tpu:v5e:0x4", "found '0x4'"),
     ("tpu:v5e:2x2x4", "has 2 axes, such as 4x4, found 3"),
     ("tpu:v5p:4x4", "has 3 axes, such as 4x4x4, found 2"),

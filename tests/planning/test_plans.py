@@ -1,5 +1,4 @@
-"""The command `effreason plan` on a small model: compiled for virtual devices, formulas against
-that, the search."""
+"""`effreason plan` on a small model: compiled for virtual devices, by formulas, the search."""
 
 import dataclasses
 import json
@@ -62,13 +61,12 @@ def whole(config):
 # Lengths and schedules
 
 
-@pytest.mark.parametrize(("count", "mean", "most"), [(256, 4044, 32000), (64, 100, 4096),
-                                                     (16, 90, 100), (8, 1, 50)])
+@pytest.mark.parametrize(("count", "mean", "most"), [
+    (256, 4044, 32000), (64, 100, 4096), (16, 90, 100), (8, 1, 50)])
 def test_lengths_have_their_mean_and_their_limit(count, mean, most):
     drawn = workloads.lengths(count, mean, most)
-    assert drawn.min() >= 1 and drawn.max() <= most and drawn.mean() == pytest.approx(mean,
-                                                                                      rel=0.02,
-                                                                                      abs=1)
+    assert drawn.min() >= 1 and drawn.max() <= most
+    assert drawn.mean() == pytest.approx(mean, rel=0.02, abs=1)
     np.testing.assert_array_equal(drawn, workloads.lengths(count, mean, most))
 
 
@@ -100,9 +98,9 @@ def test_the_live_tokens_of_a_schedule():
 
 
 def test_packed_rows_hold_all_tokens(config):
-    found = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32)
-    positions = found.micro_batches * found.rows * found.width * config.update.updates_per_batch
-    assert found.width == 256 and positions * found.fill == pytest.approx(found.tokens + 16 * 32)
+    work = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32)
+    positions = work.micro_batches * work.rows * work.width * config.update.updates_per_batch
+    assert work.width == 256 and positions * work.fill == pytest.approx(work.tokens + 16 * 32)
     alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32,
                                     one_sequence_per_row=True)
     assert alone.pair_batches <= alone.micro_batches
@@ -114,8 +112,8 @@ def test_packed_rows_hold_all_tokens(config):
 def test_a_compiled_plan(whole):
     assert list(whole.functions) == list(commands.FUNCTIONS)
     assert whole.all_fit and whole.run is not None and whole.shape == (2, 2, 2, 1)
-    for each in whole.functions.values():
-        assert each.source == "compiled" and each.own_bytes > 0 and each.hbm_bytes > each.own_bytes
+    for function in whole.functions.values():
+        assert function.source == "compiled" and 0 < function.own_bytes < function.hbm_bytes
     sums = [one for one in whole.functions["gradients"].cost.collectives if one.bytes]
     assert {one.group for one in sums} <= {2, 4, 8} and sums
     run = whole.run
@@ -137,58 +135,60 @@ def test_flops_are_those_of_the_shape(whole):
                                              (dict(tensor=2), "full"), (dict(context=2), "full")])
 def test_formulas_against_compiled_programs(config, mesh, remat):
     setting = on(config, **mesh, remat=remat)
-    setting = dataclasses.replace(setting, model=dataclasses.replace(setting.model,
-                                                                     attention="xla"))
+    model = dataclasses.replace(setting.model, attention="xla")
+    setting = dataclasses.replace(setting, model=model)
     target = f"cpu:{math.prod(mesh.values())}"
-    wanted = ("decode", "score", "gradients", "apply_gradients") if not mesh else ("gradients",)
-    compiled, formula = (planned(setting, target, names=wanted, compiled=each).functions
-                         for each in (True, False))
-    for name in wanted:
-        found, expected = formula[name], compiled[name]
-        assert found.source == "analytic"
-        assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes,
-                                                                expected.hbm_bytes)
+    names = ("decode", "score", "gradients", "apply_gradients") if not mesh else ("gradients",)
+    compiled, formula = (planned(setting, target, names=names, compiled=compiles).functions
+                         for compiles in (True, False))
+
+    for name in names:
+        computed, expected = formula[name], compiled[name]
+        sizes = computed.hbm_bytes, expected.hbm_bytes
+        assert computed.source == "analytic"
+        assert 0.5 < sizes[0] / sizes[1] < 2, (name, *sizes)
         if name in ("score", "gradients"):
-            assert found.cost.flops == pytest.approx(expected.cost.flops, rel=0.05), name
+            assert computed.cost.flops == pytest.approx(expected.cost.flops, rel=0.05), name
 
 
 def test_thousands_of_responses_need_memory_on_every_chip(config):
-    many = on(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout,
-                                                                      prompts_per_step=4096)),
-              data=8)
-    wanted = ("score", "score_reference", "experience", "gradients", "apply_gradients")
-    compiled, formula = (planned(many, "cpu:8", names=wanted, compiled=each)
-                         for each in (True, False))
+    rollout = dataclasses.replace(config.rollout, prompts_per_step=4096)
+    many = on(dataclasses.replace(config, rollout=rollout), data=8)
+    names = ("score", "score_reference", "experience", "gradients", "apply_gradients")
+    compiled, formula = (planned(many, "cpu:8", names=names, compiled=compiles)
+                         for compiles in (True, False))
+
     of_tokens = 4 * 16_384 * 192
     for name in ("score", "experience"):
-        found, expected = formula.functions[name], compiled.functions[name]
+        computed, expected = formula.functions[name], compiled.functions[name]
+        sizes = computed.hbm_bytes, expected.hbm_bytes
         # what it takes and returns
         assert expected.own_bytes > (2 if name == "score" else 4) * of_tokens
-        assert 0.5 < found.hbm_bytes / expected.hbm_bytes < 2, (name, found.hbm_bytes,
-                                                                expected.hbm_bytes)
-    few = planned(on(config, data=8), "cpu:8", names=wanted, compiled=False).functions
+        assert 0.5 < sizes[0] / sizes[1] < 2, (name, *sizes)
+
+    few = planned(on(config, data=8), "cpu:8", names=names, compiled=False).functions
     # other memory: 1 - 16 / 16,384 of these arrays more than with 16
     for plan in (compiled, formula):
         for name, least in (("score", 1), ("score_reference", 2), ("gradients", 1),
                             ("apply_gradients", 1)):
-            assert plan.functions[name].other_bytes - few[
-                name].other_bytes > 0.99 * least * of_tokens, name
-    # A chip with a little less than credit needs: the plan says so.
-    needed = max(each.hbm_bytes for each in compiled.functions.values())
-    small = dataclasses.replace(compiled.target, chip=dataclasses.replace(compiled.target.chip,
-                                                                          hbm_bytes=needed - 1))
+            added = plan.functions[name].other_bytes - few[name].other_bytes
+            assert added > 0.99 * least * of_tokens, name
+
+    # A chip with a little less than the experience needs: the plan says so.
+    needed = max(function.hbm_bytes for function in compiled.functions.values())
+    chip = dataclasses.replace(compiled.target.chip, hbm_bytes=needed - 1)
+    small = dataclasses.replace(compiled.target, chip=chip)
     assert compiled.all_fit and not dataclasses.replace(compiled, target=small).all_fit
     assert compiled.functions["experience"].hbm_bytes == needed
 
 
 def test_saving_attention_saves_nothing_of_cudnn(config):
     def gradients(remat, platform):
-        setting = on(dataclasses.replace(config, model=dataclasses.replace(config.model,
-                                                                           dtype="bfloat16")),
-                     remat=remat)
-        found = planned(setting, platform, names=("gradients",),
-                        compiled=False).functions["gradients"]
-        return found.cost.flops, found.own_bytes
+        model = dataclasses.replace(config.model, dtype="bfloat16")
+        setting = on(dataclasses.replace(config, model=model), remat=remat)
+        plan = planned(setting, platform, names=("gradients",), compiled=False)
+        function = plan.functions["gradients"]
+        return function.cost.flops, function.own_bytes
 
     assert gradients("attention", "gpu:h100:1") == gradients("full", "gpu:h100:1")
     assert gradients("attention", "cpu")[0] < gradients("full", "cpu")[0]
@@ -196,26 +196,25 @@ def test_saving_attention_saves_nothing_of_cudnn(config):
 
 
 def test_more_chips_hold_less_each(config):
-    one, eight = (planned(on(config, fsdp=count), f"cpu:{count}", names=("apply_gradients",))
-                  for count in (1, 8))
-    assert eight.functions["apply_gradients"].own_bytes < one.functions[
-        "apply_gradients"].own_bytes / 7
+    plans_by_count = (planned(on(config, fsdp=count), f"cpu:{count}", names=("apply_gradients",))
+                      for count in (1, 8))
+    one, eight = (plan.functions["apply_gradients"].own_bytes for plan in plans_by_count)
+    assert eight < one / 7
 
 
 def test_what_is_on_the_host_is_not_on_the_chip(config):
-    away = dataclasses.replace(config, update=dataclasses.replace(config.update,
-                                                                  offload_optimizer=True),
-                               kl=dataclasses.replace(config.kl, offload_reference=True))
-    here, there = (planned(on(each, fsdp=2), "cpu:2", names=("decode",)).functions["decode"]
-                   for each in (config, away))
+    offloaded = dataclasses.replace(
+        config, update=dataclasses.replace(config.update, offload_optimizer=True),
+        kl=dataclasses.replace(config.kl, offload_reference=True))
+    chip, host = (planned(on(setting, fsdp=2), "cpu:2", names=("decode",)).functions["decode"]
+                  for setting in (config, offloaded))
     moments_and_reference = (8 + 4) * shapes.weight_count(shapes.open_decoder(config)) / 2
-    assert here.other_bytes - there.other_bytes == pytest.approx(moments_and_reference, rel=0.01)
+    assert chip.other_bytes - host.other_bytes == pytest.approx(moments_and_reference, rel=0.01)
 
 
 def test_a_program_that_is_too_large_is_no_traceback():
-    message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out "
-               "of memory in memory space hbm. Used 20.50G"
-               " of 15.75G hbm. Exceeded hbm capacity by 4.75G.")
+    message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+               "space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.")
     assert compile.needed_bytes(message) == 20.5 * 2**30
     assert compile.needed_bytes(
         "RESOURCE_EXHAUSTED: Allocation (size=1024) would exceed memory (size=1)") == 1024
@@ -242,13 +241,12 @@ def test_json_and_table(capsys, model):
     argv = ["--model.path", model, *FLAGS, *MESH, "--chips", "cpu:8", "--functions",
             "decode,apply_gradients", "--json", "--price-per-chip-hour", "2"]
     table = json.loads(planned_by_command(capsys, argv))
-    assert table["fits"] is True and list(table["functions"]) == ["decode",
-                                                                  "apply_gradients"] and table[
-                                                                      "run"] is None
-    for each in table["functions"].values():
-        assert each["hbm_bytes"] > 0 and each["seconds"] > 0 and each[
-            "source"] == "compiled" and each["fits"]
-        assert {"flops", "bytes", "collectives", "limit"} <= each.keys()
+    assert table["fits"] is True and table["run"] is None
+    assert list(table["functions"]) == ["decode", "apply_gradients"]
+    for function in table["functions"].values():
+        assert function["hbm_bytes"] > 0 and function["seconds"] > 0
+        assert function["source"] == "compiled" and function["fits"]
+        assert {"flops", "bytes", "collectives", "limit"} <= function.keys()
     assert table["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
 
@@ -260,7 +258,7 @@ def test_a_plan_for_gpus_is_by_formula_and_says_so(capsys):
     assert max(map(len, text.splitlines())) <= 80
     table = json.loads(planned_by_command(capsys, [*argv, "--json"]))
     assert table["run"]["money"] == pytest.approx(3 * table["run"]["chip_hours"])
-    assert {each["source"] for each in table["functions"].values()} == {"analytic"}
+    assert {function["source"] for function in table["functions"].values()} == {"analytic"}
 
 
 def test_what_does_not_fit_ends_with_1(capsys):
@@ -301,15 +299,15 @@ def test_what_does_not_fit_ends_with_1(capsys):
 ])
 def test_mistakes_are_one_line(capsys, monkeypatch, argv, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = planned_by_command(capsys, argv, code=2)
-    assert found.startswith("error: ") and found.count("\n") == 1 and message in found
+    err = planned_by_command(capsys, argv, code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
 def test_without_libtpu_the_error_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    found = planned_by_command(capsys, ["--chips", "tpu:v5e:4x4"], code=2)
-    assert found == (
+    err = planned_by_command(capsys, ["--chips", "tpu:v5e:4x4"], code=2)
+    assert err == (
         "error: --chips tpu:v5e:4x4: needs libtpu, which compiles for TPUs on any Linux machine: "
         'pip install "effreason[tpu]"\n')
 
@@ -331,9 +329,8 @@ def test_the_recipes_are_the_papers_and_fit(capsys, name, target, rate):
     assert (rollout.prompts_per_step, rollout.group_size, rollout.max_new_tokens,
             config.run.steps) == (32, 8, 32000, 100)
     assert (update.learning_rate, update.beta1, update.beta2, update.weight_decay,
-            update.max_grad_norm, update.warmup_updates, update.updates_per_batch) == (rate, 0.9,
-                                                                                       0.95, 0.0,
-                                                                                       1.0, 6, 2)
+            update.max_grad_norm, update.warmup_updates, update.updates_per_batch) == (
+        rate, 0.9, 0.95, 0.0, 1.0, 6, 2)
     assert (config.kl.form, config.kl.coefficient, rollout.temperature, config.model.dtype) == (
         "reward", 0.001, 1.0, "bfloat16")
     assert (config.data.max_prompt_tokens, config.data.path) == (512, "paper")
@@ -349,10 +346,10 @@ def test_the_recipes_are_the_papers_and_fit(capsys, name, target, rate):
 
 def test_meshes_divide_the_model(config):
     decoder = shapes.open_decoder(config)
-    found = list(search.meshes(decoder, 8))
-    assert all(math.prod(mesh) == 8 for mesh in found) and len(set(found)) == len(found)
-    assert (8, 1, 1, 1) in found and (1, 2, 2, 2) in found
-    assert not any(mesh[2] > 2 for mesh in found)       # two key/value heads
+    meshes = list(search.meshes(decoder, 8))
+    assert all(math.prod(mesh) == 8 for mesh in meshes) and len(set(meshes)) == len(meshes)
+    assert (8, 1, 1, 1) in meshes and (1, 2, 2, 2) in meshes
+    assert not any(mesh[2] > 2 for mesh in meshes)      # two key/value heads
 
 
 def test_the_search_unrolls_no_deep_model(config):
@@ -374,21 +371,21 @@ def test_the_search_finds_what_fits_into_little_memory(config):
                                names=("gradients", "apply_gradients"))
     assert not as_it_is.all_fit
     lines = []
-    found = search.search(config, decoder, tight, INPUTS, log=lines.append)
-    assert found.all_fit and found.run is not None and found.functions[
-        "gradients"].source == "compiled"
-    assert math.prod(found.shape) == 4 and any("candidates by formula" in line for line in lines)
+    plan = search.search(config, decoder, tight, INPUTS, log=lines.append)
+    assert plan.all_fit and plan.run is not None
+    assert plan.functions["gradients"].source == "compiled"
+    assert math.prod(plan.shape) == 4 and any("candidates by formula" in line for line in lines)
 
 
 def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path):
     path = tmp_path / "found.yaml"
     text = planned_by_command(capsys, ["--config", "configs/r1_distill_7b.yaml", "--chips",
                                        "gpu:h100:8", "--fit", "--output", str(path)])
-    found = configuration.load(path)
-    mesh = found.mesh
+    fitting = configuration.load(path)
+    mesh = fitting.mesh
     assert mesh.data * mesh.fsdp * mesh.tensor * mesh.context == 8
     assert f"mesh: data {mesh.data} x" in text
-    assert found.update.rows_per_micro_batch % (mesh.data * mesh.fsdp) == 0
+    assert fitting.update.rows_per_micro_batch % (mesh.data * mesh.fsdp) == 0
     again = planned_by_command(capsys, ["--config", str(path), "--chips", "gpu:h100:8"])
     assert again.splitlines()[1:] == text.splitlines()[1:]
 
@@ -396,15 +393,13 @@ def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path):
 # Shapes, numbers
 
 
-@pytest.mark.parametrize(("name", "billions"), [("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-                                                 1.777),
-                                                ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.616),
-                                                ("Qwen/Qwen3-1.7B", 1.721),
-                                                ("Qwen/Qwen3-8B", 8.191)])
+@pytest.mark.parametrize(("name", "billions"), [
+    ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.777),
+    ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.616), ("Qwen/Qwen3-1.7B", 1.721),
+    ("Qwen/Qwen3-8B", 8.191)])
 def test_the_shipped_shapes_have_as_many_weights_as_their_models(config, name, billions):
-    decoder = shapes.open_decoder(dataclasses.replace(config,
-                                                      model=dataclasses.replace(config.model,
-                                                                                path=name)))
+    model = dataclasses.replace(config.model, path=name)
+    decoder = shapes.open_decoder(dataclasses.replace(config, model=model))
     assert shapes.weight_count(decoder) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
@@ -432,8 +427,8 @@ def test_a_roofline_waits_for_the_slowest():
     assert roofline(Cost(flops=chip.flops / 10, bytes=chip.hbm_bandwidth * 6), target,
                     efficiency)[1] == "memory"
     sent = Collective("all-gather", 16, 1000, 0.7 * 2 * chip.link_bandwidth)
-    found = roofline(Cost(collectives=(sent,)), target, efficiency)
-    assert found == (pytest.approx(1 + 1000 * chip.latency), "links")
+    assert roofline(Cost(collectives=(sent,)), target, efficiency) == (
+        pytest.approx(1 + 1000 * chip.latency), "links")
     assert roofline(Cost(host_bytes=chip.host_bandwidth), target, efficiency) == (1.0, "host")
 
 

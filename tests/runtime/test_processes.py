@@ -89,9 +89,9 @@ def check_killed(which, busy, **environment):
     last = next(line for line in results[which][1].splitlines() if line.startswith("ends at"))
     assert time.time() - float(last.split()[-1]) < 60
     code, _, err = results[1 - which]
-    assert code != 0 and lines(err) == [f"error: process {which} on {socket.gethostname()} is "
-                                        f"lost; this process ends "
-                                        "too: start all of them again"], err
+    assert code != 0 and lines(err) == [
+        f"error: process {which} on {socket.gethostname()} is lost; this process ends too: start "
+        "all of them again"], err
 
 
 @pytest.mark.parametrize(("which", "busy"), [(1, "collective"), (1, "value"), (0, "collective")])
@@ -107,9 +107,9 @@ def test_by_default_it_ends_within_a_minute():
 def test_an_error_in_one_process_ends_the_other():
     (waiting, _, err), (failing, _, second_err) = both("failed")
     assert failing == 2 and lines(second_err) == ["error: the disk of process 1 is full"]
-    assert waiting != 0 and lines(err) == [f"error: process 1 on {socket.gethostname()} is lost; "
-                                           f"this process ends "
-                                           "too: start all of them again"], err
+    assert waiting != 0 and lines(err) == [
+        f"error: process 1 on {socket.gethostname()} is lost; this process ends too: start all of "
+        "them again"], err
 
 
 def test_another_number_of_processes_is_one_line_in_both():
