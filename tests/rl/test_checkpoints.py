@@ -34,9 +34,9 @@ def state_on(target, step=0):
     return jax.tree.unflatten(tree, filled), abstract
 
 
-def assert_bitwise(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_bitwise(restored, expected):
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 

@@ -34,7 +34,8 @@ from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem, Rollouts
 
 WHOLE = read_config(SHIPPED_REASONER)
-DECODER = dataclasses.replace(WHOLE, layers=2)  # four take twice as long to compile, sixteen times
+# four layers take twice as long to compile, sixteen times
+DECODER = dataclasses.replace(WHOLE, layers=2)
 PROMPTS, GROUP, LONGEST, GREEDY = 4, 4, 60, 24
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(shape) == 8
           and DECODER.kv_heads % shape[2] == 0 and DECODER.width % shape[1] == 0]
@@ -46,7 +47,7 @@ def problems():
 
 
 def rollouts_of(tokens):
-    """Ragged responses, some of them of the longest length there is."""
+    """Ragged responses, some of them of the maximal length."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, LONGEST + 1, (PROMPTS, GROUP)).astype(np.int32)
     lengths[0, :2] = 1, LONGEST
@@ -77,7 +78,7 @@ def weights():
 
 
 @functools.cache
-def found(shape):
+def train_on(shape):
     """Losses and weights of one learning step, and the greedy tokens by prompt."""
     target = mesh(*shape)
     config = settings(shape)
@@ -104,8 +105,8 @@ def found(shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_a_mesh_of_eight_does_what_one_device_does(shape):
-    metrics, credited, params, greedy = found(shape)
-    expected = found((1, 1, 1, 1))
+    metrics, credited, params, greedy = train_on(shape)
+    expected = train_on((1, 1, 1, 1))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
                  (metrics, credited), expected[:2])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), params,

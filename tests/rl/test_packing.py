@@ -69,10 +69,10 @@ def test_two_sequences_share_a_row():
                                      st.lists(st.integers(0, 90), min_size=4, max_size=4)),
                            min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([1, 2, 4]),
                   st.sampled_from([1, 2, 4]), st.booleans())
-def test_every_sequence_stands_in_one_row_whole_and_in_order(groups, rows, updates, context,
-                                                             one_per_row):
+def test_every_sequence_is_in_one_row_whole_and_in_order(groups, rows, updates, context,
+                                                         one_per_row):
     rollouts = rollouts_of([prompt for prompt, _ in groups],
-                           [[max(n, 1) for n in each] for _, each in groups])
+                           [[max(n, 1) for n in lengths] for _, lengths in groups])
     width, slots = packing.row_width(130, context), 95
     packed = packing.pack(rollouts, rows=rows, width=width, slots=slots, updates=updates,
                           context=context, one_sequence_per_row=one_per_row)
@@ -122,9 +122,9 @@ def test_token_index_finds_what_response_index_scattered(context, one_per_row):
                       0).astype(np.float32)
     laid = [np.asarray(update.scatter_to_rows(jax.numpy.asarray(values), rows))
             for rows in packed.groups]
-    assert all((each != 0).sum() for each in laid) and sum((each != 0).sum()
-                                                           for each in laid) == mask.sum()
-    line = np.concatenate([*(each.reshape(-1) for each in laid), [0]])
+    assert (all((rows != 0).sum() for rows in laid)
+            and sum((rows != 0).sum() for rows in laid) == mask.sum())
+    line = np.concatenate([*(rows.reshape(-1) for rows in laid), [0]])
     np.testing.assert_array_equal(line[packed.token_index], values)
 
 
@@ -180,11 +180,11 @@ def test_ragged_reasoning_fills_few_wide_rows():
     computed = sum(len(bins) * width
                    for bins, width in zip(laid, packing.row_widths(32_768), strict=True))
     assert sizes.sum() < computed < 1.35 * sizes.sum() and len(laid[0]) == 16
-    members = sorted(member for bins in laid for each in bins for member in each)
+    members = sorted(member for bins in laid for row in bins for member in row)
     assert members == list(range(128))
-    assert all(sizes[each].sum() <= width
+    assert all(sizes[row].sum() <= width
                for bins, width in zip(laid, packing.row_widths(32_768), strict=True)
-               for each in bins)
+               for row in bins)
 
 
 def test_values_are_flattened_and_padded():

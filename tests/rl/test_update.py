@@ -31,7 +31,7 @@ from effreason.types import Experience, Rollouts, Rows
 ROWS, PROMPTS, LENGTHS = 8, [3, 1, 7, 5, 2, 4, 6, 3], [9, 1, 5, 0, 12, 8, 2, 7]
 LOSS = update.LossConfig(clip_ratio=0.2, kl_loss_coefficient=0.05, temperature=0.8,
                          vocabulary_tile=64)
-# All there are: tests/test_meshes.py.
+# All of them: tests/rl/test_meshes.py.
 MESHES = {"data": dict(data=8), "all": dict(data=2, fsdp=2, tensor=2),
           "context": dict(fsdp=2, tensor=2, context=2)}
 
@@ -132,9 +132,9 @@ def baseline():
     return one_step()
 
 
-def assert_same(found, expected, rtol=1e-5, atol=1e-5):
+def assert_same(result, expected, rtol=1e-5, atol=1e-5):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=rtol, atol=atol),
-                 found, expected)
+                 result, expected)
 
 
 # The loss
@@ -251,10 +251,10 @@ def test_token_weights_of_each_update_sum_to_one():
 @pytest.mark.parametrize("tile", [7, 64])
 def test_score_rows_is_the_naive_score(config, tile):
     rows = experience().rows
-    found = jax.jit(functools.partial(update.score_rows, config, temperature=0.8,
-                                      tile=tile))(weights(config), rows)
+    scores = jax.jit(functools.partial(update.score_rows, config, temperature=0.8,
+                                       tile=tile))(weights(config), rows)
     inside = (rows.segments[:, 1:] > 0)
-    for one, other in zip(found, score_naively(config, weights(config), rows.tokens, 0.8),
+    for one, other in zip(scores, score_naively(config, weights(config), rows.tokens, 0.8),
                           strict=True):
         np.testing.assert_allclose(np.where(inside, one[:, :-1], 0),
                                    np.where(inside, other[:, 1:], 0), rtol=1e-5, atol=1e-5)
@@ -284,15 +284,15 @@ def test_scorer_gives_every_response_its_own_scores(shape, settings):
         placed = place(QWEN2, weights(QWEN2), target)
         score = update.make_scorer(QWEN2, target, LOSS,
                                    params=jax.tree.map(lambda leaf: leaf.sharding, placed))
-        found = np.asarray(score(placed, packed))
+        scores = np.asarray(score(placed, packed))
     for row, (prompt, sample) in enumerate(itertools.product(range(3), range(4))):
         start, length = starts[prompt], lengths[prompt, sample]
         sequence = np.concatenate([rollouts.prompts[prompt, :start],
                                    rollouts.tokens[prompt, sample, :length]])
         expected = score_naively(QWEN2, weights(QWEN2), sequence[None],
                                  LOSS.temperature)[0][0, start:]
-        np.testing.assert_allclose(found[row, :length], expected, rtol=1e-5, atol=2e-5)
-        assert not found[row, length:].any()
+        np.testing.assert_allclose(scores[row, :length], expected, rtol=1e-5, atol=2e-5)
+        assert not scores[row, length:].any()
 
 
 # The step
