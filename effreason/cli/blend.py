@@ -17,7 +17,6 @@ from effreason import __version__
 from effreason.cli.arguments import Parser, check_revision, numbers
 from effreason.lm import model
 from effreason.lm.blend import blend
-from effreason.lm.hf.config import read_json
 from effreason.lm.hf.hub import existing_export, public_name
 from effreason.lm.hf.pretrained import (
     FACTS_FILE,
@@ -28,7 +27,7 @@ from effreason.lm.hf.pretrained import (
 )
 from effreason.runs import model_card
 from effreason.runtime.errors import UserError
-from effreason.runtime.files import disk
+from effreason.runtime.files import disk, read_json
 
 LOWEST, HIGHEST = -1.0, 2.0         # beyond these the result has little to do with either model
 

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from effreason.data import sources, templates
 from effreason.lm import model
 from effreason.lm.hf import hub
-from effreason.lm.hf.config import read_json
 from effreason.lm.hf.pretrained import (
     FACTS_FILE,
     Pretrained,
@@ -30,6 +29,7 @@ from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

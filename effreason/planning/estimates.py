@@ -89,7 +89,7 @@ class RunEstimate:
     chip_hours: float
     energy_kwh: float               # of the chips
     money: float | None
-    row_fill: float                 # share of the trained positions that hold a token
+    packing_efficiency: float       # share of the trained positions that hold a token
     update_mfu: float  # FLOPs of the update's tokens by the 6 N rule, over the chips' in that time
 
 
@@ -212,7 +212,8 @@ def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workl
         slots=slots, rollout_tokens_per_second=rate, rollout_seconds=rollout, score_seconds=score,
         update_seconds=update, step_seconds=step, evaluation_hours=evaluated / 3600, hours=hours,
         chip_hours=hours * chips, energy_kwh=hours * chips * chip_watts / 1000,
-        money=None if price is None else hours * chips * price, row_fill=workload.fill,
+        money=None if price is None else hours * chips * price,
+        packing_efficiency=workload.packing_efficiency,
         update_mfu=3 * flops_per_token * trained / (update * chips * machine.target.chip.flops))
 
 

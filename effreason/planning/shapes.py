@@ -10,11 +10,12 @@ import jax
 
 from effreason.lm import model
 from effreason.lm.hf import hub
-from effreason.lm.hf.config import parse_config, read_json
+from effreason.lm.hf.config import parse_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import read_json
 from effreason.sampling import capacity
 
 _QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6,

@@ -137,7 +137,8 @@ def _run(plan: Plan) -> list[str]:
         ("rollouts",
          f"{run.rollout_tokens_per_second:,.0f} tokens/s, {duration(run.rollout_seconds)} a step"),
         ("scoring", f"{duration(run.score_seconds)} a step"),
-        ("update", f"{duration(run.update_seconds)} a step; rows {run.row_fill:.0%} full; "
+        ("update",
+         f"{duration(run.update_seconds)} a step; rows {run.packing_efficiency:.0%} full; "
          f"{run.update_mfu:.0%} of the chips' FLOP/s"),
         ("step", duration(run.step_seconds)),
         ("run", f"{config.run.steps:,} steps in {run.hours:,.1f} h, "

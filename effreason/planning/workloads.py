@@ -31,7 +31,7 @@ class Workload:
     room: int                       # micro-batches allocated for each update: one response per row
     widths: float  # sum of all row widths over the widest; each group of rows has `room`
     rows: int                       # R, of a micro-batch
-    fill: float                     # share of the computed positions that hold a token
+    packing_efficiency: float       # share of the computed positions that hold a token
 
     @property
     def tokens(self) -> int:
@@ -78,9 +78,10 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
         count, pairs = count + batches * width / widest, pairs + batches * (width / widest) ** 2
     computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
     room = -(-len(range(0, len(sizes), update.updates_per_batch)) // update.rows_per_micro_batch)
-    return Workload(lengths=responses, prompt_tokens=prompt_tokens, width=widest,
-                    micro_batches=count, pair_batches=pairs, room=room, widths=sum(widths) / widest,
-                    rows=update.rows_per_micro_batch, fill=float(sizes.sum() / computed))
+    return Workload(lengths=responses, prompt_tokens=prompt_tokens,
+                    width=widest, micro_batches=count, pair_batches=pairs,
+                    room=room, widths=sum(widths) / widest, rows=update.rows_per_micro_batch,
+                    packing_efficiency=float(sizes.sum() / computed))
 
 
 def generate(lengths: np.ndarray, *, prompt_tokens: int, slots: int, shards: int, smallest: int,

@@ -40,6 +40,21 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file. Raises: UserError that names the file."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: file not found") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(table).__name__}")
+    return table
+
+
 def append(path: Path, data: bytes) -> None:
     """Appends all of `data` or nothing: half a row must never precede the next one.
 

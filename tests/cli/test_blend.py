@@ -13,10 +13,11 @@ from effreason.cli import blend as blends
 from effreason.cli import main
 from effreason.lm import blend as lm_blend
 from effreason.lm.hf import pretrained
-from effreason.lm.hf.config import read_config, read_json
+from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER, open_pretrained
 from effreason.runtime import config as configuration
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import read_json
 
 TEMPLATE = "{{ messages[0]['content'] }}<think>"
 

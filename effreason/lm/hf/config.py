@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from effreason.lm.kv_cache import Llama3Scaling
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import read_json
 
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -52,21 +53,6 @@ FAMILY_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"attention_bias": (False, True)}, "qwen3": {}, "llama": {"sliding_window": ()},
 }
 LLAMA3_NAMES = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file. Raises: UserError that names the file."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: file not found") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(table).__name__}")
-    return table
 
 
 def read_config(directory: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from effreason.lm.hf import hub, weights
-from effreason.lm.hf.config import exported_config, parse_config, read_json
+from effreason.lm.hf.config import exported_config, parse_config
 from effreason.lm.hf.weights import read_weights, stored_dtype, weight_files, write_weights
 from effreason.lm.model import DecoderConfig, Params
 from effreason.runtime import processes
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import read_json
 from effreason.runtime.sharding import Shardings
 
 SHIPPED_REASONER = Path(__file__).parents[2] / "data" / "tiny" / "reasoner"

@@ -21,10 +21,10 @@ import numpy as np
 import safetensors
 from jax.sharding import Sharding
 
-from effreason.lm.hf.config import read_json
 from effreason.lm.model import DecoderConfig, Params, abstract_params
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import read_json
 from effreason.runtime.sharding import Shardings
 
 GetValues = Callable[[], Any]       # returns one tensor's values
