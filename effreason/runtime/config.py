@@ -274,8 +274,8 @@ class UpdateConfig(Section):
     updates_per_batch: Count = 1
     """Optimizer updates for each step; each one uses an equal part of the step's responses."""
     clip_ratio: Positive = 0.2
-    """PPO: how far the ratio of the policy's probabilities to those before the step may move from 1;
-    has an effect only if updates_per_batch > 1."""
+    """PPO: how far the ratio of the policy's probabilities to those before the step may move from
+    1; has an effect only if updates_per_batch > 1."""
     importance_cap: Positive | None = None
     """Truncated importance sampling: weight each token by min(trainer's probability / sampler's
     probability, this), which corrects their numerical differences; 2 is usual; null = off."""
