@@ -100,7 +100,8 @@ def test_the_live_tokens_of_a_schedule():
 def test_packed_rows_hold_all_tokens(config):
     work = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32)
     positions = work.micro_batches * work.rows * work.width * config.update.updates_per_batch
-    assert work.width == 256 and positions * work.packing_efficiency == pytest.approx(work.tokens + 16 * 32)
+    assert (work.width == 256
+            and positions * work.packing_efficiency == pytest.approx(work.tokens + 16 * 32))
     alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32,
                                     one_sequence_per_row=True)
     assert alone.pair_batches <= alone.micro_batches
