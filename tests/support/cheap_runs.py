@@ -23,7 +23,8 @@ def share(build, config, *arguments, key):
     # What these functions do not depend on; alpha is one of their arguments.
     compiled = dataclasses.replace(
         config, run=RunConfig(), log=LogConfig(),
-        reward=dataclasses.replace(config.reward, alpha=0.0),
+        reward=dataclasses.replace(config.reward, alpha=0.0, target_tokens=None,
+                                   max_accuracy_drop=None),
         evaluation=EvaluationConfig(problems=0,
                                     max_new_tokens=config.evaluation.max_new_tokens))
     key = build, repr(compiled), *key
