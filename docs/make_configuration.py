@@ -31,7 +31,7 @@ python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.al
   `--evaluation.path` names something other than `tiny`: the learning rate and the prompt in that
   file are right for the tiny model only. Without a file the defaults below apply.
 - `--config` may be given several times, anywhere on the command line; a later file overrides an
-  earlier one. A field that no file and no flag sets has the default below.
+  earlier one. A field set by neither a file nor a flag has the default below.
 - `--print_config` prints the resolved configuration as YAML and exits. A run writes it into its
   directory.
 - `null` means that there is no value; booleans are written `true` and `false`.
