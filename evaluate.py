@@ -2,7 +2,9 @@
 
 import sys
 
-from effreason.cli import main
+from effreason.cli import evaluate
+from effreason.runtime import errors
 
 if __name__ == "__main__":
-    sys.exit(main.run("evaluate", sys.argv[1:], "evaluate.py"))
+    with errors.reporting():
+        evaluate.run(sys.argv[1:], "evaluate.py")

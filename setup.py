@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "effreason" / "__init__.py").read_text(encoding="utf-8"))[1]
+SOURCE = (ROOT / "effreason" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "(.+)"', SOURCE)[1]
 
 setup(
     name="effreason",
@@ -45,7 +46,7 @@ setup(
         "docstring_parser>=0.17",
         "jsonargparse[signatures]>=4.53",
         "PyYAML>=6",
-        # Verdicts depend on these two: a new version is a change of the grader, to be tested as one.
+        # Verdicts depend on these two: test a new version like a change of the grader.
         "math-verify[antlr4-13-2]==0.9.0",
         "latex2sympy2_extended==1.11.0",
         "sympy>=1.14",
@@ -58,8 +59,8 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "wandb": ["wandb>=0.19"],
-        "test": ["pytest>=8", "pytest-xdist>=3", "setuptools>=77", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14",
-                 "types-PyYAML>=6"],
+        "test": ["pytest>=8", "pytest-xdist>=3", "setuptools>=77", "hypothesis>=6", "ruff>=0.9",
+                 "mypy>=1.14", "types-PyYAML>=6"],
         "parity": ["torch==2.13.0"],
         "bench": ["torch==2.13.0", "psutil>=6"],
     },

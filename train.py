@@ -2,7 +2,9 @@
 
 import sys
 
-from effreason.cli import main
+from effreason.cli import train
+from effreason.runtime import errors
 
 if __name__ == "__main__":
-    sys.exit(main.run("train", sys.argv[1:], "train.py"))
+    with errors.reporting():
+        train.run(sys.argv[1:], "train.py")

@@ -169,14 +169,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
             parity.check(metrics, parity.limit(config.rollout.max_mismatch, dtype), dtype,
                          f"step {step}")
 
-        updates, count = [], config.update.updates_per_batch
-        for number in range(count):                                                         # 6
-            which, steps = sharding.to_device((np.int32(number), np.int32(number + 1 == count)),
-                                              learner.replicated)
-            grads, update_metrics = learner.programs.gradients(
-                run.train_state.params, batch.experience, batch.counts, which)
-            run.train_state, norm = learner.programs.apply_gradients(run.train_state, grads, steps)
-            updates.append(update_metrics | {"grad_norm": norm})
+        run.train_state, updates = learner.update(run.train_state, batch)                   # 6
         metrics |= {f"update/{name}": value for name, value in means(*updates).items()}
         rewards, advantages = sharding.to_host((batch.rewards, batch.advantages))
     updated = time.monotonic()

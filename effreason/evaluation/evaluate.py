@@ -113,7 +113,8 @@ class Evaluator:
             lambda requests: self.sampler(params, requests, key, sampling), problems,
             loading.evaluation_samples(self.config)[name], max_new_tokens(self.config),
             tokenizer=self.pretrained.tokenizer, grader=self.grader,
-            require_eos=self.config.grade.require_eos, on_chunk=on_chunk, expected=expected, log=log)
+            require_eos=self.config.grade.require_eos, on_chunk=on_chunk, expected=expected,
+            log=log)
         return responses.evaluated_responses(name, problems, graded)
 
     def facts(self, name: str, weights: str) -> dict[str, Any]:

@@ -174,6 +174,24 @@ class Learner:
             sharding.to_device(np.float32(alpha), self.replicated), rollouts.sampled_logprobs, old,
             old if reference is None else reference, rollouts.packed)
 
+    def update(self, state: TrainState,
+               batch: Batch) -> tuple[TrainState, list[dict[str, Float[Array, ""]]]]:
+        """Makes the step's optimizer updates, one after another; donates the state passed in.
+
+        Returns:
+            The state, its `step` one higher, and the metrics of each update.
+        """
+        metrics = []
+        for number in range(self._updates):
+            is_last = number + 1 == self._updates
+            index, steps = sharding.to_device((np.int32(number), np.int32(is_last)),
+                                              self.replicated)
+            grads, update_metrics = self.programs.gradients(state.params, batch.experience,
+                                                            batch.counts, index)
+            state, norm = self.programs.apply_gradients(state, grads, steps)
+            metrics.append(update_metrics | {"grad_norm": norm})
+        return state, metrics
+
     def lowered(self, config: Config, *, width: int, micro_batches: int) -> AbstractStep:
         """Prepares the lowering of a step's functions for rows of the widest group.
 

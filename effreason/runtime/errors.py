@@ -1,6 +1,8 @@
 """The errors that the command line turns into one line and an exit code."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -42,3 +44,12 @@ def report(error: BaseException) -> int:
     if line:
         print(line, file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Ends the program with one line and an exit code if one of the REPORTED errors is raised."""
+    try:
+        yield
+    except REPORTED as error:
+        sys.exit(report(error))

@@ -54,8 +54,8 @@ def test_whitening_of_responses_is_whitening_of_their_tokens(groups):
     gains = np.asarray(loo(kernel(groups.correct, groups.lengths, alpha=np.float32(0.2))))
     mask = np.arange(200) < groups.lengths.reshape(-1, 1)
     of_tokens = np.asarray(white(np.where(mask, gains.reshape(-1, 1), np.float32(0)), mask)[0])
-    np.testing.assert_allclose(whiten_responses(gains, groups), of_tokens[:, 0].reshape(gains.shape),
-                               atol=2e-3, rtol=2e-3)
+    expected = of_tokens[:, 0].reshape(gains.shape)
+    np.testing.assert_allclose(whiten_responses(gains, groups), expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("advantage", pressure.ADVANTAGES)

@@ -13,7 +13,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from decoders import make_updates, mesh
+from decoders import mesh
 
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
@@ -96,7 +96,7 @@ def train_on(shape):
         batch = learning.experience(packed, learning.score(state.params, packed),
                                     learning.score_reference(reference, packed),
                                     config.reward.alpha)
-        state, metrics = make_updates(learning, state, batch)
+        state, metrics = learning.update(state, batch)
         greedy = {(response.prompt, response.sample): response.tokens.tolist()
                   for response in responses}
         return *sharding.to_host((metrics, batch.metrics, state.params)), greedy

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from decoders import QWEN2, QWEN3, VOCABULARY, make_updates, mesh, place, weights
+from decoders import QWEN2, QWEN3, VOCABULARY, mesh, place, weights
 
 from effreason.lm import attention, model
 from effreason.rl import learner, packing, update
@@ -390,7 +390,7 @@ def learnt(settings, shape=(), offload=False, **changes):
                                     config.reward.alpha)
         assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_reference)
-        state, metrics = make_updates(learning, state, batch)
+        state, metrics = learning.update(state, batch)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_state)
         return sharding.to_host((state.params, metrics, batch.metrics))

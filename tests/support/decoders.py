@@ -59,16 +59,3 @@ def rows_of(sequences):
     table = jax.tree.map(lambda *rows: np.stack(rows),
                          *(packing.pack_row([tokens], width) for tokens in sequences))
     return Rows(**table, response_index=np.zeros_like(table["tokens"]))
-
-
-def make_updates(learner, state, batch):
-    """Makes the optimiser updates of a step; returns the state and the metrics of each."""
-    metrics, count = [], batch.counts[0].shape[0]
-    for number in range(count):
-        which, steps = sharding.to_device((np.int32(number), np.int32(number + 1 == count)),
-                                          learner.replicated)
-        grads, sums = learner.programs.gradients(state.params, batch.experience, batch.counts,
-                                                 which)
-        state, norm = learner.programs.apply_gradients(state, grads, steps)
-        metrics.append(sums | {"grad_norm": norm})
-    return state, metrics
