@@ -2,10 +2,11 @@
 
 What was left out, and why:
 
-- Asynchronous rollouts. Sampler and trainer take turns on the same chips, so every response comes
-  from the very policy that it updates, and a run can be repeated and resumed token for token.
-- A value model and a reward model. The other responses of the group are the baseline, a grader of
-  final answers is the judge.
+- Asynchronous rollouts. Sampler and trainer take turns on the same chips, so by
+  default every response comes from the very policy that it updates, and a run can be repeated and
+  resumed token for token.
+- A value model and a reward model. The other responses of the group are the baseline, and a grader
+  of final answers is the judge.
 - A Trainer class, hooks and plug-ins. To change the loop, edit this file; a reward or a grader of
   your own is a function that the configuration names.
 - The state of a data loader. The problems of a step are a function of the seed and the step.
@@ -42,7 +43,7 @@ from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import GenerationProgress, Progress
-from effreason.sampling import engine
+from effreason.sampling.engine import collect, step_key
 from effreason.sampling.scheduler import make_requests
 from effreason.types import FinishReason, Outcomes, Problem
 
@@ -54,7 +55,7 @@ class RunState:
     alpha: float
     last_alpha_step: int            # the last step whose evaluation has moved alpha
     lengths: dict[int, float]       # mean response tokens by uid, when last sampled
-    seconds: float                  # that the processes before this one took
+    seconds: float                  # spent by earlier processes of this run
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -88,12 +89,13 @@ class Run:
             self.progress.rollout(generation)
 
 
-def train(config: Config, session: Session | None = None, go_on: str | None = None) -> None:
+def train(config: Config, session: Session | None = None,
+          resume_command: str | None = None) -> None:
     """Trains, evaluates before and after, and leaves everything in the run directory.
 
     Args:
         session: an open one that fits the configuration; None opens one.
-        go_on: the command that continues when it is stopped; None = that of a single run.
+        resume_command: what to run after a stop; None = the command of a single run.
 
     Raises:
         UserError: bad input.
@@ -103,8 +105,9 @@ def train(config: Config, session: Session | None = None, go_on: str | None = No
     with (open_session(config) if session is None else contextlib.nullcontext(session)) as session:
         directory = runs.open_run(config)
         config = dataclasses.replace(config, model=session.config.model)    # with its revision
-        go_on = go_on or runs.resume_command(directory)
-        processes.advise(f"start all of them again, or, once there is a checkpoint, {go_on}")
+        resume_command = resume_command or runs.resume_command(directory)
+        processes.advise(
+            f"start all of them again, or, once there is a checkpoint, {resume_command}")
 
         with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
             run = begin(config, session, directory, checkpoints, started)
@@ -116,13 +119,13 @@ def train(config: Config, session: Session | None = None, go_on: str | None = No
             console = None if processes.is_primary() else processes.console()
             with (runs.open_metrics(config, directory, run.step) as writer,
                   Progress(config.run.steps, start_step=run.step, console=console) as run.progress,
-                  saving_on_exit(run, go_on)):
+                  saving_on_exit(run, resume_command)):
                 run.progress.say(agreement)
                 base = evaluate_base(run)
                 for step in range(run.step, config.run.steps):
                     # Before the step, in a row of its own: a run stopped here resumes with it.
                     every = config.evaluation.every
-                    if base and every and step % every == 0 < step:
+                    if base and every and step > 0 and step % every == 0:
                         writer.write(step, evaluate_between(run, base))
 
                     metrics, rows = train_step(run, step)
@@ -191,11 +194,11 @@ def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog
 
     The responses of rounds that refill are not kept when a signal comes: the first round, which
     decides what is missing, is then drawn again, token for token."""
-    settings, sampler = run.config.rollout, run.session.engine
+    settings, engine = run.config.rollout, run.session.engine
     params = run.train_state.params if run.initial_params is None else run.initial_params
-    key = engine.step_key(run.config.run.seed, "train", step)
+    key = step_key(run.config.run.seed, "train", step)
     sample = functools.partial(
-        sample_and_grade, lambda requests: sampler.sampler(params, requests, key, sampler.sampling),
+        sample_and_grade, lambda requests: engine.sampler(params, requests, key, engine.sampling),
         group_size=settings.group_size, max_new_tokens=settings.max_new_tokens,
         tokenizer=run.session.inputs.pretrained.tokenizer, grader=run.session.grader,
         require_eos=run.config.grade.require_eos, on_chunk=run.on_chunk,
@@ -206,7 +209,8 @@ def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog
         if not settings.refill_rounds:
             return graded
         return refill(graded, sample, run.learner, run.session.inputs.problems,
-                      alpha=run.run_state.alpha, settings=settings, key=(run.config.run.seed, step))
+                      alpha=run.run_state.alpha, settings=settings,
+                      seed_and_step=(run.config.run.seed, step))
 
 
 def means(*metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -269,7 +273,7 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(
-            f"step {step}: non-finite {', '.join(bad)}; the checkpoints before it are whole")
+            f"step {step}: non-finite {', '.join(bad)}; the checkpoints before it are intact")
 
 
 def begin(config: Config, session: Session, directory: Path, checkpoints: Checkpoints,
@@ -332,19 +336,19 @@ def check_parity(run: Run) -> str:
     Raises:
         parity.Mismatch: too far.
     """
-    config, settings, sampler = run.config, run.config.rollout, run.session.engine
+    config, settings, engine = run.config, run.config.rollout, run.session.engine
     problems = prompts.batch(run.session.inputs.problems, settings.prompts_per_step,
                              config.run.seed, 0)
     requests = make_requests([problem.prompt for problem in problems], settings.group_size,
                              min(parity.START_TOKENS, settings.max_new_tokens),
                              uids=[problem.uid for problem in problems])
-    key = engine.step_key(config.run.seed, "parity", 0)
+    key = step_key(config.run.seed, "parity", 0)
     with jax.transfer_guard("disallow"):
         params = run.train_state.params
-        generation = sampler.sampler(params, requests, key, sampler.sampling)
+        generation = engine.sampler(params, requests, key, engine.sampling)
         chunks = list(watched(generation, len(requests), run.on_chunk))
-        rollouts = engine.collect(problems, [response for chunk in chunks for response in chunk],
-                                  settings.group_size)
+        rollouts = collect(problems, [response for chunk in chunks for response in chunk],
+                           settings.group_size)
         packed = run.learner.pack(rollouts, np.zeros(rollouts.lengths.shape, bool))
         batch = run.learner.experience(packed, run.learner.score(params, packed),
                                        run.learner.score_reference(run.reference, packed), 0.0)
@@ -357,7 +361,7 @@ def check_parity(run: Run) -> str:
 
 
 @contextlib.contextmanager
-def saving_on_exit(run: Run, go_on: str) -> Iterator[None]:
+def saving_on_exit(run: Run, resume_command: str) -> Iterator[None]:
     """Saves the state if a signal, the grader or the parity check stops the run."""
     try:
         yield
@@ -368,7 +372,7 @@ def saving_on_exit(run: Run, go_on: str) -> Iterator[None]:
         save(run)
         # One of several processes says it for all.
         message = (f"{stop.message} after step {run.step} of {run.config.run.steps}, "
-                   f"saved; go on with: {go_on}" if processes.is_primary() else "")
+                   f"saved; continue with: {resume_command}" if processes.is_primary() else "")
         raise Interrupted(stop.signum, message) from None
 
 

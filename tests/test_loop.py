@@ -353,7 +353,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
             loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": done > 0}))
         name = "SIGINT" if where == "between" else "SIGTERM"
         assert caught.value.message == (
-            f"stopped by {name} after step {done} of 6, saved; go on with: python train.py "
+            f"stopped by {name} after step {done} of 6, saved; continue with: python train.py "
             f"--config {directory / 'config.yaml'} --run.resume true")
         with Checkpoints(directory / "checkpoints", keep=2) as saved:
             assert saved.latest == done
@@ -396,7 +396,7 @@ def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(fi
                           text=True, capture_output=True, timeout=300)
     assert done.returncode == code
     assert done.stderr == (
-        f"stopped by {signal.Signals(signum).name} after step 5 of 6, saved; go on with: "
+        f"stopped by {signal.Signals(signum).name} after step 5 of 6, saved; continue with: "
         f"python train.py --config '{directory}/config.yaml' --run.resume true\n")
     assert "Traceback" not in done.stdout
     assert "step 5/6" in done.stdout and "step 6/6" not in done.stdout

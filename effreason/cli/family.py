@@ -87,8 +87,8 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str],
             blends = evaluate_blends(session, greatest, weights, directory) if weights else {}
         except Interrupted as stop:
             message = stop.message
-            if "go on with" not in message:
-                message = f"{message}; go on with: {command}"
+            if "continue with" not in message:
+                message = f"{message}; continue with: {command}"
             raise Interrupted(stop.signum, message if processes.is_primary() else "") from None
 
     if processes.is_primary():

@@ -189,21 +189,21 @@ def remaining(requests: Sequence[Request], resumed: Sequence[Response]) -> list[
 
 def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollouts],
            learner: Learner, problems: prompts.Problems, *, alpha: float, settings: RolloutConfig,
-           key: tuple[int, int]) -> GradedRollouts:
+           seed_and_step: tuple[int, int]) -> GradedRollouts:
     """Replaces groups without a signal by groups of other problems, in a few rounds.
 
     Args:
         settings: refill_rounds bounds the rounds.
         sample: samples and grades groups for some problems.
         problems: what to choose others from.
-        key: seed and step; they decide which problems come.
+        seed_and_step: decide which problems come.
     """
     taken = list(graded.problems)
     lacking = ~has_signal(graded, learner, alpha, settings.min_reward_spread)
     for number in range(settings.refill_rounds):
         without = np.flatnonzero(lacking).tolist()
         others = prompts.others(problems, [graded.problems[index] for index in without], taken,
-                                (*key, number, len(lacking)))
+                                (*seed_and_step, number, len(lacking)))
         chosen = {index: problem for index, problem in zip(without, others, strict=True)
                   if problem is not None}
         if not chosen:

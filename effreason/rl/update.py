@@ -96,14 +96,16 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
 
     With ratio = pi / pi_old the loss is -min(ratio A, clip(ratio) A); at ratio = 1 its gradient is
     REINFORCE's, -A grad log pi. kl_loss_coefficient > 0 adds the k3 estimate of KL(pi ||
-    reference), exp(d) - d - 1 with d = log reference - log pi.
+    reference), exp(-d) + d - 1 with d = log pi - log reference.
+
+    Source: arXiv 1707.06347; for k3: joschu.net/blog/kl-approx.
 
     Args:
-        experience: Of these rows.
+        experience: of these rows.
 
     Returns:
         The loss, and the weighted sums kl (k3) and clip_share.
-        Source: arXiv 1707.06347; the k's: joschu.net/blog/kl-approx."""
+    """
     # Log-probs outside of responses are undefined: unless masked here, their ratios could overflow
     # to inf * 0.
     log_ratio = jnp.where(experience.mask, logprobs - experience.old_logprobs, 0.0)
@@ -111,8 +113,8 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
     gain = jnp.minimum(ratio * experience.advantages, clipped * experience.advantages)
 
-    drift = jnp.where(experience.mask, experience.reference_logprobs - logprobs, 0.0)
-    kl = jnp.exp(drift) - drift - 1.0
+    drift = jnp.where(experience.mask, logprobs - experience.reference_logprobs, 0.0)
+    kl = jnp.exp(-drift) + drift - 1.0
     loss = jnp.sum(experience.weights * (kl_loss_coefficient * kl - gain))
     is_clipped = clipped * experience.advantages < ratio * experience.advantages
     return loss, {"kl": jnp.sum(experience.weights * kl),
