@@ -35,6 +35,7 @@ def test_the_package_itself_imports_nothing_heavy():
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.promotes("the examples run as in a user's program")
 def test_the_examples_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])

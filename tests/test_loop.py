@@ -2,6 +2,7 @@
 on unchanged."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import json
@@ -684,15 +685,16 @@ def wrong_scores(monkeypatch, after):
 
     def made(*arguments):
         engine = make_engine(*arguments)
-        score = engine.learner.score
+        # A copy: other runs share the engine.
+        learner, score = copy.copy(engine.learner), engine.learner.score
 
         def wrong_score(params, packed):
             calls.append(packed.lengths.shape)
             with jax.transfer_guard("allow"):
                 return score(params, packed) * (1.5 if len(calls) > after else 1.0)
 
-        engine.learner.score = wrong_score
-        return engine
+        learner.score = wrong_score
+        return dataclasses.replace(engine, learner=learner)
 
     monkeypatch.setattr(session, "make_engine", made)
 

@@ -204,11 +204,11 @@ def plain_extend(config: model.DecoderConfig, weights: model.Params, tokens: jax
                  ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Reads T more tokens of each row, with attention over the whole cache: final hidden states and
     the cache."""
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
     rope = kv_cache.rope(positions, kv_cache.rope_frequencies(config.head_dim, config.rope_theta,
                                                                 config.rope_scaling))
     # [B, 1, T, C]
-    visible = (jnp.arange(cache[0][0].shape[1]) <= positions[:, :, None])[:, None]
+    visible = (jnp.arange(cache[0][0].shape[1])[None, None, :] <= positions[:, :, None])[:, None]
     write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
     x, extended = weights["embedding"].astype(config.dtype)[tokens], []
     block: Any = model.Block(config)

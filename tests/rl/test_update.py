@@ -308,7 +308,8 @@ def test_the_step_follows_the_gradient_of_the_whole_batch(baseline):
         gain = jnp.minimum(ratio * e.advantages, jnp.clip(ratio, 0.8, 1.2) * e.advantages)
         drift = jnp.where(e.mask, e.reference_logprobs - logprobs, 0)
         k3 = jnp.exp(drift) - drift - 1
-        return (jnp.sum(LOSS.kl_loss_coefficient * k3 - gain, where=e.mask) / e.mask.sum(),
+        count = jnp.sum(e.mask).astype(jnp.float32)
+        return (jnp.sum(LOSS.kl_loss_coefficient * k3 - gain, where=e.mask) / count,
                 (jnp.mean(k3, where=e.mask), jnp.mean(entropy, where=e.mask)))
 
     (loss, (kl, entropy)), gradients = jax.value_and_grad(whole, has_aux=True)(weights(QWEN2))

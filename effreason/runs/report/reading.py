@@ -116,7 +116,8 @@ def read(directory: Path) -> Contents:
     environment = directory / "environment.json"
     settings = runs[0].settings if runs else {}
     seed = results.seed if results else settings.get("run.seed")
-    started = runs[0].evaluations.get(0, directory).glob("*.jsonl") if not results else ()
+    before = runs[0].evaluations.get(0) if not results else None
+    started = before.glob("*.jsonl") if before else ()
     return Contents(
         directory=directory, family=family, seed=seed if isinstance(seed, int) else None,
         model=results.model if results else str(settings.get("model.path", "")),
