@@ -346,6 +346,7 @@ def stop_at(monkeypatch, where, signum=signal.SIGTERM):
     monkeypatch.setattr(Progress, "rollout", stopping_rollout)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, world, tmp_path):
     directory = tmp_path / "run"
     for where, done in (("before", 0), ("between", 3), ("within", 4), (5, 5)):
@@ -387,6 +388,7 @@ sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(finished, world,
                                                                               tmp_path, signum,
@@ -483,6 +485,7 @@ def test_checkpoints_without_their_configuration_are_not_taken_over(world, tmp_p
 # Meshes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"mesh.data": 2, "mesh.fsdp": 4},
                                   {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}],
                          ids=["fsdp", "tensor"])

@@ -155,6 +155,7 @@ def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_p
                      *(read_weights(model, read_config(model)) for model in models))
 
 
+@pytest.mark.slow
 def test_a_family_that_is_stopped_in_a_baseline_goes_on_and_ends_the_same(family, world, tmp_path):
     directory, step, members = tmp_path / "family", Progress.step, []
 

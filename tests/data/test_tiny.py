@@ -120,6 +120,7 @@ def test_training_rows_learn_the_response_and_a_drill_its_digit_alone(characters
     assert abs(drills - build.DRILLS) <= 10
 
 
+@pytest.mark.slow
 def test_the_shipped_reasoner_is_small_right_and_wordy():
     size = sum(path.stat().st_size for path in SHIPPED_REASONER.iterdir())
     assert size <= 5_000_000

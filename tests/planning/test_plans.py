@@ -152,6 +152,7 @@ def test_formulas_against_compiled_programs(config, mesh, remat):
             assert computed.cost.flops == pytest.approx(expected.cost.flops, rel=0.05), name
 
 
+@pytest.mark.slow
 def test_thousands_of_responses_need_memory_on_every_chip(config):
     rollout = dataclasses.replace(config.rollout, prompts_per_step=4096)
     many = on(dataclasses.replace(config, rollout=rollout), data=8)
@@ -364,6 +365,7 @@ def test_the_search_unrolls_no_deep_model(config):
     assert remats(deep) == {"full", "attention"}
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_fits_into_little_memory(config):
     decoder = shapes.open_decoder(config)
     target = chips.parse("cpu:4")

@@ -94,6 +94,7 @@ def check_killed(which, busy, **environment):
         "all of them again"], err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "busy"), [(1, "collective"), (1, "value"), (0, "collective")])
 def test_a_process_that_is_killed_ends_the_other_with_one_line(which, busy):
     check_killed(which, busy)
@@ -104,6 +105,7 @@ def test_by_default_it_ends_within_a_minute():
     check_killed(1, "collective", HEARTBEAT=str(DistributedConfig().heartbeat_timeout_seconds))
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_other():
     (waiting, _, err), (failing, _, second_err) = both("failed")
     assert failing == 2 and lines(second_err) == ["error: the disk of process 1 is full"]
@@ -112,6 +114,7 @@ def test_an_error_in_one_process_ends_the_other():
         "them again"], err
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_one_line_in_both():
     port = free_port()
     results = ended([started(["together", "none"], number=0, of=2, port=port, INITIALIZATION="20"),
@@ -124,6 +127,7 @@ def test_another_number_of_processes_is_one_line_in_both():
                                     f"process 0 on {name}"]
 
 
+@pytest.mark.slow
 def test_a_host_that_never_comes_ends_the_others():
     port = free_port()
     (code, _,
@@ -155,6 +159,7 @@ def check_same_line(results, line):
     assert [(code, lines(err)) for code, _, err in results] == [(2, [line])] * 2, results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "field", "value", "other"), [
     ("train", "evaluation.problems", 16, 0), ("train", "data.max_prompt_tokens", 64, 3),
     ("evaluate", "evaluation.problems", 16, 8)])
@@ -169,6 +174,7 @@ def test_a_setting_of_one_host_is_one_line_that_names_it(world, scenario, field,
     assert not (world / "never").exists()
 
 
+@pytest.mark.slow
 def test_other_models_on_one_host_are_one_line(world):
     host, own = socket.gethostname(), arguments(world, world / "never", "manual")
     results = each(*[["evaluate", *own, "--models", *models]
@@ -198,6 +204,7 @@ def test_other_data_on_one_host_are_one_line(world, scenario, tmp_path, monkeypa
         assert line.startswith("error: the problems of evaluation.path: process 1 on ")
 
 
+@pytest.mark.slow
 def test_fewer_problems_on_one_host_are_one_line(world, tmp_path):
     """What process 0 finds of its problems means nothing to the other."""
     children, port = [], free_port()
@@ -218,6 +225,7 @@ def test_fewer_problems_on_one_host_are_one_line(world, tmp_path):
                                      "has 12; all must have the same")
 
 
+@pytest.mark.slow
 def test_automatic_where_there_is_no_cluster(world):
     (code, _, err), = ended([started(["train", *arguments(world, world / "never", "auto")])])
     assert (code, lines(err)) == (2,
