@@ -50,7 +50,7 @@ from effreason.types import FinishReason, Outcomes, Problem
 
 @dataclasses.dataclass(kw_only=True)
 class RunState:
-    """What a run knows besides weights and optimiser state; saved with them."""
+    """What a run knows besides weights and optimizer state; saved with them."""
 
     alpha: float
     last_alpha_step: int            # the last step whose evaluation has moved alpha

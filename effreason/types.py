@@ -102,7 +102,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A step's responses as rows: U optimiser updates, M micro-batches of R rows.
+    """A step's responses as rows: U optimizer updates, M micro-batches of R rows.
 
     Rows of one group have one width. There are several groups if rows are long, or hold one
     sequence each.

@@ -8,7 +8,7 @@ from pathlib import Path
 # in. Processes that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Most of the suite's time is compilation. Programs that run for milliseconds need no optimised
+# Most of the suite's time is compilation. Programs that run for milliseconds need no optimized
 # code: this takes 8.0 s of compilation of a training step to 0.9 s. EFFREASON_TESTS_OPTIMIZED=1
 # leaves the code as users get it.
 CHEAP_COMPILATION = (

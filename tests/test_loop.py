@@ -581,6 +581,7 @@ def test_a_step_that_is_stopped_while_it_refills_is_drawn_again(world, tmp_path)
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_alpha_follows_the_evaluations_and_a_resumed_run_goes_the_same_way(world, tmp_path):
     changes = {"reward.target_tokens": 0.2, "evaluation.every": 2, "checkpoint.every": 2}
     loop.train(small_runs.config(world, tmp_path / "run", **changes))

@@ -107,7 +107,7 @@ def flops(config: DecoderConfig, batch: Batch) -> float:
     at those that predict a response token; and 4 x H x h x L for each pair of a position with one
     it may attend to, n (n + 1) / 2 of them in a sequence of n. Policy, reference and the loss's
     own pass: 3; backward: 2 more (4 x instead of 2 x). Nothing is credited for padding, for what
-    is computed again in the backward pass, for norms, softmax or the optimiser."""
+    is computed again in the backward pass, for norms, softmax or the optimizer."""
     heads = config.heads * config.head_dim
     layer = 2 * config.width * (heads + config.kv_heads
                                 * config.head_dim) + 3 * config.width * config.mlp_width

@@ -28,7 +28,7 @@ Queries = Float[Array, "B n H h"]
 Keys = Float[Array, "B N K h"]      # and values
 
 IMPLEMENTATIONS = ("xla", "blockwise", "splash", "cudnn")
-CHECKPOINT_NAME = "attention"       # by which a rematerialisation policy saves the result
+CHECKPOINT_NAME = "attention"       # by which a rematerialization policy saves the result
 XLA_LENGTH = 1024                   # positions; of longer rows, whole rows of scores cost too much
 QUERY_BLOCK, QUERY_BLOCKS = 64, 8   # xla: fewest queries that share their keys; most blocks
 TILE = 256                          # blockwise: positions, the side of a tile of scores

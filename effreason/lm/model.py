@@ -1,7 +1,7 @@
 """The decoder: Qwen2, Llama and Qwen3 in one Linen module; the only file that imports flax.
 
 Two paths go through the same block. Training scans over layers stacked on a leading axis and
-rematerialises each block. Sampling loops over a list of layers, each with its own cache, so that
+rematerializes each block. Sampling loops over a list of layers, each with its own cache, so that
 every cache is updated in place.
 
 B rows, N positions, T new tokens, D width, V vocabulary, L layers, H query heads, K key/value

@@ -63,7 +63,7 @@ class StepSizes:
 
     @property
     def shards(self) -> int:
-        """Shards of the weights and of the optimiser."""
+        """Shards of the weights and of the optimizer."""
         return self.fsdp * self.tensor
 
     @property

@@ -99,7 +99,7 @@ def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterat
 
 
 def host_offload_variants(config: Config) -> Iterator[Config]:
-    """Yields the configuration with nothing on the host, the reference, the optimiser too."""
+    """Yields the configuration with nothing on the host, the reference, the optimizer too."""
     for reference, optimizer in ((False, False), (True, False), (True, True)):
         yield dataclasses.replace(
             config, kl=dataclasses.replace(config.kl, offload_reference=reference),
@@ -139,7 +139,7 @@ def _rank(plan: Plan) -> tuple[bool, float]:
 def _describe(plan: Plan) -> str:
     config = plan.config
     offloads = (("reference", config.kl.offload_reference),
-                ("optimiser", config.update.offload_optimizer))
+                ("optimizer", config.update.offload_optimizer))
     on_host = [name for name, offloaded in offloads if offloaded]
     host = f", {' and '.join(on_host)} on the host" if on_host else ""
     return (f"mesh {' x '.join(map(str, plan.shape))}, {plan.slots} slots, "

@@ -57,7 +57,7 @@ def _heading(plan: Plan) -> list[str]:
 
     options = [f"remat {settings.model.remat}"]
     options += ["reference on the host"] * settings.kl.offload_reference
-    options += ["optimiser on the host"] * settings.update.offload_optimizer
+    options += ["optimizer on the host"] * settings.update.offload_optimizer
     hosts = f"on {plan.target.hosts:,} host{'s' * (plan.target.hosts > 1)}"
 
     return [f"{settings.model.path} on {plan.target.text}",

@@ -26,7 +26,7 @@ class Workload:
     lengths: np.ndarray             # int64[B], response tokens
     prompt_tokens: int              # of every prompt
     width: int                      # N, positions of the widest packed row
-    micro_batches: float            # of each optimiser update, in units of the widest rows
+    micro_batches: float            # of each optimizer update, in units of the widest rows
     pair_batches: float             # the same for costs quadratic in the width
     room: int                       # micro-batches allocated for each update: one response per row
     widths: float  # sum of all row widths over the widest; each group of rows has `room`

@@ -106,7 +106,7 @@ def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
 
     Args:
         aggregation: see `update.token_weights`.
-        updates: U, optimiser updates of the step.
+        updates: U, optimizer updates of the step.
         group_std: see `advantages.group_std`.
         whiten: see `advantages.whiten`.
         kl_form: none, reward (a penalty in the advantages) or loss (the k3 term of the loss).

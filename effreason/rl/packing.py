@@ -1,6 +1,6 @@
 """Stage 6 on the host: packs prompts and responses of very different lengths into rows.
 
-U optimiser updates, M micro-batches of R rows, N positions of a row, B = P * G responses, T
+U optimizer updates, M micro-batches of R rows, N positions of a row, B = P * G responses, T
 response slots.
 """
 
@@ -46,7 +46,7 @@ def row_widths(width: int, context: int = 1, one_sequence_per_row: bool = False)
 
 def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1,
          context: int = 1, one_sequence_per_row: bool = False) -> Packed:
-    """Packs prompts and responses into rows; response b belongs to optimiser update b % U.
+    """Packs prompts and responses into rows; response b belongs to optimizer update b % U.
 
     The arrays have room for the worst case, so that all steps of a run have the same shapes. How
     many micro-batches are in use is data.

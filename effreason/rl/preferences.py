@@ -34,7 +34,7 @@ def longest_correct(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"]) -> 
 
 def preference_advantages(chosen: Bool[Array, "P G"], rejected: Bool[Array, "P G"],
                           margins: Float[Array, "P G"], *, beta: float) -> Float[Array, "P G"]:
-    """Computes the advantages of direct preference optimisation (DPO).
+    """Computes the advantages of direct preference optimization (DPO).
 
     The loss of a pair is -log sigmoid(beta * (margin of the chosen - margin of the rejected)); a
     margin is the sum over a response's tokens of log pi - log reference. The loss has the gradient

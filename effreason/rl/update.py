@@ -1,4 +1,4 @@
-"""Stage 6: log-prob scoring, the loss, its gradient over micro-batches, and the optimiser step.
+"""Stage 6: log-prob scoring, the loss, its gradient over micro-batches, and the optimizer step.
 
 What was left out, and why:
 - No critic and no GAE: a response has one reward, and its baseline is the rest of its group.
@@ -10,7 +10,7 @@ What was left out, and why:
 - No bfloat16 weights, moments or gradient sums: master weights and all sums are float32, and only
   the copy that the blocks read is in the compute dtype.
 
-B responses, T response slots, packed into rows (packing.py): U optimiser updates, M micro-batches
+B responses, T response slots, packed into rows (packing.py): U optimizer updates, M micro-batches
 of R rows, N positions of a row. A position scores the token that follows it, its target.
 """
 
@@ -47,7 +47,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The loss of one optimiser update."""
+    """The loss of one optimizer update."""
 
     clip_ratio: float
     kl_loss_coefficient: float      # of the k3 term; 0 = no term
@@ -171,11 +171,11 @@ def gradients(params: model.Params, experience: tuple[Experience, ...],
 def apply_gradients(state: TrainState, grads: model.Params, steps: Int32[Array, ""], *,
                     optimizer: optax.GradientTransformation,
                     on_device: Shardings) -> tuple[TrainState, Float32[Array, ""]]:
-    """Makes one optimiser update.
+    """Makes one optimizer update.
 
     Args:
         steps: What it counts as: 1 for the last update of a step, else 0.
-        on_device: Shardings of the optimiser's state while it is computed on.
+        on_device: Shardings of the optimizer's state while it is computed on.
 
     Returns:
         The new state, and the global norm of the gradient."""

@@ -130,6 +130,7 @@ def test_a_finished_family_is_not_sampled_again_and_may_grow(
                       if point["kind"] == "member"] == [0.0, 0.3, 0.1]
 
 
+@pytest.mark.slow
 def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_path):
     directory, step, sent = tmp_path / "family", Progress.step, []
 
@@ -186,6 +187,7 @@ def test_a_family_that_is_stopped_in_a_baseline_goes_on_and_ends_the_same(family
                 == (family / name / "rollouts.jsonl").read_bytes())
 
 
+@pytest.mark.slow
 def test_a_family_trained_on_is_the_family_that_was_trained_as_long_at_once(
     family, world, tmp_path):
     directory = tmp_path / "family"

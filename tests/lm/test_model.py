@@ -67,7 +67,7 @@ def test_no_position_sees_what_comes_after_it(family):
     assert np.abs(logits[:, 9:] - expected[:, 9:]).max() > 0.1
 
 
-def test_rematerialising_changes_no_gradient():
+def test_rematerializing_changes_no_gradient():
     def gradients(config):
         def loss(params):
             return jnp.sum(jnp.square(model.forward(config, params, TOKENS)))

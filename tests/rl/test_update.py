@@ -461,7 +461,7 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
 
 
-# The optimiser
+# The optimizer
 
 
 def rates(warmup_updates, learning_rate=2.0, count=6):

@@ -74,6 +74,7 @@ def lines(text):
             and line[:1] not in "EWI"]
 
 
+@pytest.mark.slow
 def test_decisions_crossings_and_a_signal_to_one_process(tmp_path):
     (code, out, err), (other, second_out, second_err) = both("together", tmp_path)
     assert (code, other) == (128 + signal.SIGINT,) * 2, err + second_err

@@ -486,6 +486,7 @@ def periodic(shape=()):
 STOPPING = RepetitionStopping(window=16, longest_period=8, grid=4)
 
 
+@pytest.mark.slow
 def test_repetition_stops_at_a_length_that_depends_on_the_tokens_alone():
     whole = sampled(**periodic())
     cut = sampled(**periodic(), repetition=STOPPING)

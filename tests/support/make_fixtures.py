@@ -1,6 +1,6 @@
 """Builds the small random checkpoints of tests/fixtures and what `transformers` computes from them.
 
-python tests/make_fixtures.py            (needs the extra `parity`: torch and transformers)
+python tests/support/make_fixtures.py            (needs the extra `parity`: torch and transformers)
 
 Each directory holds config.json, the weights and reference.npz: int32 tokens[B, N] and float32
 logits[B, N, V]. Between them they cover both spellings of config.json, tied and untied heads, a
