@@ -2,7 +2,7 @@
 learning step and greedy tokens as on one device.
 
 Sums over shards have other roundings: losses agree to 1e-5, weights after a step at rate 1e-3 to
-1e-4, tokens exactly.
+1e-4 (but for single ones), tokens exactly.
 """
 
 import dataclasses
@@ -109,8 +109,11 @@ def test_a_mesh_of_eight_does_what_one_device_does(shape):
     expected = train_on((1, 1, 1, 1))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
                  (metrics, credited), expected[:2])
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4), params,
-                 expected[2])
+    # Adam's first step is the rate times the sign of the gradient: if a gradient is close to 0,
+    # rounding decides. On some machines this happens to one weight.
+    apart = np.concatenate([np.abs(one - other).ravel() for one, other in
+                            zip(*map(jax.tree.leaves, (params, expected[2])), strict=True)])
+    assert np.mean(apart > 1e-4) < 1e-4 and apart.max() < 2e-3
     assert greedy == expected[3] and len(greedy) == 2 * PROMPTS
     moved = jax.tree.map(lambda one, other: np.abs(one - other).max(), params, weights())
     assert min(jax.tree.leaves(moved)) > 1e-4
