@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from effreason.lm import decode_kernels
-from effreason.lm.kernels import DECODING, first_supported
+from effreason.lm.kernels import DECODING, first_supported, unsupported_reason
+from effreason.runtime.errors import UserError
 
 LayerCache = dict[str, jax.Array]   # "keys" and "values" of one layer
 
@@ -44,6 +45,19 @@ def choose_layout(platform: str, head_dim: int, dtype: DTypeLike, context: int =
         dtype: Of the cache.
         context: Parts a sequence is split into."""
     return first_supported(DECODING, platform, head_dim, dtype, context) or XLA_LAYOUTS[platform]
+
+
+def resolve_layout(layout: str, platform: str, head_dim: int, dtype: DTypeLike,
+                   context: int = 1) -> str:
+    """Returns the layout that rollout.cache_layout names, or for auto the one that is chosen.
+
+    Raises:
+        UserError: the named layout does not fit the device or the model."""
+    if layout == "auto":
+        return choose_layout(platform, head_dim, dtype, context)
+    if reason := unsupported_reason(layout, platform, head_dim, dtype, context):
+        raise UserError(f"rollout.cache_layout {layout} does not fit: {reason}")
+    return layout
 
 
 def passes_trial(layout: str, *, rows: int, heads: int, kv_heads: int, head_dim: int,

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from effreason.lm import kv_cache, model
-from effreason.lm.kernels import unsupported_reason
 from effreason.planning import costs, shapes
 from effreason.planning.chips import Target
 from effreason.planning.costs import Cost
@@ -137,7 +136,8 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                       resident: Mapping[str, float], slot_count: int,
                       responses: int) -> list[PlannedProgram]:
     """Returns the functions of stage 2. Args: resident, HBM bytes of arrays that outlive them."""
-    layout = cache_layout(config, decoder, mesh.devices.flat[0].platform, mesh.shape["context"])
+    layout = kv_cache.resolve_layout(config.rollout.cache_layout, mesh.devices.flat[0].platform,
+                                     decoder.head_dim, decoder.dtype, mesh.shape["context"])
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=layout), mesh)
     positions = cache_positions(capacity.max_positions(config))
     width = scheduler.prefill_width(config.data.max_prompt_tokens, positions)
@@ -196,17 +196,6 @@ def _learner_programs(config: Config, step: AbstractStep, needs_reference: bool,
                            calls=calls, trips=runs, divide=1, lower=step.lower[name],
                            other_bytes=sum(resident[array] for array in arrays))
             for name, (calls, runs, arrays) in table.items()]
-
-
-
-def cache_layout(config: Config, decoder: model.DecoderConfig, platform: str, context: int) -> str:
-    """Returns the cache layout of the run; only the machine itself shows if its kernel works."""
-    layout: str = config.rollout.cache_layout
-    if layout == "auto":
-        return kv_cache.choose_layout(platform, decoder.head_dim, decoder.dtype, context)
-    if reason := unsupported_reason(layout, platform, decoder.head_dim, decoder.dtype, context):
-        raise UserError(f"rollout.cache_layout {layout} does not fit: {reason}")
-    return layout
 
 
 def bytes_per_device(tree: Any) -> float:

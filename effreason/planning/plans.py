@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
+from effreason.lm import kv_cache
 from effreason.lm.attention import one_sequence_per_row
 from effreason.lm.kernels import KERNELS
 from effreason.lm.model import DecoderConfig
@@ -88,7 +89,9 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
                                        prompt_tokens=inputs.prompt_tokens,
                                        one_sequence_per_row=one_sequence_per_row(attention))
     # Without a kernel a decode step reads the whole cache, live or not.
-    has_kernel = compile.cache_layout(config, decoder, target.kind, shape[3]) in KERNELS
+    has_kernel = kv_cache.resolve_layout(
+        config.rollout.cache_layout, target.kind, decoder.head_dim, decoder.dtype,
+        shape[3]) in KERNELS
     live_share = estimates.live_share(workload, capacity) if has_kernel else 1.0
 
     if compiled:

@@ -21,9 +21,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from effreason.lm import kv_cache, model
-from effreason.lm.kernels import KERNELS, unsupported_reason
+from effreason.lm.kernels import KERNELS
 from effreason.runtime import processes, sharding
-from effreason.runtime.errors import UserError
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
 from effreason.sampling.scheduler import Request, Schedule, check_requests
@@ -72,24 +71,20 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
     Raises:
         UserError: if the cache layout does not fit the device or the model."""
     platform, context = mesh.devices.flat[0].platform, mesh.shape["context"]
-    if cache_layout == "auto":
-        cache_layout = kv_cache.choose_layout(platform, config.head_dim, config.dtype, context)
-        if cache_layout in KERNELS:
-            with jax.set_mesh(mesh):
-                passes = kv_cache.passes_trial(
-                    cache_layout, rows=sharding.batch_shards(mesh), dtype=config.dtype,
-                    heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim)
-                if not all(processes.all_gather("trial of a kernel", lambda: passes)):
-                    cache_layout = kv_cache.XLA_LAYOUTS[platform]
-    elif reason := unsupported_reason(cache_layout, platform, config.head_dim,
-                                               config.dtype, context):
-        raise UserError(f"rollout.cache_layout {cache_layout} does not fit: {reason}")
+    layout = kv_cache.resolve_layout(cache_layout, platform, config.head_dim, config.dtype, context)
+    if cache_layout == "auto" and layout in KERNELS:
+        with jax.set_mesh(mesh):
+            passes = kv_cache.passes_trial(
+                layout, rows=sharding.batch_shards(mesh), dtype=config.dtype, heads=config.heads,
+                kv_heads=config.kv_heads, head_dim=config.head_dim)
+            if not all(processes.all_gather("trial of a kernel", lambda: passes)):
+                layout = kv_cache.XLA_LAYOUTS[platform]
 
     if min_positions is None:
         # A quarter of the largest costs little to read, and avoids compiling the smaller sizes.
         quarter = 1 << max((max_positions or 0) // 4, 1).bit_length() - 1
         min_positions = min(max(64, quarter), 2048)
-    programs = make_programs(dataclasses.replace(config, cache_layout=cache_layout), mesh)
+    programs = make_programs(dataclasses.replace(config, cache_layout=layout), mesh)
     return Sampler(programs=programs, slots=slots, chunk=chunk, max_positions=max_positions,
                    min_positions=min_positions, repetition=repetition)
 
