@@ -45,6 +45,12 @@ SIZED = re.compile(
     r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
 BAR = re.compile(r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?")
 CYCLE = re.compile(r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3+(?:\.{3}|\\dots)|(\d*)\.\((\d{1,20})\)")
+# Commands whose backslash and first letter were read as an escape: a form feed and rac{1}{2}. The
+# same without the control character, if no word begins so.
+ESCAPED = re.compile(
+    r"[\a\b\v\f](?=[a-z])|\t(?=(?:ext|imes|frac|heta)(?![a-z]))|\n(?=eq(?![a-z]))"
+    r"|\r(?=(?:ight|ho|angle)(?![a-z]))|(?<![a-zA-Z\\\f\t])(?:(?=rac\{)|(?=ext\{)|(?=imes(?![a-z])))")
+LETTER_OF_ESCAPE = {"\a": "a", "\b": "b", "\v": "v", "\f": "f", "\t": "t", "\n": "n", "\r": "r"}
 # Words before the answer: The answer is 5, Answer: 5, = 5, \therefore 5, about 5.
 LEAD = re.compile(
     r"(?:=|\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![a-zA-Z])|(?:\\text\{\s*)?"
@@ -57,7 +63,8 @@ LEAD = re.compile(
 @lru_cache(maxsize=4096)
 def canonical(text: str) -> str:
     """Rewrites an answer in canonical notation; linear in its length."""
-    text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text.strip())
+    text = mended(text).strip()
+    text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
     text = _ascii(text).strip()
     if marked := MARKDOWN.fullmatch(text):
         text = marked[2]
@@ -82,6 +89,25 @@ def canonical(text: str) -> str:
     if cycle := CYCLE.fullmatch(text):
         text = rf"{cycle[1] or cycle[4] or 0}.{cycle[2] or ''}\overline{{{cycle[3] or cycle[5]}}}"
     return SEPARATOR.sub(_separated, text).rstrip(" .,;:\\").lstrip(" ,;#")
+
+
+def mended(text: str) -> str:
+    r"""Restores commands that lost their backslash to an escape of JSON: \frac, \text, \beta."""
+    def command(match: re.Match[str]) -> str:
+        lost = "f" if text.startswith("rac", match.end()) else "t"
+        return "\\" + LETTER_OF_ESCAPE.get(match[0], lost)
+
+    return ESCAPED.sub(command, text)
+
+
+def braces_match(text: str) -> bool:
+    """Returns whether every brace that groups has its partner."""
+    depth = 0
+    for token in TOKEN.findall(text):
+        depth += (token == "{") - (token == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def key(text: str) -> str:
