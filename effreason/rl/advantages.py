@@ -12,6 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 # the reward adds to it, what the KL penalty adds, and what whitening subtracts from every token.
 PARTS = ("accuracy", "length", "kl", "normalisation")
 
+# Bounds on what exp() is taken of, as verl and NeMo-RL have them: float32 overflows at 88 nats, and
+# long before that a single token would outweigh all others.
+MAX_LOG_RATIO = 20.0                # nats
+MAX_K3 = 10.0                       # nats
+
 
 def leave_one_out(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
     """Subtracts from each reward the mean of the other G - 1 rewards of its group (RLOO).
@@ -109,6 +114,31 @@ def whiten(advantages: Float[Array, "*shape"], mask: Bool[Array, "*shape"], *,
     return jnp.where(mask, (advantages - mean) * scale, 0.0), mean, scale
 
 
+def probability_ratio(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Computes exp(log_ratio), with log_ratio clamped to +-MAX_LOG_RATIO; no gradient beyond.
+
+    Args:
+        log_ratio: difference of two log-probs of the same token, in nats.
+    """
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def k3(drift: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Estimates KL(policy || reference) from one token: exp(-drift) + drift - 1.
+
+    The drift is clamped to +-MAX_LOG_RATIO and the estimate to MAX_K3, which it reaches at a drift
+    of -2.6 and of 11 nats. Beyond that it has no gradient; before, its slope is at most 13.
+
+    Args:
+        drift: log-prob by the policy less that by the reference, in nats.
+
+    Returns:
+        Nats, in [0, MAX_K3]. Source: joschu.net/blog/kl-approx.
+    """
+    drift = jnp.clip(drift, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return jnp.minimum(jnp.exp(-drift) + drift - 1.0, MAX_K3)
+
+
 def truncated_importance(trained: Float[Array, "B T"], sampled: Float[Array, "B T"],
                          mask: Bool[Array, "B T"], cap: float) -> Float[Array, "B T"]:
     """Weighs tokens by how far sampler and trainer disagree: min(pi_trainer / pi_sampler, cap).
@@ -119,7 +149,7 @@ def truncated_importance(trained: Float[Array, "B T"], sampled: Float[Array, "B 
         trained: log-probs by the trainer.
         sampled: log-probs of the same tokens by the sampler.
         mask: True on response tokens.
-        cap: > 0.
+        cap: > 0; the ratio is also at most exp(MAX_LOG_RATIO), see `probability_ratio`.
 
     Returns:
         float32 in [0, cap], 0 outside the mask. Source: arXiv 1802.01561; between sampler and
@@ -127,7 +157,7 @@ def truncated_importance(trained: Float[Array, "B T"], sampled: Float[Array, "B 
         Training".
     """
     log_ratio = jnp.where(mask, trained - sampled, 0.0)
-    return jnp.where(mask, jnp.minimum(jnp.exp(log_ratio), cap), 0.0)
+    return jnp.where(mask, jnp.minimum(probability_ratio(log_ratio), cap), 0.0)
 
 
 def kl_return_to_go(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:

@@ -127,9 +127,9 @@ def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
         total, parts = advantages.split_advantages(total, parts, mask)
 
     if kl_form == "loss":
-        # The slope of the k3 term, which the loss adds: worth an advantage of exp(-drift) - 1.
-        slope = kl_coefficient * (jnp.exp(-scored.drift) - 1.0)
-        parts["kl"] = jnp.where(mask, slope, 0.0)
+        # The loss adds the k3 term, whose slope is worth an advantage of the opposite sign.
+        slope = jax.grad(lambda drift: jnp.sum(advantages.k3(drift)))(scored.drift)
+        parts["kl"] = jnp.where(mask, -kl_coefficient * slope, 0.0)
 
     weights = update.token_weights(mask, aggregation, updates)
     return TokenAdvantages(advantages=advantage, token_advantages=total, weights=weights,

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from effreason.lm import model
 from effreason.lm.logprobs import token_logprobs
+from effreason.rl import advantages
 from effreason.runtime import sharding
 from effreason.runtime.sharding import Shardings, constrain
 from effreason.types import Experience, Packed, Rows
@@ -95,10 +96,11 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     """The clipped policy gradient, a weighted sum over tokens.
 
     With ratio = pi / pi_old the loss is -min(ratio A, clip(ratio) A); at ratio = 1 its gradient is
-    REINFORCE's, -A grad log pi. kl_loss_coefficient > 0 adds the k3 estimate of KL(pi ||
-    reference), exp(-d) + d - 1 with d = log pi - log reference.
+    REINFORCE's, -A grad log pi. kl_loss_coefficient > 0 adds `advantages.k3`, an estimate of
+    KL(pi || reference). Both are bounded, see `advantages.MAX_LOG_RATIO` and `MAX_K3`: a token
+    whose probability has changed beyond reason has no gradient instead of an infinite one.
 
-    Source: arXiv 1707.06347; for k3: joschu.net/blog/kl-approx.
+    Source: arXiv 1707.06347.
 
     Args:
         experience: of these rows.
@@ -106,15 +108,14 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     Returns:
         The loss, and the weighted sums kl (k3) and clip_share.
     """
-    # Log-probs outside of responses are undefined: unless masked here, their ratios could overflow
-    # to inf * 0.
+    # Log-probs outside of responses are undefined: they are masked before anything else.
     log_ratio = jnp.where(experience.mask, logprobs - experience.old_logprobs, 0.0)
-    ratio = jnp.exp(log_ratio)
+    ratio = advantages.probability_ratio(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
     gain = jnp.minimum(ratio * experience.advantages, clipped * experience.advantages)
 
-    drift = jnp.where(experience.mask, logprobs - experience.reference_logprobs, 0.0)
-    kl = jnp.exp(-drift) + drift - 1.0
+    kl = advantages.k3(
+        jnp.where(experience.mask, logprobs - experience.reference_logprobs, 0.0))
     loss = jnp.sum(experience.weights * (kl_loss_coefficient * kl - gain))
     is_clipped = clipped * experience.advantages < ratio * experience.advantages
     return loss, {"kl": jnp.sum(experience.weights * kl),
@@ -188,11 +189,20 @@ def apply_gradients(state: TrainState, grads: model.Params, steps: Int32[Array, 
 
 def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float,
                    max_grad_norm: float, warmup_updates: int) -> optax.GradientTransformation:
-    """AdamW after a global-norm clip; the rate rises linearly over the warm-up, then stays."""
+    """AdamW after a global-norm clip; the rate rises linearly over the warm-up, then stays.
+
+    Norms and biases do not decay: pulled towards 0, they would switch their layers off."""
     schedule = optax.linear_schedule(learning_rate / max(warmup_updates, 1), learning_rate,
                                      max(warmup_updates - 1, 0))
     return optax.chain(optax.clip_by_global_norm(max_grad_norm),
-                       optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay))
+                       optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay,
+                                   mask=decayed))
+
+
+def decayed(params: model.Params) -> Any:
+    """Returns the tree of the weights with True for those that weight decay applies to."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith(("norm", "bias")), params)
 
 
 def state_sharding(config: model.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh,

@@ -240,8 +240,8 @@ class KLConfig(Section):
     """Staying close to the model the run started from."""
 
     form: Literal["none", "reward", "loss"] = "reward"
-    """reward = a penalty in the reward of each token (k1); loss = a term in the loss (k3); none =
-    neither."""
+    """reward = a penalty in the reward of each token (k1); loss = a term in the loss (k3, at most 10
+    nats for a token, beyond which it has no gradient); none = neither."""
     coefficient: NonNegative = 0.001
     """Weight of the penalty or term."""
     offload_reference: bool = False
@@ -266,7 +266,7 @@ class UpdateConfig(Section):
     beta2: Fraction = 0.95
     """AdamW: decay rate of the running mean of the squared gradients."""
     weight_decay: NonNegative = 0.0
-    """AdamW: decoupled weight decay."""
+    """AdamW: decoupled weight decay, of all weights but norms and biases."""
     max_grad_norm: Positive = 1.0
     """Scale gradients down to this global norm."""
     warmup_updates: Natural = 6
@@ -275,7 +275,7 @@ class UpdateConfig(Section):
     """Optimizer updates for each step; each one uses an equal part of the step's responses."""
     clip_ratio: Positive = 0.2
     """PPO: how far the ratio of the policy's probabilities to those before the step may move from
-    1; has an effect only if updates_per_batch > 1."""
+    1; has an effect only if updates_per_batch > 1. The log of the ratio is clamped to +-20."""
     importance_cap: Positive | None = None
     """Truncated importance sampling: weight each token by min(trainer's probability / sampler's
     probability, this), which corrects their numerical differences; 2 is usual; null = off."""

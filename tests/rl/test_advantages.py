@@ -129,6 +129,34 @@ def test_truncated_importance_is_bounded_and_1_where_both_agree(trained, sampled
     np.testing.assert_array_equal(same, mask.astype(np.float32))
 
 
+def test_the_ratio_and_k3_are_their_formulas_up_to_the_bounds():
+    drift = np.linspace(-2.5, 10.9, 200, dtype=np.float32)
+    exact = drift.astype(np.float64)
+    np.testing.assert_allclose(advantages.k3(drift), np.exp(-exact) + exact - 1, rtol=1e-5,
+                               atol=1e-6)
+    np.testing.assert_array_equal(advantages.k3(drift), jnp.exp(-drift) + drift - 1.0)
+    slope = jax.vmap(jax.grad(advantages.k3))
+    np.testing.assert_array_equal(slope(drift), 1.0 - jnp.exp(-drift))
+
+    wide = np.linspace(-19.9, 19.9, 200, dtype=np.float32)
+    np.testing.assert_array_equal(advantages.probability_ratio(wide), jnp.exp(wide))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(advantages.probability_ratio))(wide),
+                                  jnp.exp(wide))
+
+
+@pytest.mark.parametrize("nats", [-np.inf, -90.0, -24.0, 24.0, 90.0, np.inf])
+def test_beyond_the_bounds_ratio_and_k3_are_finite_and_flat(nats):
+    nats = jnp.float32(nats)
+    assert float(advantages.k3(nats)) == 10.0
+    assert float(jax.grad(advantages.k3)(nats)) == 0.0
+    expected = np.exp(np.float32(20.0) * np.sign(nats))
+    np.testing.assert_allclose(advantages.probability_ratio(nats), expected, rtol=1e-6)
+    assert float(jax.grad(advantages.probability_ratio)(nats)) == 0.0
+    one = jnp.ones((1, 1), jnp.float32)
+    weight = float(importance(nats * one, 0 * one, one > 0, np.float32(1e38))[0, 0])
+    np.testing.assert_allclose(weight, expected, rtol=1e-6)
+
+
 @hypothesis.given(rows, masks)
 def test_kl_return_to_go_sums_what_follows(penalty, mask):
     kept = np.where(mask, penalty, 0).astype(np.float64)

@@ -218,6 +218,16 @@ def test_whitening_pulls_on_length_at_alpha_0():
     assert pull()["length"] == 0
 
 
+def test_the_share_of_the_kl_term_is_finite_and_flat_beyond_its_bounds(monkeypatch):
+    old, reference = logprobs()
+    for nats in (-90.0, -24.0, 24.0, 90.0):
+        far = old + np.where(np.arange(POSITIONS) == 0, np.float32(nats), 0.0)
+        monkeypatch.setitem(globals(), "logprobs", lambda far=far: (old, far))
+        metrics = credited(settings("loss"))[2]
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert float(metrics["update_share/kl"]) == 0       # elsewhere policy and reference agree
+
+
 # The baselines: what a token is worth gives, in the policy gradient, the gradient of their own
 # losses
 

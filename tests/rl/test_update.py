@@ -192,6 +192,25 @@ def test_clip_by_hand(ratio, advantage, loss, slope, clipped):
     assert sums["clip_share"] == clipped
 
 
+@pytest.mark.parametrize("nats", [24.0, 90.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_token_far_from_both_policies_has_a_finite_loss_and_no_gradient(nats, sign):
+    # exp(90) is infinite in float32, and so was a gradient of inf * 0.
+    logprobs = np.float32([[-1.0, -1.0 + sign * nats]])
+    same = np.full((1, 2), -1.0, np.float32)
+    e = Experience(rows=None, weights=np.full((1, 2), 0.5, np.float32), old_logprobs=same,
+                   advantages=np.float32([[2.0, -2.0]]), reference_logprobs=same)
+    (value, sums), gradient = jax.value_and_grad(functools.partial(
+        update.policy_loss, experience=e, clip_ratio=0.2, kl_loss_coefficient=0.1),
+        has_aux=True)(jnp.asarray(logprobs))
+
+    # Of a bad token only that it became likelier is counted, with the ratio clamped.
+    ratio = math.exp(20) if sign > 0 else 0.8
+    np.testing.assert_allclose(value, 0.5 * (-2.0 + 2.0 * ratio + 0.1 * 10), rtol=1e-6)
+    np.testing.assert_allclose(sums["kl"], 0.5 * 10, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-1.0, 0.0]], rtol=1e-6)
+
+
 def test_k3_by_hand():
     # pi / reference = 2: d = -log 2, k3 = 1/2 + log 2 - 1; its slope is 1 - exp(d) = 1/2.
     e, logprobs = one_token(2.0, 0.0)
@@ -499,3 +518,14 @@ def test_weight_decay_is_apart_from_the_gradient():
     params = {"w": jnp.float32(4.0)}
     changes, _ = optimizer.update({"w": jnp.float32(0.0)}, optimizer.init(params), params)
     np.testing.assert_allclose(changes["w"], -0.1 * 0.5 * 4.0, rtol=1e-6)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    optimizer = update.make_optimizer(0.1, 0.9, 0.95, 0.5, 1.0, 0)
+    for config in (QWEN2, QWEN3):
+        params = jax.tree.map(jnp.asarray, weights(config))
+        changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params),
+                                      params)
+        for path, change in jax.tree_util.tree_leaves_with_path(changes):
+            is_kept = "norm" in path[-1].key or "bias" in path[-1].key
+            assert bool(jnp.any(change != 0)) != is_kept, path
