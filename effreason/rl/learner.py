@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from effreason.rl.experience import Batch, Objective, make_experience
 from effreason.rl.update import TrainState
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
+from effreason.runtime.config_fields import INT32_MAX
 from effreason.runtime.errors import UserError
 from effreason.runtime.sharding import Shardings
 from effreason.sampling import capacity
@@ -91,6 +93,7 @@ class Learner:
         width = packing.row_width(longest, context)
         decoder = dataclasses.replace(decoder, attention=choose_attention(
             config, decoder, width, platform=mesh.devices.flat[0].platform, context=context))
+        check_room(config, width)
 
         loss = update.LossConfig(
             clip_ratio=config.update.clip_ratio, temperature=config.rollout.temperature,
@@ -301,6 +304,20 @@ def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) ->
         raise UserError(
             f"mesh.data x mesh.fsdp must divide update.rows_per_micro_batch, {rows}, got {shards}")
     check_mesh(decoder, mesh)
+
+
+def check_room(config: Config, width: int) -> None:
+    """Raises UserError if a step has more positions than an int32 can number. Args: width, of a
+    row, narrower rows together are no wider."""
+    rollout, update = config.rollout, config.update
+    positions = 2 * width * math.prod(packing.room(
+        rollout.prompts_per_step * rollout.group_size, rows=update.rows_per_micro_batch,
+        updates=update.updates_per_batch))
+    if positions > INT32_MAX:
+        raise UserError(
+            f"rollout.prompts_per_step * rollout.group_size ({rollout.prompts_per_step} * "
+            f"{rollout.group_size}) rows of {width:,} positions and as many narrower ones must "
+            f"have at most {INT32_MAX} positions together, got {positions}")
 
 
 def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:

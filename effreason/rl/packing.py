@@ -44,6 +44,11 @@ def row_widths(width: int, context: int = 1, one_sequence_per_row: bool = False)
     return widths
 
 
+def room(responses: int, *, rows: int, updates: int = 1) -> tuple[int, int, int]:
+    """Returns the updates, micro-batches and rows of each width: a row for every response."""
+    return updates, -(-responses // (updates * rows)), rows
+
+
 def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1,
          context: int = 1, one_sequence_per_row: bool = False) -> Packed:
     """Packs prompts and responses into rows; response b belongs to optimizer update b % U.
@@ -66,7 +71,7 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
     shares = [range(update, len(sizes), updates) for update in range(updates)]
     assigned = [assign_rows(sizes, share, widths, rows, one_sequence_per_row) for share in shares]
 
-    shape = (updates, -(-len(shares[0]) // rows), rows)
+    shape = room(len(sizes), rows=rows, updates=updates)
     token_index: Any = np.full((len(sizes), slots), math.prod(shape) * sum(widths), np.int32)
     groups: list[Rows] = []
     counts: list[Any] = []

@@ -25,6 +25,10 @@ Count = Annotated[int, Bound(">= 1", lambda n: n >= 1)]
 GroupSize = Annotated[int, Bound(">= 2", lambda n: n >= 2)]
 Seed = Annotated[int, Bound("in [0, 2147483647]", lambda n: 0 <= n < 2**31)]
 DataAxis = Annotated[int, Bound("-1 or >= 1", lambda n: n == -1 or n >= 1)]
+# The logits are divided by it: closer to 0, rounding decides what is drawn.
+Temperature = Annotated[float, Bound(">= 0.001 and finite", lambda x: 0.001 <= x < math.inf)]
+GreedyTemperature = Annotated[float, Bound(
+    "0, or >= 0.001 and finite", lambda x: x == 0 or 0.001 <= x < math.inf)]
 Positive = Annotated[float, Bound("> 0 and finite", lambda x: 0 < x < math.inf)]
 NonNegative = Annotated[float, Bound(">= 0 and finite", lambda x: 0 <= x < math.inf)]
 Fraction = Annotated[float, Bound("in [0, 1)", lambda x: 0 <= x < 1)]
@@ -119,7 +123,7 @@ class RolloutConfig(Section):
     """Responses to each problem; correct ones are compared with one another by length."""
     max_new_tokens: Count = 4096
     """Longest response; one that has not ended by then is cut off and counts as wrong."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; the method assumes 1."""
     top_p: Share = 1.0
     """Nucleus sampling: the smallest set of tokens with this probability; 1 = all tokens, as the
@@ -312,7 +316,7 @@ class EvaluationConfig(Section):
     samples: Count | None = None
     """Responses to each problem, over which accuracy is averaged; null = as in the paper: 1 for
     gsm8k, 3 for math500, 10 for AIME, 1 for other sets."""
-    temperature: NonNegative = 1.0
+    temperature: GreedyTemperature = 1.0
     """Sampling temperature; 0 = greedy."""
     top_p: Share = 1.0
     """Nucleus sampling, see rollout.top_p."""

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import docstring_parser
 
+INT32_MAX = 2**31 - 1
+MOST = {int: INT32_MAX, float: 3.4e38}      # devices compute with 32 bits
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -71,6 +73,10 @@ class Setting:
         if self.bound and not self.bound.holds(value):
             expected = self.expected if self.type is str else self.bound.text
             raise ValueError(f"{self.field} must be {expected}, got {written(value)}")
+
+        if self.type in MOST and value > MOST[self.type]:
+            raise ValueError(
+                f"{self.field} must be at most {MOST[self.type]}, got {written(value)}")
 
     def has_type(self, value: Any) -> bool:
         """Returns whether a value other than None is of the field's type."""

@@ -32,8 +32,10 @@ class SamplingParams:
     min_p: float = 0.0              # at least this likely, relative to the most likely one; 0 = all
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise UserError(f"temperature: expected a number from 0 up, found {self.temperature}")
+        # Closer to 0, rounding decides what is drawn, and 1 / temperature may overflow.
+        if not (self.temperature == 0.0 or 0.001 <= self.temperature < math.inf):
+            raise UserError(f"temperature: expected 0, or a number from 0.001 up, found "
+                            f"{self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p: expected a number above 0, at most 1, found {self.top_p}")
         if self.top_k is not None and self.top_k < 1:

@@ -9,7 +9,7 @@ import pytest
 from decoders import QWEN2, mesh
 
 from effreason.rl import learner
-from effreason.runtime.config import Config, MeshConfig, UpdateConfig
+from effreason.runtime.config import Config, MeshConfig, RolloutConfig, UpdateConfig
 from effreason.runtime.errors import UserError
 
 
@@ -31,6 +31,12 @@ def test_a_mesh_that_does_not_divide_the_model_or_the_batch_is_refused(axes, cha
     with pytest.raises(UserError) as caught:
         learner.check_divisible(config, dataclasses.replace(QWEN2, **shape), mesh(**axes))
     assert str(caught.value) == message
+
+
+def test_a_step_with_more_positions_than_an_int32_can_number_is_refused():
+    settings = RolloutConfig(prompts_per_step=4096, group_size=16, max_new_tokens=32_768)
+    with pytest.raises(UserError, match="positions together, got 4"):
+        learner.Learner(dataclasses.replace(Config(), rollout=settings), QWEN2, mesh())
 
 
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=4),

@@ -136,6 +136,11 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
     ("--reward.alpha", "reward.alpha must be a number in [0, 1), got nothing"),
     ("stray", "unexpected argument stray"),
     ("--rollout.group_size 1", "rollout.group_size must be >= 2, got 1"),
+    ("--update.warmup_updates 10000000000",
+     "update.warmup_updates must be at most 2147483647, got 10000000000"),
+    ("--rollout.temperature 1e-40", "rollout.temperature must be >= 0.001 and finite, got 1e-40"),
+    ("--evaluation.temperature 1e-4",
+     "evaluation.temperature must be 0, or >= 0.001 and finite, got 0.0001"),
     ("--run.steps 2.5", "run.steps must be a whole number >= 1, got 2.5"),
     ("--run.resume maybe", "run.resume must be true or false, got maybe"),
     ("--kl.form k2", "kl.form must be one of none, reward, loss, got k2"),
@@ -205,6 +210,15 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 def test_construction_checks_too(make, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         make()
+
+
+@pytest.mark.parametrize("setting", [setting for setting in all_settings(Config)
+                                     if setting.type in (int, float)],
+                         ids=lambda setting: setting.field)
+def test_no_number_is_beyond_what_a_device_computes_with(setting):
+    beyond = {int: 2**31, float: 1e39}[setting.type]
+    with pytest.raises(ValueError, match=f"{setting.field} must be .*, got "):
+        setting.check(beyond)
 
 
 def test_jsonl_data_without_held_out_problems_needs_no_evaluation():
