@@ -5,7 +5,6 @@ compiles for when it is first imported.
 """
 
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -40,14 +39,11 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
     _check_output(options)
     _set_environment(target, compiles=not options.analytic)
     from effreason.planning import plans, search, shapes, tables
-    from effreason.planning.estimates import Efficiency
 
     decoder = shapes.open_decoder(config)
     inputs = plans.PlanInputs(
         mean_tokens=numbers["mean_tokens"], prompt_tokens=int(numbers["prompt_tokens"]),
-        efficiency=Efficiency(compute=numbers["compute_efficiency"],
-                              memory=numbers["memory_efficiency"],
-                              interconnect=numbers["link_efficiency"]),
+        efficiency=_efficiency(numbers),
         price=numbers["price_per_chip_hour"], watts=numbers["watts"])
     start = time.monotonic()
 
@@ -59,6 +55,8 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
     else:
         plan = plans.make_plan(config, decoder, target, inputs, names=names or FUNCTIONS, log=log,
                                compiled=False if options.analytic else None)
+    if target.kind == "gpu" and not (options.analytic or chips.has_compiler("gpu")):
+        log('by formula: with pip install "effreason[cuda13]" plans for GPUs are compiled')
     print(json.dumps(_finite(tables.as_json(plan)), indent=2) if options.json
           else tables.render(plan))
 
@@ -80,8 +78,8 @@ def _parser(prog: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--functions", type=str, metavar="NAMES",
                         help="plan only these, such as gradients,decode")
     parser.add_argument("--analytic", action="store_true",
-                        help="use formulas, which take a second, instead of "
-                        "compiling; GPUs always use them")
+                        help="use formulas, which take a second, instead of compiling; so do "
+                        "GPUs without JAX's CUDA plugin")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--fit", action="store_true",
                         help="search the mesh, slots, rows of a micro-batch, remat and "
@@ -101,8 +99,9 @@ def _parser(prog: str) -> jsonargparse.ArgumentParser:
                         help="power of one chip; default from a table")
     parser.add_argument("--compute-efficiency", type=str, default="0.5", metavar="X",
                         help="share of the peak FLOP/s that matrix products reach; default 0.5")
-    parser.add_argument("--memory-efficiency", type=str, default="0.6", metavar="X",
-                        help="share of the peak HBM bandwidth that is reached; default 0.6")
+    parser.add_argument("--memory-efficiency", type=str, metavar="X",
+                        help="share of the peak HBM bandwidth that is reached; default 0.6, and "
+                        "0.4 to 0.6 in decoding")
     parser.add_argument("--link-efficiency", type=str, default="0.7", metavar="X",
                         help="share of the links' peak bandwidth that is reached; default 0.7")
     return parser
@@ -136,6 +135,16 @@ def _numbers(options: Any, config: Config) -> dict[str, Any]:
         numbers[name] = _number(options, name, ">= 0 and finite",
                                 lambda value: 0 <= value < math.inf)
     return numbers
+
+
+def _efficiency(numbers: dict[str, Any]) -> Any:
+    """Returns the shares of the peak rates; one given for the memory is that of decoding too."""
+    from effreason.planning.estimates import Efficiency
+
+    memory = numbers["memory_efficiency"]
+    of_memory = {} if memory is None else {"memory": memory, "decode": (memory, memory)}
+    return Efficiency(compute=numbers["compute_efficiency"],
+                      interconnect=numbers["link_efficiency"], **of_memory)
 
 
 def _is_within(value: float, limit: float) -> bool:
@@ -188,7 +197,7 @@ def _set_environment(target: Target, *, compiles: bool) -> None:
     libtpu is missing."""
     os.environ["JAX_PLATFORMS"] = "cpu"     # nothing is run, so no accelerator is needed
     if target.kind == "tpu" and compiles:
-        if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        if not chips.has_compiler("tpu") and "TPU_LIBRARY_PATH" not in os.environ:
             raise UserError(f"--chips {target.text}: needs libtpu, which compiles "
                             "for TPUs on any Linux machine: " 'pip install "effreason[tpu]"')
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from effreason.lm import cudnn
 from effreason.lm.kernels import KERNELS, TRAINING, first_supported
 from effreason.runtime.errors import UserError
 from effreason.runtime.sharding import AXES, spec
@@ -156,7 +157,7 @@ def _attend(implementation: str, query: Queries, key: Keys, value: Keys,
             segments: Int[Array, "B n"], key_segments: Int[Array, "B N"], order: Any) -> Queries:
     """Attends from the queries of one device to keys and values in the order of the row."""
     if implementation == "cudnn":
-        return _cudnn(query, key, value, segments)
+        return cudnn.one_sequence(query, key, value, segments)
     if implementation == "splash":
         return _splash(query, key, value, segments, key_segments, order)
     attend = _xla if implementation == "xla" else _blockwise
@@ -326,16 +327,3 @@ def _splash(query: Queries, key: Keys, value: Keys, segments: Int[Array, "B n"],
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))     # heads first
     ids = splash.SegmentIds(q=segments, kv=key_segments)
     return jax.vmap(kernel)(query, key, value, ids).swapaxes(1, 2)
-
-
-def _cudnn(query: Float[Array, "B N H h"], key: Keys, value: Keys,
-           segments: Int[Array, "B N"]) -> Float[Array, "B N H h"]:
-    """cuDNN's fused attention on a GPU, for one sequence per row: segments are 1, 0 at padding."""
-    # At least 1: a row that is all padding must give finite values.
-    lengths = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32), 1)
-    # What cuDNN writes after a row's length is not specified: it must not reach the gradients.
-    query, key, value = (jnp.where(segments[:, :, None, None] > 0, x, 0)
-                         for x in (query, key, value))
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True,
-                                        query_seq_lengths=lengths, key_value_seq_lengths=lengths,
-                                        implementation="cudnn")

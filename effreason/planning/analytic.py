@@ -236,7 +236,7 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
     table = sizes.table / sizes.tensor
 
     of_tokens, of_rows = _step_arrays(config, sizes, workload)
-    saved = {"full": 2.0, "attention": 2.0 + c.heads * c.head_dim / sizes.tensor / c.width,
+    saved = {"full": 1.0, "attention": 1.0 + c.heads * c.head_dim / sizes.tensor / c.width,
              "none": 12.0 + 5 * width_f / c.width}[sizes.saved] * c.layers * activation
 
     def working(arrays: tuple[int, int]) -> float:
@@ -249,7 +249,8 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
 
     split = 1 / sizes.shards
     sums = 4 * sizes.weights * split
-    gradients = (4 + s) * sizes.weights * split + 2 * sums + saved + max(
+    # Weights in both dtypes, the sums, and the gradients of one micro-batch.
+    gradients = (4 + 2 * s) * sizes.weights * split + sums + saved + max(
         working(BLOCK_ARRAYS), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
     gradients += EXPERIENCE_ARRAYS * of_rows + s * table
     return score, gradients

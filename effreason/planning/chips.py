@@ -5,6 +5,7 @@ Peak figures are the manufacturers'; the share that a program reaches is an inpu
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -13,6 +14,18 @@ from effreason.runtime.config import GIB
 from effreason.runtime.errors import UserError
 
 DEFAULT_SHAPES = "tpu:v5e:4x4, tpu:v5p:2x2x4, tpu:v6e:4x4, gpu:h100:8, gpu:h200:2x8, cpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Multiprocessors:
+    """What XLA needs to know of a GPU to compile for it: its multiprocessors and its cache."""
+
+    capability: tuple[int, int]     # compute capability
+    count: int
+    cores: int                      # of one multiprocessor, for float32
+    shared_bytes: int               # memory that the threads of one multiprocessor share
+    cache_bytes: int                # L2 cache
+    clock_ghz: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +45,7 @@ class Chip:
     axes: int = 1                   # of the torus; 1 = all to all inside a node
     wraps_at: int = 0  # a torus axis whose size is a multiple of this is a ring, otherwise a line
     most: int = 0                   # chips that one interconnect joins
+    multiprocessors: Multiprocessors | None = None      # of a GPU
 
 
 # TPU: cloud.google.com/tpu/docs/v5e, v5p, v6e (HBM, FLOP/s, bandwidths). The usable HBM is the
@@ -41,7 +55,10 @@ class Chip:
 # your own. Latencies are rounded from measurements: a few microseconds, ten through NCCL.
 # GPU: NVIDIA's data sheets for the SXM modules (dense bfloat16 is half the figure "with sparsity";
 # NVLink is counted both ways there); one 400 Gb/s adapter per GPU, 200 Gb/s for the A100; 92 % of
-# the HBM, as a run is started with.
+# the HBM, as a run is started with. Multiprocessors: NVIDIA's white papers for the A100 and the
+# H100, and the CUDA programming guide's table of compute capabilities.
+_HOPPER = Multiprocessors(capability=(9, 0), count=132, cores=128, shared_bytes=228 * 1024,
+                          cache_bytes=50 * 2**20, clock_ghz=1.98)
 CHIPS = {
     "tpu:v5e": Chip(
         name="TPU v5e", hbm_bytes=15.75 * GIB, flops=197e12, hbm_bandwidth=819e9,
@@ -58,16 +75,50 @@ CHIPS = {
     "gpu:a100": Chip(
         name="A100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=312e12, hbm_bandwidth=2039e9,
         link_bandwidth=300e9, network_bandwidth=25e9, host_bandwidth=25e9, latency=10e-6,
-        watts=400, chips_per_host=8, most=8),
+        watts=400, chips_per_host=8, most=8, multiprocessors=Multiprocessors(
+            capability=(8, 0), count=108, cores=64, shared_bytes=164 * 1024,
+            cache_bytes=40 * 2**20, clock_ghz=1.41)),
     "gpu:h100": Chip(
         name="H100 80 GB", hbm_bytes=0.92 * 79 * GIB, flops=989e12, hbm_bandwidth=3350e9,
         link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6,
-        watts=700, chips_per_host=8, most=8),
+        watts=700, chips_per_host=8, most=8, multiprocessors=_HOPPER),
     "gpu:h200": Chip(
         name="H200 141 GB", hbm_bytes=0.92 * 139 * GIB, flops=989e12, hbm_bandwidth=4800e9,
         link_bandwidth=450e9, network_bandwidth=50e9, host_bandwidth=50e9, latency=10e-6,
-        watts=700, chips_per_host=8, most=8),
+        watts=700, chips_per_host=8, most=8, multiprocessors=_HOPPER),
 }
+
+
+def gpu_description(chip: Chip) -> str:
+    """Returns what XLA compiles for instead of a GPU that is present: a GpuTargetConfigProto."""
+    parts = chip.multiprocessors
+    assert parts is not None
+    major, minor = parts.capability
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{chip.name}"
+        dnn_version_info {{ major: 9 minor: 12 }}
+        runtime_version {{ major: 13 minor: 0 patch: 0 }}
+        gpu_device_info {{
+            cuda_compute_capability {{ major: {major} minor: {minor} }}
+            device_memory_size: {int(chip.hbm_bytes)}
+            memory_bandwidth: {int(chip.hbm_bandwidth)}
+            core_count: {parts.count}
+            fpus_per_core: {parts.cores}
+            clock_rate_ghz: {parts.clock_ghz}
+            l2_cache_size: {parts.cache_bytes}
+            shared_memory_per_core: {parts.shared_bytes}
+            shared_memory_per_block: 49152
+            shared_memory_per_block_optin: {parts.shared_bytes - 1024}
+            registers_per_core_limit: 65536
+            registers_per_block_limit: 65536
+            threads_per_core_limit: 2048
+            threads_per_block_limit: 1024
+            threads_per_warp: 32
+            block_dim_limit_x: 2147483647
+            block_dim_limit_y: 65535
+            block_dim_limit_z: 65535
+        }}"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +167,13 @@ class Target:
                 links = 2 if size % self.chip.wraps_at == 0 else 1      # a ring sends both ways
                 bandwidth, covered = bandwidth + links * self.chip.link_bandwidth, covered * size
         return bandwidth
+
+
+def has_compiler(kind: str) -> bool:
+    """Returns whether programs for chips of this kind can be compiled here, without such a chip."""
+    packages = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin"),
+                "cpu": ("jaxlib",)}[kind]
+    return any(importlib.util.find_spec(package) is not None for package in packages)
 
 
 def parse(text: str) -> Target:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from effreason.lm import kv_cache, model
-from effreason.planning import costs, shapes
+from effreason.lm import cudnn, kv_cache, model
+from effreason.planning import chips, costs, shapes
 from effreason.planning.chips import Target
 from effreason.planning.costs import Cost
 from effreason.planning.workloads import Workload
@@ -52,7 +52,7 @@ class CompiledProgram:
 
 
 def target_mesh(config: Config, target: Target) -> Mesh:
-    """Returns the mesh over the target's devices; TPUs are only described. Raises: UserError."""
+    """Returns the mesh over the target's devices, described unless CPUs. Raises: UserError."""
     shape = mesh_shape(config, target.chips)
     if target.kind != "cpu":
         return sharding.arranged(shape, _described_devices(target))
@@ -78,18 +78,33 @@ def mesh_shape(config: Config, chips: int) -> tuple[int, int, int, int]:
 
 
 def _described_devices(target: Target) -> Any:
-    """Describes the devices of a TPU slice. Raises: UserError if libtpu knows no such slice."""
+    """Describes the devices of a machine. Raises: UserError if its compiler knows no such one."""
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
+    options: dict[str, Any]
+    if target.kind == "gpu":
+        nodes, gpus = (1, *target.shape)[-2:]
+        options = {"platform": "cuda", "topology": f"1x{nodes}x{gpus}",
+                   "target_config": chips.gpu_description(target.chip)}
+    else:
+        options = {"platform": "tpu", "topology_name": target.topology}
+        if target.chips == 1:
+            options["chips_per_host_bounds"] = [1, 1, 1]
+
     try:
         with quiet_stderr():
-            return topologies.get_topology_desc(platform="tpu", topology_name=target.topology,
-                                                **options).devices
-    except Exception as error:          # JAX, libtpu and the library loader raise different types
+            return topologies.get_topology_desc(**options).devices
+    except Exception as error:          # JAX, compilers and the loader raise different types
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--chips {target.text}: libtpu cannot describe it ({reason[:160]})") from None
+            f"--chips {target.text}: its compiler cannot describe it ({reason[:160]}); --analytic "
+            "uses formulas") from None
+
+
+def traceable(target: Target) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which programs for the target can be traced on this machine."""
+    parts = target.chip.multiprocessors
+    return contextlib.nullcontext() if parts is None else cudnn.described(parts.capability)
 
 
 def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Any) -> int:
@@ -229,6 +244,7 @@ def compile_program(program: PlannedProgram, mesh: Mesh) -> CompiledProgram:
                  - stats.alias_size_in_bytes + stats.temp_size_in_bytes
                  + stats.generated_code_size_in_bytes)
     cost = costs.read(compiled.as_text(), trips=program.trips) * (1 / program.divide)
+    own_bytes += max((kernel.workspace_bytes for kernel in cost.kernels), default=0.0)
     return CompiledProgram(own_bytes=own_bytes, cost=cost)
 
 

@@ -22,6 +22,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
         "partition-id", "replica-id", "optimization-barrier", "iota", "add-dependency", "domain")
 SLICES = ("dynamic-slice", "slice", "gather")
+# Of what changes a part of its first operand in place: the index of the operand written there.
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+FUSIONS = ("fusion", "fusion-start")
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "__cudnn$fmhaSoftmax")
 
 
@@ -48,6 +51,20 @@ class KernelCall:
     def bytes(self) -> float:
         """All arrays in device memory once: the traffic of one call if nothing better is known."""
         return sum(array.bytes_in(DEVICE) for array in (*self.operands, *self.results))
+
+    @property
+    def workspace_bytes(self) -> float:
+        """What cuDNN's backward pass needs besides, which XLA learns only from the library.
+
+        The gradient of the queries and a number for each of them in float32; if heads are grouped,
+        gradients of keys and values for every query head. A forward pass needs next to nothing.
+        """
+        if "dot_product_attention_bwd" not in self.name:
+            return 0.0
+        query, key = self.operands[:2]
+        _, _, heads, head_dim = query.dimensions
+        kv_heads, key_heads = key.dimensions[2], key.bytes * heads / key.dimensions[2]
+        return 4 * query.elements * (1 + 1 / head_dim) + 2 * key_heads * (heads > kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +166,10 @@ class _CostCounter:
             return self._custom_call(computation, instruction)
         if kind == "fusion":
             return self._fusion(computation, instruction)
+        if kind == "fusion-start":      # its operands come first among its results
+            first = len(self._operands(computation, instruction))
+            started = dataclasses.replace(instruction, arrays=instruction.arrays[first:])
+            return self._fusion(computation, started)
         flops = self._flops(computation, instruction)
         read, written, host = self._traffic(computation, instruction)
         return Cost(flops=flops, bytes=read + written, host_bytes=host)
@@ -180,7 +201,7 @@ class _CostCounter:
                 instruction: Instruction) -> Iterable[tuple[Computation, Instruction]]:
         """Yields the instruction and, if it is a fusion, everything inside it."""
         yield computation, instruction
-        if instruction.opcode == "fusion":
+        if instruction.opcode in FUSIONS:
             fused = self._module.computations[instruction.attribute("calls") or ""]
             for part in fused.instructions.values():
                 yield from self._within(fused, part)
@@ -223,7 +244,7 @@ class _CostCounter:
         for user in fused.users[source.name]:
             if user.opcode in SLICES and user.operands[0] == source.name:
                 read += user.arrays[0].bytes
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
+            elif user.opcode in UPDATES and user.operands[0] == source.name:
                 continue                # written in place
             elif user.opcode in ("bitcast", "reshape"):
                 read += self._bytes_read(fused, user)
@@ -248,8 +269,9 @@ class _CostCounter:
         for array, result in zip(instruction.arrays, results, strict=False):
             source = fused.through(result.name, ("bitcast", "reshape"))
             size = array.bytes
-            if source.opcode == "dynamic-update-slice":
-                size = fused.instructions[source.operands[1]].arrays[0].bytes
+            if source.opcode in UPDATES:
+                update = source.operands[UPDATES[source.opcode]]
+                size = fused.instructions[update].arrays[0].bytes
             written += size if array.memory == DEVICE else 0.0
             host += size if array.memory == HOST else 0.0
 

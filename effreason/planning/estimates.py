@@ -30,7 +30,9 @@ class Efficiency:
     """Shares of the peak rates that programs reach: guesses, to be replaced by measured ones."""
 
     compute: float = 0.5  # of FLOP/s in large products: 0.4 to 0.6 in training such models
-    memory: float = 0.6             # of HBM bandwidth in decoding: 0.4 to 0.85
+    memory: float = 0.6             # of HBM bandwidth
+    # The same in decoding, at the least and at the most: what published engines reach.
+    decode: tuple[float, float] = (0.4, 0.6)
     interconnect: float = 0.7
 
 
@@ -111,7 +113,8 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
     """Returns the cost of one call of a kernel, from its shapes, because XLA does not report it.
 
     Splash skips the blocks above the diagonal, whatever the segments; its backward pass recomputes
-    the scores in each of its two kernels. Paged attention reads the live part of the cache.
+    the scores in each of its two kernels. Paged attention and cuDNN read the live part of the
+    cache. cuDNN skips the pairs above the diagonal, and in packed rows those of other sequences.
     Args: live_share, of the cache's positions; pair_share, of a row's pairs of positions, averaged
         over narrower rows.
     """
@@ -131,6 +134,9 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
         grouped = queries.dimensions[1]
         return Cost(flops=2.0 * grouped * live / (cache[0].bytes / cache[0].elements), bytes=live)
 
+    if "dot_product_attention" in path:
+        return _cudnn_cost(kernel, live_share, pair_share)
+
     # A cache that is returned in place: one position of each row was written.
     aliased = [array for array in kernel.results
                if len(array.dimensions) == 4 and array in operands]
@@ -138,6 +144,22 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
         tiles = sum(array.bytes / array.dimensions[2] * TILE for array in aliased)
         return Cost(bytes=2 * tiles)
     return Cost(bytes=kernel.bytes)
+
+
+def _cudnn_cost(kernel: KernelCall, live_share: float, pair_share: float) -> Cost:
+    """Returns the cost of cuDNN's attention: one decode step, or one pass over whole rows.
+
+    Args: as in `kernel_cost`; the operands begin with queries [B, N, H, h] and keys [B, S, K, h].
+    """
+    query, key = kernel.operands[:2]
+    rows, length, heads, head_dim = query.dimensions
+    pairs = rows * heads * length * key.dimensions[1]
+    if length == 1:
+        live = 2 * key.bytes * live_share
+        return Cost(flops=4.0 * pairs * live_share * head_dim, bytes=live)
+
+    products = 5 if "dot_product_attention_bwd" in kernel.name else 2
+    return Cost(flops=2.0 * products * pairs / 2 * pair_share * head_dim, bytes=kernel.bytes)
 
 
 def with_kernels(cost: Cost, live_share: float = 1.0, pair_share: float = 1.0) -> Cost:
@@ -180,22 +202,27 @@ def decode_seconds(decode: PlannedFunction, machine: PlannedMachine, *, slots: i
                     smallest=smallest, seconds=seconds)
 
 
+def is_whole(functions: Mapping[str, PlannedFunction]) -> bool:
+    """Returns whether all functions of a step are there, and none is too large to compile."""
+    return functions.keys() >= NEEDED and all(functions[name].cost is not None for name in NEEDED)
+
+
 def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workload: Workload,
-                 machine: PlannedMachine, *, slots: int, capacity: int, weights_bytes: float,
-                 flops_per_token: float, smallest: int, price: float | None,
-                 watts: float | None) -> RunEstimate | None:
-    """Estimates the whole run; None if one of its functions is missing or too large to compile.
+                 machine: PlannedMachine, *, decode_memory: float, slots: int, capacity: int,
+                 weights_bytes: float, flops_per_token: float, smallest: int, price: float | None,
+                 watts: float | None) -> RunEstimate:
+    """Estimates the whole run from functions for which `is_whole` is true.
 
     Not included: grading, which overlaps with generation, checkpoints and compilation.
-    Args: flops_per_token, of a forward pass; smallest, slots of one device that are not halved
-        further; price, of a chip-hour; watts, of a chip.
+    Args: decode_memory, the share of the HBM bandwidth that decoding reaches; flops_per_token, of a
+        forward pass; smallest, slots of one device that are not halved further; price, of a
+        chip-hour; watts, of a chip.
     """
-    if NEEDED - functions.keys() or any(functions[name].cost is None for name in NEEDED):
-        return None
-
     seconds = {name: machine.seconds(function.full_cost) * function.calls
                for name, function in functions.items() if function.full_cost is not None}
-    decode = decode_seconds(functions["decode"], machine, slots=slots, capacity=capacity,
+    decoding = dataclasses.replace(machine, efficiency=dataclasses.replace(
+        machine.efficiency, memory=decode_memory))
+    decode = decode_seconds(functions["decode"], decoding, slots=slots, capacity=capacity,
                             weights_bytes=weights_bytes, lengths=workload.lengths,
                             prompt_tokens=workload.prompt_tokens, smallest=smallest)
     rollout = seconds["unstack"] + seconds["prefill"] + seconds["insert"] + decode

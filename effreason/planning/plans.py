@@ -11,7 +11,7 @@ from effreason.lm import kv_cache
 from effreason.lm.attention import one_sequence_per_row
 from effreason.lm.kernels import KERNELS
 from effreason.lm.model import DecoderConfig
-from effreason.planning import analytic, compile, estimates, workloads
+from effreason.planning import analytic, chips, compile, estimates, workloads
 from effreason.planning.chips import Target
 from effreason.planning.estimates import Efficiency, PlannedFunction, PlannedMachine, RunEstimate
 from effreason.planning.workloads import Workload
@@ -48,7 +48,12 @@ class Plan:
     capacity: int                   # cache positions of each slot
     live: float                     # positions of a slot that a decode step reads, on average
     functions: dict[str, PlannedFunction]
-    run: RunEstimate | None
+    runs: tuple[RunEstimate, ...]   # at the most and at the least of Efficiency.decode; () = none
+
+    @property
+    def run(self) -> RunEstimate | None:
+        """The fastest estimate."""
+        return self.runs[0] if self.runs else None
 
     @property
     def all_fit(self) -> bool:
@@ -67,12 +72,12 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
               stop_early: bool = False, log: Callable[[str], None] = lambda line: None) -> Plan:
     """Compiles the functions for the target, or computes them by formula, and estimates the run.
 
-    Args: names, of the functions, None for all; compiled, None to compile for every target except
-        GPUs; stop_early, stop at the first function that does not fit, and compile the most likely
-        ones first; log, prints progress.
+    Args: names, of the functions, None for all; compiled, None = if a compiler for the target is
+        installed; stop_early, stop at the first function that does not fit, and compile the most
+        likely ones first; log, prints progress.
     Raises: UserError if the mesh fits neither the chips nor the model.
     """
-    compiled = target.kind != "gpu" if compiled is None else compiled
+    compiled = chips.has_compiler(target.kind) if compiled is None else compiled
     shape = compile.mesh_shape(config, target.chips)
     mesh: Any = AbstractMesh(shape, sharding.MESH_AXES)
     if compiled:
@@ -95,8 +100,9 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
     live_share = estimates.live_share(workload, capacity) if has_kernel else 1.0
 
     if compiled:
-        functions = _compile(config, decoder, mesh, target, slots, workload, live_share, names, log,
-                             stop_early)
+        with compile.traceable(target):
+            functions = _compile(config, decoder, mesh, target, slots, workload, live_share, names,
+                                 log, stop_early)
     else:
         functions = analytic.make_functions(config, decoder, shape, slots=slots, capacity=capacity,
                                             workload=workload, attention=attention,
@@ -104,13 +110,13 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
         functions = {name: function for name, function in functions.items()
                      if names is None or name in names}
 
-    run = None
+    runs: tuple[RunEstimate, ...] = ()
     if not stop_early or all(fits(function, target) for function in functions.values()):
-        run = _estimate(config, decoder, target, shape, inputs, functions, workload, slots,
-                        capacity, attention)
+        runs = _estimate(config, decoder, target, shape, inputs, functions, workload, slots,
+                         capacity, attention)
     return Plan(config=config, decoder=decoder, target=target, shape=shape, inputs=inputs,
                 workload=workload, slots=slots, capacity=capacity, live=live_share * capacity,
-                functions=functions, run=run)
+                functions=functions, runs=runs)
 
 
 def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, target: Target,
@@ -139,18 +145,21 @@ def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, ta
 def _estimate(config: Config, decoder: DecoderConfig, target: Target,
               shape: tuple[int, int, int, int], inputs: PlanInputs,
               functions: dict[str, PlannedFunction], workload: Workload, slots: int, capacity: int,
-              attention: str) -> RunEstimate | None:
+              attention: str) -> tuple[RunEstimate, ...]:
+    if not estimates.is_whole(functions):
+        return ()
     machine = PlannedMachine(target=target, efficiency=inputs.efficiency,
                              batch_shards=shape[0] * shape[1])
     sizes = analytic.StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
                                context=shape[3], attention=attention, remat=decoder.remat)
     # A decode step reads only a few rows of an untied embedding.
     weights_read = sizes.weights - (0 if decoder.tied else sizes.table)
-    return estimates.estimate_run(
-        config, functions, workload, machine, slots=slots, capacity=capacity,
+    return tuple(estimates.estimate_run(
+        config, functions, workload, machine, decode_memory=share, slots=slots, capacity=capacity,
         weights_bytes=sizes.itemsize * weights_read / shape[2],
         flops_per_token=2.0 * (sizes.products + sizes.table), smallest=MIN_SLOTS_PER_DEVICE,
         price=inputs.price, watts=inputs.watts)
+        for share in sorted({*inputs.efficiency.decode}, reverse=True))
 
 
 def fits(function: PlannedFunction, target: Target) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from effreason.lm.model import DecoderConfig
-from effreason.planning import plans
+from effreason.planning import chips, plans
 from effreason.planning.chips import Target
 from effreason.planning.plans import Plan, PlanInputs
 from effreason.runtime.config import Config
@@ -31,7 +31,7 @@ def search(config: Config, decoder: DecoderConfig, target: Target, inputs: PlanI
     ranked = _plans_by_formula(config, decoder, target, inputs)
     fitting = sum(_fits_by_formula(plan) for plan, _ in ranked)
     log(f"{len(ranked):,} candidates by formula, {fitting:,} of them fit")
-    if target.kind == "gpu":
+    if not chips.has_compiler(target.kind):
         return ranked[0][0]
 
     fit: list[Plan] = []

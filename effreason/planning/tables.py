@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
-from effreason.planning.estimates import PlannedFunction
+from effreason.planning.estimates import PlannedFunction, RunEstimate
 from effreason.planning.plans import Plan, fits
 from effreason.runtime.config import GIB
 from effreason.runtime.sharding import MESH_AXES
@@ -26,7 +27,7 @@ def scaled(value: float, digits: int = 3) -> str:
 
 def duration(seconds: float) -> str:
     """Formats seconds: 12 us, 3.4 ms, 2.5 s, 41 min, 12 h."""
-    for least, size, unit in ((3 * 3600, 3600, "h"), (180, 60, "min"), (1, 1, "s"),
+    for least, size, unit in ((3 * 3600, 3600, "h"), (300, 60, "min"), (1, 1, "s"),
                               (1e-3, 1e-3, "ms")):
         if seconds >= least:
             return f"{_digits(seconds / size)} {unit}"
@@ -97,7 +98,10 @@ def _legend(plan: Plan) -> list[str]:
             f"{efficiency.compute:.0%}, {efficiency.memory:.0%},",
             f"{efficiency.interconnect:.0%} of the chip's rates; limit: which one. Kernels, which "
             "XLA does not count,",
-            f"are added by formula; a decode step reads {plan.live:,.0f} positions of a slot."]
+            f"are added by formula; a decode step reads {plan.live:,.0f} positions of a slot.",
+            "Rollouts: decoding at " + " to ".join(
+                f"{share:.0%}" for share in sorted({*efficiency.decode}))
+            + " of the bandwidth."]
 
 
 def _collectives(plan: Plan) -> list[str]:
@@ -130,21 +134,26 @@ def _run(plan: Plan) -> list[str]:
     if run is None:
         return ["no estimate of the run: it needs all functions, and all of them must fit"]
 
-    money = "" if run.money is None else f", {run.money:,.0f} in money"
+    def span(name: str, write: Callable[[float], str] = "{:,.0f}".format) -> str:
+        """Formats a number of the run, or its range."""
+        return " to ".join(dict.fromkeys(write(getattr(run, name)) for run in plan.runs))
+
+    money = "" if run.money is None else f", {span('money')} in money"
     rows = [
         ("lengths", f"{len(plan.workload.lengths):,} responses, {inputs.mean_tokens:,.0f} "
          "tokens on average (input)"),
         ("rollouts",
-         f"{run.rollout_tokens_per_second:,.0f} tokens/s, {duration(run.rollout_seconds)} a step"),
+         f"{span('rollout_tokens_per_second')} tokens/s, "
+         f"{span('rollout_seconds', duration)} a step"),
         ("scoring", f"{duration(run.score_seconds)} a step"),
         ("update",
          f"{duration(run.update_seconds)} a step; rows {run.packing_efficiency:.0%} full; "
          f"{run.update_mfu:.0%} of the chips' FLOP/s"),
-        ("step", duration(run.step_seconds)),
-        ("run", f"{config.run.steps:,} steps in {run.hours:,.1f} h, "
-         f"{run.evaluation_hours:,.1f} of them evaluation"),
+        ("step", span("step_seconds", duration)),
+        ("run", f"{config.run.steps:,} steps in {span('hours', '{:,.1f}'.format)} h, "
+         f"{span('evaluation_hours', '{:,.1f}'.format)} of them evaluation"),
         ("cost",
-         f"{run.chip_hours:,.0f} chip-hours, {run.energy_kwh:,.0f} kWh for the chips{money}"),
+         f"{span('chip_hours')} chip-hours, {span('energy_kwh')} kWh for the chips{money}"),
     ]
     return [f"{name:<10}{text}" for name, text in rows]
 
@@ -162,7 +171,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "collectives": collectives, "per": function.per,
                 "calls_per_step": function.calls, "source": function.source}
 
-    target, workload = plan.target, plan.workload
+    target, workload, run = plan.target, plan.workload, _ranges(plan.runs)
     return {"model": plan.config.model.path, "chips": target.text, "chip_count": target.chips,
             "hbm_bytes_per_chip": target.chip.hbm_bytes,
             "mesh": dict(zip(MESH_AXES, plan.shape, strict=True)),
@@ -172,4 +181,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "remat": plan.config.model.remat, "inputs": dataclasses.asdict(plan.inputs),
             "fits": plan.all_fit,
             "functions": {name: as_object(function) for name, function in plan.functions.items()},
-            "run": None if plan.run is None else dataclasses.asdict(plan.run)}
+            "step_seconds": run and run["step_seconds"], "run": run}
+
+
+def _ranges(runs: tuple[RunEstimate, ...]) -> dict[str, Any] | None:
+    """Returns the numbers of the run, each as a list if there are several estimates of it."""
+    if not runs:
+        return None
+    tables = [dataclasses.asdict(run) for run in runs]
+    values = {name: [table[name] for table in tables] for name in tables[0]}
+    return {name: several[0] if len(set(several)) == 1 else several
+            for name, several in values.items()}

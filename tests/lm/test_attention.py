@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import AxisType, Mesh
 
-from effreason.lm import attention, kernels
+from effreason.lm import attention, cudnn, kernels
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 
@@ -248,14 +248,12 @@ def test_cudnn_is_told_the_lengths(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}], ids=str)
-def test_cudnn_is_called_on_a_gpu(monkeypatch, shape):
+def test_cudnn_is_called_on_a_gpu(shape):
     """Lowered for CUDA, which needs no GPU: forward and backward, causal and padded, on a device's
     rows and heads."""
-    stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91000)
     shapes = [jax.ShapeDtypeStruct((4, 256, count, 64), jnp.bfloat16) for count in (4, 2, 2, 4)]
     step = jax.jit(functools.partial(attend, "cudnn"))
-    with jax.set_mesh(mesh(**(shape or {}))):
+    with jax.set_mesh(mesh(**(shape or {}))), cudnn.described((9, 0)):
         text = step.trace(*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32)).lower(
             lowering_platforms=("cuda",))
     text = text.as_text()

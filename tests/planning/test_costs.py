@@ -200,6 +200,46 @@ def test_a_collective_begun_and_ended_in_two_fusions_counts_once(groups, size):
     assert collective.bytes == 2 * (size - 1) * 64 * 8 * 2
 
 
+# As XLA for GPUs writes them: a cache updated by a scatter, a layer's weights read asynchronously.
+GPU_FUSIONS = """HloModule m
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  ROOT %b = bf16[] parameter(1)
+}
+
+%written (cache: bf16[8,512,2,64], new: bf16[8,2,64], at: s32[8,4]) -> bf16[8,512,2,64] {
+  %cache = bf16[8,512,2,64]{3,2,1,0} parameter(0)
+  %new = bf16[8,2,64]{2,1,0} parameter(1)
+  %at = s32[8,4]{1,0} parameter(2)
+  %update = bf16[8,1,1,2,64]{4,3,2,1,0} bitcast(%new)
+  ROOT %s = bf16[8,512,2,64]{3,2,1,0} scatter(%cache, %at, %update), to_apply=%add
+}
+
+%layer (stack: bf16[28,64,64], number: s32[]) -> bf16[1,64,64] {
+  %stack = bf16[28,64,64]{2,1,0} parameter(0)
+  %number = s32[] parameter(1)
+  ROOT %slice = bf16[1,64,64]{2,1,0} dynamic-slice(%stack, %number), dynamic_slice_sizes={1,64,64}
+}
+
+ENTRY %main (cache: bf16[8,512,2,64]) -> bf16[8,512,2,64] {
+  %cache = bf16[8,512,2,64]{3,2,1,0} parameter(0)
+  %new = bf16[8,2,64]{2,1,0} parameter(1)
+  %at = s32[8,4]{1,0} parameter(2)
+  %stack = bf16[28,64,64]{2,1,0} parameter(3)
+  %i = s32[] parameter(4)
+  %read = ((bf16[28,64,64], s32[]), bf16[1,64,64], u32[]) fusion-start(%stack, %i), calls=%layer
+  %done = bf16[1,64,64] fusion-done(%read)
+  ROOT %f = bf16[8,512,2,64]{3,2,1,0} fusion(%cache, %new, %at), kind=kInput, calls=%written
+}
+"""
+
+
+def test_a_fusion_writes_in_place_and_reads_only_its_slice():
+    update, indices, layer = 2 * 8 * 2 * 64, 4 * 8 * 4, 2 * 64 * 64
+    assert costs.read(GPU_FUSIONS).bytes == 2 * update + indices + 2 * layer + 4
+
+
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         costs.read("HloModule nothing")
@@ -229,6 +269,26 @@ def test_paged_attention_reads_what_is_live():
     live = rows * positions / 4
     assert cost.bytes == 3 * 2 * live * kv_heads * width * 2
     assert cost.flops == 3 * 4 * live * kv_heads * grouped * width
+
+
+def test_cudnn_computes_what_is_below_the_diagonal():
+    query, keys = Array("bf16", (2, 1024, 6, 64)), Array("bf16", (2, 1024, 2, 64))
+    pairs = 2 * 6 * 1024**2 / 2
+    forward = KernelCall("x/dot_product_attention_fwd", (query, keys, keys), (query,), 1)
+    backward = KernelCall("x/dot_product_attention_bwd", (query, keys, keys), (query,), 1)
+    assert kernel_cost(forward, 1.0).flops == 2 * 2 * pairs * 64
+    assert kernel_cost(backward, 1.0, pair_share=0.5).flops == 5 * 2 * pairs * 64 / 2
+    assert forward.workspace_bytes == 0
+    # The gradients of queries in float32 with their sums, those of keys and values for each head.
+    assert backward.workspace_bytes == 2 * 1024 * 6 * (4 * 65 + 2 * 2 * 64)
+
+
+def test_cudnn_reads_what_is_live_of_a_cache():
+    query, keys = Array("bf16", (16, 1, 12, 128)), Array("bf16", (16, 4096, 2, 128))
+    cost = kernel_cost(KernelCall("x/dot_product_attention_fwd", (query, keys, keys), (query,), 1),
+                       0.25)
+    live = 16 * 1024
+    assert (cost.bytes, cost.flops) == (2 * 2 * live * 2 * 128, 2 * 2 * live * 12 * 128)
 
 
 def test_a_token_is_written_by_tiles():

@@ -252,18 +252,39 @@ def test_json_and_table(capsys, model):
     assert table["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
 
 
-def test_a_plan_for_gpus_is_by_formula_and_says_so(capsys):
+@pytest.fixture
+def no_gpu_compiler(monkeypatch):
+    monkeypatch.setattr(chips, "has_compiler", lambda kind: kind != "gpu")
+
+
+def test_rollouts_are_a_range_unless_their_bandwidth_is_given(capsys):
+    argv = ["--config", "configs/r1_distill_1p5b.yaml", "--chips", "tpu:v5e:4x4", "--analytic"]
+    text = planned_by_command(capsys, argv)
+    table = json.loads(planned_by_command(capsys, [*argv, "--json"]))
+    low, high = table["step_seconds"]
+    fast, slow = table["run"]["rollout_seconds"]
+    assert table["run"]["step_seconds"] == [low, high] and high - low == pytest.approx(slow - fast)
+    assert 1.3 < slow / fast < 1.5 and isinstance(table["run"]["update_seconds"], float)
+    assert f"step      {low:.0f} s to {high:.0f} s" in text and "decoding at 40% to 60%" in text
+
+    one = json.loads(planned_by_command(capsys, [*argv, "--json", "--memory-efficiency", "0.6"]))
+    assert one["step_seconds"] == one["run"]["step_seconds"] == pytest.approx(low)
+
+
+def test_a_plan_for_gpus_is_by_formula_and_says_so(capsys, no_gpu_compiler):
     argv = ["--config", "configs/r1_distill_1p5b.yaml", "--chips", "gpu:h100:2x8",
             "--price-per-chip-hour", "3"]
-    text = planned_by_command(capsys, argv)
+    main.main(["plan", *argv])
+    text, progress = capsys.readouterr()
+    assert "effreason[cuda13]" in progress
     assert "formulas (analytic)" in text and "kWh" in text and "in money" in text
     assert max(map(len, text.splitlines())) <= 80
     table = json.loads(planned_by_command(capsys, [*argv, "--json"]))
-    assert table["run"]["money"] == pytest.approx(3 * table["run"]["chip_hours"])
+    np.testing.assert_allclose(table["run"]["money"], np.multiply(3, table["run"]["chip_hours"]))
     assert {function["source"] for function in table["functions"].values()} == {"analytic"}
 
 
-def test_what_does_not_fit_ends_with_1(capsys):
+def test_what_does_not_fit_ends_with_1(capsys, no_gpu_compiler):
     argv = ["--config", "configs/r1_distill_7b.yaml", "--chips", "gpu:h100:1", "--mesh.fsdp", "1",
             "--mesh.tensor", "1"]
     text = planned_by_command(capsys, argv, code=1)
@@ -306,7 +327,7 @@ def test_mistakes_are_one_line(capsys, monkeypatch, argv, message):
 
 
 def test_without_libtpu_the_error_says_how_to_get_it(capsys, monkeypatch):
-    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     err = planned_by_command(capsys, ["--chips", "tpu:v5e:4x4"], code=2)
     assert err == (
@@ -380,7 +401,7 @@ def test_the_search_finds_what_fits_into_little_memory(config):
     assert math.prod(plan.shape) == 4 and any("candidates by formula" in line for line in lines)
 
 
-def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path):
+def test_the_search_for_gpus_needs_no_compiler(capsys, tmp_path, no_gpu_compiler):
     path = tmp_path / "found.yaml"
     text = planned_by_command(capsys, ["--config", "configs/r1_distill_7b.yaml", "--chips",
                                        "gpu:h100:8", "--fit", "--output", str(path)])
@@ -435,7 +456,27 @@ def test_a_roofline_waits_for_the_slowest():
     assert roofline(Cost(host_bytes=chip.host_bandwidth), target, efficiency) == (1.0, "host")
 
 
-# TPUs, without one
+# GPUs and TPUs, without one
+
+
+def test_programs_for_a_described_gpu(capsys, tmp_path):
+    """Compiled and by formula: both kernels are in the programs, and their memory agrees."""
+    pytest.importorskip("jax_cuda13_plugin", reason="JAX's plugin compiles for GPUs; "
+                        "pip install effreason[cuda13]")
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {
+        "head_dim": 128, "hidden_size": 512, "max_position_embeddings": 8192}))
+    argv = ["--model.path", str(tmp_path), *FLAGS, "--model.dtype", "bfloat16", "--mesh.fsdp", "2",
+            "--mesh.tensor", "2", "--rollout.max_new_tokens", "4032", "--chips", "gpu:h100:4",
+            "--functions", "decode,score,gradients", "--json"]
+    compiled, formula = (json.loads(planned_by_command(capsys, [*argv, *more]))["functions"]
+                         for more in ([], ["--analytic"]))
+    for name in compiled:
+        one, other = compiled[name], formula[name]
+        assert one["source"] == "compiled" and other["source"] == "analytic"
+        assert one["flops"] == pytest.approx(other["flops"], rel=0.1), name
+        assert 0.6 < one["hbm_bytes"] / other["hbm_bytes"] < 1.4, name
+    # Only what is live of the cache is read, and nothing of it is copied.
+    assert compiled["decode"]["bytes"] < 1.5 * formula["decode"]["bytes"]
 
 
 def test_a_tpu_slice_of_several_hosts(tmp_path):
