@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from effreason.grading import extraction, functions, kinds, notation, symbolic
 from effreason.grading.exact import exact
 from effreason.grading.extraction import extract_answer
 from effreason.grading.kinds import Reference
-from effreason.grading.pool import Pool, Verdict, WorkerDied, WorkerStuck
+from effreason.grading.pool import Pool, Verdict, WorkerDied, WorkerStopped, WorkerStuck
 from effreason.grading.status import GradeStatus
 from effreason.runtime.errors import UserError
 
@@ -29,6 +29,9 @@ __all__ = ["Budget", "Grade", "GradeStatus", "Grader", "Reference", "extract_ans
 
 MAX_ANSWER = notation.MAX_CHARACTERS
 DAY_SECONDS = 86400.0
+ANSWERS_PER_BUDGET = 512            # that share a budget at most; first tries fit into half of it
+FIRST_SECONDS = 0.02                # shortest first try
+SLOW = (GradeStatus.SOFT_TIMEOUT, GradeStatus.HARD_KILL)        # worth a second try
 # Every status in words, for people.
 REASONS = {
     GradeStatus.NO_ANSWER: "no box",
@@ -59,26 +62,25 @@ class Grade:
 
 
 class Budget:
-    """Seconds of grading shared by several calls; the clock runs only while one of them does."""
+    """Seconds of grading, of each worker, that the calls of one step share.
+
+    Second tries may use half of them, first tries whatever is left: slow answers cannot take the
+    time of the others."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._used, self._calls, self._since = seconds, 0.0, 0, 0.0
+        self.seconds = seconds
+        self._used, self._used_again = 0.0, 0.0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> float:
-        """Begins a call; returns when the budget ends if calls go on (time.monotonic)."""
+    def spend(self, seconds: float, *, again: bool) -> None:
+        """Counts a comparison. Args: again, it was a second try."""
         with self._lock:
-            if self._calls == 0:
-                self._since = time.monotonic()
-            self._calls += 1
-            return self._since + self._seconds - self._used
+            self._used += seconds
+            self._used_again += seconds * again
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
-        with self._lock:
-            self._calls -= 1
-            if self._calls == 0:
-                self._used += time.monotonic() - self._since
+    def is_used_up(self, *, again: bool) -> bool:
+        """Returns whether no comparison may begin. Args: again, it would be a second try."""
+        return self._used >= self.seconds or (again and self._used_again >= self.seconds / 2)
 
 
 class Task(NamedTuple):
@@ -95,10 +97,11 @@ class Grader:
 
     Args:
         workers: processes for sympy or for the user's function.
-        cpu_seconds: soft limit of one comparison.
-        wall_seconds: time after which the process of a comparison is killed.
+        cpu_seconds: limit of one comparison.
+        wall_seconds: time after which the process of a comparison is killed if it only sleeps.
         memory_mb: address space of a process.
-        step_budget_seconds: limit of one call of `grade`, or of the calls that share a `budget`.
+        step_budget_seconds: of each worker, for one call of `grade`, or for the calls that share a
+            `budget`.
         cache_size: symbolic verdicts that are kept.
         function: a user's own grader as module:function; it gets (response, answer) and returns
         True or False.
@@ -108,16 +111,16 @@ class Grader:
     def __init__(self, *, workers: int = 2, cpu_seconds: float = 1.0, wall_seconds: float = 8.0,
                  memory_mb: int = 2048, step_budget_seconds: float = 30.0, cache_size: int = 65536,
                  function: str | None = None) -> None:
-        self.step_budget_seconds, self.cache_size = step_budget_seconds, cache_size
-        self.function = function
+        self.cpu_seconds, self.step_budget_seconds = cpu_seconds, step_budget_seconds
+        self.cache_size, self.function = cache_size, function
         if function is not None:
             try:
                 functions.check_name(function)
             except functions.BadFunction as error:
                 raise UserError(f"grade.function {function}: {error}") from None
 
-        self._pool = Pool(workers, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds,
-                          memory_mb=memory_mb, function=function)
+        self._pool = Pool(workers, wall_seconds=wall_seconds, memory_mb=memory_mb,
+                          function=function)
         # A grader that nobody closed leaves no processes behind.
         self._finalizer = weakref.finalize(self, Pool.close, self._pool)
         self._lock = threading.Lock()
@@ -154,12 +157,11 @@ class Grader:
 
         if not self._ready:
             # the first comparison raises the reason
-            with contextlib.suppress(WorkerDied, WorkerStuck):
+            with contextlib.suppress(WorkerDied, WorkerStuck, WorkerStopped):
                 self._pool.wait_ready()  # loading is not grading: it costs nothing of the budget
             self._ready = True
 
-        with budget or self.budget() as deadline:
-            return self._grade(responses, typed, deadline, bare)
+        return self._grade(responses, typed, budget or self.budget(), bare)
 
     def submit(self, responses: Sequence[str], references: Sequence[str | Reference],
                budget: Budget | None = None) -> "concurrent.futures.Future[list[Grade]]":
@@ -206,34 +208,57 @@ class Grader:
         """Waits for the first worker. Raises UserError if it cannot import the function."""
         try:
             self._pool.wait_ready()
-        except (WorkerDied, WorkerStuck) as error:
+        except (WorkerDied, WorkerStuck, WorkerStopped) as error:
             self.close()
             raise UserError(f"grade.function {function}: "
                             f"{str(error) or 'importing it takes minutes'}") from None
 
-    def _grade(self, responses: Sequence[str], references: Sequence[Reference], deadline: float,
+    def _grade(self, responses: Sequence[str], references: Sequence[Reference], budget: Budget,
                bare: bool) -> list[Grade]:
         grades: list[Grade] = []
         rows_of_task: dict[Task, list[int]] = {}
         for row, (response, reference) in enumerate(zip(responses, references, strict=True)):
-            grade, task = self._without_worker(response, reference, deadline, bare)
+            grade, task = self._without_worker(response, reference, bare)
             grades.append(grade)
             if task is not None:
                 rows_of_task.setdefault(task, []).append(row)
 
-        pending = {task: self._askers.submit(self._compare, task, deadline)
-                   for task in rows_of_task}
-
-        for task, rows in rows_of_task.items():
-            verdict, seconds = pending[task].result()
-            for index, row in enumerate(rows):
+        for task, (verdict, seconds) in self._with_workers(rows_of_task, budget).items():
+            for index, row in enumerate(rows_of_task[task]):
                 grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status,
                                     0.0 if index else seconds,
                                     verdict.reason or REASONS[verdict.status])
 
         return grades
 
-    def _without_worker(self, response: str, reference: Reference, deadline: float,
+    def _with_workers(self, tasks: Iterable[Task],
+                      budget: Budget) -> dict[Task, tuple[Verdict, float]]:
+        """Has workers compare the pairs: a short try for each, then a second one for slow pairs.
+
+        Returns: verdict and wall time in seconds. If the budget has no second try for a slow pair,
+            the first one counts: the answer was too slow, the grader was not.
+        """
+        share = budget.seconds * self._pool.workers / 2 / ANSWERS_PER_BUDGET
+        first_seconds = min(self.cpu_seconds, max(share, FIRST_SECONDS))
+        if self.function is not None:           # one that is interrupted may be left half loaded
+            first_seconds = self.cpu_seconds
+
+        results = self._ask(tasks, budget, first_seconds)
+        slow = [task for task, (verdict, _) in results.items() if verdict.status in SLOW]
+        if first_seconds < self.cpu_seconds:
+            for task, (verdict, seconds) in self._ask(slow, budget, self.cpu_seconds,
+                                                      again=True).items():
+                if verdict.status != GradeStatus.BUDGET:
+                    results[task] = verdict, seconds + results[task][1]
+        return results
+
+    def _ask(self, tasks: Iterable[Task], budget: Budget, cpu_seconds: float, *,
+             again: bool = False) -> dict[Task, tuple[Verdict, float]]:
+        pending = {task: self._askers.submit(self._compare, task, budget, cpu_seconds, again)
+                   for task in tasks}
+        return {task: future.result() for task, future in pending.items()}
+
+    def _without_worker(self, response: str, reference: Reference,
                         bare: bool) -> tuple[Grade, Task | None]:
         """Returns a grade and, if it is not final, the task for a worker."""
         start = time.monotonic()
@@ -245,20 +270,17 @@ class Grader:
         elif answer is None:
             reason = "no answer" if bare else extraction.missing_answer_reason(response)
         else:
-            correct, status, reason = self._exact(answer, reference, start > deadline)
+            correct, status, reason = self._exact(answer, reference)
             if status == GradeStatus.SYMBOLIC:
                 task = Task(answer, reference.answer)
 
         return Grade(correct, answer, status, time.monotonic() - start,
                      reason or REASONS[status]), task
 
-    def _exact(self, answer: str, reference: Reference,
-               late: bool) -> tuple[bool, GradeStatus, str]:
+    def _exact(self, answer: str, reference: Reference) -> tuple[bool, GradeStatus, str]:
         """Returns the verdict, its status and, for an error, the reason."""
         if len(answer) > MAX_ANSWER or len(reference.answer) > MAX_ANSWER:
             return False, GradeStatus.TOO_LONG, ""
-        if late:
-            return False, GradeStatus.BUDGET, ""
 
         try:
             if reference.kind == "choice":
@@ -282,10 +304,15 @@ class Grader:
         too_large = any(symbolic.guard(notation.canonical(text)) for text in task)
         return False, GradeStatus.GUARD if too_large else GradeStatus.SYMBOLIC
 
-    def _compare(self, task: Task, deadline: float) -> tuple[Verdict, float]:
+    def _compare(self, task: Task, budget: Budget, cpu_seconds: float,
+                 again: bool) -> tuple[Verdict, float]:
         """Has a worker compare the pair. Returns: its verdict and the wall time in seconds."""
+        if budget.is_used_up(again=again):
+            return Verdict(False, GradeStatus.BUDGET), 0.0
+
         start = time.monotonic()
-        verdict = self._pool.compare(*task, deadline)
+        verdict = self._pool.compare(*task, cpu_seconds)
+        budget.spend(verdict.seconds / self._pool.workers, again=again)
 
         # only verdicts that did not depend on a limit are kept
         if verdict.status == GradeStatus.SYMBOLIC:

@@ -1,5 +1,6 @@
 """Workers that compare answers in separate processes, and the pool that kills and replaces them."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -20,6 +21,10 @@ MAX_TASKS = 500
 MAX_GROWTH_MB = 650
 START_SECONDS = 120.0
 MAX_FAILED_STARTS = 3
+LOOK_SECONDS = 1.0                  # between two looks at what a silent worker does
+# A worker that waits for a processor or a disk of a busy host gets this many times its clock time.
+PATIENCE = 4
+STOPPED, WAITING = "T", "RDU"       # states of a process: by SIGSTOP; for a processor or a disk
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Verdict:
     correct: bool
     status: GradeStatus
     reason: str = ""                # what went wrong, for an error
+    seconds: float = 0.0            # of processor time; of clock time for a user's function
 
 
 class WorkerDied(Exception):
@@ -43,14 +49,17 @@ class WorkerStuck(Exception):
     """No reply within the time allowed."""
 
 
+class WorkerStopped(Exception):
+    """The process does not run, through no fault of the answer: SIGSTOP, a debugger."""
+
+
 class Worker:
     """One process, used by one thread at a time; it starts at once and is ready a moment later."""
 
-    def __init__(self, *, cpu_seconds: float, memory_mb: int, function: str | None = None) -> None:
+    def __init__(self, *, memory_mb: int, function: str | None = None) -> None:
         directory = _working_directory()
         path = [entry or directory for entry in ("", *sys.path)] if function else []
-        settings = json.dumps({"cpu_seconds": cpu_seconds, "memory_mb": memory_mb,
-                               "function": function, "path": path})
+        settings = json.dumps({"memory_mb": memory_mb, "function": function, "path": path})
 
         # -P: no modules from the working directory; -s: none from the user's site-packages; -B: no
         # .pyc files. In a session of its own Ctrl-C does not reach it, and killing the group kills
@@ -69,24 +78,28 @@ class Worker:
         self.start_mb = self.growth_mb = 0
         self.buffer = b""           # what follows the last complete reply
 
-    def compare(self, prediction: str, reference: str, seconds: float) -> Verdict:
-        """Compares one pair. Raises: WorkerDied or WorkerStuck; the worker must then be killed."""
+    def compare(self, prediction: str, reference: str, *, cpu_seconds: float,
+                wall_seconds: float) -> Verdict:
+        """Compares one pair. Raises: WorkerDied, WorkerStuck or WorkerStopped; the worker must then
+        be killed."""
         self.tasks += 1
-        end = time.monotonic() + seconds
-        task = {"id": self.tasks, "prediction": prediction, "reference": reference}
-        self._send(json.dumps(task).encode() + b"\n", end)
+        task = {"id": self.tasks, "prediction": prediction, "reference": reference,
+                "cpu_seconds": cpu_seconds}
+        self._send(json.dumps(task).encode() + b"\n", wall_seconds)
 
-        reply = self._receive(end)
+        reply = self._receive(wall_seconds)
         if reply.get("id") != self.tasks:
             raise WorkerDied("its replies do not match the tasks")
         self.growth_mb = int(reply["rss_mb"]) - self.start_mb
         return Verdict(bool(reply["correct"]), GradeStatus(reply["status"]),
-                       str(reply.get("reason", "")))
+                       str(reply.get("reason", "")), float(reply["seconds"]))
 
-    def wait_ready(self, seconds: float) -> None:
-        """Waits until the libraries are loaded. Raises: WorkerDied with a reason, WorkerStuck."""
+    def wait_ready(self) -> None:
+        """Waits until the libraries are loaded.
+
+        Raises: WorkerDied with a reason, WorkerStuck, WorkerStopped."""
         if not self.ready:
-            reply = self._receive(time.monotonic() + seconds)
+            reply = self._receive(START_SECONDS)
             if "failed" in reply:
                 raise WorkerDied(reply["failed"])
             self.ready, self.start_mb = True, int(reply["rss_mb"])
@@ -105,8 +118,8 @@ class Worker:
                 if pipe is not None:
                     pipe.close()
 
-    def _send(self, data: bytes, end: float) -> None:
-        """Writes, but never waits beyond `end`: a stuck worker does not read a long response."""
+    def _send(self, data: bytes, seconds: float) -> None:
+        """Writes; a stuck worker does not read a long response."""
         assert self.process.stdin is not None
         descriptor = self.process.stdin.fileno()
         poll = select.poll()
@@ -114,8 +127,7 @@ class Worker:
         view = memoryview(data)
 
         while view:
-            if not poll.poll(max(end - time.monotonic(), 0) * 1000):
-                raise WorkerStuck
+            self._wait(poll, seconds)
             try:
                 view = view[os.write(descriptor, view):]
             except BlockingIOError:
@@ -123,7 +135,7 @@ class Worker:
             except OSError as error:
                 raise WorkerDied("it no longer reads") from error
 
-    def _receive(self, end: float) -> dict:
+    def _receive(self, seconds: float) -> dict:
         """Reads one reply."""
         assert self.process.stdout is not None
         descriptor = self.process.stdout.fileno()
@@ -131,9 +143,10 @@ class Worker:
         poll.register(descriptor, select.POLLIN | select.POLLHUP)
 
         while b"\n" not in self.buffer:
-            if not poll.poll(max(end - time.monotonic(), 0) * 1000):
-                raise WorkerStuck
+            self._wait(poll, seconds)
             data = os.read(descriptor, 65536)
+            if not data and self.process.wait() == -signal.SIGVTALRM:
+                raise WorkerStuck           # the worker's own limit, if C code cannot be stopped
             if not data:
                 raise WorkerDied(f"it ended with code {self.process.wait()}")
             self.buffer += data
@@ -145,13 +158,31 @@ class Worker:
             raise WorkerDied("its reply is not JSON") from error
         return reply
 
+    def _wait(self, poll: select.poll, seconds: float) -> None:
+        """Waits until a pipe is ready. Raises: WorkerStuck, WorkerStopped.
+
+        On a busy host the clock decides nothing: the processor time, which the worker limits by
+        itself, does."""
+        started = time.monotonic()
+        while True:
+            left = started + seconds - time.monotonic()
+            look = min(left, LOOK_SECONDS) if left > 0 else LOOK_SECONDS
+            if poll.poll(look * 1000):
+                return
+
+            waited, state = time.monotonic() - started, _state(self.process.pid)
+            if state == STOPPED:
+                raise WorkerStopped
+            if waited >= seconds and (state not in WAITING or waited >= PATIENCE * seconds):
+                raise WorkerStuck
+
 
 class Pool:
     """A fixed number of workers; `compare` may be called from any number of threads."""
 
-    def __init__(self, workers: int, *, cpu_seconds: float, wall_seconds: float, memory_mb: int,
+    def __init__(self, workers: int, *, wall_seconds: float, memory_mb: int,
                  function: str | None = None) -> None:
-        self.cpu_seconds, self.wall_seconds, self.memory_mb = cpu_seconds, wall_seconds, memory_mb
+        self.workers, self.wall_seconds, self.memory_mb = workers, wall_seconds, memory_mb
         self.function = function
 
         self._lock = threading.Lock()
@@ -159,34 +190,37 @@ class Pool:
         self._failed_starts = 0
         self._living: set[Worker] = set()
         self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        # One thread starts them all: they die with it, see worker.die_with_parent.
+        self._starter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="grader-start")
         for _ in range(workers):
             self._idle.put(self._start())
 
     def wait_ready(self) -> None:
-        """Waits until one worker is ready. Raises: WorkerDied with the reason, or WorkerStuck."""
-        worker = self._take(time.monotonic() + START_SECONDS)
-        if worker is not None:
-            try:
-                worker.wait_ready(START_SECONDS)
-            finally:
-                self._idle.put(worker)
+        """Waits until one worker is ready. Raises: WorkerDied, with the reason, WorkerStuck or
+        WorkerStopped."""
+        worker = self._take()
+        try:
+            worker.wait_ready()
+        finally:
+            self._idle.put(worker)
 
-    def compare(self, prediction: str, reference: str, deadline: float) -> Verdict:
-        """Compares two answers; the status is BUDGET if the deadline (time.monotonic) came first.
+    def compare(self, prediction: str, reference: str, cpu_seconds: float) -> Verdict:
+        """Compares two answers.
 
-        If a worker dies by itself, the answer may not be the cause, so a comparison is tried twice.
-        Raises: RuntimeError if workers cannot be started or the pool is closed.
+        If a worker dies or is stopped, the answer may not be the cause, so a comparison is tried
+        twice. Raises: RuntimeError if workers cannot be started or the pool is closed.
         """
-        deaths = 0
-        while deaths < 2:
+        failures: list[Exception] = []
+        while len(failures) < 2:
             try:
-                return self._compare_once(prediction, reference, deadline)
+                return self._compare_once(prediction, reference, cpu_seconds)
             except StartFailed:
                 continue  # `_start_failed` raises RuntimeError after several in a row
-            except WorkerDied:
-                deaths += 1
+            except (WorkerDied, WorkerStopped) as error:
+                failures.append(error)
 
-        return Verdict(False, GradeStatus.ERROR, "the worker that compared it ended, twice")
+        how = "ended" if isinstance(failures[-1], WorkerDied) else "was stopped"
+        return Verdict(False, GradeStatus.ERROR, f"the worker that compared it {how}, twice")
 
     def close(self) -> None:
         """Kills all workers. Calls that are still running raise RuntimeError."""
@@ -196,48 +230,36 @@ class Pool:
         for worker in living:
             worker.kill()
         self._idle.put(None)
+        self._starter.shutdown()
 
-    def _compare_once(self, prediction: str, reference: str, deadline: float) -> Verdict:
-        worker = self._take(deadline)
-        if worker is None:
-            return Verdict(False, GradeStatus.BUDGET)
-
-        healthy = True
+    def _compare_once(self, prediction: str, reference: str, cpu_seconds: float) -> Verdict:
+        worker = self._take()
+        started, healthy = time.monotonic(), False
         try:
             try:
-                worker.wait_ready(min(max(deadline - time.monotonic(), 0), START_SECONDS))
+                worker.wait_ready()
                 self._failed_starts = 0
-            except WorkerStuck:
-                return Verdict(False, GradeStatus.BUDGET)       # still loading: the worker is kept
-            except WorkerDied as error:
-                healthy = False
+            except (WorkerDied, WorkerStuck) as error:
                 raise self._start_failed(error) from None
 
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return Verdict(False, GradeStatus.BUDGET)
-            return worker.compare(prediction, reference, min(self.wall_seconds, left))
-        except (WorkerDied, WorkerStuck) as error:
-            healthy = False
+            started = time.monotonic()
+            verdict = worker.compare(prediction, reference, cpu_seconds=cpu_seconds,
+                                     wall_seconds=self.wall_seconds)
+            healthy = True
+            return verdict
+        except (WorkerDied, WorkerStuck, WorkerStopped) as error:
             if self.closed:
                 raise RuntimeError("the grader is closed") from None
-            if isinstance(error, WorkerDied):
+            if not isinstance(error, WorkerStuck):
                 raise
-
-            late = time.monotonic() >= deadline
-            return Verdict(False, GradeStatus.BUDGET if late else GradeStatus.HARD_KILL)
-        except BaseException:
-            healthy = False  # Ctrl-C in the main thread: the reply would still arrive
-            raise
+            return Verdict(False, GradeStatus.HARD_KILL,
+                           seconds=min(time.monotonic() - started, self.wall_seconds))
         finally:
+            # Unhealthy after Ctrl-C in the main thread too: the reply would still arrive.
             self._give_back(worker, healthy)
 
-    def _take(self, deadline: float) -> Worker | None:
-        try:
-            worker = self._idle.get(timeout=max(deadline - time.monotonic(), 0))
-        except queue.Empty:
-            return None
-
+    def _take(self) -> Worker:
+        worker = self._idle.get()
         if worker is None or self.closed:
             self._idle.put(None)                    # so that the next thread in the queue stops too
             raise RuntimeError("the grader is closed")
@@ -252,28 +274,44 @@ class Pool:
         with self._lock:
             self._living.discard(worker)
         worker.kill()
-        if not self.closed:
-            self._idle.put(self._start())
+        self._idle.put(self._start())
 
     def _start(self) -> Worker | None:
-        with self._lock:
-            if self.closed:
-                return None
-            worker = Worker(cpu_seconds=self.cpu_seconds, memory_mb=self.memory_mb,
-                            function=self.function)
-            self._living.add(worker)
-            return worker
+        """Starts a worker; returns None if the pool is closed."""
+        def start() -> Worker | None:
+            with self._lock:
+                if self.closed:
+                    return None
+                worker = Worker(memory_mb=self.memory_mb, function=self.function)
+                self._living.add(worker)
+                return worker
 
-    def _start_failed(self, error: WorkerDied) -> Exception:
+        try:
+            return self._starter.submit(start).result()
+        except RuntimeError:        # it has been shut down
+            return None
+
+    def _start_failed(self, error: WorkerDied | WorkerStuck) -> Exception:
         with self._lock:
             self._failed_starts += 1
             failed = self._failed_starts
 
+        reason = str(error) or f"one was not ready within {START_SECONDS:.0f} s"
         if self.closed:
             return RuntimeError("the grader is closed")
         if failed >= MAX_FAILED_STARTS:
-            return RuntimeError(f"grading workers cannot be started: {error}")
-        return StartFailed(str(error))
+            return RuntimeError(f"grading workers cannot be started: {reason}")
+        return StartFailed(reason)
+
+
+def _state(pid: int) -> str:
+    """Returns the state of a process as one letter, as ps names it; "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0].upper()
+    except OSError:                 # no /proc: macOS
+        found = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True,
+                               text=True)
+        return found.stdout.strip()[:1]
 
 
 def _environment() -> dict[str, str]:

@@ -1,17 +1,19 @@
 """The process that compares answers with sympy or a user's function; reads and writes JSON lines.
 
 `python -m effreason.grading.worker SETTINGS` is started, timed and killed by
-`effreason.grading.pool`. SETTINGS is a JSON object with cpu_seconds, memory_mb, function
-(module:function or null) and path. The limits are those of the operating system, so they hold
-whatever sympy does.
+`effreason.grading.pool`. SETTINGS is a JSON object with memory_mb, function (module:function or
+null) and path. The limits are those of the operating system, so they hold whatever sympy does.
 """
 
+import ctypes
 import functools
 import json
 import os
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -21,7 +23,11 @@ from effreason.grading import functions
 from effreason.grading.status import GradeStatus
 
 RETRY_SECONDS = 0.1  # sympy may swallow the soft stop, so it is raised again and again
-HARD_SECONDS = 20  # CPU limit of a task in case the parent has died and cannot kill
+# Processor time after the soft stop. Then the system ends the process: C code that does not return
+# to Python cannot be stopped otherwise.
+GRACE_SECONDS = 0.3
+PR_SET_PDEATHSIG = 1                # of Linux's prctl.h
+WATCH_SECONDS = 1.0                 # between two looks whether the parent is alive
 START_BYTES = 512 << 20             # address space that the libraries need before any task
 
 
@@ -29,6 +35,7 @@ class SoftStop(BaseException):
     """The task used up its CPU time. Not an Exception, which a library would catch."""
 
 
+WARM_UP = (r"\sqrt{8}", r"2\sqrt{2}")
 armed = False                       # whether SoftStop may be raised: only during a comparison
 
 
@@ -39,9 +46,11 @@ class Comparator:
     status: GradeStatus             # of its verdicts
     compare: Callable[[str, str], bool]
     cpu_share: Callable[[str, str], float]      # share of the CPU limit that a pair may use
+    clock: Callable[[], float]      # measures what a comparison costs: a function may wait
 
 
 def main() -> None:
+    die_with_parent()
     os.umask(0o077)
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     tasks = os.fdopen(os.dup(0), "rb")
@@ -52,6 +61,7 @@ def main() -> None:
     os.dup2(null, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, _on_cpu_time)
+    signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
     settings = json.loads(sys.argv[1])
 
     try:
@@ -65,8 +75,24 @@ def main() -> None:
 
     for line in tasks:
         task = json.loads(line)
-        verdict = _verdict(comparator, task, settings["cpu_seconds"])
-        _reply(replies, {"id": task["id"], **verdict, "rss_mb": _rss_mb()})
+        started = comparator.clock()
+        verdict = _verdict(comparator, task)
+        _reply(replies, {"id": task["id"], **verdict, "seconds": comparator.clock() - started,
+                         "rss_mb": _rss_mb()})
+
+
+def die_with_parent() -> None:
+    """Ends this process, whatever it is doing, when the one that started it has ended."""
+    if sys.platform == "linux":     # when the thread that started it has ended, to be exact
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _algebra(settings: dict[str, Any]) -> Comparator:
@@ -79,7 +105,10 @@ def _algebra(settings: dict[str, Any]) -> Comparator:
 
     logging.disable(logging.CRITICAL)
     _limit(resource.RLIMIT_AS, max(settings["memory_mb"] << 20, START_BYTES))
-    return Comparator(GradeStatus.SYMBOLIC, symbolic.symbolic, symbolic.cpu_share)
+    # What a library does at its first use must not count as the first answer's time.
+    symbolic.symbolic(*WARM_UP)
+    return Comparator(GradeStatus.SYMBOLIC, symbolic.symbolic, symbolic.cpu_share,
+                      time.process_time)
 
 
 def _function(settings: dict[str, Any]) -> Comparator:
@@ -87,34 +116,37 @@ def _function(settings: dict[str, Any]) -> Comparator:
     # Its libraries may reserve any amount of address space while they load: the limit is on top.
     _limit(resource.RLIMIT_AS, _address_space() + (settings["memory_mb"] << 20))
     return Comparator(GradeStatus.FUNCTION, functools.partial(functions.verdict, function),
-                      lambda response, answer: 1.0)
+                      lambda response, answer: 1.0, time.monotonic)
 
 
-def _verdict(comparator: Comparator, task: dict[str, Any], cpu_seconds: float) -> dict[str, Any]:
+def _verdict(comparator: Comparator, task: dict[str, Any]) -> dict[str, Any]:
     global armed
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime + cpu_seconds + HARD_SECONDS)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-
-    cpu_seconds *= comparator.cpu_share(task["prediction"], task["reference"])
+    prediction, reference = task["prediction"], task["reference"]
+    cpu_seconds = task["cpu_seconds"] * comparator.cpu_share(prediction, reference)
     try:
         try:
             armed = True
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds, RETRY_SECONDS)
-            correct = comparator.compare(task["prediction"], task["reference"])
-            return {"correct": correct, "status": comparator.status}
+            signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds + GRACE_SECONDS)
+            return {"correct": comparator.compare(prediction, reference),
+                    "status": comparator.status}
         finally:
-            armed = False
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            _disarm()
     except SoftStop:
-        armed = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        _disarm()
         return {"correct": False, "status": GradeStatus.SOFT_TIMEOUT}
     except MemoryError:
         return {"correct": False, "status": GradeStatus.MEMORY}
     # an answer that crashes the comparison is wrong, and counted
     except (Exception, SystemExit) as error:
         return {"correct": False, "status": GradeStatus.ERROR, "reason": functions.describe(error)}
+
+
+def _disarm() -> None:
+    global armed
+    armed = False
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def _on_cpu_time(number: int, frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from effreason.data import prompts
-from effreason.grading.grader import Grade, Grader, GradeStatus
+from effreason.grading.grader import ANSWERS_PER_BUDGET, Grade, Grader, GradeStatus
 from effreason.grading.kinds import Reference
 from effreason.rl.learner import Learner
 from effreason.runtime import processes, sharding
@@ -27,9 +27,15 @@ from effreason.sampling.engine import Generation, collect
 from effreason.sampling.scheduler import Request, make_requests
 from effreason.types import Problem, Response, Rollouts
 
-GRADED_AT_ONCE = 512                # responses under one grade.step_budget_seconds
 UNDECIDED_LIMIT = 0.02              # share of answers the grader may fail to decide, ...
 UNDECIDED_FEW = 2                   # ... beyond so few that they say nothing of a share
+# What to raise against it; "" = nothing helps.
+UNDECIDED = {GradeStatus.ERROR: "",
+             GradeStatus.BUDGET: "grade.step_budget_seconds or grade.workers"}
+# With a user's function these are no fault of the answer either.
+FUNCTION_UNDECIDED = UNDECIDED | {
+    GradeStatus.SOFT_TIMEOUT: "grade.cpu_seconds", GradeStatus.HARD_KILL: "grade.wall_seconds",
+    GradeStatus.MEMORY: "grade.memory_mb"}
 
 OnChunk = Callable[[GenerationProgress], None]  # called after every chunk; may raise to stop
 # A sampler with its weights, key and distribution.
@@ -74,12 +80,12 @@ class BackgroundGrader:
                  responses: int) -> None:
         self.texts: dict[Name, str] = {}
         self._grader, self._tokenizer, self._problems = grader, tokenizer, problems
-        self._budgets = [grader.budget() for _ in range(0, responses, GRADED_AT_ONCE)]
+        self._budgets = [grader.budget() for _ in range(0, responses, ANSWERS_PER_BUDGET)]
         self._pending: list[tuple[list[Name], Future[list[Grade]]]] = []
 
     def add(self, responses: Sequence[Response]) -> None:
         """Starts to grade finished responses."""
-        budget = self._budgets[len(self.texts) // GRADED_AT_ONCE]
+        budget = self._budgets[len(self.texts) // ANSWERS_PER_BUDGET]
         names = [(response.prompt, response.sample) for response in responses]
         texts = self._tokenizer.batch_decode([response.tokens for response in responses],
                                              skip_special_tokens=True)
@@ -126,8 +132,8 @@ def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size
     background = BackgroundGrader(grader, tokenizer, problems, len(problems) * group_size)
     resumed = log.resumed if log else []
     responses = [response for response in resumed if response.finish]
-    for first in range(0, len(responses), GRADED_AT_ONCE):
-        background.add(responses[first : first + GRADED_AT_ONCE])
+    for first in range(0, len(responses), ANSWERS_PER_BUDGET):
+        background.add(responses[first : first + ANSWERS_PER_BUDGET])
 
     requests = remaining(make_requests(
         [problem.prompt for problem in problems], group_size, max_new_tokens,
@@ -150,7 +156,7 @@ def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size
     grades = background.result()
     names = sorted(grades)          # prompt by prompt: `collect` has checked that all are there
     verdicts = [grades[name] for name in names]
-    check_decided(verdicts)
+    check_decided(verdicts, grader.function)
 
     correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
     return GradedRollouts(problems=list(problems), rollouts=rollouts,
@@ -281,13 +287,20 @@ def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:
     return processes.broadcast("reference answers", lambda: grader.check_references(references))
 
 
-def check_decided(verdicts: Sequence[Grade]) -> None:
-    """Raises Undecided if the grader left more answers undecided than can be passed over."""
-    undecided = [verdict for verdict in verdicts if verdict.status in ("error", "budget")]
-    if len(undecided) > max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts)):
-        reason, count = Counter(verdict.reason for verdict in undecided).most_common(1)[0]
-        late = undecided[0].status == "budget"
+def check_decided(verdicts: Sequence[Grade], function: str | None = None) -> None:
+    """Raises Undecided if the grader left more answers undecided than can be passed over.
+
+    Args: function, the user's own grader, whose limits are not the answers' fault."""
+    remedies = FUNCTION_UNDECIDED if function else UNDECIDED
+    undecided = [verdict for verdict in verdicts if verdict.status in remedies]
+    accepted = max(UNDECIDED_FEW, UNDECIDED_LIMIT * len(verdicts))
+    if function and len(undecided) == len(verdicts):
+        accepted = 0                # it has never worked
+    if len(undecided) > accepted:
+        (status, reason), count = Counter(
+            (verdict.status, verdict.reason) for verdict in undecided).most_common(1)[0]
         raise Undecided(
-            f"the grader could not decide {len(undecided)} of {len(verdicts)} answers, at most "
+            f"{f'grade.function {function}' if function else 'the grader'} could not decide "
+            f"{len(undecided)} of {len(verdicts)} answers, at most "
             f"{100 * UNDECIDED_LIMIT:.0f} % are accepted; {count} of them: {reason}"
-            + ("; raise grade.step_budget_seconds or grade.workers" if late else ""))
+            + (f"; raise {remedies[status]}" if remedies[status] else ""))

@@ -184,20 +184,23 @@ class GradeConfig(Section):
     workers: Count = 2
     """Processes that compare answers symbolically."""
     cpu_seconds: Positive = 1.0
-    """Processor time for one comparison; an answer that takes longer counts as wrong."""
+    """Processor time for one comparison; an answer that takes longer counts as wrong. Each answer
+    gets a short first try, slow ones then a second try with this limit."""
     wall_seconds: Positive = 8.0
-    """Clock time for one comparison; after that the process is replaced and the answer counts as
-    wrong."""
+    """Clock time for one comparison that only sleeps; after that the process is replaced and the
+    answer counts as wrong. Time in which it waits for a processor does not decide."""
     memory_mb: Count = 2048
     """Memory for each process, in MiB."""
     step_budget_seconds: Positive = 30.0
-    """Clock time for all comparisons of a step, or of 512 responses in an evaluation; answers not
-    compared by then count as wrong."""
+    """Processor time of each worker (with grade.function: clock time) for 512 responses of a step
+    or an evaluation; answers not compared by then count as wrong. Second tries may use half of
+    it."""
     require_eos: bool = True
     """Count a response that was cut off as wrong, even if it contains the right answer."""
     function: str | None = None
     """Your own grader, module:function, used instead of the built-in one: it takes (response,
-    reference) and returns true if the response is correct."""
+    reference) and returns true if the response is correct. The run stops if it fails, or reaches
+    one of the limits above, on more than 2 % of the responses of a step."""
 
 
 @dataclasses.dataclass(frozen=True)

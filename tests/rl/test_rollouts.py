@@ -58,8 +58,8 @@ def playing(*chunks, begun=()):
 class Right:
     """A grader that finds right what holds a 7, and remembers what it was asked, call by call."""
 
-    def __init__(self, status="exact"):
-        self.calls, self.status = [], status
+    def __init__(self, status="exact", function=None):
+        self.calls, self.status, self.function = [], status, function
 
     def budget(self):
         return object()
@@ -234,6 +234,26 @@ def test_answers_that_stay_undecided_stop_the_run():
         attempted(playing(chunk), [problem(0)], 3, Right("budget"))
     # two say nothing of a share
     assert attempted(playing(chunk[:2]), [problem(0)], 2, Right("budget")).correct.all()
+
+
+@pytest.mark.parametrize(("status", "raise_"), [
+    ("memory", "; raise grade.memory_mb"), ("soft_timeout", "; raise grade.cpu_seconds"),
+    ("hard_kill", "; raise grade.wall_seconds"), ("error", ""),
+    ("budget", "; raise grade.step_budget_seconds or grade.workers")])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_function_that_always_fails_stops_the_run(status, raise_, count):
+    chunk = [response(0, sample, "7") for sample in range(count)]
+    line = (f"^grade.function my:own could not decide {count} of {count} answers, at most 2 % are "
+            f"accepted; {count} of them: {raise_}$")
+    with pytest.raises(rollouts.Undecided, match=line):
+        attempted(playing(chunk), [problem(0)], count, Right(status, "my:own"))
+
+
+def test_the_limits_of_the_built_in_grader_are_the_answers_fault():
+    chunk = [response(0, sample, "7") for sample in range(8)]
+    attempted(playing(chunk), [problem(0)], 8, Right("soft_timeout"))
+    rollouts.check_decided([Grade(False, None, "memory", 0.0)] * 2
+                           + [Grade(False, None, "function", 0.0)] * 98, "my:own")
 
 
 def test_groups_take_the_place_of_others_with_all_that_is_known_of_them():
