@@ -53,7 +53,7 @@ class Prompt:
 def read(path: Path) -> Iterator[Prompt]:
     """Yields the prompts of a file. Raises: UserError naming the line."""
     empty = True
-    for place, values in files.jsonl_rows(path):
+    for place, values in files.file_rows(path):
         empty = False
         yield _prompt(values, place)
     if empty:

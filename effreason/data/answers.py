@@ -1,29 +1,50 @@
 """Reads a data set's answer column: the final answer of a solution, the letter of a choice."""
 
+import ast
+import json
 import re
 import string
+import warnings
 from typing import Any
 
+import numpy as np
+
+from effreason.data.columns import as_text
 from effreason.grading.extraction import extract_answer
 
 OPTION = re.compile(r"^\(([A-Z])\) ?(.*)$", re.MULTILINE)
 
 
-def as_text(value: Any) -> str:
-    """Returns a value of a data set as text.
+def reference(value: Any, answer_from: str) -> str:
+    """Returns the reference answer in an answer column's value, "" if there is none.
 
-    Raises ValueError for anything but text and numbers, and for half of a surrogate pair, which
-    JSON can contain as \\ud800 and which is no character."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"must be text or a number, found {type(value).__name__}")
+    A list of one answer is that answer. Of several any is right: they are a JSON list, as
+    `kinds.Reference` reads it. Raises ValueError for what is no text, number or list of these."""
+    found = dict.fromkeys(filter(None, (extract(as_text(entry), answer_from)
+                                        for entry in _entries(value))))
+    return json.dumps(list(found), ensure_ascii=False) if len(found) > 1 else "".join(found)
 
-    text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"contains half of a surrogate pair, {ascii(text[error.start])}, at "
-                         f"character {error.start + 1}, which is no text") from None
-    return text
+
+def _entries(value: Any) -> list[Any]:
+    """Returns the answers in a list, also in the text of one; other values as the only entry.
+
+    Text is a list if its entries are texts or a single number: [1, 2] is an interval."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, str) and value.strip().startswith("["):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                with warnings.catch_warnings(action="ignore"):      # of escapes such as \s
+                    listed = parse(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            is_number = len(listed) == 1 and isinstance(listed[0], int | float)
+            if is_number or all(isinstance(entry, str) for entry in listed):
+                value = listed
+                break
+    if not isinstance(value, list | tuple):
+        return [value]
+    return [entry for part in value for entry in _entries(part)]
 
 
 def extract(text: str, answer_from: str) -> str:

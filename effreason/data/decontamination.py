@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Protocol, TypeVar
 
 # What copies of a problem differ in: spacing, $ instead of \[, and \left(. Signs, brackets and dots
@@ -25,7 +25,15 @@ class Text(Protocol):
     def text(self) -> str: ...
 
 
+class WithAnswer(Text, Protocol):
+    """The same with its reference answer."""
+
+    @property
+    def reference(self) -> str: ...
+
+
 Item = TypeVar("Item", bound=Text)
+Graded = TypeVar("Graded", bound=WithAnswer)
 
 
 def key(text: str) -> str:
@@ -42,17 +50,23 @@ def keys(problems: Iterable[Text]) -> set[str]:
     return {key(problem.text) for problem in problems}
 
 
-def duplicates(rows: Sequence[Item], seen: set[str]) -> tuple[list[Item], list[Item]]:
+def duplicates(rows: Sequence[Graded], seen: dict[str, str]) -> tuple[list[Graded], list[Graded]]:
     """Splits rows into those that are new and those that repeat an earlier one.
 
-    `seen` has the keys of all earlier rows; those of these rows are added to it."""
-    first: list[Item] = []
-    repeated: list[Item] = []
+    `seen` has the answers of all earlier rows by their keys; those of the new rows are added."""
+    first: list[Graded] = []
+    repeated: list[Graded] = []
     for row in rows:
         row_key = key(row.text)
         (repeated if row_key in seen else first).append(row)
-        seen.add(row_key)
+        seen.setdefault(row_key, row.reference)
     return first, repeated
+
+
+def contradictions(repeated: Iterable[Graded], seen: Mapping[str, str]) -> list[tuple[Graded, str]]:
+    """Returns the repeated rows whose answer is another text, each with the earlier answer."""
+    pairs = [(row, seen[key(row.text)]) for row in repeated]
+    return [(row, answer) for row, answer in pairs if key(row.reference) != key(answer)]
 
 
 def contaminated(rows: Sequence[Item], held_out: Set[str]) -> tuple[list[Item], list[Item]]:

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effreason.data.files import Rows, one_line
+from effreason.data.files import SAVED_FILES, Rows, one_line
 from effreason.runtime.errors import UserError
 
-SAVED_FILES = ("state.json", "dataset_dict.json")   # only in folders written by save_to_disk
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 CONNECT_SECONDS = 10
 

@@ -1,20 +1,24 @@
 """Reads, cleans and tokenises the data sets of a run, and keeps account of what is left out."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from effreason.data import decontamination, sources, templates
 from effreason.data.presets import PRESETS
 from effreason.data.prompts import ROWS_PER_SOURCE, LeftOut, Problems, Source
 from effreason.data.sources import Row, Spec, Unusable
 from effreason.data.templates import Template
+from effreason.grading import kinds
+from effreason.grading.readable import unreadable_reason
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.types import Problem
 
 # Returns the indices of problems whose reference answer the grader cannot match with itself.
 FindUnmatched = Callable[[Sequence[Problem]], Sequence[int]]
+
+Item = TypeVar("Item", Row, Problem)
 
 TOKENIZED_ROWS = 1024               # rendered and tokenised at once
 EXAMPLES = 3                        # in a note
@@ -26,7 +30,7 @@ def load_training(config: Config, tokenizer: Any, template: Template,
 
     Leaves out repeated problems, those of the evaluation sets, and those that cannot be graded: no
     response to them is ever right. Raises UserError that names the field, or file and line."""
-    data, seen = config.data, set[str]()
+    data, seen = config.data, dict[str, str]()
     specs = sources.parse(data.path, "data.path")
     if len(specs) * ROWS_PER_SOURCE > 2**31:
         raise UserError(f"data.path must name at most {2**31 // ROWS_PER_SOURCE} data sets, "
@@ -42,14 +46,19 @@ def load_training(config: Config, tokenizer: Any, template: Template,
         account = _Account(spec.name, total=len(rows) + len(unusable))
         account.drop_unusable(unusable)
 
+        account.describe_rows(rows, data.user_prompt)
+
         clean, repeated = decontamination.duplicates(rows, seen)
         rows = account.apply_policy(data.duplicates, clean, repeated, rows,
                                     "repeats an earlier one", "that repeat an earlier one")
+        account.describe_contradictions(decontamination.contradictions(repeated, seen))
         for name, keys in excluded:
             clean, contaminated = decontamination.contaminated(rows, keys)
             rows = account.apply_policy(data.contaminated, clean, contaminated, rows,
                                         f"is in {name}", f"that are in {name}")
 
+        rows, unreadable = _unreadable(rows, config)
+        account.drop_unreadable(unreadable)
         problems, too_long = _tokenize(rows, tokenizer, template, data.max_prompt_tokens, index)
         account.drop_too_long(too_long, data.max_prompt_tokens)
 
@@ -82,6 +91,7 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
                                       field="evaluation.path")
         account = _Account(spec.name, total=len(rows) + len(unusable))
         account.drop_unusable(unusable)
+        account.describe_rows(rows, data.user_prompt)
         problems, too_long = _tokenize(rows, tokenizer, template, data.max_prompt_tokens, 0,
                                        settings.problems)
         account.drop_too_long(too_long, data.max_prompt_tokens)
@@ -89,6 +99,8 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
             raise UserError(f"evaluation.path: no problem of {spec.name} is left; "
                             f"{'; '.join(account.notes)}")
 
+        for reason, group in _unreadable(problems, config)[1].items():
+            account.keep(len(group), _describe_unreadable(group, reason))
         if find_unmatched is not None and (unmatched := find_unmatched(problems)):
             account.keep(len(unmatched), _describe_unmatched([problems[row] for row in unmatched]))
         held_out[spec.name] = problems
@@ -111,15 +123,15 @@ def _evaluation_specs(config: Config) -> tuple[Spec, ...]:
 
 
 def _check_subset(config: Config) -> None:
-    """Raises UserError if no data set uses data.subset, which is for sets on the Hub by id."""
+    """Raises UserError if no data set uses data.subset, which is for ids on the Hub and folders."""
     data = config.data
     paths = {"data.path": data.path, "evaluation.path": config.evaluation.path,
              "data.exclude": data.exclude}
     specs = itertools.chain.from_iterable(
         sources.parse(path, field) for field, path in paths.items() if path)
     if data.subset is not None and not any(sources.takes_subset(spec.name) for spec in specs):
-        raise UserError(f"data.subset is for sets on the Hub by their id, and {data.path} is none, "
-                        f"got {data.subset!r}")
+        raise UserError(f"data.subset is for sets on the Hub by their id and for folders of data "
+                        f"files, and {data.path} is none, got {data.subset!r}")
 
 
 def _excluded_keys(config: Config) -> Iterable[tuple[str, set[str]]]:
@@ -163,9 +175,35 @@ def _tokenize(rows: Sequence[Row], tokenizer: Any, template: Template, max_token
     return problems, too_long
 
 
+def _unreadable(rows: Sequence[Item], config: Config) -> tuple[list[Item], dict[str, list[Item]]]:
+    """Returns the rows whose answer the grader can read, and the others by the reason.
+
+    Words and a user's grade.function may have any answer."""
+    readable: list[Item] = []
+    unreadable: dict[str, list[Item]] = {}
+    for row in rows:
+        reasons: list[str | None] = [None]
+        if row.kind == "math" and config.grade.function is None:
+            reasons = [unreadable_reason(answer) for answer in kinds.alternatives(row.reference)]
+        if None in reasons:
+            readable.append(row)
+        else:
+            unreadable.setdefault(str(reasons[0]), []).append(row)
+    return readable, unreadable
+
+
+def _describe_unreadable(rows: Sequence[Row | Problem], reason: str) -> str:
+    return f"whose answer {reason}, such as {_references(rows)}"
+
+
 def _describe_unmatched(problems: Sequence[Problem]) -> str:
-    references = ", ".join(repr(problem.reference[:60]) for problem in problems[:EXAMPLES])
-    return f"whose answer the grader cannot match with itself, such as {references}"
+    return ("whose answer the grader cannot match with itself, such as "
+            f"{_references(problems)}")
+
+
+def _references(rows: Sequence[Row | Problem]) -> str:
+    distinct = dict.fromkeys(repr(row.reference[:60]) for row in rows)
+    return ", ".join(list(distinct)[:EXAMPLES])
 
 
 class _Account:
@@ -192,6 +230,31 @@ class _Account:
             if rows:
                 self.drop([(row.number, row.text) for row in rows], reason,
                           description.format(rows[0].location))
+
+    def describe_rows(self, rows: Sequence[Row], user_prompt: str) -> None:
+        """Notes what may surprise in how rows were read."""
+        if mended := [row for row in rows if row.is_mended]:
+            self.notes.append(
+                f"{self.name}: mended {len(mended):,} whose backslashes JSON had taken for "
+                f"escapes, such as {decontamination.example(mended[0])} with the answer "
+                f"{mended[0].reference[:60]!r}")
+        if any(row.is_messages for row in rows) and user_prompt.strip() != "{problem}":
+            self.notes.append(
+                f"{self.name}: its problems are messages, which may have instructions of their "
+                'own; data.user_prompt adds to them: "{problem}" leaves them as they are')
+
+    def describe_contradictions(self, pairs: Sequence[tuple[Row, str]]) -> None:
+        if pairs:
+            row, answer = pairs[0]
+            self.notes.append(
+                f"{self.name}: {len(pairs):,} of these have another answer than the earlier one, "
+                f"such as {decontamination.example(row)}: {row.reference[:60]!r}, earlier "
+                f"{answer[:60]!r}")
+
+    def drop_unreadable(self, unreadable: Mapping[str, Sequence[Row]]) -> None:
+        for reason, rows in unreadable.items():
+            self.drop([(row.number, row.text) for row in rows], f"has an answer that {reason}",
+                      _describe_unreadable(rows, reason))
 
     def drop_too_long(self, rows: Sequence[Row], max_tokens: int) -> None:
         self.drop([(row.number, row.text) for row in rows], "has a prompt that is too long",

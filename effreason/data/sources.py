@@ -1,16 +1,17 @@
-"""Rows of the data sets of a path: presets, Hub ids, JSONL, Parquet, saved folders, tiny."""
+"""Rows of the data sets of a path: presets, Hub ids, files and folders, tiny."""
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from effreason.data import answers, files
+from effreason.data import answers, columns, files
 from effreason.data.files import Rows
 from effreason.data.hub import hub_rows
 from effreason.data.presets import PRESETS, Preset
@@ -22,9 +23,11 @@ TINY_PROBLEMS = 3000                # of tiny, to train on
 TINY_HELD_OUT = 1500                # of tiny, to evaluate on
 TINY_NOVEL = 200                    # of each tiny set that training never sees
 BUILT_IN = ("tiny", *tasks.NOVEL)
-SINGLE_LEVEL = "all"
+SINGLE_LEVEL = "all"                # of a set without levels
+NO_LEVEL = "none"                   # of a row without one in a set that has them
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt", ".gz", ".bz2", ".xz",
+            ".zst")
 WITHOUT_TEXT, WITHOUT_ANSWER = "has no problem text", "has no answer"
 
 
@@ -38,6 +41,8 @@ class Row:
     level: str = SINGLE_LEVEL
     kind: str = "math"              # math | choice | text
     choices: tuple[str, ...] = ()
+    is_messages: bool = False       # the problem is the user's turn of a conversation
+    is_mended: bool = False         # LaTeX had lost its backslashes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +74,7 @@ class _Columns:
     choices: str | None = None
     require_choices: bool = True    # a row without them is an error
     level: str | None = None
-    require_level: bool = True
-    allow_null: bool = False        # a row whose text or answer is null is left out, not an error
+    require_level: bool = True      # a set in which no row has one is an error
 
 
 def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
@@ -133,8 +137,9 @@ def check(path: str, data: DataConfig, field: str, *, held_out: bool = False,
 
 
 def takes_subset(name: str) -> bool:
-    """Returns whether data.subset applies to a set: it is on the Hub, named by its id."""
-    return name not in BUILT_IN and name not in PRESETS and not os.path.exists(name)
+    """Returns whether data.subset applies to a set: an id on the Hub, or a folder of data files."""
+    return (name not in BUILT_IN and name not in PRESETS and not os.path.isfile(name)
+            and not files.is_saved(Path(name)))
 
 
 def has_test(name: str) -> bool:
@@ -159,32 +164,35 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
         return _built_in_rows(name, held_out), []
 
     if name in PRESETS:
-        columns, rows = _preset_rows(name, data, held_out, split)
+        layout, rows = _preset_rows(name, data, held_out, split)
     else:
-        columns = _Columns(data.problem_field, data.answer_field, data.answer_from,
-                           data.answer_kind, data.choices_field, level=data.level_field)
+        layout = _Columns(data.problem_field, data.answer_field, data.answer_from,
+                          data.answer_kind, data.choices_field, level=data.level_field)
         split = split or ("test" if held_out else "train")
         if os.path.exists(name):
-            rows = files.file_rows(Path(name), split)
+            rows = files.path_rows(Path(name), data.subset, split)
         else:
             _check_hub_id(name, field)
-            columns = dataclasses.replace(columns, allow_null=True)
             rows = hub_rows(name, data.subset, split)
 
     usable: list[Row] = []
     unusable: list[Unusable] = []
     for number, (location, values) in enumerate(rows):
-        row = _parse_row(number, values, columns, location)
+        row = _parse_row(number, values, layout, location)
         if isinstance(row, Row):
             usable.append(row)
         else:
             unusable.append(row)
     if not usable:
-        raise UserError(_all_unusable(name, unusable, columns))
+        raise UserError(_all_unusable(name, unusable, layout))
+    if layout.level is not None and all(row.level == NO_LEVEL for row in usable):
+        if layout.require_level:
+            raise UserError(f"{name}: no row has a level in column {layout.level!r}")
+        usable = [dataclasses.replace(row, level=SINGLE_LEVEL) for row in usable]
     return usable, unusable
 
 
-def _all_unusable(name: str, unusable: Sequence[Unusable], columns: _Columns) -> str:
+def _all_unusable(name: str, unusable: Sequence[Unusable], layout: _Columns) -> str:
     if not unusable:
         return f"{name}: has no rows"
 
@@ -192,9 +200,9 @@ def _all_unusable(name: str, unusable: Sequence[Unusable], columns: _Columns) ->
     if any(row.reason != last.reason for row in unusable):
         scope = f"and one or the other in all {len(unusable)} rows of {name}"
     if last.reason == WITHOUT_TEXT:
-        return f"{last.location}: no problem in column {columns.problem!r}, {scope}"
-    return (f"{last.location}: no answer in column {columns.answer!r} as data.answer_from = "
-            f"{columns.answer_from} reads it, {scope}")
+        return f"{last.location}: no problem in column {layout.problem!r}, {scope}"
+    return (f"{last.location}: no answer in column {layout.answer!r} as data.answer_from = "
+            f"{layout.answer_from} reads it, {scope}")
 
 
 def _parse_weight(number: str, description: str) -> float:
@@ -266,20 +274,19 @@ def _preset_rows(name: str, data: DataConfig, held_out: bool,
                  split: str | None) -> tuple[_Columns, Rows]:
     preset, file = PRESETS[name], _local_copy(name, data, held_out, split)
     if file is not None:
-        columns = _Columns("problem", "answer", "whole", preset.kind, "choices",
-                           require_choices=False, level="level", require_level=False)
-        return columns, files.jsonl_rows(file)
+        layout = _Columns("problem", "answer", "whole", preset.kind, "choices",
+                          require_choices=False, level="level", require_level=False)
+        return layout, files.file_rows(file)
 
     assert preset.hub is not None
     split = split or str(preset.test if held_out else preset.train)
     rows: Rows = itertools.chain.from_iterable(
         hub_rows(preset.hub, subset, split) for subset in preset.subsets)
     is_shaped = preset.shape is not None
-    columns = _Columns(
+    layout = _Columns(
         "problem" if is_shaped else preset.problem, "answer" if is_shaped else preset.answer,
-        preset.answer_from, preset.kind, preset.choices, level=preset.level, require_level=False,
-        allow_null=True)
-    return columns, _shaped(rows, preset) if is_shaped else rows
+        preset.answer_from, preset.kind, preset.choices, level=preset.level, require_level=False)
+    return layout, _shaped(rows, preset) if is_shaped else rows
 
 
 def _shaped(rows: Rows, preset: Preset) -> Rows:
@@ -288,50 +295,60 @@ def _shaped(rows: Rows, preset: Preset) -> Rows:
         try:
             yield location, preset.shape(row)
         except KeyError as error:
-            raise UserError(f"{location}: has no field {error}, found {_names(row)}") from None
+            raise UserError(f"{location}: has no field {error}, found {', '.join(row)}"
+                            ) from None
 
 
-def _parse_row(number: int, row: dict[str, Any], columns: _Columns,
+def _parse_row(number: int, row: dict[str, Any], layout: _Columns,
                location: str) -> Row | Unusable:
-    text = _text(row, columns.problem, location, allow_null=columns.allow_null)
+    value = _field(row, layout.problem, location)
+    turns = columns.messages(value)
+    with _located(location, layout.problem):
+        text = columns.as_text(value) if turns is None else columns.user_text(turns)
     if not text.strip():
         return Unusable(number, location, WITHOUT_TEXT, text)
-    answer = _text(row, columns.answer, location, allow_null=columns.allow_null)
-    reference = answers.extract(answer, columns.answer_from)
+
+    answer = _field(row, layout.answer, location)
+    choices: tuple[str, ...] = ()
+    with _located(location, layout.answer):
+        reference = answers.reference(answer, layout.answer_from)
     if not reference:
         return Unusable(number, location, WITHOUT_ANSWER, text)
 
-    level = SINGLE_LEVEL
-    if columns.level is not None and (columns.require_level or row.get(columns.level) is not None):
-        level = _text(row, columns.level, location)
-    if columns.kind != "choice":
-        return Row(number=number, text=text, reference=reference, level=level, kind=columns.kind)
+    if layout.kind == "choice":
+        listed = None
+        if layout.choices is not None and (layout.require_choices or layout.choices in row):
+            listed = _field(row, layout.choices, location)
+        with _located(location):
+            text, reference, choices = answers.choose(text, answer, reference, listed)
+    return Row(number=number, text=text, reference=reference, level=_level(row, layout, location),
+               kind=layout.kind, choices=choices, is_messages=turns is not None,
+               is_mended=columns.is_damaged(value) or columns.is_damaged(answer))
 
-    listed = None
-    if columns.choices is not None and (columns.require_choices or columns.choices in row):
-        if columns.choices not in row:
-            raise UserError(f"{location}: has no field {columns.choices!r}, found {_names(row)}")
-        listed = row[columns.choices]
+
+def _level(row: dict[str, Any], layout: _Columns, location: str) -> str:
+    if layout.level is None:
+        return SINGLE_LEVEL
     try:
-        text, reference, choices = answers.choose(text, row[columns.answer], reference, listed)
-    except ValueError as error:
-        raise UserError(f"{location}: {error}") from None
-    return Row(number=number, text=text, reference=reference, level=level, kind="choice",
-               choices=choices)
+        value = columns.lookup(row, layout.level)
+    except LookupError:
+        return NO_LEVEL
+    with _located(location, layout.level):
+        return columns.as_text(value).strip() or NO_LEVEL
 
 
-def _text(row: dict[str, Any], field: str, location: str, *, allow_null: bool = False) -> str:
-    """Returns a field as text; a null is "" if allowed, otherwise an error."""
-    if field not in row:
-        raise UserError(f"{location}: has no field {field!r}, found {_names(row)}")
-    if allow_null and row[field] is None:
-        return ""
+def _field(row: dict[str, Any], field: str, location: str) -> Any:
     try:
-        return answers.as_text(row[field])
+        return columns.lookup(row, field)
+    except LookupError as error:
+        raise UserError(f"{location}: {error.args[0]}") from None
+
+
+@contextlib.contextmanager
+def _located(location: str, field: str | None = None) -> Iterator[None]:
+    """Turns a ValueError about a value into a UserError that says which one it is."""
+    try:
+        yield
     except ValueError as error:
-        raise UserError(f"{location}: field {field!r} {error}") from None
-
-
-def _names(row: dict[str, Any]) -> str:
-    """Returns the names of a row's fields; JSON may contain names that are not valid Unicode."""
-    return ", ".join(row).encode("utf-8", "backslashreplace").decode() or "none"
+        name = "" if field is None else f"field {field!r} "
+        raise UserError(f"{location}: {name}{error}") from None

@@ -95,7 +95,8 @@ def first_answer_token(problem: Problem, row: GradedResponse) -> float | None:
     exact offsets would need every prefix decoded. A correct response states the reference with its
     final answer at the latest."""
     text = row.response
-    characters = first_stated(text, make_reference(problem))
+    stated = [first_stated(text, answer) for answer in make_reference(problem).each()]
+    characters = min((end for end in stated if end is not None), default=None)
     if row.correct:
         characters = min(characters or len(text), end_of_answer(text))
     return None if characters is None or not text else round(row.tokens * characters / len(text), 1)

@@ -138,7 +138,8 @@ class Grader:
         """Grades each response against its reference, within the budget. No text makes it raise.
 
         Args:
-            references: one for each response; a string is a `Reference` of kind "math".
+            references: one for each response; a string is a `Reference` of kind "math". If it has
+                several answers, one that is matched is enough.
             budget: None for step_budget_seconds for this call alone.
             bare: the responses are the answers themselves, without a box.
         Raises: ValueError for lists of different lengths or an unknown kind; RuntimeError if
@@ -161,7 +162,15 @@ class Grader:
                 self._pool.wait_ready()  # loading is not grading: it costs nothing of the budget
             self._ready = True
 
-        return self._grade(responses, typed, budget or self.budget(), bare)
+        pairs = [(row, answer) for row, reference in enumerate(typed)
+                 for answer in reference.each()]
+        grades = self._grade([responses[row] for row, _ in pairs],
+                             [answer for _, answer in pairs], budget or self.budget(), bare)
+        best: dict[int, Grade] = {}     # of the answers any of which is right
+        for (row, _), grade in zip(pairs, grades, strict=True):
+            if row not in best or grade.correct > best[row].correct:
+                best[row] = grade
+        return list(best.values())
 
     def submit(self, responses: Sequence[str], references: Sequence[str | Reference],
                budget: Budget | None = None) -> "concurrent.futures.Future[list[Grade]]":
@@ -183,8 +192,8 @@ class Grader:
 
     def grade_references(self, references: Sequence[str | Reference]) -> list[Grade]:
         r"""Grades \boxed{reference} for every reference."""
-        answers = [reference if isinstance(reference, str) else reference.answer
-                   for reference in references]
+        answers = [kinds.alternatives(reference if isinstance(reference, str)
+                                      else reference.answer)[0] for reference in references]
         if self.function is not None:
             return [Grade(True, answer, GradeStatus.FUNCTION, 0.0, "not checked")
                     for answer in answers]

@@ -1,8 +1,9 @@
 """Defines reference answers and their kinds: "math", "choice" (of several) and "text" (words)."""
 
+import json
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from effreason.grading.exact import exact
 
@@ -33,9 +34,26 @@ ANOTHER_LETTER = re.compile(
 class Reference:
     """A reference answer and how responses are compared with it."""
 
-    answer: str                     # for kind "choice", its letter or its text
+    # For kind "choice", its letter or its text. A JSON list of texts: any of them is right.
+    answer: str
     kind: str = "math"              # one of KINDS
     choices: tuple[str, ...] = ()   # the texts of A, B, C, ...; () if unknown
+
+    def each(self) -> "list[Reference]":
+        """Returns a reference for each of the answers any of which is right."""
+        return [replace(self, answer=answer) for answer in alternatives(self.answer)]
+
+
+def alternatives(answer: str) -> list[str]:
+    """Returns the texts of a JSON list, any of which is right; another answer alone."""
+    if answer.startswith('["'):
+        try:
+            listed = json.loads(answer)
+        except (ValueError, RecursionError):
+            return [answer]
+        if all(isinstance(entry, str) for entry in listed):
+            return listed
+    return [answer]
 
 
 def same_choice(answer: str, reference: Reference) -> bool:

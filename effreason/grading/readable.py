@@ -11,7 +11,7 @@ MISSING = {"nan", "null", "nil", "n/a", "<na>", "[]", '""', "''", "-", "--", "?"
 NO_ANSWER = re.compile(
     r"(?:the )?(?:proofs?|prove[nd]?|q\.?e\.?d)\b|(?:please )?(?:see|refer to|as shown in)\b"
     r"|(?:answers? )?(?:may|will) vary|(?:no|not|none)(?: answer)? (?:given|provided|available)"
-    r"|(?:solution|answer) (?:omitted|above|below|not found)", re.IGNORECASE)
+    r"|not ?found\b|(?:solution|answer) (?:omitted|above|below|not found)", re.IGNORECASE)
 LIST = re.compile(r"""[\[(]\s*(['"]).*\1\s*,?\s*[\])]|\{\s*(['"])[^'"]*\2\s*:.*\}""", re.DOTALL)
 PICTURE = re.compile(r"!\[|https?://|\[asy\]|\\includegraphics|<img\b")
 

@@ -70,20 +70,23 @@ class DataConfig(Section):
 
     path: str = "tiny"
     """"tiny" = generated arithmetic; a preset, such as gsm8k; the id of a data set on the Hugging
-    Face Hub, optionally at a commit, org/name@REVISION; a JSONL or Parquet file; or a folder saved
-    by `datasets`. Several sets: gsm8k,math are merged into one pool; gsm8k=0.3,math=0.7 is a
-    mixture with these shares in every step."""
+    Face Hub, optionally at a commit, org/name@REVISION; a JSONL, JSON, CSV or Parquet file; or a
+    folder of such files, or saved by `datasets`. Several sets: gsm8k,math are merged into one pool;
+    gsm8k=0.3,math=0.7 is a mixture with these shares in every step."""
     directory: str | None = None
     """Folder with local copies of the presets, DIRECTORY/PRESET/train.jsonl and test.jsonl, read
     instead of the Hub; docs/data.md lists the names of the folders. null = the Hub."""
     subset: str | None = None
-    """Configuration of a Hub data set that has several; presets set their own."""
+    """Configuration of a Hub data set, or of a folder of data files, that has several; presets set
+    their own."""
     split: str | None = None
-    """Split of a Hub data set or saved folder to train on; null = the preset's split, or train."""
+    """Split of a Hub data set or folder to train on; null = the preset's split, or train."""
     problem_field: str = "problem"
-    """Column with the text of the problem; presets set their own columns."""
+    """Column with the text of the problem, or with messages, of which it is the user's; presets set
+    their own columns. A nested entry is a.b or a[0]: reward_model.ground_truth, prompt[1].content.
+    """
     answer_field: str = "answer"
-    """Column with the reference answer."""
+    """Column with the reference answer, or a list of answers, any of which is right."""
     choices_field: str | None = None
     """Column with the choices of a multiple-choice problem, a list or an object from letters to
     texts; null = there are none, or the problem's text contains them."""

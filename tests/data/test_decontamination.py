@@ -10,6 +10,7 @@ from effreason.data import decontamination
 @dataclasses.dataclass(frozen=True)
 class Item:
     text: str
+    reference: str = ""
 
 
 @pytest.mark.parametrize(("one", "other"), [
@@ -35,11 +36,17 @@ def test_other_problems_have_other_keys(one, other):
 
 
 def test_the_first_of_a_kind_is_kept_across_calls():
-    seen = set()
+    seen = {}
     first, repeated = decontamination.duplicates([Item("a b"), Item("c"), Item("A B")], seen)
     assert [item.text for item in first] == ["a b", "c"] and [item.text
                                                               for item in repeated] == ["A B"]
     assert decontamination.duplicates([Item("C"), Item("d")], seen) == ([Item("d")], [Item("C")])
+
+
+def test_repeated_problems_with_another_answer_are_found():
+    rows = [Item("a", "1"), Item("b", "$x + 1$"), Item("A", "2"), Item("B", "x+1"), Item("a", "1")]
+    _, repeated = decontamination.duplicates(rows, seen := {})
+    assert decontamination.contradictions(repeated, seen) == [(Item("A", "2"), "1")]
 
 
 def test_held_out_problems_are_found():

@@ -9,7 +9,7 @@ import pytest
 
 from effreason.data import loading, prompts, sources, templates
 from effreason.data.tiny import tokenizer
-from effreason.runtime.config import Config, DataConfig, EvaluationConfig
+from effreason.runtime.config import Config, DataConfig, EvaluationConfig, GradeConfig
 from effreason.runtime.errors import UserError
 
 DATA = DataConfig(path="tiny", user_prompt="{problem}")
@@ -181,6 +181,76 @@ def test_all_that_is_left_out_is_listed_with_its_row_and_reason(tmp_path, charac
     assert {row.number for row in kept.left_out} == {0, 3, 4}
 
 
+def test_answers_that_cannot_be_read_are_left_out_by_their_reason(tmp_path, characters):
+    rows = [*texts("(1)", "(2)", "(3)", "(4)", "(5)", "(6)"), {"problem": "(7)", "answer": None},
+            {"problem": "(8)", "answer": float("nan")}, {"answer": "1", "problem": None}]
+    for row, answer in enumerate(("3", "proof", "nan", "proof", ["5", "null"], ["null", "proof"])):
+        rows[row]["answer"] = answer
+    path = write(tmp_path / "a.jsonl", rows)
+    problems = training(characters, config(path=path))
+    assert [problem.reference for problem in only(problems)] == ["3", '["5", "null"]']
+    proof = "tells of a proof, a solution or a figure, which is no answer"
+    assert problems.notes == (
+        f"{path}: 2 problems to train on",
+        f"{path}: left out 1 without a problem's text, such as {path}:9",
+        f"{path}: left out 2 without an answer",
+        f"{path}: left out 2 whose answer {proof}, such as 'proof'",
+        f"{path}: left out 1 whose answer is nan, no answer, such as 'nan'",
+        f"{path}: left out 1 whose answer is null, no answer, such as '[\"null\", \"proof\"]'")
+    found, notes = held_out(characters, config(evaluation=EvaluationConfig(path=path)))
+    assert len(found[path]) == 6 and f"{path}: has 2 whose answer {proof}, such as 'proof'" in notes
+
+    user = Config(data=dataclasses.replace(DATA, path=path),
+                  grade=GradeConfig(function="my:grader"), evaluation=EvaluationConfig(problems=0))
+    assert len(training(characters, user)) == 6
+    assert len(training(characters, config(path=path, answer_kind="text"))) == 6
+
+
+def test_repeated_problems_with_another_answer_are_counted_apart(tmp_path, characters):
+    path = write(tmp_path / "a.jsonl", [
+        {"problem": "(1)", "answer": answer} for answer in ("3", "4", "3", "5")])
+    problems = training(characters, config(path=path))
+    assert problems.notes[1:] == (
+        f"{path}: left out 3 that repeat an earlier one, such as '(1)'",
+        f"{path}: 2 of these have another answer than the earlier one, such as '(1)': '4', "
+        "earlier '3'")
+
+
+def test_what_json_has_eaten_of_latex_is_mended_and_counted(tmp_path, characters):
+    path = write(tmp_path / "a.jsonl", [
+        *texts("(1)"), r'{"problem": "(2)\times3", "answer": "\frac{1}{2}"}', "\n"])
+    problems = training(characters, config(path=path))
+    assert [problem.text for problem in only(problems)] == ["(1)", r"(2)\times3"]
+    assert only(problems)[1].reference == r"\frac{1}{2}"
+    assert (f"{path}: mended 1 whose backslashes JSON had taken for escapes, such as "
+            r"'(2)\\times3' with the answer '\\frac{1}{2}'") in problems.notes
+
+
+def test_messages_are_problems_and_their_own_instructions_are_noted(tmp_path, characters):
+    path = write(tmp_path / "a.jsonl", [
+        {"prompt": [{"role": "user", "content": "(1)"}], "reward_model": {"ground_truth": "3"}}])
+    columns = {"problem_field": "prompt", "answer_field": "reward_model.ground_truth"}
+    problems = training(characters, config(path=path, **columns))
+    assert [(problem.text, problem.reference) for problem in only(problems)] == [("(1)", "3")]
+    assert len(problems.notes) == 1
+    problems = training(characters, config(path=path, user_prompt="Solve {problem}", **columns))
+    assert "data.user_prompt adds to them" in problems.notes[1]
+
+
+@pytest.mark.parametrize(("levels", "expected"), [
+    ([1.0, None, 0.5], ["1", "none", "0.5"]), ([float("nan"), 3, 3.0], ["none", "3", "3"]),
+    ([None, "", "easy"], ["none", "none", "easy"])])
+def test_a_problem_without_a_level_has_one_of_its_own(tmp_path, characters, levels, expected):
+    rows = [row | {"d": level} for row, level in
+            zip(texts("(1)", "(2)", "(3)"), levels, strict=True)]
+    rows += texts("(4)")
+    settings = config(path=write(tmp_path / "a.jsonl", rows), level_field="d")
+    assert [problem.level for problem in only(training(characters, settings))] == [
+        *expected, "none"]
+    with pytest.raises(UserError, match=r"a\.jsonl: no row has a level in column 'x'"):
+        training(characters, config(settings.data, level_field="x"))
+
+
 def test_too_few_problems_say_what_was_left_out(tmp_path, characters):
     path = write(tmp_path / "a.jsonl", texts("(1)", "(1)", "(1)", ""))
     other = write(tmp_path / "b.jsonl", texts("(2)", "(3)", "(4)"))
@@ -209,7 +279,7 @@ def test_a_template_with_a_date_is_said_once(tmp_path, characters):
 def test_a_subset_that_no_set_would_take_is_an_error(tmp_path, characters):
     path = write(tmp_path / "a.jsonl", texts("(1)"))
     with pytest.raises(UserError, match=r"data\.subset is for sets on the Hub by "
-                       r"their id, and .*, got 'easy'"):
+                       r"their id and for folders of data files, and .*, got 'easy'"):
         training(characters, config(path=path, subset="easy"))
 
 

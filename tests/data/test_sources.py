@@ -56,7 +56,7 @@ def test_an_evaluation_takes_no_weights():
     ("gsmk8", "no preset, no file and no id on the Hugging Face Hub; did you mean gsm8k"),
     ("MATH-500", "did you mean math500"), ("xyzzy", "presets are gsm8k, math"),
     ("data/train.jsonl", r"data/train\.jsonl does not exist"), ("data.parquet", "does not exist"),
-    ("../data", "does not exist"), ("a/b/c", "does not exist")])
+    ("../nothing", "does not exist"), ("a/b/c", "does not exist")])
 def test_a_name_that_is_nothing(name, message):
     with pytest.raises(UserError, match=message):
         read(name)
@@ -66,8 +66,10 @@ def test_a_name_that_is_nothing(name, message):
     ('{"problem": "1"', "2: not valid JSON"), ("[1]\n",
                                                "2: expected JSONL, one object a line, found list"),
     ('{"problem": "1"}\n', "2: has no field 'answer', found problem"),
-    ('{"problem": "1", "answer": null}\n',
-     "2: field 'answer' must be text or a number, found NoneType"),
+    ('{"problem": "1", "answer": true}\n',
+     "2: field 'answer' must be text or a number, found bool"),
+    ('{"problem": "1", "answer": {"value": 1}}\n',
+     "2: field 'answer' must be text or a number, found dict, name one of its entries"),
     ('{"problem": "a\\ud800b", "answer": "1"}',
      r"2: field 'problem' contains half of a surrogate pair, '\\ud800'"),
     ('{"problem": "1", "answer": "\\udc00"}',
@@ -83,12 +85,24 @@ def test_a_broken_line_is_named(tmp_path, row, found):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.json", b'[{"problem": "1", "answer": "1"}]',
-     r"a\.json:1: expected JSONL, one object a line, found list"),
-    ("a.json", b'[\n{"problem": "1", "answer": "1"}\n]',
-     r"a\.json:1: not valid JSON \(.* at column 2\); expected"),
-    ("a.csv", b"problem,answer\n1,1\n",
-     r"a\.csv:1: not valid JSON \(.*\); expected JSONL, one object a line"),
+    ("a.json", b'[1, {"problem": "1", "answer": "1"}]',
+     r"a\.json:1: expected JSONL, one object a line, found int"),
+    ("a.json", b'\n[\n{"problem": "1", "answer": "1"}\n', r"a\.json:4: not valid JSON \(Expecting"),
+    ("a.txt", b"problem,answer\n1,1\n",
+     r"a\.txt:1: not valid JSON \(.*\); expected JSONL, one object a line"),
+    ("a.csv", b"problem,answer\n1,1\n\n1,2,3\n", r"a\.csv:4: has 3 cells, expected 2"),
+    ("a.csv", b"a,a\n1,1\n", r"a\.csv:1: names a column twice: a, a"),
+    ("a.csv", b'problem,answer\n"1,1\n', r"a\.csv:2: not valid CSV \(unexpected end of data\)"),
+    ("a.csv", b"problem,answer\n1,caf\xe9\n", r"a\.csv:2: is not UTF-8, byte 0xe9"),
+    ("a.gz", b"\x1f\x8bjunk", r"a\.gz: cannot be unpacked \(Compressed file ended"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n",
+     r"a\.jsonl: is a Git LFS pointer"),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n",
+     r"a\.parquet: is a Git LFS pointer"),
+    ("a.jsonl", b"PK\x03\x04junk", r"a\.jsonl: is a ZIP archive or a spreadsheet"),
+    ("a.jsonl", b"<!doctype html>", r"a\.jsonl: is a web page"),
+    ("a.arrow", b"ARROW1junk", r"a\.arrow: cannot be read as Arrow"),
+    ("a.jsonl", b"\xff\xfe{", r"a\.jsonl: is no text in UTF-16"),
     ("a.jsonl", '{"problem": "1", "answer": 1}\n{"problem": "caf\u00e9"}'.encode("latin-1"),
      r"a\.jsonl:2: is not UTF-8, byte 0xe9 at column 17; expected JSONL")])
 def test_a_file_that_is_no_jsonl(tmp_path, name, content, message):
@@ -151,8 +165,8 @@ def test_a_split_is_for_sets_that_have_several(tmp_path):
     sources.check(path, data, "evaluation.path", held_out=True)
     sources.check(path, data, "data.exclude")
     sources.check(str(tmp_path), data, "data.path")
-    assert sources.takes_subset("org/name") and sources.takes_subset("org/name@abc")
-    assert not any(map(sources.takes_subset, ("tiny", "gsm8k", path, str(tmp_path))))
+    assert all(map(sources.takes_subset, ("org/name", "org/name@abc", str(tmp_path))))
+    assert not any(map(sources.takes_subset, ("tiny", "gsm8k", path)))
 
 
 @pytest.mark.parametrize("name", ["tiny_long", "tiny_other"])
@@ -398,8 +412,8 @@ def test_choices_that_stand_in_the_text_are_read_from_it(tmp_path):
      "choices: text must be a list, found NoneType"),
     ({"answer": "A", "options": {"label": "AB", "text": ["me", "you"]}},
      "choices: label must be a list, found str"),
-    ({"answer": "A", "options": {"label": ["A", None], "text": ["me", "you"]}},
-     "choices: a label must be text or a n"),
+    ({"answer": "A", "options": {"label": ["A", ["B"]], "text": ["me", "you"]}},
+     "choices: a label must be text or a number, found list"),
     ({"answer": "A", "options": ["me"]},
      "choices must be 2 to 26 answers, each with a label, found 1 and 1")])
 def test_choices_that_are_wrong(tmp_path, row, message):

@@ -352,6 +352,15 @@ def test_kinds_of_golds(grader):
         grader.grade([boxed("B")], [Reference("B", "letter")])
 
 
+def test_any_of_several_answers_is_right(grader):
+    several = '["3", "\\\\frac{1}{2}"]'
+    responses = [boxed("3"), boxed("0.5"), boxed("4"), "3", boxed("5")]
+    grades = grader.grade(responses, [several] * 4 + ["5"])
+    assert [grade.correct for grade in grades] == [True, True, False, False, True]
+    assert [grade.answer for grade in grades] == ["3", "0.5", "4", None, "5"]
+    assert grader.check_references([several, "5"]) == []
+
+
 def test_bare_answers(grader):
     grades = grader.grade(["5", "{5", "", r"\boxed{5}", "6"], ["5"] * 5, bare=True)
     assert [grade.correct for grade in grades] == [True, False, False, True, False]

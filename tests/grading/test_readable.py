@@ -14,7 +14,7 @@ from effreason.grading.readable import unreadable_reason
     ("-", "no answer"), ("['3', '5']", "a list"), ('["\\\\frac{1}{2}"]', "a list"),
     ("('3',)", "a list"), ("{'answer': 3}", "a list"), ("proof", "a proof"), ("Proof.", "a proof"),
     (r"\text{proof}", "a proof"), ("See solution", "a proof"), ("Answers may vary.", "a proof"),
-    ("Prove that n is even", "a proof"), ("not provided", "a proof"),
+    ("Prove that n is even", "a proof"), ("not provided", "a proof"), ("notfound", "a proof"),
     ("![](https://x.org/y.png)", "a picture"), ("[asy]draw((0,0));[/asy]", "a picture"),
     ("5\ufffd", "U\\+FFFD"), ("5\x00", "U\\+0000"), (r"\frac{1}{2", "braces"), ("}{", "braces"),
     ("$", "nothing to compare"),
