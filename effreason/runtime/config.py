@@ -250,8 +250,8 @@ class KLConfig(Section):
     """Staying close to the model the run started from."""
 
     form: Literal["none", "reward", "loss"] = "reward"
-    """reward = a penalty in the reward of each token (k1); loss = a term in the loss (k3, at most 10
-    nats for a token, beyond which it has no gradient); none = neither."""
+    """reward = a penalty in the reward of each token (k1); loss = a term in the loss (k3, at most
+    10 nats for a token, beyond which it has no gradient); none = neither."""
     coefficient: NonNegative = 0.001
     """Weight of the penalty or term."""
     offload_reference: bool = False
