@@ -88,7 +88,7 @@ def sequence_bounds(segments: Int[Array, "B N"],
     """Returns the length of each sequence of a row, and where it starts; -1 for those there are
     not."""
     numbers = jnp.arange(1, most + 1, dtype=segments.dtype)
-    lengths = jnp.sum(segments[:, None] == numbers[:, None], axis=2, dtype=jnp.int32)
+    lengths = jnp.sum(segments[:, None] == numbers[None, :, None], axis=2, dtype=jnp.int32)
     starts = jnp.cumsum(lengths, axis=1) - lengths
     exists = lengths > 0
     starts = jnp.pad(jnp.where(exists, starts, -1), ((0, 0), (0, 1)), constant_values=-1)

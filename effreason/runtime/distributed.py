@@ -1,6 +1,7 @@
 """How several processes find one another and part; processes.py has what they do in between."""
 
 import contextlib
+import importlib
 import os
 import resource
 import time
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import distributed  # the store has no public name; orbax reaches it in the same way
 
 from effreason.runtime import errors, processes
 from effreason.runtime.config import DistributedConfig
@@ -105,6 +105,18 @@ def resolve(settings: DistributedConfig) -> dict[str, Any]:
     return values
 
 
+def service_state() -> Any:
+    """Returns what JAX keeps of its distributed service; the client has the key-value store.
+
+    It has no public name; Orbax reaches for it in the same way. Raises: UserError if this JAX has
+    no such thing."""
+    try:
+        return importlib.import_module("jax._src.distributed").global_state
+    except (ImportError, AttributeError):
+        raise UserError(f"distributed: JAX {jax.__version__} has no key-value store at the known "
+                        "place; install the version that docs/dependencies.md names") from None
+
+
 def _meet(settings: DistributedConfig) -> processes.Group:
     """Starts JAX's distributed runtime, which nothing may have used before. Raises: UserError."""
     values = resolve(settings)
@@ -129,7 +141,7 @@ def _meet(settings: DistributedConfig) -> processes.Group:
             **address, initialization_timeout=seconds,
             heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
             shutdown_timeout_seconds=int(processes.LEAVE_SECONDS))
-        state = distributed.global_state
+        state = service_state()
         group = processes.Group(state.client, state.process_id, relay)
         relay.tell({"after": "start all of them again"})
         group.greet(values["processes"] or state.num_processes)
@@ -138,7 +150,7 @@ def _meet(settings: DistributedConfig) -> processes.Group:
         relay.tell({"quiet": True})
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()
-        distributed.global_state.client = None      # or JAX would try again at exit
+        service_state().client = None       # or JAX would try again at exit
         relay.close()
         if isinstance(error, UserError):
             raise

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import small_runs
@@ -129,6 +130,14 @@ def test_another_number_of_processes_is_one_line_in_both():
 
 
 @pytest.mark.slow
+def test_what_is_private_in_jax_is_there_or_its_absence_is_one_line(monkeypatch):
+    state = distributed.service_state()
+    assert state.client is None and state.process_id == 0 and hasattr(state, "num_processes")
+    monkeypatch.setattr(distributed.importlib, "import_module", lambda name: object())
+    with pytest.raises(UserError, match=f"JAX {jax.__version__} has no key-value store"):
+        distributed.service_state()
+
+
 def test_a_host_that_never_comes_ends_the_others():
     port = free_port()
     (code, _,
