@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
+from effreason.lm.model import mask_unused
 from effreason.runtime import sharding
 
 NO_TARGET = jnp.iinfo(jnp.int32).min    # an entry that no target names, on no device
@@ -21,7 +22,8 @@ NO_TARGET = jnp.iinfo(jnp.int32).min    # an entry that no target names, on no d
 
 def token_logprobs(hidden: Float[Array, "B N D"], head: Float[Array, "V D"],
                    targets: Int[Array, "B N"], *, temperature: float,
-                   tile: int) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"]]:
+                   tile: int, unused: tuple[tuple[int, int], ...] = (),
+                   ) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"]]:
     """Scores targets, with a gradient, and measures the entropy of their distributions, without.
 
     On a mesh each device scores its own positions by its own share of the vocabulary. The head is
@@ -29,13 +31,15 @@ def token_logprobs(hidden: Float[Array, "B N D"], head: Float[Array, "V D"],
 
     Args:
         tile: Entries of the vocabulary scored at a time.
+        unused: Ranges of entries that have probability 0, see `model.mask_unused`.
 
     Returns:
         Log-probs and entropies in nats. Source: the running sum is that of arXiv 1805.02867."""
     def local(hidden: Array, head: Array, targets: Array, axis: str | None) -> Any:
-        first = jax.lax.axis_index(axis) * head.shape[0] if axis else jnp.zeros((), jnp.int32)
-        score = functools.partial(_score, 1.0 / temperature, min(tile, head.shape[0]), axis)
-        scored = score(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1) - first)
+        score = functools.partial(
+            _score, 1.0 / temperature, min(tile, head.shape[0]), axis, unused)
+        scored = score(hidden.reshape(-1, hidden.shape[-1]), head,
+                       targets.reshape(-1) - _first(axis, head))
         return tuple(x.reshape(targets.shape) for x in scored)
 
     if jax.sharding.get_abstract_mesh().empty:
@@ -54,26 +58,28 @@ def token_logprobs(hidden: Float[Array, "B N D"], head: Float[Array, "V D"],
     return scored(hidden, head, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _score(scale: float, tile: int, axis: str | None, hidden: Float[Array, "N D"],
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _score(scale: float, tile: int, axis: str | None, unused: Any, hidden: Float[Array, "N D"],
            head: Float[Array, "V D"],
            targets: Int[Array, " N"]) -> tuple[Float32[Array, " N"], Float32[Array, " N"]]:
     """Returns log-probs and entropies of targets, which count from this head's first row.
 
     Args:
         axis: The mesh axis whose devices hold the rest of the vocabulary."""
-    return _forward(scale, tile, axis, hidden, head, targets)[0]
+    return _forward(scale, tile, axis, unused, hidden, head, targets)[0]
 
 
-def _forward(scale: float, tile: int, axis: str | None, hidden: Float[Array, "N D"],
+def _forward(scale: float, tile: int, axis: str | None, unused: Any, hidden: Float[Array, "N D"],
              head: Float[Array, "V D"],
              targets: Int[Array, " N"]) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    tile_scores = functools.partial(_tile_scores, scale, tile, axis, unused, hidden, head)
+
     def add(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         running_max, total, weighted, chosen = carry
         if is_one_tile:
             scores, column = saved_scores, jnp.arange(tile)
         else:
-            scores, column = _tile_scores(scale, tile, index, hidden, head)
+            scores, column = tile_scores(index)
         new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
         shrink, terms = jnp.exp(running_max - new_max), jnp.exp(scores - new_max[:, None])
         # A comparison and a sum instead of a gather: it splits over the vocabulary.
@@ -85,7 +91,7 @@ def _forward(scale: float, tile: int, axis: str | None, hidden: Float[Array, "N 
     is_one_tile = tile == head.shape[0]
     saved_scores: Any = None
     if is_one_tile:
-        saved_scores = _tile_scores(scale, tile, jnp.zeros((), jnp.int32), hidden, head)[0]
+        saved_scores = tile_scores(jnp.zeros((), jnp.int32))[0]
     # Derived from `hidden`, so that under shard_map the carry varies over the same mesh axes as its
     # increments.
     zeros = (jnp.zeros_like(hidden, jnp.float32, shape=hidden.shape[:1])
@@ -103,17 +109,18 @@ def _forward(scale: float, tile: int, axis: str | None, hidden: Float[Array, "N 
     return scored, (hidden, head, targets, normalizer, saved_scores)
 
 
-def _backward(scale: float, tile: int, axis: str | None, saved: tuple[Any, ...],
+def _backward(scale: float, tile: int, axis: str | None, unused: Any, saved: tuple[Any, ...],
               cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
     hidden, head, targets, normalizer, saved_scores = saved
     cotangent = cotangents[0][:, None]
+    tile_scores = functools.partial(_tile_scores, scale, tile, axis, unused, hidden, head)
 
     def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden_grad, head_grad = carry
         if saved_scores is not None:
             scores, column = saved_scores, jnp.arange(tile)
         else:
-            scores, column = _tile_scores(scale, tile, index, hidden, head)
+            scores, column = tile_scores(index)
         is_target = (column[None, :] == targets[:, None]).astype(jnp.float32)
         grad = cotangent * (is_target - jnp.exp(scores - normalizer[:, None])) * scale
         grad = grad.astype(hidden.dtype)
@@ -148,13 +155,21 @@ def _tile_start(tile: int, index: Array, head: Float[Array, "V D"]) -> Array:
     return jnp.minimum(index * tile, head.shape[0] - tile)
 
 
-def _tile_scores(scale: float, tile: int, index: Array, hidden: Float[Array, "N D"],
-                 head: Float[Array, "V D"]) -> tuple[Float32[Array, "N tile"], Int[Array, " tile"]]:
-    """Returns a tile's scores, -inf if an earlier tile had the entry, and its entries."""
+def _first(axis: str | None, head: Float[Array, "V D"]) -> Int[Array, ""]:
+    """Returns the entry of the whole vocabulary that is the first of this device's head."""
+    return jax.lax.axis_index(axis) * head.shape[0] if axis else jnp.zeros((), jnp.int32)
+
+
+def _tile_scores(scale: float, tile: int, axis: str | None, unused: Any,
+                 hidden: Float[Array, "N D"], head: Float[Array, "V D"],
+                 index: Array) -> tuple[Float32[Array, "N tile"], Int[Array, " tile"]]:
+    """Returns a tile's scores, -inf if an earlier tile had the entry or it is unused, and its
+    entries."""
     start = _tile_start(tile, index, head)
     rows = jax.lax.dynamic_slice_in_dim(head, start, tile)
     scores = jnp.einsum("nd,vd->nv", hidden, rows, preferred_element_type=jnp.float32) * scale
     column = start + jnp.arange(tile)
+    scores = mask_unused(scores, _first(axis, head) + column, unused)
     if head.shape[0] % tile:
         is_new = column >= index * tile
         scores = jnp.where(is_new[None, :], scores, -jnp.inf)

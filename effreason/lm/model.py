@@ -37,7 +37,7 @@ REMAT: dict[str, Any] = {
 class DecoderConfig:
     """The shape of a decoder, and the dtype it computes in."""
 
-    vocabulary: int
+    vocabulary: int                 # rows of embedding and head
     width: int
     layers: int
     heads: int
@@ -50,6 +50,7 @@ class DecoderConfig:
     tied: bool = False              # the embedding is also the output head
     qkv_bias: bool = False          # Qwen2
     qk_norm: bool = False           # Qwen3
+    unused_ids: tuple[tuple[int, int], ...] = ()    # ranges [first, end) of rows without a token
     dtype: Any = jnp.float32        # of activations; weights and logits are always float32
     cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS
     attention: str = "xla"          # one of attention.IMPLEMENTATIONS, for whole rows in training
@@ -222,6 +223,23 @@ def logits(params: Params, hidden: Float[Array, "... D"]) -> Float32[Array, "...
     """Returns the scores of all tokens of the vocabulary."""
     return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype),
                       preferred_element_type=jnp.float32)
+
+
+def mask_unused(scores: Float[Array, "N V"], ids: Int[Array, " V"],
+                unused: tuple[tuple[int, int], ...]) -> Float[Array, "N V"]:
+    """Gives the ids without a token a score of -inf: probability 0 in sampling and in training.
+
+    Models are published with more rows than tokens, for example Qwen2.5 with 151,936 rows for
+    151,665 tokens. If one of the others were drawn, there would be no text for it.
+
+    Args:
+        ids: Of the scores' columns.
+        unused: Ranges [first, end), ascending."""
+    if not unused:
+        return scores
+    bounds = jnp.array(unused, jnp.int32).reshape(1, -1)
+    is_unused = jnp.sum(ids[:, None] >= bounds, axis=-1) % 2 == 1
+    return jnp.where(is_unused[None, :], -jnp.inf, scores)
 
 
 def unstack(config: DecoderConfig, params: Params) -> Params:

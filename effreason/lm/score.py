@@ -23,7 +23,8 @@ def score(params: model.Params, sequences: Sequence[Sequence[int] | np.ndarray],
         sequences: Lists of token ids, such as a prompt followed by a response.
         temperature: Divides the logits.
         tile: Vocabulary entries scored at a time; never [B, N, V] in memory.
-    Returns: For a sequence of n tokens float32[n - 1]: the first token has none.
+    Returns: For a sequence of n tokens float32[n - 1]: the first token has none. -inf for an id
+        that `config.unused_ids` names.
     Raises: ValueError for a sequence of less than two tokens or an id outside the vocabulary.
     """
     arrays = [np.asarray(sequence, np.int32) for sequence in sequences]
@@ -46,4 +47,4 @@ def _score(params: model.Params, tokens: jax.Array, targets: jax.Array, *,
     hidden = model.forward(config, params, tokens)
     head = model.head(params).astype(config.dtype)
     return token_logprobs(hidden, head, jnp.asarray(targets), temperature=temperature,
-                          tile=tile)[0]
+                          tile=tile, unused=config.unused_ids)[0]

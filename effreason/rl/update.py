@@ -61,7 +61,8 @@ def score_rows(config: model.DecoderConfig, params: model.Params, rows: Rows, *,
     """Returns log-prob and entropy at every target; undefined at padding."""
     hidden = model.forward(config, params, rows.tokens, rows.positions, rows.segments)
     head = model.head(params).astype(config.dtype)
-    return token_logprobs(hidden, head, rows.targets, temperature=temperature, tile=tile)
+    return token_logprobs(hidden, head, rows.targets, temperature=temperature, tile=tile,
+                          unused=config.unused_ids)
 
 
 def token_weights(mask: Bool[Array, "B T"], aggregation: str,

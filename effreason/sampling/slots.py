@@ -73,8 +73,9 @@ class Programs:
         return sum(function._cache_size() for function in functions)
 
 
-def next_token_logits(weights: model.Params, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
-    """Returns float32 logits."""
+def next_token_logits(weights: model.Params, hidden: Float[Array, "S D"],
+                      unused: tuple[tuple[int, int], ...] = ()) -> Float[Array, "S V"]:
+    """Returns float32 logits. Args: unused, see `model.mask_unused`."""
     def head_first(head: jax.Array, hidden: jax.Array) -> jax.Array:
         # With few rows a CPU is bound by reading the head, which it would rearrange at each step if
         # it were the right factor. Without the barrier XLA turns this into the other product.
@@ -86,8 +87,10 @@ def next_token_logits(weights: model.Params, hidden: Float[Array, "S D"]) -> Flo
 
     head = model.head(weights).astype(hidden.dtype)
     if hidden.shape[0] > HEAD_FIRST_ROWS:
-        return hidden_first(head, hidden)
-    return jax.lax.platform_dependent(head, hidden, cpu=head_first, default=hidden_first)
+        logits = hidden_first(head, hidden)
+    else:
+        logits = jax.lax.platform_dependent(head, hidden, cpu=head_first, default=hidden_first)
+    return model.mask_unused(logits, jnp.arange(head.shape[0]), unused)
 
 
 def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"], *,
@@ -120,7 +123,8 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
         hidden, cache = model.decode(
             config, weights, slots.token[:, None], slots.length, slots.cache)
         keys = jax.vmap(jax.random.fold_in)(slots.key, slots.generated)
-        sampled = draw(next_token_logits(weights, hidden[:, 0]), keys, sampling)
+        sampled = draw(next_token_logits(weights, hidden[:, 0], config.unused_ids), keys,
+                       sampling)
         update = jax.lax.dynamic_update_index_in_dim
         outputs = {name: update(output, getattr(sampled, name), step, 0)
                    for name, output in outputs.items()}

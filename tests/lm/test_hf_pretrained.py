@@ -291,6 +291,11 @@ def test_a_padded_vocabulary_is_no_mistake(whole):
     pretrained = open_pretrained(str(whole), dtype="float32", remat="full")
     assert (len(pretrained.tokenizer) == 72
             and load_weights(pretrained)["embedding"].shape == (80, 32))
+    # No token is drawn that has no text, except one that the checkpoint says ends a response.
+    assert pretrained.decoder.unused_ids == ((72, 80),)
+    edit(whole, "generation_config.json", eos_token_id=[1, 75])
+    padded = open_pretrained(str(whole), dtype="float32", remat="full")
+    assert padded.decoder.unused_ids == ((72, 75), (76, 80))
 
 
 def test_weights_are_missed_when_the_model_is_opened(whole):

@@ -67,6 +67,42 @@ def test_eight_devices_score_as_one_does(shape, tile):
         assert_same(jax.device_get(result), both(naive, hidden, head, targets, pull))
 
 
+UNUSED = (0, 3), (11, 12), (29, 40)             # rows of a padded vocabulary, and holes in it
+
+
+def naive_masked(hidden, head, targets):
+    scores = jnp.einsum("bnd,vd->bnv", hidden, head) / TEMPERATURE
+    is_unused = np.isin(np.arange(VOCABULARY), [entry for range_ in UNUSED
+                                                for entry in range(*range_)])
+    table = jax.nn.log_softmax(scores, axis=-1, where=~is_unused)
+    chosen = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
+    return chosen, -jnp.sum(jnp.exp(table) * table, axis=-1, where=~is_unused)
+
+
+@pytest.mark.parametrize("shape", [{}, dict(data=2, fsdp=2, tensor=2), dict(tensor=8)], ids=str)
+@pytest.mark.parametrize("tile", [3, 4, 64])
+def test_unused_entries_have_probability_0_and_no_gradient(shape, tile):
+    hidden, head, targets, pull = inputs()
+    targets = np.where((targets > 11) & (targets < 29), targets, 5)
+    target = mesh(**shape)
+    score = functools.partial(token_logprobs, temperature=TEMPERATURE, tile=tile, unused=UNUSED)
+    with jax.set_mesh(target):
+        placed = (jax.device_put(hidden, sharding.sharding(target, "batch", "sequence", "width")),
+                  jax.device_put(head, sharding.sharding(target, "vocab", "embed")))
+        result = jax.device_get(both(score, *placed, targets, pull))
+    assert_same(result, both(naive_masked, hidden, head, targets, pull))
+    head_gradient = result[3]
+    assert not any(head_gradient[slice(*range_)].any() for range_ in UNUSED)
+
+
+def test_an_unused_target_has_log_prob_minus_infinity_and_no_gradient_if_its_weight_is_0():
+    hidden, head, targets, _ = inputs()
+    score = functools.partial(token_logprobs, temperature=TEMPERATURE, tile=7, unused=UNUSED)
+    targets = np.where(targets < 20, 30, 20)
+    logprobs, entropy, *gradients = both(score, hidden, head, targets, (targets == 20) * 1.0)
+    assert np.array_equal(np.isneginf(logprobs), targets == 30) and np.isfinite(entropy).all()
+
+
 def test_the_head_is_gathered_and_its_gradient_summed_outside_the_tiles():
     hidden, head, targets, pull = inputs()
     target = mesh(data=2, fsdp=2, tensor=2)

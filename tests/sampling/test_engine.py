@@ -12,6 +12,7 @@ import pytest
 from decoders import QWEN2, VOCABULARY, mesh, place, weights
 
 from effreason.lm import model
+from effreason.lm.score import score
 from effreason.rl.rollouts import remaining
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
@@ -146,6 +147,28 @@ def test_greedy_takes_the_most_likely_token():
             np.testing.assert_array_equal(response.tokens,
                                           predictions(problem_, response).argmax(axis=-1))
             np.testing.assert_array_equal(response.sampling_logprobs, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(), (("data", 2), ("fsdp", 2), ("tensor", 2))], ids=str)
+@pytest.mark.parametrize("filters", [{}, dict(top_k=10, top_p=0.95), dict(top_k=20),
+                                     dict(min_p=0.01)], ids=str)
+def test_ids_without_a_token_are_never_drawn_and_the_scorer_agrees(baseline, shape, filters):
+    config = dataclasses.replace(QWEN2, unused_ids=((4, 9), (20, 24)))
+    unused = [*range(4, 9), *range(20, 24)]
+    assert np.isin(baseline[90, 0].tokens, unused).any()        # they are likely in themselves
+    target = mesh(**dict(shape))
+    sample = engine.make_sampler(config, target, slots=8, chunk=4)
+    responses = named([response for chunk in sample(
+        place(QWEN2, weights(QWEN2), target), requests_for(PROBLEMS, GROUP, LIMIT),
+        jax.random.key(0), dataclasses.replace(ANY, **filters)) for response in chunk], PROBLEMS)
+    sequences = {name: np.concatenate([problem.prompt, response.tokens])
+                 for problem in PROBLEMS for name, response in responses.items()
+                 if name[0] == problem.uid}
+    scored = score(weights(QWEN2), list(sequences.values()), config=config, tile=7)
+    for name, logprobs in zip(sequences, scored, strict=True):
+        response = responses[name]
+        assert not np.isin(response.tokens, unused).any()
+        np.testing.assert_allclose(response.logprobs, logprobs[-len(response.tokens):], atol=2e-5)
 
 
 def test_logprobs_of_three_kinds():

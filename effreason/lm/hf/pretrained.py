@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from effreason.lm.hf import hub, weights
 from effreason.lm.hf.config import exported_config, parse_config
 from effreason.lm.hf.weights import read_weights, stored_dtype, weight_files, write_weights
@@ -73,6 +75,8 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
         raise UserError(f"{directory}: eos_token_id must be below config.json's vocab_size, "
                         f"{decoder.vocabulary}, got {max(ids)}")
 
+    decoder = dataclasses.replace(
+        decoder, unused_ids=unused_ids(tokenizer, decoder.vocabulary, ids))
     positions = table.get("max_position_embeddings")
     if not isinstance(positions, int) or positions <= 0:
         positions = sys.maxsize
@@ -155,6 +159,16 @@ def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
         raise UserError(f"{directory}: neither generation_config.json nor the tokenizer names an "
                         "EOS token")
     return ids
+
+
+def unused_ids(tokenizer: Any, vocabulary: int,
+               eos_ids: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Returns the ids below `vocabulary` without a token, as ranges [first, end); EOS ids count."""
+    is_used = np.zeros(vocabulary, bool)
+    is_used[[token for token in tokenizer.get_vocab().values() if token < vocabulary]] = True
+    is_used[list(eos_ids)] = True
+    edges = np.flatnonzero(np.diff(np.pad(is_used, 1, constant_values=True))).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def export_model(params: Params, config: DecoderConfig, source: Path, target: Path, *,
