@@ -32,6 +32,7 @@ from effreason.lm import model
 from effreason.lm.hf.pretrained import model_fingerprint
 from effreason.rl import alpha_control, parity
 from effreason.rl.checkpoints import Checkpoints
+from effreason.rl.diagnosis import Diagnosis
 from effreason.rl.learner import Learner
 from effreason.rl.rollouts import GradedRollouts, Undecided, refill, sample_and_grade, watched
 from effreason.rl.update import TrainState
@@ -72,6 +73,7 @@ class Run:
     initial_params: model.Params | None     # what rollouts are sampled from, if not from the policy
     started: float                  # time.monotonic(), less the seconds of the processes before
     progress: Progress | None = None
+    diagnosis: Diagnosis = dataclasses.field(default_factory=Diagnosis)
 
     @property
     def learner(self) -> Learner:
@@ -178,14 +180,17 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     updated = time.monotonic()
 
     log.remove()
-    means_by_group = graded.rollouts.lengths.mean(axis=1)
-    run.run_state.lengths |= {problem.uid: float(mean) for problem, mean
-                              in zip(graded.problems, means_by_group, strict=True)}
+    run.run_state.lengths |= {
+        problem.uid: float(lengths.mean()) for part in graded.sampled
+        for problem, lengths in zip(part.problems, part.rollouts.lengths, strict=True)}
     metrics |= graded.metrics | {"reward/alpha": alpha} | step_metrics(
         graded, rollouts.packing_efficiency,
         rollout_seconds=sampled - began - graded.grading_seconds,
         update_seconds=updated - sampled, step_seconds=updated - began)
     check_finite(metrics, step)
+    for line in run.diagnosis.step(graded, metrics):
+        if run.progress is not None:
+            run.progress.say(line)
     return metrics, describe(graded, rewards, advantages, config.log.groups_per_step)
 
 
@@ -221,34 +226,39 @@ def means(*metrics: dict[str, jax.Array]) -> dict[str, float]:
 
 def step_metrics(graded: GradedRollouts, packing_efficiency: float, *, rollout_seconds: float,
                  update_seconds: float, step_seconds: float) -> dict[str, float]:
-    """Describes the rollouts of a step, and how well the devices were used."""
-    rollouts = graded.rollouts
+    """Describes all responses that were sampled, and how well the devices were used."""
+    def sampled(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part.rollouts, name).reshape(-1)
+                               for part in graded.sampled])
 
     def total(name: str) -> float:
         return float(sum(getattr(generation, name) for generation in graded.generations))
 
-    metrics = {"rollout/accuracy": float(graded.correct.mean()),
-               "rollout/tokens": float(rollouts.lengths.mean()),
-               "rollout/truncated": float(1.0 - rollouts.ended.mean()),
+    correct = np.concatenate([part.correct.reshape(-1) for part in graded.sampled])
+    ended = sampled("ended")
+    metrics = {"rollout/accuracy": float(correct.mean()),
+               "rollout/tokens": float(sampled("lengths").mean()),
+               "rollout/truncated": float(1.0 - ended.mean()),
                "rollout/tokens_per_second": total("tokens") / rollout_seconds,
                "engine/occupancy": total("tokens") / max(total("slot_steps"), 1),
                "engine/host_share": total("host_seconds") / rollout_seconds,
                "engine/compilations": total("compilations")}
 
-    if rollouts.repeated.any():
-        stopped = rollouts.finish == FinishReason.REPETITION
-        audited = rollouts.repeated & ~stopped
-        metrics |= {"rollout/repeated": float(rollouts.repeated.mean()),
+    if (repeated := sampled("repeated")).any():
+        stopped = sampled("finish") == FinishReason.REPETITION
+        audited = repeated & ~stopped
+        metrics |= {"rollout/repeated": float(repeated.mean()),
                     "rollout/repetition_stopped": float(stopped.mean())}
         if audited.any():
-            metrics["rollout/repetition_recovered"] = float(rollouts.ended[audited].mean())
+            metrics["rollout/repetition_recovered"] = float(ended[audited].mean())
 
-    metrics |= {"update/tokens_per_second": int(rollouts.lengths.sum()) / update_seconds,
+    trained_tokens = int(graded.rollouts.lengths.sum())
+    metrics |= {"update/tokens_per_second": trained_tokens / update_seconds,
                 "update/packing_efficiency": packing_efficiency, "time/rollout": rollout_seconds,
                 "time/grade": graded.grading_seconds, "time/update": update_seconds,
                 "time/step": step_seconds}
-    statuses = Counter(verdict.status for verdict in graded.verdicts)
-    return metrics | {f"grade/{status}": count / len(graded.verdicts)
+    statuses = Counter(verdict.status for part in graded.sampled for verdict in part.verdicts)
+    return metrics | {f"grade/{status}": count / len(correct)
                       for status, count in sorted(statuses.items())}
 
 

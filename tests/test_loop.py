@@ -197,6 +197,15 @@ def test_summary_json_has_exactly_the_promised_shape(finished):
     assert after["problems"] == 8
 
 
+def unexplained(row):
+    """The metrics of a row that docs/metrics.md does not list."""
+    page = (Path(loop.__file__).parents[1] / "docs" / "metrics.md").read_text()
+    names = {name.rsplit("/", 1)[0] if name.rsplit("/", 1)[1] in ("PART", "STATUS") else name
+             for name in re.findall(r"`([a-z_]+/\w+)`", page)}
+    return {name for name in row if name != "step" and name not in names
+            and name.split("/")[0] not in names}
+
+
 def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished):
     rows = read_json_lines(finished.directory / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5]
@@ -212,6 +221,7 @@ def test_metrics_have_one_row_a_step_and_one_for_the_evaluation_between(finished
         shares = sum(row[f"update_share/{part}"] for part in advantages.PARTS)
         assert shares == pytest.approx(1, abs=1e-4)
         assert {f"length_pull/{part}" for part in advantages.PARTS} <= row.keys()
+        assert unexplained(row) == set()
     assert any(row["reward/groups_with_signal"] > 0 for row in steps)
     assert rows[3].keys() == {"step", "evaluation/accuracy", "evaluation/tokens"}
 
@@ -531,7 +541,7 @@ def test_groups_without_a_signal_are_replaced_by_others(world, tmp_path):
                                  **{"rollout.refill_rounds": 3}))
     for row in lasting(tmp_path / "run"):
         assert row["reward/groups_with_signal"] == 1 - row["rollout/lacking"]
-        assert row["rollout/asked"] > 1
+        assert row["rollout/asked"] > 1 and unexplained(row) == set()
     plain, refilled = drawn(tmp_path / "plain")[0], drawn(tmp_path / "run")[0]
     teaching = {uid for uid, group in plain.items() if len({correct for correct, _ in group}) == 2}
     assert teaching < set(refilled) and set(refilled) - set(plain) and len(refilled) == 4

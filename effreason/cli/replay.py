@@ -26,6 +26,7 @@ from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json_lines
 from effreason.sampling import engine as rollouts
+from effreason.sampling.generate import decode
 from effreason.types import Problem, Response
 
 
@@ -57,7 +58,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         params = _policy(engine, inputs.pretrained, directory, step)
         response = replay(engine, params, problem, config, options.step, options.sample)
 
-    text = inputs.pretrained.tokenizer.decode(response.tokens, skip_special_tokens=True)
+    text = decode(inputs.pretrained.tokenizer, response.tokens, ended=response.ended)
     _show(options, problem, response, text, _as_logged(directory, options, text))
 
 

@@ -206,7 +206,9 @@ def stream(session: Session, prompt: TokenizedPrompt, uid: int = 0) -> None:
             growing = {response.sample: response for response in generation.unfinished()} | done
             speed.look(generation.tokens)
             while current in growing:
-                put(streams[current].update(growing[current].tokens, final=current in done))
+                response = growing[current]
+                put(streams[current].update(response.tokens, final=current in done,
+                                            ended=response.ended))
                 if current not in done:
                     break
                 put("" if newline else "\n")
@@ -282,15 +284,16 @@ def _json_line(prompt: TokenizedPrompt, response: Response, tokenizer: Any) -> s
 
     return json.dumps({"id": prompt.prompt.name, "sample": response.sample,
                        "tokens": response.tokens.tolist(),
-                       "text": decode(tokenizer, response.tokens),
+                       "text": decode(tokenizer, response.tokens, ended=response.ended),
                        "logprobs": shortest(response.sampling_logprobs),
                        "model_logprobs": shortest(response.model_logprobs),
                        "finish": response.finish, "prompt_tokens": len(prompt.tokens)}) + "\n"
 
 
 def _block(prompt: TokenizedPrompt, response: Response, tokenizer: Any) -> str:
+    text = decode(tokenizer, response.tokens, ended=response.ended)
     return (f"--- id {prompt.prompt.name}, sample {response.sample}: {len(response.tokens):,} "
-            f"tokens, finish {response.finish}\n{decode(tokenizer, response.tokens)}\n\n")
+            f"tokens, finish {response.finish}\n{text}\n\n")
 
 
 class _Speed:

@@ -20,11 +20,12 @@ from effreason.evaluation.responses import EvaluatedResponse
 from effreason.grading.grader import Grader
 from effreason.lm import model
 from effreason.lm.hf.pretrained import Pretrained
+from effreason.rl.diagnosis import no_answers
 from effreason.rl.rollouts import OnChunk, ResponseLog, sample_and_grade, unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, provenance, sharding
 from effreason.runtime.config import Config
-from effreason.runtime.errors import Interrupted
+from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.files import disk
 from effreason.runtime.progress import GenerationProgress, rate, say
 from effreason.runtime.signals import Interrupts
@@ -115,6 +116,9 @@ class Evaluator:
             tokenizer=self.pretrained.tokenizer, grader=self.grader,
             require_eos=self.config.grade.require_eos, on_chunk=on_chunk, expected=expected,
             log=log)
+        limit = "evaluation.max_new_tokens" if settings.max_new_tokens else "rollout.max_new_tokens"
+        if (line := no_answers(graded, limit)) is not None:
+            say(f"{name}: {line}", processes.console())
         return responses.evaluated_responses(name, problems, graded)
 
     def facts(self, name: str, weights: str) -> dict[str, Any]:
@@ -130,6 +134,8 @@ class Evaluator:
             **{f"repetition.{field}": value for field, value in repetition.items()
                if field == "stop" or config.repetition.stop},
             "grade.require_eos": config.grade.require_eos, "grade.function": config.grade.function,
+            **({"grade.function_source": self.grader.function_source}
+               if config.grade.function else {}),
             "grader": provenance.grader(), "template": self.template.name,
             "template_sha256": self.template.sha256, "problems": len(problems),
             "problems_sha256": prompts.fingerprint(problems), "model": self.pretrained.name}
@@ -153,11 +159,21 @@ def max_new_tokens(config: Config) -> int:
 
 
 def make_grader(config: Config) -> Grader:
-    """Builds the grader with the limits of the configuration."""
+    """Builds the grader with the limits of the configuration.
+
+    Raises: UserError if the user's function cannot be used, or differs between processes."""
     limits = config.grade
-    return Grader(workers=limits.workers, cpu_seconds=limits.cpu_seconds,
-                  wall_seconds=limits.wall_seconds, memory_mb=limits.memory_mb,
-                  step_budget_seconds=limits.step_budget_seconds, function=limits.function)
+    grader = Grader(workers=limits.workers, cpu_seconds=limits.cpu_seconds,
+                    wall_seconds=limits.wall_seconds, memory_mb=limits.memory_mb,
+                    step_budget_seconds=limits.step_budget_seconds, function=limits.function)
+    if limits.function:
+        try:
+            processes.check_same(
+                {f"the source of grade.function {limits.function}": grader.function_source})
+        except UserError:
+            grader.close()
+            raise
+    return grader
 
 
 def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,

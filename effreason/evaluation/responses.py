@@ -38,7 +38,7 @@ class GradedResponse:
     level: str
     problem: str                    # its text
     reference_answer: str
-    response: str                   # text without special tokens
+    response: str                   # text without EOS, see sampling.generate.decode
     answer: str | None              # as the grader found it
     status: str                     # see grader.GradeStatus
     correct: bool

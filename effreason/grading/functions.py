@@ -1,10 +1,13 @@
 """A user's own grader, given as module:function. Only a worker imports and calls it."""
 
+import hashlib
 import importlib
 import inspect
 import re
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -61,6 +64,31 @@ def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
         pass
 
     return function
+
+
+def source_sha256(name: str) -> str:
+    """Returns 12 digits of a hash of a function's source, once it is imported.
+
+    It covers the modules of its package, and those that were imported from the same directory: the
+    user's own, but nothing installed. Args: name, module:function."""
+    top = re.split("[.:]", name)[0]
+    file = getattr(sys.modules[top], "__file__", None)      # None: built in, or without __init__.py
+    places = list(getattr(sys.modules[top], "__path__", [file] if file else []))
+    digest = hashlib.sha256()
+
+    for module_name, module in sorted(sys.modules.items()):
+        file, package = getattr(module, "__file__", None), module_name.partition(".")[0]
+        if isinstance(file, str) and (package == top or (
+                package not in ("__main__", "effreason") and not _is_installed(Path(file))
+                and any(Path(file).is_relative_to(Path(place).parent) for place in places))):
+            content = Path(file).read_bytes() if Path(file).is_file() else b""
+            digest.update(f"{module_name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def _is_installed(file: Path) -> bool:
+    return (not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
+            or file.is_relative_to(sysconfig.get_path("stdlib")))
 
 
 def verdict(function: Callable[[str, str], Any], response: str, answer: str) -> bool:

@@ -130,6 +130,7 @@ class Grader:
         self._background = concurrent.futures.ThreadPoolExecutor(
             workers + 1, thread_name_prefix="grader-submit")
         self._ready = False
+        self.function_source = ""       # a hash, see functions.source_sha256
         if function is not None:
             self._wait_for_function(function)
 
@@ -216,7 +217,7 @@ class Grader:
     def _wait_for_function(self, function: str) -> None:
         """Waits for the first worker. Raises UserError if it cannot import the function."""
         try:
-            self._pool.wait_ready()
+            self.function_source = self._pool.wait_ready()
         except (WorkerDied, WorkerStuck, WorkerStopped) as error:
             self.close()
             raise UserError(f"grade.function {function}: "

@@ -75,6 +75,7 @@ class Worker:
 
         self.function = function
         self.ready, self.tasks = False, 0
+        self.source = ""            # a hash of the function's, once it is ready
         self.start_mb = self.growth_mb = 0
         self.buffer = b""           # what follows the last complete reply
 
@@ -103,6 +104,7 @@ class Worker:
             if "failed" in reply:
                 raise WorkerDied(reply["failed"])
             self.ready, self.start_mb = True, int(reply["rss_mb"])
+            self.source = str(reply["source"])
 
     def worn(self) -> bool:
         return (self.tasks >= MAX_TASKS and self.function is None) or self.growth_mb > MAX_GROWTH_MB
@@ -195,12 +197,14 @@ class Pool:
         for _ in range(workers):
             self._idle.put(self._start())
 
-    def wait_ready(self) -> None:
-        """Waits until one worker is ready. Raises: WorkerDied, with the reason, WorkerStuck or
-        WorkerStopped."""
+    def wait_ready(self) -> str:
+        """Waits until one worker is ready. Returns: the hash of the function's source.
+
+        Raises: WorkerDied, with the reason, WorkerStuck or WorkerStopped."""
         worker = self._take()
         try:
             worker.wait_ready()
+            return worker.source
         finally:
             self._idle.put(worker)
 

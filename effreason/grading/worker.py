@@ -71,7 +71,9 @@ def main() -> None:
         _reply(replies, {"failed": functions.describe(error)})
         return
 
-    _reply(replies, {"ready": True, "rss_mb": _rss_mb()})
+    name = settings["function"]
+    _reply(replies, {"ready": True, "rss_mb": _rss_mb(),
+                     "source": functions.source_sha256(name) if name else ""})
 
     for line in tasks:
         task = json.loads(line)

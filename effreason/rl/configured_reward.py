@@ -61,6 +61,16 @@ def make_reward(reward: RewardConfig) -> Reward:
     return shaped
 
 
+def sources(reward: RewardConfig) -> dict[str, str]:
+    """Returns a hash of the user's function, under words for people; {} for a published form.
+
+    Raises: UserError if it cannot be imported."""
+    if reward.form in FORMS:
+        return {}
+    _resolve(reward.form)
+    return {f"the source of reward.form {reward.form}": functions.source_sha256(reward.form)}
+
+
 def has_alpha(reward: RewardConfig) -> bool:
     """Returns whether reward.alpha makes a difference to this form."""
     return _takes_alpha(_resolve(reward.form))

@@ -24,6 +24,7 @@ from effreason.runtime.config import RolloutConfig
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import GenerationProgress
 from effreason.sampling.engine import Generation, collect
+from effreason.sampling.generate import decode
 from effreason.sampling.scheduler import Request, make_requests
 from effreason.types import Problem, Response, Rollouts
 
@@ -65,12 +66,18 @@ class GradedRollouts:
 
     problems: list[Problem]
     rollouts: Rollouts
-    texts: list[str]                # B, without special tokens; think tags are ordinary tokens
+    texts: list[str]                # B, see sampling.generate.decode
     correct: np.ndarray             # bool[P, G]: the verdict, and an end with EOS if required
     verdicts: list[Grade]           # B, on the text alone
     grading_seconds: float          # that grading took after the generation was over
     generations: tuple[Generation, ...]     # over; for their counters
     metrics: dict[str, float] = field(default_factory=dict)     # of refilling
+    rounds: tuple["GradedRollouts", ...] = ()   # of refilling, each with all its groups
+
+    @property
+    def sampled(self) -> tuple["GradedRollouts", ...]:
+        """All groups that were sampled, also those that others have replaced."""
+        return self.rounds or (self,)
 
 
 class BackgroundGrader:
@@ -87,8 +94,8 @@ class BackgroundGrader:
         """Starts to grade finished responses."""
         budget = self._budgets[len(self.texts) // ANSWERS_PER_BUDGET]
         names = [(response.prompt, response.sample) for response in responses]
-        texts = self._tokenizer.batch_decode([response.tokens for response in responses],
-                                             skip_special_tokens=True)
+        texts = [decode(self._tokenizer, response.tokens, ended=response.ended)
+                 for response in responses]
         self.texts.update(zip(names, texts, strict=True))
 
         own = [name for name in names if sum(name) % processes.count() == processes.index()]
@@ -204,7 +211,7 @@ def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollo
         problems: what to choose others from.
         seed_and_step: decide which problems come.
     """
-    taken = list(graded.problems)
+    taken, rounds = list(graded.problems), [graded]
     lacking = ~has_signal(graded, learner, alpha, settings.min_reward_spread)
     for number in range(settings.refill_rounds):
         without = np.flatnonzero(lacking).tolist()
@@ -217,14 +224,18 @@ def refill(graded: GradedRollouts, sample: Callable[[list[Problem]], GradedRollo
 
         taken += chosen.values()
         fresh = sample(list(chosen.values()))
+        rounds.append(fresh)
         useful = has_signal(fresh, learner, alpha, settings.min_reward_spread)
         rows = np.flatnonzero(useful).tolist()
         filled = [list(chosen)[row] for row in rows]
         graded = replace_groups(graded, filled, fresh, rows)
         lacking[filled] = False
 
-    return replace(graded, metrics={"rollout/asked": len(taken) / len(lacking),
-                                    "rollout/lacking": float(lacking.mean())})
+    return replace(graded, rounds=tuple(rounds), metrics={
+        "rollout/asked": len(taken) / len(lacking), "rollout/lacking": float(lacking.mean()),
+        "kept/accuracy": float(graded.correct.mean()),
+        "kept/tokens": float(graded.rollouts.lengths.mean()),
+        "kept/truncated": float(1.0 - graded.rollouts.ended.mean())})
 
 
 def has_signal(graded: GradedRollouts, learner: Learner, alpha: float,

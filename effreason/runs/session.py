@@ -16,6 +16,7 @@ from effreason.evaluation.evaluate import Evaluator, make_grader
 from effreason.grading.grader import Grader
 from effreason.lm import model
 from effreason.lm.hf.pretrained import Pretrained, load_weights, model_fingerprint, open_pretrained
+from effreason.rl import configured_reward
 from effreason.rl.learner import Engine, check_model, make_engine
 from effreason.rl.rollouts import unmatched
 from effreason.runtime import config as configuration
@@ -65,6 +66,7 @@ def open_session(config: Config) -> Iterator[Session]:
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
 
     with jax.set_mesh(mesh), Interrupts() as interrupts, make_grader(config) as grader:
+        processes.check_same(configured_reward.sources(config.reward))
         inputs = open_inputs(config, mesh, grader)
         processes.check_same({
             "the version of JAX": jax.__version__,

@@ -20,6 +20,7 @@ REPLACEMENT = "\ufffd"              # decoders write it for bytes that are no ch
 BYTE = re.compile("<0x[0-9A-F]{2}>")    # a token that is one byte
 WINDOW = 128                        # tokens decoded again for each update
 CONTEXT = 16                        # of them, those that stay when older ones are dropped
+ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")      # of special tokens in a tokenizer
 
 
 def generate(params: model.Params, prompts: Sequence[Prompt], *, config: model.DecoderConfig,
@@ -85,28 +86,29 @@ class TextStream:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._control_ids = control_ids(tokenizer)
         self._start = 0                 # tokens before this one are no longer decoded
         self._returned = 0              # characters after `_start` that have been returned
 
-    def update(self, tokens: Int[np.ndarray, " T"], *, final: bool) -> str:
+    def update(self, tokens: Int[np.ndarray, " T"], *, final: bool, ended: bool = False) -> str:
         """Returns the new text.
 
         Args:
             tokens: all tokens so far.
-            final: no more tokens will come."""
+            final: no more tokens will come.
+            ended: see `decode`."""
         end = len(tokens)
         while not final and end > self._start and self._may_continue(int(tokens[end - 1])):
             end -= 1
 
-        text = decode(self._tokenizer, tokens[self._start : end])
+        text = decode(self._tokenizer, tokens[self._start : end], ended=ended)
         settled = text if final else text.rstrip(REPLACEMENT)
         new = settled[self._returned :]
         self._returned = max(self._returned, len(settled))
 
         if end - self._start > WINDOW and settled == text:
             context = decode(self._tokenizer, tokens[end - CONTEXT : end])
-            # Empty if there are only special tokens, which leave no text.
+            # Empty if there are only control tokens, which leave no text.
             if context and not context.endswith(REPLACEMENT):
                 self._start, self._returned = end - CONTEXT, len(context)
         return new
@@ -114,9 +116,24 @@ class TextStream:
     def _may_continue(self, token: int) -> bool:
         """Returns whether a run of bytes may continue after it: it is a byte, or leaves no text."""
         name = self._tokenizer.convert_ids_to_tokens(token)
-        return BYTE.fullmatch(name or "") is not None or token in self._special_ids
+        return BYTE.fullmatch(name or "") is not None or token in self._control_ids
 
 
-def decode(tokenizer: Any, tokens: Int[np.ndarray, " T"]) -> str:
-    """Returns the text of response tokens without special ones such as EOS; think tags stay."""
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+def decode(tokenizer: Any, tokens: Int[np.ndarray, " T"], *, ended: bool = False) -> str:
+    """Returns the text of response tokens, for graders and for people.
+
+    Left out are the tokenizer's control tokens (BOS, EOS, padding, unknown, ...). Other special
+    tokens stay: some tokenizers mark </think> or <answer> as special.
+
+    Args: ended, the last token ends the response: it is left out if it is special at all."""
+    ids, control = tokens.tolist(), control_ids(tokenizer)
+    if ended and ids and not tokenizer.decode(ids[-1:], skip_special_tokens=True):
+        ids.pop()
+    return tokenizer.decode([token for token in ids if token not in control],
+                            skip_special_tokens=False)
+
+
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Returns the ids of the special tokens that have a role in the tokenizer."""
+    return frozenset(token for role in ROLES
+                     if (token := getattr(tokenizer, f"{role}_token_id", None)) is not None)

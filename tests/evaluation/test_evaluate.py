@@ -19,13 +19,27 @@ from effreason.evaluation import models, responses
 from effreason.evaluation.evaluate import Evaluator
 from effreason.lm import model
 from effreason.lm.hf.pretrained import Pretrained
-from effreason.runtime import sharding
-from effreason.runtime.config import Config
+from effreason.runtime import processes, sharding
+from effreason.runtime.config import Config, GradeConfig
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.sampling import capacity
 
 # 8 problems x 2 = 16 responses
 FEW_SLOTS = {"evaluation.samples": 2, "rollout.slots": 4, "rollout.chunk": 4}
+
+
+def test_a_grader_that_differs_between_hosts_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("def grade(response, answer): return True\n")
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(Config(), grade=GradeConfig(function="own:grade", workers=1))
+    with evaluation.make_grader(config) as grader:
+        assert len(grader.function_source) == 12
+
+    monkeypatch.setattr(processes, "all_gather", lambda name, make: [
+        make(), dict.fromkeys(make(), "another")])
+    with pytest.raises(UserError, match=r"^the source of grade\.function own:grade: process 1 has "
+                       r"another, process 0 has \w{12}; all must have the same$"):
+        evaluation.make_grader(config)
 
 
 @pytest.fixture(scope="module")

@@ -421,6 +421,24 @@ def test_a_function_of_ones_own_gets_the_whole_response(own):
         assert grader.check_references(["", "{"]) == []
 
 
+def test_the_source_of_a_function_includes_its_own_modules_and_nothing_installed(own, tmp_path):
+    def source():
+        with Grader(workers=1, function="mine:grade") as grader:
+            return grader.function_source
+
+    (tmp_path / "mine.py").write_text("import json\nfrom helper import grade\n")
+    (tmp_path / "helper.py").write_text("def grade(response, answer): return True\n")
+    first = source()
+    assert first == source() and len(first) == 12
+    (tmp_path / "helper.py").write_text("def grade(response, answer): return None\n")
+    changed = source()
+    assert changed != first
+    (tmp_path / "own_grader.py").write_text("")         # not imported by it
+    assert source() == changed
+    with Grader(workers=1) as grader:
+        assert grader.function_source == ""
+
+
 def test_verdicts_of_a_function_are_not_kept(own):
     with Grader(workers=1, function="own_grader:counts") as grader:
         assert [only(grader, "same", "5").correct for _ in range(3)] == [True, False, False]

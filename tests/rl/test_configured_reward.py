@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from effreason.rl import configured_reward, rewards
+from effreason.runtime import processes
 from effreason.runtime.config import RewardConfig
 from effreason.runtime.errors import UserError
 
@@ -205,6 +206,23 @@ def test_a_function_that_cannot_be_used_is_told_at_once(own, form, parameters, m
         configured_reward.make_reward(reward)
     assert str(error.value).startswith(f"reward.form {form}: {message}")
     assert "\n" not in str(error.value)
+
+
+def test_the_source_of_a_function_is_compared_between_hosts(own, monkeypatch, tmp_path):
+    assert configured_reward.sources(RewardConfig()) == {}
+    found = configured_reward.sources(RewardConfig(form="own_reward:plain"))
+    assert list(found) == ["the source of reward.form own_reward:plain"]
+    sys.modules.pop("own_reward")
+    (tmp_path / "own_reward.py").write_text(OWN + "\n")
+    other = configured_reward.sources(RewardConfig(form="own_reward:plain"))
+    assert other.keys() == found.keys() and other != found
+
+    monkeypatch.setattr(processes, "all_gather", lambda name, make: [make(), other])
+    with pytest.raises(UserError, match=r"^the source of reward\.form own_reward:plain: process 1 "
+                       r"has \w{12}, process 0 has \w{12}; all must have the same$"):
+        processes.check_same(found)
+    assert configured_reward.sources(RewardConfig(form="math:isclose")).keys() == {
+        "the source of reward.form math:isclose"}
 
 
 @pytest.mark.parametrize(("form", "parameters", "message"), [

@@ -3,14 +3,18 @@ are generated."""
 
 import concurrent.futures
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 
+from effreason import loop
+from effreason.data import prompts
 from effreason.data.tiny import tokenizer
 from effreason.grading.grader import Grade, Grader
 from effreason.grading.kinds import Reference
 from effreason.rl import rollouts
+from effreason.runtime.config import RolloutConfig
 from effreason.runtime.errors import Interrupted
 from effreason.sampling.scheduler import make_requests
 from effreason.types import Problem, Response
@@ -36,6 +40,7 @@ class Played:
 
     def __init__(self, requests, chunks, begun=()):
         self.requests, self.waiting, self.running, self.tokens = requests, len(requests), 0, 0
+        self.slot_steps, self.host_seconds, self.compilations = 1, 0.0, 0
         self.chunks, self.begun = iter(chunks), list(begun)
 
     def __iter__(self):
@@ -147,6 +152,25 @@ def test_texts_keep_the_think_tags_and_lose_eos():
     assert tried.texts == ["3+4</think>\\boxed{7}", "9"]
 
 
+def marked(*marks):
+    """A tokenizer like the others, with these marks as special tokens."""
+    made = tokenizer.build()
+    made.add_special_tokens({"additional_special_tokens": list(marks)})
+    return made
+
+
+@pytest.mark.parametrize(("text", "answer"), [
+    ("3+4</think>\\boxed{7}", "7"), ("<think>3</think>\\boxed{7}", "7"), ("\\boxed{7}", None)])
+def test_a_think_mark_may_be_a_special_token(monkeypatch, text, answer):
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", marked("<think>", "</think>"))
+    assert TOKENS.decode(TOKENS.encode("</think>"), skip_special_tokens=True) == ""
+    with Grader(workers=1) as grader:
+        tried = attempted(playing([response(0, 0, text)]), [problem(0, opens_thinking=True)], 1,
+                          grader)
+    assert tried.texts == [text] and tried.verdicts[0].answer == answer
+    assert bool(tried.correct[0, 0]) == (answer is not None)
+
+
 def test_every_chunk_is_watched():
     seen = []
     requests = make_requests([problem(0).prompt, problem(1).prompt], 2, 40)
@@ -225,6 +249,50 @@ def test_a_signal_keeps_what_is_finished_and_what_is_begun_and_the_rest_is_drawn
     assert sorted((response.prompt, response.sample, response.finish)
                   for response in again.kept) == [(0, 0, "eos"), (0, 1, "eos"), (1, 0, "eos"),
                                                   (1, 1, None)]
+
+
+def refilled(monkeypatch, rounds, signals):
+    """Groups of two after these rounds of responses; signals, of each round's groups."""
+    left, flags = iter(rounds), iter(signals)
+
+    def sample(problems):
+        texts = next(left)
+        chunk = [response(prompt, number, text, finish) for prompt, pair in enumerate(texts)
+                 for number, (text, finish) in enumerate(pair)]
+        return attempted(playing(chunk), problems, 2, Right())
+
+    monkeypatch.setattr(rollouts, "has_signal", lambda *_: np.array(next(flags)))
+    source = prompts.Source("all", None, tuple(problem(uid) for uid in range(9)))
+    return rollouts.refill(sample([problem(0), problem(1)]), sample, None,
+                           prompts.Problems((source,)), alpha=0.1,
+                           settings=RolloutConfig(refill_rounds=3), seed_and_step=(0, 0))
+
+
+WRONG, RIGHT, LONG = ("1", "eos"), ("7", "eos"), ("7777", "length")
+
+
+def test_what_is_logged_is_of_all_responses_and_the_kept_ones_have_their_own_names(monkeypatch):
+    graded = refilled(monkeypatch, [[(WRONG, RIGHT), (WRONG, WRONG)], [(LONG, LONG)],
+                                    [(RIGHT, WRONG)]], [[True, False], [False], [True]])
+    assert [part.correct.tolist() for part in graded.sampled] == [
+        [[False, True], [False, False]], [[False, False]], [[True, False]]]
+    np.testing.assert_array_equal(graded.correct, [[False, True], [True, False]])
+    metrics = graded.metrics | loop.step_metrics(graded, 1.0, rollout_seconds=1.0,
+                                                 update_seconds=1.0, step_seconds=1.0)
+    # Of 8 responses 2 are right and 2 cut off, after 4 tokens; the others have 2.
+    assert metrics["rollout/accuracy"] == 2 / 8 and metrics["kept/accuracy"] == 2 / 4
+    assert metrics["rollout/truncated"] == 2 / 8 and metrics["kept/truncated"] == 0
+    assert metrics["rollout/tokens"] == 20 / 8 and metrics["kept/tokens"] == 2
+    assert metrics["grade/exact"] == 1 and metrics["rollout/asked"] == 2
+    assert metrics["update/tokens_per_second"] == 8
+
+
+def test_without_refilling_what_is_logged_is_of_the_groups():
+    graded = attempted(playing([response(0, 0, *RIGHT), response(0, 1, *LONG)]), [problem(0)], 2,
+                       Right())
+    metrics = loop.step_metrics(graded, 1.0, rollout_seconds=1.0, update_seconds=1.0,
+                                step_seconds=1.0)
+    assert (metrics["rollout/accuracy"], metrics["rollout/tokens"]) == (0.5, 3.0)
 
 
 def test_answers_that_stay_undecided_stop_the_run():

@@ -229,6 +229,35 @@ def test_what_is_shown_is_the_text_whatever_the_tokens(tokenizer, data):
         assert "".join(shown(made, tokens, sizes)) == text
 
 
+def named(*special, roles=None):
+    """The bytes, then these special tokens; roles, of some of them."""
+    made = byte_level()
+    core = tokenizers.Tokenizer.from_str(made.backend_tokenizer.to_str())
+    core.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **(roles or {}))
+
+
+ALL_ROLES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(("tokens", "ended", "text"), [
+    ("<bos>", False, ""), ("a<think>b</think>c<eos>", True, "a<think>b</think>c"),
+    ("<|begin_of_thought|>a<|end_of_thought|>b<eos><pad><pad>", True,
+     "<|begin_of_thought|>a<|end_of_thought|>b"),
+    ("<answer>5</answer><eos>", True, "<answer>5</answer>"), ("5</think>", False, "5</think>"),
+    ("a<unk>b", False, "ab"), ("5<|eom|>", True, "5"), ("5<|eom|>6", False, "5<|eom|>6"),
+    ("5 ", True, "5 "), ("", False, "")])
+def test_a_text_keeps_the_marks_that_are_special_tokens(tokens, ended, text):
+    marks = ("<think>", "</think>", "<answer>", "</answer>", "<|begin_of_thought|>",
+             "<|end_of_thought|>", "<|eom|>")
+    made = named(*ALL_ROLES.values(), *marks, roles=ALL_ROLES)
+    ids = np.array(made(tokens, add_special_tokens=False)["input_ids"], np.int32)
+    assert generate.decode(made, ids, ended=ended) == text
+    stream = generate.TextStream(made)
+    parts = [stream.update(ids[:end], final=False) for end in range(len(ids))]
+    assert "".join(parts) + stream.update(ids, final=True, ended=ended) == text
+
+
 # the command
 
 ROWS = [{"prompt": "(47+9)%10", "id": "first"}, {"problem": "((80+4)*7)%10", "max_new_tokens": 5,
