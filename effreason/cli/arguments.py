@@ -72,8 +72,11 @@ def check_model(path: str, field: str) -> None:
         raise UserError(f"{expected}, {path} is a file")
     if directory is None and not hub.is_hub_id(path):
         raise UserError(f"{expected}, {path} does not exist")
-    if directory is not None and not (directory / "config.json").is_file():
-        raise UserError(f"{expected}, {path} holds no config.json")
+    if directory is not None:
+        try:
+            hub.model_directory(directory)
+        except UserError as error:
+            raise UserError(f"{expected}, {error}") from None
 
 
 def check_revision(revision: str | None, path: str, option: str) -> None:

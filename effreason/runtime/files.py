@@ -10,6 +10,8 @@ from typing import Any
 
 from effreason.runtime.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @contextlib.contextmanager
 def disk(path: Path) -> Iterator[None]:
@@ -40,15 +42,30 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def check_present(path: Path) -> None:
+    """Raises UserError if a file is missing, or only says where its content is.
+
+    A clone without git-lfs leaves pointers, a copy of a cache without its blobs leaves links."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: is a link to {os.readlink(path)}, which does not exist; copy the "
+                        "files themselves, as `cp -L` does")
+    if not path.exists():
+        raise UserError(f"{path}: file not found")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{path}: is a pointer of Git LFS, not the file itself; run `git "
+                                "lfs pull` in its folder, or download it with `hf download`")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file. Raises: UserError that names the file."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: file not found") from None
+        check_present(path)
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:   # not UTF-8, or thousands of digits or brackets
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(table, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(table).__name__}")

@@ -107,8 +107,8 @@ def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
     assert failed(capsys,
                   ["--model.path", nowhere]) == f"model.path {wanted} {nowhere} does not exist"
     assert failed(capsys, ["--model.path", file]) == f"model.path {wanted} {file} is a file"
-    assert failed(capsys, ["--model.path",
-                           str(tmp_path)]) == f"model.path {wanted} {tmp_path} holds no config.json"
+    assert failed(capsys, ["--model.path", str(tmp_path)]) == (
+        f"model.path {wanted} {tmp_path} holds no config.json; did you mean {tmp_path / 'model'}?")
     assert failed(capsys, ["--models", "tiny", nowhere],
                   "evaluate") == f"models {wanted} {nowhere} does not exist"
     argv = ["--evaluation.problems", "0", "--data.path"]

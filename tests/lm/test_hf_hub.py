@@ -299,6 +299,7 @@ def test_names_that_are_mistyped_directories(name):
 def test_a_directory_goes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good" / "model").mkdir(parents=True)
+    (tmp_path / "good" / "model" / "config.json").touch()
     assert hub.find("good/model", None, SMALL) == (Path("good/model"), None)
     with pytest.raises(UserError,
                        match=r"model\.revision is for .*, good/model is a directory, got v1"):
@@ -306,6 +307,43 @@ def test_a_directory_goes_before_the_hub(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         hub.find(str(tmp_path / "file"), None, SMALL)
+
+
+def test_the_folder_of_a_cache_is_its_snapshot(tmp_path):
+    folder = tmp_path / "models--good--model"
+    for commit in (OLD, NEW):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").touch()
+    with pytest.raises(UserError, match=f"did you mean .*{OLD} or .*{NEW}"):
+        hub.find(str(folder), None, SMALL)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(OLD)
+    assert hub.find(str(folder), None, SMALL) == (folder / "snapshots" / OLD, None)
+    shutil.rmtree(folder / "refs")
+    shutil.rmtree(folder / "snapshots" / OLD)
+    assert hub.find(str(folder), None, SMALL) == (folder / "snapshots" / NEW, None)
+    with pytest.raises(UserError, match=f"holds no config.json; did you mean .*{NEW}"):
+        hub.find(str(folder / "snapshots"), None, SMALL)
+
+
+def test_a_folder_above_the_model_names_it(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="holds no config.json$"):
+        hub.find(str(tmp_path), None, SMALL)
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(UserError, match="holds no config.json; did you mean .*/model"):
+        hub.find(str(tmp_path), None, SMALL)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_is_named_as_one(tmp_path, whole):
+    table = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(table))
+    if whole:
+        (tmp_path / "config.json").touch()
+    expected = "next to a model" if whole else "holds no config.json, only an adapter"
+    with pytest.raises(UserError, match=f"{expected}: adapter_config.json, made for org/base"):
+        hub.find(str(tmp_path), None, SMALL)
 
 
 def test_what_a_killed_export_left_stands_in_for_it(tmp_path):

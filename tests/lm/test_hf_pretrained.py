@@ -276,8 +276,81 @@ def test_open_pretrained_reads_all_that_is_not_a_weight(whole):
     assert pretrained.tokenizer.encode("w3 w71") == [3, 71]
     assert pretrained.decoder == read_config(whole, dtype="bfloat16", remat="none")
     edit(whole, vocab_size=40)
-    with pytest.raises(UserError, match="72 tokens, config.json's vocab_size is 40"):
+    with pytest.raises(UserError, match="has 72 rows, config.json's vocab_size is 40"):
         open_pretrained(str(whole), dtype="float32", remat="full")
+
+
+def opened(directory):
+    return open_pretrained(str(directory), dtype="float32", remat="full")
+
+
+def test_tokens_and_eos_ids_that_the_model_has_no_rows_for_are_noted(whole):
+    assert opened(whole).notes == ()
+    rewrite(whole, lambda tensors: tensors.update(
+        {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:70].copy()}))
+    edit(whole, vocab_size=70)
+    edit(whole, "generation_config.json", eos_token_id=[3, 71])
+    pretrained = opened(whole)
+    assert pretrained.eos_ids == (1, 3) and pretrained.notes == (
+        f"{whole}: the tokenizer has 72 tokens, the model only 70 (vocab_size); a prompt with one "
+        "of the others is an error",
+        f"{whole}: EOS 71 can never be sampled, vocab_size is 70; the others end a response")
+
+
+def test_no_eos_id_that_can_be_sampled_is_an_error(whole):
+    edit(whole, "generation_config.json", eos_token_id=[80])
+    edit(whole, "tokenizer_config.json", eos_token=None)
+    (whole / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="eos_token_id must be below config.json's vocab_size, 72"):
+        opened(whole)
+
+
+def test_files_that_are_not_read_are_noted(whole):
+    (whole / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
+    edit(whole, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    single, code = opened(whole).notes
+    assert "model.safetensors.index.json; the single file is read" in single
+    assert "code of its own (auto_map), which is not run" in code
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                                  "config.json", "chat_template.jinja", "generation_config.json"])
+def test_a_pointer_of_git_lfs_is_named_as_one(whole, file):
+    (whole / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{file}: is a pointer of Git LFS"):
+        opened(whole)
+
+
+def test_byte_order_marks_are_dropped_and_not_exported(whole, tmp_path):
+    expected = opened(whole)
+    for path in [*whole.glob("*.json"), *whole.glob("*.jinja")]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = opened(whole)
+    assert found.decoder == expected.decoder and found.tokenizer.chat_template == TEMPLATE
+    assert found.tokenizer.encode("w3 w71") == [3, 71] and found.eos_ids == expected.eos_ids
+    export(whole, tmp_path / "target")
+    for path in (tmp_path / "target").iterdir():
+        assert not path.read_bytes().startswith(b"\xef\xbb\xbf"), path.name
+
+
+def test_a_template_of_an_older_processor_is_found(whole):
+    (whole / "chat_template.jinja").unlink()
+    (whole / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert load_tokenizer(whole).chat_template == TEMPLATE
+
+
+def test_named_templates_of_a_folder_are_found(whole, tmp_path):
+    (whole / "additional_chat_templates").mkdir()
+    (whole / "additional_chat_templates" / "rag.jinja").write_text("rag " + TEMPLATE)
+    assert load_tokenizer(whole).chat_template == {"default": TEMPLATE, "rag": "rag " + TEMPLATE}
+    export(whole, tmp_path / "target", chat_template="w2 " + TEMPLATE)
+    assert load_tokenizer(tmp_path / "target").chat_template == "w2 " + TEMPLATE
+
+
+def test_a_tokenizer_of_another_kind_is_named(whole):
+    (whole / "tokenizer.json").rename(whole / "tokenizer.model")
+    with pytest.raises(UserError, match="has no tokenizer.json, only tokenizer.model; load it"):
+        opened(whole)
 
 
 def test_a_padded_vocabulary_is_no_mistake(whole):

@@ -202,16 +202,23 @@ def test_loaded_weights_may_be_donated():
     ("model.safetensors", lambda path: path.write_bytes(b""), "cannot be read"),
     ("model.safetensors", lambda path: path.unlink(), "neither model.safetensors nor"),
     ("model.safetensors", lambda path: path.rename(path.with_name("pytorch_model.bin")),
-     "pickled by PyTorch"),
+     "only pytorch_model.bin, pickled by PyTorch"),
+    ("model.safetensors", lambda path: path.rename(path.with_name("model.fp16.safetensors")),
+     "only model.fp16.safetensors; weights must be as save_pretrained"),
+    ("model.safetensors", lambda path: path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "`git lfs pull`"),
+    ("model.safetensors", lambda path: (path.unlink(), path.symlink_to("gone")), "a link to gone"),
     ("model.safetensors.index.json", lambda path: path.write_text("{}"), "weight_map"),
     ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "gone"}}'),
-     "does not exist"),
+     "gone: file not found"),
     ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": "../x"}}'),
      "next to it"),
     ("model.safetensors.index.json", lambda path: path.write_text('{"weight_map": {"a": 3}}'),
      "next to it"),
 ])
 def test_files_that_are_missing_or_broken(copy, name, spoil, expected):
+    if "index" in name:
+        (copy / "model.safetensors").unlink()
     spoil(copy / name)
     message = refusal(copy)
     assert expected in message, message
@@ -254,6 +261,68 @@ def test_tensors_that_the_decoder_would_not_read(copy, name):
     rewrite(copy, lambda tensors: tensors.update(
         {name: np.ones(3, np.float32), "zzz": np.ones(3, np.float32)}))
     assert f"holds tensor {name} and 1 more" in refusal(copy)
+
+
+# Names of tensors
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "llama"])
+@pytest.mark.parametrize(("prefix", "head"), [
+    ("", ""), ("_orig_mod.model.", "_orig_mod."), ("module.model.", "module."),
+    ("language_model.model.", "language_model."), ("model.language_model.", ""),
+    ("module._orig_mod.model.", "module._orig_mod."), ("model.", "model.")])
+def test_other_prefixes_of_the_names_are_read(tmp_path, name, prefix, head):
+    directory = Path(shutil.copytree(FIXTURES / name, tmp_path / "model"))
+    params, tensors = load(directory), stored(directory)
+
+    def rename(tensors):
+        for name in list(tensors):
+            start = head if name == "lm_head.weight" else prefix
+            tensors[start + name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(directory, rename)
+    jax.tree.map(np.testing.assert_array_equal, load(directory), params)
+    assert weights.stored_dtypes(directory).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("more", "expected"), [
+    ("draft.model.embed_tokens.weight", "holds tensor draft.model.embed_tokens.weight"),
+    ("visual.merger.weight", "holds tensor visual.merger.weight"),
+    ("my_lm_head.weight", "holds tensor my_lm_head.weight"),
+    ("base_model.model.model.norm.weight", "holds tensor base_model.model.model.norm.weight"),
+])
+def test_names_that_could_mean_something_else_are_not_read(copy, more, expected):
+    rewrite(copy, lambda tensors: tensors.update({more: np.ones(3, np.float32)}))
+    assert expected in refusal(copy)
+
+
+def test_a_head_that_is_there_twice(tmp_path):
+    directory = Path(shutil.copytree(FIXTURES / "qwen2_untied", tmp_path / "model"))
+    rewrite(directory, lambda tensors: tensors.update(
+        {"model.lm_head.weight": tensors["lm_head.weight"] + 1}))
+    assert "model.safetensors, as model.lm_head.weight" in refusal(directory)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path):
+    # As transformers reads them: a model saved again leaves the old index and its shards.
+    directory = Path(shutil.copytree(FIXTURES / "qwen2_untied", tmp_path / "model"))
+    params, shards = load(directory), {path.name: path.read_bytes()
+                                       for path in directory.glob("model*")}
+    rewrite(directory, lambda tensors: tensors.update({"lm_head.weight":
+                                                       tensors["lm_head.weight"] + 1}))
+    for name, content in shards.items():
+        (directory / name).write_bytes(content)
+    np.testing.assert_array_equal(load(directory)["head"], params["head"] + 1)
+
+
+def test_a_size_that_config_json_lacks_is_named_if_the_weights_differ(copy):
+    edit(copy, remove=["intermediate_size"])
+    message = refusal(copy)
+    assert "shape (32, 48), config.json expects (32, 22016); config.json does not say" in message
+    assert message.endswith("is taken to mean head_dim 8, intermediate_size 22016")
+    edit(copy, intermediate_size=48, remove=["num_hidden_layers"])
+    message = refusal(copy)
+    assert "has no tensor model.layers.2." in message and "num_hidden_layers 32" in message
 
 
 def test_buffers_of_older_exports_are_passed_over(copy):

@@ -4,6 +4,7 @@ A snapshot is fetched in two parts: small files when a model is opened, weights 
 So mistakes in the data show before 15 GB are downloaded. A run reads everything from one commit.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
 
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import read_json
 
 # What a request may raise; ValueError if the answer is not JSON, such as a network's log-in page.
 FAILURES = (OSError, ValueError, errors.HTTPError)
 TIMEOUT_SECONDS = 10.0              # for the first answer from the Hub
+SINGLE_FILE, ADAPTER_FILE = "model.safetensors", "adapter_config.json"
 WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 
 
@@ -51,7 +54,7 @@ def find(name: str, revision: str | None, small_files: Sequence[str]) -> tuple[P
         if revision is not None:
             raise UserError(f"model.revision is for a model on the Hub, {name} is a directory, got "
                             f"{revision}")
-        return directory, None
+        return model_directory(directory), None
     if name and Path(name).exists():
         raise UserError(f"{name} is a file, expected a model's directory or its id on the Hugging "
                         "Face Hub")
@@ -60,9 +63,34 @@ def find(name: str, revision: str | None, small_files: Sequence[str]) -> tuple[P
                         "organisation/name")
 
     snapshot = _open_snapshot(name, revision, small_files)
-    if not (snapshot / "config.json").exists():
-        raise UserError(f"{name}: has no config.json, it is not a model transformers can load")
-    return snapshot, snapshot.name
+    return model_directory(snapshot), snapshot.name
+
+
+def model_directory(directory: Path) -> Path:
+    """Returns the directory with the config.json: this one, or the snapshot in a cache's folder.
+
+    Raises: UserError if there is none, or an adapter; it says what there is instead."""
+    if (directory / ADAPTER_FILE).exists():
+        base = read_json(directory / ADAPTER_FILE).get("base_model_name_or_path")
+        kind = "holds an adapter next to a model" if (directory / "config.json").exists() else (
+            "holds no config.json, only an adapter")
+        raise UserError(f"{directory} {kind}: {ADAPTER_FILE}, made for {base}, such as LoRA's; "
+                        "merge it into that model (merge_and_unload of peft), and pass the "
+                        f"result, without {ADAPTER_FILE}")
+    if os.path.lexists(directory / "config.json"):
+        return directory
+
+    main = directory / "refs" / "main"
+    if main.is_file():
+        snapshot = directory / "snapshots" / main.read_text(encoding="utf-8").strip()
+        if (snapshot / "config.json").exists():
+            return snapshot
+    found = sorted(path.parent for pattern in ("*", "snapshots/*")
+                   for path in directory.glob(f"{pattern}/config.json"))
+    if len(found) == 1 and found[0].parent == directory / "snapshots":
+        return found[0]
+    hint = f"; did you mean {' or '.join(map(str, found[:3]))}?" if found else ""
+    raise UserError(f"{directory} holds no config.json{hint}")
 
 
 def existing_export(directory: Path) -> Path | None:
@@ -94,9 +122,13 @@ def _open_snapshot(name: str, revision: str | None, small_files: Sequence[str]) 
     try:
         # One request without retries: a download would try for 20 s to reach an absent Hub.
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=TIMEOUT_SECONDS)
-        _check_listing(name, [file.rfilename for file in info.siblings or ()])
+        listed = [file.rfilename for file in info.siblings or ()]
+        _check_listing(name, listed)
+        # An index next to the single file is out of date: transformers does not read it either.
+        wanted = [file for file in small_files
+                  if not (file.startswith(SINGLE_FILE) and SINGLE_FILE in listed)]
         return Path(huggingface_hub.snapshot_download(name, revision=revision,
-                                                      allow_patterns=list(small_files)))
+                                                      allow_patterns=wanted))
     except FAILURES as error:
         if cached := _cached(name, revision, small_files):
             return cached
@@ -115,13 +147,16 @@ def _cached(name: str, revision: str | None, files: Sequence[str]) -> Path | Non
 
 def _check_listing(name: str, listed: Sequence[str]) -> None:
     """Raises UserError if these files are not a model's."""
+    if ADAPTER_FILE in listed:
+        raise UserError(f"{name}: is an adapter on the Hub, such as LoRA's ({ADAPTER_FILE}); merge "
+                        "it into its model (merge_and_unload of peft), and pass the result")
     if "config.json" not in listed:
         raise UserError(f"{name}: has no config.json on the Hub, it is not a model transformers "
                         "can load")
     if not any(WEIGHTS.fullmatch(file) for file in listed):
         is_pickled = any(file.endswith(".bin") for file in listed)
         kind = "only weights pickled by PyTorch" if is_pickled else "no weights"
-        raise UserError(f"{name}: has {kind} on the Hub, expected model.safetensors; convert them "
+        raise UserError(f"{name}: has {kind} on the Hub, expected {SINGLE_FILE}; convert them "
                         "with save_pretrained of transformers and pass the directory")
 
 

@@ -1,34 +1,39 @@
 """Reads Hugging Face models, from a directory or the Hub, and exports them to a directory."""
 
+import codecs
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from effreason.lm.hf import hub, weights
-from effreason.lm.hf.config import exported_config, parse_config
+from effreason.lm.hf.config import exported_config, max_positions, parse_config, transformers
 from effreason.lm.hf.weights import read_weights, stored_dtype, weight_files, write_weights
 from effreason.lm.model import DecoderConfig, Params
 from effreason.runtime import processes
 from effreason.runtime.errors import UserError
-from effreason.runtime.files import read_json
+from effreason.runtime.files import check_present, read_json
 from effreason.runtime.sharding import Shardings
 
 SHIPPED_REASONER = Path(__file__).parents[2] / "data" / "tiny" / "reasoner"
 TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
+OLDER_TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.json", "additional_chat_templates"
 CARD_FILE, FACTS_FILE = "README.md", "effreason.json"
 # What another program needs besides the weights. The source's README is not ours to pass on.
 COMPANIONS = ("config.json", "tokenizer.json", TOKENIZER_FILE, "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", TEMPLATE_FILE,
-              "chat_template.json", "generation_config.json", "LICENSE", "LICENSE.md",
+              OLDER_TEMPLATE_FILE, "generation_config.json", "LICENSE", "LICENSE.md",
               "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+CONVERT_TOKENIZER = ("load it with AutoTokenizer of transformers, and save_pretrained writes "
+                     "tokenizer.json")
 FINGERPRINT_BYTES = 2**20           # read from each end of a file of weights
 
 
@@ -43,11 +48,12 @@ class Pretrained:
     tokenizer: Any                  # a transformers fast tokenizer
     eos_ids: tuple[int, ...]
     max_positions: int              # longest sequence the model was trained for
+    notes: tuple[str, ...]          # lines for the log: what in its files may surprise
 
 
 def open_pretrained(path: str, *, dtype: str, remat: str = "full",
                     revision: str | None = None) -> Pretrained:
-    """Reads config, tokenizer and EOS ids, and checks that there are weights.
+    """Reads config, tokenizer and EOS ids, and checks that there are weights that fit.
 
     Args:
         path: A directory, the id of a model on the Hub, whose small files are fetched, or "tiny",
@@ -60,28 +66,49 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
         raise UserError("model.revision is for a model on the Hub, model.path is tiny, got "
                         f"{revision}")
     name = str(SHIPPED_REASONER) if path == "tiny" else path
-    directory, commit = hub.find(name, revision, (*COMPANIONS, FACTS_FILE, weights.INDEX_FILE))
-    table = read_json(directory / "config.json")
-    decoder = parse_config(table, directory / "config.json", dtype=dtype, remat=remat)
+    directory, commit = hub.find(name, revision, (
+        *COMPANIONS, FACTS_FILE, weights.INDEX_FILE, hub.ADAPTER_FILE,
+        f"{TEMPLATE_FOLDER}/*.jinja"))
+    for file in (*COMPANIONS, FACTS_FILE):
+        if os.path.lexists(directory / file):
+            check_present(directory / file)
+    config_file = directory / "config.json"
+    table = read_json(config_file)
+    decoder = parse_config(table, config_file, dtype=dtype, remat=remat)
     if commit is None:
-        weight_files(directory)
+        weights.check_weights(directory, decoder)
 
     tokenizer = load_tokenizer(directory)
-    if len(tokenizer) > decoder.vocabulary:
-        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json's "
-                        f"vocab_size is {decoder.vocabulary}")
     ids = eos_ids(directory, tokenizer)
-    if max(ids) >= decoder.vocabulary:
+    usable = tuple(eos for eos in ids if eos < decoder.vocabulary)
+    if not usable:
         raise UserError(f"{directory}: eos_token_id must be below config.json's vocab_size, "
                         f"{decoder.vocabulary}, got {max(ids)}")
-
     decoder = dataclasses.replace(
-        decoder, unused_ids=unused_ids(tokenizer, decoder.vocabulary, ids))
-    positions = table.get("max_position_embeddings")
-    if not isinstance(positions, int) or positions <= 0:
-        positions = sys.maxsize
+        decoder, unused_ids=unused_ids(tokenizer, decoder.vocabulary, usable))
     return Pretrained(name=path, revision=commit, directory=directory, decoder=decoder,
-                      tokenizer=tokenizer, eos_ids=ids, max_positions=positions)
+                      tokenizer=tokenizer, eos_ids=usable,
+                      max_positions=max_positions(table, config_file), notes=tuple(
+                          _notes(directory, table, decoder.vocabulary, len(tokenizer), ids)))
+
+
+def _notes(directory: Path, table: dict[str, Any], rows: int, tokens: int,
+           ids: Sequence[int]) -> Iterator[str]:
+    """Yields what is in a model's files that is not used, or not as one might think.
+
+    Args: rows, the model's vocabulary; tokens, the tokenizer's."""
+    if tokens > rows:
+        yield (f"{directory}: the tokenizer has {tokens:,} tokens, the model only {rows:,} "
+               "(vocab_size); a prompt with one of the others is an error")
+    if beyond := [eos for eos in ids if eos >= rows]:
+        yield (f"{directory}: EOS {', '.join(map(str, beyond))} can never be sampled, vocab_size "
+               f"is {rows:,}; the others end a response")
+    if (directory / weights.SINGLE_FILE).exists() and (directory / weights.INDEX_FILE).exists():
+        yield (f"{directory}: has {weights.SINGLE_FILE} and {weights.INDEX_FILE}; the single file "
+               "is read, as transformers does, not the shards of the index")
+    if table.get("auto_map"):
+        yield (f"{directory}: config.json names code of its own (auto_map), which is not run; the "
+               f"weights are read as {table['model_type']}")
 
 
 def load_weights(pretrained: Pretrained, shardings: Shardings | None = None) -> Params:
@@ -119,19 +146,37 @@ def model_fingerprint(pretrained: Pretrained) -> str:
 def load_tokenizer(directory: Path) -> Any:
     """Loads the directory's own fast tokenizer. Raises: UserError if it cannot be loaded."""
     if not (directory / "tokenizer.json").exists():
-        raise UserError(f"{directory}: has no tokenizer.json")
-    # No notice that torch is missing: it is not needed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers  # 1.6 s: only when a tokenizer is needed
+        others = [name for name in SLOW_TOKENIZERS if (directory / name).exists()]
+        hint = f", only {others[0]}; {CONVERT_TOKENIZER}" if others else ""
+        raise UserError(f"{directory}: has no tokenizer.json{hint}")
 
-    try:
-        # Not AutoTokenizer: for some model_types its class overrides tokenizer.json's whitespace.
-        return transformers.PreTrainedTokenizerFast.from_pretrained(str(directory),
-                                                                    local_files_only=True)
-    except Exception as error:      # a damaged file may raise anything
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise UserError(f"{directory}: tokenizer.json and tokenizer_config.json cannot be loaded "
-                        f"by transformers ({reason})") from None
+    with tempfile.TemporaryDirectory() as copy:
+        _copy_companions(directory, Path(copy))
+        try:
+            # Not AutoTokenizer: for some model_types its class overrides tokenizer.json's
+            # whitespace.
+            tokenizer = transformers().PreTrainedTokenizerFast.from_pretrained(
+                copy, local_files_only=True)
+        except Exception as error:      # a damaged file may raise anything
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise UserError(f"{directory}: tokenizer.json and tokenizer_config.json cannot be "
+                            f"loaded by transformers ({reason})") from None
+
+    older = directory / OLDER_TEMPLATE_FILE
+    if tokenizer.chat_template is None and older.exists():
+        text = read_json(older).get("chat_template")
+        tokenizer.chat_template = text if isinstance(text, str) else None
+    return tokenizer
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copies the small files of a model, without the byte-order marks that some editors write."""
+    named = [f"{TEMPLATE_FOLDER}/{path.name}" for path in source.glob(f"{TEMPLATE_FOLDER}/*.jinja")]
+    for name in (*COMPANIONS, *named):
+        if (source / name).exists():
+            (target / name).parent.mkdir(exist_ok=True)
+            content = (source / name).read_bytes()
+            (target / name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
 
 
 def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -198,9 +243,7 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for name in COMPANIONS:
-            if (source / name).exists():
-                shutil.copyfile(source / name, partial / name)
+        _copy_companions(source, partial)
         if chat_template is not None:
             _write_template(partial, chat_template)
         if card is not None:
@@ -238,7 +281,8 @@ def _write_template(directory: Path, template: str) -> None:
 
     transformers 5 reads chat_template.jinja first, older versions only the tokenizer's entry."""
     (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    (directory / "chat_template.json").unlink(missing_ok=True)
+    (directory / OLDER_TEMPLATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(directory / TEMPLATE_FOLDER, ignore_errors=True)
     path = directory / TOKENIZER_FILE
     if path.exists():
         table = read_json(path) | {"chat_template": template}

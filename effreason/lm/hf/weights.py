@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,19 @@ import numpy as np
 import safetensors
 from jax.sharding import Sharding
 
+from effreason.lm.hf.config import assumed_sizes
 from effreason.lm.model import DecoderConfig, Params, abstract_params
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
-from effreason.runtime.files import read_json
+from effreason.runtime.files import check_present, read_json
 from effreason.runtime.sharding import Shardings
 
 GetValues = Callable[[], Any]       # returns one tensor's values
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_WEIGHTS = (*PICKLED, ".h5", ".msgpack", ".gguf", ".safetensors")
 SHARD_BYTES = 5_000_000_000
 
 # Ours -> the name in the files, and for each axis there, which of our axes it folds, in order.
@@ -58,6 +63,7 @@ LAYER_TENSORS = {
     "down": ("mlp.down_proj.weight", MATRIX),
 }
 EMBEDDING, HEAD = TOP_TENSORS["embedding"][0], TOP_TENSORS["head"][0]
+EMBEDDING_END = re.compile(r"((?:.*\.)?)embed_tokens\.weight")
 # Buffers that older exports hold besides the weights; config.json determines them.
 BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
 
@@ -84,6 +90,7 @@ class Stored:
     """A tensor's file, and what its header says."""
 
     file: Path
+    name: str                       # in the file, which may have other prefixes
     dtype: str                      # F32, BF16, ...
     shape: tuple[int, ...]
 
@@ -102,9 +109,13 @@ def layouts(config: DecoderConfig) -> Params:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Returns the names of the files with the weights. Raises: UserError if there are none."""
+    """Returns the names of the files with the weights. Raises: UserError if there are none.
+
+    A single file goes before an index, as in transformers."""
     index = directory / INDEX_FILE
-    if index.exists():
+    if os.path.lexists(directory / SINGLE_FILE):
+        return [SINGLE_FILE]
+    if os.path.lexists(index):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index}: has no table weight_map")
@@ -113,13 +124,12 @@ def weight_files(directory: Path) -> list[str]:
                 raise UserError(f"{index}: weight_map must name files next to it, got "
                                 f"{json.dumps(name)[:60]}")
         return sorted(set(names.values()))
-    if (directory / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
-    hint = ""
-    if any(directory.glob("*.bin")):
-        hint = (", only weights pickled by PyTorch; convert them with save_pretrained of "
-                "transformers")
-    raise UserError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in OTHER_WEIGHTS)
+    hint = f", only {others[0]}{', ...' * (len(others) > 1)}" if others else ""
+    if others and others[0].endswith(PICKLED):
+        hint += ", pickled by PyTorch"
+    raise UserError(f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}; weights must "
+                    "be as save_pretrained of transformers writes them, in safetensors")
 
 
 def read_weights(directory: Path, config: DecoderConfig,
@@ -132,8 +142,9 @@ def read_weights(directory: Path, config: DecoderConfig,
     Raises:
         UserError: A tensor is missing, has another shape than config.json says, or is not one of
             this decoder's: the checkpoint would mean something else."""
-    stored, table = _headers(directory), layouts(config)
-    _check(directory, config, table, stored)
+    stored, table = check_weights(directory, config), layouts(config)
+    if config.tied and HEAD in stored:
+        _check_tied(directory, stored)
 
     def place(table: Params, shardings: Shardings | None) -> Params:
         params = {}
@@ -172,10 +183,10 @@ def _read(stored: dict[str, Stored], parts: Layout | tuple[Layout, ...],
     """Returns the float32 values of one shard of a weight."""
     value = _aligned(tuple(part.stop - part.start for part in index))
     if isinstance(parts, Layout):
-        value[...] = _read_part(stored[parts.name].file, parts, index)
+        value[...] = _read_part(stored[parts.name], parts, index)
         return value
     for row, part in enumerate(parts[index[0]]):
-        value[row] = _read_part(stored[part.name].file, part, index[1:])
+        value[row] = _read_part(stored[part.name], part, index[1:])
     return value
 
 
@@ -187,7 +198,7 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     return buffer[start : start + size].reshape(shape)
 
 
-def _read_part(file: Path, layout: Layout, index: tuple[slice, ...]) -> np.ndarray:
+def _read_part(tensor: Stored, layout: Layout, index: tuple[slice, ...]) -> np.ndarray:
     """Returns one tensor's slice, in our axes and the stored dtype.
 
     The file is sliced along each fold's leading axis, as one block; the other axes are cut here."""
@@ -196,8 +207,8 @@ def _read_part(file: Path, layout: Layout, index: tuple[slice, ...]) -> np.ndarr
     block = tuple(slice(index[axis].start * size, index[axis].stop * size)
                   for axis, size in zip(leading, inner, strict=True))
     # Opened for each tensor: pages that were read count as this process's while the file is open.
-    with safetensors.safe_open(file, framework="numpy") as tensors:
-        part = tensors.get_slice(layout.name)[block]
+    with safetensors.safe_open(tensor.file, framework="numpy") as tensors:
+        part = tensors.get_slice(tensor.name)[block]
 
     part = part.reshape([index[axis].stop - index[axis].start if axis in leading
                          else layout.shape[axis] for axis in layout.order])
@@ -207,49 +218,77 @@ def _read_part(file: Path, layout: Layout, index: tuple[slice, ...]) -> np.ndarr
 
 def _headers(directory: Path) -> dict[str, Stored]:
     """Reads the headers of all files. The index names the files; their headers name the tensors."""
-    stored: dict[str, Stored] = {}
+    tensors = []
     for name in weight_files(directory):
         file = directory / name
+        check_present(file)
         try:
-            with safetensors.safe_open(file, framework="numpy") as tensors:
-                for tensor in tensors.keys():
-                    header = tensors.get_slice(tensor)
-                    if tensor in stored:
-                        raise UserError(f"{directory}: tensor {tensor} is in "
-                                        f"{stored[tensor].file.name} and in {name}")
-                    stored[tensor] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                for tensor in opened.keys():
+                    header = opened.get_slice(tensor)
+                    tensors.append(Stored(file, tensor, header.get_dtype(),
+                                          tuple(header.get_shape())))
         except (OSError, safetensors.SafetensorError) as error:
-            reason = "the file does not exist" if isinstance(error, FileNotFoundError) else error
-            raise UserError(f"{file}: cannot be read as safetensors ({reason})") from None
+            raise UserError(f"{file}: cannot be read as safetensors ({error})") from None
+
+    names = _standard_names({tensor.name for tensor in tensors})
+    stored: dict[str, Stored] = {}
+    for tensor in tensors:
+        name = names[tensor.name]
+        if name in stored:
+            raise UserError(f"{directory}: tensor {stored[name].name} is in "
+                            f"{stored[name].file.name} and in {tensor.file.name}"
+                            + f", as {tensor.name}" * (tensor.name != stored[name].name))
+        stored[name] = tensor
     return stored
 
 
-def _check(directory: Path, config: DecoderConfig, table: Params,
-           stored: dict[str, Stored]) -> None:
-    """Raises UserError unless the files hold the tensors of the table, and no others."""
-    expected: list[Layout] = jax.tree.leaves(table)
+def _standard_names(names: Collection[str]) -> dict[str, str]:
+    """Returns for each name in the files the one that a causal model of transformers has.
+
+    A base class leaves out `model.`; compiled, wrapped and multimodal models put more before it.
+    What precedes the embedding is the prefix, unless there are several embeddings."""
+    prefixes = [match[1] for name in names if (match := EMBEDDING_END.fullmatch(name))]
+    prefix = prefixes[0] if len(prefixes) == 1 else "model."
+
+    def standard(name: str) -> str:
+        wrapper = name.removesuffix(HEAD)
+        if wrapper != name and prefix.startswith(wrapper) and wrapper[-1:] in ("", "."):
+            return HEAD
+        return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+    return {name: standard(name) for name in names}
+
+
+def check_weights(directory: Path, config: DecoderConfig) -> dict[str, Stored]:
+    """Returns the tensors of the files by name; reads only headers.
+
+    Raises: UserError unless they are those of the decoder, and no others."""
+    stored = _headers(directory)
+    expected: list[Layout] = jax.tree.leaves(layouts(config))
     for layout in expected:
         if layout.name not in stored:
-            hint = "; config.json's tie_word_embeddings is not true" if layout.name == HEAD else ""
+            hint = ("; config.json's tie_word_embeddings is not true" if layout.name == HEAD
+                    else assumed_sizes(directory, config))
             raise UserError(f"{directory}: has no tensor {layout.name}{hint}")
         tensor = stored[layout.name]
         _check_dtype(directory, layout.name, tensor)
         if tensor.shape != layout.stored_shape:
-            difference = f"shape {tensor.shape}, config.json expects {layout.stored_shape}"
+            difference = (f"shape {tensor.shape}, config.json expects {layout.stored_shape}"
+                          + assumed_sizes(directory, config))
             if layout.folds == TABLE and tensor.shape[1:] == layout.stored_shape[1:]:
                 difference = (f"{tensor.shape[0]} rows, config.json's vocab_size is "
-                              f"{config.vocabulary}")
+                              f"{config.vocabulary}{assumed_sizes(directory, config)}")
             raise UserError(f"{directory}: tensor {layout.name} has {difference}")
 
-    names = {layout.name for layout in expected}
+    names = {layout.name for layout in expected} | ({HEAD} if config.tied else set())
     unread = sorted(name for name in stored.keys() - names if not name.endswith(BUFFERS))
-    if config.tied and HEAD in unread:
-        unread.remove(HEAD)
-        _check_tied(directory, stored)
     if unread:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
-        raise UserError(f"{directory}: holds tensor {unread[0]}{more}, which the decoder that "
-                        "config.json describes does not have")
+        raise UserError(f"{directory}: holds tensor {stored[unread[0]].name}{more}, which the "
+                        "decoder that config.json describes does not have"
+                        + assumed_sizes(directory, config))
+    return stored
 
 
 def _check_dtype(directory: Path, name: str, tensor: Stored) -> None:
@@ -266,7 +305,7 @@ def _check_tied(directory: Path, stored: dict[str, Stored]) -> None:
     is_same = head.dtype == embedding.dtype and head.shape == embedding.shape
     with (safetensors.safe_open(head.file, "numpy") as head_file,
           safetensors.safe_open(embedding.file, "numpy") as embedding_file):
-        one, other = head_file.get_slice(HEAD), embedding_file.get_slice(EMBEDDING)
+        one, other = head_file.get_slice(head.name), embedding_file.get_slice(embedding.name)
         for start in range(0, head.shape[0] if is_same else 0, 4096):
             rows = slice(start, min(start + 4096, head.shape[0]))
             is_same = is_same and one[rows].tobytes() == other[rows].tobytes()
