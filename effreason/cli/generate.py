@@ -9,10 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from effreason.cli import prompt_files
 from effreason.cli.arguments import Parser, bounded, check_model, check_revision
 from effreason.cli.prompt_files import Prompt
+from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import UserError
 
 # Tokens between two looks at what was generated: streamed text should flow, a file be done soon.
@@ -60,10 +64,16 @@ def _parser(prog: str) -> Parser:
                         "prompt or problem (a text), messages (objects with role and content) or "
                         "tokens (ids), and optionally id and max_new_tokens")
     template = parser.add_mutually_exclusive_group()
-    template.add_argument("--template", metavar="NAME", help="chat template: r1, r1_think or a "
-                          "file with a Jinja template; default the model's own")
+    template.add_argument("--template", metavar="NAME", help="chat template: r1, r1_think, one of "
+                          "the model's by name, or a file with a Jinja template; default the "
+                          "model's own")
     template.add_argument("--raw", action="store_true",
                           help="no chat template: the model continues the text")
+    parser.add_argument("--template-arguments", metavar="{NAME: VALUE}", type=_variables,
+                        help="variables for the chat template, such as {enable_thinking: false}")
+    parser.add_argument("--system-prompt", metavar="TEXT",
+                        help="system message, before the user's; default none; not for rows with "
+                        "a system message of their own")
     parser.add_argument("--temperature", metavar="X", default=1.0,
                         type=bounded("number >= 0", float, lambda x: 0 <= x < 1e6),
                         help="sampling temperature; default 1; 0 = always the most likely token")
@@ -97,15 +107,26 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raises UserError if the model, the template or the output is not usable."""
-    from effreason.data import templates
+def _variables(text: str) -> dict[str, Any]:
+    """Reads the variables of a template as YAML."""
+    try:
+        table: dict[str, Any] = yaml.safe_load(text)
+        DataConfig(template_arguments=table)
+    except (ValueError, yaml.YAMLError):
+        table = {}
+    if not table:
+        raise argparse.ArgumentTypeError("must be a mapping such as {enable_thinking: false}, got "
+                                         f"{text!r}")
+    return table
 
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises UserError if the model or the output is not usable."""
     check_model(options.model, "--model")
     check_revision(options.revision, options.model, "--model")
-    if options.template not in (None, *templates.NAMED) and not Path(options.template).is_file():
-        raise UserError(f"--template must be {', '.join(templates.NAMED)} or a file, got "
-                        f"{options.template!r}")
+    if options.raw and (options.template_arguments or options.system_prompt is not None):
+        raise UserError("--raw uses no chat template: it goes with neither --template-arguments "
+                        "nor --system-prompt")
     if options.output is not None:
         output = Path(options.output)
         if output.exists():

@@ -24,7 +24,6 @@ from rich.console import Console
 from effreason.cli.arguments import echo
 from effreason.cli.prompt_files import NEW_TOKENS, Prompt
 from effreason.data import templates
-from effreason.data.files import one_line
 from effreason.lm import model
 from effreason.lm.hf.pretrained import load_weights, open_pretrained
 from effreason.runtime import sharding
@@ -67,18 +66,20 @@ class Session:
 
         try:
             self.pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype)
-            if options.template or (self.pretrained.tokenizer.chat_template and not options.raw):
-                data = DataConfig(template=options.template, user_prompt="{problem}")
+            chosen = (options.template, options.template_arguments, options.system_prompt)
+            if (any(option is not None for option in chosen)
+                    or self.pretrained.tokenizer.chat_template and not options.raw):
+                data = DataConfig(template=options.template, user_prompt="{problem}",
+                                  template_arguments=options.template_arguments,
+                                  system_prompt=options.system_prompt)
                 self.template = templates.choose(self.pretrained.tokenizer, data)
         except UserError as error:
-            # Other commands have the same options under these names.
-            raise UserError(str(error).replace("data.template", "--template")
-                            .replace("model.revision", "--revision")) from None
+            raise UserError(_with_options(str(error))) from None
 
         if self.template is None and not options.raw:
             say(f"{options.model} has no chat template: prompts are read unchanged", self.console)
-        elif self.template is not None and self.template.note:
-            say(self.template.note.replace("data.template", "--template"), self.console)
+        for note in [*self.pretrained.notes, *(self.template.notes if self.template else [])]:
+            say(_with_options(note), self.console)
 
     def read(self, prompt: Prompt) -> TokenizedPrompt:
         """Tokenizes a prompt. Raises: UserError if the model cannot read it or has no room."""
@@ -86,6 +87,9 @@ class Session:
         room = positions - len(tokens)
         limit = prompt.max_new_tokens or self.options.max_new_tokens
         limit = limit or max(min(NEW_TOKENS, room), 1)
+        if max(tokens, default=0) >= (vocabulary := self.pretrained.decoder.vocabulary):
+            raise UserError(f"{prompt.place}: tokens must be below the model's vocabulary, "
+                            f"{vocabulary}, found {max(tokens)}")
         if not len(tokens) or limit > room:
             raise UserError(f"{prompt.place}: a prompt of {len(tokens):,} tokens and {limit:,} new "
                             f"ones, expected at least 1 and together at most the model's "
@@ -94,11 +98,8 @@ class Session:
                                max_new_tokens=limit)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        tokenizer, vocabulary = self.pretrained.tokenizer, self.pretrained.decoder.vocabulary
+        tokenizer = self.pretrained.tokenizer
         if prompt.tokens is not None:
-            if max(prompt.tokens) >= vocabulary:
-                raise UserError(f"{prompt.place}: tokens must be below the model's vocabulary, "
-                                f"{vocabulary}, found {max(prompt.tokens)}")
             return prompt.tokens
 
         if self.template is None:
@@ -111,17 +112,16 @@ class Session:
             return tokenizer(prompt.text, add_special_tokens=not has_bos,
                              verbose=False)["input_ids"]
 
-        messages = ([asdict(message) for message in prompt.messages] if prompt.messages
-                    else [{"role": "user", "content": prompt.text or ""}])
-
+        if prompt.messages is None:
+            messages = self.template.messages(prompt.text or "")
+        else:
+            messages = [asdict(message) for message in prompt.messages]
+            if messages[0]["role"] != "system":
+                messages = [*self.template.system_turn(), *messages]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False,
-                                                 add_generation_prompt=True,
-                                                 chat_template=self.template.text)
-        except Exception as error:      # a template may refuse a role, or do anything else
-            raise UserError(f"{prompt.place}: the template {self.template.name} cannot be rendered "
-                            f"({one_line(error)})") from None
-
+            text, = templates.render_messages(tokenizer, self.template, [messages])
+        except UserError as error:      # a template may refuse a role, or do anything else
+            raise UserError(f"{prompt.place}: {_with_options(str(error))}") from None
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def load(self, prompts: Sequence[TokenizedPrompt] | None, chunk: int) -> None:
@@ -152,6 +152,13 @@ class Session:
                                  [prompt.max_new_tokens for prompt in prompts], uids=uids,
                                  vocabulary=self.pretrained.decoder.vocabulary)
         return self._sampler(self._params, requests, jax.random.key(options.seed), sampling)
+
+
+def _with_options(text: str) -> str:
+    """Returns a message with this command's options in place of the fields of other commands."""
+    for field in ("template_arguments", "template", "system_prompt"):
+        text = text.replace(f"data.{field}", f"--{field.replace('_', '-')}")
+    return text.replace("model.revision", "--revision")
 
 
 def converse(session: Session) -> None:

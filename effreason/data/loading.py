@@ -38,7 +38,7 @@ def load_training(config: Config, tokenizer: Any, template: Template,
     _check_subset(config)
     excluded = list(_excluded_keys(config))
 
-    notes = [] if template.note is None else [template.note]
+    notes = template.notes
     left_out: list[LeftOut] = []
     loaded = []
     for index, spec in enumerate(specs):

@@ -3,7 +3,11 @@
 import dataclasses
 import difflib
 import hashlib
-from collections.abc import Sequence
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import numpy as np
 from effreason.data.files import one_line
 from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import UserError
+from effreason.runtime.files import check_present
+from effreason.types import Problem
 
 USER, ASSISTANT, THINK = "<｜User｜>", "<｜Assistant｜>", "<think>"
 # The paper's prompt for the R1 models: BOS, the user's turn, and the start of the assistant's.
@@ -39,40 +45,67 @@ class Template:
     name: str                       # r1 | r1_think | the file | "the checkpoint's own"
     text: str                       # Jinja, as transformers renders it
     user_prompt: str                # the user's turn; {problem} is replaced by the problem
+    system_prompt: str | None = None                # the turn before it; None = there is none
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # variables of the text
 
     @property
     def sha256(self) -> str:
-        """Hash of text and user prompt: two runs with the same one have the same prompts."""
-        return hashlib.sha256(f"{self.text}\0{self.user_prompt}".encode()).hexdigest()
+        """Hash of all but the name: two runs with the same one have the same prompts."""
+        parts = [self.text, self.user_prompt]
+        if self.system_prompt is not None or self.arguments:
+            parts.append(json.dumps([self.system_prompt, dict(self.arguments)], sort_keys=True))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
-    def note(self) -> str | None:
-        """A line for the log if the template is not used as its author wrote it."""
-        if not self.text.startswith(FIXED_DATE):
-            return None
-        return (f"data.template: {self.name} writes the date; it always gets {DATE}, so that "
-                "prompts stay the same")
+    def notes(self) -> list[str]:
+        """Lines for the log if the template is not used as one might think."""
+        notes = [f"data.template_arguments: {self.name} does not read {name}, which changes nothing"
+                 for name in self.arguments if not re.search(rf"\b{re.escape(name)}\b", self.text)]
+        if self.text.startswith(FIXED_DATE):
+            notes.append(f"data.template: {self.name} writes the date; it always gets {DATE}, so "
+                         "that prompts stay the same")
+        return notes
 
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         """Returns what a checkpoint stores about it."""
-        return {"name": self.name, "user_prompt": self.user_prompt, "text": self.text,
-                "sha256": self.sha256}
+        return {"name": self.name, "user_prompt": self.user_prompt,
+                "system_prompt": self.system_prompt, "arguments": dict(self.arguments),
+                "text": self.text, "sha256": self.sha256}
+
+    def messages(self, problem_text: str) -> list[dict[str, str]]:
+        """Returns the turns of a conversation that asks for a problem's solution."""
+        turn = {"role": "user", "content": self.user_prompt.replace("{problem}", problem_text)}
+        return [*self.system_turn(), turn]
+
+    def system_turn(self) -> list[dict[str, str]]:
+        """Returns the turn before the user's, or nothing."""
+        return ([] if self.system_prompt is None
+                else [{"role": "system", "content": self.system_prompt}])
 
 
 def choose(tokenizer: Any, data: DataConfig) -> Template:
     """Returns the template that the configuration names, after a test on a problem.
 
     Raises UserError if there is none, the tokenizer lacks its special tokens, it is not Jinja, it
-    drops the problem, or it begins with two BOS."""
+    drops the problem or the system prompt, or it begins with two BOS."""
     name, text = _load(tokenizer, data.template)
     # An exported model's template has the fixed date already.
     needs_date = "strftime_now" in text and not text.startswith(FIXED_DATE)
-    template = Template(name, FIXED_DATE + text if needs_date else text, data.user_prompt)
+    arguments = data.template_arguments or {}
+    options = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    if taken := sorted((options - {"tools", "documents"}).intersection(arguments)):
+        raise UserError("data.template_arguments must be variables of the template that effreason "
+                        f"and transformers do not set themselves, got {taken[0]}")
+    template = Template(name, FIXED_DATE + text if needs_date else text, data.user_prompt,
+                        data.system_prompt, arguments)
 
     rendered = render(tokenizer, template, PROBE)
     if data.user_prompt.replace("{problem}", PROBE).strip() not in rendered:
         raise UserError(f"data.template: {template.name} leaves out the user's turn; rendered: "
                         f"{rendered[:200]!r}")
+    if data.system_prompt is not None and data.system_prompt.strip() not in rendered:
+        raise UserError(f"data.system_prompt: the template {template.name} leaves it out; "
+                        f"rendered: {rendered[:200]!r}")
     bos = tokenizer.bos_token_id
     if bos is not None and list(encode(tokenizer, rendered)[:2]) == [bos, bos]:
         raise UserError(f"data.template: {template.name} begins with {tokenizer.bos_token} twice; "
@@ -87,13 +120,18 @@ def render(tokenizer: Any, template: Template, problem_text: str) -> str:
 
 def render_all(tokenizer: Any, template: Template, texts: Sequence[str]) -> list[str]:
     """Returns each problem in the template. Raises UserError if it cannot be rendered."""
+    return render_messages(tokenizer, template, [template.messages(text) for text in texts])
+
+
+def render_messages(tokenizer: Any, template: Template,
+                    conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+    """Returns each conversation in the template. Raises UserError if it cannot be rendered."""
     import jinja2
 
-    contents = [template.user_prompt.replace("{problem}", text) for text in texts]
     try:
         return tokenizer.apply_chat_template(
-            [[{"role": "user", "content": content}] for content in contents], tokenize=False,
-            add_generation_prompt=True, chat_template=template.text)
+            conversations, tokenize=False, add_generation_prompt=True,
+            chat_template=template.text, **template.arguments)
     except jinja2.TemplateSyntaxError as error:
         line = error.lineno - template.text.startswith(FIXED_DATE)
         raise UserError(f"data.template: {template.name}:{line}: not a Jinja template "
@@ -116,6 +154,17 @@ def encode_all(tokenizer: Any, rendered: Sequence[str]) -> list[np.ndarray]:
     return [np.array(ids, np.int32) for ids in encoded]
 
 
+def check_rows(tokenizer: Any, problems: Iterable[Problem], rows: int) -> None:
+    """Raises UserError if a prompt holds a token beyond the model's vocabulary.
+
+    A tokenizer may have more tokens than the model has rows, as long as no prompt needs them."""
+    for problem in problems if len(tokenizer) > rows else ():
+        if (largest := int(problem.prompt.max(initial=0))) >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(f"the prompt of {problem.text[:60]!r} holds token {largest}, "
+                            f"{token!r}, which the model has no row for: vocab_size is {rows}")
+
+
 def opens_thinking(rendered: str) -> bool:
     """Returns whether the response begins inside the thinking."""
     return rendered.rstrip().endswith(THINK)
@@ -134,12 +183,14 @@ def display(rendered: str) -> str:
 
 def _load(tokenizer: Any, name: str | None) -> tuple[str, str]:
     """Returns name and text of the template."""
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {} if own is None else {"default": own}
+    names = ", ".join([*NAMED, *named]) + " or a file"
     if name is None:
-        try:
-            return "the checkpoint's own", tokenizer.get_chat_template()
-        except ValueError:
-            raise UserError(f"data.template must be {', '.join(NAMED)} or a file: the checkpoint "
-                            "has no chat template") from None
+        if "default" in named:
+            return "the checkpoint's own", named["default"]
+        has = f"none called default, only {', '.join(named)}" if named else "no chat template"
+        raise UserError(f"data.template must be {names}: the checkpoint has {has}")
 
     if name in NAMED:
         missing = [token for token in REQUIRED_TOKENS[name]
@@ -151,12 +202,16 @@ def _load(tokenizer: Any, name: str | None) -> tuple[str, str]:
             raise UserError(f"data.template {name} is for DeepSeek-R1 models: the tokenizer has no "
                             f"{', '.join(missing)}")
         return name, NAMED[name]
+    if name in named:
+        return name, named[name]
 
+    if os.path.lexists(name):
+        check_present(Path(name))
     try:
-        return name, Path(name).read_text(encoding="utf-8")
+        return name, Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        similar = difflib.get_close_matches(name, NAMED, n=1)
+        similar = difflib.get_close_matches(name, [*NAMED, *named], n=1)
         hint = f"did you mean {similar[0]}?" if similar else reason
-        raise UserError(f"data.template must be null, {', '.join(NAMED)} or a file, got {name!r} "
+        raise UserError(f"data.template must be null, {names}, got {name!r} "
                         f"({hint})") from None

@@ -277,13 +277,15 @@ def evaluate_model(config: Config, opened: EvaluatedModel, grader: Grader, seeds
     pretrained, template = opened.pretrained, opened.template
     sets, notes = loading.load_held_out(config, pretrained.tokenizer, template,
                                         functools.partial(unmatched, grader))
+    for problems in sets.values():
+        templates.check_rows(pretrained.tokenizer, problems, pretrained.decoder.vocabulary)
     processes.check_same({"the problems of evaluation.path": " ".join(
         prompts.fingerprint(problems)[:12] for problems in sets.values())})
 
     weight_bytes = capacity.EVALUATION_WEIGHT_BYTES
     first = next(iter(sets.values()))[0]
     prompt = templates.display(templates.render(pretrained.tokenizer, template, first.text))
-    for note in [*([template.note] if template.note else []), *notes,
+    for note in [*pretrained.notes, *template.notes, *notes,
                  capacity.describe(config, pretrained.decoder, opened.mesh, weight_bytes),
                  f"the first prompt, by the template {template.name}:\n{prompt}"]:
         reporter.note(note)

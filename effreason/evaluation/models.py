@@ -145,10 +145,18 @@ def check_template(opened: EvaluatedModel, config: Config) -> None:
         raise UserError(f"{path}: has no table template; was it written by effreason?")
     if trained.get("sha256") != template.sha256:
         raise UserError(
-            f"{opened.name}: was trained with the template {trained.get('name')} and the user "
-            f"prompt {trained.get('user_prompt')!r}, the evaluation has {template.name} and "
-            f"{template.user_prompt!r}; set data.template and data.user_prompt as in its training, "
-            "or evaluation.any_template true")
+            f"{opened.name}: was trained with the template {_described(trained)}, the evaluation "
+            f"has {_described(template.facts())}; set data.template and data.user_prompt, "
+            "data.system_prompt and data.template_arguments as in its training, or "
+            "evaluation.any_template true")
+
+
+def _described(template: Mapping[str, Any]) -> str:
+    """Returns the facts of a template in words."""
+    words = f"{template.get('name')}, user prompt {template.get('user_prompt')!r}"
+    if template.get("system_prompt") is not None:
+        words += f", system prompt {template['system_prompt']!r}"
+    return words + (f", arguments {template['arguments']}" if template.get("arguments") else "")
 
 
 def check_same_template(models: Sequence[EvaluatedModel], config: Config) -> None:

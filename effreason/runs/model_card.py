@@ -1,5 +1,6 @@
 """The model card of an exported directory: base model, measurements, and how to use the model."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from effreason import __version__
 from effreason.data.presets import PRESETS
+from effreason.data.templates import Template
 from effreason.evaluation import wording
 from effreason.evaluation.statistics import Summary
 from effreason.lm.hf.hub import is_hub_id, public_name
@@ -43,6 +45,8 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
         training["objective"] = config.update.objective
     if config.reward.form != "efficient":
         training["reward"] = config.reward.form
+    if template.arguments:
+        training["arguments of the chat template"] = json.dumps(dict(template.arguments))
 
     return "\n\n".join([
         f"---\n{header}\n---",
@@ -52,7 +56,7 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
         "answers to a problem, one that is longer than the others earns a little less. α says how "
         "much less: at 0 only correctness counts, and the larger it is, the shorter the reasoning.",
         *_evaluation(next(iter(inputs.held_out), None), before, after),
-        *_use(config, template.user_prompt),
+        *_use(config, template),
         "## Training",
         _table(("", ""), list(training.items())),
     ]) + "\n"
@@ -96,11 +100,17 @@ def _row(name: str, before: Summary | LevelResult | None,
     return row
 
 
-def _use(config: Config, user_prompt: str) -> list[str]:
+def _use(config: Config, template: Template) -> list[str]:
     rollout = config.rollout
     sampling = f"temperature={rollout.temperature:g}, top_p={rollout.top_p:g}"
-    message = user_prompt.replace("{problem}",
-                                  "What is the sum of the first 100 positive integers?")
+    messages = template.messages("What is the sum of the first 100 positive integers?")
+    indent = ",\n            "
+    arguments = f"**{dict(template.arguments)!r}, " if template.arguments else ""
+    system = ("without a system prompt" if template.system_prompt is None
+              else "after the same system prompt")
+    served = "" if not template.arguments else (
+        " It was used with the arguments above; a server such as vLLM takes them as "
+        f"`\"chat_template_kwargs\": {json.dumps(dict(template.arguments))}` in each request.")
     return [
         "## Use",
         f"""```python
@@ -109,9 +119,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 path = "."  # this directory, or its id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")
-messages = [{{"role": "user", "content": {message!r}}}]
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
-                                       return_dict=True).to(model.device)
+messages = [{indent.join(map(repr, messages))}]
+prompt = tokenizer.apply_chat_template(
+    messages, {arguments}add_generation_prompt=True, return_tensors="pt", return_dict=True,
+).to(model.device)
 output = model.generate(**prompt, do_sample=True, {sampling}, top_k=0,
                         max_new_tokens={rollout.max_new_tokens})
 print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
@@ -119,7 +130,7 @@ print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_to
         f"Sample rather than decode greedily, best as here ({sampling}): the model was trained on "
         f"responses sampled at temperature {rollout.temperature:g}, of at most "
         f"{rollout.max_new_tokens:,} tokens. Put the question into the user's turn as above, "
-        "without a system prompt; the chat template in this directory is the one of the training.",
+        f"{system}; the chat template in this directory is the one of the training.{served}",
     ]
 
 

@@ -107,12 +107,15 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
         held_out, held_out_notes = loading.load_held_out(config, tokenizer, template,
                                                          check_references)
 
+    all_held_out = [problem for problems in held_out.values() for problem in problems]
+    trained_on = [problem for source in problems.sources for problem in source.problems]
+    templates.check_rows(tokenizer, [*trained_on, *all_held_out], pretrained.decoder.vocabulary)
+
     # The first batch, at once: there may be too few problems.
     first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)[0]
     prompt = templates.display(templates.render(tokenizer, template, first.text))
-    notes = [*problems.notes, *held_out_notes,
+    notes = [*pretrained.notes, *problems.notes, *held_out_notes,
              f"the first prompt, by the template {template.name}:", prompt]
-    all_held_out = [problem for problems in held_out.values() for problem in problems]
     return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
                   notes=notes, problems_sha256=prompts.fingerprint(problems),
                   held_out_sha256=prompts.fingerprint(all_held_out))

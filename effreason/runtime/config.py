@@ -38,6 +38,8 @@ Address = Annotated[str, Bound("host:port, port in [1, 65535]", lambda text: (
     match := re.fullmatch(r"\S+:([0-9]{1,5})", text)) is not None and 1 <= int(match[1]) <= 65535)]
 HeartbeatSeconds = Annotated[int, Bound("in [5, 3600]", lambda n: 5 <= n <= 3600)]
 Template = Annotated[str, Bound('holding "{problem}"', lambda text: "{problem}" in text)]
+Variables = Annotated[dict, Bound("of variables' names to values that JSON has", lambda table: all(
+    isinstance(name, str) and name.isidentifier() for name in table) and files.is_json(table))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,13 @@ class DataConfig(Section):
     their own."""
     template: str | None = None
     """Chat template: null = the checkpoint's own; r1 = the paper's prompt for DeepSeek-R1 models;
-    r1_think = the same, followed by an opening <think>; or a file with a Jinja template."""
+    r1_think = the same, followed by an opening <think>; or a file with a Jinja template, or the
+    name of one of several that the checkpoint has."""
+    template_arguments: Variables | None = None
+    """Variables for the chat template: {enable_thinking: false} = Qwen3 without thinking."""
+    system_prompt: str | None = None
+    """The system message, before the user's; null = none, so that some templates write their own;
+    "" = an empty one."""
     user_prompt: Template = (r"Please reason step by step, and put your final answer within "
                              r"\boxed{}. Question: {problem}")
     """The user's message, before the chat template is applied; {problem} is replaced by the

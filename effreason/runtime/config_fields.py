@@ -6,6 +6,7 @@ are made from them.
 
 import dataclasses
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import docstring_parser
 
 INT32_MAX = 2**31 - 1
 MOST = {int: INT32_MAX, float: 3.4e38}      # devices compute with 32 bits
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+         dict: "a mapping"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Setting:
 
     section: str
     name: str
-    type: Any                       # bool, int, float or str, or a Literal
+    type: Any                       # bool, int, float, str or dict, or a Literal
     optional: bool                  # may be None
     bound: Bound | None
     default: Any
@@ -71,7 +73,7 @@ class Setting:
             raise ValueError(f"{self.field} must be {self.expected}, got {written(value)}")
 
         if self.bound and not self.bound.holds(value):
-            expected = self.expected if self.type is str else self.bound.text
+            expected = self.expected if self.type in (str, dict) else self.bound.text
             raise ValueError(f"{self.field} must be {expected}, got {written(value)}")
 
         if self.type in MOST and value > MOST[self.type]:
@@ -133,4 +135,6 @@ def written(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
     return f"'{value}'" if isinstance(value, str) and value.isprintable() else repr(value)

@@ -13,7 +13,7 @@ import yaml
 from effreason.runtime.config_fields import all_settings, meanings, sections, settings, written
 from effreason.runtime.errors import UserError
 
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+METAVARS = {int: "N", float: "X", str: "TEXT", dict: "{NAME: VALUE}"}
 Config = TypeVar("Config")
 
 
@@ -72,6 +72,13 @@ def parse(config: type[Config], parser: jsonargparse.ArgumentParser, argv: Seque
     if not {"-h", "--help"}.intersection(flags):
         for path in files.config or ([default] if _fits(flags, made_for) else []):
             values = read(config, parser, _resolved(path, default.parent), values)
+
+    for setting in all_settings(config):
+        for flag in flags:
+            # The parser would take every such value as text: "false" is true to a template.
+            if setting.type is dict and flag.startswith(f"--{setting.field}."):
+                raise UserError(f"{flag.partition('=')[0]}: give --{setting.field} all at once, as "
+                                "'{NAME: VALUE, ...}'")
 
     try:
         values = parser.parse_args(flags, values)

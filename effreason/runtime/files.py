@@ -72,6 +72,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
+def is_json(value: Any) -> bool:
+    """Returns whether JSON can hold a value."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def append(path: Path, data: bytes) -> None:
     """Appends all of `data` or nothing: half a row must never precede the next one.
 

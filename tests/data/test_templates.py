@@ -12,6 +12,7 @@ from effreason.data import templates
 from effreason.data.tiny import tokenizer
 from effreason.runtime.config import DataConfig
 from effreason.runtime.errors import UserError
+from effreason.types import Problem
 
 PLAIN = DataConfig(user_prompt="{problem}")
 # of the R1-distill Qwen tokenizer
@@ -120,8 +121,85 @@ def test_the_hash_is_of_template_and_user_prompt(characters, tmp_path):
     assert same.sha256 == template.sha256 and same.name != template.name
     assert chosen(characters, "r1", DataConfig(user_prompt="{problem}!")).sha256 != template.sha256
     assert chosen(characters, "r1_think").sha256 != template.sha256
-    assert template.facts() == {"name": "r1", "user_prompt": "{problem}", "text": template.text,
-                                "sha256": template.sha256}
+    assert template.facts() == {"name": "r1", "user_prompt": "{problem}", "system_prompt": None,
+                                "arguments": {}, "text": template.text, "sha256": template.sha256}
+
+
+THINKING = ("{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+            "{% endfor %}<a>{% if enable_thinking is defined and not enable_thinking %}none"
+            "{% endif %}")
+
+
+def with_arguments(tokenizer, template, arguments=None, system_prompt=None):
+    return templates.choose(tokenizer, DataConfig(
+        user_prompt="{problem}", template=template, template_arguments=arguments,
+        system_prompt=system_prompt))
+
+
+def test_arguments_and_system_prompt_reach_the_template(characters, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text(THINKING)
+    start = characters.bos_token
+    plain = with_arguments(characters, str(path))
+    assert templates.render(characters, plain, "1+1") == f"{start}<user>1+1<a>"
+    off = with_arguments(characters, str(path), {"enable_thinking": False}, "Be brief.")
+    assert templates.render(characters, off, "1+1") == (
+        f"{start}<system>Be brief.<user>1+1<a>none")
+    assert off.notes == [] and off.facts()["arguments"] == {"enable_thinking": False}
+    empty = with_arguments(characters, str(path), {}, "")
+    assert templates.render(characters, empty, "1+1") == f"{start}<system><user>1+1<a>"
+    others = [plain, off, empty, with_arguments(characters, str(path), {"enable_thinking": False}),
+              with_arguments(characters, str(path), {"enable_thinking": True})]
+    assert len({template.sha256 for template in others}) == 5
+    assert with_arguments(characters, str(path), {}).sha256 == plain.sha256
+
+
+def test_an_argument_that_the_template_does_not_read_is_noted(characters, tmp_path):
+    (tmp_path / "t.jinja").write_text(THINKING)
+    template = with_arguments(characters, str(tmp_path / "t.jinja"), {"thinking": False})
+    assert template.notes == [f"data.template_arguments: {tmp_path / 't.jinja'} does not read "
+                              "thinking, which changes nothing"]
+
+
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt", "chat_template"])
+def test_arguments_that_are_not_the_templates(characters, name):
+    with pytest.raises(UserError, match=f"data.template_arguments must be variables .* got {name}"):
+        with_arguments(characters, "r1", {name: True})
+
+
+def test_a_system_prompt_that_is_left_out_is_an_error(characters):
+    with pytest.raises(UserError, match="data.system_prompt: the template r1 leaves it out"):
+        with_arguments(characters, "r1", system_prompt="Be brief.")
+
+
+def test_a_byte_order_mark_is_not_part_of_a_template(characters, tmp_path):
+    (tmp_path / "t.jinja").write_bytes(b"\xef\xbb\xbf" + THINKING.encode())
+    assert chosen(characters, str(tmp_path / "t.jinja")).text == THINKING
+
+
+def test_one_of_several_templates_is_chosen_by_its_name():
+    several = tokenizer.build()
+    several.chat_template = {"rag": THINKING, "tool_use": "{{ tools }}"}
+    with pytest.raises(UserError, match="must be r1, r1_think, rag, tool_use or a file: the "
+                       "checkpoint has none called default, only rag, tool_use"):
+        chosen(several)
+    assert chosen(several, "rag") == templates.Template("rag", THINKING, "{problem}")
+    with pytest.raises(UserError, match="tool_use leaves out the user's turn"):
+        chosen(several, "tool_use")
+    several.chat_template |= {"default": "own " + THINKING}
+    assert (chosen(several).name, chosen(several).text) == ("the checkpoint's own",
+                                                            "own " + THINKING)
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_row_for(characters):
+    def problem(token):
+        return Problem(uid=0, prompt=np.array([1, token], np.int32), text="1+1", reference="2",
+                       level="", kind="math", choices=None, opens_thinking=False)
+
+    rows = len(characters) - 1
+    templates.check_rows(characters, [problem(rows - 1)], rows)
+    with pytest.raises(UserError, match=f"the prompt of '1\\+1' holds token {rows}, .* vocab_size"):
+        templates.check_rows(characters, [problem(rows - 1), problem(rows)], rows)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -169,9 +247,9 @@ def test_a_template_that_writes_the_date_always_writes_the_same(characters, tmp_
     assert found == templates.render(characters, templates.Template("plain", plain, "{problem}"),
                                      "1+1")
     assert template.text.endswith(text) and "26" in template.facts()["text"]
-    assert template.note == (
+    assert template.notes == [
         f"data.template: {tmp_path / 't.jinja'} writes the date; it always gets 26 Jul 2024, so "
-        "that prompts stay the same")
+        "that prompts stay the same"]
     (tmp_path / "exported.jinja").write_text(template.text)
     exported = chosen(characters, str(tmp_path / "exported.jinja"))
     assert (exported.text, exported.sha256) == (template.text, template.sha256)
@@ -191,11 +269,11 @@ def test_the_date_has_the_form_that_the_template_asks_for(characters, tmp_path, 
 
 def test_a_template_without_a_date_is_left_as_it_is(characters):
     template = chosen(characters)
-    assert template.text == characters.get_chat_template() and template.note is None
+    assert template.text == characters.get_chat_template() and template.notes == []
 
 
 def test_a_name_that_is_no_template(characters, tmp_path):
-    with pytest.raises(UserError, match=r"must be null, r1, r1_think or a file, got "
+    with pytest.raises(UserError, match=r"must be null, r1, r1_think, default or a file, got "
                        r"'r1-think' \(did you mean r1_t"):
         chosen(characters, "r1-think")
     with pytest.raises(UserError, match="No such file"):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from effreason import __version__
+from effreason.data.templates import Template
 from effreason.runs.model_card import model_card
 from effreason.runtime.config import Config, KLConfig, RewardConfig, RolloutConfig, UpdateConfig
 from effreason.types import LevelResult
@@ -26,13 +27,14 @@ AFTER = SimpleNamespace(accuracy=0.76, tokens=2500.0, by_level={
 
 
 def card(*, base=BASE, revision=COMMIT, user_prompt=USER_PROMPT, before=BEFORE, after=AFTER,
+         template=None,
          sources=("gsm8k", "openai/other", "data/my.jsonl/x", "tiny"), update=None, reward=None):
     config = Config(rollout=RolloutConfig(max_new_tokens=32_000), kl=KLConfig(form="none"),
                     update=update or UpdateConfig(), reward=reward or RewardConfig())
     inputs = SimpleNamespace(
         pretrained=SimpleNamespace(name=base, revision=revision), held_out={"math500": []},
         problems=SimpleNamespace(sources=[SimpleNamespace(name=name) for name in sources]),
-        template=SimpleNamespace(name="r1_think", sha256="ab12" * 16, user_prompt=user_prompt))
+        template=template or Template("r1_think", "{{ messages }}", user_prompt))
     return model_card(config, inputs, step=1200, alpha=0.1, before=before, after=after)
 
 
@@ -73,7 +75,7 @@ def test_the_evaluation_by_level():
     assert facts["steps"] == "1,200"
     assert facts["trained on"] == "gsm8k, openai/other, data/my.jsonl/x, tiny"
     assert facts["effreason"] == __version__ and facts["sampling temperature"] == "1"
-    assert "ab12" * 16 in facts["chat template"]
+    assert Template("", "{{ messages }}", USER_PROMPT).sha256 in facts["chat template"]
     assert "600 held-out problems of math500, 4 sampled responses" in card()
 
 
@@ -110,6 +112,26 @@ def test_the_example_is_python():
     strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
     assert any(str(text).startswith('Say "it\'s" What is the sum') for text in strings)
     assert 32_000 in strings and 1.0 in strings
+
+
+def test_arguments_and_system_prompt_can_be_repeated():
+    text = card(template=Template("the checkpoint's own", "{{ enable_thinking }}", "{problem}",
+                                  "Be brief.", {"enable_thinking": False}))
+    source = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    called = {}
+
+    class Tokenizer:
+        def apply_chat_template(self, messages, **options):
+            called.update(options, messages=messages)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exec(source[source.index("messages ="):], {"tokenizer": Tokenizer()})
+    assert called["enable_thinking"] is False and called["messages"][0] == {
+        "role": "system", "content": "Be brief."}
+    assert ["arguments of the chat template", '{"enable_thinking": false}'] in tables(text)[1]
+    assert '"chat_template_kwargs": {"enable_thinking": false}' in text
+    assert "after the same system prompt" in text and "without a system prompt" in card()
 
 
 def test_nothing_is_left_to_fill_in_and_no_cell_breaks():

@@ -122,6 +122,23 @@ def test_values_of_every_kind_from_a_file(tmp_path):
     assert config.kl == KLConfig(form="loss", coefficient=0) and config.model.remat == "none"
 
 
+def test_a_mapping_is_what_yaml_says_and_comes_back(tmp_path):
+    text = "{enable_thinking: false, budget: 5, style: '3', title: 'a: b', words: [x, 1.5]}"
+    expected = {"enable_thinking": False, "budget": 5, "style": "3", "title": "a: b",
+                "words": ["x", 1.5]}
+    config = from_command_line(["--data.template_arguments", text])
+    assert config.data.template_arguments == expected
+    configuration.save(config, tmp_path / "saved.yaml")
+    assert configuration.load(tmp_path / "saved.yaml") == config
+    path = write(tmp_path / "a.yaml", f"data:\n  template_arguments: {text}\n")
+    assert configuration.load(path).data.template_arguments == expected
+    # the whole field is overridden, as any other
+    assert from_command_line(["--config", path, "--data.template_arguments", "{a: 1}"]
+                             ).data.template_arguments == {"a": 1}
+    assert configuration.facts(config)["data.template_arguments"].startswith(
+        '{"enable_thinking": false, "budget": 5')
+
+
 def test_an_empty_file_gives_the_defaults(tmp_path):
     path = write(tmp_path / "a.yaml", "# nothing\n")
     assert configuration.load(path) == Config()
@@ -148,6 +165,12 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
     ("--evaluation.max_new_tokens 0", "evaluation.max_new_tokens must be >= 1, got 0"),
     ("--data.user_prompt Solve",
      "data.user_prompt must be text holding \"{problem}\", got 'Solve'"),
+    ("--data.template_arguments false", "data.template_arguments must be a mapping of variables' "
+     "names to values that JSON has, or null, got false"),
+    ("--data.template_arguments {1:2}", "data.template_arguments must be a mapping of variables' "
+     "names to values that JSON has, or null, got {\"1:2\": null}"),
+    ("--data.template_arguments.enable_thinking false", "--data.template_arguments.enable_thinking:"
+     " give --data.template_arguments all at once, as '{NAME: VALUE, ...}'"),
     ("--update.updates_per_batch 3",
      "rollout.prompts_per_step * rollout.group_size must be divisible by "
      "update.updates_per_batch, got 16 * 8 and 3"),

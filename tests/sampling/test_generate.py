@@ -26,6 +26,7 @@ from hypothesis import given
 
 from effreason.cli import generate as generate_command
 from effreason.cli import streaming
+from effreason.cli.prompt_files import Message, Prompt
 from effreason.lm import model
 from effreason.lm.hf.pretrained import load_tokenizer, load_weights, open_pretrained
 from effreason.runtime.errors import Interrupted, UserError
@@ -395,7 +396,10 @@ def test_a_bad_row_is_told_before_the_weights_are_read(tmp_path, capsys, monkeyp
     (["--top-p", "0"], r"number in \(0, 1\]"),
     (["--temperature", "-1"], "--temperature: invalid number >= 0"),
     (["--samples", "0"], "positive integer"),
-    (["--template", "r2"], "--template must be r1, r1_think or a file, got 'r2'"),
+    (["--template-arguments", "thinking"], "--template-arguments: must be a mapping such as"),
+    (["--template-arguments", "{"], "--template-arguments: must be a mapping such as"),
+    (["--template-arguments", "{1: 2}"], "--template-arguments: must be a mapping such as"),
+    (["--raw", "--system-prompt", "x"], "--raw uses no chat template"),
     (["--output", "/nowhere/out"], "cannot write into the directory /nowhere"),
     (["--revision", "main"], "--revision is for a model on the Hub"),
     (["--top", "1"], "unrecognized arguments"),
@@ -405,6 +409,34 @@ def test_mistakes_on_the_command_line(argv, message, monkeypatch):
     monkeypatch.setattr(streaming, "Session", None)
     with pytest.raises(UserError, match=message):
         run(*argv)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--template", "r2"], "--template must be null, r1, r1_think, default or a file, got 'r2'"),
+    (["--template-arguments", "{tokenize: true}"], "--template-arguments must be variables"),
+    (["--system-prompt", "Be brief."], "--system-prompt: the template the checkpoint's own leaves"),
+])
+def test_a_template_that_cannot_be_used(argv, message):
+    with pytest.raises(UserError, match=message):
+        run("--prompt", "x", *argv)
+
+
+SYSTEM = ("{{ bos_token }}{% for message in messages %}{{ message['role'][0] ~ message['content'] "
+          "~ style }}{% endfor %}")
+
+
+def test_system_prompt_and_arguments_reach_the_prompt(tmp_path):
+    (tmp_path / "t.jinja").write_text(SYSTEM)
+    argv = ["--model", "tiny", "--prompt", "x", "--template", str(tmp_path / "t.jinja"),
+            "--system-prompt", "1+1", "--template-arguments", "{style: '='}"]
+    session = streaming.Session(generate_command._parser("generate").parse_args(argv))
+    own = Message("system", "2"), Message("user", "3")
+    for prompt, text in ((Prompt(name=0, place="", text="5"), "s1+1=u5="),
+                         (Prompt(name=0, place="", messages=[own[1]]), "s1+1=u3="),
+                         (Prompt(name=0, place="", messages=list(own)), "s2=u3=")):
+        tokens = session.read(prompt).tokens
+        assert list(tokens) == session.pretrained.tokenizer(
+            session.pretrained.tokenizer.bos_token + text, add_special_tokens=False)["input_ids"]
 
 
 def test_messages_without_a_template(rows):
