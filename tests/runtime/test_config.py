@@ -167,8 +167,8 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
      "data.user_prompt must be text holding \"{problem}\", got 'Solve'"),
     ("--data.template_arguments false", "data.template_arguments must be a mapping of variables' "
      "names to values that JSON has, or null, got false"),
-    ("--data.template_arguments {1:2}", "data.template_arguments must be a mapping of variables' "
-     "names to values that JSON has, or null, got {\"1:2\": null}"),
+    ("--data.template_arguments {a-b:2}", "data.template_arguments must be a mapping of variables' "
+     "names to values that JSON has, or null, got {\"a-b:2\": null}"),
     ("--data.template_arguments.enable_thinking false", "--data.template_arguments.enable_thinking:"
      " give --data.template_arguments all at once, as '{NAME: VALUE, ...}'"),
     ("--update.updates_per_batch 3",
