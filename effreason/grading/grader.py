@@ -143,8 +143,8 @@ class Grader:
                 several answers, one that is matched is enough.
             budget: None for step_budget_seconds for this call alone.
             bare: the responses are the answers themselves, without a box.
-        Raises: ValueError for lists of different lengths or an unknown kind; RuntimeError if
-            workers cannot be started or the grader is closed.
+        Raises: ValueError for lists of different lengths or an unknown kind; Undecided if workers
+            cannot be started; RuntimeError if the grader is closed.
         """
         if len(responses) != len(references):
             raise ValueError("grade needs as many references as responses, got "

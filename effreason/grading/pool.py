@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from effreason.grading.status import GradeStatus
+from effreason.grading.status import GradeStatus, Undecided
 
 # sympy caches, so a worker is replaced after this many comparisons or after this growth.
 MAX_TASKS = 500
@@ -212,14 +212,14 @@ class Pool:
         """Compares two answers.
 
         If a worker dies or is stopped, the answer may not be the cause, so a comparison is tried
-        twice. Raises: RuntimeError if workers cannot be started or the pool is closed.
+        twice. Raises: Undecided if workers cannot be started, RuntimeError if the pool is closed.
         """
         failures: list[Exception] = []
         while len(failures) < 2:
             try:
                 return self._compare_once(prediction, reference, cpu_seconds)
             except StartFailed:
-                continue  # `_start_failed` raises RuntimeError after several in a row
+                continue  # `_start_failed` returns Undecided after several in a row
             except (WorkerDied, WorkerStopped) as error:
                 failures.append(error)
 
@@ -304,18 +304,18 @@ class Pool:
         if self.closed:
             return RuntimeError("the grader is closed")
         if failed >= MAX_FAILED_STARTS:
-            return RuntimeError(f"grading workers cannot be started: {reason}")
+            return Undecided(f"grading workers cannot be started: {reason}")
         return StartFailed(reason)
 
 
 def _state(pid: int) -> str:
     """Returns the state of a process as one letter, as ps names it; "" if it is gone."""
-    try:
+    with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0].upper()
-    except OSError:                 # no /proc: macOS
-        found = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True,
-                               text=True)
-        return found.stdout.strip()[:1]
+    with contextlib.suppress(OSError):          # no /proc: macOS
+        return subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True,
+                              text=True).stdout.strip()[:1]
+    return ""
 
 
 def _environment() -> dict[str, str]:

@@ -2,6 +2,12 @@
 
 import enum
 
+from effreason.runtime.errors import UserError
+
+
+class Undecided(UserError):
+    """The grader is too slow or too broken for its verdicts to mean anything."""
+
 
 class GradeStatus(enum.StrEnum):
     """How a verdict came about. From `GUARD` on the answer was not compared: it counts as wrong."""

@@ -18,10 +18,11 @@ import numpy as np
 from effreason.data import prompts
 from effreason.grading.grader import ANSWERS_PER_BUDGET, Grade, Grader, GradeStatus
 from effreason.grading.kinds import Reference
+from effreason.grading.status import Undecided
 from effreason.rl.learner import Learner
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import RolloutConfig
-from effreason.runtime.errors import Interrupted, UserError
+from effreason.runtime.errors import Interrupted
 from effreason.runtime.progress import GenerationProgress
 from effreason.sampling.engine import Generation, collect
 from effreason.sampling.generate import decode
@@ -42,10 +43,6 @@ OnChunk = Callable[[GenerationProgress], None]  # called after every chunk; may 
 # A sampler with its weights, key and distribution.
 Generate = Callable[[Sequence[Request]], Generation]
 Name = tuple[int, int]              # of a response: its prompt's index and its sample
-
-
-class Undecided(UserError):
-    """The grader is too slow or too broken for its verdicts to mean anything."""
 
 
 class ResponseLog(Protocol):

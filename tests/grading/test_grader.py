@@ -174,6 +174,16 @@ def test_a_worker_that_was_stopped_is_asked_again_in_a_new_process(small):
     assert gone(process.pid) and processes(small) != [process]
 
 
+def test_the_state_of_a_process(monkeypatch):
+    assert pool._state(os.getpid()) in ("R", "S")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        assert pool._state(process.pid) == pool.STOPPED
+        process.kill()
+    assert pool._state(process.pid) == ""
+
+
 def test_a_worker_that_goes_on_in_time_is_kept(small):
     (process,) = processes(small)
     os.kill(process.pid, signal.SIGSTOP)
@@ -570,6 +580,6 @@ def test_without_a_parent_death_signal_the_parent_is_watched(tmp_path):
 
 def test_workers_that_cannot_start_are_reported(monkeypatch):
     monkeypatch.setattr(pool, "_environment", lambda: {"PYTHONHOME": "/nowhere"})
-    with Grader(workers=1) as grader, pytest.raises(RuntimeError,
-                                                    match="grading workers cannot be started"):
+    with Grader(workers=1) as grader, pytest.raises(UserError,
+                                                    match="^grading workers cannot be started: it"):
         only(grader, *ALGEBRA)
