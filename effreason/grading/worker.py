@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import resource
+import select
 import signal
 import sys
 import threading
@@ -89,6 +90,11 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
         threading.Thread(target=_watch_parent, args=[os.getppid()], daemon=True).start()
+
+    pipe = select.poll()
+    pipe.register(0, 0)
+    if pipe.poll(0):                # nobody can write to it: the parent had ended before this
+        os._exit(1)
 
 
 def _watch_parent(parent: int) -> None:

@@ -548,18 +548,22 @@ sys.stdin.read()
 """
 
 
+# Without a pause the parent is gone before the worker has begun.
+@pytest.mark.parametrize("pause", [0.0, 1.0])
 @pytest.mark.parametrize("module", ["import time; time.sleep(600)", "while True: pass",
                                     "import subprocess; subprocess.run(['sleep', '600'])"])
-def test_a_worker_that_hangs_dies_with_its_parent_too(tmp_path, module):
+def test_a_worker_that_hangs_dies_with_its_parent_too(tmp_path, module, pause):
     (tmp_path / "hangs.py").write_text(module + "\n")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     parent = subprocess.Popen([sys.executable, "-c", HUNG_PARENT, "hangs:grade"], cwd=tmp_path,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     with parent:
         pid = int(parent.stdout.readline())
-        time.sleep(0.5)             # until it hangs in the module, on an idle machine
+        time.sleep(pause)           # until it hangs in the module, on an idle machine
         parent.kill()
     assert gone(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)      # its child; the worker led a group of its own
 
 
 def test_without_a_parent_death_signal_the_parent_is_watched(tmp_path):
