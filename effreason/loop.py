@@ -48,6 +48,8 @@ from effreason.sampling.engine import collect, step_key
 from effreason.sampling.scheduler import make_requests
 from effreason.types import FinishReason, Outcomes, Problem
 
+STOPPED = "stopped.txt"             # in the run directory: what a signal that stopped the run said
+
 
 @dataclasses.dataclass(kw_only=True)
 class RunState:
@@ -117,6 +119,7 @@ def train(config: Config, session: Session | None = None,
             if processes.is_primary():
                 runs.write_config(config, directory)
                 runs.write_left_out(session.inputs.problems.left_out, directory)
+                (directory / STOPPED).unlink(missing_ok=True)
 
             console = None if processes.is_primary() else processes.console()
             with (runs.open_metrics(config, directory, run.step) as writer,
@@ -383,6 +386,8 @@ def saving_on_exit(run: Run, resume_command: str) -> Iterator[None]:
         # One of several processes says it for all.
         message = (f"{stop.message} after step {run.step} of {run.config.run.steps}, "
                    f"saved; continue with: {resume_command}" if processes.is_primary() else "")
+        if processes.is_primary():      # where it is found if the terminal is closed
+            (run.directory / STOPPED).write_text(message + "\n", encoding="utf-8")
         raise Interrupted(stop.signum, message) from None
 
 

@@ -384,7 +384,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
 
 # A process that is sent a signal at a known place, and says which processes it has started.
 STOPPED = """
-import os, sys
+import os, signal, sys
 from effreason.cli import main as cli
 from effreason.runtime.progress import Progress
 step = Progress.step
@@ -392,14 +392,22 @@ def stopping(self, index, metrics):
     step(self, index, metrics)
     if index + 1 == 5:
         print("children:", open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
-        os.kill(os.getpid(), int(sys.argv[1]))
+        if signum == signal.SIGPIPE:            # nobody reads any more
+            reader, writer = os.pipe()
+            os.dup2(writer, 1)
+            os.close(reader)
+            self.say("unread")
+        else:
+            os.kill(os.getpid(), signum)
 Progress.step = stopping
-sys.exit(cli.main(["train", *sys.argv[2:]]))
+signum, sys.argv[1] = int(sys.argv[1]), "train"
+sys.exit(cli.main())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGPIPE, 141)])
 def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(finished, world,
                                                                               tmp_path, signum,
                                                                               code):
@@ -408,8 +416,11 @@ def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(fi
     done = subprocess.run([sys.executable, "-c", STOPPED, str(int(signum)), *arguments], cwd=ROOT,
                           text=True, capture_output=True, timeout=300)
     assert done.returncode == code
-    assert done.stderr == (
-        f"stopped by {signal.Signals(signum).name} after step 5 of 6, saved; continue with: "
+    cause = f"by {signal.Signals(signum).name}"
+    if signum == signal.SIGPIPE:
+        cause = "because nobody reads standard output any more"
+    assert done.stderr == (directory / "stopped.txt").read_text() == (
+        f"stopped {cause} after step 5 of 6, saved; continue with: "
         f"python train.py --config '{directory}/config.yaml' --run.resume true\n")
     assert "Traceback" not in done.stdout
     assert "step 5/6" in done.stdout and "step 6/6" not in done.stdout
@@ -419,6 +430,7 @@ def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(fi
     if signum == signal.SIGTERM:
         loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": True}))
         assert_same_run(finished, directory)
+        assert not (directory / "stopped.txt").exists()
 
 
 def test_a_finished_run_goes_on_for_more_steps(finished, world, tmp_path):

@@ -2,8 +2,6 @@
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,15 +93,3 @@ def check_data(config: Config, field: str, path: str | None, *, held_out: bool =
 
         sources.check(path, config.data, field, held_out=held_out,
                       split=config.evaluation.split if held_out else None)
-
-
-def echo(text: str) -> None:
-    """Prints text without a newline, escaping what standard output cannot encode.
-
-    Raises: BrokenPipeError if nobody reads any more; the interpreter's own flush is then silent."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from effreason.cli.arguments import Parser, bounded, echo
+from effreason.cli.arguments import Parser, bounded
 from effreason.grading import kinds
 from effreason.grading.grader import REASONS, Grade, Grader, GradeStatus, Reference
 from effreason.runtime.errors import UserError
@@ -53,9 +53,9 @@ def run(argv: Sequence[str], prog: str) -> None:
         items = [dataclasses.replace(item, reference=dataclasses.replace(
             item.reference, kind=options.kind)) for item in items]
 
-    with (Grader(workers=options.workers, cpu_seconds=options.cpu_seconds,
-                 wall_seconds=options.wall_seconds, step_budget_seconds=NO_BUDGET_SECONDS,
-                 function=options.function) as grader, contextlib.suppress(BrokenPipeError)):
+    with Grader(workers=options.workers, cpu_seconds=options.cpu_seconds,
+                wall_seconds=options.wall_seconds, step_budget_seconds=NO_BUDGET_SECONDS,
+                function=options.function) as grader:
         grades = _grades(grader, items, options.bare)
         if options.json:
             _print_json(grades)
@@ -173,16 +173,16 @@ def _grades(grader: Grader, items: Sequence[Item], bare: bool) -> Iterator[tuple
 
 def _print_json(grades: Iterable[tuple[Item, Grade]]) -> None:
     for item, grade in grades:
-        echo(json.dumps({"line": item.line, "correct": grade.correct, "answer": grade.answer,
-                         "reference": item.reference.answer, "status": grade.status,
-                         "reason": grade.reason, "seconds": round(grade.seconds, 6)}) + "\n")
+        print(json.dumps({"line": item.line, "correct": grade.correct, "answer": grade.answer,
+                          "reference": item.reference.answer, "status": grade.status,
+                          "reason": grade.reason, "seconds": round(grade.seconds, 6)}))
 
 
 def _print_table(grades: Iterable[tuple[Item, Grade]], bare: bool) -> None:
     statuses: Counter[GradeStatus] = Counter()
     correct = 0
     room = WIDTH - sum(WIDTHS.values()) - len(WIDTHS)
-    echo(" ".join([*(name.ljust(width) for name, width in WIDTHS.items()), "reason"]) + "\n")
+    print(" ".join([*(name.ljust(width) for name, width in WIDTHS.items()), "reason"]))
 
     for item, grade in grades:
         statuses[grade.status] += 1
@@ -192,16 +192,16 @@ def _print_table(grades: Iterable[tuple[Item, Grade]], bare: bool) -> None:
                  grade.status]
         row = " ".join(map(_cell, cells, WIDTHS.values()))
         if len(grade.reason) <= room:
-            echo(f"{row} {grade.reason}".rstrip() + "\n")
+            print(f"{row} {grade.reason}".rstrip())
         else:
-            echo(f"{row.rstrip()}\n      {_cell(grade.reason, WIDTH - 6)}".rstrip() + "\n")
+            print(f"{row.rstrip()}\n      {_cell(grade.reason, WIDTH - 6)}".rstrip())
 
     count = sum(statuses.values())
-    echo(f"\n{count} graded: {correct} correct, {count - correct} wrong\n")
+    print(f"\n{count} graded: {correct} correct, {count - correct} wrong")
     for status, number in statuses.most_common():
-        echo(f"{number:>7}  {status:<12}  {REASONS[status]}\n")
+        print(f"{number:>7}  {status:<12}  {REASONS[status]}")
     if count and statuses[GradeStatus.NO_ANSWER] == count and not bare:
-        echo("no response has a box: with --bare the response is the answer itself\n")
+        print("no response has a box: with --bare the response is the answer itself")
 
 
 def _cell(text: str, width: int) -> str:

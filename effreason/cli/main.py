@@ -31,6 +31,8 @@ COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "blen
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the console script; returns the exit code."""
+    if argv is None:
+        errors.prepare()
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, end="")
@@ -49,6 +51,7 @@ def run(command: str, argv: Sequence[str], prog: str) -> int:
     Args: argv, the arguments after the command; prog, the command's name in its help."""
     try:
         importlib.import_module(f"effreason.cli.{command}").run(argv, prog)
+        sys.stdout.flush()          # a full disk is an error too
     except errors.REPORTED as error:
         return errors.report(error)
     return 0

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from effreason.cli.arguments import echo
 from effreason.cli.prompt_files import NEW_TOKENS, Prompt
 from effreason.data import templates
 from effreason.lm import model
@@ -347,7 +346,7 @@ def _write(text: str) -> None:
     """Writes to standard output; escapes control characters on a terminal."""
     if sys.stdout.isatty():
         text = CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
-    echo(text)
+    print(text, end="", flush=True)
 
 
 def _say_dim(text: str, console: Console) -> None:

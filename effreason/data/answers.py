@@ -115,6 +115,8 @@ def _choice_text(value: Any, description: str) -> str:
 
 
 def _letter(value: Any, answer: str, labels: list[str], choices: tuple[str, ...]) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)          # of a column that lacks some
     if isinstance(value, int) and str(value) not in labels and 0 <= value < len(choices):
         return string.ascii_uppercase[value]
 

@@ -16,22 +16,27 @@ ROLES = {"human": "user", "gpt": "assistant"}       # of the form {from, value}
 def lookup(row: dict[str, Any], field: str) -> Any:
     """Returns what a row has in a column, or of the entry a.b or a[0] of a nested one.
 
-    A column of just that name comes first. An entry of a null is null; text with JSON is nested.
-    Raises LookupError that says what there is instead."""
-    if field in row:
-        return row[field]
-
+    A longer name comes first, as names may have dots. An entry of a null is null; text with JSON is
+    nested. Raises LookupError that says what there is instead."""
     value: Any = row
-    for name in re.findall(r"[^.\[\]]+", field):
+    rest = field
+    while rest:
         if isinstance(value, str):
             value = _json(value)
         if value is None:
             return None
-        try:
-            value = value[name] if isinstance(value, dict) else value[int(name)]
-        except (LookupError, ValueError, TypeError):
-            raise LookupError(f"has no field {field!r}, found {_found(row, field, value)}"
-                              ) from None
+
+        end = None
+        if isinstance(value, dict):
+            ends = [len(rest), *(mark.start() for mark in re.finditer(r"[.\[]", rest))]
+            end = max((end for end in ends if rest[:end] in value), default=None)
+            name: str | int = rest[:end]
+        elif isinstance(value, list | tuple) and (index := re.match(r"\[?(-?\d+)\]?", rest)):
+            name = int(index[1])
+            end = index.end() if -len(value) <= name < len(value) else None
+        if end is None:
+            raise LookupError(f"has no field {field!r}, found {_found(row, value)}")
+        value, rest = value[name], rest[end:].removeprefix(".")
     return value
 
 
@@ -94,18 +99,21 @@ def messages(value: Any) -> list[dict[str, Any]] | None:
     return list(value) if is_message else None
 
 
-def user_text(turns: list[dict[str, Any]]) -> str:
+def user_text(turns: list[dict[str, Any]], *, drop_system: bool = False) -> str:
     """Returns what the user says before the first response: the problem.
 
-    Raises ValueError for a system turn, and for a second question after a response."""
+    Raises ValueError for a system turn unless it is to be dropped, and for a second question after
+    a response."""
     texts, is_answered = [], False
     for number, turn in enumerate(turns):
         role = turn["role"] if "role" in turn else turn["from"]
         role = ROLES.get(role, role)
         if role == "system":
-            raise ValueError(f"has a system turn as its entry {number}, for which there is no "
-                             "place; name the user's turn alone, such as "
-                             f"COLUMN[{number + 1}].content")
+            if drop_system:
+                continue
+            raise ValueError("has a system turn, which is not used: data.system_prompt must give "
+                             "what takes its place, or the column must be the user's turn alone, "
+                             f"such as COLUMN[{number + 1}].content")
         if role == "user" and is_answered:
             raise ValueError("has a turn of the user after a response, expected one question")
         if role == "user":
@@ -138,7 +146,7 @@ def _plain(number: float | Decimal) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _found(row: dict[str, Any], field: str, value: Any) -> str:
+def _found(row: dict[str, Any], value: Any) -> str:
     """Returns what there is instead of a field; JSON may contain names that are not Unicode."""
     if value is row:
         names = ", ".join(row) or "none"

@@ -75,6 +75,7 @@ class _Columns:
     require_choices: bool = True    # a row without them is an error
     level: str | None = None
     require_level: bool = True      # a set in which no row has one is an error
+    drop_system: bool = False       # of messages: data.system_prompt takes the place of theirs
 
 
 def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
@@ -167,7 +168,8 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
         layout, rows = _preset_rows(name, data, held_out, split)
     else:
         layout = _Columns(data.problem_field, data.answer_field, data.answer_from,
-                          data.answer_kind, data.choices_field, level=data.level_field)
+                          data.answer_kind, data.choices_field, level=data.level_field,
+                          drop_system=data.system_prompt is not None)
         split = split or ("test" if held_out else "train")
         if os.path.exists(name):
             rows = files.path_rows(Path(name), data.subset, split)
@@ -304,7 +306,8 @@ def _parse_row(number: int, row: dict[str, Any], layout: _Columns,
     value = _field(row, layout.problem, location)
     turns = columns.messages(value)
     with _located(location, layout.problem):
-        text = columns.as_text(value) if turns is None else columns.user_text(turns)
+        text = columns.as_text(value) if turns is None else columns.user_text(
+            turns, drop_system=layout.drop_system)
     if not text.strip():
         return Unusable(number, location, WITHOUT_TEXT, text)
 

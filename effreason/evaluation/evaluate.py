@@ -196,7 +196,7 @@ def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,
                                   for seed in seeds], console)
 
     rows: list[tables.Row] = []
-    with Interrupts() as interrupts, make_grader(config) as grader:
+    with Interrupts(with_output=True) as interrupts, make_grader(config) as grader:
         reporter = _Reporter(console, interrupts)
         try:
             for path, opened in models.items():

@@ -65,7 +65,8 @@ def open_session(config: Config) -> Iterator[Session]:
     sharding.use_compilation_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
 
-    with jax.set_mesh(mesh), Interrupts() as interrupts, make_grader(config) as grader:
+    with (jax.set_mesh(mesh), Interrupts(with_output=True) as interrupts,
+          make_grader(config) as grader):
         processes.check_same(configured_reward.sources(config.reward))
         inputs = open_inputs(config, mesh, grader)
         processes.check_same({

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,41 @@ from effreason.runtime.errors import UserError
 
 METAVARS = {int: "N", float: "X", str: "TEXT", dict: "{NAME: VALUE}"}
 Config = TypeVar("Config")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises: 1:30 is not 90, 010 is not 8, 2001-01-01 is no date, and a key that
+    comes twice is an error."""
+
+    # By the first character; without dates and the numbers of YAML 1.1.
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers
+                if tag.rpartition(":")[2] not in ("timestamp", "int", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:         # a number of 5,000 digits
+            raise yaml.constructor.ConstructorError(
+                problem=_one_line(error), problem_mark=node.start_mark) from None
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),
+                              list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$"
+               r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"), list("-+.0123456789"))
 
 
 def parser(config: type, prog: str, description: str | None = None) -> jsonargparse.ArgumentParser:
@@ -81,11 +117,30 @@ def parse(config: type[Config], parser: jsonargparse.ArgumentParser, argv: Seque
                                 "'{NAME: VALUE, ...}'")
 
     try:
+        _check_numbers(flags, config)
         values = parser.parse_args(flags, values)
     except argparse.ArgumentError as error:
         raise UserError(_explained(error, config)) from None
     values.print_config = files.print_config
     return build(config, values), values
+
+
+def _check_numbers(flags: Sequence[str], config: type) -> None:
+    """Raises UserError for the flag of a number that is none in `_Loader`'s YAML: the parser's YAML
+    takes 1:30 for 90."""
+    fields = {setting.field: setting for setting in all_settings(config)}
+    for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        setting = fields.get(name) if flag.startswith("--") else None
+        if setting is None or setting.type not in (int, float):
+            continue
+        text = value if equals else following
+        try:
+            is_number = not isinstance(yaml.load(text, _Loader), str)
+        except (yaml.YAMLError, UnicodeError, RecursionError):
+            is_number = False
+        if not is_number:
+            raise UserError(f"{name} must be {setting.expected}, got {text}")
 
 
 def _fits(flags: Sequence[str], made_for: Mapping[str, frozenset[str]]) -> bool:
@@ -102,7 +157,7 @@ def read(config: type, parser: jsonargparse.ArgumentParser, path: Path,
          base: jsonargparse.Namespace) -> jsonargparse.Namespace:
     """Returns the values of a YAML file over those of `base`. Raises: UserError naming the file."""
     try:
-        table = yaml.safe_load(path.read_bytes())
+        table = yaml.load(path.read_bytes(), _Loader)
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
@@ -110,6 +165,8 @@ def read(config: type, parser: jsonargparse.ArgumentParser, path: Path,
         raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deep") from None
 
     table = {} if table is None else table
 
@@ -117,6 +174,10 @@ def read(config: type, parser: jsonargparse.ArgumentParser, path: Path,
         _check_keys(table, config)
         # A section with every line commented out is null.
         given = {name: fields for name, fields in table.items() if fields is not None}
+        for setting in all_settings(config):
+            value = given.get(setting.section, {}).get(setting.name)
+            if isinstance(value, str) and setting.type in (int, float):
+                raise ValueError(f"{setting.field} must be {setting.expected}, got {value}")
         values = parser.parse_object(given, base)
         for setting in all_settings(config):
             setting.check(values[setting.field])
@@ -177,6 +238,8 @@ def _explained(error: argparse.ArgumentError, config: type) -> str:
     if setting is None:
         return _one_line(error)
 
+    if nested := re.search(r"NestedArg\(key='(.*?)'", message):
+        return f"no option --{setting.field}.{nested[1]}: did you mean --{setting.field}?"
     got = re.search(r"(?:Got|Given) value: (.*)", message)
     value = got[1] if got else "nothing"
     value = {"None": "null", "True": "true", "False": "false"}.get(value, value)

@@ -2,7 +2,10 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
+
+from effreason.runtime import streams
 
 
 class UserError(Exception):
@@ -23,6 +26,7 @@ class Interrupted(Exception):
         self.message = message
 
 
+LINE_CHARACTERS = 600               # of a message; what is longer holds a user's long value
 # Errors that need no traceback; any other one is a defect.
 REPORTED = (UserError, Interrupted, KeyboardInterrupt, FloatingPointError, OSError)
 
@@ -41,15 +45,32 @@ def report(error: BaseException) -> int:
         text = f"{error.filename}: {error.strerror}" if named else str(error)
         line = f"error: {' '.join(text.split())}"
 
+    if len(line) > LINE_CHARACTERS:
+        line = f"{line[: LINE_CHARACTERS - 150]} ... {line[-140:]}"
     if line:
         print(line, file=sys.stderr)
     return code
 
 
+def prepare() -> None:
+    """Prepares a program's standard streams, and its threads to end as it does: with one line."""
+    streams.prepare()
+    threading.excepthook = _report_of_thread
+
+
+def _report_of_thread(arguments: threading.ExceptHookArgs) -> None:
+    if isinstance(arguments.exc_value, REPORTED):
+        report(arguments.exc_value)
+    else:
+        threading.__excepthook__(arguments)
+
+
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
     """Ends the program with one line and an exit code if one of the REPORTED errors is raised."""
+    prepare()
     try:
         yield
+        sys.stdout.flush()          # a full disk is an error too
     except REPORTED as error:
         sys.exit(report(error))

@@ -140,14 +140,14 @@ def test_stdin_and_no_lines(capsys, monkeypatch):
 
 def test_it_starts_without_jax_and_stands_a_closed_pipe(tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS * 400)
-    code = ("import sys; from effreason.cli import grade; grade.run(sys.argv[1:], 'effreason "
-            "grade'); "
-            "assert not {'jax', 'numpy', 'sympy', 'transformers'} & set(sys.modules)")
-    child = subprocess.Popen([sys.executable, "-c", code, path, "--json"], cwd=REPOSITORY,
+    code = ("import atexit, sys; from effreason.cli.main import main; "
+            "atexit.register(lambda: print({'jax', 'numpy', 'sympy', 'transformers'} "
+            "& set(sys.modules) or 'none', file=sys.stderr)); sys.exit(main())")
+    child = subprocess.Popen([sys.executable, "-c", code, "grade", path, "--json"], cwd=REPOSITORY,
                              stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, env={**os.environ, "LC_ALL": "C"})
     assert child.stdout is not None and child.stderr is not None
     assert json.loads(child.stdout.readline())["correct"]
     child.stdout.close()
-    assert (child.stderr.read(), child.wait()) == (b"", 0)
+    assert (child.stderr.read(), child.wait()) == (b"none\n", 0)
     child.stderr.close()

@@ -13,11 +13,12 @@ from effreason.data import answers, columns
 
 @pytest.mark.parametrize(("field", "value"), [
     ("answer", 1), ("reward_model.ground_truth", "3"), ("prompt[1].content", "q"),
-    ("prompt.0.content", "s"), ("prompt[-1].content", "q"), ("a.b", "literal"),
+    ("prompt.0.content", "s"), ("prompt[-1].content", "q"), ("a.b", "literal"), ("a.c.d", 2),
     ("nothing.at.all", None), ("text.truth", 5), ("text.list[0]", "x")])
 def test_a_dotted_name_is_an_entry_unless_a_column_has_it(field, value):
     row = {"answer": 1, "reward_model": {"ground_truth": "3"}, "a.b": "literal",
-           "a": {"b": "entry"}, "prompt": [{"content": "s"}, {"content": "q"}], "nothing": None,
+           "a": {"b": "entry", "c.d": 2}, "nothing": None,
+           "prompt": [{"content": "s"}, {"content": "q"}],
            "text": '{"truth": 5, "list": ["x"]}'}
     assert columns.lookup(row, field) == value
 
@@ -80,12 +81,16 @@ def test_the_problem_is_what_the_user_says(value, text):
 
 
 @pytest.mark.parametrize(("value", "message"), [
-    ([SYSTEM, USER], r"has a system turn as its entry 0, .*such as COLUMN\[1\]\.content"),
+    ([SYSTEM, USER], r"has a system turn, .*data\.system_prompt .*such as COLUMN\[1\]\.content"),
     ([USER, RESPONSE, USER], "turn of the user after a response"),
     ([{"role": "user", "content": [{"type": "image"}]}], "parts that are no text")])
 def test_conversations_that_are_no_problem(value, message):
     with pytest.raises(ValueError, match=message):
         columns.user_text(columns.messages(value))
+
+
+def test_a_system_turn_may_be_dropped():
+    assert columns.user_text([SYSTEM, USER], drop_system=True) == "q"
 
 
 @pytest.mark.parametrize("value", ["[1, 2]", "text", 3, None, [], ["q"], [{"text": "q"}], {"a": 1}])

@@ -233,8 +233,15 @@ def test_messages_are_problems_and_their_own_instructions_are_noted(tmp_path, ch
     problems = training(characters, config(path=path, **columns))
     assert [(problem.text, problem.reference) for problem in only(problems)] == [("(1)", "3")]
     assert len(problems.notes) == 1
-    problems = training(characters, config(path=path, user_prompt="Solve {problem}", **columns))
+    settings = config(path=path, user_prompt="Solve {problem}", **columns)
+    problems = training(characters, settings)
     assert "data.user_prompt adds to them" in problems.notes[1]
+    write(tmp_path / "a.jsonl", [{
+        "prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "(1)"}],
+        "reward_model": {"ground_truth": "3"}}])
+    with pytest.raises(UserError, match=r"a\.jsonl:1: field 'prompt' has a system turn"):
+        training(characters, settings)
+    assert len(training(characters, config(settings.data, system_prompt=""))) == 1
 
 
 @pytest.mark.parametrize(("levels", "expected"), [

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from effreason.runtime import config as configuration
-from effreason.runtime import config_parser
+from effreason.runtime import config_parser, errors
 from effreason.runtime.config import (
     AdvantageConfig,
     Config,
@@ -210,6 +210,49 @@ def test_a_wrong_value_in_a_file_names_the_file_too(tmp_path, text, message):
 def test_broken_yaml_names_file_and_line(tmp_path, text):
     path = write(tmp_path / "a.yaml", text)
     assert refused("--config", path).startswith(f"{path} line ")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("reward: {alpha: 0.1, alpha: 0.2}", " line 1: not valid YAML: alpha is there twice"),
+    ("run: {steps: 3}\nrun: {seed: 1}", " line 2: not valid YAML: run is there twice"),
+    ("run: {steps: 1:30}", ": run.steps must be a whole number >= 1, got 1:30"),
+    ("run: {steps: 010}", ": run.steps must be a whole number >= 1, got 010"),
+    ("reward: {alpha: 2001-99-99}", ": reward.alpha must be a number in [0, 1), got 2001-99-99"),
+    ("reward: {alpha: 0:0.1}", ": reward.alpha must be a number in [0, 1), got 0:0.1"),
+    (f"run: {{seed: {'9' * 5000}}}", " line 1: not valid YAML: Exceeds the limit"),
+    ("run: {steps: !!int abc}", " line 1: not valid YAML: invalid literal"),
+    ("run: {? [1, 2] : 3}", " line 1: not valid YAML: found unhashable key"),
+    ("run:\n\tsteps: 3", " line 2: not valid YAML: found character"),
+    ("[" * 3000, ": not valid YAML: nested too deep"),
+    ("run: {steps: 1}\n---\nrun: {steps: 2}", " line 2: not valid YAML: but found another doc")])
+def test_yaml_has_no_surprises(tmp_path, text, message):
+    path = write(tmp_path / "a.yaml", text)
+    assert refused("--config", path).startswith(f"{path}{message}")
+
+
+def test_numbers_of_yaml(tmp_path):
+    config = configuration.load(write(tmp_path / "a.yaml", "update: {learning_rate: 3e-4}\n"
+                                      "run: {steps: 1_000, directory: 2001-01-01}\n"
+                                      "evaluation: {problems: 0}\n"))
+    assert (config.update.learning_rate, config.run.steps) == (3e-4, 1000)
+    assert config.run.directory == "2001-01-01"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--run.steps", "1:30"], "run.steps must be a whole number >= 1, got 1:30"),
+    (["--run.steps=010"], "run.steps must be a whole number >= 1, got 010"),
+    (["--run.seed", "9" * 5000], "run.seed must be a whole number in [0, 2147483647], got 999"),
+    (["--run.steps", "\udcff"], "run.steps must be a whole number >= 1, got \udcff"),
+    (["--run.steps.x", "3"], "no option --run.steps.x: did you mean --run.steps?")])
+def test_flags_have_no_surprises(flags, message):
+    assert refused(*flags).startswith(message)
+
+
+def test_a_long_value_is_cut_in_the_error_line(capsys):
+    assert errors.report(UserError(f"run.seed must be a number, got {'9' * 5000}, or not")) == 2
+    line = capsys.readouterr().err
+    assert len(line) < 620 and line.startswith("error: run.seed must be a number, got 999")
+    assert line.endswith("999, or not\n")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):

@@ -32,6 +32,30 @@ def test_a_signal_waits_for_the_check(number, name):
     assert handlers() == before
 
 
+def test_a_closed_terminal_hangs_up_twice_and_stops_once():
+    previous = signal.getsignal(signal.SIGHUP)
+    try:
+        with pytest.raises(Interrupted) as caught, Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            interrupts.check()
+        assert caught.value.message == "stopped by SIGHUP"
+        signal.raise_signal(signal.SIGHUP)          # while the run reports that it is saved
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_hang_up_that_is_ignored_stays_so():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            interrupts.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 def test_a_second_ctrl_c_acts_at_once():
     # a job in the background ignores it
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
