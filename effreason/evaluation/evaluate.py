@@ -118,7 +118,7 @@ class Evaluator:
             log=log)
         limit = "evaluation.max_new_tokens" if settings.max_new_tokens else "rollout.max_new_tokens"
         if (line := no_answers(graded, limit)) is not None:
-            say(f"{name}: {line}", processes.console())
+            say(f"warning: {name}: {line}", processes.console())
         return responses.evaluated_responses(name, problems, graded)
 
     def facts(self, name: str, weights: str) -> dict[str, Any]:

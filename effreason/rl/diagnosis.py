@@ -40,7 +40,7 @@ def no_answers(graded: GradedRollouts, limit: str) -> str | None:
     counts = ", ".join(f"{count} {words.get(reason, reason)}"
                        for reason, count in reasons.most_common())
     cause = CAUSES.get(reasons.most_common(1)[0][0], BOX).replace("{limit}", limit)
-    return f"warning: none of {len(finishes)} responses has an answer ({counts}); likely: {cause}"
+    return f"none of {len(finishes)} responses has an answer ({counts}); likely: {cause}"
 
 
 class Diagnosis:
@@ -58,7 +58,7 @@ class Diagnosis:
             self._without_signal = 0
         for sampled in graded.sampled:
             if (line := no_answers(sampled, "rollout.max_new_tokens")) is not None:
-                lines += self._once("answers", line)
+                lines += self._once("answers", f"warning: {line}")
         if self._without_signal == STEPS_WITHOUT_SIGNAL:
             lines += self._once("signal", (
                 f"warning: for {STEPS_WITHOUT_SIGNAL} steps all responses of each group have had "

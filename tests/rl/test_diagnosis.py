@@ -29,15 +29,15 @@ RIGHT, WRONG = ("eos", "exact", "decided exactly"), ("eos", "symbolic", "compare
 
 
 @pytest.mark.parametrize(("responses", "line"), [
-    ([UNCLOSED] * 8, "warning: none of 8 responses has an answer (8 thinking not closed); likely: "
+    ([UNCLOSED] * 8, "none of 8 responses has an answer (8 thinking not closed); likely: "
      "the model writes no </think>, or data.template opens a thinking that it does not know"),
-    ([CUT] * 4, "warning: none of 4 responses has an answer (4 cut off at rollout.max_new_tokens); "
+    ([CUT] * 4, "none of 4 responses has an answer (4 cut off at rollout.max_new_tokens); "
      "likely: rollout.max_new_tokens is too short; or, if responses used to end, the model has "
      "collapsed, see update.learning_rate"),
-    ([NO_BOX] * 3 + [CUT], "warning: none of 4 responses has an answer (3 no box, 1 cut off at "
+    ([NO_BOX] * 3 + [CUT], "none of 4 responses has an answer (3 no box, 1 cut off at "
      r"rollout.max_new_tokens); likely: the model is not asked for \boxed{}, see "
      "data.user_prompt; grade.function can read answers of another form"),
-    ([LOOPS] * 2, "warning: none of 2 responses has an answer (2 stopped while repeating "
+    ([LOOPS] * 2, "none of 2 responses has an answer (2 stopped while repeating "
      "themselves); likely: the model repeats itself, because of the template (data.template) or "
      "too many updates (update.learning_rate)"),
     ([UNCLOSED, RIGHT], None), ([NO_BOX, WRONG], None), ([CUT, WRONG], None)])
@@ -54,6 +54,7 @@ def test_each_thing_is_said_once():
     assert diagnosis.step(graded(RIGHT, WRONG), {"reward/groups_with_signal": 1.0}) == []
     steps = [diagnosis.step(graded(UNCLOSED), nothing) for _ in range(2 * STEPS_WITHOUT_SIGNAL)]
     assert [len(lines) for lines in steps] == [1, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert steps[0][0].startswith("warning: none of 1 responses has an answer (1 thinking")
     assert steps[4][0].startswith("warning: for 5 steps all responses of each group have had")
 
 
