@@ -1,10 +1,10 @@
 """Compares two answers in plain Python; leaves undecided what needs algebra."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from effreason.grading import forms, intervals, notation, rationals, units, words
+from effreason.grading import choices, forms, notation, quantities, rationals, words
 
 # True, False, or None if undecided.
 Verdict = bool | None
@@ -15,31 +15,26 @@ MAX_CHAIN = 3
 MAX_DEPTH = 50
 
 LETTER = re.compile(r"[A-J]")
-CHOICE = re.compile(r"\(?([A-J])\s*(?:\)|[.:])(?=\s|$|\\text|[^\s)]).*|\(?([A-J])\)?", re.DOTALL)
-CHOICE_WORD = re.compile(r"^\s*(?:option|choice|answer)\b\s*(?:is\b)?:?", re.IGNORECASE)
+NAME_OF_LETTERS = re.compile(r"[A-Z]{2,}")
 EQUALS = re.compile(r"(?<![<>!:])=")
-SET_ALGEBRA = re.compile(r"<|>|\\(?:cup|cap|le|ge|setminus|mathbb)(?![a-zA-Z])")
-CUP = re.compile(r"\\cup(?![a-zA-Z])")
+SETS = re.compile(r"<|>|\\(?:le|ge|ne|cup|cap|setminus)(?![a-zA-Z])|\\mathbb\{R\}")
 APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
 CLAIM = re.compile(
-    r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|ne|mapsto|neg|not)(?![a-zA-Z])")
+    r"\\(?:equiv|to|rightarrow|Rightarrow|implies|iff|sim|cong|mapsto|neg|not)(?![a-zA-Z])")
 MATRIX = re.compile(
     r"\\begin\{(?:[pb]|small)matrix\}((?:(?!\\begin).)*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
 DIGITS_APART = re.compile(r"\d\s+[\d.]")
 BASE = re.compile(r"\(?([0-9A-Z]+)\)?_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
          "ten": 10, "twelve": 12, "sixteen": 16}
+OTHERWISE = re.compile(r"otherwise|else")
 NO_SOLUTION = {r"\emptyset", r"\{\}"}
 SUBSCRIPT = re.compile(r"_\{[^{}]*\}")
-NAMED_VALUE = re.compile(r"[a-z]\s*=")
+VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{[^{}]*\})?")
+LONE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
+NAMED_VALUE = re.compile(r"([a-zA-Z](?:_\{\d+\})?)\s*=")
+TUPLE_OF_NAMES = re.compile(r"\(([a-zA-Z](?:\s*[,;]\s*[a-zA-Z])+)\)")
 CONSTANTS = ("e", "i", r"\pi", r"\infty")
-
-
-class NeedsSetAlgebra:
-    """Two lists that cannot be compared element by element."""
-
-
-NEEDS_SET_ALGEBRA = NeedsSetAlgebra()
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,8 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
     """Compares two canonical answers part by part, and parts that cannot be divided by `same`.
 
     A name before "=" may be missing, and every other part of a chain must equal the answer. Lists
-    and sets are unordered, tuples are ordered, and the kinds of brackets must agree. An inequality
-    in one variable is its interval.
+    and sets are unordered, tuples are ordered, and the kinds of brackets must agree. Inequalities
+    and unions are left to `same`, which compares sets.
     """
     if not prediction or not reference:
         return False
@@ -75,21 +70,42 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
     if {prediction, reference} <= NO_SOLUTION:
         return True
 
-    p_claims, g_claims = (CLAIM.search(SUBSCRIPT.sub("", side)) for side in (prediction, reference))
-    if p_claims and not g_claims:
-        return False                                # 5 \equiv 6 is neither the answer 5 nor 6
     if LETTER.fullmatch(bare := notation.strip_parentheses(reference)):
-        return _is_choice(prediction, bare)
+        return bare in prediction and choices.is_choice(prediction, ord(bare) - ord("A"))
+    if NAME_OF_LETTERS.fullmatch(reference) and NAME_OF_LETTERS.fullmatch(prediction):
+        return False                                # ABC is a name, not the product CBA
+    prediction, reference = words.verdict(prediction), words.verdict(reference)
+    prediction = choices.without_letter(prediction)
+    if "," not in reference:                        # otherwise C may be a point
+        prediction = forms.CHOOSE.sub(r"\\binom{\1}{\2}", prediction)
+
+    verdict = _compare_forms(prediction, reference, same)
+    if verdict is not UNDIVIDED:
+        return verdict
+    (prediction, p_values), (reference, g_values) = map(forms.clause, (prediction, reference))
+    if "?" != p_values != g_values != "?" and p_values and g_values:
+        return False                                # k \in \mathbb{N} is not k \in \mathbb{Z}
+
+    p_quantities, g_quantities = map(quantities.read, (prediction, reference))
+    if (p_quantities[0].unit or g_quantities[0].unit) and quantities.differ(
+            *(quantities.read(side, letters=True) for side in (prediction, reference))):
+        return False
+    if len(p_quantities) > 1:                       # 5 ft 6 in
+        return _all(*([one.value for one in side] for side in (p_quantities, g_quantities)), same)
+    prediction, reference = p_quantities[0].value, g_quantities[0].value
+    if is_set(prediction) or is_set(reference):
+        return same(prediction, reference)
 
     prediction, reference = _without_approximation(prediction), _without_approximation(reference)
     p = _bracketed(notation.strip_parentheses(prediction))
     g = _bracketed(notation.strip_parentheses(reference))
-    if (p.brackets == "()") != (g.brackets == "()"):
-        p, g = _vector(p), _vector(g)
+    matrices = [any(map(MATRIX.fullmatch, side.elements[:1])) for side in (p, g)]
+    if (p.brackets == "()") != (g.brackets == "()") or matrices[0] != matrices[1]:
+        vectors = _vector(p), _vector(g)
+        p, g = vectors if vectors[0].brackets == vectors[1].brackets == "()" else (p, g)
 
     if len(p.elements) > 1 or len(g.elements) > 1 or p.brackets or g.brackets:
-        verdict = _compare_lists(p, g, same)
-        return same(prediction, reference) if isinstance(verdict, NeedsSetAlgebra) else verdict
+        return _compare_lists(p, g, same)
     return _compare_single(p.elements[0], g.elements[0], same)
 
 
@@ -101,26 +117,35 @@ def leaf(prediction: str, reference: str) -> Verdict:
     if verdict is not None:
         return verdict
 
-    p, g = units.without_unit(prediction), units.without_unit(reference)
+    (p_quantity, *more), (g_quantity, *_) = map(quantities.read, (prediction, reference))
+    p, g = (notation.strip_parentheses(side.value) for side in (p_quantity, g_quantity))
+    if more or quantities.differ((p_quantity,), (g_quantity,)):
+        return False
     if DIGITS_APART.search(p) and not rationals.MIXED.fullmatch(p):
         return False                                # "5 5" must not become 55
     if notation.key(p) == notation.key(g):
         return True
-    if (p_base := BASE.fullmatch(p)) and (g_base := BASE.fullmatch(g)):
+    p_base, g_base = BASE.fullmatch(p), BASE.fullmatch(g)
+    if p_base and g_base:
         return p_base[1] == g_base[1] and _base(p_base[2]) == _base(g_base[2])
+    if g_base and p == g_base[1]:
+        return True                                 # the problem says the base
 
     p_value, g_value = _value(p), _value(g)
-    if p_value is None and g_value is not None:
-        p_value = _value_of_letter_unit(p)
-    if g_value is None and p_value is not None:
-        g_value = _value_of_letter_unit(g)
+    if (p_value is None) != (g_value is None):      # 3s: next to a number s is seconds
+        p_quantity, g_quantity = (quantities.read(side.value, letters=True)[0] if value is None
+                                  else side for side, value in ((p_quantity, p_value),
+                                                                (g_quantity, g_value)))
+        p_value, g_value = _value(p_quantity.value), _value(g_quantity.value)
+        if quantities.differ((p_quantity,), (g_quantity,)):
+            return False
 
     if p_value is UNDEFINED or g_value is UNDEFINED:
         return False
     if isinstance(p_value, rationals.Value) and isinstance(g_value, rationals.Value):
         return rationals.same(p_value, g_value)
     value, other = (p_value, g) if p_value else (g_value, p)
-    if value and (BASE.fullmatch(other) or other.strip("+- ") == r"\infty"):
+    if value and (BASE.fullmatch(other) or other.strip("+- ") in (r"\infty", *NO_SOLUTION)):
         return False
     return None
 
@@ -129,7 +154,11 @@ class Undefined:
     """The value of 1/0."""
 
 
-UNDEFINED = Undefined()
+class Undivided:
+    """Answers of no special form."""
+
+
+UNDEFINED, UNDIVIDED = Undefined(), Undivided()
 
 
 def _value(text: str) -> rationals.Value | Undefined | None:
@@ -140,12 +169,6 @@ def _value(text: str) -> rationals.Value | Undefined | None:
         return UNDEFINED
     except (rationals.Undecided, RecursionError):
         return None
-
-
-def _value_of_letter_unit(text: str) -> rationals.Value | Undefined | None:
-    """Returns the number in a quantity such as 3s: next to a number s is seconds, no variable."""
-    match = units.LETTER_UNIT.fullmatch(text) if len(text) < 200 else None
-    return _value(match[1]) if match else None
 
 
 def _base(name: str) -> int:
@@ -159,11 +182,51 @@ def _words(prediction: str, reference: str) -> Verdict:
     return p == g                                   # words never equal a formula
 
 
-def _is_choice(prediction: str, letter: str) -> Verdict:
-    r"""Returns whether the prediction names this choice: B, (B), \text{(B)}, B. x = 42, (B) 42."""
-    text = re.sub(r"[{}]", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", prediction))
-    match = CHOICE.fullmatch(notation.strip_parentheses(CHOICE_WORD.sub("", text)))
-    return match is not None and (match[1] or match[2]) == letter
+def _compare_forms(p: str, g: str, same: Leaf) -> "Verdict | Undivided":
+    """Compares congruences and cases; UNDIVIDED for anything else."""
+    congruent, other = forms.congruence(p), forms.congruence(g)
+    if congruent and other:
+        if congruent[2] != other[2]:
+            return False
+        if notation.key(congruent[0]) != notation.key(other[0]):
+            return same(p, g)
+        return _matched(_residues(*congruent[1:]), _residues(*other[1:]), same)
+
+    claims, g_claims = (CLAIM.search(SUBSCRIPT.sub("", side)) for side in (p, g))
+    if claims and not g_claims:
+        return False                                # 5 \equiv 6 is neither the answer 5 nor 6
+
+    p_cases, g_cases = forms.cases(p), forms.cases(g)
+    if not p_cases or not g_cases:
+        return UNDIVIDED
+    return _matched(p_cases, g_cases, same, _same_case) if len(p_cases) == len(g_cases) else False
+
+
+def _residues(residues: str, modulus: str) -> tuple[str, ...]:
+    parts = [part for part in notation.split_top(residues, notation.SEPARATORS) if part]
+    values = [_value(part) for part in (*parts, modulus)]
+    if not all(isinstance(value, rationals.Value) and value.number for value in values[-1:]):
+        return tuple(parts)
+    return tuple(str(value.number % values[-1].number) if isinstance(value, rationals.Value)
+                 else part for part, value in zip(parts, values, strict=False))
+
+
+def _same_case(p: tuple[str, str], g: tuple[str, str], same: Leaf) -> Verdict:
+    """Compares the values of two cases, then their conditions; one may be "otherwise"."""
+    verdict = compare(p[0], g[0], same)
+    if verdict is False or any(OTHERWISE.search(side[1]) for side in (p, g)):
+        return verdict
+    condition = compare(p[1], g[1], same)
+    return condition if verdict or condition is False else None
+
+
+def is_set(text: str) -> bool:
+    """Returns whether an answer is an inequality, a union or the like in one variable."""
+    if not SETS.search(text):
+        return False
+    sides = [side for piece in notation.split_top(text, notation.SEPARATORS)
+             if forms.RELATION.search(piece) for side in notation.split_top(piece, forms.RELATION)]
+    return len({name for side in sides for name in LONE.findall(side)} - {"e", "i"}) <= 1
 
 
 def _without_approximation(text: str) -> str:
@@ -180,24 +243,30 @@ def _without_approximation(text: str) -> str:
 def _bracketed(text: str) -> Bracketed:
     """Splits an answer into its elements."""
     text, name = forms.without_point(forms.without_member(text)), ""
-    pieces = [piece for piece in notation.split_top(text, ",;") if piece] or [text]
+    pieces = [piece for piece in notation.split_top(text, notation.SEPARATORS) if piece] or [text]
     if len(pieces) > 1:
         return Bracketed("", tuple(piece for element in pieces for piece in _signs(element)))
 
     pieces = EQUALS.split(text) if "=" in text else [text]
     if len(pieces) == 2 and forms.is_name(pieces[0]):
-        name, text = pieces[0], pieces[1].strip()
+        name, text = pieces[0].strip(), pieces[1].strip()
 
     escaped = text.startswith(r"\{") and text.endswith(r"\}")
     begin, end = (1, len(text) - 2) if escaped else (0, len(text) - 1)
     is_set = escaped or text[:1] == "{"             # {1,2} without its backslashes
     if text and text[begin] in "([{" and notation.matching(text).get(begin) == end + escaped:
-        inside = [piece for piece in notation.split_top(text[begin + 1:end], ",;") if piece]
-        if len(inside) > 1 or is_set:
-            elements = tuple(inside)
-            if is_set:
-                elements = tuple(piece for element in inside for piece in _signs(element))
-            return Bracketed(text[begin] + ("}" if is_set else text[end]), elements)
+        inside = [piece for piece in notation.split_top(text[begin + 1:end], notation.SEPARATORS)
+                  if piece]
+        names = TUPLE_OF_NAMES.fullmatch(name)
+        if names and len(letters := re.findall("[a-zA-Z]", names[1])) == len(inside):
+            inside = [f"{letter}={piece}" for letter, piece in zip(letters, inside, strict=True)]
+        if is_set:
+            inside = [piece for element in inside for piece in _signs(element)]
+            if all(NAMED_VALUE.match(piece) for piece in inside) and len(inside) > 1:
+                return Bracketed("", tuple(inside))
+            return Bracketed("{}", tuple({notation.key(piece): piece for piece in inside}.values()))
+        if len(inside) > 1:
+            return Bracketed(text[begin] + text[end], tuple(inside))
 
     signed = _signs(text)
     prefix = f"{name}=" if name and len(signed) == 1 else ""
@@ -212,35 +281,45 @@ def _signs(text: str) -> list[str]:
     return [re.sub(r"^\s*\+", "", plus.replace(r"\pm", "+")), minus.replace(r"\pm", "-")]
 
 
-def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict | NeedsSetAlgebra:
+def _compare_lists(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
     predictions, references, kinds = p.elements, g.elements, {p.brackets, g.brackets}
-    verdict = _interval_verdict(p, g, same)
-    if verdict is not None:
-        return verdict
     if len(predictions) != len(references):
-        algebra = any(SET_ALGEBRA.search(element) for element in (*predictions, *references))
-        return NEEDS_SET_ALGEBRA if algebra else False
+        return False
     if len(references) == 1:
+        if p.brackets != g.brackets and NO_SOLUTION & {predictions[0], references[0]}:
+            return False                            # the set that contains the empty set
         return compare(predictions[0], references[0], same)
 
-    if len(kinds) == 1 or kinds == {"", "{}"}:
+    if kinds <= {"", "{}"} or (len(kinds) == 1 and "" in kinds):
         names = [EQUALS.split(element)[0] for element in references if "=" in element]
         named = len(set(names)) > 1 and not any("=" in element for element in predictions)
-        if p.brackets != g.brackets:
-            predictions, references = _by_name(predictions), _by_name(references)
-        ordered = p.brackets not in ("", "{}") or named
-        return (_all if ordered else _matched)(predictions, references, same)
-
-    return _all(_by_name(predictions), _by_name(references), same) if kinds == {"", "()"} else False
+        return (_all if named else _matched)(predictions, references, same)
+    if len(kinds) == 1 or kinds == {"", "()"}:
+        return _all(*_by_name(predictions, references), same)
+    return False
 
 
-def _by_name(elements: tuple[str, ...]) -> tuple[str, ...]:
-    """Sorts y=4, x=3 by name, the order of the tuple (3,4)."""
-    named = all(NAMED_VALUE.match(element) for element in elements)
-    return tuple(sorted(elements)) if named else elements
+def _by_name(predictions: tuple[str, ...],
+             references: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Orders named elements like the other side's; without names there, by the alphabet.
+
+    x=4, y=3 and (y,x)=(3,4) are the tuple (4,3). Only names that follow one another in the alphabet
+    have its order: (m,b)=(2,1) is (2,1).
+    """
+    names = [[match[1] if match else "" for match in map(NAMED_VALUE.match, side)]
+             for side in (predictions, references)]
+    if all(names[0]) and sorted(names[0]) == sorted(names[1]):
+        return tuple(sorted(predictions)), tuple(sorted(references))
+
+    sides = []
+    for side, letters in zip((predictions, references), names, strict=True):
+        neighbours = len(set(letters)) == len(side) and all(letters) and (
+            ord(max(letters)[0]) - ord(min(letters)[0]) == len(side) - 1)
+        sides.append(tuple(sorted(side)) if neighbours else side)
+    return sides[0], sides[1]
 
 
-def _all(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) -> Verdict:
+def _all(predictions: Sequence[str], references: Sequence[str], same: Leaf) -> Verdict:
     undecided = False
     for prediction, reference in zip(predictions, references, strict=True):
         verdict = compare(prediction, reference, same)
@@ -250,18 +329,19 @@ def _all(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) 
     return None if undecided else True
 
 
-def _matched(predictions: tuple[str, ...], references: tuple[str, ...], same: Leaf) -> Verdict:
+def _matched(predictions: Sequence, references: Sequence, same: Leaf,
+             compare_: Callable[..., Verdict] | None = None) -> Verdict:
     """Returns whether the lists are equal in some order.
 
     Equality is transitive, so the first match can be taken."""
-    if len(references) > MAX_UNORDERED:
-        return _all(predictions, references, same)
+    if len(references) > MAX_UNORDERED or len(predictions) != len(references):
+        return _all(predictions, references, same) if len(predictions) == len(references) else False
 
     left, undecided = list(predictions), False
     for reference in references:
         verdicts = []
         for prediction in left:
-            verdicts.append(compare(prediction, reference, same))
+            verdicts.append((compare_ or compare)(prediction, reference, same))
             if verdicts[-1]:
                 break
         if verdicts and verdicts[-1]:
@@ -279,16 +359,13 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     if matrix and other:
         return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
 
-    if any(CUP.search(side) or intervals.RELATION.search(side) for side in (prediction, reference)):
-        parts = _union(prediction), _union(reference)
-        verdict = _interval_verdict(Bracketed("", tuple(parts[0])), Bracketed("", tuple(parts[1])),
-                                    same)
-        return verdict if verdict is not None else same(prediction, reference)
-
     p_parts, g_parts = _chain(prediction), _chain(reference)
     if len(p_parts) == len(g_parts) == 1:
         return same(prediction, reference)
 
+    if len(p_parts) == len(g_parts) == 2 and sorted(map(words.without_text, p_parts)) == sorted(
+            map(words.without_text, g_parts)):
+        return True                                 # MR = SRMC and SRMC = MR
     p_named, g_named = forms.is_name(p_parts[0]), forms.is_name(g_parts[0])
     if len(g_parts) > 1 and not g_named:            # a real equation: only an equation can equal it
         return same(prediction, reference) if len(p_parts) == len(g_parts) else False
@@ -299,7 +376,9 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
         return same(prediction, reference) if len(p_parts) == 2 else False
 
     # A chain states that all parts are equal: 3 = 5 is not the answer 5, though its last part is.
+    # A part with dots, 1+2+\dots+10 = 55, states nothing that can be checked.
     values = p_parts[1:] if p_named and len(p_parts) > 1 else p_parts
+    values = [part for part in values[:-1] if r"\dots" not in part] + values[-1:]
     if len(values) > MAX_CHAIN:
         return False
     return _all(tuple(values), (g_parts[-1],) * len(values), same)
@@ -311,18 +390,21 @@ def _chain(text: str) -> list[str]:
     if "=" in text:
         parts = [part for part in notation.split_top(text, EQUALS) if part] or parts
     swapped = (len(parts) == 2 and not forms.is_name(parts[0])
-               and re.fullmatch(intervals.VARIABLE, parts[1]))
+               and VARIABLE.fullmatch(parts[1]))
     return parts[::-1] if swapped and parts[1] not in CONSTANTS else parts
 
 
 def _vector(side: Bracketed) -> Bracketed:
-    """Turns a matrix of one row or one column into a tuple, to compare it with a tuple."""
-    single = len(side.elements) == 1 and not side.brackets
-    matrix = MATRIX.fullmatch(side.elements[0]) if single else None
+    """Turns unit vectors or a matrix of one row or column into a tuple, to compare with a tuple."""
+    if len(side.elements) != 1 or side.brackets:
+        return side
+    matrix = MATRIX.fullmatch(side.elements[0])
     rows = _rows(matrix[1]) if matrix else []
     cells = rows[0] if len(rows) == 1 else [row[0] for row in rows if len(row) == 1]
-    is_vector = len(cells) > 1 and len(cells) == sum(map(len, rows))
-    return Bracketed("()", tuple(cells)) if is_vector else side
+    if len(cells) > 1 and len(cells) == sum(map(len, rows)):
+        return Bracketed("()", tuple(cells))
+    components = forms.unit_vectors(EQUALS.split(side.elements[0])[-1])
+    return Bracketed("()", components) if components else side
 
 
 def _compare_matrices(p: list[list[str]], g: list[list[str]], same: Leaf) -> Verdict:
@@ -334,38 +416,3 @@ def _compare_matrices(p: list[list[str]], g: list[list[str]], same: Leaf) -> Ver
 def _rows(body: str) -> list[list[str]]:
     rows = [row.strip() for row in body.split(r"\\")]
     return [[cell.strip() or "0" for cell in row.split("&")] for row in rows if row]
-
-
-def _union(text: str) -> list[str]:
-    return notation.split_top(forms.without_member(text), CUP)
-
-
-def _interval_verdict(p: Bracketed, g: Bracketed, same: Leaf) -> Verdict:
-    """Compares inequalities and intervals as sets; None if they differ or are anything else."""
-    elements = (*p.elements, *g.elements)
-    if not any(intervals.RELATION.search(piece) or CUP.search(piece) for piece in elements):
-        return None
-
-    variables = [{name for piece in side.elements for name in _variables(piece)} for side in (p, g)]
-    if all(variables) and variables[0] != variables[1]:
-        return False                                # x < 1 is not y < 1
-    predictions, references = _intervals(p), _intervals(g)
-    if predictions is None or references is None or len(predictions) != len(references):
-        return None
-    return _matched(predictions, references, same) or None
-
-
-def _variables(text: str) -> set[str]:
-    terms = intervals.RELATION.split(text)[::2] if intervals.RELATION.search(text) else []
-    return {term.strip() for term in terms if intervals.VARIABLE.fullmatch(term.strip())}
-
-
-def _intervals(side: Bracketed) -> tuple[str, ...] | None:
-    text = f"{side.brackets[:1]}{','.join(side.elements)}{side.brackets[1:]}"
-    pieces = [part for piece in ([text] if side.brackets else side.elements)
-              for part in _union(piece)]
-    parsed = [intervals.interval(piece) for piece in pieces]
-    if any(piece is None or CUP.search(piece) or intervals.RELATION.search(piece)
-           for piece in parsed):
-        return None                                 # (3,4\cup) is not an interval
-    return tuple(piece for piece in parsed if piece)

@@ -3,16 +3,22 @@
 import re
 
 THINK, END_OF_THINK = "<think>", "</think>"
-# \boxed with its brace, an escaped brace (text, not grouping), a grouping brace. \\boxed is \boxed
-# escaped twice.
-TOKEN = re.compile(r"(?P<box>\\{1,4}(?:boxed|fbox)\s*\{)|\\[{}\\]|(?P<brace>[{}])")
+# \boxed with its brace or what it takes without one, an escaped brace (text, not grouping), a
+# grouping brace. \\boxed is \boxed escaped twice.
+TOKEN = re.compile(
+    r"(?P<box>\\{1,4}(?:boxed|fbox)\s*(?:\{|(?P<bare>[-+]?\d+(?:\.\d+)?"
+    r"|[a-zA-Z](?![a-zA-Z])(?<=\s.)|\\(?:[dt]?frac|sqrt)(?:\s*(?:\{[^{}]*\}|\d)){1,2}"
+    r"|\\[a-zA-Z]{2,20}(?:\{[^{}]*\})*)))"
+    r"|\\[{}\\]|(?P<brace>[{}])")
+# Between two boxes of one list: \boxed{3}, \boxed{5} and \boxed{7}.
+BETWEEN = re.compile(r"[\s$]*(?:[,;]|,?[\s$]*(?:\\text\{\s*)?(?:and|or)\b\s*\}?)[\s$]*")
 NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or "x ="
 
 
 def extract_answer(response: str) -> str | None:
     r"""Returns the content of the last \boxed{} after the thinking, stripped, or None.
 
-    Only the last box counts: None if it is empty or never closed, if the thinking is not closed, or
+    Only the last box counts, or the last list of boxes: None if it is empty or never closed, if the thinking is not closed, or
     if there is no box. Nothing else in the text counts, not even the last number. Linear in the
     length.
 
@@ -40,13 +46,34 @@ def _after_thinking(response: str) -> str:
 def _last_box(text: str) -> str | None:
     r"""Returns the content of the last outermost \boxed{} or \fbox{}.
 
-    If a box contains nothing but another one, with or without "x =", the inner one counts.
+    If a box contains nothing but another one, with or without "x =", the inner one counts. Boxes of
+    one list are joined, and a box with nothing but an approximation belongs to the one before it.
     """
-    boxes: list[list[int]] = []  # start of the command, start and end of the content; end -1: open
+    boxes = _outermost(text)
+    if not boxes or boxes[-1][2] < 0:
+        return None
+
+    contents, start = [], None
+    for begin, inside, end in reversed(boxes):
+        if start is not None and (end < 0 or not BETWEEN.fullmatch(text, end + 1, start)):
+            if end >= 0 and contents[0].startswith((r"\approx", "≈")):
+                contents[0] = f"{text[inside:end].strip()} {contents[0]}"
+            break
+        contents.insert(0, text[inside:end].strip())
+        start = begin
+
+    return ", ".join(dict.fromkeys(contents)) if all(contents) else None
+
+
+def _outermost(text: str) -> list[list[int]]:
+    """Returns the start of each box, the start of its content and its end, -1 if it is open."""
+    boxes: list[list[int]] = []
     open_braces: list[int | None] = []  # index into boxes, None for a brace that only groups
 
     for match in TOKEN.finditer(text, _first_box(text)):
-        if match["box"]:
+        if match["bare"]:
+            boxes.append([match.start(), match.start("bare"), match.end()])
+        elif match["box"]:
             open_braces.append(len(boxes))
             boxes.append([match.start(), match.end(), -1])
         elif match["brace"] == "{":
@@ -56,16 +83,16 @@ def _last_box(text: str) -> str | None:
             if box is not None:
                 boxes[box][2] = match.start()
 
-    last: list[int] | None = None
+    outermost: list[list[int]] = []
     for start, begin, end in boxes:
-        inside = last is not None and last[2] >= 0 and start < last[2]
-        if last is None or not inside or (
-                NAMED.fullmatch(text, last[1], start) and not text[end + 1:last[2]].strip()):
-            last = [start, begin, end]
+        last = outermost[-1] if outermost else [0, 0, -2]
+        inside = last[2] >= 0 and start < last[2]
+        if inside and NAMED.fullmatch(text, last[1], start) and not text[end + 1:last[2]].strip():
+            outermost[-1] = [start, begin, end]
+        elif not inside:
+            outermost.append([start, begin, end])
 
-    if last is None or last[2] < 0:
-        return None
-    return text[last[1]:last[2]].strip() or None
+    return outermost
 
 
 def _first_box(text: str) -> int:

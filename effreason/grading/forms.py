@@ -1,21 +1,47 @@
-"""Removes what surrounds an answer: names of quantities, labels, set builders, points."""
+"""Reads the form of an answer: its name, label, clause, and systems, congruences, vectors."""
 
 import re
 
-from effreason.grading import intervals, notation, words
+from effreason.grading import notation, words
 
 NAME = re.compile(r"(?:\\[a-zA-Z]+(?![a-zA-Z])|[a-zA-Z|:,/(){}\s.])+")
 MEMBER = re.compile(r"\\in(?![a-zA-Z])")
 ANGLED = re.compile(r"\\langle(?![a-zA-Z])(.*)\\rangle|<([^<>]*,[^<>]*)>", re.DOTALL)
-LABEL = re.compile(r"[A-Za-z][A-Za-z ]{2,30}:\s*(?=[\d\\(-])")                 # Area: 12
+LABEL = re.compile(r"[^\W\d_][^\W\d_ ]{0,29}[^\W\d_]:\s*(?=[\d\\(-])|\\text\{[^{}]*:\s*\}\s*(?=\S)"
+                   r"|[^\x00-\x7f]+:\s*")                                      # Area: 12
 SET_BUILDER = re.compile(
     r"(?:\\?\{\s*)?(\\?[a-zA-Z]+)\s*(?:\\in\s*\\mathbb\{R\}\s*)?[|:](.*?)"
     r"(?:,\s*\1\s*\\in\s*\\mathbb\{R\}\s*)?(?:\\?\})?", re.DOTALL)
+RELATION = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-zA-Z])")
 RATIO = re.compile(r"(\d+)\s*(?:\\text\{\s*to\s*\}|to)\s*(\d+)")
 SYSTEM = re.compile(
     r"(?:\\\{\s*)?\\begin\{(cases|aligned|align\*?|array)\}(?:\{[lcr]+\})?(.*)\\end\{\1\}\s*",
     re.DOTALL)
+CONDITION = re.compile(r"&|,|\\text\{\s*(?:if|for|when|as)?\s*\}")
 POINT = re.compile(r"[A-Z]'?\s*(?=\()")
+CONGRUENCE = re.compile(
+    r"(.+?)\\equiv\s*(.+?)[\s,]*\(?\s*(?:\\mod|\\text\{\s*mod\s*\}|\bmod)"
+    r"\s*\{?\s*([^{}()]+?)\s*\}?\s*\)?", re.DOTALL)
+CHOOSE = re.compile(r"C\((\d+),\s*(\d+)\)")
+# The last part of "f(x)=cx for any constant c", "2k\pi (k \in Z)", "2^n - 1, n \ge 1".
+DOMAIN = (r"(?P<name>[a-zA-Z])(?:_\{\d\})?(?:,\s*[a-zA-Z](?:_\{\d\})?)*\s*"
+          r"(?:\\in\s*\\?(?:mathbb\{)?(?P<set>[ZNRQC])\}?(?:\\cdot|\\ge|[*+^_{}>0\d\s])*"
+          r"|\\text\{\s*(?:is |are |being )?(?:an? |any )?(?P<kind>[a-z -]+)\}"
+          r"|(?P<from>\\ge\s*\d+|>\s*\d+|\\ne\s*\d+|=\s*\d+,.*\\dots.*))")
+CLAUSE = re.compile(
+    r"(?P<main>.*?\S)\s*[,;]?\s*"
+    rf"(?:[,;(\[]\s*(?:\\text\{{\s*[a-z ]+\}}\s*)?{DOMAIN}\s*[)\]]?"
+    r"|[(\[]?\\text\{\s*(?:for|where|with)\b(?P<words>[^{}]*)\}(?P<rest>[^=]*?)[)\]]?)\.?",
+    re.DOTALL)
+MAX_CLAUSE = 300                    # characters of an answer with a clause
+QUANTIFIED = re.compile(r"(?:all|any|every|each|some|constants?|integers?|real|positive|natural)\b")
+SETS = {"integer": "Z", "integers": "Z", "positive integer": "N", "positive integers": "N",
+        "natural number": "N", "natural numbers": "N", "real": "R", "real number": "R",
+        "real numbers": "R", "constant": "R", "constants": "R", "real constant": "R",
+        "arbitrary constant": "R", "nonnegative integer": "N", "arbitrary integer": "Z"}
+UNIT_VECTOR = re.compile(
+    r"\s*([+-]?)\s*((?:[^+\-()]|\([^()]*\))*?)\s*(?:\\(?:hat|vec|overrightarrow)\s*\{\s*([ijk])\s*\}"
+    r"|(?<![a-zA-Z\\])([ijk])(?![a-zA-Z]))")
 
 
 def plain(text: str) -> str:
@@ -25,23 +51,67 @@ def plain(text: str) -> str:
 
     if angled := ANGLED.fullmatch(text):
         return f"({angled[1] or angled[2]})"
-    if (builder := SET_BUILDER.fullmatch(text)) and intervals.RELATION.search(builder[2]):
+    if (builder := SET_BUILDER.fullmatch(text)) and RELATION.search(builder[2]):
         return builder[2].strip()
 
-    if (system := SYSTEM.fullmatch(text)) is not None:
-        rows = [row.replace("&=", "=").strip(" ,;") for row in system[2].split(r"\\")
-                if row.strip()]
-        if len(rows) > 1 and all("=" in row and "&" not in row for row in rows):
-            return ",".join(rows)                   # x=1 and y=2 on two lines
+    rows = system(text)
+    if len(rows) > 1 and all("=" in row and "&" not in row for row in rows):
+        return ",".join(rows)                       # x=1 and y=2 on two lines
 
     return f"{ratio[1]}:{ratio[2]}" if (ratio := RATIO.fullmatch(text)) else text
+
+
+def system(text: str) -> list[str]:
+    """Returns the rows of a system of equations or of cases; [] for anything else."""
+    match = SYSTEM.fullmatch(text) if r"\begin" in text else None
+    rows = match[2].split(r"\\") if match else []
+    return [row.replace("&=", "=").strip(" ,;") for row in rows if row.strip()]
+
+
+def cases(text: str) -> list[tuple[str, str]]:
+    r"""Returns value and condition of every row of \begin{cases}; [] for anything else."""
+    text = re.sub(r"\b(?:is|are) (?=even|odd)", "", re.sub(r"^[^=]*=\s*(?=\\begin)", "", text))
+    rows = [[part for part in notation.split_top(row, CONDITION) if part] for row in system(text)]
+    return [(value, condition) for value, condition in rows] if all(
+        len(row) == 2 for row in rows) else []
+
+
+def congruence(text: str) -> tuple[str, str, str] | None:
+    r"""Returns n, 1, 4 for n \equiv 1 \pmod 4."""
+    match = CONGRUENCE.fullmatch(text) if r"\equiv" in text and len(text) <= MAX_CLAUSE else None
+    return (match[1].strip(), match[2].strip(" ,"), match[3]) if match else None
+
+
+def clause(text: str) -> tuple[str, str]:
+    """Splits an answer from what says for which values it holds.
+
+    Returns: the answer; the set of the values: Z, N, R, Q, C, "?" if it is another, "" without a
+    clause.
+    """
+    likely = len(text) <= MAX_CLAUSE and any(mark in text for mark in (r"\in", r"\text", ",", r"\ge"))
+    match = CLAUSE.fullmatch(text) if likely else None
+    if match is None or RELATION.search(match["main"]):
+        return text, ""
+    if match["words"] is not None:
+        phrase = match["words"].strip()
+        named = re.search(r"\b(?:an|a|any|is|are) ([a-z ]+?)\s*$", phrase + words.without_text(match["rest"]))
+        if not (QUANTIFIED.match(phrase) or MEMBER.search(match["rest"]) or named
+                or RELATION.search(match["rest"])) or words.DOUBT[True].search(phrase):
+            return text, ""
+        return match["main"].rstrip(" ,;"), SETS.get(named[1] if named else phrase, "?")
+
+    if match["kind"] is not None and match["kind"].strip() not in SETS:
+        return text, ""
+    if not re.search(rf"(?<![a-zA-Z\\]){match['name']}(?![a-z])|\d{match['name']}", match["main"]):
+        return text, ""
+    return match["main"].rstrip(" ,;"), match["set"] or SETS.get((match["kind"] or "").strip(), "?")
 
 
 def is_name(text: str) -> bool:
     r"""Returns whether a text names a quantity: f(x), |AB|, S_{2}, \angle ABC, A:B, \text{Area}."""
     text = re.sub(r"_\{[^{}]*\}|_[a-zA-Z0-9]|'|\^\{-1\}|\^\{'+\}", "",
                   re.sub(r"\[([A-Z]{2,})\]", r"\1", text))
-    text = re.sub(r"(?<=[a-zA-Z])\s*\([^()]*\)", "", text)
+    text = re.sub(r"(?<=[a-zA-Z])\s*(?:\([^()]*\)|\[[^\[\]]*\])", "", text)
     return NAME.fullmatch(text) is not None and any(map(str.isalpha, text))
 
 
@@ -57,3 +127,18 @@ def without_member(text: str) -> str:
     r"""Removes a variable and its \in: x \in [1,2] is [1,2]."""
     parts = notation.split_top(text, MEMBER) if r"\in" in text else [text]
     return parts[1] if len(parts) == 2 and is_name(parts[0]) else text
+
+
+def unit_vectors(text: str) -> tuple[str, ...]:
+    r"""Returns the components of 2\mathbf{i}-\mathbf{k}: 2, 0, -1; () for anything else."""
+    components: dict[str, str] = {}
+    index = 0
+    while index < len(text.rstrip()):
+        match = UNIT_VECTOR.match(text, index)
+        letter = (match[3] or match[4]) if match else ""
+        if match is None or letter in components:
+            return ()
+        components[letter] = match[1] + (match[2].strip() or "1")
+        index = match.end()
+
+    return tuple(components.get(letter, "0") for letter in ("ijk" if "k" in components else "ij"))

@@ -5,29 +5,12 @@ import re
 import unicodedata
 from dataclasses import dataclass, replace
 
+from effreason.grading import choices, words
 from effreason.grading.exact import exact
 
 KINDS = ("math", "choice", "text")
 
-# \text{B}, \textbf{(B)}, \boxed{B}: formatting around an answer.
-WRAPPER = re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|mbox|hbox|boxed|fbox|underline|emph"
-                     r"|operatorname)\s*\{([^{}]*)\}")
-NOTHING = re.compile(r"\\(?:(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z])|[,;:!> ])|~|\*\*|__")
-QUOTES = str.maketrans("‘’“”", "''\"\"")
-MARKS = ("$$", "$", "*", "`", '"', "'")
-INTRODUCED = re.compile(
-    r"(?:the\s+)?(?:(?:correct|right|best|final)\s+)?(?:option|choice|answer)\b\s*(?:is\b)?"
-    r"\s*:?\s*", re.IGNORECASE)
-LETTER = re.compile(r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z]))\s*[.:)]?")
-# A letter, its punctuation, and the text of the choice: (B) bank, B) bank, B. bank, B: bank, B -
-# bank; B bank, but not "A bank", because A may be an article.
-LETTER_AND_TEXT = re.compile(
-    r"(?:\(\s*([A-Za-z])\s*\)|\[\s*([A-Za-z])\s*\]|([A-Za-z])\s*[).:]|([A-Za-z])\s+[-–=]\s"
-    r"|([B-HJ-Z])\s)\s*(\S.*)", re.DOTALL)
 TEXT_AND_LETTER = re.compile(r"(\S.*?)\s*\(\s*([A-Za-z])\s*\)", re.DOTALL)     # bank (B)
-ANOTHER_LETTER = re.compile(
-    r"\(\s*[A-Za-z]\s*\)|(?<![a-zA-Z'])[B-HJ-Z](?![a-zA-Z'])"
-    r"|\b(?:not|or|and|nor)\s+\(?[A-Za-z]\b(?!\s+[a-z])")
 
 
 @dataclass(frozen=True)
@@ -63,11 +46,12 @@ def same_choice(answer: str, reference: Reference) -> bool:
     are the second one. Several letters, a letter with another choice's text and a letter beyond the
     choices are wrong.
     """
-    plain_answer, plain_reference = _plain(answer), _plain(reference.answer)
-    introduction = INTRODUCED.match(plain_answer)
-    text = plain_answer[introduction.end():] if introduction else plain_answer
+    plain_answer, plain_reference = choices.plain(answer), choices.plain(reference.answer)
+    text = words.without_introduction(plain_answer)
 
-    correct = _letter(plain_reference, len(reference.choices))
+    correct, rest = choices.read(plain_reference)
+    if rest or (reference.choices and correct is not None and correct >= len(reference.choices)):
+        correct = None
     if correct is None and reference.choices:
         matches = [index for index, choice in enumerate(reference.choices)
                    if _same_words(plain_reference, choice)]
@@ -76,51 +60,25 @@ def same_choice(answer: str, reference: Reference) -> bool:
         correct = matches[0]
 
     if correct is None:             # only the text of the correct choice is known
-        candidates = (plain_answer, text, _letter_and_text(text)[1])
-        return any(_same_words(words, plain_reference) for words in candidates)
-
-    chosen = _letter(text, len(reference.choices))
-    if chosen is not None:
-        return chosen == correct
-    chosen, rest = _letter_and_text(text)
-    if reference.choices and (match := TEXT_AND_LETTER.fullmatch(text)):
-        chosen, rest = _index(match[2]), match[1]
-
+        candidates = (plain_answer, text, choices.read(text)[1])
+        return any(_same_words(candidate, plain_reference) for candidate in candidates)
     if not reference.choices:
-        return chosen == correct and not ANOTHER_LETTER.search(rest)
-    if correct >= len(reference.choices):
-        return False
-    if (chosen is not None and chosen < len(reference.choices)
-            and _same_words(rest, reference.choices[chosen])):
+        return choices.is_choice(answer, correct)
+
+    chosen, rest = choices.read(text)
+    if match := TEXT_AND_LETTER.fullmatch(text):
+        chosen, rest = choices.read(match[2])[0], match[1]
+    if chosen is not None and chosen < len(reference.choices) and (
+            not rest or _same_words(rest, reference.choices[chosen])):
         return chosen == correct
-    return any(_same_words(words, reference.choices[correct]) for words in (plain_answer, text))
+    return any(_same_words(candidate, reference.choices[correct])
+               for candidate in (plain_answer, text))
 
 
 def same_text(answer: str, reference: Reference) -> bool:
     r"""Returns whether the words are the same; case, spaces, \text{}, outer marks do not count."""
-    words = _words(answer)
-    return bool(words) and words == _words(reference.answer)
-
-
-def _letter(text: str, choices: int) -> int | None:
-    """Returns the index of the choice if the text is its letter alone, otherwise None."""
-    match = LETTER.fullmatch(text)
-    if match is None:
-        return None
-    index = _index(match[match.lastindex or 0])
-    return index if not choices or index < choices else None
-
-
-def _letter_and_text(text: str) -> tuple[int | None, str]:
-    match = LETTER_AND_TEXT.fullmatch(text)
-    if match is None:
-        return None, text
-    *letters, rest = match.groups()
-    return next(_index(letter) for letter in letters if letter), rest
-
-
-def _index(letter: str) -> int:
-    return ord(letter.upper()) - ord("A")
+    found = _words(answer)
+    return bool(found) and found == _words(reference.answer)
 
 
 def _same_words(a: str, b: str) -> bool:
@@ -129,21 +87,5 @@ def _same_words(a: str, b: str) -> bool:
 
 
 def _words(text: str) -> str:
-    text = re.sub(r"\s+", " ", _plain(text).casefold())
+    text = re.sub(r"\s+", " ", choices.plain(unicodedata.normalize("NFC", text)).casefold())
     return text.strip(" \"'*`").rstrip(".,;:!? \"'*`")
-
-
-def _plain(text: str) -> str:
-    """Removes LaTeX and Markdown formatting around words."""
-    text, previous = unicodedata.normalize("NFC", text).translate(QUOTES), None
-    while text != previous:
-        previous = text
-        text = NOTHING.sub(" ", WRAPPER.sub(r"\1", text)).strip()
-        for mark in MARKS:
-            inside = text[len(mark):-len(mark)]
-            if text == mark + inside + mark and inside and mark not in inside:
-                text = inside.strip()
-        if re.fullmatch(r"\{[^{}]+\}", text):
-            text = text[1:-1]
-
-    return text

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
+from effreason.grading import words
 from effreason.grading.symbols import RENAMED, SUBSCRIPTS, SUPERSCRIPTS, SYMBOLS, TEXTS
 
 ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, "^": 1, "_": 1}
@@ -22,19 +23,27 @@ PLAIN_NAME = re.compile(
     r"|exp|gcd|det)(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
     r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])"
     r"|(?P<lcm>lcm)(?=\s*\()|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
-TEX_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\\!|\\!,?|\\,|\\;|\\:|\\ "
+TEX_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\s*\\!\s*|\\!,?|\\,|\\;|\\:|\\ "
                            r"|~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
 PLAIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-SEPARATOR = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])")
-WORDS = re.compile(r"[A-Za-z .'/\-]*")
-TWO_LETTERS = re.compile(r"[A-Za-z]{2}")
+# Between the elements of a list.
+SEPARATORS = re.compile(r"[,;]|\\l(?:and|or)(?![a-zA-Z])")
+CONNECTIVES = {**dict.fromkeys("and und et y e и और と 그리고 와 과".split(), r"\land "),
+               **dict.fromkeys("or oder ou o или या または 또는".split(), r"\lor ")}
+CONNECTIVE = re.compile(r"\\text\{[^{}]*\}|(?<![\\\w])(and|or|und|oder|или|и|या|और|または|또는)(?!\w)")
+WORDS = re.compile(r"(?:[^\W\d_]|[ .,!?;:'/\-])*")
+TWO_LETTERS = re.compile(r"[A-Za-z]{2}|(?![A-Za-z])[^\W\d_]")
+ROW_SPACE = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in|mu|\\baselineskip)\s*\]|\\cr(?![a-zA-Z])")
+BRACED_CALL = re.compile(r"(\\(?:max|min|gcd)|\\operatorname\{lcm\})\s*\\\{([^{}]*)\\\}")
 MAX_CHARACTERS = 4_000
+MAX_DEPTH = 60                      # of nested arguments; deeper ones are left as they are
 MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")((?:(?!\1).)+)\1""", re.DOTALL)
 CURRENCY = re.compile(r"(?<![a-zA-Z\\\d])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
                       r"|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD|Rs|Rp)\b\.?)\s*(?=\d)")
-LETTERED = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{\s*(lcm|gcd|max|min)\s*\}")
+LCM = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{\s*lcm\s*\}")
 FUNCTION = re.compile(r"\\(?:text|mathrm|operatorname)\s*"
-                      r"\{\s*((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|det)\s*\}")
+                      r"\{\s*((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|det"
+                      r"|(?:gcd|max|min)(?=\s*\}\s*(?:\\left\s*)?(?:\(|\\\{|_)))\s*\}")
 WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
 TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
 UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
@@ -51,13 +60,11 @@ ESCAPED = re.compile(
     r"[\a\b\v\f](?=[a-z])|\t(?=(?:ext|imes|frac|heta)(?![a-z]))|\n(?=eq(?![a-z]))"
     r"|\r(?=(?:ight|ho|angle)(?![a-z]))|(?<![a-zA-Z\\\f\t])(?:(?=rac\{)|(?=ext\{)|(?=imes(?![a-z])))")
 LETTER_OF_ESCAPE = {"\a": "a", "\b": "b", "\v": "v", "\f": "f", "\t": "t", "\n": "n", "\r": "r"}
-# Words before the answer: The answer is 5, Answer: 5, = 5, \therefore 5, about 5.
+# Words before the answer: = 5, \therefore 5, about 5.
 LEAD = re.compile(
     r"(?:=|\\(?:therefore|implies|Rightarrow|Longrightarrow)(?![a-zA-Z])|(?:\\text\{\s*)?"
-    r"(?:(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:the\s+)?(?:(?:final|correct)\s+)?"
-    r"(?:answer|result|solution)\b\s*(?:is\s*:?|are\s*:?|equals|=|:)"
-    r"|(?:about|approximately|approx\.?|roughly|around|exactly|only|just)(?=[\s\d}]))\s*\}?)"
-    r"\s*(?=\S)", re.IGNORECASE)
+    r"(?:about|approximately|approx\.?|roughly|around|exactly|only|just)(?=[\s\d}])\s*\}?)\s*(?=\S)",
+    re.IGNORECASE)
 
 
 @lru_cache(maxsize=4096)
@@ -65,15 +72,16 @@ def canonical(text: str) -> str:
     """Rewrites an answer in canonical notation; linear in its length."""
     text = mended(text).strip()
     text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
-    text = _ascii(text).strip()
+    text = ROW_SPACE.sub(r"\\\\", _ascii(text).strip().replace("{:}", ":"))
     if marked := MARKDOWN.fullmatch(text):
         text = marked[2]
 
     text = CONSTANT.sub(r"C_\1", text.replace("...", r"\dots "))
     text = ABSOLUTE.sub(r"|\1|", CURRENCY.sub("", text))
-    text = LETTERED.sub(r"\\operatorname{\1}", FUNCTION.sub(r"\\\1 ", text))
+    text = LCM.sub(r"\\operatorname{lcm}", FUNCTION.sub(r"\\\1 ", text))
     text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
-    text = re.sub(r"(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
+    text = re.sub(r"\\not\s*\\in(?![a-zA-Z])", r"\\notin ", text)
+    text = re.sub(r"\\not\s*=|(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
 
     if r"\begin" not in text:  # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
@@ -82,13 +90,18 @@ def canonical(text: str) -> str:
     text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}",
                   NO_ARGUMENT.sub(" ", SIZED.sub(" ", text)))
 
-    text = _braced(_renamed(TOKEN.findall(text)))
+    tokens = _renamed(TOKEN.findall(text))
+    text = _Writer(tokens).write(0, len(tokens))
     text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
     text = BAR.sub(r"\1\\overline{\2}", UNION.sub(r"\\cup ", WITHOUT.sub(r"\\setminus ", text)))
+    text = words.without_introduction(text)
     text = text[lead.end():] if (lead := LEAD.match(text)) else text
-    if cycle := CYCLE.fullmatch(text):
+    # 2.7 1828 1828... may be any number: two long blocks are a cycle only right after the point.
+    if (cycle := CYCLE.fullmatch(text)) and (cycle[4] is not None or len(cycle[3]) == 1
+                                             or not cycle[2] or 3 * cycle[3] in text):
         text = rf"{cycle[1] or cycle[4] or 0}.{cycle[2] or ''}\overline{{{cycle[3] or cycle[5]}}}"
-    return SEPARATOR.sub(_separated, text).rstrip(" .,;:\\").lstrip(" ,;#")
+    text = BRACED_CALL.sub(r"\1(\2)", text)
+    return CONNECTIVE.sub(_connected, text).rstrip(" .,;:\\").lstrip(" ,;#")
 
 
 def mended(text: str) -> str:
@@ -111,21 +124,22 @@ def braces_match(text: str) -> bool:
 
 
 def key(text: str) -> str:
-    r"""Returns a canonical text without spaces, \text and the case of words."""
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", bare)      # "5 5" is not 55
-
+    r"""Returns a canonical text without spaces, \text and, of words, case, article and hyphens."""
+    if is_word(text):
+        return words.bare(text)
+    bare = re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", words.without_text(text))      # "5 5" is not 55
     if clock := re.fullmatch(r"0?(\d{1,2})(:\d\d(?::\d\d)?)?([ap])\.?m\.?", bare, re.IGNORECASE):
         return clock[1] + (clock[2] or ":00") + clock[3].lower()
-    return bare.casefold() if is_word(text) else bare
+    return bare
 
 
 def is_word(text: str) -> bool:
     r"""Returns whether an answer is words: \text{...} with letters, or four letters in a row."""
-    words = re.fullmatch(r"(?:\\text\{[^{}]*\}|[A-Za-z' .\-])+", text)
-    if re.match(r"[a-zA-Z]\s*\\text", text) or words is None:
+    if re.fullmatch(r"(?:\\text\{[^{}]*\}|[^\W\d_]|[' .\-])+", text) is None:
         return False
-    return (r"\text" in text or re.search(r"[A-Za-z]{4}", text) is not None
+    if re.match(r"[a-zA-Z]\s*\\text", text):
+        return False
+    return (r"\text" in text or re.search(r"[A-Za-z]{4}|[^\W\d_a-zA-Z]", text) is not None
             or text.strip().lower() in ("yes", "no"))
 
 
@@ -143,7 +157,7 @@ def strip_parentheses(text: str) -> str:
 
         # the innermost pair, which may enclose a list
         if text[begin] not in "({" or pairs.get(begin) != end:
-            if len(split_top(text[begin:end + 1], ",;")) > 1:
+            if len(split_top(text[begin:end + 1], SEPARATORS)) > 1:
                 break
         first, last = begin, end
 
@@ -236,9 +250,9 @@ def _with_backslash(match: re.Match[str]) -> str:
     return f"\\{name} " if name else match[0]
 
 
-def _separated(match: re.Match[str]) -> str:
-    """Replaces and, or by a comma, except inside \\text{...}."""
-    return match[0] if match[0].startswith("\\") else ","
+def _connected(match: re.Match[str]) -> str:
+    """Replaces and, or by their signs, except inside \\text{...}."""
+    return CONNECTIVES[match[1]] if match[1] else match[0]
 
 
 def _renamed(tokens: list[str]) -> list[str]:
@@ -258,127 +272,88 @@ def _renamed(tokens: list[str]) -> list[str]:
     return result
 
 
-def _braced(tokens: list[str]) -> str:
-    r"""Puts braces around arguments of \frac, \sqrt, ^ etc., and keeps \text only around words."""
-    pairs = matching(tokens)
-    writer = _Writer()
-    dropped: set[int] = set()
-    index = 0
-
-    while index < len(tokens):
-        token = tokens[index]
-        if token == r"\text":
-            index += 1
-            while tokens[index:index + 1] == [" "]:
-                index += 1
-            end = pairs.get(index) if tokens[index:index + 1] == ["{"] else None
-            if end is None:
-                continue
-
-            words = "".join(tokens[index + 1:end])
-            if words.strip() in ("and", "or", ""):
-                writer.write("," if words.strip() else " ")
-                index = end + 1
-            elif WORDS.fullmatch(words) and TWO_LETTERS.search(words):
-                writer.argument(rf"\text{{{words}}}")
-                index = end + 1
-            elif not writer.needs_argument():
-                dropped.update((index, end))
-                writer.write(" ")
-            continue
-
-        if index in dropped:
-            writer.write(" ")
-        elif token == " " and writer.needs_argument():
-            pass
-        elif token == "[" and writer.last() == r"\sqrt" and (end := pairs.get(index)) is not None:
-            writer.write("".join(tokens[index:end + 1]))
-            index = end
-        elif token == "{" and index in pairs:
-            writer.open("{", pairs[index])
-        elif token == "(" and writer.needs_argument() and index in pairs:
-            writer.open("{(", pairs[index])
-        elif index in writer.closing():
-            writer.close(token)
-        elif writer.needs_argument() and token not in ("}", ")", "]"):
-            argument = _argument(tokens, index, writer.last())
-            writer.argument(argument)
-            index += max(len(argument) - 1, 0) if argument != token else 0
-        else:
-            writer.command(token)
-        index += 1
-
-    return writer.text()
-
-
 class _Writer:
-    """Writes the output of `_braced`; knows how many arguments are missing on each level."""
+    r"""Puts braces around arguments of \frac, \sqrt, ^ etc., and keeps \text only around words."""
 
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-        # missing arguments, index of the closing token, 1 for an argument
-        self.levels: list[list[int]] = [[0, -1, 0]]
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens, self.pairs = tokens, matching(tokens)
 
-    def needs_argument(self) -> bool:
-        return self.levels[-1][0] > 0
+    def write(self, begin: int, end: int, depth: int = 0) -> str:
+        """Writes the tokens from begin to end."""
+        if depth > MAX_DEPTH:
+            return "".join(self.tokens[begin:end])
 
-    def last(self) -> str:
-        return self.parts[-1].strip() if self.parts else ""
+        parts: list[str] = []
+        while begin < end:
+            token = self.tokens[begin]
+            if token in ARGUMENTS:
+                part, begin = self.command(begin, end, depth)
+            elif token == r"\text":
+                part, begin = self.words(begin, end, depth)
+                part = part if part.startswith("\\") else f" {part} "
+            elif token == "{" and begin in self.pairs:
+                part = "{" + self.write(begin + 1, self.pairs[begin], depth + 1) + "}"
+                begin = self.pairs[begin] + 1
+            else:
+                part, begin = token, begin + 1
+            if part[:1].isalpha() and parts and parts[-1][:1] == "\\" and parts[-1][-1:].isalpha():
+                part = f" {part}"           # a renamed command must not merge with the next letter
+            parts.append(part)
 
-    def closing(self) -> tuple[int, ...]:
-        return (self.levels[-1][1],)
+        return "".join(parts)
 
-    def write(self, text: str) -> None:
-        self.parts.append(text)
+    def command(self, index: int, end: int, depth: int) -> tuple[str, int]:
+        """Returns a command with its arguments in braces, and the index after them."""
+        command, index = self.tokens[index], index + 1
+        text = command
+        for _ in range(ARGUMENTS[command]):
+            index = self.after_spaces(index)
+            if command == r"\sqrt" and index < end and self.tokens[index] == "[" and index in self.pairs:
+                text += "".join(self.tokens[index:self.pairs[index] + 1])
+                index = self.after_spaces(self.pairs[index] + 1)
+            if index >= end or self.tokens[index] in ("}", ")", "]"):
+                break
+            argument, index = self.argument(command, index, end, depth + 1)
+            text += "{" + argument + "}"
+        return text, index
 
-    def command(self, token: str) -> None:
-        if token[0].isalpha() and self.parts and re.fullmatch(r"\\[a-zA-Z]+", self.parts[-1]):
-            self.parts.append(" ")  # a renamed command must not merge with the next letter
-        self.parts.append(token)
-        self.levels[-1][0] = ARGUMENTS.get(token, self.levels[-1][0])
+    def argument(self, command: str, index: int, end: int, depth: int) -> tuple[str, int]:
+        r"""Returns one argument: a group, a command; a whole number for ^, _ and \sqrt (10^-12)."""
+        token = self.tokens[index]
+        if token in ("{", "(") and index in self.pairs:
+            inside = self.write(index + 1, self.pairs[index], depth)
+            return inside if token == "{" else f"({inside})", self.pairs[index] + 1
+        if depth < MAX_DEPTH and token in ARGUMENTS:
+            return self.command(index, end, depth)
+        if token == r"\text":
+            return self.words(index, end, depth)
 
-    def argument(self, token: str) -> None:
-        if not self.needs_argument():
-            self.write(token)
-        elif token in ARGUMENTS:  # \frac\sqrt{2}3: the inner command opens a level
-            self.parts.append("{")
-            self.levels.append([0, -2, 1])
-            self.command(token)
-        else:
-            self.parts.append("{" + token + "}")
-            self.filled()
+        last = index + 1
+        if command in ("^", "_", r"\sqrt"):
+            last += token in ("-", "+") and last < end and self.tokens[last] not in "{}()[] "
+            while self.tokens[last - 1].isdigit() and last < end and self.tokens[last].isdigit():
+                last += 1
+        return "".join(self.tokens[index:last]), last
 
-    def open(self, opening: str, closer: int) -> None:
-        self.parts.append(opening)
-        self.levels.append([0, closer, int(self.needs_argument())])
+    def words(self, index: int, end: int, depth: int) -> tuple[str, int]:
+        r"""Returns \text{...} with words in it, the sign for and, or; otherwise what it contains."""
+        begin = self.after_spaces(index + 1)
+        close = self.pairs.get(begin) if self.tokens[begin:begin + 1] == ["{"] else None
+        if close is None:
+            return "", begin
 
-    def close(self, token: str) -> None:
-        self.parts.append(")}" if token in ")]" else token)
-        if self.levels.pop()[2]:
-            self.filled()
+        inside = "".join(self.tokens[begin + 1:close])
+        between = inside.strip(" ,")
+        if between in CONNECTIVES and (between[1:] or between != inside):
+            return CONNECTIVES[between], close + 1
+        if WORDS.fullmatch(inside) and TWO_LETTERS.search(inside):
+            return rf"\text{{{inside}}}", close + 1
+        return self.write(begin + 1, close, depth + 1), close + 1
 
-    def filled(self) -> None:
-        self.levels[-1][0] -= 1
-        while len(self.levels) > 1 and self.levels[-1][0] == 0 and self.levels[-1][1] == -2:
-            self.parts.append("}")
-            self.levels.pop()
-            self.levels[-1][0] -= 1
-
-    def text(self) -> str:
-        return "".join(self.parts)
-
-
-def _argument(tokens: list[str], index: int, command: str) -> str:
-    r"""Returns an unbraced argument: for ^, _, \sqrt a whole number (10^-12), otherwise a token."""
-    if command not in ("^", "_", r"\sqrt"):
-        return tokens[index]
-
-    end = index + (tokens[index] in ("-", "+") and index + 1 < len(tokens))
-    if not tokens[end].isdigit():
-        return tokens[index] + (tokens[end] if end > index and tokens[end] not in "{}()[] " else "")
-    while end < len(tokens) and tokens[end].isdigit():
-        end += 1
-    return "".join(tokens[index:end])
+    def after_spaces(self, index: int) -> int:
+        while self.tokens[index:index + 1] == [" "]:
+            index += 1
+        return index
 
 
 def _join_thousands(text: str) -> str:

@@ -11,9 +11,10 @@ MAX_CHARACTERS = 1200
 MAX_DEPTH = 40
 MAX_FACTORIAL = 300
 
-TOKEN = re.compile(
-    r"\s*(?P<number>\d+\.\d*|\.\d+|\d+)(?P<repeat>\\overline\{\d+\})?"
-    r"|\s*(?P<command>\\frac|\\cdot|\\times|\\div)|\s*(?P<sign>[-+*/^!(){}\[\]])")
+TOKEN = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:\\overline\{\d+\})?|\\(?:frac|cdot|times|div)(?![a-zA-Z])"
+                   r"|[-+*/^!(){}\[\]])")
+# A decimal alone may approximate; in a formula it is exact.
+DECIMAL = re.compile(r"[-+]?\s*(?:\d+\.\d*|\.\d+)(?:\s*\\(?:cdot|times)\s*10\s*\^\{\s*-?\d+\s*\})?")
 SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d{1,3})")
 MIXED = re.compile(r"([-+]?)\s*(\d{1,100})\s+(\d{1,100})\s*/\s*(\d{1,100})")
 
@@ -28,10 +29,11 @@ class Undefined(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """A rational number and whether it was written with a decimal point."""
+    """A rational number."""
 
     number: Fraction
-    decimal: bool
+    decimal: bool                   # written with a decimal point
+    alone: bool                     # and nothing but one decimal, which may approximate
 
 
 def read(text: str) -> Value:
@@ -44,39 +46,38 @@ def read(text: str) -> Value:
         raise Undecided
 
     if match := SCIENTIFIC.fullmatch(text):
-        return Value(Fraction(match[1]) * _power(Fraction(10), int(match[2])), True)
+        return Value(Fraction(match[1]) * _power(Fraction(10), int(match[2])), True, True)
     if match := MIXED.fullmatch(text):
         if int(match[4]) == 0:
             raise Undefined
         size = int(match[2]) + Fraction(int(match[3]), int(match[4]))
-        return Value(-size if match[1] == "-" else size, False)
+        return Value(-size if match[1] == "-" else size, False, False)
 
     reader = _Reader(_tokens(text))
     number = reader.sum()
-    if reader.next() is not None:
+    if reader.next():
         raise Undecided
-    return Value(number, reader.decimal)
+    return Value(number, "." in text, DECIMAL.fullmatch(text) is not None)
 
 
 def same(a: Value, b: Value) -> bool:
     """Compares two values exactly, but a decimal and a fraction to a relative 1e-6."""
     if a.number == b.number:
         return True
-    if a.decimal == b.decimal:
+    if a.decimal == b.decimal or a.alone == b.alone:
         return False
 
     decimal, other = (a.number, b.number) if a.decimal else (b.number, a.number)
     return other.denominator != 1 and abs(decimal - other) <= abs(other) / 10**6
 
 
-def _tokens(text: str) -> list[tuple[str, str]]:
+def _tokens(text: str) -> list[str]:
     tokens, index = [], 0
     while index < len(text):
         match = TOKEN.match(text, index)
         if match is None:
             raise Undecided
-        kind = match.lastgroup or ""
-        tokens.append(("number", match[0].strip()) if kind == "repeat" else (kind, match[kind]))
+        tokens.append(match[1])
         index = match.end()
     return tokens
 
@@ -84,22 +85,17 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 class _Reader:
     """A recursive-descent parser of bounded depth and numbers."""
 
-    def __init__(self, tokens: list[tuple[str, str]]) -> None:
-        self.tokens, self.index, self.depth, self.decimal = tokens, 0, 0, False
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens, self.index, self.depth = [*tokens, ""], 0, 0
 
-    def next(self) -> str | None:
-        return self.tokens[self.index][1] if self.index < len(self.tokens) else None
+    def next(self) -> str:
+        return self.tokens[self.index]
 
-    def take(self, *tokens: str) -> str | None:
-        """Returns the next token and moves on if it is one of these, otherwise None."""
+    def take(self, *tokens: str) -> str:
+        """Returns the next token and moves on if it is one of these, otherwise ""."""
         token = self.next()
-        if token in tokens:
-            self.index += 1
-            return token
-        return None
-
-    def kind(self) -> str | None:
-        return self.tokens[self.index][0] if self.index < len(self.tokens) else None
+        self.index += token in tokens
+        return token if token in tokens else ""
 
     def sum(self) -> Fraction:
         self.depth += 1
@@ -124,16 +120,15 @@ class _Reader:
             if self.take("*", r"\cdot", r"\times"):
                 total = _bounded(total * self.signed_factor())
             elif self.take("/", r"\div"):
-                total = _bounded(_quotient(total, self.signed_factor()))
+                total = _quotient(total, self.signed_factor())
             elif self.next() in ("(", r"\frac") or (
-                    self.kind() == "number" and self.tokens[self.index - 1][1] == ")"):
+                    self.next()[:1].isdigit() and self.tokens[self.index - 1] == ")"):
                 total = _bounded(total * self.factor())
             else:
                 return sign * total
 
     def signed_factor(self) -> Fraction:
-        sign = -1 if self.take("-") else 1
-        return sign * self.factor()
+        return -self.factor() if self.take("-") else self.factor()
 
     def factor(self) -> Fraction:
         base = self.atom()
@@ -151,51 +146,34 @@ class _Reader:
         return base
 
     def atom(self) -> Fraction:
-        if self.kind() == "number":
+        if self.next()[:1].isdigit() or self.next()[:1] == ".":
             return self.number()
-        if self.take(r"\frac"):
-            return _quotient(self.group(), self.group())
-        if self.next() in ("(", "{", "["):
-            return self.group()
-        raise Undecided
+        return _quotient(self.group(), self.group()) if self.take(r"\frac") else self.group()
 
     def group(self) -> Fraction:
-        opening = self.take("(", "{", "[")
-        if opening is None:
-            raise Undecided
-
-        inside = self.sum()
-        if self.take({"(": ")", "{": "}", "[": "]"}[opening]) is None:
+        closing = {"(": ")", "{": "}", "[": "]"}.get(self.take("(", "{", "["))
+        inside = self.sum() if closing else Fraction()
+        if not closing or not self.take(closing):
             raise Undecided
         return inside
 
     def number(self) -> Fraction:
-        literal = self.tokens[self.index][1]
+        digits, _, cycle = self.next().rstrip("}").partition(r"\overline{")
         self.index += 1
-        digits, _, repeat = literal.partition(r"\overline{")
-        if len(digits) > MAX_CHARACTERS:
+        if len(digits) > MAX_CHARACTERS or (cycle and "." not in digits):
             raise Undecided
 
         value = Fraction(digits + "0" if digits.endswith(".") else digits)
-        if repeat:
-            if "." not in digits:
-                raise Undecided
-            cycle, decimals = repeat.rstrip("}"), len(digits.partition(".")[2])
+        if cycle:
+            decimals = len(digits.partition(".")[2])
             return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**decimals)
+        if "." in digits or not self.take(r"\frac"):
+            return value
 
-        self.decimal = self.decimal or "." in digits
-        return self.mixed(value) if "." not in digits else value
-
-    def mixed(self, whole: Fraction) -> Fraction:
-        r"""Reads the rest of 2\frac{1}{2}, two and a half. 2\frac{3}{2} may be a product."""
-        if self.next() != r"\frac":
-            return whole
-
-        self.index += 1
-        top, bottom = self.group(), self.group()
+        top, bottom = self.group(), self.group()    # 2\frac{1}{2}, but 2\frac{3}{2} may be a product
         if not (top.denominator == bottom.denominator == 1 and 0 < top < bottom):
             raise Undecided
-        return whole + top / bottom
+        return value + top / bottom
 
 
 def _bounded(value: Fraction) -> Fraction:

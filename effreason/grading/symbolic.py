@@ -6,7 +6,7 @@ be killable.
 
 import re
 
-from effreason.grading import exact, notation, units
+from effreason.grading import exact, latex, notation, quantities, sets
 
 MAX_CHARACTERS = 400
 MAX_DEPTH = 15
@@ -17,13 +17,10 @@ POWER_OF_NUMBERS = re.compile(r"\^\{[^a-zA-Z{}]*\^")  # a power of a power, of n
 HUGE_EXPONENT = re.compile(r"\^\{?\s*[-+(]*\s*\d{5,}")
 POWER_OF_POWER = re.compile(r"\^\{?[^{}]*\d\s*\)?\s*\}?\s*\)\s*\^")   # (9^9)^(9^9)
 HUGE_FACTORIAL = re.compile(r"\d{5,}\s*\)?\s*!|\^\{?[^{}]*\}?\s*\)?\s*!|!\s*\)?\s*!")
-CIS = re.compile(
-    r"\\(?:text|operatorname)\s*\{\s*cis\s*\}\s*(\([^()]*\)|\{[^{}]*\}|\\frac\{[^{}]*\}\{[^{}]*\}"
-    r"|\d+(?:\.\d+)?(?:\s*\^\{\s*\\circ\s*\})?|\\?[a-zA-Z]+)")
-COMBINATIONS = re.compile(r"(?:\{\})?_\{(\d+)\}\s*C_\{(\d+)\}|(?<![a-zA-Z])C_\{(\d+)\}\^\{(\d+)\}")
 NO_VARIABLE = re.compile(
     r"\\(?:text|operatorname|mathbb)\s*\{[^{}]*\}|_\{[^{}]*\}|\\[a-zA-Z]+|\^\{\s*\\circ\s*\}")
 # What the parser silently ignores: 5'6 and 5^{\circ}6 are not 56, and < 5 and 5 + are not numbers.
+PRIME = re.compile("'")
 FOREIGN = re.compile(
     r"[\"#@?$;]|\d\s*'|[^\x00-\x7f]|[\x00-\x1f]|\\circ\s*\}\s*\d|^\s*[<>]|[-+/^_<>]\s*$"
     r"|\\(?:log|ln|sin|cos|tan|lim|sum|prod|int|binom|frac|sqrt|cdot|cup|cap)\s*$")
@@ -34,10 +31,19 @@ POSITIVE = ("0.7390851", "1.3247179", "2.2360679", "0.5671432", "1.7724538", "3.
             "0.9159655", "2.6854520")
 SIGNED = ("-1.2020569", "0.6434105", "-0.3285820", "2.5029078", "-2.8077702", "1.4513692",
           "-0.7642236", "1.9021605")
-DIGITS = 60
+DIGITS = 200
+MAX_DIGITS = 2000                   # of a difference between constants, before it counts as zero
 DECIMAL_TOLERANCE = 1e-6            # between a decimal and what it approximates
-BOTH_DECIMAL_TOLERANCE = 1e-14      # the parser reads decimals as binary fractions
-TOLERANCE = 1e-40                   # e^{\pi\sqrt{163}} is within 3e-30 of an integer
+TOLERANCE = 1e-150                  # between values of expressions with variables
+# Variables that count something, and functions whose values at other points say nothing.
+INTEGERS = re.compile(r"[j-nN](?:_.*)?")
+STEPS = ("floor", "ceiling", "Mod", "factorial", "binomial", "frac")
+INTEGER_POINTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 25, 50)
+# Sizes that are positive in any problem; sqrt{r^2} is r.
+SIZES = re.compile(r".+_.+|[dhlmrDGLMRTV]|rho|sigma|epsilon|lambda|mu|omega")
+DECIMAL = re.compile(r"[-+]?\s*(?:\d+\.\d*|\.\d+)(?:\\cdot\s*10\^\{-?\d+\})?\s*(?:\\dots)?")
+FUNCTION = re.compile(r"(?<![a-zA-Z\\])[fgFG]'*\s*\(")
+WORDS = re.compile(r"(?<!\{)\\text\{(?!\s*cis)")
 
 # Rarely left unevaluated in an answer, and may take any time: gets only part of the CPU limit.
 HEAVY = re.compile(
@@ -74,19 +80,28 @@ def _leaf(prediction: str, reference: str) -> bool:
     verdict = exact.leaf(prediction, reference)
     if verdict is not None:
         return verdict
+    if exact.is_set(prediction) or exact.is_set(reference):
+        verdict = sets.same(prediction, reference, latex.parse, _same_constants)
+        if verdict is not None:
+            return verdict
 
-    prediction, reference = units.without_unit(prediction), units.without_unit(reference)
-    if FOREIGN.search(prediction) or FOREIGN.search(reference):
-        return False
-    if prediction.count("'") != reference.count("'"):
-        return False
+    (p, *_), (g, *_) = quantities.read(prediction), quantities.read(reference)
+    prediction, reference = p.value, g.value
+    for pattern in (FOREIGN, WORDS):
+        if pattern.search(prediction) or pattern.search(reference):
+            return False
+    if any(len(pattern.findall(prediction)) != len(pattern.findall(reference))
+           for pattern in (FUNCTION, PRIME)):
+        return False                                # f(x+1) is no product
     if prediction.count("|") % 2 != reference.count("|") % 2:
         return False
     p_letters, g_letters = _letters(prediction), _letters(reference)
     if p_letters != g_letters and {*map(str.lower, p_letters)} == {*map(str.lower, g_letters)}:
         return False                                # the parser reads x and X as one variable
-    return _same(_parse(_for_parser(prediction)), _parse(_for_parser(reference)), "." in prediction,
-                 "." in reference)
+
+    decimals = [DECIMAL.fullmatch(side) is not None for side in (prediction, reference)]
+    sides = [latex.parse(re.sub(r"(\.\d+)\s*\\dots", r"\1", side)) for side in (prediction, reference)]
+    return _same(*sides, approximately=decimals[0] != decimals[1])
 
 
 def _letters(text: str) -> set[str]:
@@ -94,73 +109,19 @@ def _letters(text: str) -> set[str]:
     return set(re.findall("[a-df-hj-zA-DF-HJ-Z]", NO_VARIABLE.sub("", text)))
 
 
-def _for_parser(text: str) -> str:
-    """Adapts canonical notation to Math-Verify's parser; degrees in a function become radians."""
-    text = CIS.sub(_exponential, COMBINATIONS.sub(_binomial, text))
-    if units.TRIGONOMETRY.search(text):
-        text = _radians(text)
-    text = re.sub(r"\^\{\s*\\circ\s*\}", "", text)
-    text = re.sub(r"\|\|([^|]*)\|\|", r"|\1|", text)  # the norm of a number is its absolute value
-    text = re.sub(r"\^\{\s*\((.*)\)\s*\}", _unparenthesised, text)
-    return re.sub(r"\\text\{([^{}]*)\}", r"\\text{\1}", text)
-
-
-def _exponential(match: re.Match[str]) -> str:
-    return rf"e^{{i\cdot {_radians(match[1])}}}"
-
-
-def _radians(text: str) -> str:
-    return re.sub(r"(\d+(?:\.\d+)?)\s*\^\{\s*\\circ\s*\}", r"{(\\frac{\1 \\pi}{180})}", text)
-
-
-def _binomial(match: re.Match[str]) -> str:
-    return rf"\binom{{{match[1] or match[3]}}}{{{match[2] or match[4]}}}"
-
-
-def _unparenthesised(match: re.Match[str]) -> str:
-    inside = match[1]
-    balanced = "(" not in inside and ")" not in inside and "{" not in inside and "}" not in inside
-    return f"^{{{inside}}}" if balanced else match[0]
-
-
-def _parse(text: str):
-    """Parses one answer; None if the parser finds no mathematics."""
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-
-    # Only canonical LaTeX in the box: other extractors pick any number out of a broken answer.
-    config = LatexExtractionConfig(boxed_match_priority=0,
-                                   normalization_config=NormalizationConfig(boxed="last"))
-    try:
-        parsed = parse(rf"\boxed{{{text}}}", extraction_config=[config],
-                       fallback_mode="no_fallback", parsing_timeout=None)
-        return _with_constants(parsed[0]) if parsed else None
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError,
-            ValueError):
-        return None  # it constructs what it reads, which fails for 2i < 0
-
-
-def _with_constants(side):
-    """Turns i and pi into numbers if the parser read them as variables."""
-    import sympy
-
-    numbers = {"i": sympy.I, "pi": sympy.pi}
-    return side.subs({symbol: numbers[symbol.name] for symbol in side.free_symbols
-                      if symbol.name in numbers})
-
-
-def _same(prediction, reference, prediction_decimal: bool, reference_decimal: bool) -> bool:
+def _same(prediction, reference, approximately: bool) -> bool:
     import sympy
     from math_verify import verify
 
     if prediction is None or reference is None:
         return False
-    if any(_undefined(side) for side in (prediction, reference)):
-        return False
+    if any(isinstance(side, sympy.Basic) and side.has(sympy.nan, sympy.zoo)
+           for side in (prediction, reference)):
+        return False                                # 1/0
 
     verdict = None
     if isinstance(prediction, sympy.Expr) and isinstance(reference, sympy.Expr):
-        verdict = _same_values(prediction, reference, prediction_decimal, reference_decimal)
+        verdict = _same_values(prediction, reference, approximately)
     if isinstance(prediction, sympy.Eq) and isinstance(reference, sympy.Eq):
         verdict = _same_equations(prediction, reference)
     if verdict is not None:
@@ -187,53 +148,54 @@ def _same_equations(prediction, reference) -> bool | None:
             return None
         ratios.append(sympy.sympify(top / bottom))
 
-    decimals = p.atoms(sympy.Float) or g.atoms(sympy.Float)
-    tolerance = BOTH_DECIMAL_TOLERANCE if decimals else TOLERANCE
-    return bool(ratios[0]) and all(_close(ratio, ratios[0], tolerance) for ratio in ratios[1:])
+    return bool(ratios[0]) and all(_close(ratio, ratios[0], TOLERANCE) for ratio in ratios[1:])
 
 
-def _undefined(side) -> bool:
-    import sympy
+def _same_values(prediction, reference, approximately: bool) -> bool | None:
+    """Compares constants by their difference, others by values at fixed points.
 
-    return isinstance(side, sympy.Basic) and side.has(sympy.nan, sympy.zoo)
-
-
-def _same_values(prediction, reference, prediction_decimal: bool,
-                 reference_decimal: bool) -> bool | None:
-    """Compares two expressions by values at fixed points, with so many digits that others differ.
-
-    If both can be evaluated, this replaces simplification, which may take minutes and misses
-    identities. None if they agree only at positive points or cannot be evaluated; algebra then
-    decides.
+    This replaces simplification, which may take minutes and misses identities. None if the sides
+    agree only at positive points or cannot be evaluated; algebra then decides.
     """
     import sympy
 
     heavy = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
-    prediction, reference = _evaluated(prediction), _evaluated(reference)
-    names = sorted({symbol.name for side in (prediction, reference)
-                    for symbol in side.free_symbols})
-    undefined = sympy.core.function.AppliedUndef
-    functions = prediction.atoms(undefined) | reference.atoms(undefined)
-    if prediction.has(*heavy) or reference.has(*heavy) or functions or len(names) > len(POSITIVE):
+    sides = prediction, reference = _evaluated(prediction), _evaluated(reference)
+    names = sorted({symbol.name for side in sides for symbol in side.free_symbols})
+    if any(side.has(*heavy) or side.atoms(sympy.core.function.AppliedUndef) for side in sides) or (
+            len(names) > len(POSITIVE)):
         return None
 
-    tolerance = TOLERANCE
-    if prediction_decimal or reference_decimal:
-        approximates = prediction_decimal != reference_decimal and not reference.is_Integer
-        tolerance = DECIMAL_TOLERANCE if approximates else BOTH_DECIMAL_TOLERANCE
-    sides = [(prediction, reference)]
-    verdicts: list[bool | None]
-    if any(_odd_roots(side) for side in sides[0]):
-        sides.append((_with_real_roots(prediction), _with_real_roots(reference)))
+    pairs = [sides]
+    if any(_odd_roots(side) for side in sides):
+        pairs.append((_with_real_roots(prediction), _with_real_roots(reference)))
+    if not names and approximately:
+        return not reference.is_Integer and any(
+            _close(_value(p, {}), _value(g, {}), DECIMAL_TOLERANCE) for p, g in pairs)
     if not names:
-        verdicts = [_close(_value(left, {}), _value(right, {}), tolerance) for left, right in sides]
+        verdicts = [_same_constants(p, g) for p, g in pairs]
         return True if any(verdicts) else verdicts[0]
 
-    for left, right in sides:
-        verdicts = []
+    steps = any(type(node).__name__ in STEPS for side in sides
+                for node in sympy.preorder_traversal(side))
+    counted = all(map(INTEGERS.fullmatch, names))
+    if steps or counted:
+        whole = [{name: sympy.Integer(point + 3 * index) for index, name in enumerate(names)}
+                 for point in INTEGER_POINTS]
+        if not all(_close(*(_value(side, values) for side in sides), TOLERANCE) for values in whole):
+            return False if steps else None
+        if counted:
+            return True
+
+    return _same_at_points(pairs, names)
+
+
+def _same_at_points(pairs: list, names: list[str]) -> bool | None:
+    for left, right in pairs:
+        verdicts: list[bool | None] = []
         for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], SIGNED, SIGNED[3:] + SIGNED[:3]):
             values = _assign(names, points)
-            verdicts.append(_close(_value(left, values), _value(right, values), tolerance))
+            verdicts.append(_close(_value(left, values), _value(right, values), TOLERANCE))
             if verdicts[-1] is False and len(verdicts) < 3:
                 return False
         if all(verdicts):
@@ -242,12 +204,29 @@ def _same_values(prediction, reference, prediction_decimal: bool,
     return None
 
 
+def _same_constants(prediction, reference) -> bool | None:
+    """Evaluates the difference to as many digits as it takes to tell it from zero."""
+    if prediction == reference:
+        return True
+    try:
+        difference = (prediction - reference).evalf(15, maxn=MAX_DIGITS)
+        parts = difference.as_real_imag()
+        if not all(part.is_Number and part.is_finite for part in parts):
+            return None
+        # A part that even MAX_DIGITS digits do not tell from zero has one bit of precision.
+        return all(not part or getattr(part, "_prec", 53) <= 1 for part in parts)
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError,
+            ValueError):
+        return None
+
+
 def _assign(names: list[str], points: tuple[str, ...]):
     """Returns a value for each variable."""
     import sympy
 
     # Not Rational: for a rational number to a rational power sympy factors huge integers.
-    return {name: sympy.Float(points[index], 2 * DIGITS) for index, name in enumerate(names)}
+    return {name: sympy.Float(points[index].lstrip("-" if SIZES.fullmatch(name) else ""), 2 * DIGITS)
+            for index, name in enumerate(names)}
 
 
 def _odd_roots(side):

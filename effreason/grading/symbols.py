@@ -69,6 +69,8 @@ SYMBOLS = {
     \therefore ∴
 """),
     **dict.fromkeys("“”€¢₽₩₫£¥₹￥✓✔✅☑■□∎" + '"', ""), "，": ", ", "、": ", ", "；": ";", "：": ":",
+    "或": r" \lor ", "且": r" \land ", "和": r" \land ", "与": r" \land ", "及": r" \land ",
+    "\u212b": r"\text{\u00c5}", "\u00c5": r"\text{\u00c5}",
 }
 
 # Commands that have several names.
@@ -91,11 +93,12 @@ RENAMED = _table(r"""
     \infty \infin
     : \colon
     || \|
-    \mod \bmod
     ^{\circ} \degree \textdegree
     \emptyset \varnothing
     \dots \ldots \cdots \dotsc \dotsb
-    , \land \lor \wedge \vee
+    \land \wedge
+    \lor \vee
+    \mod \bmod \pmod
     \operatorname{arcsec} \arcsec
     \approx \approxeq \simeq
     ' \prime
