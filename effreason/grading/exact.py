@@ -80,7 +80,7 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
         prediction = forms.CHOOSE.sub(r"\\binom{\1}{\2}", prediction)
 
     verdict = _compare_forms(prediction, reference, same)
-    if verdict is not UNDIVIDED:
+    if not isinstance(verdict, Undivided):
         return verdict
     (prediction, p_values), (reference, g_values) = map(forms.clause, (prediction, reference))
     if "?" != p_values != g_values != "?" and p_values and g_values:
@@ -91,7 +91,7 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
             *(quantities.read(side, letters=True) for side in (prediction, reference))):
         return False
     if len(p_quantities) > 1:                       # 5 ft 6 in
-        return _all(*([one.value for one in side] for side in (p_quantities, g_quantities)), same)
+        return _all([one.value for one in p_quantities], [one.value for one in g_quantities], same)
     prediction, reference = p_quantities[0].value, g_quantities[0].value
     if is_set(prediction) or is_set(reference):
         return same(prediction, reference)
@@ -204,11 +204,11 @@ def _compare_forms(p: str, g: str, same: Leaf) -> "Verdict | Undivided":
 
 def _residues(residues: str, modulus: str) -> tuple[str, ...]:
     parts = [part for part in notation.split_top(residues, notation.SEPARATORS) if part]
-    values = [_value(part) for part in (*parts, modulus)]
-    if not all(isinstance(value, rationals.Value) and value.number for value in values[-1:]):
+    values, by = list(map(_value, parts)), _value(modulus)
+    if not isinstance(by, rationals.Value) or not by.number:
         return tuple(parts)
-    return tuple(str(value.number % values[-1].number) if isinstance(value, rationals.Value)
-                 else part for part, value in zip(parts, values, strict=False))
+    return tuple(str(value.number % by.number) if isinstance(value, rationals.Value) else part
+                 for part, value in zip(parts, values, strict=True))
 
 
 def _same_case(p: tuple[str, str], g: tuple[str, str], same: Leaf) -> Verdict:

@@ -18,9 +18,9 @@ NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or "x ="
 def extract_answer(response: str) -> str | None:
     r"""Returns the content of the last \boxed{} after the thinking, stripped, or None.
 
-    Only the last box counts, or the last list of boxes: None if it is empty or never closed, if the thinking is not closed, or
-    if there is no box. Nothing else in the text counts, not even the last number. Linear in the
-    length.
+    Only the last box counts, or the last list of boxes: None if it is empty or never closed, if the
+    thinking is not closed, or if there is no box. Nothing else in the text counts, not even the
+    last number. Linear in the length.
 
     Args: response, which may begin inside the thinking (if the prompt opened it) or have none at
         all.
@@ -53,7 +53,8 @@ def _last_box(text: str) -> str | None:
     if not boxes or boxes[-1][2] < 0:
         return None
 
-    contents, start = [], None
+    contents: list[str] = []
+    start = None
     for begin, inside, end in reversed(boxes):
         if start is not None and (end < 0 or not BETWEEN.fullmatch(text, end + 1, start)):
             if end >= 0 and contents[0].startswith((r"\approx", "≈")):

@@ -34,11 +34,11 @@ CLAUSE = re.compile(
     r"|[(\[]?\\text\{\s*(?:for|where|with)\b(?P<words>[^{}]*)\}(?P<rest>[^=]*?)[)\]]?)\.?",
     re.DOTALL)
 MAX_CLAUSE = 300                    # characters of an answer with a clause
+NAMED_SET = re.compile(r"\b(?:an|a|any|is|are) ([a-z ]+?)\s*$")
 QUANTIFIED = re.compile(r"(?:all|any|every|each|some|constants?|integers?|real|positive|natural)\b")
 SETS = {"integer": "Z", "integers": "Z", "positive integer": "N", "positive integers": "N",
         "natural number": "N", "natural numbers": "N", "real": "R", "real number": "R",
-        "real numbers": "R", "constant": "R", "constants": "R", "real constant": "R",
-        "arbitrary constant": "R", "nonnegative integer": "N", "arbitrary integer": "Z"}
+        "real numbers": "R", "constant": "R", "constants": "R", "arbitrary constant": "R"}
 UNIT_VECTOR = re.compile(
     r"\s*([+-]?)\s*((?:[^+\-()]|\([^()]*\))*?)\s*(?:\\(?:hat|vec|overrightarrow)\s*\{\s*([ijk])\s*\}"
     r"|(?<![a-zA-Z\\])([ijk])(?![a-zA-Z]))")
@@ -88,23 +88,25 @@ def clause(text: str) -> tuple[str, str]:
     Returns: the answer; the set of the values: Z, N, R, Q, C, "?" if it is another, "" without a
     clause.
     """
-    likely = len(text) <= MAX_CLAUSE and any(mark in text for mark in (r"\in", r"\text", ",", r"\ge"))
-    match = CLAUSE.fullmatch(text) if likely else None
+    marked = any(mark in text for mark in (r"\in", r"\text", ",", r"\ge"))
+    match = CLAUSE.fullmatch(text) if marked and len(text) <= MAX_CLAUSE else None
     if match is None or RELATION.search(match["main"]):
         return text, ""
-    if match["words"] is not None:
-        phrase = match["words"].strip()
-        named = re.search(r"\b(?:an|a|any|is|are) ([a-z ]+?)\s*$", phrase + words.without_text(match["rest"]))
-        if not (QUANTIFIED.match(phrase) or MEMBER.search(match["rest"]) or named
-                or RELATION.search(match["rest"])) or words.DOUBT[True].search(phrase):
-            return text, ""
-        return match["main"].rstrip(" ,;"), SETS.get(named[1] if named else phrase, "?")
 
-    if match["kind"] is not None and match["kind"].strip() not in SETS:
+    main, kind = match["main"].rstrip(" ,;"), (match["kind"] or "").strip()
+    if match["words"] is not None:
+        phrase, rest = match["words"].strip(), words.without_text(match["rest"])
+        named = NAMED_SET.search(f"{phrase} {rest}")
+        says_where = (QUANTIFIED.match(phrase) or named or MEMBER.search(rest)
+                      or RELATION.search(rest))
+        if not says_where or words.DOUBT[True].search(phrase):
+            return text, ""
+        return main, SETS.get(named[1] if named else phrase, "?")
+
+    if not re.search(rf"(?<![a-zA-Z\\]){match['name']}(?![a-z])", main) or (
+            kind and kind not in SETS):
         return text, ""
-    if not re.search(rf"(?<![a-zA-Z\\]){match['name']}(?![a-z])|\d{match['name']}", match["main"]):
-        return text, ""
-    return match["main"].rstrip(" ,;"), match["set"] or SETS.get((match["kind"] or "").strip(), "?")
+    return main, match["set"] or SETS.get(kind, "?")
 
 
 def is_name(text: str) -> bool:

@@ -11,7 +11,8 @@ COMBINATIONS = re.compile(r"(?:\{\}|\^\{\s*\})?(?:_\{(\d+)\}|\^\{(\d+)\})\s*C_\{
                           r"|(?<![a-zA-Z])C(?:_\{(\d+)\}\^\{(\d+)\}|\((\d+),\s*(\d+)\))")
 DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?![\d.])")
 # The parser takes these for constants, even with a subscript, or not at all.
-SUBSCRIPTED = re.compile(r"(\\[gG]amma|(?<![a-zA-Z\\])[eEI])_\{([^{}]*)\}|\\Gamma(?![a-zA-Z]|\s*\()")
+SUBSCRIPTED = re.compile(
+    r"(\\[gG]amma|(?<![a-zA-Z\\])[eEI])_\{([^{}]*)\}|\\Gamma(?![a-zA-Z]|\s*\()")
 
 
 def parse(text: str):

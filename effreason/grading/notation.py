@@ -30,10 +30,11 @@ PLAIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 SEPARATORS = re.compile(r"[,;]|\\l(?:and|or)(?![a-zA-Z])")
 CONNECTIVES = {**dict.fromkeys("and und et y e и और と 그리고 와 과".split(), r"\land "),
                **dict.fromkeys("or oder ou o или या または 또는".split(), r"\lor ")}
-CONNECTIVE = re.compile(r"\\text\{[^{}]*\}|(?<![\\\w])(and|or|und|oder|или|и|या|और|または|또는)(?!\w)")
+CONNECTIVE = re.compile(
+    r"\\text\{[^{}]*\}|(?<![\\\w])(and|or|und|oder|или|и|या|और|または|또는)(?!\w)")
 WORDS = re.compile(r"(?:[^\W\d_]|[ .,!?;:'/\-])*")
 TWO_LETTERS = re.compile(r"[A-Za-z]{2}|(?![A-Za-z])[^\W\d_]")
-ROW_SPACE = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in|mu|\\baselineskip)\s*\]|\\cr(?![a-zA-Z])")
+ROW_END = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\cr(?![a-zA-Z])")
 BRACED_CALL = re.compile(r"(\\(?:max|min|gcd)|\\operatorname\{lcm\})\s*\\\{([^{}]*)\\\}")
 MAX_CHARACTERS = 4_000
 MAX_DEPTH = 60                      # of nested arguments; deeper ones are left as they are
@@ -72,7 +73,7 @@ def canonical(text: str) -> str:
     """Rewrites an answer in canonical notation; linear in its length."""
     text = mended(text).strip()
     text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
-    text = ROW_SPACE.sub(r"\\\\", _ascii(text).strip().replace("{:}", ":"))
+    text = ROW_END.sub(r"\\\\", _ascii(text).strip().replace("{:}", ":"))
     if marked := MARKDOWN.fullmatch(text):
         text = marked[2]
 
@@ -81,7 +82,8 @@ def canonical(text: str) -> str:
     text = LCM.sub(r"\\operatorname{lcm}", FUNCTION.sub(r"\\\1 ", text))
     text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
     text = re.sub(r"\\not\s*\\in(?![a-zA-Z])", r"\\notin ", text)
-    text = re.sub(r"\\not\s*=|(?<!\d)!=", r"\\ne ", text.replace("<=", r"\le ").replace(">=", r"\ge "))
+    text = re.sub(r"\\not\s*=|(?<!\d)!=", r"\\ne ", text)
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ")
 
     if r"\begin" not in text:  # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
@@ -304,13 +306,13 @@ class _Writer:
 
     def command(self, index: int, end: int, depth: int) -> tuple[str, int]:
         """Returns a command with its arguments in braces, and the index after them."""
-        command, index = self.tokens[index], index + 1
-        text = command
+        text = command = self.tokens[index]
+        index = self.after_spaces(index + 1)
+        if command == r"\sqrt" and self.tokens[index:index + 1] == ["["] and index in self.pairs:
+            text += "".join(self.tokens[index:self.pairs[index] + 1])
+            index = self.pairs[index] + 1
         for _ in range(ARGUMENTS[command]):
             index = self.after_spaces(index)
-            if command == r"\sqrt" and index < end and self.tokens[index] == "[" and index in self.pairs:
-                text += "".join(self.tokens[index:self.pairs[index] + 1])
-                index = self.after_spaces(self.pairs[index] + 1)
             if index >= end or self.tokens[index] in ("}", ")", "]"):
                 break
             argument, index = self.argument(command, index, end, depth + 1)
@@ -336,7 +338,7 @@ class _Writer:
         return "".join(self.tokens[index:last]), last
 
     def words(self, index: int, end: int, depth: int) -> tuple[str, int]:
-        r"""Returns \text{...} with words in it, the sign for and, or; otherwise what it contains."""
+        r"""Returns \text{...} with words in it, the sign of and, or; of others what they hold."""
         begin = self.after_spaces(index + 1)
         close = self.pairs.get(begin) if self.tokens[begin:begin + 1] == ["{"] else None
         if close is None:

@@ -40,7 +40,8 @@ CHANGING = set("""
 # Before a number "is" changes nothing, but "the square of" does.
 CHANGING_BEFORE = CHANGING - {"is", "are", "was", "were", "be", "by", "and", "to", "after"} | set(
     "square cube sqrt multiple multiples factor factors opposite percent times part".split())
-CHANGING_CHARACTERS = re.compile("[一二三四五六七八九十百千万亿半以上下不非或和负余大小于多少]|分之")
+CHANGING_CHARACTERS = re.compile(
+    "[一二三四五六七八九十百千万亿半以上下不非或和负余大小于多少]|分之")
 
 MAX_CHARACTERS = 300                # of a number with its words
 
@@ -172,9 +173,9 @@ def _names(match: re.Match[str], runs: list, joint: str, letters: bool, degrees:
     if not before.strip():
         return [token] if len(token) > 3 or token.casefold() == "the" or (
             words.is_number(token)) else []
-    known = (len(token) > 1 and (_unit_name(token) or words.is_number(token))) or (letters and token in LETTERS)
+    known = len(token) > 1 and (_unit_name(token) or words.is_number(token))
     long = token[1:].islower() and len(token) > 3 - spaced
-    return [token] if number and (known or long) else []
+    return [token] if number and (known or long or (letters and token in LETTERS)) else []
 
 
 def _may_divide(names: Iterable[str]) -> bool:
@@ -183,7 +184,7 @@ def _may_divide(names: Iterable[str]) -> bool:
 
 
 def _in_words(names: list[str]) -> Quantity | None:
-    """Reads "minus two thirds", "three dozen eggs"; None if the words do not begin with a number."""
+    """Reads "minus two thirds", "three dozen eggs"; None if no number comes first."""
     names = [name.casefold().strip(".,") for name in names]
     sign = "-" if names[:1] in (["negative"], ["minus"]) else ""
     names = names[len(sign):]
@@ -200,7 +201,7 @@ def _in_words(names: list[str]) -> Quantity | None:
 
 
 def _with_unit(value: str, names: list[str]) -> Quantity | None:
-    """Multiplies by dozen, adds "and a half", drops a unit; None if other words change the value."""
+    """Multiplies by dozen, adds "and a half", drops a unit; None for words that change more."""
     folded = [name.casefold().strip(".,;!") for name in names]
     while folded:
         if folded[0] == "a" and folded[1:2] and folded[1] in words.MULTIPLES:
@@ -208,15 +209,16 @@ def _with_unit(value: str, names: list[str]) -> Quantity | None:
         singular = folded[0].removesuffix("s")
         factor = words.MULTIPLES.get(folded[0], words.MULTIPLES.get(singular))
         part = words.PARTS.get(singular)
+        more = words.PARTS.get(folded[2].removesuffix("s")) if len(folded) > 2 else None
         if factor:
             value, read = rf"({value})\cdot {factor}", 1
         elif part:
             value, read = rf"\frac{{{value}}}{{{part}}}", 1
-        elif folded[0] == "and" and len(folded) > 2 and folded[2].removesuffix("s") in words.PARTS:
-            top = words.number(folded[1].replace("an", "a").replace("a", "one", folded[1] == "a"))
+        elif folded[0] == "and" and more:                       # and a half
+            top = 1 if folded[1] in ("a", "an") else words.number(folded[1])
             if top is None:
                 return None
-            value, read = rf"{value}+\frac{{{top}}}{{{words.PARTS[folded[2].removesuffix('s')]}}}", 3
+            value, read = rf"{value}+\frac{{{top}}}{{{more}}}", 3
         else:
             break
         folded, names = folded[read:], names[read:]

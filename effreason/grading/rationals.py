@@ -11,8 +11,8 @@ MAX_CHARACTERS = 1200
 MAX_DEPTH = 40
 MAX_FACTORIAL = 300
 
-TOKEN = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:\\overline\{\d+\})?|\\(?:frac|cdot|times|div)(?![a-zA-Z])"
-                   r"|[-+*/^!(){}\[\]])")
+TOKEN = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:\\overline\{\d+\})?"
+                   r"|\\(?:frac|cdot|times|div)(?![a-zA-Z])|[-+*/^!(){}\[\]])")
 # A decimal alone may approximate; in a formula it is exact.
 DECIMAL = re.compile(r"[-+]?\s*(?:\d+\.\d*|\.\d+)(?:\s*\\(?:cdot|times)\s*10\s*\^\{\s*-?\d+\s*\})?")
 SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))[eE]([-+]?\d{1,3})")
@@ -170,7 +170,8 @@ class _Reader:
         if "." in digits or not self.take(r"\frac"):
             return value
 
-        top, bottom = self.group(), self.group()    # 2\frac{1}{2}, but 2\frac{3}{2} may be a product
+        # 2\frac{1}{2} is two and a half, 2\frac{3}{2} may be a product
+        top, bottom = self.group(), self.group()
         if not (top.denominator == bottom.denominator == 1 and 0 < top < bottom):
             raise Undecided
         return value + top / bottom

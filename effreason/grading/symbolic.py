@@ -100,8 +100,9 @@ def _leaf(prediction: str, reference: str) -> bool:
         return False                                # the parser reads x and X as one variable
 
     decimals = [DECIMAL.fullmatch(side) is not None for side in (prediction, reference)]
-    sides = [latex.parse(re.sub(r"(\.\d+)\s*\\dots", r"\1", side)) for side in (prediction, reference)]
-    return _same(*sides, approximately=decimals[0] != decimals[1])
+    p_side, g_side = (latex.parse(re.sub(r"(\.\d+)\s*\\dots", r"\1", side))
+                      for side in (prediction, reference))
+    return _same(p_side, g_side, approximately=decimals[0] != decimals[1])
 
 
 def _letters(text: str) -> set[str]:
@@ -182,7 +183,8 @@ def _same_values(prediction, reference, approximately: bool) -> bool | None:
     if steps or counted:
         whole = [{name: sympy.Integer(point + 3 * index) for index, name in enumerate(names)}
                  for point in INTEGER_POINTS]
-        if not all(_close(*(_value(side, values) for side in sides), TOLERANCE) for values in whole):
+        if not all(_close(_value(prediction, values), _value(reference, values), TOLERANCE)
+                   for values in whole):
             return False if steps else None
         if counted:
             return True
@@ -225,8 +227,9 @@ def _assign(names: list[str], points: tuple[str, ...]):
     import sympy
 
     # Not Rational: for a rational number to a rational power sympy factors huge integers.
-    return {name: sympy.Float(points[index].lstrip("-" if SIZES.fullmatch(name) else ""), 2 * DIGITS)
-            for index, name in enumerate(names)}
+    signed = {name: point.lstrip("-") if SIZES.fullmatch(name) else point
+              for name, point in zip(names, points, strict=False)}
+    return {name: sympy.Float(point, 2 * DIGITS) for name, point in signed.items()}
 
 
 def _odd_roots(side):

@@ -33,7 +33,8 @@ from effreason.grading.grader import extract_answer
     # one list in several boxes; boxes in other sentences are other answers
     (r"\boxed{3}, \boxed{5}, \boxed{7}", "3, 5, 7"), (r"$\boxed{3}$ and $\boxed{5}$", "3, 5"),
     (r"\boxed{3} or \boxed{5}", "3, 5"), (r"\boxed{3}, so \boxed{5}", "5"),
-    (r"\boxed{5}, \boxed{5}", "5"), ("\\boxed{5}\n\n\\boxed{5}", "5"), (r"\boxed{3} \boxed{5}", "5"),
+    (r"\boxed{5}, \boxed{5}", "5"), ("\\boxed{5}\n\n\\boxed{5}", "5"),
+    (r"\boxed{3} \boxed{5}", "5"),
     (r"\boxed{3}, \boxed{}", None), (r"\boxed{3}, \boxed{5", None),
     (r"\boxed{\sqrt2}, that is \boxed{\approx 1.41}", r"\sqrt2 \approx 1.41"),
     (r"\boxed{\approx 1.41}", r"\approx 1.41"),
