@@ -85,11 +85,11 @@ SAME = [
     (r"\gcd\{m,n\}", r"\gcd(m,n)"), (r"\max\left\{a,b\right\}", r"\max(a,b)"),
     (r"\begin{cases} 1 & x>0 \\ 0 & x\le 0\end{cases}",
      r"\begin{cases} 0, & \text{if } x \leq 0 \\ 1, & \text{if } x>0 \end{cases}"),
-   
+
     (r"f(x)=\begin{cases} x^2 & \text{if } x\ge 1 \\ 2x-1 & \text{otherwise}\end{cases}",
      r"\begin{cases} x^2, & x\ge 1 \\ 2x-1, & x<1\end{cases}"),
-   
-    (r"\begin{cases} n/2 & \text{if } n \text{ is even}\\ n & \text{if } n \text{ is odd}\end{cases}",
+
+    (r"\begin{cases} n/2 & \text{if } n \text{ is even}\\ n & \text{if } n \text{ odd}\end{cases}",
      r"\begin{cases}\frac{n}{2}, & n \text{ even} \\ n, & n\text{ odd}\end{cases}"),
     (r"\boxed{3} and \boxed{7}", "3,7"), (r"$x=\boxed{2}$", "2"), (r"the answer is \boxed 7", "7"),
     (r"$\boxed\frac{3}{4}$", "3/4"), (r"$\boxed\pi$", r"\pi"),
@@ -174,10 +174,10 @@ DIFFERENT = [
     (r"\max(a,b)", "a"),
     (r"\begin{cases} x & x\ge 0\\ -x & x<0\end{cases}",
      r"\begin{cases} -x & x\ge 0\\ x & x<0\end{cases}"),
-   
+
     (r"\begin{cases} x & x> 0\\ -x & x\le0\end{cases}",
      r"\begin{cases} x+1 & x>0\\ -x & x\le0\end{cases}"),
-   
+
     (r"\begin{cases} x & x\ge 1\\ -x & x<1\end{cases}",
      r"\begin{cases} x & x\ge 0\\ -x & x<0\end{cases}"),
     (r"\boxed{3}, \boxed{5}", "5"), (r"\boxed{3} or \boxed{5}", "5"),
