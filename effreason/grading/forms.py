@@ -27,7 +27,7 @@ CHOOSE = re.compile(r"C\((\d+),\s*(\d+)\)")
 DOMAIN = (r"(?P<name>[a-zA-Z])(?:_\{\d\})?(?:,\s*[a-zA-Z](?:_\{\d\})?)*\s*"
           r"(?:\\in\s*\\?(?:mathbb\{)?(?P<set>[ZNRQC])\}?(?:\\cdot|\\ge|[*+^_{}>0\d\s])*"
           r"|\\text\{\s*(?:is |are |being )?(?:an? |any )?(?P<kind>[a-z -]+)\}"
-          r"|(?P<from>\\ge\s*\d+|>\s*\d+|\\ne\s*\d+|=\s*\d+,.*\\dots.*))")
+          r"|(?<=[i-nN])\s*(?:(?:\\ge|>)\s*\d+|=\s*\d+,.*\\dots.*))")
 CLAUSE = re.compile(
     r"(?P<main>.*?\S)\s*[,;]?\s*"
     rf"(?:[,;(\[]\s*(?:\\text\{{\s*[a-z ]+\}}\s*)?{DOMAIN}\s*[)\]]?"
@@ -98,7 +98,7 @@ def clause(text: str) -> tuple[str, str]:
         phrase, rest = match["words"].strip(), words.without_text(match["rest"])
         named = NAMED_SET.search(f"{phrase} {rest}")
         says_where = (QUANTIFIED.match(phrase) or named or MEMBER.search(rest)
-                      or RELATION.search(rest))
+                      or re.fullmatch(r"\s*[i-nN]\s*(?:\\ge|>)\s*\d+\s*", rest))
         if not says_where or words.DOUBT[True].search(phrase):
             return text, ""
         return main, SETS.get(named[1] if named else phrase, "?")

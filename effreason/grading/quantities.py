@@ -39,7 +39,8 @@ CHANGING = set("""
     """.split())
 # Before a number "is" changes nothing, but "the square of" does.
 CHANGING_BEFORE = CHANGING - {"is", "are", "was", "were", "be", "by", "and", "to", "after"} | set(
-    "square cube sqrt multiple multiples factor factors opposite percent times part".split())
+    "square cube sqrt multiple multiples factor factors opposite percent times part sine cosine"
+    " tangent logarithm ceiling complement".split())
 CHANGING_CHARACTERS = re.compile(
     "[一二三四五六七八九十百千万亿半以上下不非或和负余大小于多少]|分之")
 

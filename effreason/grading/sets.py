@@ -82,7 +82,11 @@ class _Reader:
         if len(parts := notation.split_top(text, WITHOUT)) == 2:
             return sympy.Complement(*map(self._set, parts))
         if len(parts := notation.split_top(text, ",;")) > 1:
-            return self._listed([self._set(part) for part in self._complete(parts)])
+            parts = self._complete(parts)
+            sets = list(map(self._set, parts))
+            # Conditions all hold if they can; otherwise, and for intervals, one of them does.
+            both = sympy.Intersection(*sets) if all(map(RELATIONS.search, parts)) else None
+            return both if both and both is not sympy.S.EmptySet else sympy.Union(*sets)
 
         if text == r"\mathbb{R}":
             return sympy.S.Reals
@@ -97,13 +101,6 @@ class _Reader:
         head = re.match(r"(.*?(?:=|\\ne(?![a-zA-Z])))", parts[0])
         return [part if not head or RELATIONS.search(part) or part.strip()[:1] in tuple("([\\")
                 else f"{head[1]} {part}" for part in parts if part]
-
-    def _listed(self, sets: list):
-        """Joins conditions: all of them hold if they can, otherwise one of them."""
-        import sympy
-
-        both = sympy.Intersection(*sets)
-        return sympy.Union(*sets) if both is sympy.S.EmptySet else both
 
     def _relations(self, terms: list[str], signs: list[str]):
         import sympy

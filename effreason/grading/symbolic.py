@@ -102,7 +102,7 @@ def _leaf(prediction: str, reference: str) -> bool:
     decimals = [DECIMAL.fullmatch(side) is not None for side in (prediction, reference)]
     p_side, g_side = (latex.parse(re.sub(r"(\.\d+)\s*\\dots", r"\1", side))
                       for side in (prediction, reference))
-    return _same(p_side, g_side, approximately=decimals[0] != decimals[1])
+    return _same(p_side, g_side, decimals[0] != decimals[1], "|" not in prediction + reference)
 
 
 def _letters(text: str) -> set[str]:
@@ -110,7 +110,13 @@ def _letters(text: str) -> set[str]:
     return set(re.findall("[a-df-hj-zA-DF-HJ-Z]", NO_VARIABLE.sub("", text)))
 
 
-def _same(prediction, reference, approximately: bool) -> bool:
+def _same(prediction, reference, approximately: bool, sized: bool) -> bool:
+    """Compares two sympy objects.
+
+    Args:
+        approximately: whether one is a decimal alone.
+        sized: whether sizes such as r are positive.
+    """
     import sympy
     from math_verify import verify
 
@@ -122,7 +128,7 @@ def _same(prediction, reference, approximately: bool) -> bool:
 
     verdict = None
     if isinstance(prediction, sympy.Expr) and isinstance(reference, sympy.Expr):
-        verdict = _same_values(prediction, reference, approximately)
+        verdict = _same_values(prediction, reference, approximately, sized)
     if isinstance(prediction, sympy.Eq) and isinstance(reference, sympy.Eq):
         verdict = _same_equations(prediction, reference)
     if verdict is not None:
@@ -152,7 +158,7 @@ def _same_equations(prediction, reference) -> bool | None:
     return bool(ratios[0]) and all(_close(ratio, ratios[0], TOLERANCE) for ratio in ratios[1:])
 
 
-def _same_values(prediction, reference, approximately: bool) -> bool | None:
+def _same_values(prediction, reference, approximately: bool, sized: bool) -> bool | None:
     """Compares constants by their difference, others by values at fixed points.
 
     This replaces simplification, which may take minutes and misses identities. None if the sides
@@ -177,9 +183,11 @@ def _same_values(prediction, reference, approximately: bool) -> bool | None:
         verdicts = [_same_constants(p, g) for p, g in pairs]
         return True if any(verdicts) else verdicts[0]
 
-    steps = any(type(node).__name__ in STEPS for side in sides
-                for node in sympy.preorder_traversal(side))
-    counted = all(map(INTEGERS.fullmatch, names))
+    nodes = [node for side in sides for node in sympy.preorder_traversal(side)]
+    steps = any(type(node).__name__ in STEPS for node in nodes)
+    alternates = any(isinstance(node, sympy.sin | sympy.cos)
+                     or (node.is_Pow and node.base.is_negative) for node in nodes)
+    counted = (steps or alternates) and all(map(INTEGERS.fullmatch, names))
     if steps or counted:
         whole = [{name: sympy.Integer(point + 3 * index) for index, name in enumerate(names)}
                  for point in INTEGER_POINTS]
@@ -189,14 +197,14 @@ def _same_values(prediction, reference, approximately: bool) -> bool | None:
         if counted:
             return True
 
-    return _same_at_points(pairs, names)
+    return _same_at_points(pairs, names, sized)
 
 
-def _same_at_points(pairs: list, names: list[str]) -> bool | None:
+def _same_at_points(pairs: list, names: list[str], sized: bool) -> bool | None:
     for left, right in pairs:
         verdicts: list[bool | None] = []
         for points in (POSITIVE, POSITIVE[3:] + POSITIVE[:3], SIGNED, SIGNED[3:] + SIGNED[:3]):
-            values = _assign(names, points)
+            values = _assign(names, points, sized)
             verdicts.append(_close(_value(left, values), _value(right, values), TOLERANCE))
             if verdicts[-1] is False and len(verdicts) < 3:
                 return False
@@ -222,12 +230,12 @@ def _same_constants(prediction, reference) -> bool | None:
         return None
 
 
-def _assign(names: list[str], points: tuple[str, ...]):
-    """Returns a value for each variable."""
+def _assign(names: list[str], points: tuple[str, ...], sized: bool = False):
+    """Returns a value for each variable; a positive one for sizes."""
     import sympy
 
     # Not Rational: for a rational number to a rational power sympy factors huge integers.
-    signed = {name: point.lstrip("-") if SIZES.fullmatch(name) else point
+    signed = {name: point.lstrip("-") if sized and SIZES.fullmatch(name) else point
               for name, point in zip(names, points, strict=False)}
     return {name: sympy.Float(point, 2 * DIGITS) for name, point in signed.items()}
 

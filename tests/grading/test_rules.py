@@ -110,7 +110,16 @@ SAME = [
     (r"1.41421356\dots", r"\sqrt2"), ("{}^6C_2", "15"), ("C(6,2)", "15"), ("_6C_2", "15"),
     (r"\text{Year 2005}", "2005"), (r"\text{about } 3 \text{ hours}", "3"),
     (r"3.5\times 10^{6}\text{ J}", "3500000"), (r"2\text{ m/s}", "2"), ("12 % ", "12"),
-    (r"(x-3)(x+2)\text{ for all }x", "x^2-x-6"),
+    (r"(x-3)(x+2)\text{ for all }x", "x^2-x-6"), (r"n^2 \text{ for } n\ge 1", "n^2"),
+    (r"\sin(n\pi)", "0"), (r"[1,3]\cup[2,4]", "[1,4]"), (r"\cos(2\pi n)", "1"), ("k^2", "(k)^2"),
+    (r"\text{seven-eighths}", "7/8"), (r"\text{two thirds of the area}", "2/3"),
+    (r"\sqrt{4\pi^2 r^2}", r"2\pi r"), (r"5\text{ and }6\text{ cm}", "5,6"),
+    (r"3 \text{ km } 200\text{ m}", r"3\text{ kilometers }200\text{ meters}"),
+    (r"30^\circ 15'", r"30^\circ 15'"),
+    (r"4\text{ lb }3\text{ oz}", r"4\text{ pounds }3\text{ ounces}"), (r"x = 5 \text{ units}", "5"),
+    (r"1.5 \text{ million people}", "1500000"), (r"12 \text{ approximately}", "12"),
+    ("n^{2}-1", "n^2-1"), (r"\begin{cases}x=1\\y=2\end{cases}", "(1,2)"),
+    (r"\text{(B)}\ \frac{1}{2}", r"\frac12"), ("20 percent", r"20\%"), (r"\$5", "5 cents"),
 ]
 
 # Not the same.
@@ -196,7 +205,15 @@ DIFFERENT = [
     (r"10\% \text{ of } 50", "10"), (r"10\% \text{ of } 50", "50"),
     (r"\text{Janet makes } 18 \text{ or } 20", "18"), ("5 a.m.", "5"), (r"12\frac{a}{b}", "12"),
     (r"3\frac{x}{y}", "3"), (r"5\text{ ft }6\text{ in}", "5"), ("5 % 6", "5"), ("5 % 6", "56"),
-    (r"12 \text{ cm or less}", "12"),
+    (r"12 \text{ cm or less}", "12"), ("|m|", "m"), ("|n|", "n"), (r"\sqrt{n^2}", "n"),
+    ("|r|", "r"), (r"\text{sine of } 30", "30"), (r"x^2 \text{ for } x>0", "x^2"),
+    (r"n^2 \text{ for } n\le 5", "n^2"), (r"x^2, x\ge 0", "x^2+1"), (r"[1,3]\cup[2,4]", "[2,3]"),
+    (r"\text{one-to-one}", "1"), (r"\frac{n(n+1)}{2}+1", r"\frac{n(n+1)}{2}"),
+    ("-r", r"\sqrt{r^2}"), (r"n\text{ is even}", "n"), (r"5 \text{ to } 6", "5"),
+    (r"\text{Set } A", "A"), (r"5 \text{ apples and } 6 \text{ pears}", "5"),
+    (r"12 \text{ (in millions)}", "12"), (r"\text{12 or 13}", "12"),
+    (r"a\equiv 5 \pmod{12}", r"5 \pmod{12}"), (r"\text{B}", "b"), (r"20 \text{ cm}", r"20\%"),
+    (r"5^\circ", r"5\text{ cm}"),
 ]
 
 
