@@ -31,7 +31,8 @@ MAX_ANSWER = notation.MAX_CHARACTERS
 DAY_SECONDS = 86400.0
 ANSWERS_PER_BUDGET = 512            # that share a budget at most; first tries fit into half of it
 FIRST_SECONDS = 0.02                # shortest first try
-SLOW = (GradeStatus.SOFT_TIMEOUT, GradeStatus.HARD_KILL)        # worth a second try
+LONGER = 4                          # each try lasts so many times as long as the one before
+SLOW = (GradeStatus.SOFT_TIMEOUT, GradeStatus.HARD_KILL)        # worth another try
 # Every status in words, for people.
 REASONS = {
     GradeStatus.NO_ANSWER: "no box",
@@ -64,7 +65,7 @@ class Grade:
 class Budget:
     """Seconds of grading, of each worker, that the calls of one step share.
 
-    Second tries may use half of them, first tries whatever is left: slow answers cannot take the
+    Later tries may use half of them, first tries whatever is left: slow answers cannot take the
     time of the others."""
 
     def __init__(self, seconds: float) -> None:
@@ -73,13 +74,13 @@ class Budget:
         self._lock = threading.Lock()
 
     def spend(self, seconds: float, *, again: bool) -> None:
-        """Counts a comparison. Args: again, it was a second try."""
+        """Counts a comparison. Args: again, it was not the first try."""
         with self._lock:
             self._used += seconds
             self._used_again += seconds * again
 
     def is_used_up(self, *, again: bool) -> bool:
-        """Returns whether no comparison may begin. Args: again, it would be a second try."""
+        """Returns whether no comparison may begin. Args: again, it is not the first try."""
         return self._used >= self.seconds or (again and self._used_again >= self.seconds / 2)
 
 
@@ -243,21 +244,21 @@ class Grader:
 
     def _with_workers(self, tasks: Iterable[Task],
                       budget: Budget) -> dict[Task, tuple[Verdict, float]]:
-        """Has workers compare the pairs: a short try for each, then a second one for slow pairs.
+        """Has workers compare the pairs: a short try for each, then longer ones for slow pairs.
 
-        Returns: verdict and wall time in seconds. If the budget has no second try for a slow pair,
-            the first one counts: the answer was too slow, the grader was not.
+        Returns: verdict and wall time in seconds. If the budget has no other try for a slow pair,
+            the last one counts: the answer was too slow, the grader was not.
         """
         share = budget.seconds * self._pool.workers / 2 / ANSWERS_PER_BUDGET
-        first_seconds = min(self.cpu_seconds, max(share, FIRST_SECONDS))
+        limit = min(self.cpu_seconds, max(share, FIRST_SECONDS))
         if self.function is not None:           # one that is interrupted may be left half loaded
-            first_seconds = self.cpu_seconds
+            limit = self.cpu_seconds
 
-        results = self._ask(tasks, budget, first_seconds)
-        slow = [task for task, (verdict, _) in results.items() if verdict.status in SLOW]
-        if first_seconds < self.cpu_seconds:
-            for task, (verdict, seconds) in self._ask(slow, budget, self.cpu_seconds,
-                                                      again=True).items():
+        results = self._ask(tasks, budget, limit)
+        while limit < self.cpu_seconds:
+            limit = min(LONGER * limit, self.cpu_seconds)
+            slow = [task for task, (verdict, _) in results.items() if verdict.status in SLOW]
+            for task, (verdict, seconds) in self._ask(slow, budget, limit, again=True).items():
                 if verdict.status != GradeStatus.BUDGET:
                     results[task] = verdict, seconds + results[task][1]
         return results

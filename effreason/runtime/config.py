@@ -196,7 +196,7 @@ class GradeConfig(Section):
     """Processes that compare answers symbolically."""
     cpu_seconds: Positive = 1.0
     """Processor time for one comparison; an answer that takes longer counts as wrong. Each answer
-    gets a short first try, slow ones then a second try with this limit."""
+    gets a short first try, slow ones then longer ones, up to this limit."""
     wall_seconds: Positive = 8.0
     """Clock time for one comparison that only sleeps; after that the process is replaced and the
     answer counts as wrong. Time in which it waits for a processor does not decide."""
@@ -204,8 +204,8 @@ class GradeConfig(Section):
     """Memory for each process, in MiB."""
     step_budget_seconds: Positive = 30.0
     """Processor time of each worker (with grade.function: clock time) for 512 responses of a step
-    or an evaluation; answers not compared by then count as wrong. Second tries may use half of
-    it."""
+    or an evaluation; answers not compared by then count as wrong. All but the first tries may
+    use half of it."""
     require_eos: bool = True
     """Count a response that was cut off as wrong, even if it contains the right answer."""
     function: str | None = None

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from grading_cases import HOSTILE, REPOSITORY, boxed, load
 
+from effreason.grading import grader as grading
 from effreason.grading import notation, pool, symbolic
 from effreason.grading.exact import exact
 from effreason.grading.grader import Budget, Grade, Grader, Reference
@@ -250,29 +251,30 @@ def test_budget(small, monkeypatch):
 HARD = boxed(r"\int e^{x^2}\sin(x^3)\ln(x) dx")
 
 
-def test_slow_answers_do_not_starve_the_others():
-    """The slow ones come first and would use up the budget several times over."""
-    slow = [rf"\int e^{{x^2}}\sin(x^{{{power}}})\ln(x) dx" for power in range(3, 33)]
+def test_slow_answers_do_not_starve_the_others(monkeypatch):
+    """The slow ones come first, and at their limits they would use up the budget."""
+    monkeypatch.setattr(grading, "FIRST_SECONDS", 0.1)
+    slow = [rf"\int e^{{x^2}}\sin(x^{{{power}}})\ln(x) dx" for power in range(3, 15)]
     with Grader(workers=1, cpu_seconds=0.4, step_budget_seconds=2.0) as grader:
         grades = grader.grade([boxed(text) for text in [*slow, r"\sqrt{8}", r"\sqrt{12}"]],
-                              ["5"] * 30 + [r"2\sqrt{2}", r"2\sqrt{3}"])
-    assert {grade.status for grade in grades[:30]} == {"soft_timeout"}
-    assert [(grade.correct, grade.status) for grade in grades[30:]] == [(True, "symbolic")] * 2
+                              ["5"] * 12 + [r"2\sqrt{2}", r"2\sqrt{3}"])
+    assert {grade.status for grade in grades[:12]} == {"soft_timeout"}
+    assert [(grade.correct, grade.status) for grade in grades[12:]] == [(True, "symbolic")] * 2
 
 
-def test_a_slow_answer_gets_a_second_longer_try(small, monkeypatch):
+def test_a_slow_answer_gets_longer_tries(small, monkeypatch):
     limits, compare = [], pool.Worker.compare
 
     def compared(worker, *pair, cpu_seconds, wall_seconds):
         limits.append(cpu_seconds)
-        if len(limits) == 1:
+        if len(limits) < 3:
             return pool.Verdict(False, "soft_timeout", seconds=cpu_seconds)
         return compare(worker, *pair, cpu_seconds=cpu_seconds, wall_seconds=wall_seconds)
 
     monkeypatch.setattr(pool.Worker, "compare", compared)
     grade = only(small, boxed(r"\sqrt{63}"), r"3\sqrt{7}")
     assert grade.correct and grade.status == "symbolic"
-    assert limits == [pytest.approx(30 / 2 / 512), 0.4]
+    assert limits == [pytest.approx(30 / 2 / 512), pytest.approx(4 * 30 / 2 / 512), 0.4]
 
 
 def test_code_that_cannot_be_interrupted_ends_by_its_processor_time(own):
@@ -332,7 +334,7 @@ def test_submitted_calls_agree_with_one_call_and_use_all_workers(grader, monkeyp
     assert 0 < sum(grade.correct for grade in once) < len(once)
 
 
-def test_second_tries_may_use_half_of_a_budget():
+def test_later_tries_may_use_half_of_a_budget():
     budget = Budget(10.0)
     budget.spend(4.0, again=True)
     assert not budget.is_used_up(again=True)
@@ -348,8 +350,7 @@ def test_calls_that_share_a_budget_end_together(small):
     futures = [small.submit([HARD], [rf"\sqrt{{{row}}}"], budget) for row in range(2, 14)]
     grades = [future.result(timeout=60)[0] for future in futures]
     assert {grade.status for grade in grades} == {"soft_timeout"}
-    # Half of the budget is for second tries of 0.2 s (an integral gets half of the limit).
-    assert sum(grade.seconds > 0.15 for grade in grades) >= 4
+    # Half of the budget is for all but the first tries; the last ones may go beyond it.
     assert budget._used_again == pytest.approx(0.8, abs=0.45) and time.process_time() - start < 5
 
 
