@@ -34,26 +34,33 @@ CONNECTIVE = re.compile(
     r"\\text\{[^{}]*\}|(?<![\\\w])(and|or|und|oder|или|и|या|और|または|또는)(?!\w)")
 WORDS = re.compile(r"(?:[^\W\d_]|[ .,!?;:'/\-])*")
 TWO_LETTERS = re.compile(r"[A-Za-z]{2}|(?![A-Za-z])[^\W\d_]")
-ROW_END = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\cr(?![a-zA-Z])")
-BRACED_CALL = re.compile(r"(\\(?:max|min|gcd)|\\operatorname\{lcm\})\s*\\\{([^{}]*)\\\}")
+# Rewritten in this order before the text is split into tokens.
+BEFORE = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\{:\}", ":"), (r"\.\.\.", r"\\dots "), (r"\*\*", "^"), (r"<=", r"\\le "), (r">=", r"\\ge "),
+    (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]|\\cr(?![a-zA-Z])", r"\\\\"),     # ends of rows
+    (r"(?<![a-zA-Z\\])C(\d)(?!\d)", r"C_\1"),                      # constants of integration
+    (r"(?<![a-zA-Z\\\d])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
+     r"|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD|Rs|Rp)\b\.?)\s*(?=\d)", ""),
+    (r"(?<![\\a-zA-Z])abs\(([^()]*)\)", r"|\1|"),
+    (r"\\(?:text|mathrm|operatorname)\s*\{\s*((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|det"
+     r"|(?:gcd|max|min)(?=\s*\}\s*(?:\\left\s*)?(?:\(|\\\{|_)))\s*\}", r"\\\1 "),
+    (r"\\(?:text|mathrm)\s*\{\s*lcm\s*\}", r"\\operatorname{lcm}"),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\cdot "),
+    (r"\\not\s*\\in(?![a-zA-Z])", r"\\notin "), (r"\\not\s*=|(?<!\d)!=", r"\\ne "),
+    (r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}"),
+    (r"^([^{}\\]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})$", r"\\binom{\1}{\2}"),
+    (r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})", " "),
+    (r"(?<![\\^_}\]a-zA-Z])\{\s*\}", " "),
+    (r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}"))]
+# Rewritten when every argument has its braces.
+AFTER = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\\setminus "),
+    (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", r"\\cup "),
+    (r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
+    (r"(\\(?:max|min|gcd)|\\operatorname\{lcm\})\s*\\\{([^{}]*)\\\}", r"\1(\2)"))]
 MAX_CHARACTERS = 4_000
 MAX_DEPTH = 60                      # of nested arguments; deeper ones are left as they are
 MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")((?:(?!\1).)+)\1""", re.DOTALL)
-CURRENCY = re.compile(r"(?<![a-zA-Z\\\d])(?:(?:US|CA|AU|NZ|HK|C|A|R|S)?\\?\$"
-                      r"|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|CAD|AUD|Rs|Rp)\b\.?)\s*(?=\d)")
-LCM = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{\s*lcm\s*\}")
-FUNCTION = re.compile(r"\\(?:text|mathrm|operatorname)\s*"
-                      r"\{\s*((?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|det"
-                      r"|(?:gcd|max|min)(?=\s*\}\s*(?:\\left\s*)?(?:\(|\\\{|_)))\s*\}")
-WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
-TIMES_TEN = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
-UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])")
-CONSTANT = re.compile(r"(?<![a-zA-Z\\])C(\d)(?!\d)")                                # of integration
-ABSOLUTE = re.compile(r"(?<![\\a-zA-Z])abs\(([^()]*)\)")
-NO_ARGUMENT = re.compile(r"(?<![\\^_}\]a-zA-Z])\{\s*\}")
-SIZED = re.compile(
-    r"\\(?:[hv]space\*?\s*\{[^{}]*\}|(?:text)?color\s*\{[a-zA-Z!0-9]*\}|tag\s*\{[^{}]*\})")
-BAR = re.compile(r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?")
 CYCLE = re.compile(r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3+(?:\.{3}|\\dots)|(\d*)\.\((\d{1,20})\)")
 # Commands whose backslash and first letter were read as an escape: a form feed and rac{1}{2}. The
 # same without the control character, if no word begins so.
@@ -73,36 +80,27 @@ def canonical(text: str) -> str:
     """Rewrites an answer in canonical notation; linear in its length."""
     text = mended(text).strip()
     text = TEX_THOUSANDS.sub(lambda match: match[1] + re.sub(r"\D", "", match[2]), text)
-    text = ROW_END.sub(r"\\\\", _ascii(text).strip().replace("{:}", ":"))
+    text = _ascii(text).strip()
     if marked := MARKDOWN.fullmatch(text):
         text = marked[2]
-
-    text = CONSTANT.sub(r"C_\1", text.replace("...", r"\dots "))
-    text = ABSOLUTE.sub(r"|\1|", CURRENCY.sub("", text))
-    text = LCM.sub(r"\\operatorname{lcm}", FUNCTION.sub(r"\\\1 ", text))
-    text = PLAIN_NAME.sub(_with_backslash, TIMES_TEN.sub(r"\\cdot ", text.replace("**", "^")))
-    text = re.sub(r"\\not\s*\\in(?![a-zA-Z])", r"\\notin ", text)
-    text = re.sub(r"\\not\s*=|(?<!\d)!=", r"\\ne ", text)
-    text = text.replace("<=", r"\le ").replace(">=", r"\ge ")
-
+    for pattern, replacement in BEFORE:
+        text = pattern.sub(replacement, text)
+    text = PLAIN_NAME.sub(_with_backslash, text)
     if r"\begin" not in text:  # \\frac is \frac escaped twice, but in a matrix \\ ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
-    text = re.sub(r"\{([^{}]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})\}", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"^([^{}\\]{1,50})\\choose(?![a-zA-Z])([^{}]{1,50})$", r"\\binom{\1}{\2}", text)
-    text = re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}",
-                  NO_ARGUMENT.sub(" ", SIZED.sub(" ", text)))
 
     tokens = _renamed(TOKEN.findall(text))
     text = _Writer(tokens).write(0, len(tokens))
     text = _join_thousands(re.sub(r"\s+", " ", text)).strip()
-    text = BAR.sub(r"\1\\overline{\2}", UNION.sub(r"\\cup ", WITHOUT.sub(r"\\setminus ", text)))
+    for pattern, replacement in AFTER:
+        text = pattern.sub(replacement, text)
+
     text = words.without_introduction(text)
     text = text[lead.end():] if (lead := LEAD.match(text)) else text
     # 2.7 1828 1828... may be any number: two long blocks are a cycle only right after the point.
     if (cycle := CYCLE.fullmatch(text)) and (cycle[4] is not None or len(cycle[3]) == 1
                                              or not cycle[2] or 3 * cycle[3] in text):
         text = rf"{cycle[1] or cycle[4] or 0}.{cycle[2] or ''}\overline{{{cycle[3] or cycle[5]}}}"
-    text = BRACED_CALL.sub(r"\1(\2)", text)
     return CONNECTIVE.sub(_connected, text).rstrip(" .,;:\\").lstrip(" ,;#")
 
 
