@@ -13,6 +13,7 @@ TOKEN = re.compile(
 # Between two boxes of one list: \boxed{3}, \boxed{5} and \boxed{7}.
 BETWEEN = re.compile(r"[\s$]*(?:[,;]|,?[\s$]*(?:\\text\{\s*)?(?:and|or)\b\s*\}?)[\s$]*")
 NAMED = re.compile(r"\s*(?:[^{}=]{1,100}=\s*)?")     # nothing, or "x ="
+APPROXIMATELY = re.compile(r"[\s$]*(?:\\approx|\\simeq|≈)[\s$]*")
 
 
 def extract_answer(response: str) -> str | None:
@@ -57,8 +58,11 @@ def _last_box(text: str) -> str | None:
     start = None
     for begin, inside, end in reversed(boxes):
         if start is not None and (end < 0 or not BETWEEN.fullmatch(text, end + 1, start)):
-            if end >= 0 and contents[0].startswith((r"\approx", "≈")):
-                contents[0] = f"{text[inside:end].strip()} {contents[0]}"
+            sign = APPROXIMATELY.match(contents[0]) or (
+                APPROXIMATELY.fullmatch(text, end + 1, start) if end >= 0 else None)
+            if end >= 0 and sign:
+                rounded = APPROXIMATELY.sub("", contents[0], count=1)
+                contents[0] = rf"{text[inside:end].strip()} \approx {rounded}"
             break
         contents.insert(0, text[inside:end].strip())
         start = begin

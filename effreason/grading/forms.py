@@ -20,7 +20,7 @@ SYSTEM = re.compile(
 CONDITION = re.compile(r"&|,|\\text\{\s*(?:if|for|when|as)?\s*\}")
 POINT = re.compile(r"[A-Z]'?\s*(?=\()")
 CONGRUENCE = re.compile(
-    r"(.+?)\\equiv\s*(.+?)[\s,]*\(?\s*(?:\\mod|\\text\{\s*mod\s*\}|\bmod)"
+    r"(.+?)\\equiv\s*(.+?)[\s,]*\(?\s*(?:\\mod|\\text\{\s*mod(?:ulo)?\s*\}|\bmod)"
     r"\s*\{?\s*([^{}()]+?)\s*\}?\s*\)?", re.DOTALL)
 CHOOSE = re.compile(r"C\((\d+),\s*(\d+)\)")
 # The last part of "f(x)=cx for any constant c", "2k\pi (k \in Z)", "2^n - 1, n \ge 1".
@@ -30,11 +30,11 @@ DOMAIN = (r"(?P<name>[a-zA-Z])(?:_\{\d\})?(?:,\s*[a-zA-Z](?:_\{\d\})?)*\s*"
           r"|(?<=[i-nN])\s*(?:(?:\\ge|>)\s*\d+|=\s*\d+,.*\\dots.*))")
 CLAUSE = re.compile(
     r"(?P<main>.*?\S)\s*[,;]?\s*"
-    rf"(?:[,;(\[]\s*(?:\\text\{{\s*[a-z ]+\}}\s*)?{DOMAIN}\s*[)\]]?"
-    r"|[(\[]?\\text\{\s*(?:for|where|with)\b(?P<words>[^{}]*)\}(?P<rest>[^=]*?)[)\]]?)\.?",
+    rf"(?:[,;(\[]\s*(?:\\forall|\\text\{{\s*[a-z ]+\}})?\s*{DOMAIN}\s*[)\]]?"
+    r"|[(\[]?\\text\{[\s,]*(?:for|where|with)\b(?P<words>[^{}]*)\}(?P<rest>[^=]*?)[)\]]?)\.?",
     re.DOTALL)
 MAX_CLAUSE = 300                    # characters of an answer with a clause
-NAMED_SET = re.compile(r"\b(?:an|a|any|is|are) ([a-z ]+?)\s*$")
+NAMED_SET = re.compile(r"\b(?:an|a|any|is|are) ([a-z ]+?)[\s.]*$")
 QUANTIFIED = re.compile(r"(?:all|any|every|each|some|constants?|integers?|real|positive|natural)\b")
 SETS = {"integer": "Z", "integers": "Z", "positive integer": "N", "positive integers": "N",
         "natural number": "N", "natural numbers": "N", "real": "R", "real number": "R",
@@ -51,7 +51,8 @@ def plain(text: str) -> str:
 
     if angled := ANGLED.fullmatch(text):
         return f"({angled[1] or angled[2]})"
-    if (builder := SET_BUILDER.fullmatch(text)) and RELATION.search(builder[2]):
+    if (builder := SET_BUILDER.fullmatch(text)) and (
+            RELATION.search(builder[2]) or re.match(r"\s*[a-zA-Z]\s*=.*\\in", builder[2])):
         return builder[2].strip()
 
     rows = system(text)

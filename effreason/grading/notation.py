@@ -57,7 +57,8 @@ AFTER = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\\setminus "),
     (r"(?<=[)\]}])\s*U\s*(?=[(\[{\\])", r"\\cup "),
     (r"(?<![\d.])(\d*\.\d*)\\(?:bar|dot|overline)\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
-    (r"(\\(?:max|min|gcd)|\\operatorname\{lcm\})\s*\\\{([^{}]*)\\\}", r"\1(\2)"))]
+    (r"(\\(?:max|min|gcd)|\\operatorname\{lcm\})\s*\\\{((?:[^{}\\]|\\[a-z]|\{[^{}]*\})*)\\\}",
+     r"\1(\2)"))]
 MAX_CHARACTERS = 4_000
 MAX_DEPTH = 60                      # of nested arguments; deeper ones are left as they are
 MARKDOWN = re.compile(r"""(\*{1,3}|_|`+|'|")((?:(?!\1).)+)\1""", re.DOTALL)

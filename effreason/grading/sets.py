@@ -85,7 +85,8 @@ class _Reader:
             parts = self._complete(parts)
             sets = list(map(self._set, parts))
             # Conditions all hold if they can; otherwise, and for intervals, one of them does.
-            both = sympy.Intersection(*sets) if all(map(RELATIONS.search, parts)) else None
+            conditions = all(RELATIONS.search(part) or r"\mathbb" in part for part in parts)
+            both = sympy.Intersection(*sets) if conditions else None
             return both if both and both is not sympy.S.EmptySet else sympy.Union(*sets)
 
         if text == r"\mathbb{R}":

@@ -43,9 +43,9 @@ INTRODUCTION = re.compile(
     r"(?:(?:answer|result|solution)\b\s*(?:is\s*:?|are\s*:?|equals|=|:)"
     r"|(?:option|choice|answer)\b(?:\s+is\b)?\s*:?(?=\s*[(\[]?[A-Za-z]\b))\s*(?=\S)",
     re.IGNORECASE)
-EXCEPT = re.compile(r"(?:\\text\{\s*)?(?:the set of )?(?:all )?(?:real numbers?|reals)"
-                    r"(?: x)?,?(?: except(?: for)?| other than| but| excluding| not equal to)"
-                    r"\s*(?:\}\s*(?:x\s*=\s*)?)?([^{}]+)", re.IGNORECASE)
+EXCEPT = re.compile(r"(?:the set of )?(?:all )?(?:real numbers?|reals?)(?: values)?(?: of)?\s*x?"
+                    r",?\s*(?:except(?: for)?|other than|but|excluding|not equal to)\s*"
+                    r"(?:x\s*=\s*)?([^{}]+)", re.IGNORECASE)
 ARTICLE = re.compile(r"(?:the|an|a)\s+(?=\S{2})", re.IGNORECASE)
 VERDICT = re.compile(r"(yes|no|true|false)\s*[,.;:!]\s*(.+)", re.IGNORECASE | re.DOTALL)
 DOUBT = {True: re.compile(r"\b(?:no|false|not|never|but|however|unless|except|only if|or|maybe|"
@@ -56,7 +56,7 @@ DOUBT = {True: re.compile(r"\b(?:no|false|not|never|but|however|unless|except|on
 
 def mathematics(text: str) -> str:
     """Returns a phrase such as "no solution" as mathematics; any other text unchanged."""
-    if text[-1:].isalnum() and (others := EXCEPT.fullmatch(text)):
+    if "real" in text and (others := EXCEPT.fullmatch(without_text(text).strip())):
         return rf"\mathbb{{R}}\setminus\{{{others[1].strip()}\}}"
     return SAME.get(" ".join(without_text(text).casefold().split()).rstrip("."), text)
 
@@ -110,7 +110,7 @@ def without_text(text: str) -> str:
 def bare(text: str) -> str:
     """Returns words without article, marks, spaces, hyphens and case: an ellipse is ellipse."""
     text = ARTICLE.sub("", without_text(text).strip(), count=1)
-    return re.sub(r"[\s\-.]", "", text).casefold()
+    return re.sub(r"[\s\-.]", "", text.rstrip(" ,!?;:")).casefold()
 
 
 def verdict(text: str) -> str:
