@@ -127,9 +127,11 @@ def test_scripts_are_sound_bash(path):
         subprocess.run([checker, path], check=True)
 
 
-def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path):
+@pytest.mark.parametrize(("gpus", "recipe"), [(1, "r1_distill_1p5b_h100"),
+                                              (8, "r1_distill_1p5b_8xh100")])
+def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path, gpus, recipe):
     run = tmp_path / "run"
-    commands = {"effreason": PRINT, "nvidia-smi": "#!/bin/sh\necho a; echo b; echo c; echo d\n"}
+    commands = {"effreason": PRINT, "nvidia-smi": f"#!/bin/sh\nseq {gpus}\n"}
 
     def launch():
         done = stand_ins([SCRIPTS[0], "--reward.alpha", "0.3"], commands, RUN=str(run))
@@ -137,9 +139,10 @@ def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path):
         return parsed(done.stdout, tmp_path)
 
     config = launch()
-    assert (config.distributed.mode, config.reward.alpha,
-            config.update.rows_per_micro_batch) == ("none", 0.3, 4)
-    assert config.mesh == configuration.MeshConfig(data=1, fsdp=4)
+    expected = configuration.load(ROOT / "configs" / f"{recipe}.yaml")
+    assert (config.distributed.mode, config.reward.alpha) == ("none", 0.3)
+    assert (config.mesh, config.update) == (expected.mesh, expected.update)
+    assert config.mesh.data * config.mesh.fsdp * config.mesh.tensor == gpus
     assert config.run.directory == str(run) and not config.run.resume
     assert config.model.path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     begun(config, run)
@@ -231,7 +234,8 @@ def test_a_pod_knows_which_process_it_is(stand_ins, tmp_path, monkeypatch):
     begun(config, run)
     assert goes_on(parsed(stand_ins(container["command"], {}, **environment).stdout, tmp_path), run)
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]
-    assert config.mesh == configuration.MeshConfig(data=-1, fsdp=gpus) and not config.run.resume
+    assert config.mesh == configuration.MeshConfig(data=-1, fsdp=gpus // 2, tensor=2)
+    assert not config.run.resume
     assert config.update.rows_per_micro_batch == 2 * gpus
     for name, value in environment.items():
         if name.startswith("JAX_"):

@@ -102,7 +102,7 @@ def _open_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
         run.update, rows_per_micro_batch=sharding.batch_shards(mesh), offload_optimizer=False))
 
     def load() -> model.Params:
-        state = Learner(run_here, pretrained.decoder, mesh).abstract_state
+        state = Learner(run_here, pretrained.decoder, mesh, tries_kernels=False).abstract_state
         with Checkpoints(path.parent, keep=None) as checkpoints:
             params: model.Params = checkpoints.restore(state, int(path.name))[0].params
         return params

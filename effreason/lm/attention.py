@@ -10,6 +10,7 @@ width.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,19 +22,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from effreason.lm import cudnn
-from effreason.lm.kernels import KERNELS, TRAINING, first_supported
+from effreason.lm.kernels import KERNELS, TRAINING, unsupported_reason
 from effreason.runtime.errors import UserError
 from effreason.runtime.sharding import AXES, spec
 
 Queries = Float[Array, "B n H h"]
 Keys = Float[Array, "B N K h"]      # and values
 
-IMPLEMENTATIONS = ("xla", "blockwise", "splash", "cudnn")
+IMPLEMENTATIONS = ("xla", "blockwise", "splash", "cudnn_packed", "cudnn")
 CHECKPOINT_NAME = "attention"       # by which a rematerialization policy saves the result
 XLA_LENGTH = 1024                   # positions; of longer rows, whole rows of scores cost too much
 QUERY_BLOCK, QUERY_BLOCKS = 64, 8   # xla: fewest queries that share their keys; most blocks
 TILE = 256                          # blockwise: positions, the side of a tile of scores
 SPLASH_TILE = 512                   # splash: the same, at most
+# Of a kernel's trial: lengths of the sequences in a row, of the row, the error bfloat16 explains.
+TRIAL_SEQUENCES, TRIAL_LENGTH, TRIAL_TOLERANCE = (90, 1, 130), 256, 0.05
 
 
 def zigzag(length: int, parts: int) -> Int[np.ndarray, " N"]:
@@ -55,21 +58,59 @@ def zigzag(length: int, parts: int) -> Int[np.ndarray, " N"]:
 
 
 def choose_attention(platform: str, *, head_dim: int, dtype: DTypeLike, length: int,
-                     context: int = 1) -> str:
+                     context: int = 1, capability: tuple[int, int] | None = None,
+                     passes: Callable[[str], bool] = lambda kernel: True) -> str:
     """Returns the implementation for a machine and a row: a kernel if one fits, else XLA's,
     blockwise for long rows.
 
     Args:
         platform: Of a device: "cpu", "gpu" or "tpu".
         length: Positions of a row.
-        context: Shards of a row."""
-    kernel = first_supported(TRAINING, platform, head_dim, dtype, context, length)
-    return kernel or ("xla" if length <= XLA_LENGTH else "blockwise")
+        context: Shards of a row.
+        capability: Compute capability of a GPU.
+        passes: Whether a kernel that fits has passed its trial."""
+    for kernel in TRAINING:
+        reason = unsupported_reason(kernel, platform, head_dim, dtype, context, length, capability)
+        if reason is None and passes(kernel):
+            return kernel
+    return "xla" if length <= XLA_LENGTH else "blockwise"
 
 
-def one_sequence_per_row(implementation: str) -> bool:
-    """Whether rows must not be packed: cuDNN knows a row's length, but no segments."""
-    return implementation == "cudnn"
+def sequences_per_row(implementation: str) -> int | None:
+    """Returns how many sequences a row may hold; None = any number."""
+    return {"cudnn": 1, "cudnn_packed": cudnn.MOST_SEQUENCES}.get(implementation)
+
+
+def passes_trial(implementation: str, *, rows: int, heads: int, kv_heads: int, head_dim: int,
+                 dtype: DTypeLike) -> bool:
+    """Whether a kernel compiles here, and agrees with XLA in short rows, in values and gradients.
+
+    Args:
+        rows: A multiple of the mesh's batch shards."""
+    lengths = TRIAL_SEQUENCES[: sequences_per_row(implementation)]
+    numbers = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    numbers = np.pad(numbers, (0, TRIAL_LENGTH - len(numbers))).astype(np.int32)
+    segments = np.broadcast_to(numbers, (rows, TRIAL_LENGTH))
+
+    def largest_error() -> Float[Array, ""]:
+        *arrays, cotangent = (
+            jax.random.normal(key, (rows, TRIAL_LENGTH, count, head_dim), dtype) for key, count in
+            zip(jax.random.split(jax.random.key(0), 4), (heads, kv_heads, kv_heads, heads),
+                strict=True))
+
+        def results(implementation: str) -> list[Array]:
+            mixed, pull_back = jax.vjp(lambda query, key, value: causal_attention(
+                query, key, value, jnp.asarray(segments), implementation=implementation), *arrays)
+            return [x.astype(jnp.float32) for x in (mixed, *pull_back(cotangent))]
+
+        errors = [jnp.max(jnp.abs(one - other)) / jnp.max(jnp.abs(other))
+                  for one, other in zip(results(implementation), results("xla"), strict=True)]
+        return jnp.max(jnp.stack(errors))
+
+    try:
+        return bool(jax.jit(largest_error)() <= TRIAL_TOLERANCE)
+    except Exception:       # whatever compilers and drivers raise: the kernel cannot be used
+        return False
 
 
 def causal_attention(query: Float[Array, "B N H h"], key: Keys, value: Keys,
@@ -110,8 +151,8 @@ def _attend_on_mesh(implementation: str, query: Float[Array, "B N H h"], key: Ke
 
     XLA cannot partition a kernel or a scan."""
     parts = mesh.shape[AXES["sequence"]]
-    if parts > 1 and implementation == "cudnn":
-        raise UserError(f"mesh.context is {parts}, the cudnn kernel expects 1")
+    if parts > 1 and implementation.startswith("cudnn"):
+        raise UserError(f"mesh.context is {parts}, the {implementation} kernel expects 1")
     order, order_spec = _column_order(implementation, query.shape[1], mesh)
 
     def local(query: Array, key: Array, value: Array, segments: Array, order: Any) -> Array:
@@ -156,6 +197,8 @@ def _column_order(implementation: str, length: int, mesh: AbstractMesh) -> tuple
 def _attend(implementation: str, query: Queries, key: Keys, value: Keys,
             segments: Int[Array, "B n"], key_segments: Int[Array, "B N"], order: Any) -> Queries:
     """Attends from the queries of one device to keys and values in the order of the row."""
+    if implementation == "cudnn_packed":
+        return cudnn.several_sequences(query, key, value, segments)
     if implementation == "cudnn":
         return cudnn.one_sequence(query, key, value, segments)
     if implementation == "splash":

@@ -36,6 +36,15 @@ def private_module() -> Any | None:
     return module if all(hasattr(module, name) for name in names) else None
 
 
+def capability(device: Any) -> tuple[int, int] | None:
+    """Returns a GPU's compute capability; None for other devices."""
+    text = getattr(device, "compute_capability", None)
+    if text is None:
+        return None
+    major, _, minor = str(text).partition(".")
+    return int(major), int(minor or 0)
+
+
 def can_pack() -> bool:
     """Returns whether this JAX computes rows of several sequences, and correctly."""
     return jax.__version_info__ >= PACKING_VERSION and private_module() is not None

@@ -18,9 +18,10 @@ from effreason.planning.workloads import Workload
 from effreason.runtime.config import Config
 
 # Attention products for each pair of positions, 2 H h FLOPs each: in a forward, a backward pass.
-ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "xla": (2, 4), "blockwise": (2, 6)}
+ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "cudnn_packed": (2, 5), "xla": (2, 4),
+                      "blockwise": (2, 6)}
 # Share of the N * N pairs computed: kernels skip the blocks above the diagonal, XLA skips eighths.
-PAIRS = {"splash": 0.5, "cudnn": 0.5, "xla": 9 / 16, "blockwise": 0.5}
+PAIRS = {"splash": 0.5, "cudnn": 0.5, "cudnn_packed": 0.5, "xla": 9 / 16, "blockwise": 0.5}
 # Arrays of F and of D values a token alive at once, in a block's backward and in a forward pass.
 BLOCK_ARRAYS, FORWARD_ARRAYS = (9, 14), (3, 5)
 ROW_ARRAYS = 5                      # arrays in Rows
@@ -69,7 +70,8 @@ class StepSizes:
     @property
     def saved(self) -> str:
         """What remat saves. It cannot save cuDNN's attention, whose backward pass needs more."""
-        return "full" if (self.attention, self.remat) == ("cudnn", "attention") else self.remat
+        cudnn = self.attention.startswith("cudnn")
+        return "full" if cudnn and self.remat == "attention" else self.remat
 
     @property
     def recomputed(self) -> float:
@@ -180,7 +182,7 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
                             dataclasses.replace(forward * times, host_bytes=from_host)),
         "experience": (experience, Cost(bytes=2 * experience)),
         "gradients": (gradient_bytes, step * trips),
-        "apply_gradients": (20 * sizes.weights * split,
+        "apply_gradients": (16 * sizes.weights * split,
                             Cost(bytes=28 * sizes.weights * split, host_bytes=host)),
     }
 

@@ -128,7 +128,7 @@ def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mes
 def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slot_count: int,
                   workload: Workload) -> dict[str, PlannedProgram]:
     """Returns every function of a training step in call order; compiles nothing."""
-    learner = Learner(config, decoder, mesh)
+    learner = Learner(config, decoder, mesh, tries_kernels=False)
     step = learner.lowered(config, width=workload.width, micro_batches=workload.room)
     state, reference = step.state, step.reference
 

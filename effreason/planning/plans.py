@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from effreason.lm import kv_cache
-from effreason.lm.attention import one_sequence_per_row
+from effreason.lm.attention import sequences_per_row
 from effreason.lm.kernels import KERNELS
 from effreason.lm.model import DecoderConfig
 from effreason.planning import analytic, chips, compile, estimates, workloads
@@ -88,11 +88,14 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
     capacity = cache_positions(max_positions(config))
     width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens,
                               shape[3])
+    parts = target.chip.multiprocessors
     attention = learner.choose_attention(config, decoder, width, platform=target.kind,
-                                         context=shape[3])
+                                         context=shape[3],
+                                         capability=None if parts is None else parts.capability)
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens,
                                        prompt_tokens=inputs.prompt_tokens,
-                                       one_sequence_per_row=one_sequence_per_row(attention))
+                                       sequences_per_row=sequences_per_row(attention),
+                                       skips_others=attention == "cudnn_packed")
     # Without a kernel a decode step reads the whole cache, live or not.
     has_kernel = kv_cache.resolve_layout(
         config.rollout.cache_layout, target.kind, decoder.head_dim, decoder.dtype,

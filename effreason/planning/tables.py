@@ -56,14 +56,14 @@ def _heading(plan: Plan) -> list[str]:
     chip, settings, workload = plan.target.chip, plan.config, plan.workload
     mesh = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, plan.shape, strict=True))
 
-    options = [f"remat {settings.model.remat}"]
-    options += ["reference on the host"] * settings.kl.offload_reference
-    options += ["optimizer on the host"] * settings.update.offload_optimizer
+    on_host = ["reference"] * settings.kl.offload_reference
+    on_host += ["optimizer"] * settings.update.offload_optimizer
     hosts = f"on {plan.target.hosts:,} host{'s' * (plan.target.hosts > 1)}"
 
     return [f"{settings.model.path} on {plan.target.text}",
             f"{plan.target.chips:,} x {chip.name} {hosts}, {chip.hbm_bytes / GIB:.2f} GiB each",
-            f"mesh: {mesh}; {'; '.join(options)}",
+            f"mesh: {mesh}; remat {settings.model.remat}",
+            *([f"on the host: {', '.join(on_host)}"] if on_host else []),
             f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} rows of "
             f"{workload.width:,} in a micro-batch"]
 

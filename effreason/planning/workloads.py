@@ -59,23 +59,29 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
 
 
 def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS,
-                  one_sequence_per_row: bool = False) -> Workload:
-    """Returns the work of one step, with rows wide enough for the longest possible response."""
+                  sequences_per_row: int | None = None, skips_others: bool = False) -> Workload:
+    """Returns the work of one step, with rows wide enough for the longest possible response.
+
+    Args: skips_others, whether the attention computes no pairs of two sequences in a row.
+    """
     settings, update = config.rollout, config.update
     responses = lengths(settings.prompts_per_step * settings.group_size, mean_tokens,
                         settings.max_new_tokens)
     sizes = responses + prompt_tokens
     context = config.mesh.context
     widest = packing.row_width(config.data.max_prompt_tokens + settings.max_new_tokens, context)
-    widths = packing.row_widths(widest, context, one_sequence_per_row)
+    widths = packing.row_widths(widest, context, sequences_per_row)
     layouts = [packing.assign_rows(sizes, range(first, len(sizes), update.updates_per_batch),
-                                   widths, update.rows_per_micro_batch, one_sequence_per_row)
+                                   widths, update.rows_per_micro_batch, sequences_per_row)
                for first in range(update.updates_per_batch)]
 
     count = pairs = 0.0
     for group, width in enumerate(widths):
         batches = max(len(bins[group]) for bins in layouts) / update.rows_per_micro_batch
         count, pairs = count + batches * width / widest, pairs + batches * (width / widest) ** 2
+    if skips_others:
+        pairs = float(np.sum(np.square(sizes / widest))) / update.rows_per_micro_batch
+        pairs /= update.updates_per_batch
     computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
     room = -(-len(range(0, len(sizes), update.updates_per_batch)) // update.rows_per_micro_batch)
     return Workload(lengths=responses, prompt_tokens=prompt_tokens,

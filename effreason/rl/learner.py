@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from effreason.lm import attention, model
+from effreason.lm import attention, cudnn, model
 from effreason.lm.hf.pretrained import Pretrained
 from effreason.lm.kernels import unsupported_reason
 from effreason.rl import checkpoints, configured_reward, experience, packing, update
 from effreason.rl.experience import Batch, Objective, make_experience
 from effreason.rl.update import TrainState
-from effreason.runtime import sharding
+from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import INT32_MAX
 from effreason.runtime.errors import UserError
@@ -69,6 +69,7 @@ class Learner:
     Args:
         mesh: may be abstract (used by `effreason plan`).
         longest_prompt: tokens; None = data.max_prompt_tokens.
+        tries_kernels: if cuDNN's attention is tried on the mesh before it is chosen.
 
     Attributes:
         params_sharding: shardings of the weights.
@@ -86,13 +87,16 @@ class Learner:
     """
 
     def __init__(self, config: Config, decoder: model.DecoderConfig, mesh: Mesh,
-                 longest_prompt: int | None = None) -> None:
+                 longest_prompt: int | None = None, *, tries_kernels: bool = True) -> None:
         check_divisible(config, decoder, mesh)
         context, slots = mesh.shape["context"], config.rollout.max_new_tokens
         longest = (longest_prompt or config.data.max_prompt_tokens) + slots
         width = packing.row_width(longest, context)
+        device = mesh.devices.flat[0]
         decoder = dataclasses.replace(decoder, attention=choose_attention(
-            config, decoder, width, platform=mesh.devices.flat[0].platform, context=context))
+            config, decoder, width, platform=device.platform, context=context,
+            capability=cudnn.capability(device),
+            passes=lambda kernel: not tries_kernels or _passes_trial(decoder, mesh, kernel)))
         check_room(config, width)
 
         loss = update.LossConfig(
@@ -140,7 +144,7 @@ class Learner:
         self._updates = config.update.updates_per_batch
         self._pack = functools.partial(
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
-            slots=slots, one_sequence_per_row=attention.one_sequence_per_row(decoder.attention))
+            slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention))
 
     def pack(self, rollouts: Rollouts, correct: np.ndarray) -> PackedRollouts:
         """Packs responses into rows and puts them on the devices. Args: correct bool[P, G]."""
@@ -276,25 +280,40 @@ def make_objective(config: Config) -> Objective:
 
 
 def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *, platform: str,
-                     context: int) -> str:
+                     context: int, capability: tuple[int, int] | None = None,
+                     passes: Callable[[str], bool] = lambda kernel: True) -> str:
     """Returns the attention of the training passes: model.attention, or the best one that fits.
 
     Args:
         width: positions of a row.
         platform: of a device.
         context: shards of a row.
+        capability: compute capability of a GPU.
+        passes: whether a kernel that fits has passed its trial; the configured one has none.
 
     Raises:
         UserError: the configured one does not fit.
     """
     chosen = config.model.attention
-    facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=context)
+    facts: Any = dict(head_dim=decoder.head_dim, dtype=decoder.dtype, length=width, context=context,
+                      capability=capability)
     if chosen == "auto":
-        return attention.choose_attention(platform, **facts)
+        return attention.choose_attention(platform, **facts, passes=passes)
 
     if reason := unsupported_reason(chosen, platform, **facts):
         raise UserError(f"model.attention {chosen} does not fit: {reason}")
     return chosen
+
+
+def _passes_trial(decoder: model.DecoderConfig, mesh: Mesh, kernel: str) -> bool:
+    """Returns whether the attention kernel works on the devices of all processes."""
+    if not kernel.startswith("cudnn"):
+        return True
+    with jax.set_mesh(mesh):
+        passes = attention.passes_trial(
+            kernel, rows=sharding.batch_shards(mesh), heads=decoder.heads,
+            kv_heads=decoder.kv_heads, head_dim=decoder.head_dim, dtype=decoder.dtype)
+    return all(processes.all_gather("trial of a kernel", lambda: passes))
 
 
 def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:

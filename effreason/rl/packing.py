@@ -30,13 +30,13 @@ def row_width(longest: int, context: int = 1) -> int:
     return -(-longest // unit) * unit
 
 
-def row_widths(width: int, context: int = 1, one_sequence_per_row: bool = False) -> list[int]:
+def row_widths(width: int, context: int = 1, sequences_per_row: int | None = None) -> list[int]:
     """Returns the row widths to compile, widest first, each half the previous.
 
     Rows of 4,096 or more get two narrower widths, because attention cost is quadratic in the row.
     With one sequence per row there are up to four narrower widths, because padding is computed
     too."""
-    count = 5 if one_sequence_per_row else 3 if width >= LONG_ROW else 1
+    count = 5 if sequences_per_row == 1 else 3 if width >= LONG_ROW else 1
     widths = [width]
     while (len(widths) < count and widths[-1] >= NARROWEST_HALVED
            and widths[-1] % (4 * context) == 0):
@@ -50,7 +50,7 @@ def room(responses: int, *, rows: int, updates: int = 1) -> tuple[int, int, int]
 
 
 def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1,
-         context: int = 1, one_sequence_per_row: bool = False) -> Packed:
+         context: int = 1, sequences_per_row: int | None = None) -> Packed:
     """Packs prompts and responses into rows; response b belongs to optimizer update b % U.
 
     The arrays have room for the worst case, so that all steps of a run have the same shapes. How
@@ -63,13 +63,13 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
         updates: U.
         context: Size of the mesh axis; columns are in zig-zag order, which splits causal work
             evenly.
-        one_sequence_per_row: For attention kernels that know a row's length but no segments."""
+        sequences_per_row: At most; None = any number. Some attention kernels have a limit."""
     group_size, lengths = rollouts.tokens.shape[1], rollouts.lengths.reshape(-1)
     sizes = np.repeat(rollouts.prompt_lengths, group_size) + lengths
     no_response = len(sizes) * slots
-    widths = row_widths(width, context, one_sequence_per_row)
+    widths = row_widths(width, context, sequences_per_row)
     shares = [range(update, len(sizes), updates) for update in range(updates)]
-    assigned = [assign_rows(sizes, share, widths, rows, one_sequence_per_row) for share in shares]
+    assigned = [assign_rows(sizes, share, widths, rows, sequences_per_row) for share in shares]
 
     shape = room(len(sizes), rows=rows, updates=updates)
     token_index: Any = np.full((len(sizes), slots), math.prod(shape) * sum(widths), np.int32)
@@ -96,7 +96,7 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
 
 
 def assign_rows(sizes: Int[np.ndarray, " B"], members: Iterable[int], widths: Sequence[int],
-                rows: int, one_sequence_per_row: bool = False) -> list[list[list[int]]]:
+                rows: int, sequences_per_row: int | None = None) -> list[list[list[int]]]:
     """Decides which sequences share a row.
 
     Each goes into the first row it fits, longest first, of the narrowest width that holds it. Room
@@ -122,7 +122,7 @@ def assign_rows(sizes: Int[np.ndarray, " B"], members: Iterable[int], widths: Se
             if row is None:
                 return False
             bins[row].append(member)
-            room[row] = 0 if one_sequence_per_row else room[row] - size
+            room[row] = 0 if len(bins[row]) == sequences_per_row else room[row] - size
             return True
 
         for member in [member for member in waiting if sizes[member] > narrower]:

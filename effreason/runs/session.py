@@ -22,6 +22,7 @@ from effreason.rl.rollouts import unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
+from effreason.runtime.errors import UserError
 from effreason.runtime.progress import say
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import capacity
@@ -58,12 +59,24 @@ class Session:
         return load_weights(self.inputs.pretrained, self.engine.learner.params_sharding)
 
 
+def make_mesh(config: Config) -> Mesh:
+    """Builds the configured mesh. Raises: UserError, which names the recipes for these devices."""
+    try:
+        return sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    except UserError as error:
+        recipes = configuration.recipes(config.model.path, jax.device_count())
+        if not recipes:
+            raise
+        raise UserError(f"{error}; for {jax.device_count()} there is "
+                        f"{' or '.join(recipes)}") from None
+
+
 @contextlib.contextmanager
 def open_session(config: Config) -> Iterator[Session]:
     """Opens and checks everything a run needs except the weights. Raises: UserError."""
     processes.check_same(configuration.facts(config))       # first: later exchanges depend on it
     sharding.use_compilation_cache()
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_mesh(config)
 
     with (jax.set_mesh(mesh), Interrupts(with_output=True) as interrupts,
           make_grader(config) as grader):

@@ -56,10 +56,11 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the forward and backward passes; the optimizer keeps the weights in
     float32."""
-    attention: Literal["auto", "xla", "blockwise", "splash", "cudnn"] = "auto"
-    """Attention kernel for training: splash, on TPUs; cudnn, in bfloat16 on a GPU, with one
-    sequence in each row; blockwise, on any device with little memory; xla, on any device, for short
-    rows. auto = the fastest one that supports the device and the model."""
+    attention: Literal["auto", "xla", "blockwise", "splash", "cudnn_packed", "cudnn"] = "auto"
+    """Attention kernel for training: splash, on TPUs; cudnn_packed, in bfloat16 on GPUs from Hopper
+    on, with jax 0.11.2 or newer; cudnn, on older ones, with one sequence in each row; blockwise, on
+    any device with little memory; xla, on any device, for short rows. auto = the fastest one that
+    supports the device and the model; cuDNN's must first agree with XLA in a trial."""
     remat: Literal["full", "attention", "none"] = "full"
     """What the backward pass recomputes to save memory: full = every layer; attention = every layer
     except its attention (with cudnn the same as full); none = nothing, for small models. full takes
@@ -529,6 +530,14 @@ def load(path: str | os.PathLike[str]) -> Config:
     parser = config_parser.parser(Config, "load")
     values = config_parser.read(Config, parser, Path(path), jsonargparse.Namespace())
     return config_parser.build(Config, values)
+
+
+def recipes(model: str, devices: int) -> list[str]:
+    """Returns the shipped configurations of a model for this number of devices."""
+    found = {path.name: load(path) for path in sorted(shipped().glob("*.yaml"))}
+    return [f"configs/{name}" for name, config in found.items()
+            if config.model.path == model
+            and math.prod(dataclasses.astuple(config.mesh)) == devices]
 
 
 def to_yaml(config: Config) -> str:

@@ -247,6 +247,77 @@ def test_cudnn_is_told_the_lengths(monkeypatch):
     check(on_mesh("cudnn", {"fsdp": 2, "tensor": 2}, given, segments), oracle(*given, segments))
 
 
+class PackedStandIn:
+    """Reads lengths and starts as cuDNN does, and has XLA compute each row's sequences."""
+
+    class MaskType:
+        PADDING_CAUSAL = "padding, causal"
+
+    def __init__(self, change=lambda mixed: mixed):
+        self.change = change
+
+    def dot_product_attention(self, query, key, value, *, q_seqlen, kv_seqlen, q_offsets,
+                              kv_offsets, scale, mask_type):
+        assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
+        assert q_seqlen.shape[1] + 1 == q_offsets.shape[1] and mask_type == "padding, causal"
+        assert q_seqlen.dtype == q_offsets.dtype == jnp.int32
+        column = jnp.arange(query.shape[1], dtype=jnp.int32)[None, None]
+        starts, lengths = q_offsets[:, :-1, None], q_seqlen[:, :, None]
+        inside = (column >= starts) & (column < starts + lengths) & (starts >= 0)   # [B, M, N]
+        mask = jnp.any(inside[:, :, :, None] & inside[:, :, None], axis=1)
+        mask |= jnp.eye(query.shape[1], dtype=bool)[None]       # a softmax of nothing has no value
+        return self.change(jax.nn.dot_product_attention(
+            query, key, value, mask=mask[:, None], is_causal=True, scale=scale))
+
+
+def raising(*arrays, **options):
+    raise RuntimeError("no such engine")
+
+
+def test_packed_cudnn_is_told_where_sequences_begin_and_end(monkeypatch):
+    monkeypatch.setattr(cudnn, "private_module", PackedStandIn)
+    given = arrays(4, 24, 4, 2, 8)
+    segments = np.stack([packed(row, 24) for row in ([24], [7, 1, 9], [1] * 16, [])])
+    check(jax.jit(functools.partial(attend, "cudnn_packed"))(*given, segments),
+          oracle(*given, segments))
+    check(on_mesh("cudnn_packed", {"fsdp": 2, "tensor": 2}, given, segments),
+          oracle(*given, segments))
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", "cudnn_packed"])
+def test_a_kernel_is_trusted_only_after_its_trial(monkeypatch, implementation):
+    """Right, half of its gradient missing, and refused by its library."""
+    by_xla = jax.nn.dot_product_attention
+
+    def passes(change):
+        def alone(*arrays, implementation=None, **options):
+            mixed = by_xla(*arrays, **options)
+            return mixed if implementation is None else change(mixed)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.nn, "dot_product_attention", alone)
+            patch.setattr(cudnn, "private_module", lambda: PackedStandIn(change))
+            with jax.set_mesh(mesh(fsdp=2, tensor=2)):
+                return attention.passes_trial(implementation, rows=2, heads=4, kv_heads=2,
+                                              head_dim=64, dtype=jnp.float32)
+
+    assert passes(lambda mixed: mixed)
+    assert not passes(lambda mixed: (mixed + jax.lax.stop_gradient(mixed)) / 2)
+    assert not passes(raising)
+
+
+@pytest.mark.skipif(not cudnn.can_pack(), reason="this JAX packs no rows for cuDNN")
+def test_packed_cudnn_is_called_on_a_gpu():
+    shapes = [jax.ShapeDtypeStruct((4, 256, count, 64), jnp.bfloat16) for count in (4, 2, 2, 4)]
+    step = jax.jit(functools.partial(attend, "cudnn_packed"))
+    with jax.set_mesh(mesh(fsdp=2, tensor=2)), cudnn.described((9, 0)):
+        text = step.trace(*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32)).lower(
+            lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"@(__cudnn\$\w+)", text)) == {"__cudnn$fmhaSoftmax",
+                                                         "__cudnn$fmhaSoftmaxBackward"}
+    assert set(re.findall(r'max_seg_per_batch\W+22: (\d+)', text)) == {"16"}
+
+
 @pytest.mark.parametrize("shape", [None, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_cudnn_is_called_on_a_gpu(shape):
     """Lowered for CUDA, which needs no GPU: forward and backward, causal and padded, on a device's
@@ -265,9 +336,9 @@ def test_cudnn_is_called_on_a_gpu(shape):
 
 
 def test_what_runs_where():
-    def chosen(platform, dtype=jnp.bfloat16, head_dim=128, length=32768, context=1):
+    def chosen(platform, dtype=jnp.bfloat16, head_dim=128, length=32768, context=1, **options):
         return attention.choose_attention(platform, head_dim=head_dim, dtype=dtype, length=length,
-                                          context=context)
+                                          context=context, **options)
 
     assert chosen("tpu") == chosen("tpu", jnp.float32, 64, 384, 3) == "splash"
     assert (chosen("tpu", head_dim=80) == chosen("tpu", length=32768 + 64)
@@ -276,8 +347,13 @@ def test_what_runs_where():
     assert chosen("gpu") == "cudnn" and chosen("gpu", context=2) == "blockwise"
     assert chosen("gpu", jnp.float32) == chosen("gpu", head_dim=256) == "blockwise"
     assert chosen("cpu", length=1024) == "xla" and chosen("cpu", length=1025) == "blockwise"
-    assert [attention.one_sequence_per_row(implementation)
-            for implementation in attention.IMPLEMENTATIONS] == [False, False, False, True]
+    assert chosen("gpu", capability=(8, 0)) == "cudnn"
+    hopper = chosen("gpu", capability=(9, 0))
+    assert hopper == ("cudnn_packed" if cudnn.can_pack() else "cudnn")
+    assert chosen("gpu", capability=(9, 0), passes=lambda kernel: kernel == "cudnn") == "cudnn"
+    assert chosen("gpu", capability=(9, 0), passes=lambda kernel: False) == "blockwise"
+    assert [attention.sequences_per_row(implementation)
+            for implementation in attention.IMPLEMENTATIONS] == [None, None, None, 16, 1]
     assert kernels.unsupported_reason("xla", "tpu", head_dim=3, dtype=jnp.float32, length=7) is None
     assert (kernels.unsupported_reason("splash", "tpu", head_dim=64, dtype=jnp.float32,
                                        length=320, context=2)
@@ -288,7 +364,7 @@ def test_what_does_not_fit_is_one_clear_line():
     query, key, value, _ = arrays(1, 48, 2, 2, 8)
     segments = packed([48], 48)[None]
     with pytest.raises(UserError,
-                       match="attention is 'flash', expected one of xla, blockwise, splash, cudnn"):
+                       match="attention is 'flash', expected one of xla, blockwise, splash, cud"):
         attention.causal_attention(query, key, value, segments, implementation="flash")
     with pytest.raises(UserError,
                        match="a row has 48 positions, the splash kernel expects a multiple of 128"):

@@ -13,8 +13,10 @@ from effreason.cli import main
 from effreason.cli import plan as commands
 from effreason.planning import chips, compile, plans, search, shapes, tables, workloads
 from effreason.planning.costs import Cost
+from effreason.runs import session
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
+from effreason.runtime.errors import UserError
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256,
@@ -103,7 +105,7 @@ def test_packed_rows_hold_all_tokens(config):
     assert (work.width == 256
             and positions * work.packing_efficiency == pytest.approx(work.tokens + 16 * 32))
     alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32,
-                                    one_sequence_per_row=True)
+                                    sequences_per_row=1)
     assert alone.pair_batches <= alone.micro_batches
 
 
@@ -341,6 +343,43 @@ def test_a_mistake_is_found_before_jax_is_imported():
                "assert not {'jax', 'transformers'} & sys.modules.keys(); sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --chips tpu:v5e:5")
+
+
+GPU_RECIPES = [
+    ("r1_distill_1p5b_h100", "gpu:h100:1"), ("r1_distill_1p5b_8xh100", "gpu:h100:8"),
+    ("r1_distill_7b_8xh100", "gpu:h100:8"), ("r1_distill_1p5b_h200", "gpu:h200:1"),
+    ("r1_distill_7b_8xh200", "gpu:h200:8")]
+
+
+@pytest.mark.parametrize(("name", "target"), GPU_RECIPES)
+def test_the_recipes_for_gpus_are_those_for_tpus_on_another_mesh_and_fit(
+        capsys, no_gpu_compiler, name, target):
+    size = name.split("_")[2]
+    ours, theirs = (configuration.load(f"configs/{recipe}.yaml")
+                    for recipe in (name, f"r1_distill_{size}"))
+    changed = {line.split(":")[0] for line in configuration.differences(theirs, ours)}
+    assert changed <= {"mesh.fsdp", "mesh.tensor", "model.remat", "update.rows_per_micro_batch",
+                       "kl.offload_reference", "update.offload_optimizer", "rollout.max_new_tokens"}
+    text = planned_by_command(capsys, ["--config", f"configs/{name}.yaml", "--chips", target])
+    assert "\nfits: " in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_recipes_are_found_by_model_and_devices():
+    large = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
+    assert configuration.recipes(large, 8) == ["configs/r1_distill_7b_8xh100.yaml",
+                                               "configs/r1_distill_7b_8xh200.yaml"]
+    assert configuration.recipes(large, 16) == ["configs/r1_distill_7b.yaml"]
+    assert configuration.recipes(large, 7) == configuration.recipes("other", 8) == []
+
+
+def test_a_recipe_for_other_devices_names_those_for_these():
+    config = configuration.load("configs/r1_distill_1p5b.yaml")
+    with pytest.raises(UserError, match="expected 8, the number of devices; for 8 there is "
+                       "configs/r1_distill_1p5b_8xh100.yaml$"):
+        session.make_mesh(config)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, path="other"))
+    with pytest.raises(UserError, match="expected 8, the number of devices$"):
+        session.make_mesh(other)
 
 
 @pytest.mark.parametrize(("name", "target", "rate"), [

@@ -75,7 +75,7 @@ def test_every_sequence_is_in_one_row_whole_and_in_order(groups, rows, updates, 
                            [[max(n, 1) for n in lengths] for _, lengths in groups])
     width, slots = packing.row_width(130, context), 95
     packed = packing.pack(rollouts, rows=rows, width=width, slots=slots, updates=updates,
-                          context=context, one_sequence_per_row=one_per_row)
+                          context=context, sequences_per_row=1 if one_per_row else None)
     none, seen = rollouts.lengths.size * packed.token_index.shape[1], []
     for table, counts in zip(in_row_order(packed, context), packed.counts, strict=True):
         for which in range(updates):
@@ -115,7 +115,7 @@ def test_every_sequence_is_in_one_row_whole_and_in_order(groups, rows, updates, 
 def test_token_index_finds_what_response_index_scattered(context, one_per_row):
     rollouts = rollouts_of([3, 9, 2], [[70, 5, 1, 33], [8, 8, 90, 2], [4, 60, 31, 12]])
     packed = packing.pack(rollouts, rows=2, width=128, slots=90, updates=2, context=context,
-                          one_sequence_per_row=one_per_row)
+                          sequences_per_row=1 if one_per_row else None)
     assert len(packed.groups) == (2 if one_per_row else 1)
     mask = np.arange(packed.token_index.shape[1]) < rollouts.lengths.reshape(-1, 1)
     values = np.where(mask, np.random.default_rng(0).standard_normal(mask.shape),
@@ -152,15 +152,15 @@ def test_ragged_responses_fill_their_rows():
     assert packing.packing_efficiency(packing.pack(rollouts_of([20] * 16, lengths),
                                                    **settings)) > 0.9
     assert packing.packing_efficiency(packing.pack(rollouts_of([20] * 16, lengths), **settings,
-                                                   one_sequence_per_row=True)) > 0.45
+                                                   sequences_per_row=1)) > 0.45
 
 
 def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
     assert packing.row_widths(32_768) == [32_768, 16_384,
                                           8_192] and packing.row_widths(2_048) == [2_048]
-    assert packing.row_widths(320, one_sequence_per_row=True) == [320, 160, 80]
+    assert packing.row_widths(320, sequences_per_row=1) == [320, 160, 80]
     assert packing.row_widths(32_768,
-                              one_sequence_per_row=True) == [32_768, 16_384, 8_192, 4_096, 2_048]
+                              sequences_per_row=1) == [32_768, 16_384, 8_192, 4_096, 2_048]
     sizes = np.array([30, 12, 11, 9, 7, 5, 3, 3, 2])
     # 30 takes a row of 32 and the second row of the micro-batch is computed with it: 12, 11, 9 fill
     # it, 2 the first. 7 and 5 are then in rows of 8, one more of which takes the 3s.
@@ -168,7 +168,11 @@ def test_long_rows_come_in_three_widths_and_wide_ones_are_filled_first():
         [[0, 8], [1, 2, 3]], [], [[4], [5, 6], [7], []]]
     assert packing.assign_rows(sizes[4:], range(5), [32, 16, 8],
                                rows=2) == [[], [], [[0], [1, 2], [3, 4], []]]
-    assert packing.assign_rows(sizes, range(9), [32, 16, 8], rows=2, one_sequence_per_row=True) == [
+    assert packing.assign_rows(sizes[4:], range(5), [32, 16, 8], rows=2, sequences_per_row=3) == [
+        [], [], [[0], [1, 2], [3, 4], []]]
+    assert packing.assign_rows(np.ones(5, int), range(5), [8], rows=1, sequences_per_row=2) == [
+        [[0, 1], [2, 3], [4]]]
+    assert packing.assign_rows(sizes, range(9), [32, 16, 8], rows=2, sequences_per_row=1) == [
         [[0], [1]], [[2], [3]], [[4], [5], [6], [7], [8], []]]
 
 

@@ -279,7 +279,7 @@ def test_score_rows_is_the_naive_score(config, tile):
                                    np.where(inside, other[:, 1:], 0), rtol=1e-5, atol=1e-5)
 
 
-PACKING = {"rows": dict(), "one per row": dict(one_sequence_per_row=True),
+PACKING = {"rows": dict(), "one per row": dict(sequences_per_row=1),
            "two updates": dict(updates=2)}
 
 
@@ -428,7 +428,7 @@ def test_a_learning_step_does_not_depend_on_how_it_is_cut(learnt_in_pairs, chang
 
 
 def test_a_learning_step_does_not_depend_on_packing(learnt_in_pairs, monkeypatch):
-    monkeypatch.setattr(attention, "one_sequence_per_row", lambda implementation: True)
+    monkeypatch.setattr(attention, "sequences_per_row", lambda implementation: 1)
     assert_same(learnt(dict(rows_per_micro_batch=2)), learnt_in_pairs, atol=1e-4)
 
 
