@@ -1,6 +1,7 @@
 """The command `effreason grade FILE.jsonl`: marks each response in a file, and says why.
 
-A line is an object with a response and a reference answer, and optionally a kind and choices. The
+A line is an object with a response and a reference answer, or a list of references any of which is
+right, and optionally a kind and choices. The
 whole file is checked before anything is graded. Needs no jax.
 """
 
@@ -122,12 +123,15 @@ def _item(number: int, row: dict[str, Any], options: argparse.Namespace, place: 
     response_fields = (options.response_field,) if options.response_field else RESPONSE_FIELDS
     reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
     kind = row.get("kind", options.kind)
-    reference = Reference(_text(row, reference_fields, place), kind, _choices(row, place))
+    reference = Reference(_text(row, reference_fields, place, listed=True), kind,
+                          _choices(row, place))
     return Item(number, _text(row, response_fields, place), reference)
 
 
-def _text(row: dict[str, Any], fields: Sequence[str], place: str) -> str:
-    """Returns the value of the first field, or else of the only other one that the row has."""
+def _text(row: dict[str, Any], fields: Sequence[str], place: str, *, listed: bool = False) -> str:
+    """Returns the value of the first field, or else of the only other one that the row has.
+
+    Args: listed, a list of texts is accepted too: several references, any of which is right."""
     present = [field for field in fields if field in row]
     if not present:
         others = f" (nor {', '.join(fields[1:])})" if len(fields) > 1 else ""
@@ -137,6 +141,9 @@ def _text(row: dict[str, Any], fields: Sequence[str], place: str) -> str:
         raise UserError(f"{place}: no field {fields[0]}, and {' and '.join(present)} could both "
                         "replace it")
     value = row[present[0]]
+    if listed and isinstance(value, list) and value and all(
+            isinstance(entry, str) for entry in value):
+        return json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         raise UserError(f"{place}: {present[0]} must be a string or a number, got {_shown(value)}")
     return value

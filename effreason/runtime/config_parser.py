@@ -40,9 +40,11 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:         # a number of 5,000 digits
+        except ValueError:          # a number of 5,000 digits
+            value, kind = str(node.value), node.tag.rpartition(":")[2]
+            shown = value if len(value) <= 60 else f"{value[:40]}... ({len(value)} characters)"
             raise yaml.constructor.ConstructorError(
-                problem=_one_line(error), problem_mark=node.start_mark) from None
+                problem=f"{shown} cannot be read as {kind}", problem_mark=node.start_mark) from None
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),

@@ -138,6 +138,13 @@ def test_stdin_and_no_lines(capsys, monkeypatch):
         assert total in grade(capsys, "-")
 
 
+def test_any_of_several_references_is_right(tmp_path, capsys):
+    rows = [{"response": r"\boxed{0.5}", "reference": reference}
+            for reference in (["3", r"\frac{1}{2}"], [7, 0.5], '["3", "4"]')]
+    out = grade(capsys, write(tmp_path / "rows.jsonl", rows), "--json")
+    assert [json.loads(line)["correct"] for line in out.splitlines()] == [True, True, False]
+
+
 def test_it_starts_without_jax_and_stands_a_closed_pipe(tmp_path):
     path = write(tmp_path / "rows.jsonl", ROWS * 400)
     code = ("import atexit, sys; from effreason.cli.main import main; "
