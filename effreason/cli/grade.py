@@ -1,8 +1,8 @@
 """The command `effreason grade FILE.jsonl`: marks each response in a file, and says why.
 
 A line is an object with a response and a reference answer, or a list of references any of which is
-right, and optionally a kind and choices. The
-whole file is checked before anything is graded. Needs no jax.
+right, and optionally a kind and choices. The whole file is checked before anything is graded. Needs
+no jax.
 """
 
 import argparse

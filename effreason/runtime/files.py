@@ -135,7 +135,7 @@ def complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                                 "repair or remove it")
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
 
             complete = isinstance(row, dict) and isinstance(row.get("step"), int)

@@ -166,7 +166,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """Reads a configuration as it was written, also if a field has another meaning today."""
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(table, dict | None):
         raise UserError(f"{path}: must hold sections of settings, got {type(table).__name__}")
