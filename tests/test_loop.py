@@ -391,7 +391,9 @@ step = Progress.step
 def stopping(self, index, metrics):
     step(self, index, metrics)
     if index + 1 == 5:
-        print("children:", open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
+        tasks = os.listdir("/proc/self/task")     # a child is of the thread that started it
+        print("children:", *(open(f"/proc/self/task/{task}/children").read() for task in tasks),
+              flush=True)
         if signum == signal.SIGPIPE:            # nobody reads any more
             reader, writer = os.pipe()
             os.dup2(writer, 1)
