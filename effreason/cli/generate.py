@@ -75,7 +75,8 @@ def _parser(prog: str) -> Parser:
                         help="system message, before the user's; default none; not for rows with "
                         "a system message of their own")
     parser.add_argument("--temperature", metavar="X", default=1.0,
-                        type=bounded("number >= 0", float, lambda x: 0 <= x < 1e6),
+                        type=bounded("number, 0 or >= 0.001", float,
+                                     lambda x: x == 0 or 0.001 <= x < 1e6),
                         help="sampling temperature; default 1; 0 = always the most likely token")
     parser.add_argument("--top-p", metavar="X", default=1.0,
                         type=bounded("number in (0, 1]", float, lambda x: 0 < x <= 1),
@@ -87,6 +88,9 @@ def _parser(prog: str) -> Parser:
                         type=bounded("number in [0, 1]", float, lambda x: 0 <= x <= 1),
                         help="sample from tokens at least this likely, relative to the most "
                         "likely one")
+    parser.add_argument("--stop-ids", metavar="TOKENS",
+                        help="tokens that end a response besides the model's EOS tokens: ids or "
+                        "texts of single tokens, separated by commas")
     parser.add_argument("--max-new-tokens", metavar="N", type=_count,
                         help=f"longest response; default {prompt_files.NEW_TOKENS:,}, or what the "
                         "prompt leaves of the model's context")

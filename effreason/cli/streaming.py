@@ -64,7 +64,8 @@ class Session:
         self.template: templates.Template | None = None         # None: texts are read unchanged
 
         try:
-            self.pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype)
+            self.pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype,
+                                              stop_ids=options.stop_ids)
             chosen = (options.template, options.template_arguments, options.system_prompt)
             if (any(option is not None for option in chosen)
                     or self.pretrained.tokenizer.chat_template and not options.raw):
@@ -77,7 +78,10 @@ class Session:
 
         if self.template is None and not options.raw:
             say(f"{options.model} has no chat template: prompts are read unchanged", self.console)
-        for note in [*self.pretrained.notes, *(self.template.notes if self.template else [])]:
+        notes = [] if self.template is None else [
+            *self.template.notes, *templates.turn_end_notes(
+                self.pretrained.tokenizer, self.template, self.pretrained.eos_ids)]
+        for note in [*self.pretrained.notes, *notes]:
             say(_with_options(note), self.console)
 
     def read(self, prompt: Prompt) -> TokenizedPrompt:
@@ -157,7 +161,8 @@ def _with_options(text: str) -> str:
     """Returns a message with this command's options in place of the fields of other commands."""
     for field in ("template_arguments", "template", "system_prompt"):
         text = text.replace(f"data.{field}", f"--{field.replace('_', '-')}")
-    return text.replace("model.revision", "--revision")
+    return (text.replace("model.revision", "--revision")
+            .replace("--rollout.stop_ids", "--stop-ids").replace("rollout.stop_ids", "--stop-ids"))
 
 
 def converse(session: Session) -> None:

@@ -34,7 +34,7 @@ DATE_FORMATS = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul",
 FIXED_DATE = "".join(["{% macro strftime_now(format) %}{{ format",
                       *(f"|replace('{code}', '{value}')" for code, value in DATE_FORMATS.items()),
                       " }}{% endmacro %}\n"])
-PROBE = "What is 12+34?"
+PROBE, ANSWER = "What is 12+34?", "It is 46."
 DISPLAY_LINES, DISPLAY_COLUMNS = 20, 1000
 
 
@@ -168,6 +168,37 @@ def check_rows(tokenizer: Any, problems: Iterable[Problem], rows: int) -> None:
 def opens_thinking(rendered: str) -> bool:
     """Returns whether the response begins inside the thinking."""
     return rendered.rstrip().endswith(THINK)
+
+
+def turn_end_notes(tokenizer: Any, template: Template, eos_ids: Sequence[int]) -> list[str]:
+    """Returns a line for the log if the token that ends the assistant's turn is not an EOS token.
+
+    A model that has learnt the template ends its response with that token; if nothing stops it
+    there, it writes the next turn, up to the length limit."""
+    end = _turn_end(tokenizer, template)
+    if end is None or end in eos_ids:
+        return []
+
+    token, known = (tokenizer.convert_ids_to_tokens(ids) for ids in (end, list(eos_ids)))
+    return [f"note: {template.name} ends the assistant's turn with {token} (id {end}), but the "
+            f"model's EOS tokens are {', '.join(map(str, known))} (ids "
+            f"{', '.join(map(str, eos_ids))}): a response may run on into another turn; "
+            f"--rollout.stop_ids '{token}' ends it there"]
+
+
+def _turn_end(tokenizer: Any, template: Template) -> int | None:
+    """Returns the special token that follows the assistant's words; None if there is none."""
+    conversation = [*template.messages(PROBE), {"role": "assistant", "content": ANSWER}]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            conversation, tokenize=False, chat_template=template.text, **template.arguments)
+    except Exception:               # a template may have no place for such a conversation
+        return None
+
+    before, found, rest = rendered.partition(ANSWER)
+    tokens = encode(tokenizer, rest.strip()) if found and PROBE in before else ()
+    is_special = len(tokens) and int(tokens[0]) in tokenizer.added_tokens_decoder
+    return int(tokens[0]) if is_special else None
 
 
 def display(rendered: str) -> str:

@@ -131,6 +131,7 @@ class Evaluator:
             "evaluation.temperature": sampling.temperature, "evaluation.top_p": sampling.top_p,
             "evaluation.top_k": sampling.top_k, "evaluation.min_p": sampling.min_p,
             "evaluation.max_new_tokens": max_new_tokens(config), "model.dtype": config.model.dtype,
+            **({"rollout.stop_ids": config.rollout.stop_ids} if config.rollout.stop_ids else {}),
             **{f"repetition.{field}": value for field, value in repetition.items()
                if field == "stop" or config.repetition.stop},
             "grade.require_eos": config.grade.require_eos, "grade.function": config.grade.function,
@@ -285,7 +286,8 @@ def evaluate_model(config: Config, opened: EvaluatedModel, grader: Grader, seeds
     weight_bytes = capacity.EVALUATION_WEIGHT_BYTES
     first = next(iter(sets.values()))[0]
     prompt = templates.display(templates.render(pretrained.tokenizer, template, first.text))
-    for note in [*pretrained.notes, *template.notes, *notes,
+    turn_end = templates.turn_end_notes(pretrained.tokenizer, template, pretrained.eos_ids)
+    for note in [*pretrained.notes, *template.notes, *turn_end, *notes,
                  capacity.describe(config, pretrained.decoder, opened.mesh, weight_bytes),
                  f"the first prompt, by the template {template.name}:\n{prompt}"]:
         reporter.note(note)

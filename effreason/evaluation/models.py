@@ -66,7 +66,7 @@ def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> E
         return _open_checkpoint(config, Path(path), mesh)
 
     pretrained = open_pretrained(path, revision=revision, dtype=config.model.dtype,
-                                 remat=config.model.remat)
+                                 remat=config.model.remat, stop_ids=config.rollout.stop_ids)
     facts_file = pretrained.directory / FACTS_FILE
     shardings = sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder))
     return _checked(config, EvaluatedModel(
@@ -89,7 +89,8 @@ def _open_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
     Loading reads the whole training state, then keeps the parameters."""
     run = configuration.load(path.parents[1] / "config.yaml")
     pretrained = open_pretrained(run.model.path, revision=run.model.revision,
-                                 dtype=config.model.dtype, remat=config.model.remat)
+                                 dtype=config.model.dtype, remat=config.model.remat,
+                                 stop_ids=config.rollout.stop_ids or run.rollout.stop_ids)
 
     with Checkpoints(path.parent, keep=None) as checkpoints:
         if not path.name.isdecimal() or int(path.name) not in checkpoints.steps:

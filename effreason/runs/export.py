@@ -26,7 +26,8 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
 
     with disk(target):
         export_model(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
-                     chat_template=inputs.template.text, facts=facts, card=card)
+                     chat_template=inputs.template.text, facts=facts, card=card,
+                     eos_ids=inputs.pretrained.eos_ids)
 
 
 def origin(inputs: Inputs) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def open_session(config: Config) -> Iterator[Session]:
 def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     """Opens the model and reads the problems. Raises: UserError."""
     pretrained = open_pretrained(config.model.path, revision=config.model.revision,
-                                 dtype=config.model.dtype, remat=config.model.remat)
+                                 dtype=config.model.dtype, remat=config.model.remat,
+                                 stop_ids=config.rollout.stop_ids)
     check_model(pretrained, config, mesh)
     tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
 
@@ -128,7 +129,8 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     # The first batch, at once: there may be too few problems.
     first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)[0]
     prompt = templates.display(templates.render(tokenizer, template, first.text))
-    notes = [*pretrained.notes, *problems.notes, *held_out_notes,
+    turn_end = templates.turn_end_notes(tokenizer, template, pretrained.eos_ids)
+    notes = [*pretrained.notes, *problems.notes, *held_out_notes, *turn_end,
              f"the first prompt, by the template {template.name}:", prompt]
     return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
                   notes=notes, problems_sha256=prompts.fingerprint(problems),

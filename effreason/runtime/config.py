@@ -145,6 +145,10 @@ class RolloutConfig(Section):
     min_p: Closed = 0.0
     """Sample only tokens at least this likely, relative to the most likely one; 0 = from all, as
     the method assumes."""
+    stop_ids: str | None = None
+    """Tokens that end a response besides the model's EOS tokens, in training, evaluation and the
+    exported model: ids, or texts of single tokens, separated by commas, such as <|im_end|> for a
+    base model with a chat template. null = none."""
     slots: Count | None = None
     """Responses generated at the same time, rounded up to a multiple of mesh.data x mesh.fsdp; a
     finished one makes room for the next. null = as many as fit into rollout.memory_gib at full

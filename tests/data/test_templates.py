@@ -272,6 +272,38 @@ def test_a_template_without_a_date_is_left_as_it_is(characters):
     assert template.text == characters.get_chat_template() and template.notes == []
 
 
+CHAT = ("{% for message in messages %}<｜User｜>{{ message.content }}{{ END }}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")
+
+
+@pytest.mark.parametrize(("text", "end"), [
+    (CHAT.replace("{{ END }}", "<think>\n"), "<think>"),
+    (CHAT.replace("{{ END }}", "\n{{ eos_token }}\n"), None),        # an EOS token
+    (CHAT.replace("{{ END }}", "\n"), None),
+    (CHAT.replace("{{ END }}", " and more"), None),
+    ("{{ messages[-1]['content'] }}<｜Assistant｜>", None),      # shows a single turn, like r1
+    ("{% if messages|length > 1 %}{{ 1/0 }}{% endif %}{{ messages[-1]['content'] }}", None),
+])
+def test_a_turn_that_ends_in_a_token_that_is_not_eos_is_noted(characters, tmp_path, text, end):
+    (tmp_path / "t.jinja").write_text(text)
+    template = chosen(characters, str(tmp_path / "t.jinja"))
+    notes = templates.turn_end_notes(characters, template, (characters.eos_token_id,))
+    if end is None:
+        assert notes == []
+    else:
+        (note,) = notes
+        assert f"ends the assistant's turn with {end} (id " in note
+        assert f"EOS tokens are {characters.eos_token} (ids {characters.eos_token_id})" in note
+        assert note.endswith(f"--rollout.stop_ids '{end}' ends it there")
+
+
+@pytest.mark.parametrize("name", [None, "r1", "r1_think"])
+def test_the_shipped_templates_end_turns_with_eos(characters, name):
+    template = chosen(characters, name)
+    assert templates.turn_end_notes(characters, template, (characters.eos_token_id,)) == []
+    assert bool(templates.turn_end_notes(characters, template, (5,))) == (name is None)
+
+
 def test_a_name_that_is_no_template(characters, tmp_path):
     with pytest.raises(UserError, match=r"must be null, r1, r1_think, default or a file, got "
                        r"'r1-think' \(did you mean r1_t"):

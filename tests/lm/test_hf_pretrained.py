@@ -353,6 +353,29 @@ def test_a_tokenizer_of_another_kind_is_named(whole):
         opened(whole)
 
 
+def test_stop_ids_are_eos_ids_and_written_into_the_export(whole, tmp_path):
+    pretrained = open_pretrained(str(whole), dtype="float32", stop_ids="5, w7,11")
+    assert pretrained.eos_ids == (1, 5, 7, 11)
+    for generation in (None, {"eos_token_id": 1, "do_sample": True}):
+        if generation is not None:
+            edit(whole, "generation_config.json", **generation)
+        export(whole, tmp_path / "export", eos_ids=pretrained.eos_ids)
+        written = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+        assert written == (generation or {"bos_token_id": 0}) | {"eos_token_id": [1, 5, 7, 11]}
+        exported = open_pretrained(str(tmp_path / "export"), dtype="float32")
+        assert exported.eos_ids == pretrained.eos_ids
+
+    before = (whole / "generation_config.json").read_bytes()
+    export(whole, tmp_path / "same", eos_ids=(1,))      # what ends a response anyway
+    assert (tmp_path / "same" / "generation_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("stop_ids", ["w99", "w3 w4", "72", "", "-1", "w3,"])
+def test_stop_ids_that_are_no_single_token_are_one_line(whole, stop_ids):
+    with pytest.raises(UserError, match="rollout.stop_ids must be ids below 72 or texts"):
+        open_pretrained(str(whole), dtype="float32", stop_ids=stop_ids)
+
+
 def test_a_padded_vocabulary_is_no_mistake(whole):
     def pad(tensors):
         rows = tensors["model.embed_tokens.weight"]

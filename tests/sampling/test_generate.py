@@ -352,6 +352,13 @@ def test_a_prompt_is_streamed_to_the_text_that_a_file_gets(capsys, whole):
     assert summaries[1].endswith(f"finish {whole[1]['finish']}")
 
 
+def test_stop_ids_end_a_response(capsys, tiny):
+    row = json.loads(printed(capsys, "--prompt", "(47+9)%10", "--json", "--temperature", "0",
+                             "--stop-ids", "</think>"))
+    stop = tiny.tokenizer.convert_tokens_to_ids("</think>")
+    assert row["finish"] == "eos" and row["tokens"].index(stop) == len(row["tokens"]) - 1
+
+
 def test_raw_text_gets_the_tokenizers_own_bos_and_no_template(capsys, tiny):
     text = "(47+9)%10"
     told = json.loads(printed(capsys, "--prompt", text, "--raw", "--json", "--max-new-tokens", "2"))

@@ -25,11 +25,12 @@ from effreason.runtime.sharding import Shardings
 SHIPPED_REASONER = Path(__file__).parents[2] / "data" / "tiny" / "reasoner"
 TEMPLATE_FILE, TOKENIZER_FILE = "chat_template.jinja", "tokenizer_config.json"
 OLDER_TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.json", "additional_chat_templates"
+GENERATION_FILE = "generation_config.json"
 CARD_FILE, FACTS_FILE = "README.md", "effreason.json"
 # What another program needs besides the weights. The source's README is not ours to pass on.
 COMPANIONS = ("config.json", "tokenizer.json", TOKENIZER_FILE, "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", TEMPLATE_FILE,
-              OLDER_TEMPLATE_FILE, "generation_config.json", "LICENSE", "LICENSE.md",
+              OLDER_TEMPLATE_FILE, GENERATION_FILE, "LICENSE", "LICENSE.md",
               "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 CONVERT_TOKENIZER = ("load it with AutoTokenizer of transformers, and save_pretrained writes "
@@ -46,19 +47,20 @@ class Pretrained:
     directory: Path                 # for a model on the Hub, its snapshot in the cache
     decoder: DecoderConfig
     tokenizer: Any                  # a transformers fast tokenizer
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]        # that end a response; with those of rollout.stop_ids
     max_positions: int              # longest sequence the model was trained for
     notes: tuple[str, ...]          # lines for the log: what in its files may surprise
 
 
 def open_pretrained(path: str, *, dtype: str, remat: str = "full",
-                    revision: str | None = None) -> Pretrained:
+                    revision: str | None = None, stop_ids: str | None = None) -> Pretrained:
     """Reads config, tokenizer and EOS ids, and checks that there are weights that fit.
 
     Args:
         path: A directory, the id of a model on the Hub, whose small files are fetched, or "tiny",
             the reasoner that ships with the package.
         revision: A branch, tag or commit on the Hub.
+        stop_ids: More tokens that end a response, see `parse_stop_ids`.
 
     Raises:
         UserError: Names the file, or says how to get the model."""
@@ -84,6 +86,8 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
     if not usable:
         raise UserError(f"{directory}: eos_token_id must be below config.json's vocab_size, "
                         f"{decoder.vocabulary}, got {max(ids)}")
+    if stop_ids is not None:
+        usable = tuple(sorted({*usable, *parse_stop_ids(stop_ids, tokenizer, decoder.vocabulary)}))
     decoder = dataclasses.replace(
         decoder, unused_ids=unused_ids(tokenizer, decoder.vocabulary, usable))
     return Pretrained(name=path, revision=commit, directory=directory, decoder=decoder,
@@ -187,7 +191,7 @@ def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     Raises:
         UserError: There is none: a response could never end."""
     configured: list[Any] = []
-    for path in (directory / "generation_config.json", directory / "config.json"):
+    for path in (directory / GENERATION_FILE, directory / "config.json"):
         if path.exists():
             entry = read_json(path).get("eos_token_id")
             configured = entry if isinstance(entry, list) else [] if entry is None else [entry]
@@ -206,6 +210,25 @@ def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     return ids
 
 
+def parse_stop_ids(text: str, tokenizer: Any, vocabulary: int) -> list[int]:
+    """Returns the ids in a list of ids and texts of single tokens, separated by commas.
+
+    Raises:
+        UserError: One of them is neither."""
+    ids, known = [], tokenizer.get_vocab()
+    for part in (part.strip() for part in text.split(",")):
+        if part.isdecimal():
+            found = [int(part)]
+        else:
+            found = ([known[part]] if part in known
+                     else tokenizer.encode(part, add_special_tokens=False))
+        if len(found) != 1 or found[0] >= vocabulary or found[0] == tokenizer.unk_token_id:
+            raise UserError(f"rollout.stop_ids must be ids below {vocabulary} or texts of single "
+                            f"tokens, separated by commas, got {part!r}")
+        ids += found
+    return ids
+
+
 def unused_ids(tokenizer: Any, vocabulary: int,
                eos_ids: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Returns the ids below `vocabulary` without a token, as ranges [first, end); EOS ids count."""
@@ -218,7 +241,8 @@ def unused_ids(tokenizer: Any, vocabulary: int,
 
 def export_model(params: Params, config: DecoderConfig, source: Path, target: Path, *,
                  chat_template: str | None = None, card: str | None = None,
-                 facts: Mapping[str, Any] | None = None) -> None:
+                 facts: Mapping[str, Any] | None = None,
+                 eos_ids: Sequence[int] = ()) -> None:
     """Writes a directory that transformers loads: weights in the source's dtypes, and companions.
 
     The directory appears under its name only when complete: a crash or a full disk leaves the old
@@ -230,6 +254,7 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
         chat_template: The one it was trained with, instead of the source's.
         card: The text of README.md.
         facts: The table of effreason.json.
+        eos_ids: Those it was trained with, for generation_config.json.
 
     Raises:
         OSError: The directory cannot be written."""
@@ -246,6 +271,7 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
         _copy_companions(source, partial)
         if chat_template is not None:
             _write_template(partial, chat_template)
+        _write_eos(partial, eos_ids)
         if card is not None:
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
         if facts is not None:
@@ -287,6 +313,17 @@ def _write_template(directory: Path, template: str) -> None:
     if path.exists():
         table = read_json(path) | {"chat_template": template}
         path.write_text(_json(table), encoding="utf-8")
+
+
+def _write_eos(directory: Path, eos_ids: Sequence[int]) -> None:
+    """Makes other programs end a response at the same tokens, unless they would anyway."""
+    path, config = directory / GENERATION_FILE, read_json(directory / "config.json")
+    table = read_json(path) if path.exists() else {
+        name: config[name] for name in ("bos_token_id", "pad_token_id")
+        if config.get(name) is not None}
+    entry = table.get("eos_token_id", config.get("eos_token_id"))
+    if not set(eos_ids) <= set(entry if isinstance(entry, list) else [entry]):
+        path.write_text(_json(table | {"eos_token_id": list(eos_ids)}), encoding="utf-8")
 
 
 def _json(table: Mapping[str, Any]) -> str:
