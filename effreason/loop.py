@@ -69,7 +69,8 @@ class Run:
     session: Session
     directory: Path
     checkpoints: Checkpoints
-    reference: model.Params         # the model before training, in the compute dtype
+    # The model before training, in the compute dtype; None if nothing reads it.
+    reference: model.Params | None
     train_state: TrainState
     run_state: RunState
     initial_params: model.Params | None     # what rollouts are sampled from, if not from the policy
@@ -297,12 +298,15 @@ def begin(config: Config, session: Session, directory: Path, checkpoints: Checkp
         UserError: the checkpoint was trained with another template or on other problems, or has
             done more steps than are wanted.
     """
-    learner, weights = session.engine.learner, session.load_weights()
-    reference = learner.as_reference(weights)
+    learner = session.engine.learner
     latest = processes.broadcast("newest checkpoint", lambda: checkpoints.latest)
+    # A resume without a reference reads no weights but the checkpoint's.
+    weights = session.load_weights() if latest is None or config.keeps_reference else {}
+    reference = learner.as_reference(weights) if config.keeps_reference else None
     if latest is None:
         # A copy: in float32 the reference may be these very arrays, and updates donate the state.
-        train_state = learner.init(jax.tree.map(lambda weight: weight.copy(), weights))
+        train_state = learner.init(weights if reference is None else jax.tree.map(
+            lambda weight: weight.copy(), weights))
         run_state = RunState(alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
     else:
         train_state, facts = checkpoints.restore(learner.abstract_state, latest)
@@ -408,7 +412,14 @@ def evaluate_base(run: Run) -> dict[str, Outcomes]:
         return {}
     if run.progress is not None:
         run.progress.say("evaluating the model before training")
-    original = jax.device_put(run.reference, run.learner.params_sharding)
+
+    @functools.cache
+    def original() -> model.Params:
+        if run.reference is not None:
+            return jax.device_put(run.reference, run.learner.params_sharding)
+        # After a resume the evaluation is there already, unless somebody has deleted it.
+        return run.train_state.params if run.step == 0 else run.session.load_weights()
+
     return run.session.evaluator.measure_all(
         original, run.on_chunk, weights=model_fingerprint(run.session.inputs.pretrained),
         directory=runs.evaluations(run.directory, 0))
@@ -421,7 +432,7 @@ def evaluate(run: Run, base: dict[str, Outcomes],
     expected = {int(uid): float(tokens)
                 for uid, tokens in zip(first.uids, first.lengths.mean(axis=1), strict=True)}
     return run.session.evaluator.measure_all(
-        run.train_state.params, run.on_chunk, weights=f"step {run.step}", expected=expected,
+        lambda: run.train_state.params, run.on_chunk, weights=f"step {run.step}", expected=expected,
         names=names, directory=runs.evaluations(run.directory, run.step))
 
 

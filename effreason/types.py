@@ -125,7 +125,8 @@ class Experience:
                                     # response token
     advantages: jax.Array           # float32[..., R, N], KL penalty included
     old_logprobs: jax.Array         # float32[..., R, N], by the policy before the update
-    reference_logprobs: jax.Array   # float32[..., R, N], by the frozen reference
+    # float32[..., R, N], by the frozen reference; None if nothing reads them.
+    reference_logprobs: jax.Array | None = None
 
     @property
     def mask(self) -> jax.Array:

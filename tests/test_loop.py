@@ -197,6 +197,27 @@ def test_summary_json_has_exactly_the_promised_shape(finished):
     assert after["problems"] == 8
 
 
+@pytest.mark.slow
+def test_without_kl_the_run_keeps_and_scores_no_reference(world, tmp_path, monkeypatch):
+    started, begin = [], loop.begin
+    monkeypatch.setattr(loop, "begin", lambda *given: started.append(begin(*given)) or started[-1])
+    kept = {"run.steps": 2, "evaluation.problems": 4}
+    for name, changes in (("none", {"kl.form": "none"}), ("measured", {"kl.coefficient": 0.0})):
+        loop.train(small_runs.config(world, tmp_path / name, **kept, **changes))
+    assert started[0].reference is None and started[1].reference is not None
+
+    free, measured = (lasting(tmp_path / name) for name in ("none", "measured"))
+    for row, other in zip(free, measured, strict=True):
+        assert other.keys() - row.keys() == {"reward/kl", "update/kl"}
+        assert row == {name: other[name] for name in row}       # nothing was penalized
+    assert measured[1]["reward/kl"] != 0
+
+    monkeypatch.setattr(session.Session, "load_weights", None)  # a resume needs no second copy
+    loop.train(small_runs.config(world, tmp_path / "none", **kept | {"run.steps": 3},
+                                 **{"kl.form": "none", "run.resume": True}))
+    assert len(lasting(tmp_path / "none")) == 3
+
+
 def unexplained(row):
     """The metrics of a row that docs/metrics.md does not list."""
     page = (Path(loop.__file__).parents[1] / "docs" / "metrics.md").read_text()

@@ -4,6 +4,7 @@ Everything is opened and compiled once. Each member is a run of its own, in its 
 """
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,7 +156,7 @@ def evaluate_base(session: Session, directory: Path) -> dict[str, Outcomes]:
     """Evaluates the model before training, once for all members."""
     say("evaluating the model before training", processes.console())
     return session.evaluator.measure_all(
-        session.load_weights(), lambda progress: session.interrupts.check(),
+        functools.cache(session.load_weights), lambda progress: session.interrupts.check(),
         weights=model_fingerprint(session.inputs.pretrained), directory=directory / BASE_FOLDER)
 
 
@@ -216,7 +217,8 @@ def evaluate_blends(session: Session, member: Member, weights: Sequence[float],
             processes.console())
         share = sharding.to_device(jax.numpy.float32(weight), learner.replicated)
         outcomes[weight] = session.evaluator.measure_all(
-            mix(base, trained, share), lambda progress: session.interrupts.check(),
+            functools.cache(functools.partial(mix, base, trained, share)),
+            lambda progress: session.interrupts.check(),
             weights=f"{weight:g} of {model_fingerprint(pretrained)}",
             directory=directory / blend_folder(member, weight))
     return outcomes

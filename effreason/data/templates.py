@@ -196,9 +196,8 @@ def _turn_end(tokenizer: Any, template: Template) -> int | None:
         return None
 
     before, found, rest = rendered.partition(ANSWER)
-    tokens = encode(tokenizer, rest.strip()) if found and PROBE in before else ()
-    is_special = len(tokens) and int(tokens[0]) in tokenizer.added_tokens_decoder
-    return int(tokens[0]) if is_special else None
+    tokens = encode(tokenizer, rest.strip()).tolist() if found and PROBE in before else []
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
 
 
 def display(rendered: str) -> str:

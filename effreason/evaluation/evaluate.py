@@ -60,14 +60,15 @@ class Evaluator:
     grader: Grader
     seed: int
 
-    def measure_all(self, params: model.Params, on_chunk: OnChunk, *, weights: str,
-                    expected: Mapping[int, float] = NO_LENGTHS, directory: Path | None = None,
+    def measure_all(self, load_params: Callable[[], model.Params], on_chunk: OnChunk, *,
+                    weights: str, expected: Mapping[int, float] = NO_LENGTHS,
+                    directory: Path | None = None,
                     names: Sequence[str] | None = None) -> dict[str, Outcomes]:
         """Measures the sets one after another; see `measure`.
 
         Args: expected, of the problems of the first set; names, of the sets, None = all."""
         first = next(iter(self.sets), None)
-        return {name: self.measure(name, lambda: params, on_chunk, weights=weights,
+        return {name: self.measure(name, load_params, on_chunk, weights=weights,
                                    expected=expected if name == first else NO_LENGTHS,
                                    directory=directory).outcomes
                 for name in (self.sets if names is None else names)}
@@ -159,6 +160,13 @@ def max_new_tokens(config: Config) -> int:
     return config.evaluation.max_new_tokens or config.rollout.max_new_tokens
 
 
+def sized_for_evaluation(config: Config) -> Config:
+    """Returns the configuration of a command that only evaluates: no rollout is longer than the
+    evaluation's responses, which the cache and the model must have room for."""
+    return dataclasses.replace(config, rollout=dataclasses.replace(
+        config.rollout, max_new_tokens=max_new_tokens(config)))
+
+
 def make_grader(config: Config) -> Grader:
     """Builds the grader with the limits of the configuration.
 
@@ -190,6 +198,7 @@ def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,
         "the version of JAX": jax.__version__, "models": " ".join(paths),
         "seeds": " ".join(map(str, seeds))})
     sharding.use_compilation_cache()
+    given, config = config, sized_for_evaluation(config)
     models = open_models(config, paths)
     console, folders = processes.console(), responses.file_names(models)
     if output is not None:
@@ -215,7 +224,7 @@ def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,
         console.print(table)
     if output is not None and processes.is_primary():
         tables.write(output, compared, trained_on, provenance.environment(),
-                     dataclasses.asdict(config))
+                     dataclasses.asdict(given))
         say(f"the results: {output / tables.RESULTS} and {output / tables.TABLE}", console)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from effreason.lm import attention, kv_cache
@@ -225,7 +226,7 @@ def logits(params: Params, hidden: Float[Array, "... D"]) -> Float32[Array, "...
                       preferred_element_type=jnp.float32)
 
 
-def mask_unused(scores: Float[Array, "N V"], ids: Int[Array, " V"],
+def mask_unused(scores: Float[Array, "N V"], ids: Int[Array, " V"] | np.ndarray,
                 unused: tuple[tuple[int, int], ...]) -> Float[Array, "N V"]:
     """Gives the ids without a token a score of -inf: probability 0 in sampling and in training.
 
@@ -233,12 +234,12 @@ def mask_unused(scores: Float[Array, "N V"], ids: Int[Array, " V"],
     151,665 tokens. If one of the others were drawn, there would be no text for it.
 
     Args:
-        ids: Of the scores' columns.
+        ids: Of the scores' columns; a NumPy array is compared once, when the program is traced.
         unused: Ranges [first, end), ascending."""
     if not unused:
         return scores
-    bounds = jnp.array(unused, jnp.int32).reshape(1, -1)
-    is_unused = jnp.sum(ids[:, None] >= bounds, axis=-1) % 2 == 1
+    bounds = np.array(unused, np.int32).reshape(1, -1)
+    is_unused = (ids[:, None] >= bounds).sum(axis=-1) % 2 == 1
     return jnp.where(is_unused[None, :], -jnp.inf, scores)
 
 

@@ -130,7 +130,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     """Returns every function of a training step in call order; compiles nothing."""
     learner = Learner(config, decoder, mesh, tries_kernels=False)
     step = learner.lowered(config, width=workload.width, micro_batches=workload.room)
-    state, reference = step.state, step.reference
+    state, reference = step.state, step.reference if config.keeps_reference else ()
 
     resident = {name: bytes_per_device(tree) for name, tree in (
         ("params", state.params), ("optimizer", state.opt_state), ("reference", reference),

@@ -57,7 +57,7 @@ Objective = Callable[[ScoredBatch], TokenAdvantages]
 def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
                     alpha: Float[Array, ""], sampled: Float[Array, "B T"],
                     old: Float[Array, "B T"],
-                    reference: Float[Array, "B T"], packed: Packed, *, reward: Reward,
+                    reference: Float[Array, "B T"] | None, packed: Packed, *, reward: Reward,
                     objective: Objective, importance_cap: float | None = None,
                     min_reward_spread: float = 0.0) -> Batch:
     """Computes rewards and advantages, and puts each token's at its place in the packed rows.
@@ -66,14 +66,14 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
         alpha: an array, so that one compiled function serves every alpha.
         sampled: log-probs of the response tokens by the sampler.
         old: by the trainer before the update.
-        reference: by the frozen reference.
+        reference: by the frozen reference; None = nothing reads them, and KL is not measured.
         packed: the rows that hold these responses.
         importance_cap: see `advantages.truncated_importance`; None leaves it out.
         min_reward_spread: a group whose rewards differ by more has a signal; a metric alone.
     """
     rewards = reward(correct, lengths, alpha)
     mask = types.response_mask(lengths.reshape(-1), old.shape[1])
-    drift = jnp.where(mask, old - reference, 0.0)
+    drift = jnp.where(mask, old - (old if reference is None else reference), 0.0)
     learnt = objective(ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask,
                                    drift=drift))
 
@@ -82,8 +82,9 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
         # Last: it weighs the gradient of a token, whatever its advantage.
         token_advantages *= advantages.truncated_importance(old, sampled, mask, importance_cap)
 
-    values = {"weights": learnt.weights, "advantages": token_advantages, "old_logprobs": old,
-              "reference_logprobs": reference}
+    values = {"weights": learnt.weights, "advantages": token_advantages, "old_logprobs": old}
+    if reference is not None:
+        values["reference_logprobs"] = reference
     experience = tuple(
         Experience(rows=rows, **{name: update.scatter_to_rows(value, rows)
                                  for name, value in values.items()}) for rows in packed.groups)
@@ -93,8 +94,9 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
     spread = jnp.max(rewards, axis=-1) - jnp.min(rewards, axis=-1)
     metrics = {"reward/mean": jnp.mean(rewards),
                "reward/groups_with_signal": jnp.mean(spread > min_reward_spread),
-               "reward/kl": jnp.sum(drift) / tokens,
                "rollout/mismatch": jnp.sum(gap) / tokens, "rollout/mismatch_max": jnp.max(gap)}
+    if reference is not None:
+        metrics["reward/kl"] = jnp.sum(drift) / tokens
     return Batch(experience=experience, counts=packed.counts, rewards=rewards,
                  advantages=learnt.advantages, metrics=metrics | learnt.metrics)
 

@@ -139,7 +139,7 @@ class Learner:
         self.abstract_state = checkpoints.abstract(jax.eval_shape(self.init, params), targets)
         self.abstract_reference = checkpoints.abstract(jax.eval_shape(self.as_reference, params),
                                                        reference)
-        self.needs_reference = config.kl.form != "none" or config.update.objective == "dpo"
+        self.needs_reference = config.scores_reference
         self._rows = config.update.rows_per_micro_batch
         self._updates = config.update.updates_per_batch
         self._pack = functools.partial(
@@ -161,10 +161,10 @@ class Learner:
         """Computes the log-probs of the response tokens by the policy; 0 for padding."""
         return self.programs.score(params, rollouts.packed)
 
-    def score_reference(self, reference: model.Params,
+    def score_reference(self, reference: model.Params | None,
                         rollouts: PackedRollouts) -> Float[Array, "B T"] | None:
         """Computes those by the reference; None if neither loss nor reward reads them."""
-        if not self.needs_reference:
+        if not self.needs_reference or reference is None:
             return None
         return self.programs.score_reference(reference, rollouts.packed)
 
@@ -174,12 +174,12 @@ class Learner:
 
         Args:
             old: log-probs by the policy.
-            reference: log-probs by the reference; None = those of the policy.
+            reference: log-probs by the reference; None = nothing reads them.
         """
         return self.programs.experience(
             rollouts.correct, rollouts.lengths,
             sharding.to_device(np.float32(alpha), self.replicated), rollouts.sampled_logprobs, old,
-            old if reference is None else reference, rollouts.packed)
+            reference, rollouts.packed)
 
     def update(self, state: TrainState,
                batch: Batch) -> tuple[TrainState, list[dict[str, Float[Array, ""]]]]:
@@ -220,7 +220,7 @@ class Learner:
         packed = Packed(groups=(rows,), counts=(array(jnp.int32, self._updates),),
                         token_index=array(jnp.int32, *of_tokens))
         learnt = Experience(rows=rows, weights=floats, advantages=floats, old_logprobs=floats,
-                            reference_logprobs=floats)
+                            reference_logprobs=floats if self.needs_reference else None)
         state, reference, programs = self.abstract_state, self.abstract_reference, self.programs
         verdicts = (array(jnp.bool_, prompts, group_size), array(jnp.int32, prompts, group_size),
                     array(jnp.float32))
@@ -230,7 +230,8 @@ class Learner:
             lower={"score": lambda: programs.score.lower(state.params, packed),
                    "score_reference": lambda: programs.score_reference.lower(reference, packed),
                    "experience": lambda: programs.experience.lower(
-                       *verdicts, logprobs, logprobs, logprobs, packed),
+                       *verdicts, logprobs, logprobs,
+                       logprobs if self.needs_reference else None, packed),
                    "gradients": lambda: programs.gradients.lower(
                        state.params, (learnt,), packed.counts, one),
                    "apply_gradients": lambda: programs.apply_gradients.lower(

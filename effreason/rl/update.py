@@ -107,7 +107,7 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
         experience: of these rows.
 
     Returns:
-        The loss, and the weighted sums kl (k3) and clip_share.
+        The loss, and the weighted sums clip_share and, if there is a reference, kl (k3).
     """
     # Log-probs outside of responses are undefined: they are masked before anything else.
     log_ratio = jnp.where(experience.mask, logprobs - experience.old_logprobs, 0.0)
@@ -115,12 +115,15 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
     gain = jnp.minimum(ratio * experience.advantages, clipped * experience.advantages)
 
+    is_clipped = clipped * experience.advantages < ratio * experience.advantages
+    sums = {"clip_share": jnp.sum(experience.weights * is_clipped.astype(jnp.float32))}
+    if experience.reference_logprobs is None:
+        return jnp.sum(experience.weights * -gain), sums
+
     kl = advantages.k3(
         jnp.where(experience.mask, logprobs - experience.reference_logprobs, 0.0))
     loss = jnp.sum(experience.weights * (kl_loss_coefficient * kl - gain))
-    is_clipped = clipped * experience.advantages < ratio * experience.advantages
-    return loss, {"kl": jnp.sum(experience.weights * kl),
-                  "clip_share": jnp.sum(experience.weights * is_clipped.astype(jnp.float32))}
+    return loss, sums | {"kl": jnp.sum(experience.weights * kl)}
 
 
 def in_compute_dtype(config: model.DecoderConfig, params: model.Params) -> model.Params:
@@ -152,7 +155,9 @@ def gradients(params: model.Params, experience: tuple[Experience, ...],
         return value, sums | {"loss": value, "entropy": entropy}
 
     zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
-    names = "loss", "kl", "clip_share", "entropy"
+    names = ["loss", "clip_share", "entropy"]
+    if experience[0].reference_logprobs is not None:
+        names.append("kl")
     total = zeros, dict.fromkeys(names, jnp.zeros((), jnp.float32))
     for group, count in zip(experience, counts, strict=True):
         micro_batches = jax.tree.map(lambda x: x[which], group)

@@ -264,9 +264,10 @@ class KLConfig(Section):
 
     form: Literal["none", "reward", "loss"] = "reward"
     """reward = a penalty in the reward of each token (k1); loss = a term in the loss (k3, at most
-    10 nats for a token, beyond which it has no gradient); none = neither."""
+    10 nats for a token, beyond which it has no gradient); none = neither, and the KL divergence is
+    not measured, which saves the reference model's memory and a forward pass."""
     coefficient: NonNegative = 0.001
-    """Weight of the penalty or term."""
+    """Weight of the penalty or term; 0 with the form reward = measure the KL divergence only."""
     offload_reference: bool = False
     """Keep the weights of the reference model in host memory, and copy them to the devices for each
     step."""
@@ -472,6 +473,16 @@ class Config:
         if self.run.resume and self.run.directory is None:
             raise ValueError("run.directory must name the run to resume when run.resume is true, "
                              "got null")
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether something reads log-probs by the model before training."""
+        return self.kl.form != "none" or self.update.objective == "dpo"
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether its weights stay in memory, to score with or to sample from."""
+        return self.scores_reference or self.rollout.policy == "initial"
 
     def _check_baseline(self) -> None:
         update, condition = self.update, f"with update.objective {self.update.objective}"

@@ -89,7 +89,8 @@ def training_weight_bytes(config: Config) -> int:
     Policy and gradient are float32, the optimizer keeps two float32 moments, and the reference has
     the dtype of the blocks."""
     moments = 0 if config.update.offload_optimizer else 8
-    reference = 0 if config.kl.offload_reference else jnp.dtype(config.model.dtype).itemsize
+    on_device = config.keeps_reference and not config.kl.offload_reference
+    reference = 0 if not on_device else jnp.dtype(config.model.dtype).itemsize
     return 8 + moments + reference
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -90,7 +91,7 @@ def next_token_logits(weights: model.Params, hidden: Float[Array, "S D"],
         logits = hidden_first(head, hidden)
     else:
         logits = jax.lax.platform_dependent(head, hidden, cpu=head_first, default=hidden_first)
-    return model.mask_unused(logits, jnp.arange(head.shape[0]), unused)
+    return model.mask_unused(logits, np.arange(head.shape[0]), unused)
 
 
 def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"], *,

@@ -139,7 +139,7 @@ def test_the_shipped_reasoner_is_small_right_and_wordy():
         evaluator = evaluation.Evaluator(config=config, pretrained=tiny, template=template,
                                          sets=sets, sampler=sampler, grader=grader,
                                          seed=config.run.seed)
-        outcomes = evaluator.measure_all(params, lambda progress: None, weights="the base")
+        outcomes = evaluator.measure_all(lambda: params, lambda progress: None, weights="the base")
         found = statistics.summarize(outcomes["tiny"])
     assert found.accuracy > 0.85                                # 94.7 % on 4,800 responses
     assert found.by_level["easy"].tokens > 3 * 20               # 20 tokens write every step once

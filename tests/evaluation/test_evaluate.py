@@ -69,7 +69,7 @@ class Bench:
         changes = {name: value for name, value in changes.items() if value}
         seed = (config or self.config).run.seed if seed is None else seed
         evaluator = self.evaluator(seed=seed, **changes)
-        return evaluator.measure_all(self.params, watch, **{"weights": "base"} | settings)
+        return evaluator.measure_all(lambda: self.params, watch, **{"weights": "base"} | settings)
 
     def evaluator(self, **changes):
         return Evaluator(**{"config": self.config, "pretrained": self.pretrained,

@@ -228,6 +228,31 @@ def test_the_share_of_the_kl_term_is_finite_and_flat_beyond_its_bounds(monkeypat
         assert float(metrics["update_share/kl"]) == 0       # elsewhere policy and reference agree
 
 
+def test_without_a_reference_kl_is_not_measured_and_all_else_is_the_same():
+    config = settings()
+    step, old = jax.jit(kernel(config)), logprobs()[0]
+    found, expected = (jax.device_get(step(CORRECT, LENGTHS, np.float32(0.3), sampled(), old,
+                                           reference, one_a_row()))
+                       for reference in (None, logprobs()[1]))
+    assert expected.metrics.keys() - found.metrics.keys() == {"reward/kl"}
+    assert found.experience[0].reference_logprobs is None
+    np.testing.assert_array_equal(found.experience[0].advantages, expected.experience[0].advantages)
+
+    (learnt,) = jax.tree.map(lambda values: values[0, 0], found.experience)
+    (measured,) = jax.tree.map(lambda values: values[0, 0], expected.experience)
+    now = jnp.where(mask_in_numpy(), old + 0.1, 0.0)
+    (loss, sums), (same, more) = (
+        update.policy_loss(now, rows, clip_ratio=0.2, kl_loss_coefficient=0.0)
+        for rows in (learnt, measured))
+    assert loss == same and more.keys() - sums.keys() == {"kl"}
+
+
+def test_a_coefficient_of_0_measures_kl_without_a_penalty():
+    measured, _, metrics = credited(settings("reward", coefficient=0.0))
+    np.testing.assert_array_equal(measured.advantages, credited(settings())[0].advantages)
+    assert float(metrics["reward/kl"]) != 0 and float(metrics["update_share/kl"]) == 0
+
+
 # The baselines: what a token is worth gives, in the policy gradient, the gradient of their own
 # losses
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 from decoders import QWEN2, mesh
 
+from effreason.evaluation.evaluate import sized_for_evaluation
 from effreason.lm import model
 from effreason.runtime.config import (
     Config,
@@ -87,7 +88,25 @@ def test_what_training_holds_for_each_weight():
     elsewhere = dataclasses.replace(in_bfloat16, kl=KLConfig(offload_reference=True),
                                     update=UpdateConfig(offload_optimizer=True))
     assert capacity.training_weight_bytes(elsewhere) == 4 + 4
+    # Nothing reads a reference: not the loss, not the reward, not the sampler.
+    free = dataclasses.replace(in_bfloat16, kl=KLConfig(form="none"))
+    assert capacity.training_weight_bytes(free) == 4 + 4 + 8
+    initial = dataclasses.replace(free, rollout=dataclasses.replace(free.rollout, policy="initial"))
+    assert capacity.training_weight_bytes(initial) == 4 + 4 + 8 + 2
 
 
 def test_the_memory_of_this_host_is_a_size():
     assert GIB / 4 < capacity.device_bytes(mesh()) < 2**50
+
+
+def test_a_command_that_only_evaluates_has_room_for_what_it_samples():
+    # 24 layers of 2 heads of 64, as in Qwen2.5-0.5B.
+    decoder = dataclasses.replace(QWEN2, layers=24, kv_heads=2, head_dim=64)
+    wide = dataclasses.replace(Config(), rollout=RolloutConfig(max_new_tokens=32_000, slots=64),
+                               evaluation=EvaluationConfig(max_new_tokens=300))
+    sized = sized_for_evaluation(wide)
+    assert capacity.max_positions(sized) == 512 + 300
+    assert "64 slots of at most 812 positions, 1.2 GiB" in capacity.describe(
+        sized, decoder, mesh(), capacity.EVALUATION_WEIGHT_BYTES)
+    unset = dataclasses.replace(wide, evaluation=EvaluationConfig())
+    assert capacity.max_positions(sized_for_evaluation(unset)) == 512 + 32_000
