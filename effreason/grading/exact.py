@@ -25,8 +25,6 @@ MATRIX = re.compile(
     r"\\begin\{(?:[pb]|small)matrix\}((?:(?!\\begin).)*)\\end\{(?:[pb]|small)matrix\}", re.DOTALL)
 DIGITS_APART = re.compile(r"\d\s+[\d.]")
 BASE = re.compile(r"\(?([0-9A-Z]+)\)?_\{(?:\\text\{)?([0-9]+|[a-z]+)\}?\}")
-BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-         "ten": 10, "twelve": 12, "sixteen": 16}
 OTHERWISE = re.compile(r"otherwise|else")
 NO_SOLUTION = {r"\emptyset", r"\{\}"}
 SUBSCRIPT = re.compile(r"_\{[^{}]*\}")
@@ -79,9 +77,14 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
     if "," not in reference:                        # otherwise C may be a point
         prediction = forms.CHOOSE.sub(r"\\binom{\1}{\2}", prediction)
 
-    verdict = _compare_forms(prediction, reference, same)
-    if not isinstance(verdict, Undivided):
-        return verdict
+    congruences = forms.congruence(prediction), forms.congruence(reference)
+    if congruences[0] and congruences[1]:
+        return _compare_congruences(*congruences[0], *congruences[1], same)
+    if _claims(prediction) and not _claims(reference):
+        return False                                # 5 \equiv 6 is neither the answer 5 nor 6
+    p_cases, g_cases = forms.cases(prediction), forms.cases(reference)
+    if p_cases and g_cases:
+        return _matched(p_cases, g_cases, same, _same_case)
     (prediction, p_values), (reference, g_values) = map(forms.clause, (prediction, reference))
     if "?" != p_values != g_values != "?" and p_values and g_values:
         return False                                # k \in \mathbb{N} is not k \in \mathbb{Z}
@@ -154,11 +157,7 @@ class Undefined:
     """The value of 1/0."""
 
 
-class Undivided:
-    """Answers of no special form."""
-
-
-UNDEFINED, UNDIVIDED = Undefined(), Undivided()
+UNDEFINED = Undefined()
 
 
 def _value(text: str) -> rationals.Value | Undefined | None:
@@ -172,7 +171,7 @@ def _value(text: str) -> rationals.Value | Undefined | None:
 
 
 def _base(name: str) -> int:
-    return int(name[:6]) if name.isdigit() else BASES.get(name, 0)
+    return int(name[:6]) if name.isdigit() else words.ONES.get(name, 0)
 
 
 def _words(prediction: str, reference: str) -> Verdict:
@@ -182,24 +181,17 @@ def _words(prediction: str, reference: str) -> Verdict:
     return p == g                                   # words never equal a formula
 
 
-def _compare_forms(p: str, g: str, same: Leaf) -> "Verdict | Undivided":
-    """Compares congruences and cases; UNDIVIDED for anything else."""
-    congruent, other = forms.congruence(p), forms.congruence(g)
-    if congruent and other:
-        if congruent[2] != other[2]:
-            return False
-        if notation.key(congruent[0]) != notation.key(other[0]):
-            return same(p, g)
-        return _matched(_residues(*congruent[1:]), _residues(*other[1:]), same)
+def _claims(text: str) -> bool:
+    """Returns whether an answer states more than a value: a congruence, a limit, a conclusion."""
+    return CLAIM.search(SUBSCRIPT.sub("", text)) is not None
 
-    claims, g_claims = (CLAIM.search(SUBSCRIPT.sub("", side)) for side in (p, g))
-    if claims and not g_claims:
-        return False                                # 5 \equiv 6 is neither the answer 5 nor 6
 
-    p_cases, g_cases = forms.cases(p), forms.cases(g)
-    if not p_cases or not g_cases:
-        return UNDIVIDED
-    return _matched(p_cases, g_cases, same, _same_case) if len(p_cases) == len(g_cases) else False
+def _compare_congruences(p: str, p_residues: str, p_modulus: str, g: str, g_residues: str,
+                         g_modulus: str, same: Leaf) -> Verdict:
+    r"""Compares x \equiv 1, 2 and x \equiv 5, 4 modulo 3."""
+    if p_modulus != g_modulus or notation.key(p) != notation.key(g):
+        return False
+    return _matched(_residues(p_residues, p_modulus), _residues(g_residues, g_modulus), same)
 
 
 def _residues(residues: str, modulus: str) -> tuple[str, ...]:
