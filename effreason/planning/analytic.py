@@ -24,6 +24,7 @@ ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "cudnn_packed": (2, 5),
 PAIRS = {"splash": 0.5, "cudnn": 0.5, "cudnn_packed": 0.5, "xla": 9 / 16, "blockwise": 0.5}
 # Arrays of F and of D values a token alive at once, in a block's backward and in a forward pass.
 BLOCK_ARRAYS, FORWARD_ARRAYS = (9, 14), (3, 5)
+CUDNN_BLOCK_ARRAYS = (5, 8)         # XLA for GPUs, around cuDNN's attention
 ROW_ARRAYS = 5                      # arrays in Rows
 EXPERIENCE_ARRAYS = 9               # arrays in Experience, with its Rows
 ADVANTAGE_ARRAYS = 10  # arrays of a number for each response token, all of them on every chip
@@ -251,9 +252,10 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
 
     split = 1 / sizes.shards
     sums = 4 * sizes.weights * split
+    block = CUDNN_BLOCK_ARRAYS if sizes.attention.startswith("cudnn") else BLOCK_ARRAYS
     # Weights in both dtypes, the sums, and the gradients of one micro-batch.
     gradients = (4 + 2 * s) * sizes.weights * split + sums + saved + max(
-        working(BLOCK_ARRAYS), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
+        working(block), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
     gradients += EXPERIENCE_ARRAYS * of_rows + s * table
     return score, gradients
 

@@ -25,7 +25,8 @@ SLICES = ("dynamic-slice", "slice", "gather")
 # Of what changes a part of its first operand in place: the index of the operand written there.
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 FUSIONS = ("fusion", "fusion-start")
-KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "__cudnn$fmhaSoftmax")
+CUDNN = "__cudnn$fmha"
+KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", CUDNN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Collective:
 class KernelCall:
     """Calls of a kernel that XLA cannot analyse."""
 
-    name: str                       # path of the call in the traced program
+    name: str                       # path of the call in the traced program; cuDNN's own name
     operands: tuple[Array, ...]
     results: tuple[Array, ...]
     count: float
@@ -59,7 +60,7 @@ class KernelCall:
         The gradient of the queries and a number for each of them in float32; if heads are grouped,
         gradients of keys and values for every query head. A forward pass needs next to nothing.
         """
-        if "dot_product_attention_bwd" not in self.name:
+        if not self.name.startswith(CUDNN) or "Backward" not in self.name:
             return 0.0
         query, key = self.operands[:2]
         _, _, heads, head_dim = query.dimensions
@@ -179,7 +180,8 @@ class _CostCounter:
         if target is None or not target[1].startswith(KERNELS):
             return Cost()  # the compiler's own: buffers, starts and ends of collectives
         path = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        name = path[1] if path else instruction.name
+        # Partitioning takes cuDNN's calls out of their path.
+        name = target[1] if target[1].startswith(CUDNN) or path is None else path[1]
         return Cost(kernels=(KernelCall(name, self._operands(computation, instruction),
                                         instruction.arrays, 1),))
 

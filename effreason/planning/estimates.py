@@ -134,7 +134,7 @@ def kernel_cost(kernel: KernelCall, live_share: float, pair_share: float = 1.0) 
         grouped = queries.dimensions[1]
         return Cost(flops=2.0 * grouped * live / (cache[0].bytes / cache[0].elements), bytes=live)
 
-    if "dot_product_attention" in path:
+    if path.startswith(costs.CUDNN):
         return _cudnn_cost(kernel, live_share, pair_share)
 
     # A cache that is returned in place: one position of each row was written.
@@ -158,7 +158,7 @@ def _cudnn_cost(kernel: KernelCall, live_share: float, pair_share: float) -> Cos
         live = 2 * key.bytes * live_share
         return Cost(flops=4.0 * pairs * live_share * head_dim, bytes=live)
 
-    products = 5 if "dot_product_attention_bwd" in kernel.name else 2
+    products = 5 if "Backward" in kernel.name else 2
     return Cost(flops=2.0 * products * pairs / 2 * pair_share * head_dim, bytes=kernel.bytes)
 
 

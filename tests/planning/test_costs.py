@@ -274,8 +274,8 @@ def test_paged_attention_reads_what_is_live():
 def test_cudnn_computes_what_is_below_the_diagonal():
     query, keys = Array("bf16", (2, 1024, 6, 64)), Array("bf16", (2, 1024, 2, 64))
     pairs = 2 * 6 * 1024**2 / 2
-    forward = KernelCall("x/dot_product_attention_fwd", (query, keys, keys), (query,), 1)
-    backward = KernelCall("x/dot_product_attention_bwd", (query, keys, keys), (query,), 1)
+    forward = KernelCall("__cudnn$fmhaSoftmax", (query, keys, keys), (query,), 1)
+    backward = KernelCall("__cudnn$fmhaSoftmaxBackward", (query, keys, keys), (query,), 1)
     assert kernel_cost(forward, 1.0).flops == 2 * 2 * pairs * 64
     assert kernel_cost(backward, 1.0, pair_share=0.5).flops == 5 * 2 * pairs * 64 / 2
     assert forward.workspace_bytes == 0
@@ -285,7 +285,7 @@ def test_cudnn_computes_what_is_below_the_diagonal():
 
 def test_cudnn_reads_what_is_live_of_a_cache():
     query, keys = Array("bf16", (16, 1, 12, 128)), Array("bf16", (16, 4096, 2, 128))
-    cost = kernel_cost(KernelCall("x/dot_product_attention_fwd", (query, keys, keys), (query,), 1),
+    cost = kernel_cost(KernelCall("__cudnn$fmhaSoftmax", (query, keys, keys), (query,), 1),
                        0.25)
     live = 16 * 1024
     assert (cost.bytes, cost.flops) == (2 * 2 * live * 2 * 128, 2 * 2 * live * 12 * 128)
