@@ -17,6 +17,7 @@ What was left out, and why:
 import contextlib
 import dataclasses
 import functools
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effreason.data import prompts
@@ -31,13 +33,13 @@ from effreason.evaluation import responses
 from effreason.lm import model
 from effreason.lm.hf.pretrained import model_fingerprint
 from effreason.rl import alpha_control, parity
-from effreason.rl.checkpoints import Checkpoints
+from effreason.rl.checkpoints import Checkpoints, digest
 from effreason.rl.diagnosis import Diagnosis
-from effreason.rl.learner import Learner
+from effreason.rl.learner import Learner, PackedRollouts
 from effreason.rl.rollouts import GradedRollouts, Undecided, refill, sample_and_grade, watched
 from effreason.rl.update import TrainState
 from effreason.runs import directory as runs
-from effreason.runs.export import export, origin
+from effreason.runs.export import export, exported_step, origin
 from effreason.runs.session import Inputs, Session, open_session
 from effreason.runs.unfinished import FILE, StepLog
 from effreason.runtime import processes, sharding
@@ -73,10 +75,12 @@ class Run:
     reference: model.Params | None
     train_state: TrainState
     run_state: RunState
+    base_digest: str | None         # of the weights before training
     initial_params: model.Params | None     # what rollouts are sampled from, if not from the policy
     started: float                  # time.monotonic(), less the seconds of the processes before
     progress: Progress | None = None
     diagnosis: Diagnosis = dataclasses.field(default_factory=Diagnosis)
+    rollouts: PackedRollouts | None = None  # of the last step
 
     @property
     def learner(self) -> Learner:
@@ -107,41 +111,47 @@ def train(config: Config, session: Session | None = None,
         Interrupted: SIGTERM or Ctrl-C has come; the state is saved.
     """
     started = time.monotonic()
-    with (open_session(config) if session is None else contextlib.nullcontext(session)) as session:
-        directory = runs.open_run(config)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(runs.opened(config))
+        checkpoints = stack.enter_context(
+            Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
+        latest = newest(config, directory, checkpoints)
+        session = session or stack.enter_context(open_session(config))
         config = dataclasses.replace(config, model=session.config.model)    # with its revision
         resume_command = resume_command or runs.resume_command(directory)
         processes.advise(
             f"start all of them again, or, once there is a checkpoint, {resume_command}")
 
-        with Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-            run = begin(config, session, directory, checkpoints, started)
-            agreement = check_parity(run)
-            if processes.is_primary():
-                runs.write_config(config, directory)
-                runs.write_left_out(session.inputs.problems.left_out, directory)
-                (directory / STOPPED).unlink(missing_ok=True)
+        run = begin(config, session, directory, checkpoints, latest, resume_command, started)
+        agreement = check_parity(run)
+        if processes.is_primary():
+            runs.write_config(config, directory)
+            runs.write_left_out(session.inputs.problems.left_out, directory)
+            (directory / STOPPED).unlink(missing_ok=True)
+        if latest is not None and latest != processes.broadcast(
+                "exported model", lambda: exported_step(directory / "model")):
+            export_policy(run)      # the process before was killed before or while it did so
 
-            console = None if processes.is_primary() else processes.console()
-            with (runs.open_metrics(config, directory, run.step) as writer,
-                  Progress(config.run.steps, start_step=run.step, console=console) as run.progress,
-                  saving_on_exit(run, resume_command)):
-                run.progress.say(agreement)
-                base = evaluate_base(run)
-                for step in range(run.step, config.run.steps):
-                    # Before the step, in a row of its own: a run stopped here resumes with it.
-                    every = config.evaluation.every
-                    if base and every and step > 0 and step % every == 0:
-                        writer.write(step, evaluate_between(run, base))
+        console = None if processes.is_primary() else processes.console()
+        with (runs.open_metrics(config, directory, run.step) as writer,
+              Progress(config.run.steps, start_step=run.step, console=console) as run.progress,
+              saving_on_exit(run, resume_command)):
+            run.progress.say(agreement)
+            base = evaluate_base(run)
+            for step in range(run.step, config.run.steps):
+                # Before the step, in a row of its own: a run stopped here resumes with it.
+                every = config.evaluation.every
+                if base and every and step > 0 and step % every == 0:
+                    writer.write(step, evaluate_between(run, base))
 
-                    metrics, rows = train_step(run, step)
-                    writer.write(step, metrics)
-                    writer.samples(step, rows)
-                    run.progress.step(step, metrics)
-                    if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.run.steps:
-                        save(run)
-                    session.interrupts.check()
-                trained = evaluate(run, base) if base else {}
+                metrics, rows = train_step(run, step)
+                writer.write(step, metrics)
+                writer.samples(step, rows)
+                run.progress.step(step, metrics)
+                if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.run.steps:
+                    save(run)
+                session.interrupts.check()
+            trained = evaluate(run, base) if base else {}
 
         if processes.is_primary():
             results = runs.compare(base, trained) if trained else None
@@ -162,7 +172,10 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     began = time.monotonic()
     problems = prompts.batch(run.session.inputs.problems, config.rollout.prompts_per_step,
                              config.run.seed, step)                                         # 1
-    log = StepLog(run.directory / FILE, step)
+    log = StepLog(run.directory / FILE, step, origin=functools.partial(step_origin, run), limits={
+        "prompts": len(problems), "samples": config.rollout.group_size,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "vocabulary": run.session.inputs.pretrained.decoder.vocabulary})
     graded = sample_groups(run, problems, step, log)                                        # 2, 3
     sampled = time.monotonic()
 
@@ -179,6 +192,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
                          f"step {step}")
 
         run.train_state, updates = learner.update(run.train_state, batch)                   # 6
+        run.rollouts = rollouts
         metrics |= {f"update/{name}": value for name, value in means(*updates).items()}
         rewards, advantages = sharding.to_host((batch.rewards, batch.advantages))
     updated = time.monotonic()
@@ -286,50 +300,93 @@ def check_finite(metrics: dict[str, float], step: int) -> None:
     """Raises FloatingPointError naming what became NaN or infinite; nothing is saved after that."""
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]
     if bad:
-        raise FloatingPointError(
-            f"step {step}: non-finite {', '.join(bad)}; the checkpoints before it are intact")
+        raise FloatingPointError(f"step {step}: non-finite {', '.join(bad)}")
+
+
+def newest(config: Config, directory: Path, checkpoints: Checkpoints) -> int | None:
+    """Returns the step of the newest checkpoint, None if there is none.
+
+    Raises:
+        UserError: the run has done more steps than are wanted, or config.yaml was edited since.
+    """
+    latest: int | None = processes.broadcast("newest checkpoint", lambda: checkpoints.latest)
+    if latest is None:
+        return None
+    if latest > config.run.steps:
+        raise UserError(f"run.steps must be at least the {latest} steps that {directory} has done, "
+                        f"got {config.run.steps}")
+
+    try:
+        trained = checkpoints.facts(latest)["configuration"]
+    except UserError:               # it is damaged: `restore` knows which other one is whole
+        return latest
+    runs.check_unedited(config, directory, latest, trained)
+    return latest
 
 
 def begin(config: Config, session: Session, directory: Path, checkpoints: Checkpoints,
-          started: float) -> Run:
-    """Starts from the newest checkpoint, or from the model before training.
+          latest: int | None, resume_command: str, started: float) -> Run:
+    """Starts from a checkpoint, or from the model before training.
+
+    Args:
+        latest: step of the newest checkpoint.
 
     Raises:
-        UserError: the checkpoint was trained with another template or on other problems, or has
-            done more steps than are wanted.
+        UserError: the checkpoint is damaged, or was trained from other weights, with another
+            template or on other problems.
     """
     learner = session.engine.learner
-    latest = processes.broadcast("newest checkpoint", lambda: checkpoints.latest)
     # A resume without a reference reads no weights but the checkpoint's.
     weights = session.load_weights() if latest is None or config.keeps_reference else {}
     reference = learner.as_reference(weights) if config.keeps_reference else None
+    base_digest = digest(weights) if weights else None
     if latest is None:
         # A copy: in float32 the reference may be these very arrays, and updates donate the state.
         train_state = learner.init(weights if reference is None else jax.tree.map(
             lambda weight: weight.copy(), weights))
         run_state = RunState(alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
     else:
-        train_state, facts = checkpoints.restore(learner.abstract_state, latest)
-        check_origin(facts, session.inputs)
+        train_state, facts = restore(learner, checkpoints, latest, resume_command)
+        base_digest = base_digest or facts["base_digest"]
+        check_origin(facts, session.inputs, base_digest, directory)
         run_state = RunState(
             alpha=facts["alpha"], last_alpha_step=facts["last_alpha_step"],
             lengths={int(uid): tokens for uid, tokens in facts["lengths"].items()},
             seconds=facts["seconds"])
+        checkpoints.remove_left_overs()
 
-    run = Run(config=config, session=session, directory=directory, checkpoints=checkpoints,
-              reference=reference, train_state=train_state, run_state=run_state,
-              initial_params=(jax.device_put(reference, learner.params_sharding)
-                              if config.rollout.policy == "initial" else None),
-              started=started - run_state.seconds)
-    if run.step > config.run.steps:
-        raise UserError(
-            f"run.steps must be at least the {run.step} steps that {directory} has done, got "
-            f"{config.run.steps}")
-    return run
+    return Run(config=config, session=session, directory=directory, checkpoints=checkpoints,
+               reference=reference, train_state=train_state, run_state=run_state,
+               base_digest=base_digest,
+               initial_params=(jax.device_put(reference, learner.params_sharding)
+                               if config.rollout.policy == "initial" else None),
+               started=started - run_state.seconds)
 
 
-def check_origin(facts: dict[str, Any], inputs: Inputs) -> None:
-    """Raises UserError if a checkpoint was trained with another template or on other problems."""
+def restore(learner: Learner, checkpoints: Checkpoints, latest: int,
+            resume_command: str) -> tuple[TrainState, dict[str, Any]]:
+    """Restores the newest checkpoint.
+
+    Raises:
+        UserError: it is damaged; says which other one is whole, and how to go on from that.
+    """
+    state: TrainState
+    try:
+        state, facts = checkpoints.restore(learner.abstract_state, latest)
+    except UserError as error:
+        whole = checkpoints.newest_whole(learner.abstract_state, before=latest)
+        if whole is None:
+            raise UserError(f"{error}; no other checkpoint can be restored: start the run again, "
+                            "in another directory") from None
+        damaged = " ".join(shlex.quote(str(checkpoints.path(step)))
+                           for step in checkpoints.steps if step > whole)
+        raise UserError(f"{error}; checkpoint {whole} is whole, continue from it with: "
+                        f"rm -r {damaged} && {resume_command}") from None
+    return state, facts
+
+
+def check_origin(facts: dict[str, Any], inputs: Inputs, base_digest: str, directory: Path) -> None:
+    """Raises UserError if a checkpoint was trained from other weights, or on other prompts."""
     template, wanted = facts["template"], origin(inputs)
     if template["sha256"] != inputs.template.sha256:
         raise UserError(
@@ -342,6 +399,11 @@ def check_origin(facts: dict[str, Any], inputs: Inputs) -> None:
             raise UserError(f"{field}: the problems have changed since the checkpoint "
                             f"(sha256 {facts[fact][:12]}, "
                             f"now {wanted[fact][:12]}); a resumed run needs the same ones")
+
+    if facts["base_digest"] != base_digest:
+        raise UserError(f"model.path: the weights of {inputs.pretrained.name} have changed since "
+                        f"the run began with them (digest {facts['base_digest']}, now "
+                        f"{base_digest}); put them back, or {runs.train_on(directory)}")
 
 
 def check_parity(run: Run) -> str:
@@ -379,31 +441,61 @@ def check_parity(run: Run) -> str:
 
 @contextlib.contextmanager
 def saving_on_exit(run: Run, resume_command: str) -> Iterator[None]:
-    """Saves the state if a signal, the grader or the parity check stops the run."""
+    """Saves the state if a signal, the grader or the parity check stops the run.
+
+    A run that diverges is not saved: the error then names the last good checkpoint."""
     try:
-        yield
-    except (Undecided, parity.Mismatch):
-        save(run)
-        raise
-    except Interrupted as stop:
-        save(run)
-        # One of several processes says it for all.
-        message = (f"{stop.message} after step {run.step} of {run.config.run.steps}, "
-                   f"saved; continue with: {resume_command}" if processes.is_primary() else "")
-        if processes.is_primary():      # where it is found if the terminal is closed
-            (run.directory / STOPPED).write_text(message + "\n", encoding="utf-8")
-        raise Interrupted(stop.signum, message) from None
+        try:
+            yield
+        except (Undecided, parity.Mismatch):
+            save(run)
+            raise
+        except Interrupted as stop:
+            save(run)
+            # One of several processes says it for all.
+            message = (f"{stop.message} after step {run.step} of {run.config.run.steps}, "
+                       f"saved; continue with: {resume_command}" if processes.is_primary() else "")
+            if processes.is_primary():      # where it is found if the terminal is closed
+                (run.directory / STOPPED).write_text(message + "\n", encoding="utf-8")
+            raise Interrupted(stop.signum, message) from None
+    except FloatingPointError as error:
+        good = run.checkpoints.latest
+        way_back = ("nothing was saved; start a new run with a lower update.learning_rate"
+                    if good is None else f"the last good checkpoint is "
+                    f"{run.checkpoints.path(good)}: {runs.train_on(run.directory)}, and with a "
+                    "lower update.learning_rate")
+        raise FloatingPointError(f"{error}; {way_back}") from None
 
 
 def save(run: Run) -> None:
-    """Stage 7: writes a checkpoint, and the policy as a Hugging Face model."""
+    """Stage 7: writes a checkpoint, and the policy as a Hugging Face model.
+
+    Raises:
+        FloatingPointError: the policy has diverged; nothing is written.
+    """
     run.run_state.seconds = time.monotonic() - run.started
-    step, inputs = run.step, run.session.inputs
-    run.checkpoints.save(step, run.train_state,
-                         facts=origin(inputs) | dataclasses.asdict(run.run_state))
-    export(run.train_state.params, step, run.config, inputs, run.directory / "model",
-           run.run_state.alpha)
+    if run.rollouts is not None:    # finite weights may still give numbers that are not
+        logprobs = run.learner.score(run.train_state.params, run.rollouts)
+        if not bool(sharding.to_host(jnp.isfinite(logprobs).all())):
+            raise FloatingPointError(
+                f"step {run.step - 1}: after its update the model gives no finite log-probs")
+    facts = origin(run.session.inputs) | dataclasses.asdict(run.run_state) | {
+        "configuration": runs.deciding(run.config), "base_digest": run.base_digest}
+    run.checkpoints.save(run.step, run.train_state, facts=facts)
+    export_policy(run)
+
+
+def export_policy(run: Run) -> None:
+    """Writes the policy as a Hugging Face model."""
+    export(run.train_state.params, run.step, run.config, run.session.inputs,
+           run.directory / "model", run.run_state.alpha)
     processes.broadcast("saved", lambda: None)        # no process ends while process 0 still writes
+
+
+def step_origin(run: Run) -> dict[str, Any]:
+    """Returns what the responses of a step depend on besides its number."""
+    return {"seed": run.config.run.seed, "weights": digest(run.train_state.params),
+            "problems": run.session.inputs.problems_sha256}
 
 
 def evaluate_base(run: Run) -> dict[str, Outcomes]:

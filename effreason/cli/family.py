@@ -21,6 +21,7 @@ from effreason.rl import alpha_control, configured_reward
 from effreason.rl.learner import Learner
 from effreason.runs import directory as run_directory
 from effreason.runs import results
+from effreason.runs.export import exported_step
 from effreason.runs.report import page
 from effreason.runs.report.summary import print_results
 from effreason.runs.results import FAMILY_FILE, RUN_FILE, Point, PointKind, Results, measure
@@ -65,18 +66,19 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str],
     processes.check_same({"--family": f"{alphas}", "--baselines": f"{baselines}",
                           "--blends": f"{weights}"})
 
-    with open_session(config) as session:
-        directory = run_directory.open_run(config, name=f"family-seed{config.run.seed}",
-                                           may_change=("reward.alpha",), family=True)
+    with (run_directory.opened(config, name=f"family-seed{config.run.seed}",
+                               may_change=("reward.alpha",), family=True) as directory,
+          open_session(config) as session):
         options = {"family": [f"{alpha:g}" for alpha in alphas], "baselines": baselines,
                    "blends": [f"{weight:g}" for weight in weights]}
         command = run_directory.resume_command(directory, "".join(
             f" --{name} {','.join(values) or 'none'}" for name, values in options.items()))
         if processes.is_primary():
-            run_directory.write_config(session.config, directory)
-            if not (directory / FAMILY_FILE).exists():      # so that it is not taken for a run
+            # First, so that config.yaml alone is a run. A resumed family keeps its results.
+            if not config.run.resume:
                 results.write(directory / FAMILY_FILE,
                               family_results(session.config, session.inputs, []))
+            run_directory.write_config(session.config, directory)
 
         try:
             base = evaluate_base(session, directory)
@@ -169,7 +171,6 @@ def train_member(session: Session, member: Member, family: Path, sets: Sequence[
         say("trained already", processes.console())
         return
 
-    run_directory.open_run(config)
     if processes.is_primary():
         copy_responses(family / BASE_FOLDER, run_directory.evaluations(directory, 0))
     if member.kind == PointKind.BASELINE:
@@ -181,7 +182,7 @@ def train_member(session: Session, member: Member, family: Path, sets: Sequence[
 
 
 def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
-    """Returns whether a run was concluded after `steps` steps, with all sets.
+    """Returns whether a run was concluded after `steps` steps, with all sets, model and page.
 
     Raises: UserError if it has made more steps."""
     path = directory / RUN_FILE
@@ -190,8 +191,9 @@ def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
         raise UserError(f"run.steps must be at least the {steps_made} steps that {directory} has "
                         f"done, got {steps}")
     evaluated = run_directory.evaluations(directory, steps)
-    return steps_made == steps and all((evaluated / (name + responses.SUFFIX)).exists()
-                                       for name in responses.file_names(sets).values())
+    files = [evaluated / (name + responses.SUFFIX) for name in responses.file_names(sets).values()]
+    return (steps_made == steps == exported_step(directory / "model")
+            and all(path.exists() for path in [*files, directory / page.PAGE]))
 
 
 def copy_responses(source: Path, target: Path) -> None:

@@ -111,19 +111,13 @@ class Journal:
         if stored is not None:
             check_facts(self._path, stored, self._facts)
 
-        for number, response in enumerate(responses, start=2):
-            if not self._is_valid(response):
-                raise _damaged(self._path, number)
+        check_fit(self._path, responses, prompts=self._facts["problems"],
+                  samples=self._facts["evaluation.samples"],
+                  max_new_tokens=self._facts["evaluation.max_new_tokens"],
+                  vocabulary=self._vocabulary)
         # The last line on a response counts.
         latest = {(response.prompt, response.sample): response for response in responses}
         return stored, list(latest.values()), size
-
-    def _is_valid(self, response: Response) -> bool:
-        """Returns whether a response can belong to this evaluation."""
-        return (response.prompt < self._facts["problems"]
-                and response.sample < self._facts["evaluation.samples"]
-                and len(response.tokens) <= self._facts["evaluation.max_new_tokens"]
-                and bool(np.all(response.tokens < self._vocabulary)))
 
 
 def visible_to_all(path: Path) -> bool:
@@ -167,6 +161,18 @@ def read(path: Path) -> tuple[dict[str, Any] | None, list[Response], int]:
                 raise _damaged(path, number) from None
             size += len(line)
     return facts, responses, size
+
+
+def check_fit(path: Path, responses: Iterable[Response], *, prompts: int, samples: int,
+              max_new_tokens: int, vocabulary: int) -> None:
+    """Raises UserError if a response of a log cannot be among the expected ones.
+
+    Args: samples, of each prompt; vocabulary, tokens are below it."""
+    for number, response in enumerate(responses, start=2):
+        if (response.prompt >= prompts or response.sample >= samples
+                or len(response.tokens) > max_new_tokens
+                or np.any(response.tokens >= vocabulary)):
+            raise _damaged(path, number)
 
 
 def _damaged(path: Path, number: int) -> UserError:

@@ -2,25 +2,35 @@
 
 The step is the only data position: problems and sampled tokens are functions of (seed, step). Orbax
 writes into a temporary folder and renames it, so that a crash or a full disk leaves the earlier
-checkpoints as they were.
+checkpoints as they were. Neither orbax nor tensorstore checks what it reads, so a checkpoint also
+holds a digest of the state and one of the facts.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
+from jaxtyping import Array, Shaped, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from effreason.runtime import processes
+from effreason.runtime import processes, sharding
 from effreason.runtime.errors import UserError
 from effreason.runtime.sharding import Shardings
+
+METADATA_FILE = "_CHECKPOINT_METADATA"      # orbax's, in each complete checkpoint
+STATE_DIGEST, FACTS_DIGEST = "state_digest", "facts_digest"     # among the facts
 
 
 class Checkpoints:
@@ -29,11 +39,12 @@ class Checkpoints:
     With keep=None it only reads: another process may be writing."""
 
     def __init__(self, directory: Path, *, keep: int | None) -> None:
-        self._directory = directory.absolute()
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=keep is not None)
+        self._directory, self._keep = directory.absolute(), keep
+        with _quiet():
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=keep is not None)
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +62,10 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    def path(self, step: int) -> Path:
+        """Returns the directory of the checkpoint of a step."""
+        return self._directory / str(step)
+
     def save(self, step: int, state: Any, *, facts: Mapping[str, Any]) -> None:
         """Saves the state after `step` steps, unless it is saved already.
 
@@ -58,18 +73,21 @@ class Checkpoints:
             facts: What belongs to the state but is not an array; JSON values.
 
         Raises:
-            UserError: It cannot be written; earlier checkpoints are complete."""
+            UserError: It cannot be written; earlier checkpoints are complete.
+            FloatingPointError: The state has numbers that are not finite; nothing is written."""
         if processes.broadcast("newest checkpoint", lambda: self.latest) == step:
             return
+        facts = dict(facts) | {STATE_DIGEST: digest(state, finite=True)}
+        facts |= {FACTS_DIGEST: _facts_digest(facts)}
         try:
             with _quiet():
                 self._checkpointer.save_checkpointables(step, {"state": state}, force=True,
-                                                        custom_metadata=dict(facts))
+                                                        custom_metadata=facts)
         # What a full disk raises depends on which of orbax's layers it reaches first.
         except Exception as error:
             self._checkpointer.reload()
             newest = "none" if self.latest is None else f"step {self.latest}"
-            raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be written "
+            raise UserError(f"{self.path(step)}: the checkpoint cannot be written "
                             f"({_reason(error)}); the newest complete one is {newest}") from error
 
     @property
@@ -82,18 +100,25 @@ class Checkpoints:
 
         Raises:
             UserError: The checkpoint is damaged."""
+        path = self.path(step)
         try:
             with _quiet():
                 facts = self._checkpointer.checkpointables_metadata(step).custom_metadata
             if not facts:
                 raise ValueError("it holds no facts besides the state")
-            return dict(facts)
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be read "
-                            f"({_reason(error)})") from error
+            raise UserError(f"{path}: the checkpoint cannot be read ({_reason(error)})") from error
+
+        facts = dict(facts)
+        expected = facts.pop(FACTS_DIGEST, None)
+        if expected is None or STATE_DIGEST not in facts:
+            raise UserError(f"{path}: the checkpoint is of a version of effreason that stored no "
+                            "digests in it; this version cannot read it")
+        _check_digest(path / METADATA_FILE, "the facts", expected, _facts_digest(facts))
+        return facts
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Returns a state on its shardings, and the facts saved with it.
+        """Returns a state on its shardings, and the facts saved with it. All processes call it.
 
         Args:
             abstract_state: ShapeDtypeStructs with shardings.
@@ -103,13 +128,99 @@ class Checkpoints:
             UserError: The checkpoint is damaged, or of another state."""
         step = self.latest if step is None else step
         assert step is not None, "there is a checkpoint"
+        path, error, state, facts = self.path(step), None, None, dict[str, Any]()
         try:
+            facts = self.facts(step)
             with _quiet():
-                loaded = self._checkpointer.load_checkpointables(step, {"state": abstract_state})
-            return loaded["state"], self.facts(step)
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{self._directory / str(step)}: the checkpoint cannot be read "
-                            f"({_reason(error)})") from error
+                state = self._checkpointer.load_checkpointables(
+                    step, {"state": abstract_state})["state"]
+        except UserError as damage:
+            error = str(damage)
+        except (ValueError, KeyError, OSError) as damage:
+            error = f"{path}: the checkpoint cannot be read ({_reason(damage)})"
+
+        # One process may read what another cannot.
+        if errors := [text for text in processes.all_gather("checkpoint", lambda: error) if text]:
+            raise UserError(errors[0])
+        _check_digest(path, "the state", facts[STATE_DIGEST], digest(state))
+        return state, facts
+
+    def newest_whole(self, abstract_state: Any, before: int) -> int | None:
+        """Returns the step of the newest checkpoint before `before` that can be restored.
+
+        All processes call it; None if there is none."""
+        for step in reversed(processes.broadcast("checkpoints", lambda: self.steps)):
+            with contextlib.suppress(UserError):
+                if step < before:
+                    self.restore(abstract_state, step)
+                    return step
+        return None
+
+    def remove_left_overs(self) -> None:
+        """Removes older checkpoints than the newest `keep`, and those whose deletion was cut off.
+
+        Called once the newest one is restored."""
+        def remove() -> None:
+            *older, newest = self.steps
+            whole = [step for step in older
+                     if (self.path(step) / METADATA_FILE).exists()] + [newest]
+            for step in {*older} - {*whole[-(self._keep or len(whole)):]}:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+        processes.broadcast("older checkpoints", remove)
+        self._checkpointer.reload()
+
+
+def digest(tree: Any, *, finite: bool = False) -> str:
+    """Returns what identifies a tree of arrays bit for bit, however they are sharded.
+
+    Of each array the bits of every element are mixed with its position, one to one, and summed
+    modulo 2^32. So a change of one element always changes the sum, and a change of several does but
+    for one time in 2^32. A sum takes one pass over the array on its devices, little next to a save,
+    and is the same on another mesh; a hash of the stored files would read them all again on one
+    host, and could not see what goes wrong while they are written or read. All processes call it.
+
+    Raises:
+        FloatingPointError: A number is not finite and `finite` is set."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    sums = sharding.to_host([_sums(sharding.on_device(leaf)) for _, leaf in leaves])
+    bad = [jax.tree_util.keystr(path, simple=True, separator=".")
+           for (path, _), (_, infinite) in zip(leaves, sums, strict=True) if infinite]
+    if finite and bad:
+        raise FloatingPointError(f"non-finite {', '.join(bad[:3])}"
+                                 + f" and {len(bad) - 3} more arrays" * (len(bad) > 3))
+    return hashlib.sha256(np.stack(sums)[:, 0].astype("<u4").tobytes()).hexdigest()[:16]
+
+
+@jax.jit
+def _sums(leaf: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
+    """Returns the sum, and whether an element is not finite."""
+    words = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(leaf, words).astype(jnp.uint32)
+    position, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position, stride = position + along * np.uint32(stride), stride * bits.shape[axis] % 2**32
+
+    # The finalizer of MurmurHash3: shifts and odd factors, each of which can be undone.
+    mixed = bits ^ (position * np.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
+    infinite = (jnp.any(~jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+                else jnp.bool_(False))
+    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), infinite.astype(jnp.uint32)])
+
+
+def _facts_digest(facts: Mapping[str, Any]) -> str:
+    # Keys that are numbers become text in JSON.
+    text = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_digest(path: Path, what: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise UserError(f"{path}: {what} changed after being saved (digest {found}, expected "
+                        f"{expected})")
 
 
 def abstract(state: Any, shardings: Shardings) -> Any:

@@ -1,9 +1,11 @@
 """The directory of a run: opened or resumed, and its files except metrics and checkpoints."""
 
+import contextlib
 import dataclasses
 import datetime
+import itertools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from effreason.evaluation.evaluate import max_new_tokens
 from effreason.lm.hf.pretrained import CARD_FILE
 from effreason.rl import alpha_control, configured_reward
 from effreason.runs import results as run_files
-from effreason.runs.export import origin
+from effreason.runs.claim import claimed
+from effreason.runs.export import origin, recover
 from effreason.runs.model_card import model_card
 from effreason.runs.report import figures
 from effreason.runs.report import page as report_page
@@ -42,39 +45,84 @@ RESUMABLE = (
     "kl.offload_reference")
 
 
-def open_run(config: Config, *, name: str | None = None, may_change: Sequence[str] = (),
-             family: bool = False) -> Path:
-    """Returns the run directory, which all processes must see; makes it unless it is resumed.
+@contextlib.contextmanager
+def opened(config: Config, *, name: str | None = None, may_change: Sequence[str] = (),
+           family: bool = False) -> Iterator[Path]:
+    """Yields the run directory, which all processes must see; makes it unless it is resumed.
+
+    It is claimed for the duration of the block: no other process can train there. A new one is
+    removed again if the block leaves nothing in it.
 
     Args: name, of a new one, after the time; may_change, fields besides RESUMABLE that may differ
         when it is resumed; family, it holds or will hold one.
     Raises: UserError."""
-    directory = Path(processes.broadcast(
-        "run directory", lambda: str(_make_directory(config, name, may_change, family))))
-    processes.check_shared(directory, "run.directory")
-    return directory
+    processes.check_same(configuration.facts(config))       # first: later exchanges depend on it
+    with contextlib.ExitStack() as held:                    # by process 0
+        directory = Path(processes.broadcast(
+            "run directory", lambda: str(_claim(config, name, may_change, family, held))))
+        processes.check_shared(directory, "run.directory")
+        yield directory
 
 
-def _make_directory(config: Config, name: str | None, may_change: Sequence[str],
-                    family: bool) -> Path:
-    """Makes or checks the run directory, in process 0.
+def _claim(config: Config, name: str | None, may_change: Sequence[str], family: bool,
+           held: contextlib.ExitStack) -> Path:
+    """Makes or checks the run directory and claims it, in process 0.
 
     Raises: UserError if it holds another run, or if the configuration of a resumed run differs."""
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    name = name or f"alpha{config.reward.alpha:g}-seed{config.run.seed}"
-    directory = Path(config.run.directory or f"runs/{now}-{name}")
-    path = directory / "config.yaml"
+    if config.run.directory is None:
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        directory = _make_new(Path(
+            f"runs/{now}-{name or f'alpha{config.reward.alpha:g}-seed{config.run.seed}'}"))
+    else:
+        directory = Path(config.run.directory)
 
     if config.run.resume:
         _check_resumed(config, directory, may_change, family)
-    elif path.exists() or any((directory / "checkpoints").glob("*")):
-        raise UserError(f"run.directory: {directory} holds a run already; resume it with "
-                        "--run.resume true, or choose another directory")
+    else:
+        check_unused(directory, family)
+        with disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        held.callback(_remove_empty, directory)
 
     report_page.check(directory / report_page.PAGE)
-    with disk(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    held.enter_context(claimed(directory, resume=config.run.resume))
+    if not config.run.resume:       # again: the owner of an earlier claim may just have ended
+        check_unused(directory, family)
+    for left_over in directory.glob(f"{processes.SIGHT}*"):
+        left_over.unlink(missing_ok=True)
+    recover(directory / "model")
     return directory
+
+
+def _make_new(directory: Path) -> Path:
+    """Makes a directory of this name; if there is one, with -2, -3 and so on after it."""
+    for number in itertools.count(2):
+        with disk(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir()
+                return directory
+            except FileExistsError:
+                stem = directory.name if number == 2 else directory.name.rpartition("-")[0]
+                directory = directory.with_name(f"{stem}-{number}")
+    raise AssertionError("a number is free")
+
+
+def _remove_empty(directory: Path) -> None:
+    """Removes a directory that no run was started in."""
+    with contextlib.suppress(OSError):
+        (directory / "checkpoints").rmdir()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def check_unused(directory: Path, family: bool) -> None:
+    """Raises UserError if a directory holds a run. Args: family, one is to begin there."""
+    files = ["config.yaml", *([] if family else [run_files.FAMILY_FILE])]
+    if (any((directory / name).exists() for name in files)
+            or any((directory / "checkpoints").glob("*"))):
+        raise UserError(f"run.directory: {directory} holds a run already; resume it with "
+                        "--run.resume true, or choose another directory")
 
 
 def _check_resumed(config: Config, directory: Path, may_change: Sequence[str],
@@ -88,14 +136,42 @@ def _check_resumed(config: Config, directory: Path, may_change: Sequence[str],
             "a run, which is resumed without --family" if family else
             "a family, which is resumed with its --family"))
 
+    changed = changes(deciding(configuration.load(path), may_change), deciding(config, may_change))
+    if changed:
+        raise UserError(f"{path}: a resumed run must keep its configuration, found {changed}")
+
+
+def deciding(config: Config, may_change: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the fields that decide a run's tokens and weights, as text.
+
+    Args: may_change, further fields that do not."""
     # If alpha follows the evaluations, their times decide the weights.
     fixed = {"evaluation.every"} if alpha_control.is_on(config.reward) else set()
     allowed = tuple(field for field in (*RESUMABLE, *may_change) if field not in fixed)
-    changed = [line for line in configuration.differences(configuration.load(path), config)
-               if not line.startswith(allowed)]
-    if changed:
-        raise UserError(f"{path}: a resumed run must keep its configuration, found "
-                        f"{'; '.join(changed)}")
+    return {field: value for field, value in configuration.facts(config).items()
+            if not field.startswith(allowed)}
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Returns the fields whose values differ, each as "field: before -> now"."""
+    return "; ".join(f"{field}: {before.get(field)} -> {now.get(field)}"
+                     for field in {**now, **before} if before.get(field) != now.get(field))
+
+
+def check_unedited(config: Config, directory: Path, step: int, trained: Mapping[str, str]) -> None:
+    """Raises UserError if the configuration is not that of the newest checkpoint.
+
+    Args: step, of the checkpoint; trained, its deciding fields."""
+    if edited := changes(trained, deciding(config)):
+        raise UserError(
+            f"{directory / 'config.yaml'}: was changed after checkpoint {step} was trained with "
+            f"it, {edited}; change it back, or {train_on(directory)}")
+
+
+def train_on(directory: Path) -> str:
+    """Returns how to go on from a run's model with other settings."""
+    model = shlex.quote(str(directory / "model"))
+    return f"start a new run from its model with --model.path {model} and another run.directory"
 
 
 def resume_command(directory: Path, arguments: str = "") -> str:
@@ -158,7 +234,9 @@ def conclude(config: Config, inputs: Inputs, directory: Path, measured: BeforeAf
     base, trained = None, None
     if measured:
         base, trained = (next(iter(sets.values())).summary for sets in measured)
+    # The page is written last: with it a run is complete.
     with disk(directory / "model"):
+        (directory / report_page.PAGE).unlink(missing_ok=True)
         card = model_card(config, inputs, step=config.run.steps, alpha=alpha, before=base,
                           after=trained)
         (directory / "model" / CARD_FILE).write_text(card, encoding="utf-8")

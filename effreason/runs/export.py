@@ -1,16 +1,18 @@
 """The trained model for others: a Hugging Face directory with a card and facts of training."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from effreason import __version__
 from effreason.lm import model
-from effreason.lm.hf.hub import public_name
-from effreason.lm.hf.pretrained import export_model
+from effreason.lm.hf.hub import existing_export, public_name
+from effreason.lm.hf.pretrained import FACTS_FILE, export_model
 from effreason.runs.model_card import model_card
 from effreason.runs.session import Inputs
 from effreason.runtime.config import Config
-from effreason.runtime.files import disk
+from effreason.runtime.errors import UserError
+from effreason.runtime.files import disk, read_json
 
 
 def export(params: model.Params, step: int, config: Config, inputs: Inputs, target: Path,
@@ -28,6 +30,24 @@ def export(params: model.Params, step: int, config: Config, inputs: Inputs, targ
         export_model(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
                      chat_template=inputs.template.text, facts=facts, card=card,
                      eos_ids=inputs.pretrained.eos_ids)
+
+
+def exported_step(target: Path) -> int | None:
+    """Returns the updates that the model in a directory has had; None if there is none."""
+    try:
+        step = read_json(target / FACTS_FILE).get("step")
+    except UserError:
+        return None
+    return step if isinstance(step, int) else None
+
+
+def recover(target: Path) -> None:
+    """Completes or removes what an export left that was cut off between two renames or before."""
+    with disk(target):
+        if not target.exists() and (interrupted := existing_export(target)):
+            interrupted.rename(target)
+    for suffix in (".partial", ".old"):
+        shutil.rmtree(target.with_name(target.name + suffix), ignore_errors=True)
 
 
 def origin(inputs: Inputs) -> dict[str, Any]:

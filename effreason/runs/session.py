@@ -19,7 +19,6 @@ from effreason.lm.hf.pretrained import Pretrained, load_weights, model_fingerpri
 from effreason.rl import configured_reward
 from effreason.rl.learner import Engine, check_model, make_engine
 from effreason.rl.rollouts import unmatched
-from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
@@ -74,7 +73,6 @@ def make_mesh(config: Config) -> Mesh:
 @contextlib.contextmanager
 def open_session(config: Config) -> Iterator[Session]:
     """Opens and checks everything a run needs except the weights. Raises: UserError."""
-    processes.check_same(configuration.facts(config))       # first: later exchanges depend on it
     sharding.use_compilation_cache()
     mesh = make_mesh(config)
 

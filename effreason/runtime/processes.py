@@ -25,6 +25,7 @@ from effreason.runtime.stderr_relay import StderrRelay
 
 T = TypeVar("T")
 PREFIX = "effreason"                # of all keys in the store
+SIGHT = ".shared-"                  # of the files by which all see that they share a directory
 WAIT_MILLISECONDS = 1000            # in one call to the store: Python handles signals in between
 POLL_SECONDS = 0.5                  # between two checks whether a process was told to stop
 LEAVE_SECONDS = 10.0                # how long a failed process waits for the others to fail too
@@ -80,7 +81,7 @@ def check_shared(directory: Path, field: str) -> None:
     """Raises UserError unless all processes see what process 0 writes into a directory."""
     if _group is None:
         return
-    token = directory / broadcast("token", lambda: f".shared-{os.getpid()}-{time.time_ns()}")
+    token = directory / broadcast("token", lambda: f"{SIGHT}{os.getpid()}-{time.time_ns()}")
     broadcast("shared directory", lambda: token.write_text(""))
 
     visible = all_gather("sight of it", lambda: appears(token.exists))

@@ -116,6 +116,12 @@ def fetched(shardings: Shardings) -> Shardings:
     return jax.tree.map(lambda shards: NamedSharding(shards.mesh, shards.spec), shardings)
 
 
+def on_device(leaf: Any) -> Any:
+    """Returns an array in the memory of its devices, whichever memory it is in."""
+    is_offloaded = isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == "pinned_host"
+    return jax.device_put(leaf, fetched(leaf.sharding)) if is_offloaded else leaf
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of parts the batch axis is split into."""
     return math.prod(mesh.shape[axis] for axis in AXES["batch"])
