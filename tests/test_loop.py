@@ -4,7 +4,9 @@ on unchanged."""
 import contextlib
 import copy
 import dataclasses
+import datetime
 import errno
+import fcntl
 import json
 import os
 import re
@@ -510,6 +512,179 @@ def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_pat
     written = configuration.load(tmp_path / "run" / "config.yaml")
     assert written == dataclasses.replace(changed, run=dataclasses.replace(changed.run,
                                                                            resume=False))
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing is saved."""
+
+
+@pytest.mark.parametrize("every", [3, 6], ids=["exported before", "never exported"])
+def test_a_run_killed_in_its_last_export_ends_with_the_model_of_its_last_step(
+        finished, world, tmp_path, every):
+    directory = tmp_path / "run"
+
+    def killed(params, step, *rest):
+        if step == 6:
+            raise Killed
+        run_export.export(params, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "export", killed)
+        loop.train(small_runs.config(world, directory, **EVALUATED, **{"checkpoint.every": every}))
+    assert (directory / "model").exists() == (every == 3)
+    (directory / "model.partial").mkdir()
+    loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": True}))
+    assert_same_run(finished, directory)
+    assert json.loads((directory / "model" / "effreason.json").read_text())["step"] == 6
+    assert not list(directory.glob("model.*"))
+
+
+def test_a_damaged_checkpoint_names_the_newest_whole_one_and_the_command(finished, world, tmp_path,
+                                                                         capfd):
+    directory = tmp_path / "run"
+    shutil.copytree(finished.directory, directory)
+    arguments = small_runs.arguments(world, directory, **EVALUATED, **{"run.resume": True})
+    weights = max((directory / "checkpoints" / "6" / "state").rglob("*"),
+                  key=lambda path: path.is_file() * path.stat().st_size)
+    content = weights.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 128
+    hint = (f"checkpoint 3 is whole, continue from it with: rm -r {directory}/checkpoints/6 && "
+            f"python train.py --config {directory}/config.yaml --run.resume true")
+    for damaged, reason in ((content[:1000], r"the checkpoint cannot be read \(.*\)"),
+                            (flipped, r"the state changed after being saved \(digest .*\)")):
+        weights.write_bytes(damaged)
+        error = refused(capfd, arguments)
+        assert re.fullmatch(rf"{directory}/checkpoints/6: {reason}; {re.escape(hint)}", error)
+
+    shutil.rmtree(directory / "checkpoints" / "6")
+    assert main.main(["train", "--config", str(directory / "config.yaml"), "--run.resume",
+                      "true"]) == 0
+    assert_same_run(finished, directory)
+
+
+def test_an_edited_configuration_is_one_line_that_names_the_fields(finished, tmp_path, capsys):
+    directory = tmp_path / "run"
+    shutil.copytree(finished.directory, directory)
+    path = directory / "config.yaml"
+    text = path.read_text().replace(str(finished.directory), str(directory))
+    path.write_text(text.replace("learning_rate: 0.003", "learning_rate: 0.03"))
+    error = refused(capsys, ["--config", str(path), "--run.resume", "true"])
+    assert error == (
+        f"{path}: was changed after checkpoint 6 was trained with it, update.learning_rate: "
+        f"0.003 -> 0.03; change it back, or start a new run from its model with --model.path "
+        f"{directory}/model and another run.directory")
+    path.write_text(text.replace("groups_per_step: 1", "groups_per_step: 0"))    # decides nothing
+    assert main.main(["train", "--config", str(path), "--run.resume", "true"]) == 0
+
+
+def test_other_weights_before_training_are_one_line(finished, world, tmp_path, capsys):
+    shutil.copytree(finished.directory, tmp_path / "run")
+    path = world / "base" / "model.safetensors"
+    content = path.read_bytes()
+    try:
+        # In the middle: the ends are what identifies a model elsewhere.
+        path.write_bytes(content[:-900] + bytes([content[-900] ^ 1]) + content[-899:])
+        error = refused(capsys, small_runs.arguments(world, tmp_path / "run", **EVALUATED,
+                                                     **{"run.resume": True}))
+    finally:
+        path.write_bytes(content)
+    assert re.match(rf"model\.path: the weights of {world}/base have changed since the run began "
+                    r"with them \(digest \w+, now \w+\); put them back, or start a new run", error)
+
+
+def test_a_run_that_diverges_at_once_is_not_saved(world, tmp_path, capsys):
+    directory = tmp_path / "run"
+    changes = {"update.learning_rate": 1e20, "update.warmup_updates": 0, "checkpoint.every": 1,
+               "evaluation.problems": 0}
+    assert main.main(["train", *small_runs.arguments(world, directory, **changes)]) == 1
+    assert capsys.readouterr().err == (
+        "error: step 0: after its update the model gives no finite log-probs; nothing was saved; "
+        "start a new run with a lower update.learning_rate\n")
+    assert not (directory / "model").exists() and not (directory / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("bad", ["weights", "metrics"])
+def test_a_run_that_diverges_names_the_last_good_checkpoint(world, tmp_path, capsys, monkeypatch,
+                                                            bad):
+    """Bad weights after the second update are found when they would be saved."""
+    directory, train_step = tmp_path / "run", loop.train_step
+
+    def diverging(run, step):
+        if step == 1 and bad == "metrics":
+            raise FloatingPointError("step 1: non-finite update/loss")
+        found = train_step(run, step)
+        if step == 1:
+            run.train_state = dataclasses.replace(run.train_state, params=jax.tree.map(
+                lambda weight: weight * np.float32(1e30), run.train_state.params))
+        return found
+
+    monkeypatch.setattr(loop, "train_step", diverging)
+    changes = {"checkpoint.every": 1, "run.steps": 3, "evaluation.problems": 0}
+    assert main.main(["train", *small_runs.arguments(world, directory, **changes)]) == 1
+    reason = ("non-finite update/loss" if bad == "metrics"
+              else "after its update the model gives no finite log-probs")
+    assert capsys.readouterr().err == (
+        f"error: step 1: {reason}; the last good checkpoint is {directory}/checkpoints/1: start a "
+        f"new run from its model with --model.path {directory}/model and another run.directory, "
+        "and with a lower update.learning_rate\n")
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["1"]
+    assert run_export.exported_step(directory / "model") == 1
+
+
+def test_a_directory_is_one_runs_at_a_time(finished, world, tmp_path, capsys):
+    new = tmp_path / "run"
+    arguments = small_runs.arguments(world, new)
+    with runs.opened(small_runs.config(world, new)):
+        error = refused(capsys, arguments)
+        owner = json.loads((new / "claim.json").read_text())
+        assert error == (f"run.directory: process {os.getpid()} on {owner['host']}, since "
+                         f"{owner['since']}, uses {new}; wait for it, or choose another directory")
+    assert not new.exists()         # the block has left nothing
+    resumed = small_runs.arguments(world, finished.directory, **EVALUATED, **{"run.resume": True})
+    with runs.opened(small_runs.config(world, finished.directory, **EVALUATED,
+                                       **{"run.resume": True})):
+        assert "wait for it" in refused(capsys, resumed)
+    assert not (finished.directory / "claim.json").exists()
+
+
+def test_a_claim_of_a_process_that_is_gone_is_in_nobodys_way(world, tmp_path):
+    for text in ('{"process": 1, "host": "another", "since": "2026-01-01"}', ""):
+        (tmp_path / "claim.json").write_text(text)
+        with runs.opened(small_runs.config(world, tmp_path)) as directory:
+            runs.write_config(small_runs.config(world, tmp_path), directory)
+            assert json.loads((tmp_path / "claim.json").read_text())["process"] == os.getpid()
+        assert not (tmp_path / "claim.json").exists()
+        (tmp_path / "config.yaml").unlink()
+
+
+def test_a_disk_without_locks_excludes_new_runs_and_lets_others_resume(world, tmp_path,
+                                                                       monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    (tmp_path / "claim.json").write_text("")
+    with (pytest.raises(UserError, match=rf"has claimed {tmp_path}; if it has ended, remove "),
+          runs.opened(small_runs.config(world, tmp_path))):
+        pass
+    runs.write_config(small_runs.config(world, tmp_path), tmp_path)
+    with runs.opened(small_runs.config(world, tmp_path, **{"run.resume": True})):
+        pass
+
+
+def test_runs_of_the_same_second_have_directories_of_their_own(world, tmp_path, monkeypatch):
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, zone):
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=zone)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.datetime, "datetime", Clock)
+    config = small_runs.config(world, "unused", **{"run.directory": None})
+    with contextlib.ExitStack() as stack:
+        names = [stack.enter_context(runs.opened(config)).name for _ in range(3)]
+    assert names == [f"20260102-030405-alpha0.2-seed0{number}" for number in ("", "-2", "-3")]
 
 
 def test_resuming_nothing_and_fewer_steps_than_were_done_are_refused(finished, world, tmp_path,

@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -239,8 +241,26 @@ def _quiet() -> Iterator[None]:
     logger.disabled = True
     try:
         yield
+    except Exception:
+        _silence_stragglers()
+        raise
     finally:
         logger.disabled = before
+
+
+def _silence_stragglers() -> None:
+    """Hides what the other reads or writes of a failed one say, now or later.
+
+    Orbax waits for the first that fails and closes the event loop of the others."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":
+            report(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _reason(error: BaseException) -> str:

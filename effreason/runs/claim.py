@@ -49,19 +49,18 @@ def _lock(path: Path, directory: Path, resume: bool) -> int:
             except FileExistsError:
                 descriptor, is_new = os.open(path, os.O_RDWR | os.O_CREAT), False
 
-        is_held = False
+        refusal = None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            is_held = True
+            refusal = f"uses {directory}; wait for it, or choose another directory"
         except OSError:             # a disk without locks
-            is_held = not is_new and not resume
-
-        if is_held:
-            text = _owner(descriptor)
+            if not (is_new or resume):
+                refusal = f"has claimed {directory}; if it has ended, remove {path}"
+        if refusal:
+            owner = _owner(descriptor)
             os.close(descriptor)
-            raise UserError(f"run.directory: {text} uses {directory}; wait for it, or choose "
-                            f"another directory; if it has ended, remove {path}")
+            raise UserError(f"run.directory: {owner} {refusal}")
 
         # The file may have been removed by its owner between the two calls.
         with contextlib.suppress(OSError):

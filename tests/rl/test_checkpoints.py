@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -67,7 +68,7 @@ def test_a_state_comes_back_bit_for_bit_on_its_shardings(tmp_path, after):
     with Checkpoints(tmp_path, keep=2) as saved:
         assert saved.latest == 5
         restored, facts = saved.restore(abstract)
-    assert facts == {"wall_seconds": 12.5}
+    assert facts == {"wall_seconds": 12.5, "state_digest": checkpoints.digest(state)}
     assert_bitwise(restored, state)
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(restored.opt_state))
     assert jax.tree.map(lambda leaf: leaf.sharding,
@@ -175,3 +176,67 @@ def test_a_checkpoint_that_does_not_fit_is_a_clear_error(tmp_path, damage):
         with Checkpoints(tmp_path, keep=2) as saved:
             saved.restore(abstract)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning",
+                            "ignore:coroutine .* was never awaited")
+def test_every_bit_flip_is_found_or_changes_nothing(tmp_path):
+    state, abstract = state_on(mesh(data=1))
+    with Checkpoints(tmp_path / "whole", keep=2) as saved:
+        saved.save(4, state, facts={"alpha": 0.25})
+    found, generator = 0, np.random.default_rng(0)
+    files = [path for path in (tmp_path / "whole" / "4").rglob("*") if path.is_file()]
+    flips = [(path, int(generator.integers(path.stat().st_size)), int(generator.integers(8)))
+             for path in files for _ in range(4 if path.stat().st_size > 1 else 0)]
+    for path, at, bit in flips:
+        content = path.read_bytes()
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1:])
+        try:
+            with Checkpoints(tmp_path / "whole", keep=None) as saved:
+                restored, facts = saved.restore(abstract, 4)
+            assert facts["alpha"] == 0.25
+            assert_bitwise(restored, state)
+        except UserError as error:
+            found += "changed after being saved (digest" in str(error)
+            assert "\n" not in str(error)
+        path.write_bytes(content)
+    assert found >= 3 and len(flips) > 20
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int32, np.int8])
+def test_a_digest_changes_with_every_bit_and_every_place(dtype):
+    values = np.random.default_rng(0).integers(-99, 99, (3, 5)).astype(dtype)
+    digests, bits = {checkpoints.digest(values)}, 8 * values.itemsize
+    for at in range(values.size):
+        for bit in range(bits):
+            changed = bytearray(values.tobytes())
+            changed[at * values.itemsize + bit // 8] ^= 1 << bit % 8
+            digests.add(checkpoints.digest(np.frombuffer(changed, dtype).reshape(3, 5)))
+    assert len(digests) == 1 + values.size * bits
+    exchanged = values[:, [1, 0, 2, 3, 4]]
+    assert checkpoints.digest(exchanged) not in digests
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value):
+    with Checkpoints(tmp_path, keep=2) as saved:
+        with pytest.raises(FloatingPointError, match="^non-finite weights$"):
+            saved.save(1, {"weights": np.array([1, value, 3, 4], np.float32)}, facts={"a": 1})
+        assert saved.latest is None
+
+
+def test_what_a_deletion_left_goes_and_the_newest_whole_checkpoint_is_found(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as saved:
+        for step in (1, 2, 3):
+            saved.save(step, vector(step), facts={"a": step})
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()
+    for path in (tmp_path / "3" / "state").rglob("d/*"):
+        path.write_bytes(b"")
+    with Checkpoints(tmp_path, keep=3) as saved:
+        assert saved.newest_whole(ABSTRACT_VECTOR, before=3) == 2
+        assert saved.newest_whole(ABSTRACT_VECTOR, before=2) is None
+        saved.remove_left_overs()
+        assert saved.steps == steps_in(tmp_path) == [2, 3]
+    with Checkpoints(tmp_path, keep=1) as saved:
+        saved.remove_left_overs()
+    assert steps_in(tmp_path) == [3]

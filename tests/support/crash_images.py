@@ -1,4 +1,4 @@
-"""What kill -9 would leave of a directory: its content before each file-system event of a program."""
+"""What kill -9 would leave of a directory: its content before each of its file-system events."""
 
 import contextlib
 import hashlib
