@@ -7,6 +7,7 @@ holds a digest of the state and one of the facts.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -42,6 +43,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int | None) -> None:
         self._directory, self._keep = directory.absolute(), keep
+        _silence_stragglers()
         with _quiet():
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
@@ -241,26 +243,24 @@ def _quiet() -> Iterator[None]:
     logger.disabled = True
     try:
         yield
-    except Exception:
-        _silence_stragglers()
-        raise
     finally:
         logger.disabled = before
 
 
+@functools.cache
 def _silence_stragglers() -> None:
-    """Hides what the other reads or writes of a failed one say, now or later.
+    """Hides what other reads say after one has failed, for good: they may say it later.
 
-    Orbax waits for the first that fails and closes the event loop of the others."""
+    Orbax waits for the first that fails, and closes the event loop of the others."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    report = sys.excepthook
+    report = sys.unraisablehook
 
-    def hook(kind: Any, error: BaseException, trace: Any) -> None:
-        if str(error) != "Event loop is closed":
-            report(kind, error, trace)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def _reason(error: BaseException) -> str:

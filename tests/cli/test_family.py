@@ -17,6 +17,7 @@ from effreason.cli import family as families
 from effreason.cli import main
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.weights import read_weights
+from effreason.runs import directory as run_directory
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import Progress
 from effreason.sampling import engine
@@ -128,6 +129,27 @@ def test_a_finished_family_is_not_sampled_again_and_may_grow(
     families.train(config, [*ALPHAS, 0.1], BASELINES, [])
     assert calls and [point["alpha"] for point in table(family)["points"]
                       if point["kind"] == "member"] == [0.0, 0.3, 0.1]
+
+
+def test_what_a_finished_member_lacks_is_made_at_the_resume(family, world, tmp_path):
+    directory = Path(shutil.copytree(family, tmp_path / "family"))
+    (directory / "alpha0" / "report.html").unlink()
+    shutil.rmtree(directory / "alpha0.3" / "model")
+    config = small_runs.config(world, directory, **CHANGES, **{"run.resume": True})
+    families.train(config, ALPHAS, [], [])
+    assert (directory / "alpha0" / "report.html").exists()
+    for name in ("alpha0", "alpha0.3"):
+        weights = [path / name / "model" / "model.safetensors" for path in (family, directory)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_family_killed_before_its_configuration_is_written_begins_again(world, tmp_path):
+    (tmp_path / "family.json").write_text("{")
+    config = small_runs.config(world, tmp_path, **CHANGES)
+    with run_directory.opened(config, family=True) as directory:
+        assert directory == tmp_path
+    with pytest.raises(UserError, match="holds a run already"), run_directory.opened(config):
+        pass
 
 
 @pytest.mark.slow

@@ -108,6 +108,25 @@ def test_by_default_it_ends_within_a_minute():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_stopped_process_that_wakes_after_the_others_have_ended_ends_too(which):
+    port = free_port()
+    children = [started(["lost", which, signal.SIGSTOP.value, "value"], number=number, port=port)
+                for number in (0, 1)]
+    try:
+        assert children[1 - which].wait(timeout=SECONDS) != 0
+        children[which].send_signal(signal.SIGCONT)
+        woken = time.monotonic()
+        _, err = children[which].communicate(timeout=SECONDS)
+        assert children[which].returncode != 0 and time.monotonic() - woken < 15
+        assert lines(err)[0].endswith("this process ends too: start all of them again")
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_other():
     (waiting, _, err), (failing, _, second_err) = both("failed")
     assert failing == 2 and lines(second_err) == ["error: the disk of process 1 is full"]
