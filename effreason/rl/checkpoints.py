@@ -187,7 +187,8 @@ def digest(tree: Any, *, finite: bool = False) -> str:
     Raises:
         FloatingPointError: A number is not finite and `finite` is set."""
     leaves, _ = jax.tree.flatten_with_path(tree)
-    sums = sharding.to_host([_sums(sharding.on_device(leaf)) for _, leaf in leaves])
+    # One after another: arrays that are kept in the hosts' memory do not all fit the devices.
+    sums = [sharding.to_host(_sums(sharding.on_device(leaf))) for _, leaf in leaves]
     bad = [jax.tree_util.keystr(path, simple=True, separator=".")
            for (path, _), (_, infinite) in zip(leaves, sums, strict=True) if infinite]
     if finite and bad:
