@@ -19,6 +19,7 @@ from effreason.lm.hf.pretrained import Pretrained, load_weights, model_fingerpri
 from effreason.rl import configured_reward
 from effreason.rl.learner import Engine, check_model, make_engine
 from effreason.rl.rollouts import unmatched
+from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
