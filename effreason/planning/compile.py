@@ -101,10 +101,23 @@ def _described_devices(target: Target) -> Any:
             "uses formulas") from None
 
 
-def traceable(target: Target) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which programs for the target can be traced on this machine."""
+@contextlib.contextmanager
+def traceable(target: Target) -> Iterator[None]:
+    """Lets programs for the target be traced and compiled on this machine."""
     parts = target.chip.multiprocessors
-    return contextlib.nullcontext() if parts is None else cudnn.described(parts.capability)
+    if parts is None:
+        yield
+        return
+
+    # JAX would keep programs for a described GPU, and fail to read them back.
+    settings: Any = jax.config
+    is_enabled = settings.jax_enable_compilation_cache
+    settings.update("jax_enable_compilation_cache", False)
+    try:
+        with cudnn.described(parts.capability):
+            yield
+    finally:
+        settings.update("jax_enable_compilation_cache", is_enabled)
 
 
 def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Any) -> int:
