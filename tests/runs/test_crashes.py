@@ -85,14 +85,6 @@ class Families(Runs):
             families.train(config, [0.3], ["dpo"], [0.5])
 
 
-def test_a_run_killed_between_its_last_checkpoint_and_its_end_goes_on(world, tmp_path):
-    with Runs(world, tmp_path / "run", **CHANGES) as runs:
-        recorder, expected = runs.record()
-        last = [image for image in recorder.images if "checkpoints/4" in image[1]]
-        assert len(last) > 30
-        runs.check(last[::len(last) // 8], expected)
-
-
 @pytest.mark.slow
 def test_a_run_killed_before_any_of_its_file_system_events_goes_on(world, tmp_path):
     with Runs(world, tmp_path / "run", **CHANGES) as runs:
