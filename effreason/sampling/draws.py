@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from effreason.runtime.errors import UserError
+from effreason.runtime.sharding import constrain
 
 MAX_BLOCKS = 256                    # near the square root of a large vocabulary, so that K = W
 
@@ -76,14 +77,14 @@ def draw(logits: Float[Array, "S V"], keys: Key[Array, " S"],
         logits: float32 at temperature 1, -inf allowed.
         keys: each is consumed."""
     blocks = _blocks(logits)
-    block_maxima = jnp.max(blocks, axis=-1)
+    block_maxima = constrain(jnp.max(blocks, axis=-1), "batch", "width")
     row_max = jnp.max(block_maxima, axis=-1)
     model_sums = _block_sums(blocks, row_max, 1.0)
     model_total = jnp.sum(model_sums, axis=-1)
 
     if sampling.temperature == 0.0:
         block = jnp.argmax(block_maxima, axis=-1)
-        position = jnp.argmax(_select(blocks, block), axis=-1)
+        position = jnp.argmax(_select_block(blocks, block), axis=-1)
         model_logprobs = -jnp.log(model_total)
         return SampledTokens(
             tokens=_token(blocks, block, position), logprobs=model_logprobs,
@@ -99,7 +100,7 @@ def draw(logits: Float[Array, "S V"], keys: Key[Array, " S"],
     # few bits for the block's tokens.
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = _invert(kept_sums, uniform[:, 0])
-    tokens = _select(blocks, block)
+    tokens = _select_block(blocks, block)
     # Relative to the block's own maximum: in a block of unlikely tokens all could round to 0.
     weights = _weights(tokens, jnp.max(tokens, axis=-1), temperature, threshold)
     position = _invert(weights, uniform[:, 1])
@@ -200,7 +201,10 @@ def _weights(logits: Float[Array, "S ..."], row_max: Float[Array, " S"], tempera
 
 def _block_sums(blocks: Float[Array, "S K W"], row_max: Float[Array, " S"], temperature: float,
                 threshold: Float[Array, " S"] | None = None) -> Float[Array, "S K"]:
-    return jnp.sum(_weights(blocks, row_max, temperature, threshold), axis=-1)
+    """Returns the sums on every device of a row: XLA for GPUs makes a loop of a cumulative sum over
+    blocks that are split over devices."""
+    sums = jnp.sum(_weights(blocks, row_max, temperature, threshold), axis=-1)
+    return constrain(sums, "batch", "width")
 
 
 def _invert(weights: Float[Array, "S n"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
@@ -214,6 +218,10 @@ def _invert(weights: Float[Array, "S n"], uniform: Float[Array, " S"]) -> Int[Ar
     # 1 - 2**-24 times a total of at least 1 rounds to less than the total: some entry exceeds it.
     target = uniform * jnp.max(cumulative, axis=-1)
     return jnp.argmax(cumulative > target[:, None], axis=-1)
+
+
+def _select_block(blocks: Float[Array, "S K W"], block: Int[Array, " S"]) -> Float[Array, "S W"]:
+    return constrain(_select(blocks, block), "batch", "width")
 
 
 def _select(x: Float[Array, "S n ..."], index: Int[Array, " S"]) -> Float[Array, "S ..."]:

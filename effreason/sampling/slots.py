@@ -84,7 +84,10 @@ def next_token_logits(weights: model.Params, hidden: Float[Array, "S D"],
         return jax.lax.optimization_barrier(product).T
 
     def hidden_first(head: jax.Array, hidden: jax.Array) -> jax.Array:
-        return jnp.einsum("vd,sd->sv", head, hidden, preferred_element_type=jnp.float32)
+        # Without the barrier XLA for TPUs moves the draw's split of the vocabulary into blocks onto
+        # the head, and copies the whole head in each step.
+        return jax.lax.optimization_barrier(
+            jnp.einsum("vd,sd->sv", head, hidden, preferred_element_type=jnp.float32))
 
     head = model.head(weights).astype(hidden.dtype)
     if hidden.shape[0] > HEAD_FIRST_ROWS:
