@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from effreason.lm.model import mask_unused
+from effreason.lm.precision import products_of
 from effreason.runtime import sharding
 
 NO_TARGET = jnp.iinfo(jnp.int32).min    # an entry that no target names, on no device
@@ -127,8 +128,9 @@ def _backward(scale: float, tile: int, axis: str | None, unused: Any, saved: tup
 
         start = _tile_start(tile, index, head)
         rows = jax.lax.dynamic_slice_in_dim(head, start, tile)
-        hidden_grad += jnp.einsum("nv,vd->nd", grad, rows, preferred_element_type=jnp.float32)
-        rows_grad = jnp.einsum("nv,nd->vd", grad, hidden, preferred_element_type=jnp.float32)
+        with products_of(hidden.dtype):
+            hidden_grad += jnp.einsum("nv,vd->nd", grad, rows, preferred_element_type=jnp.float32)
+            rows_grad = jnp.einsum("nv,nd->vd", grad, hidden, preferred_element_type=jnp.float32)
         # Added, not set: the last tile overlaps the one before it, with a gradient of 0 there.
         rows_grad = (rows_grad.astype(head.dtype)
                      + jax.lax.dynamic_slice_in_dim(head_grad, start, tile))
@@ -167,7 +169,8 @@ def _tile_scores(scale: float, tile: int, axis: str | None, unused: Any,
     entries."""
     start = _tile_start(tile, index, head)
     rows = jax.lax.dynamic_slice_in_dim(head, start, tile)
-    scores = jnp.einsum("nd,vd->nv", hidden, rows, preferred_element_type=jnp.float32) * scale
+    with products_of(hidden.dtype):
+        scores = jnp.einsum("nd,vd->nv", hidden, rows, preferred_element_type=jnp.float32) * scale
     column = start + jnp.arange(tile)
     scores = mask_unused(scores, _first(axis, head) + column, unused)
     if head.shape[0] % tile:

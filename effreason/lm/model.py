@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from effreason.lm import attention, kv_cache
+from effreason.lm.precision import products_of
 from effreason.runtime.sharding import constrain
 
 # {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if the embedding is not tied}
@@ -64,6 +65,26 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"],
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+@jax.custom_vjp
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "B N"]) -> Float[Array, "B N D"]:
+    """Returns the tokens' rows. Their gradients are summed in float32: in bfloat16 the sum for a
+    frequent token would stop to grow."""
+    return table[tokens]
+
+
+def _embed_forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[tokens], (table, tokens)
+
+
+def _embed_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(grad.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Block(nn.Module):
@@ -154,7 +175,7 @@ class Decoder(nn.Module):
         if not c.tied:
             # Read by `logits` and the scorer.
             self.param("head", table, (c.vocabulary, c.width), jnp.float32)
-        x = constrain(embedding.astype(c.dtype)[tokens], "batch", "sequence", "width")
+        x = constrain(embed(embedding.astype(c.dtype), tokens), "batch", "sequence", "width")
 
         policy = REMAT[c.remat]
         block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
@@ -212,7 +233,8 @@ def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "B N"],
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     decoder: Any = Decoder(config)
-    return decoder.apply({"params": params}, tokens, positions, segments)
+    with products_of(config.dtype):
+        return decoder.apply({"params": params}, tokens, positions, segments)
 
 
 def head(params: Params) -> Float[Array, "V D"]:
@@ -222,8 +244,9 @@ def head(params: Params) -> Float[Array, "V D"]:
 
 def logits(params: Params, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
     """Returns the scores of all tokens of the vocabulary."""
-    return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype),
-                      preferred_element_type=jnp.float32)
+    with products_of(hidden.dtype):
+        return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype),
+                          preferred_element_type=jnp.float32)
 
 
 def mask_unused(scores: Float[Array, "N V"], ids: Int[Array, " V"] | np.ndarray,
@@ -279,8 +302,9 @@ def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],
     x = unstacked["embedding"].astype(config.dtype)[tokens]
     block: Any = Block(config)
     new_cache = []
-    for layer, layer_cache in zip(unstacked["layers"], cache, strict=True):
-        x, layer_cache = block.apply({"params": layer}, x, rope, positions, layer_cache,
-                                     method="decode")
-        new_cache.append(layer_cache)
+    with products_of(config.dtype):
+        for layer, layer_cache in zip(unstacked["layers"], cache, strict=True):
+            x, layer_cache = block.apply({"params": layer}, x, rope, positions, layer_cache,
+                                         method="decode")
+            new_cache.append(layer_cache)
     return rms_norm(x, unstacked["final_norm"], config.norm_eps), new_cache

@@ -18,11 +18,13 @@ from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from effreason.lm import model
+from effreason.lm.precision import products_of
 from effreason.runtime import sharding
 from effreason.sampling.draws import SamplingParams, draw, recorded_logprobs
 
 PREFILL_CHUNK = 512                 # prompt positions per forward pass, at most
 PREFILL_SCORES = 2**22              # attention scores of one head per forward pass, at most
+CHECK_EVERY = 4                     # decode steps, on an accelerator
 HEAD_FIRST_ROWS = 32                # on a CPU, up to this many rows, the head is the left factor
 
 
@@ -90,21 +92,23 @@ def next_token_logits(weights: model.Params, hidden: Float[Array, "S D"],
             jnp.einsum("vd,sd->sv", head, hidden, preferred_element_type=jnp.float32))
 
     head = model.head(weights).astype(hidden.dtype)
-    if hidden.shape[0] > HEAD_FIRST_ROWS:
-        logits = hidden_first(head, hidden)
-    else:
-        logits = jax.lax.platform_dependent(head, hidden, cpu=head_first, default=hidden_first)
+    with products_of(hidden.dtype):
+        if hidden.shape[0] > HEAD_FIRST_ROWS:
+            logits = hidden_first(head, hidden)
+        else:
+            logits = jax.lax.platform_dependent(head, hidden, cpu=head_first, default=hidden_first)
     return model.mask_unused(logits, np.arange(head.shape[0]), unused)
 
 
 def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"], *,
-           config: model.DecoderConfig, sampling: SamplingParams, chunk: int,
+           config: model.DecoderConfig, platform: str, sampling: SamplingParams, chunk: int,
            ) -> tuple[Slots, dict[str, jax.Array]]:
     """Runs at most `chunk` decode steps for all slots; rows that end stay idle until it is over.
 
     Args:
-        control: stops as soon as at most control[0] rows are active; rows with a nonzero
+        control: stops when at most control[0] rows are active; rows with a nonzero
             control[1 + s] are given up before the first step.
+        platform: of the devices.
 
     Returns:
         The slots, and for the host `tokens` int32[chunk, S] with their log-probs
@@ -142,10 +146,25 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
             active=slots.active & ~is_eos & (generated < slots.limit))
         return step + 1, slots, outputs
 
+    between = steps_between_checks(platform, chunk)
+
+    def decode_steps(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        if between == 1:
+            return decode_step(carry)
+        return jax.lax.fori_loop(0, between, lambda _, carry: decode_step(carry), carry)
+
     steps, slots, outputs = jax.lax.while_loop(
-        is_running, decode_step, (jnp.zeros((), jnp.int32), slots, outputs))
+        is_running, decode_steps, (jnp.zeros((), jnp.int32), slots, outputs))
     return slots, outputs | {"count": slots.generated - generated_before, "active": slots.active,
                              "steps": steps}
+
+
+def steps_between_checks(platform: str, chunk: int) -> int:
+    """Returns after how many steps of a chunk to look if enough rows have ended.
+
+    A look is a sum over all devices and, on a GPU, a copy to the host, which waits for it; a step
+    too many costs more on a CPU."""
+    return 1 if platform == "cpu" else math.gcd(chunk, CHECK_EVERY)
 
 
 def prefill(weights: model.Params, prompts: Int[Array, "R W"], *,
@@ -307,7 +326,8 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
         prefill=jax.jit(partial(prefill, config=config), out_shardings=[prompts] * config.layers),
         insert=jax.jit(partial(insert, mesh=mesh, layout=axes), out_shardings=slots,
                        donate_argnums=0),
-        decode=jax.jit(partial(decode, config=config), static_argnames=("sampling", "chunk"),
+        decode=jax.jit(partial(decode, config=config, platform=mesh.devices.flat[0].platform),
+                       static_argnames=("sampling", "chunk"),
                        out_shardings=(slots, replicated), donate_argnums=1),
         grow=jax.jit(partial(grow, axes=sequence_axes), static_argnames="capacity",
                      out_shardings=layer),

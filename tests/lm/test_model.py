@@ -9,7 +9,9 @@ import pytest
 from decoders import FAMILIES, QWEN2, VOCABULARY, mesh, weights
 
 from effreason.lm import model
+from effreason.lm.logprobs import token_logprobs
 from effreason.runtime import sharding
+from effreason.sampling.slots import next_token_logits
 
 ROWS, POSITIONS = 3, 14
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, POSITIONS)).astype(np.int32)
@@ -124,3 +126,43 @@ def test_every_axis_of_every_weight_has_a_place_on_the_mesh(name):
 def test_a_misspelt_axis_is_an_error():
     with pytest.raises(KeyError, match="head_dims"):
         sharding.spec("batch", "head_dims")
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    """In bfloat16 a sum of 4,096 numbers stops at 256 times their size."""
+    generator = np.random.default_rng(0)
+    table = generator.standard_normal((8, 32)).astype(jnp.bfloat16)
+    tokens = np.where(np.arange(4096 + 512) < 4096, 3, np.arange(4096 + 512) % 8)[None]
+    cotangent = (1 + generator.standard_normal((1, tokens.shape[1], 32))).astype(jnp.bfloat16)
+    found = jax.vjp(lambda table: model.embed(table, tokens), jnp.asarray(table))[1](cotangent)[0]
+
+    exact = np.zeros((8, 32))
+    np.add.at(exact, tokens[0], cotangent[0].astype(np.float64))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_means_float32_on_chips_too(dtype, expected):
+    """Every product says so, forward and backward, in training and in sampling."""
+    config = dataclasses.replace(FAMILIES["qwen2"], dtype=jnp.dtype(dtype))
+    params = model.abstract_params(config)
+
+    def loss(params, tokens):
+        hidden = model.forward(config, params, tokens)
+        head = model.head(params).astype(config.dtype)
+        return jnp.sum(token_logprobs(hidden, head, tokens, temperature=1.0, tile=8)[0])
+
+    def step(params, tokens):
+        weights = model.unstack(config, params)
+        cache = model.empty_cache(config, ROWS, 16)
+        hidden, _ = model.decode(config, weights, tokens, jnp.zeros(ROWS, jnp.int32), cache)
+        return next_token_logits(weights, hidden[:, 0], ())
+
+    tokens = jax.ShapeDtypeStruct((ROWS, 4), jnp.int32)
+    for function in (jax.grad(loss), step):
+        text = jax.jit(function).lower(params, tokens).as_text()
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert len(products) > 8
+        exact = [line for line in products if "HIGHEST, HIGHEST" in line]
+        assert len(exact) == (len(products) if expected == "HIGHEST" else 0)

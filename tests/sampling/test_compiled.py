@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from decoders import QWEN2, mesh
 
-from effreason.lm import kv_cache, model
+from effreason.lm import model
 from effreason.planning import chips, hlo
 from effreason.planning.compile import quiet_stderr, target_mesh
 from effreason.runtime import sharding
@@ -23,14 +23,12 @@ from effreason.sampling.slots import make_programs
 WIDE = dataclasses.replace(QWEN2, vocabulary=32768, width=256, layers=1, heads=4, kv_heads=2,
                            head_dim=128, mlp_width=512, dtype=jnp.bfloat16)
 SAMPLING = SamplingParams(temperature=0.6, eos_ids=(0,))
-SLOTS, CHUNK = 128, 4
+SLOTS, CHUNK = 128, 16
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
 
 
-def compiled_decode(decoder, target, *, slots=SLOTS, capacity=1024, sampling=SAMPLING):
-    """The text of the decode program on a mesh of real or described devices."""
-    platform = target.devices.flat[0].platform
-    layout = kv_cache.choose_layout(platform, decoder.head_dim, decoder.dtype)
+def compiled_decode(decoder, target, *, layout="paged"):
+    """The text of the decode program on a mesh of described devices."""
     programs = make_programs(dataclasses.replace(decoder, cache_layout=layout), target)
     params = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -38,18 +36,26 @@ def compiled_decode(decoder, target, *, slots=SLOTS, capacity=1024, sampling=SAM
         sharding.tree_sharding(target, model.logical_axes(decoder)))
     with jax.set_mesh(target), quiet_stderr():
         weights = programs.unstack.eval_shape(params)
-        state = programs.empty.eval_shape(count=slots, capacity=capacity)
-        control = jax.ShapeDtypeStruct((1 + slots,), jnp.int32, sharding=programs.replicated)
-        return programs.decode.lower(weights, state, control, sampling=sampling,
+        state = programs.empty.eval_shape(count=SLOTS, capacity=1024)
+        control = jax.ShapeDtypeStruct((1 + SLOTS,), jnp.int32, sharding=programs.replicated)
+        return programs.decode.lower(weights, state, control, sampling=SAMPLING,
                                      chunk=CHUNK).compile().as_text()
 
 
+def loops(module, computation):
+    return [instruction for instruction in module.computations[computation].instructions.values()
+            if instruction.opcode == "while"]
+
+
 def step(text):
-    """The body of the loop over decode steps: the one that is called with the cache."""
+    """The body of the loop over decode steps. It is inside another one, which looks if enough rows
+    have ended."""
     module = hlo.parse(text)
-    [loop] = [instruction for instruction in module.computations[module.entry].instructions.values()
-              if instruction.opcode == "while"]
-    return module, module.computations[loop.attribute("body")]
+    [outer] = loops(module, module.entry)
+    looks = module.computations[outer.attribute("body")]
+    [inner] = loops(module, looks.name)
+    assert hlo.trip_count(module, looks, inner) == 4
+    return module, module.computations[inner.attribute("body")]
 
 
 @pytest.mark.slow
@@ -60,7 +66,8 @@ def test_a_step_on_a_tpu_does_not_copy_the_head():
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     config = dataclasses.replace(Config(), mesh=MeshConfig(data=1, fsdp=8, tensor=2))
     target = target_mesh(config, chips.parse("tpu:v5e:4x4"))
-    _, body = step(compiled_decode(WIDE, target))
+    module, body = step(compiled_decode(WIDE, target))
+    assert not loops(module, body.name)
 
     head = WIDE.vocabulary * WIDE.width / 2         # split over tensor
     large = [instruction.opcode for instruction in body.instructions.values()
@@ -73,6 +80,17 @@ def test_a_step_on_a_tpu_does_not_copy_the_head():
                    for array in body.instructions[name].arrays)]
     # The embedding's gather and the product.
     assert len(readers) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not chips.has_compiler("gpu"), reason="needs JAX's CUDA plugin, which compiles "
+                    "for GPUs on any Linux machine")
+def test_a_step_on_gpus_has_no_loop_inside():
+    """A cumulative sum over blocks split over devices would be two, of a turn for each block."""
+    config = dataclasses.replace(Config(), mesh=MeshConfig(data=1, fsdp=4, tensor=2))
+    target = target_mesh(config, chips.parse("gpu:h100:8"))
+    module, body = step(compiled_decode(WIDE, target, layout="transposed"))
+    assert not loops(module, body.name)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
