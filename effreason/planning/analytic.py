@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from effreason.lm.model import DecoderConfig
 from effreason.planning import shapes
-from effreason.planning.costs import Collective, Cost
+from effreason.planning.costs import Collective, Cost, KernelCall
 from effreason.planning.estimates import TILE, PlannedFunction
+from effreason.planning.hlo import Array
 from effreason.planning.workloads import Workload
 from effreason.runtime.config import Config
 
@@ -101,7 +102,7 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
     updates = config.update.updates_per_batch
     learner_costs = _learner_costs(config, sizes, workload)
     sampler_costs, (height, batches) = _sampler_costs(config, sizes, resident, slots=slots,
-                                                      capacity=capacity, live_share=live_share)
+                                                      capacity=capacity)
     state = resident["params"] + resident["optimizer"]
     tokens, rows = _step_arrays(config, sizes, workload)
     experience = tokens + EXPERIENCE_ARRAYS * rows
@@ -120,7 +121,8 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
         "apply_gradients": ("an update", updates, resident["reference"] + experience),
     }
     return {name: PlannedFunction(name=name, per=per, calls=count, own_bytes=costs[name][0],
-                                  other_bytes=other, cost=costs[name][1], source="analytic")
+                                  other_bytes=other, cost=costs[name][1], source="analytic",
+                                  live_share=live_share)
             for name, (per, count, other) in calls.items()}
 
 
@@ -260,24 +262,32 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
     return score, gradients
 
 
+def _attention_kernel(sizes: StepSizes, slots: int, capacity: int) -> KernelCall:
+    """Returns the attention to the cache in one decode step on one chip."""
+    c, kv_heads = sizes.decoder, sizes.decoder.kv_heads // sizes.tensor
+    rows = -(-slots // (sizes.data * sizes.fsdp))
+    cache = Array({2: "bf16", 4: "f32"}[sizes.itemsize],
+                  (rows, kv_heads, capacity // sizes.context, c.head_dim))
+    queries = Array("f32", (rows * kv_heads, c.heads // c.kv_heads, 1, c.head_dim))
+    return KernelCall("paged_attention", (queries, cache, cache), (), c.layers)
+
+
 def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float], *, slots: int,
-                   capacity: int, live_share: float) -> tuple[Costs, tuple[int, int]]:
+                   capacity: int) -> tuple[Costs, tuple[int, int]]:
     """Returns the costs of the sampler's functions, and (prompts of a prefill batch, batches)."""
     c, s = sizes.decoder, sizes.itemsize
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
     height = max(min(slots, 8, 8192 // width), 1)
     local_slots = slots / (sizes.data * sizes.fsdp)
-    live = live_share * capacity / sizes.context * local_slots      # positions on one chip
     position, prefill_tokens = resident["position"], height * width
 
     sums = _reduction(sizes.tensor, 2 * c.layers * c.width * s * local_slots, count=2 * c.layers)
     logits = 4 * local_slots * c.vocabulary / sizes.tensor
     without_embedding = resident["weights"] - (0 if c.tied else s * sizes.table / sizes.tensor)
     decode = Cost(
-        flops=2.0 * local_slots * (sizes.products + sizes.table) / sizes.tensor
-        + 4.0 * live * c.layers * c.heads * c.head_dim / sizes.tensor,
-        bytes=without_embedding + live * position + local_slots * TILE * 2 * position + 3 * logits,
-        collectives=(sums,))
+        flops=2.0 * local_slots * (sizes.products + sizes.table) / sizes.tensor,
+        bytes=without_embedding + local_slots * TILE * 2 * position + 3 * logits,
+        collectives=(sums,), kernels=(_attention_kernel(sizes, slots, capacity),))
     prefill = Cost(
         flops=2.0 * prefill_tokens * sizes.products / sizes.tensor
         + 4.0 * prefill_tokens * width * c.layers * c.heads * c.head_dim / sizes.tensor,

@@ -26,6 +26,7 @@ from effreason.runtime.errors import UserError
 from effreason.sampling import capacity, scheduler, slots
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.engine import cache_positions
+from effreason.sampling.scheduler import CacheLimits
 
 EOS = (0,)                          # the EOS token does not change what is compiled
 
@@ -120,8 +121,9 @@ def traceable(target: Target) -> Iterator[None]:
         settings.update("jax_enable_compilation_cache", is_enabled)
 
 
-def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mesh: Any) -> int:
-    """Returns the responses in flight that a run would choose here. `mesh` may be abstract."""
+def cache_limits(config: Config, decoder: model.DecoderConfig, target: Target,
+                 mesh: Any) -> CacheLimits:
+    """Returns the slots that a run would have here. `mesh` may be abstract."""
     settings = config.rollout
     training_bytes = capacity.training_weight_bytes(config)
 
@@ -132,10 +134,9 @@ def slot_count(config: Config, decoder: model.DecoderConfig, target: Target, mes
                 - weight_bytes * weights / mesh.shape["tensor"])
         settings = dataclasses.replace(settings, memory_gib=max(free * mesh.size / GIB, 1e-6))
 
-    shards = sharding.batch_shards(mesh)
-    count = capacity.slot_count(dataclasses.replace(config, rollout=settings), decoder, mesh,
-                                training_bytes)
-    return -(-count // shards) * shards
+    budget = capacity.position_budget(dataclasses.replace(config, rollout=settings), decoder, mesh,
+                                      training_bytes)
+    return capacity.cache_limits(config, mesh, budget)
 
 
 def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slot_count: int,
@@ -164,8 +165,9 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                       resident: Mapping[str, float], slot_count: int,
                       responses: int) -> list[PlannedProgram]:
     """Returns the functions of stage 2. Args: resident, HBM bytes of arrays that outlive them."""
-    layout = kv_cache.resolve_layout(config.rollout.cache_layout, mesh.devices.flat[0].platform,
-                                     decoder.head_dim, decoder.dtype, mesh.shape["context"])
+    platform = mesh.devices.flat[0].platform
+    layout = kv_cache.resolve_layout(config.rollout.cache_layout, platform, decoder.head_dim,
+                                     decoder.dtype, mesh.shape["context"])
     sampler: Any = slots.make_programs(dataclasses.replace(decoder, cache_layout=layout), mesh)
     positions = cache_positions(capacity.max_positions(config))
     width = scheduler.prefill_width(config.data.max_prompt_tokens, positions)
@@ -201,7 +203,8 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
         PlannedProgram(name="insert", per="a slot", calls=responses, trips=height, divide=height,
                        other_bytes=training_bytes + bytes_per_device(weights),
                        lower=lambda: sampler.insert.lower(running, prefilled, fresh, key)),
-        PlannedProgram(name="decode", per="a token", calls=0, trips=chunk, divide=chunk,
+        PlannedProgram(name="decode", per="a token", calls=0, divide=chunk,
+                       trips=chunk // slots.steps_between_checks(platform, chunk),
                        other_bytes=training_bytes + bytes_per_device(prefilled),
                        lower=lower_decode)]
 

@@ -17,8 +17,10 @@ from effreason.planning.chips import Target
 from effreason.planning.costs import Cost, KernelCall
 from effreason.planning.workloads import Workload, generate
 from effreason.runtime.config import Config
+from effreason.sampling.scheduler import CacheLimits, prefill_rows, prefill_width
 
 COMPUTE, MEMORY, LINKS, HOST = "compute", "memory", "links", "host"
+PREFILL_PADDING = 4 / 3             # of a response that is continued, to a power of two: the mean
 TILE = 16  # positions that lm.decode_kernels.paged_write rewrites to change one
 # All that an estimate of the run needs.
 NEEDED = frozenset(("unstack", "prefill", "insert", "decode", "score", "score_reference",
@@ -70,7 +72,6 @@ class PlannedMachine:
 
     target: Target
     efficiency: Efficiency
-    batch_shards: int               # shards of slots and rows
 
     def seconds(self, cost: Cost) -> float:
         return roofline(cost, self.target, self.efficiency)[0]
@@ -176,30 +177,35 @@ def live_share(workload: Workload, capacity: int) -> float:
     return float((workload.prompt_tokens + np.sum(lengths**2) / (2 * np.sum(lengths))) / capacity)
 
 
-def decode_seconds(decode: PlannedFunction, machine: PlannedMachine, *, slots: int, capacity: int,
+def decode_seconds(decode: PlannedFunction, machine: PlannedMachine, *, limits: CacheLimits,
                    weights_bytes: float, lengths: np.ndarray, prompt_tokens: int,
-                   smallest: int) -> float:
-    """Returns the seconds to generate responses of these lengths.
+                   smallest: int) -> tuple[float, int]:
+    """Returns the seconds to generate responses of these lengths, and the tokens that are prefilled
+    again.
 
     Each decode step reads all weights. Its other costs are proportional to the slots, those of the
     cache to its live positions.
-    Args: slots and capacity, those that decode was compiled for; weights_bytes, read by one chip in
-        each step.
+    Args: limits, of the slots: decode was compiled for the largest ones; weights_bytes, read by
+        one chip in each step.
     """
+    slots, capacity = limits.least_slots, limits.largest
+    assert capacity is not None
     cost = decode.cost
     assert cost is not None
     idle, full = with_kernels(cost, 0.0), with_kernels(cost, 1.0)
     fixed_bytes = min(weights_bytes, idle.bytes)
 
-    def seconds(active_slots: int, live: float) -> float:
+    def seconds(active_slots: int, active_capacity: int, live: float) -> float:
         share, read = active_slots / slots, live / (slots * capacity)
+        if decode.live_share == 1:      # XLA reads the whole cache
+            read = share * active_capacity / capacity
         flops = idle.flops * share + (full.flops - idle.flops) * read
         moved = fixed_bytes + (idle.bytes - fixed_bytes) * share + (full.bytes - idle.bytes) * read
         sent = tuple(dataclasses.replace(one, bytes=one.bytes * share) for one in cost.collectives)
         return machine.seconds(Cost(flops=flops, bytes=moved, collectives=sent))
 
-    return generate(lengths, prompt_tokens=prompt_tokens, slots=slots, shards=machine.batch_shards,
-                    smallest=smallest, seconds=seconds)
+    return generate(lengths, prompt_tokens=prompt_tokens, limits=limits, smallest=smallest,
+                    seconds=seconds)
 
 
 def is_whole(functions: Mapping[str, PlannedFunction]) -> bool:
@@ -208,7 +214,7 @@ def is_whole(functions: Mapping[str, PlannedFunction]) -> bool:
 
 
 def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workload: Workload,
-                 machine: PlannedMachine, *, decode_memory: float, slots: int, capacity: int,
+                 machine: PlannedMachine, *, decode_memory: float, limits: CacheLimits,
                  weights_bytes: float, flops_per_token: float, smallest: int, price: float | None,
                  watts: float | None) -> RunEstimate:
     """Estimates the whole run from functions for which `is_whole` is true.
@@ -222,10 +228,14 @@ def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workl
                for name, function in functions.items() if function.full_cost is not None}
     decoding = dataclasses.replace(machine, efficiency=dataclasses.replace(
         machine.efficiency, memory=decode_memory))
-    decode = decode_seconds(functions["decode"], decoding, slots=slots, capacity=capacity,
-                            weights_bytes=weights_bytes, lengths=workload.lengths,
-                            prompt_tokens=workload.prompt_tokens, smallest=smallest)
-    rollout = seconds["unstack"] + seconds["prefill"] + seconds["insert"] + decode
+    decode, again = decode_seconds(functions["decode"], decoding, limits=limits,
+                                   weights_bytes=weights_bytes, lengths=workload.lengths,
+                                   prompt_tokens=workload.prompt_tokens, smallest=smallest)
+    width = prefill_width(config.data.max_prompt_tokens, limits.largest)
+    batch = prefill_rows(width, limits.slots) * width
+    batches = functions["prefill"].calls + PREFILL_PADDING * again / batch
+    prefill = seconds["prefill"] / functions["prefill"].calls * batches
+    rollout = seconds["unstack"] + prefill + seconds["insert"] + decode
     score = seconds["score"] + seconds["score_reference"] + seconds["experience"]
     update = seconds["gradients"] + seconds["apply_gradients"]
     step = rollout + score + update
@@ -236,8 +246,9 @@ def estimate_run(config: Config, functions: Mapping[str, PlannedFunction], workl
     trained = workload.tokens + len(workload.lengths) * workload.prompt_tokens
     chip_watts = machine.target.chip.watts if watts is None else watts
     return RunEstimate(
-        slots=slots, rollout_tokens_per_second=rate, rollout_seconds=rollout, score_seconds=score,
-        update_seconds=update, step_seconds=step, evaluation_hours=evaluated / 3600, hours=hours,
+        slots=limits.least_slots, rollout_tokens_per_second=rate, rollout_seconds=rollout,
+        score_seconds=score, update_seconds=update, step_seconds=step,
+        evaluation_hours=evaluated / 3600, hours=hours,
         chip_hours=hours * chips, energy_kwh=hours * chips * chip_watts / 1000,
         money=None if price is None else hours * chips * price,
         packing_efficiency=workload.packing_efficiency,

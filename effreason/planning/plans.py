@@ -20,7 +20,7 @@ from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.sampling.capacity import max_positions
 from effreason.sampling.engine import cache_positions
-from effreason.sampling.scheduler import MIN_SLOTS_PER_DEVICE
+from effreason.sampling.scheduler import MIN_SLOTS_PER_DEVICE, CacheLimits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,9 @@ class Plan:
     shape: tuple[int, int, int, int]    # of the mesh
     inputs: PlanInputs
     workload: Workload
-    slots: int
-    capacity: int                   # cache positions of each slot
+    slots: int                      # of full length
+    most_slots: int                 # while the responses are short
+    capacity: int                   # cache positions of a slot of full length
     live: float                     # positions of a slot that a decode step reads, on average
     functions: dict[str, PlannedFunction]
     runs: tuple[RunEstimate, ...]   # at the most and at the least of Efficiency.decode; () = none
@@ -84,8 +85,8 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
         mesh = compile.target_mesh(config, target)
     learner.check_divisible(config, decoder, mesh)
 
-    slots = compile.slot_count(config, decoder, target, mesh)
-    capacity = cache_positions(max_positions(config))
+    limits = compile.cache_limits(config, decoder, target, mesh)
+    slots, capacity = limits.least_slots, cache_positions(max_positions(config))
     width = packing.row_width(config.data.max_prompt_tokens + config.rollout.max_new_tokens,
                               shape[3])
     parts = target.chip.multiprocessors
@@ -115,11 +116,11 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
 
     runs: tuple[RunEstimate, ...] = ()
     if not stop_early or all(fits(function, target) for function in functions.values()):
-        runs = _estimate(config, decoder, target, shape, inputs, functions, workload, slots,
-                         capacity, attention)
+        runs = _estimate(config, decoder, target, shape, inputs, functions, workload, limits,
+                         attention)
     return Plan(config=config, decoder=decoder, target=target, shape=shape, inputs=inputs,
-                workload=workload, slots=slots, capacity=capacity, live=live_share * capacity,
-                functions=functions, runs=runs)
+                workload=workload, slots=slots, most_slots=limits.slots, capacity=capacity,
+                live=live_share * capacity, functions=functions, runs=runs)
 
 
 def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, target: Target,
@@ -147,18 +148,17 @@ def _compile(config: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, ta
 
 def _estimate(config: Config, decoder: DecoderConfig, target: Target,
               shape: tuple[int, int, int, int], inputs: PlanInputs,
-              functions: dict[str, PlannedFunction], workload: Workload, slots: int, capacity: int,
+              functions: dict[str, PlannedFunction], workload: Workload, limits: CacheLimits,
               attention: str) -> tuple[RunEstimate, ...]:
     if not estimates.is_whole(functions):
         return ()
-    machine = PlannedMachine(target=target, efficiency=inputs.efficiency,
-                             batch_shards=shape[0] * shape[1])
+    machine = PlannedMachine(target=target, efficiency=inputs.efficiency)
     sizes = analytic.StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
                                context=shape[3], attention=attention, remat=decoder.remat)
     # A decode step reads only a few rows of an untied embedding.
     weights_read = sizes.weights - (0 if decoder.tied else sizes.table)
     return tuple(estimates.estimate_run(
-        config, functions, workload, machine, decode_memory=share, slots=slots, capacity=capacity,
+        config, functions, workload, machine, decode_memory=share, limits=limits,
         weights_bytes=sizes.itemsize * weights_read / shape[2],
         flops_per_token=2.0 * (sizes.products + sizes.table), smallest=MIN_SLOTS_PER_DEVICE,
         price=inputs.price, watts=inputs.watts)

@@ -88,8 +88,9 @@ def candidates(config: Config, decoder: DecoderConfig, target: Target) -> Iterat
                                    context=context)
         row_counts = [shards * factor for factor in (1, 2, 4)
                       if factor == 1 or shards * factor <= responses]
-        slot_counts = sorted({-(-(responses // part) // shards) * shards
-                              for part in (1, 2, 4, 8) if responses // part})
+        # None: as many as the memory holds.
+        slot_counts = [None, *sorted({-(-(responses // part) // shards) * shards
+                                      for part in (1, 2, 4, 8) if responses // part})]
 
         for rows, slots, remat in itertools.product(row_counts, slot_counts, remats):
             yield dataclasses.replace(

@@ -64,8 +64,13 @@ def _heading(plan: Plan) -> list[str]:
             f"{plan.target.chips:,} x {chip.name} {hosts}, {chip.hbm_bytes / GIB:.2f} GiB each",
             f"mesh: {mesh}; remat {settings.model.remat}",
             *([f"on the host: {', '.join(on_host)}"] if on_host else []),
-            f"{plan.slots:,} slots of {plan.capacity:,} positions; {workload.rows:,} rows of "
+            f"{_slots(plan)} slots of {plan.capacity:,} positions; {workload.rows:,} rows of "
             f"{workload.width:,} in a micro-batch"]
+
+
+def _slots(plan: Plan) -> str:
+    return (f"{plan.slots:,}" if plan.slots == plan.most_slots else
+            f"{plan.slots:,} (up to {plan.most_slots:,} while responses are short)")
 
 
 def _row(cells: tuple[str, ...]) -> str:
@@ -175,7 +180,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {"model": plan.config.model.path, "chips": target.text, "chip_count": target.chips,
             "hbm_bytes_per_chip": target.chip.hbm_bytes,
             "mesh": dict(zip(MESH_AXES, plan.shape, strict=True)),
-            "slots": plan.slots, "cache_positions": plan.capacity,
+            "slots": plan.slots, "most_slots": plan.most_slots, "cache_positions": plan.capacity,
             "row_positions": workload.width, "rows_per_micro_batch": workload.rows,
             "micro_batches": workload.micro_batches,
             "remat": plan.config.model.remat, "inputs": dataclasses.asdict(plan.inputs),

@@ -5,6 +5,7 @@ than the mean and a few are many times longer, as reasoning models behave on pro
 difficulty.
 """
 
+import collections
 import dataclasses
 import functools
 import heapq
@@ -15,6 +16,7 @@ import numpy as np
 
 from effreason.rl import packing
 from effreason.runtime.config import Config
+from effreason.sampling.scheduler import CacheLimits
 
 PROMPT_TOKENS = 128                 # default length of a problem with its template
 
@@ -90,37 +92,116 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
                     packing_efficiency=float(sizes.sum() / computed))
 
 
-def generate(lengths: np.ndarray, *, prompt_tokens: int, slots: int, shards: int, smallest: int,
-             seconds: Callable[[int, float], float]) -> float:
-    """Returns the seconds to generate responses of these lengths, in order; a free slot takes the
-    next one.
+class _Running:
+    """The responses in slots: when each ends, and when it would have started from its prompt."""
 
-    In the tail the slots are halved while half of them suffice, as the sampler does. Every device
-    is assumed to have an equal share of the running responses.
-    Args: slots, at the beginning; shards, devices or groups of them that slots are split over;
-        smallest, slots of one shard that are not halved further; seconds(slots, live tokens in all
-        their caches), of one decode step.
+    def __init__(self) -> None:
+        self._ends: list[tuple[int, int]] = []          # a heap of (end, start)
+        self._starts: list[int] = []                    # a heap; those of no response are dropped
+        self._counts: collections.Counter[int] = collections.Counter()      # responses by start
+        self.start_sum = 0
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, end: int, start: int) -> None:
+        heapq.heappush(self._ends, (end, start))
+        if not self._counts[start]:
+            heapq.heappush(self._starts, start)
+        self._counts[start] += 1
+        self.start_sum += start
+
+    def first_end(self) -> int:
+        return self._ends[0][0]
+
+    def oldest(self) -> int:
+        """Returns the start of the longest one."""
+        while not self._counts[self._starts[0]]:
+            heapq.heappop(self._starts)
+        return self._starts[0]
+
+    def pop_ended(self, now: int) -> None:
+        while self._ends and self._ends[0][0] == now:
+            self._remove(heapq.heappop(self._ends)[1])
+
+    def count_started(self, until: int) -> int:
+        """Returns how many have started at this step or before it."""
+        return sum(start <= until for _, start in self._ends)
+
+    def pop_longest(self, leave: int, until: int) -> list[tuple[int, int]]:
+        """Removes those that have started at this step or before it, but for the longest `leave`;
+        returns them."""
+        order = sorted((start, end) for end, start in self._ends if start <= until)
+        removed = [(end, start) for start, end in order[leave:]]
+        gone = collections.Counter(removed)
+        self._ends = list((collections.Counter(self._ends) - gone).elements())
+        heapq.heapify(self._ends)
+        for _, start in removed:
+            self._remove(start)
+        return removed
+
+    def _remove(self, start: int) -> None:
+        self._counts[start] -= 1
+        self.start_sum -= start
+
+
+def generate(lengths: np.ndarray, *, prompt_tokens: int, limits: CacheLimits, smallest: int,
+             seconds: Callable[[int, int, float], float]) -> tuple[float, int]:
+    """Returns the seconds to generate responses of these lengths, in order, and how many tokens
+    are prefilled again because responses outgrew their slots. A free slot takes the next one.
+
+    The slots become larger and fewer as `scheduler.Schedule` does it, and in the tail they are
+    halved. Every device is assumed to have an equal share of the running responses.
+    Args: smallest, slots of one shard that are not halved further; seconds(slots, positions of
+        each, live tokens in all of them), of one decode step.
     """
-    waiting = list(lengths[::-1])
-    slots = min(slots, -(-len(waiting) // shards) * shards)
-    running: list[tuple[int, int]] = []  # (step at which it ends, step at which it started)
-    now = start_sum = 0                                 # start_sum: over the running responses
-    total = 0.0
+    waiting = collections.deque((int(length), 0) for length in lengths)     # with tokens drawn
+    outgrown: list[tuple[int, int]] = []                # the same
+    capacity = limits.capacity(prompt_tokens)
+    slots = min(limits.slots_of(capacity), -(-len(waiting) // limits.shards) * limits.shards)
+    running, now, again, total = _Running(), 0, 0, 0.0
 
-    while waiting or running:
+    while waiting or outgrown or len(running):
         while waiting and len(running) < slots:
-            heapq.heappush(running, (now + int(waiting.pop()), now))
-            start_sum += now
-        while not waiting and slots // 2 >= max(len(running), smallest * shards):
-            slots //= 2
+            length, drawn = waiting.popleft()
+            running.add(now + length - drawn, now - drawn)
+            again += prompt_tokens + drawn if drawn else 0
 
-        steps = running[0][0] - now
-        if steps:
-            middle = now + steps / 2
-            live = len(running) * (prompt_tokens + middle) - start_sum
-            total += steps * seconds(slots, live)
-            now += steps
-        while running and running[0][0] == now:
-            start_sum -= heapq.heappop(running)[1]
+        # Longer ones than this need larger slots.
+        room = _room(limits, capacity, prompt_tokens)
+        larger = limits.capacity(prompt_tokens + room + 1)
+        fits = limits.slots_of(larger)
+        longest = now - running.oldest() if len(running) else 0
+        if longest > room or (outgrown and not waiting and len(running) <= fits):
+            remaining = len(running) + len(waiting) + len(outgrown)
+            leaving = running.count_started(now - room - 1)
+            if fits < min(slots, remaining) and (waiting or len(running) - leaving > fits):
+                outgrown += [(end - start, now - start)
+                             for end, start in running.pop_longest(0, now - room - 1)]
+                continue
+            waiting.extend((end - start, now - start)
+                           for end, start in running.pop_longest(fits, now))
+            capacity, slots = larger, min(slots, fits)
+            waiting.extend(outgrown)
+            outgrown.clear()
+            continue
 
-    return total
+        active = slots
+        while (not waiting and not outgrown
+               and active // 2 >= max(len(running), smallest * limits.shards)):
+            active //= 2
+        steps = min(running.first_end(), running.oldest() + room + 1) - now
+        middle = now + steps / 2
+        live = len(running) * (prompt_tokens + middle) - running.start_sum
+        total += steps * seconds(active, capacity, live)
+        now += steps
+        running.pop_ended(now)
+
+    return total, again
+
+
+def _room(limits: CacheLimits, capacity: int, prompt_tokens: int) -> int:
+    """Returns how many tokens a response may have in a slot of this capacity."""
+    if limits.largest is not None and capacity >= limits.largest:
+        return capacity
+    return capacity - limits.chunk - 1 - prompt_tokens

@@ -151,8 +151,8 @@ class RolloutConfig(Section):
     base model with a chat template. null = none."""
     slots: Count | None = None
     """Responses generated at the same time, rounded up to a multiple of mesh.data x mesh.fsdp; a
-    finished one makes room for the next. null = as many as fit into rollout.memory_gib at full
-    length, but at most those of a step."""
+    finished one makes room for the next. null = those of a step, or as many as fit into
+    rollout.memory_gib: fewer while the responses are longer."""
     memory_gib: Positive | None = None
     """Memory for the keys and values of all slots, in GiB, over all devices; null = what remains
     after weights, optimizer and a reserve of 10%."""

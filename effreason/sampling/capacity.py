@@ -10,11 +10,17 @@ from jax.sharding import Mesh
 from effreason.lm import model
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import GIB, Config
-from effreason.sampling.engine import Sampler, make_sampler
+from effreason.sampling.engine import (
+    Sampler,
+    cache_positions,
+    make_sampler,
+    smallest_capacity,
+)
 from effreason.sampling.repetition import RepetitionStopping
+from effreason.sampling.scheduler import CacheLimits
 
 RESERVE = 0.1                       # of device memory: prompts in prefill, logits, everything else
-MIN_SLOTS = 8                       # worth trying, whatever the estimate says
+MIN_SLOTS = 8                       # of full length: worth trying, whatever the estimate says
 EVALUATION_WEIGHT_BYTES = 4         # per parameter, without the sampler's copy: loaded in float32
 
 
@@ -30,26 +36,36 @@ def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: 
             window=config.repetition.window, longest_period=config.repetition.longest_period,
             audit_share=config.repetition.audit_share)
 
-    slots = slot_count(config, decoder, mesh, weight_bytes)
-    return make_sampler(decoder, mesh, slots=slots, chunk=settings.chunk, repetition=repetition,
-                        max_positions=max_positions(config), cache_layout=settings.cache_layout)
+    return make_sampler(decoder, mesh, slots=slot_count(config, mesh), chunk=settings.chunk,
+                        budget=position_budget(config, decoder, mesh, weight_bytes),
+                        max_positions=max_positions(config), repetition=repetition,
+                        cache_layout=settings.cache_layout)
 
 
-def slot_count(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> int:
-    """Returns how many responses run at once: rollout.slots, or as many as fit at full length.
-
-    That is all of a step if they fit, otherwise a power of two times the mesh's batch shards."""
-    if config.rollout.slots is not None:
-        return config.rollout.slots
-
-    shards = sharding.batch_shards(mesh)
+def slot_count(config: Config, mesh: Mesh) -> int:
+    """Returns how many responses run at once, at most: rollout.slots, or all of a step."""
     responses = config.rollout.prompts_per_step * config.rollout.group_size
-    budget = cache_budget_bytes(config, decoder, mesh, weight_bytes)
-    fitting = budget / slot_bytes(decoder, max_positions(config))
+    slots, shards = config.rollout.slots or responses, sharding.batch_shards(mesh)
+    return -(-slots // shards) * shards
 
-    if fitting >= responses:
-        return -(-responses // shards) * shards
-    return shards << math.floor(math.log2(max(max(fitting, MIN_SLOTS) / shards, 1)))
+
+def position_budget(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                    weight_bytes: int) -> int | None:
+    """Returns how many positions all slots together may have; None if rollout.slots is given."""
+    if config.rollout.slots is not None:
+        return None
+    budget = cache_budget_bytes(config, decoder, mesh, weight_bytes)
+    least = MIN_SLOTS * cache_positions(max_positions(config))
+    return max(int(budget // slot_bytes(decoder, 1)), least)
+
+
+def cache_limits(config: Config, mesh: Mesh, budget: int | None) -> CacheLimits:
+    """Returns the limits of the sampler that a configuration describes. `mesh` may be abstract."""
+    positions = max_positions(config)
+    return CacheLimits(
+        slots=slot_count(config, mesh), shards=sharding.batch_shards(mesh), budget=budget,
+        chunk=config.rollout.chunk, smallest=smallest_capacity(positions),
+        largest=cache_positions(positions))
 
 
 def max_positions(config: Config) -> int:
@@ -69,8 +85,8 @@ def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     """Returns the memory for the keys and values of all slots, summed over all devices.
 
     Args:
-        weight_bytes: bytes per parameter of policy, gradients, optimizer and reference, without
-            the sampler's copy: `training_weight_bytes`, or EVALUATION_WEIGHT_BYTES."""
+        weight_bytes: bytes per parameter of policy, optimizer and reference, without the sampler's
+            copy: `training_weight_bytes`, or EVALUATION_WEIGHT_BYTES."""
     if config.rollout.memory_gib is not None:
         return config.rollout.memory_gib * GIB
 
@@ -84,14 +100,15 @@ def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
 
 
 def training_weight_bytes(config: Config) -> int:
-    """Returns the device bytes per parameter in training, without the sampler's copy.
+    """Returns the device bytes per parameter while a training run samples, without the sampler's
+    copy.
 
-    Policy and gradient are float32, the optimizer keeps two float32 moments, and the reference has
-    the dtype of the blocks."""
+    The policy is float32, the optimizer keeps two float32 moments, and the reference has the dtype
+    of the blocks. There are no gradients then."""
     moments = 0 if config.update.offload_optimizer else 8
     on_device = config.keeps_reference and not config.kl.offload_reference
     reference = 0 if not on_device else jnp.dtype(config.model.dtype).itemsize
-    return 8 + moments + reference
+    return 4 + moments + reference
 
 
 def device_bytes(mesh: Mesh) -> float:
@@ -110,13 +127,15 @@ def device_bytes(mesh: Mesh) -> float:
 
 def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> str:
     """Returns a line for the log: the number of slots, their size and the memory available."""
-    count = slot_count(config, decoder, mesh, weight_bytes)
-    positions = max_positions(config)
+    budget = position_budget(config, decoder, mesh, weight_bytes)
+    limits, positions = cache_limits(config, mesh, budget), max_positions(config)
+    least = limits.least_slots
+    count = f"{least}" if least == limits.slots else f"{least} to {limits.slots}"
     available = ""
     if config.rollout.slots is None:
         available = f" of {_format_bytes(cache_budget_bytes(config, decoder, mesh, weight_bytes))}"
 
-    total = _format_bytes(count * slot_bytes(decoder, positions))
+    total = _format_bytes(least * slot_bytes(decoder, positions))
     return (f"sampler: {count} slots of at most {positions:,} positions, "
             f"{total}{available} for keys and values")
 

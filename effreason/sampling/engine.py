@@ -3,8 +3,10 @@
 S slots hold one response each. A compiled chunk of decode steps advances all of them; it ends early
 when enough rows have finished for waiting ones to take their place. A prompt is prefilled once,
 several at a time, and its keys and values are copied into the slots of its group. The cache grows
-by buckets with the longest sequence in it; when nothing waits any more, the slots are halved as
-their rows end. scheduler.py decides all this on the host, slots.py does it on the device.
+by buckets with the longest sequence in it. If the memory is too small for all slots at that length,
+there are fewer of them, and the responses that need more wait for those that do not. When nothing
+waits any more, the slots are halved as their rows end. scheduler.py decides all this on the host,
+slots.py does it on the device.
 
 The key of every sampled token is fold_in(step key, prompt uid, sample, position): a response does
 not depend on its slot, its neighbours or the number of devices, except for rounding of float sums.
@@ -18,16 +20,16 @@ from typing import Self
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from effreason.lm import kv_cache, model
 from effreason.lm.kernels import KERNELS
 from effreason.runtime import processes, sharding
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
-from effreason.sampling.scheduler import Request, Schedule, check_requests
+from effreason.sampling.scheduler import CacheLimits, Request, Schedule, check_requests
 from effreason.sampling.slots import Programs, Slots, make_programs
-from effreason.types import Problem, Response, Rollouts, padded_length
+from effreason.types import Problem, Response, Rollouts
 
 STREAMS = {"train": 0, "evaluation": 1, "parity": 2}
 
@@ -42,10 +44,8 @@ class Sampler:
     """The compiled functions of the engine and its settings; see `make_sampler`."""
 
     programs: Programs
-    slots: int
-    chunk: int
+    limits: CacheLimits
     max_positions: int | None
-    min_positions: int
     repetition: RepetitionStopping | None
 
     def __call__(self, params: model.Params, requests: Sequence[Request], key: Key[Array, ""],
@@ -56,15 +56,17 @@ class Sampler:
 
 def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int,
                  max_positions: int | None = None, min_positions: int | None = None,
-                 repetition: RepetitionStopping | None = None,
+                 budget: int | None = None, repetition: RepetitionStopping | None = None,
                  cache_layout: str = "auto") -> Sampler:
     """Builds the engine; but for the trial of a kernel nothing is compiled before its first call.
 
     Args:
         slots: responses in progress, rounded up to a multiple of the mesh's batch shards.
         chunk: decode steps between two looks at what has finished, at most.
-        max_positions: of any sequence, and so of the cache.
+        max_positions: of any sequence, and so of a slot.
         min_positions: of the first cache, a power of two; sizes in between compile when first met.
+        budget: positions of all slots together: with longer responses there are fewer slots, and
+            some responses have to wait. None = enough for all slots.
         repetition: if responses that repeat themselves are to be stopped.
         cache_layout: one of kv_cache.CACHE_LAYOUTS, or auto.
 
@@ -80,13 +82,13 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
             if not all(processes.all_gather("trial of a kernel", lambda: passes)):
                 layout = kv_cache.XLA_LAYOUTS[platform]
 
-    if min_positions is None:
-        # A quarter of the largest costs little to read, and avoids compiling the smaller sizes.
-        quarter = 1 << max((max_positions or 0) // 4, 1).bit_length() - 1
-        min_positions = min(max(64, quarter), 2048)
     programs = make_programs(dataclasses.replace(config, cache_layout=layout), mesh)
-    return Sampler(programs=programs, slots=slots, chunk=chunk, max_positions=max_positions,
-                   min_positions=min_positions, repetition=repetition)
+    limits = CacheLimits(
+        slots=slots, shards=programs.shards, chunk=chunk, budget=budget,
+        smallest=smallest_capacity(max_positions) if min_positions is None else min_positions,
+        largest=None if max_positions is None else cache_positions(max_positions))
+    return Sampler(programs=programs, limits=limits, max_positions=max_positions,
+                   repetition=repetition)
 
 
 class Generation:
@@ -110,11 +112,7 @@ class Generation:
         self._key, self._sampling = key, sampling
         self._compiled_before = self._programs.compilations()
 
-        positions = sampler.max_positions
-        self._max_capacity = None if positions is None else cache_positions(positions)
-        self._schedule = Schedule(
-            requests, sampling, slots=sampler.slots, shards=self._programs.shards,
-            max_width=self._max_capacity, repetition=sampler.repetition)
+        self._schedule = Schedule(requests, sampling, sampler.limits, sampler.repetition)
 
         self._state: Slots | None = None
         self._outputs: dict[str, jax.Array] | None = None       # of the running chunk
@@ -172,9 +170,7 @@ class Generation:
             self._outputs = self._state = self._weights = None
             return
 
-        if not schedule.waiting and self._state is not None:
-            self._compact(self._state)
-        self._make_room([batch.width for batch, _ in started])
+        self._make_room(schedule.compact())
         for batch, responses in started:
             if batch.cache is None:
                 prompts = sharding.to_device(batch.prompts(), programs.replicated)
@@ -188,35 +184,33 @@ class Generation:
 
         control = sharding.to_device(schedule.control(), programs.replicated)
         self._state, self._outputs = programs.decode(
-            self._weights, self._state, control, sampling=self._sampling, chunk=self._sampler.chunk)
+            self._weights, self._state, control, sampling=self._sampling,
+            chunk=self._sampler.limits.chunk)
 
-    def _make_room(self, widths: list[int]) -> None:
-        """Creates or grows the cache so that the next chunk and prompts of these widths fit."""
-        longest = max(response.length for response in self._schedule.running)
-        # One more: a row that has ended keeps writing after its last token until the chunk ends.
-        needed = padded_length(max([longest + self._sampler.chunk + 1, *widths]),
-                               self._sampler.min_positions)
-        if self._max_capacity is not None:
-            needed = min(needed, self._max_capacity)
+    def _make_room(self, rows: Int[np.ndarray, " kept"] | None) -> None:
+        """Creates the cache, or gives it the rows and the capacity that the schedule has chosen."""
+        programs, state, capacity = self._programs, self._state, self._schedule.capacity
+        if state is None:
+            self._state = programs.empty(count=self.slots, capacity=capacity)
+        else:
+            # Layer by layer, so that the old and the new cache never exist at the same time.
+            kept = None if rows is None else sharding.to_device(rows, programs.by_rows)
+            for index in range(len(state.cache)):
+                if kept is not None:
+                    state.cache[index] = programs.compact_cache(state.cache[index], kept)
+                if capacity > self.capacity:
+                    state.cache[index] = programs.grow(state.cache[index], capacity=capacity)
+            if kept is not None:
+                without_cache = programs.compact(dataclasses.replace(state, cache=[]), kept)
+                self._state = dataclasses.replace(without_cache, cache=state.cache)
+        self.capacity = capacity
 
-        if self._state is None:
-            self._state = self._programs.empty(count=self.slots, capacity=needed)
-        elif needed > self.capacity:
-            # Layer by layer, so that the old and the new cache never exist side by side.
-            for index, layer in enumerate(self._state.cache):
-                self._state.cache[index] = self._programs.grow(layer, capacity=needed)
-        self.capacity = max(needed, self.capacity)
 
-    def _compact(self, state: Slots) -> None:
-        """Drops idle slots if half of them are enough."""
-        rows = self._schedule.compact()
-        if rows is None:
-            return
-        rows = sharding.to_device(rows, self._programs.by_rows)
-        layers, without_cache = state.cache, dataclasses.replace(state, cache=[])
-        for index, layer in enumerate(layers):          # one by one, as when growing
-            layers[index] = self._programs.compact_cache(layer, rows)
-        self._state = dataclasses.replace(self._programs.compact(without_cache, rows), cache=layers)
+def smallest_capacity(max_positions: int | None) -> int:
+    """Returns the positions of a slot in the first cache, given those of the longest sequence."""
+    # A quarter of the largest costs little to read, and avoids compiling the smaller sizes.
+    quarter = 1 << max((max_positions or 0) // 4, 1).bit_length() - 1
+    return min(max(64, quarter), 2048)
 
 
 def cache_positions(positions: int) -> int:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from effreason.sampling.draws import SamplingParams, recorded_logprobs
 from effreason.sampling.repetition import RepetitionStopping
 from effreason.sampling.slots import INSERT_FIELDS
-from effreason.types import FinishReason, Response
+from effreason.types import FinishReason, Response, padded_length
 
 PREFILL_ROWS = 8                    # prompts prefilled at once, at most
 PREFILL_TOKENS = 8192               # padded tokens of them together, at most
@@ -40,6 +41,11 @@ class Request:
         if self.prefix is None:
             return self.tokens
         return np.concatenate([self.tokens, self.prefix.tokens])
+
+    @property
+    def length(self) -> int:
+        """The number of known tokens."""
+        return len(self.tokens) + (0 if self.prefix is None else len(self.prefix.tokens))
 
 
 def make_requests(prompts: Sequence[Prompt], samples: int, max_new_tokens: int | Sequence[int], *,
@@ -116,12 +122,12 @@ def order_requests(requests: Sequence[Request]) -> list[Request]:
 class PrefillKey:
     """Tokens to prefill before a response can continue; equal ones are prefilled once."""
 
-    name: tuple[int, ...]           # the prompt, and the sample if the response has a prefix
+    name: tuple[int, ...]   # the prompt; if the response has a prefix, the sample and the length
     known: np.ndarray = dataclasses.field(compare=False)
 
     @classmethod
     def of(cls, request: Request) -> "PrefillKey":
-        own = () if request.prefix is None else (request.sample,)
+        own = () if request.prefix is None else (request.sample, request.length)
         return cls((request.prompt, *own), request.known)
 
 
@@ -155,11 +161,15 @@ class PrefillQueue:
     def __init__(self, requests: Sequence[Request], max_width: int | None, max_rows: int) -> None:
         self._max_width, self._max_rows = max_width, max_rows
         self._batches: list[PrefillBatch] = []
-        self._waiting: dict[int, collections.deque[tuple[PrefillKey, int]]]
-        self._waiting = collections.defaultdict(collections.deque)
-        counts = collections.Counter(PrefillKey.of(request) for request in requests)
-        for key, count in counts.items():
-            self._waiting[prefill_width(len(key.known), max_width)].append((key, count))
+        self._waiting: dict[int, dict[PrefillKey, int]]     # responses, by width and key
+        self._waiting = collections.defaultdict(dict)
+        for request in requests:
+            self.add(PrefillKey.of(request))
+
+    def add(self, key: PrefillKey) -> None:
+        """Appends a response."""
+        waiting = self._waiting[prefill_width(len(key.known), self._max_width)]
+        waiting[key] = waiting.get(key, 0) + 1
 
     def batch_of(self, key: PrefillKey) -> PrefillBatch:
         """Returns the batch that holds a key; a new one takes the next keys of its width, too."""
@@ -170,9 +180,11 @@ class PrefillQueue:
         width = prefill_width(len(key.known), self._max_width)
         height = prefill_rows(width, self._max_rows)
         waiting = self._waiting[width]
-        taken = [waiting.popleft() for _ in range(min(len(waiting), height))]
-        batch = PrefillBatch(rows={key: row for row, (key, _) in enumerate(taken)},
-                             waiting=sum(count for _, count in taken), width=width, height=height)
+        others = (other for other in waiting if other != key)
+        keys = [key, *itertools.islice(others, height - 1)]
+        batch = PrefillBatch(rows={key: row for row, key in enumerate(keys)},
+                             waiting=sum(waiting.pop(key) for key in keys),
+                             width=width, height=height)
         self._batches.append(batch)
         return batch
 
@@ -190,6 +202,40 @@ def prefill_width(tokens: int, max_width: int | None) -> int:
 def prefill_rows(width: int, slots: int) -> int:
     """Returns the rows of a batch, filled or not: rounding must not depend on what else waits."""
     return max(min(slots, PREFILL_ROWS, PREFILL_TOKENS // width), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheLimits:
+    """How large the cache may become: slots, and positions of each."""
+
+    slots: int                      # at most
+    shards: int = 1                 # the slots are split this many ways
+    chunk: int = 16                 # decode steps of a chunk, at most
+    smallest: int = 64              # positions of a slot, a power of two
+    largest: int | None = None      # positions of a slot; None = no limit
+    budget: int | None = None       # positions of all slots together; None = enough
+
+    def capacity(self, length: int, width: int = 0) -> int:
+        """Returns the positions of a slot for a response to run through the next chunk.
+
+        Args:
+            length: tokens in its cache.
+            width: of its prefill, if it is yet to start."""
+        # One more: a row that has ended keeps writing after its last token until the chunk ends.
+        needed = padded_length(max(length + self.chunk + 1, width), self.smallest)
+        return needed if self.largest is None else min(needed, self.largest)
+
+    @property
+    def least_slots(self) -> int:
+        """Slots once the longest responses are in them."""
+        return self.slots if self.largest is None else self.slots_of(self.largest)
+
+    def slots_of(self, capacity: int) -> int:
+        """Returns how many slots of so many positions fit; at least one for each shard."""
+        if self.budget is None:
+            return self.slots
+        fitting = max(self.budget // capacity // self.shards, 1) * self.shards
+        return min(self.slots, fitting)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -235,18 +281,30 @@ class Running:
 
 
 class Schedule:
-    """Which response is in which slot; each device has the same number of consecutive slots."""
+    """Which response is in which slot; each device has the same number of consecutive slots.
 
-    def __init__(self, requests: Sequence[Request], sampling: SamplingParams, *, slots: int,
-                 shards: int, max_width: int | None, repetition: RepetitionStopping | None) -> None:
-        self._sampling, self._shards, self._repetition = sampling, shards, repetition
+    All slots have the same capacity, as many positions as the longest response in them needs. If
+    the larger slots are too few for all, the responses that need them give up theirs: each waits,
+    as a prefix to continue, until all shorter ones have ended. So the slots in use are always as
+    many as fit, and a response is prefilled again at most once for each capacity.
+
+    Attributes:
+        capacity: positions of a slot."""
+
+    def __init__(self, requests: Sequence[Request], sampling: SamplingParams, limits: CacheLimits,
+                 repetition: RepetitionStopping | None) -> None:
+        self._sampling, self._shards, self._repetition = sampling, limits.shards, repetition
         self._queue = collections.deque(order_requests(requests))
         # For fewer responses a power of two, so that they share programs; a multiple of the shards.
-        slots = min(slots, 1 << max(len(requests) - 1, 0).bit_length())
-        slots = -(-slots // shards) * shards
+        slots = min(limits.slots, 1 << max(len(requests) - 1, 0).bit_length())
+        slots = -(-slots // limits.shards) * limits.shards
+        self._limits = dataclasses.replace(limits, slots=slots)
+        self.capacity = 0
         self._slots: list[Running | None] = [None] * slots
         self._stopped = np.zeros(slots, bool)       # on the host; the device does not know yet
-        self.prefills = PrefillQueue(self._queue, max_width, slots)
+        # Rows of the device's state that the slots have, local to each device; None: all.
+        self._rows: Int[np.ndarray, " S"] | None = None
+        self.prefills = PrefillQueue(self._queue, limits.largest, slots)
 
     @property
     def slots(self) -> int:
@@ -269,20 +327,89 @@ class Schedule:
                 *(request.prefix for request in self._queue if request.prefix is not None)]
 
     def fill(self) -> list[tuple[PrefillBatch, list[Running]]]:
-        """Gives free slots to waiting responses; returns those, by the batch with their prompts."""
+        """Makes room and gives free slots to waiting responses; returns those, by the batch with
+        their prompts."""
+        self._choose_capacity()
         # Dealt out over the devices: they shrink together, when the busiest of them allows it.
         per_shard = len(self._slots) // self._shards
         free = [slot for slot, response in enumerate(self._slots) if response is None]
         free.sort(key=lambda slot: (slot % per_shard, slot))
 
+        queue, self._queue = self._queue, collections.deque()
         started: dict[int, tuple[PrefillBatch, list[Running]]] = {}
-        for slot in free[: len(self._queue)]:
-            response = Running.start(self._queue.popleft(), self._sampling)
+        while queue and free:
+            request = queue.popleft()
+            if self._needed(request) > self.capacity:
+                self._queue.append(request)
+                continue
+            slot, response = free.pop(0), Running.start(request, self._sampling)
             batch = self.prefills.batch_of(response.key)
             batch.waiting -= 1
             self._slots[slot], self._stopped[slot] = response, False
             started.setdefault(id(batch), (batch, []))[1].append(response)
+        self._queue += queue
         return list(started.values())
+
+    def _needed(self, response: Request | Running) -> int:
+        """Returns the capacity that a response needs in the next chunk."""
+        if isinstance(response, Running):
+            return self._limits.capacity(response.length)
+        width = prefill_width(response.length, self._limits.largest)
+        return self._limits.capacity(response.length - 1, width)
+
+    def _choose_capacity(self) -> None:
+        """Enlarges the slots if that costs none that are in use, or if nothing else can go on;
+        otherwise the responses that have outgrown theirs give them up."""
+        while True:
+            free = len(self._slots) - len(self.running)
+            first: list[Request | Running] = [
+                *self.running, *itertools.islice(self._queue, free)]
+            larger = [needed for needed in map(self._needed, first) if needed > self.capacity]
+            if not larger:
+                return
+            if self._limits.budget is None:
+                self.capacity = max(larger)
+                return
+
+            capacity = min(larger)
+            per_shard = self._limits.slots_of(capacity) // self._shards
+            remaining, shards = len(self.running) + len(self._queue), self._busy_slots()
+            outgrown = [[slot for slot, response in shard if self._needed(response) > self.capacity]
+                        for shard in shards]
+            staying = max(len(shard) - len(leaving)
+                          for shard, leaving in zip(shards, outgrown, strict=True))
+            costs_nothing = (per_shard * self._shards >= min(len(self._slots), remaining)
+                             and max(map(len, shards)) <= per_shard)
+            if not costs_nothing and (staying > per_shard or any(
+                    self._needed(request) <= self.capacity for request in self._queue)):
+                for slot in itertools.chain(*outgrown):
+                    self._give_up(slot)
+                return
+
+            for shard in shards:        # the longest stay: they would cost most to prefill again
+                shard.sort(key=lambda item: -item[1].length)
+                for slot, _ in shard[per_shard:]:
+                    self._give_up(slot)
+            self.capacity = capacity
+            self._keep(min(per_shard, len(self._slots) // self._shards))
+
+    def _give_up(self, slot: int) -> None:
+        """Puts a response back into the queue, to be continued."""
+        response = self._slots[slot]
+        assert response is not None
+        request = dataclasses.replace(response.request, prefix=response.response(None))
+        self._queue.append(request)
+        self.prefills.add(PrefillKey.of(request))
+        self._slots[slot], self._stopped[slot] = None, True
+
+    def _busy_slots(self) -> list[list[tuple[int, Running]]]:
+        """Returns the slots of each shard that hold a response, with the responses."""
+        size = len(self._slots) // self._shards
+        shards: list[list[tuple[int, Running]]] = [[] for _ in range(self._shards)]
+        for slot, response in enumerate(self._slots):
+            if response is not None:
+                shards[slot // size].append((slot, response))
+        return shards
 
     def insert_table(self, batch: PrefillBatch,
                      started: Sequence[Running]) -> Int[np.ndarray, "8 S"]:
@@ -354,24 +481,31 @@ class Schedule:
         return None if is_audited else length
 
     def compact(self) -> Int[np.ndarray, " kept"] | None:
-        """Halves the slots while half of them, on every device, are enough.
+        """Halves the slots while half of them, on every device, are enough for all responses.
 
         Returns:
-            The rows to keep, indices local to each device; None if all."""
-        size = len(self._slots) // self._shards
-        shards = [range(first, first + size) for first in range(0, len(self._slots), size)]
-        busy = [[slot for slot in shard if self._slots[slot] is not None] for shard in shards]
-        needed = max(MIN_SLOTS_PER_DEVICE, *map(len, busy))
-        kept = size
-        while needed <= (half := -(-kept // 2)) < kept:
+            The rows of the device's state that the slots now have, indices local to each device;
+            None if all."""
+        kept = len(self._slots) // self._shards
+        needed = max(MIN_SLOTS_PER_DEVICE, *map(len, self._busy_slots()))
+        while not self._queue and needed <= (half := -(-kept // 2)) < kept:
             kept = half
-        if kept == size:
-            return None
+        self._keep(kept)
+        rows, self._rows = self._rows, None
+        return rows
 
-        slots = []
-        for shard, running in zip(shards, busy, strict=True):
-            idle = [slot for slot in shard if self._slots[slot] is None]
-            slots += (running + idle)[:kept]
+    def _keep(self, kept: int) -> None:
+        """Drops idle slots until each shard has `kept`."""
+        size = len(self._slots) // self._shards
+        if kept == size:
+            return
+
+        slots: list[int] = []
+        for shard, busy in enumerate(self._busy_slots()):
+            idle = [slot for slot in range(shard * size, (shard + 1) * size)
+                    if self._slots[slot] is None]
+            slots += [*(slot for slot, _ in busy), *idle][:kept]
         self._slots = [self._slots[slot] for slot in slots]
         self._stopped = self._stopped[slots]
-        return np.array([slot % size for slot in slots], np.int32)
+        rows = np.arange(size * self._shards) % size if self._rows is None else self._rows
+        self._rows = rows[slots].astype(np.int32)

@@ -17,6 +17,7 @@ from effreason.runs import session
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.errors import UserError
+from effreason.sampling.scheduler import CacheLimits
 
 SHAPE = {"model_type": "qwen2", "vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256,
@@ -72,26 +73,59 @@ def test_lengths_have_their_mean_and_their_limit(count, mean, most):
     np.testing.assert_array_equal(drawn, workloads.lengths(count, mean, most))
 
 
-def schedule(lengths, slots, seconds, smallest=1, shards=1, prompt=0):
-    return workloads.generate(np.array(lengths), prompt_tokens=prompt, slots=slots, shards=shards,
-                              smallest=smallest, seconds=seconds)
+def schedule(lengths, slots, seconds, smallest=1, prompt=0, **limits):
+    return workloads.generate(np.array(lengths), prompt_tokens=prompt, smallest=smallest,
+                              limits=CacheLimits(slots=slots, **limits), seconds=seconds)[0]
 
 
 def test_a_schedule_by_hand():
-    def one(slots, live):
+    def one(slots, capacity, live):
         return 1.0
 
     assert schedule([5, 3, 2], 3, one) == 5
     assert schedule([5, 3, 2], 1, one) == 10
     assert schedule([3, 2, 4], 2, one) == 6             # the third begins when the second has ended
-    assert schedule([1, 9], 2, lambda slots, live: slots) == 2 + 8      # the tail runs in one slot
-    assert schedule([1, 9], 2, lambda slots, live: slots, smallest=2) == 18
+
+    def each(slots, capacity, live):
+        return slots
+
+    assert schedule([1, 9], 2, each) == 2 + 8           # the tail runs in one slot
+    assert schedule([1, 9], 2, each, smallest=2) == 18
+
+
+def test_a_schedule_with_less_memory_by_hand():
+    """Room for 4 slots of 64 positions, 2 of 128. Chunks of 3 steps: a response of up to 60 tokens
+    runs in a small one."""
+    seen = []
+
+    def record(slots, capacity, live):
+        seen.append((slots, capacity))
+        return 1.0
+
+    limits = dict(smallest=64, largest=128, chunk=3, budget=256)
+    seconds, again = workloads.generate(
+        np.array([100, 100, 10, 10, 50, 50]), prompt_tokens=0, smallest=4, seconds=record,
+        limits=CacheLimits(slots=6, **limits))
+    assert seconds == 61 + 39 and again == 0            # when they grow, two are left
+    assert list(dict.fromkeys(seen)) == [(4, 64), (2, 96), (2, 128)]
+
+    seconds, again = workloads.generate(
+        np.array([100, 100, 100, 60]), prompt_tokens=0, smallest=4, seconds=record,
+        limits=CacheLimits(slots=6, **limits))
+    # At step 61 three need a larger slot, of which there are two.
+    assert seconds == 61 + 39 + 39 and again == 61
+
+    seconds, again = workloads.generate(
+        np.array([100, 100, 100, 100, 60, 60]), prompt_tokens=0, smallest=4, seconds=record,
+        limits=CacheLimits(slots=6, **limits))
+    # All four leave their slots to the short ones.
+    assert seconds == 61 + 60 + 39 + 39 and again == 4 * 61
 
 
 def test_the_live_tokens_of_a_schedule():
     seen = []
 
-    def record(slots, live):
+    def record(slots, capacity, live):
         seen.append(live)
         return 0.0
 

@@ -39,22 +39,49 @@ def test_a_slot_by_hand():
     assert capacity.slot_bytes(QWEN2, 64) == bytes_ and target.size == 1
 
 
-@pytest.mark.parametrize(("gib", "slots"), [(7.0, 64), (6.9, 32), (13.9, 64), (28.0, 256),
-                                            (1000.0, 256), (0.1, 8)])
-def test_as_many_as_fit_all_of_a_step_or_a_power_of_two(gib, slots):
-    assert capacity.slot_count(config(memory_gib=gib), LARGE, mesh(), 20) == slots
+def limits(settings, target):
+    budget = capacity.position_budget(settings, LARGE, target, 20)
+    return capacity.cache_limits(settings, target, budget)
+
+
+@pytest.mark.parametrize(("gib", "full", "half", "quarter"), [
+    (7.0, 64, 128, 256), (6.9, 63, 126, 252), (13.9, 127, 254, 256), (28.0, 256, 256, 256),
+    (1000.0, 256, 256, 256), (0.1, 8, 16, 32)])
+def test_as_many_as_fit_and_more_while_they_are_short(gib, full, half, quarter):
+    found = limits(config(memory_gib=gib), mesh())
+    assert [found.slots_of(4096 // part) for part in (1, 2, 4)] == [full, half, quarter]
+    assert found.slots == 256 and found.least_slots == full
 
 
 def test_what_the_configuration_says_is_what_there_is():
-    assert capacity.slot_count(config(slots=48), LARGE, mesh(), 20) == 48
+    found = limits(config(slots=48), mesh())
+    assert found.slots == found.least_slots == 48 and found.budget is None
     assert "48 slots of at most 4,096 positions" in capacity.describe(
         config(slots=48), LARGE, mesh(), 20)
+    assert "sampler: 64 to 256 slots of at most 4,096 positions, 7.0 GiB of 7.0 GiB" in (
+        capacity.describe(config(memory_gib=7.0), LARGE, mesh(), 20))
 
 
-def test_a_mesh_gets_a_power_of_two_for_each_of_its_shards():
+def test_a_mesh_gets_as_many_for_each_of_its_shards():
     target = mesh(data=2, fsdp=2, tensor=2)
-    assert capacity.slot_count(config(memory_gib=7.0), LARGE, target, 20) == 64
-    assert capacity.slot_count(config(memory_gib=28.0, prompts_per_step=3), LARGE, target, 20) == 24
+    assert limits(config(memory_gib=6.9), target).least_slots == 60
+    assert limits(config(memory_gib=28.0, prompts_per_step=3), target).least_slots == 24
+    # One for each, whatever the memory: there is nothing less.
+    assert limits(config(memory_gib=0.1, max_new_tokens=4 * 3584), target).slots_of(10**6) == 4
+
+
+def test_half_a_billion_weights_on_24_gib_have_room_for_64(monkeypatch):
+    """Qwen2.5-0.5B in float32 on a CPU, which gets half of the host's memory."""
+    monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 12 * GIB)
+    small = model.DecoderConfig(vocabulary=151936, width=896, layers=24, heads=14, kv_heads=2,
+                                head_dim=64, mlp_width=4864, norm_eps=1e-6, rope_theta=1e6,
+                                tied=True, qkv_bias=True)
+    settings = dataclasses.replace(
+        config(max_new_tokens=256, prompts_per_step=8), data=DataConfig(max_prompt_tokens=512),
+        model=ModelConfig(dtype="float32"))
+    bytes_ = capacity.training_weight_bytes(settings)
+    budget = capacity.position_budget(settings, small, mesh(), bytes_)
+    assert capacity.cache_limits(settings, mesh(), budget).least_slots == 64
 
 
 def test_longer_evaluations_count():
@@ -81,18 +108,17 @@ def test_the_state_comes_before_the_cache(monkeypatch):
 def test_what_training_holds_for_each_weight():
     in_bfloat16 = dataclasses.replace(config(), model=ModelConfig(dtype="bfloat16"))
     in_float32 = dataclasses.replace(config(), model=ModelConfig(dtype="float32"))
-    # The policy and a gradient, two moments, and the reference.
-    assert capacity.training_weight_bytes(
-        in_bfloat16) == 4 + 4 + 8 + 2 and capacity.training_weight_bytes(
-            in_float32) == 4 + 4 + 8 + 4
+    # The policy, two moments, and the reference: while it samples there is no gradient.
+    assert capacity.training_weight_bytes(in_bfloat16) == 4 + 8 + 2
+    assert capacity.training_weight_bytes(in_float32) == 4 + 8 + 4
     elsewhere = dataclasses.replace(in_bfloat16, kl=KLConfig(offload_reference=True),
                                     update=UpdateConfig(offload_optimizer=True))
-    assert capacity.training_weight_bytes(elsewhere) == 4 + 4
+    assert capacity.training_weight_bytes(elsewhere) == 4
     # Nothing reads a reference: not the loss, not the reward, not the sampler.
     free = dataclasses.replace(in_bfloat16, kl=KLConfig(form="none"))
-    assert capacity.training_weight_bytes(free) == 4 + 4 + 8
+    assert capacity.training_weight_bytes(free) == 4 + 8
     initial = dataclasses.replace(free, rollout=dataclasses.replace(free.rollout, policy="initial"))
-    assert capacity.training_weight_bytes(initial) == 4 + 4 + 8 + 2
+    assert capacity.training_weight_bytes(initial) == 4 + 8 + 2
 
 
 def test_the_memory_of_this_host_is_a_size():

@@ -16,7 +16,7 @@ from effreason.lm.score import score
 from effreason.rl.rollouts import remaining
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
-from effreason.sampling import engine
+from effreason.sampling import engine, slots
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
 from effreason.sampling.scheduler import Request, make_requests
@@ -578,3 +578,77 @@ def test_a_cache_layout_that_does_not_fit_is_one_line_before_anything_is_compile
 @pytest.mark.parametrize("layout", ["sequence_first", "sequence_last"])
 def test_the_layout_of_the_cache_changes_no_token(baseline, layout):
     assert_same(sampled(cache_layout=layout), baseline)
+
+
+def long_and_short(seed=5):
+    """20 requests for 2 to 150 tokens, unknown to the engine: five need a large cache."""
+    generator = np.random.default_rng(seed)
+    return [dataclasses.replace(request, max_new_tokens=int(
+        generator.integers(100, 150) if request.sample == 0 else generator.integers(2, 40)))
+            for request in requests_for(PROBLEMS, GROUP, 1)]
+
+
+def generated(requests, **settings):
+    """All responses by name, and what the generation looked like at each of its chunks."""
+    chunks, responses, seen = generation(requests, sampling=ENDLESS, **settings), [], []
+    while True:
+        seen.append((chunks.capacity, chunks.slots, chunks.running))
+        try:
+            responses += next(chunks)
+        except StopIteration:
+            return named(responses, PROBLEMS), seen, chunks
+
+
+@pytest.mark.parametrize(("shape", "capacities"), [({}, 1), ({}, 2), (MESHES["all"], 1)], ids=str)
+def test_a_response_does_not_depend_on_how_much_memory_there_is(shape, capacities):
+    """However many slots there are, responses that outgrow theirs are continued, not changed."""
+    settings = dict(slots=16, max_positions=20 + 150, shape=tuple(shape.items()))
+    expected, _, whole = generated(long_and_short(), **settings)
+    budget = 8 * capacities * whole.capacity // 4
+    responses, seen, chunks = generated(long_and_short(), budget=budget, **settings)
+
+    assert_same(responses, expected)
+    assert [len(response.tokens) for response in responses.values()] == [
+        len(expected[name].tokens) for name in responses]
+    shards = chunks._programs.shards
+    assert all(capacity * slots <= max(budget, capacity * shards) for capacity, slots, _ in seen)
+    assert [capacity for capacity, *_ in seen] == sorted(capacity for capacity, *_ in seen)
+    if not shape:
+        # As many slots as the small cache has room for, then as the large one has.
+        assert seen[0][:2] == (64, min(budget // 64, 16))
+        assert seen[-1][0] == whole.capacity
+
+
+def test_a_response_does_not_depend_on_how_often_the_chunk_looks_if_rows_have_ended(
+        baseline, monkeypatch):
+    """As on an accelerator: up to three steps more than on a CPU, which draw nothing."""
+    monkeypatch.setattr(slots, "steps_between_checks", lambda platform, chunk: 4)
+    target = mesh()
+    sample = engine.make_sampler(QWEN2, target, slots=8, chunk=8)
+    chunks = sample(place(QWEN2, weights(QWEN2), target), requests_for(PROBLEMS, GROUP, LIMIT),
+                    jax.random.key(0), ANY)
+    assert_same(named([response for chunk in chunks for response in chunk], PROBLEMS), baseline)
+    assert chunks.steps % 4 == 0
+
+
+def test_long_responses_wait_for_short_ones():
+    """Two slots of full length, ten of the smallest: in steps it is far from two at a time."""
+    settings = dict(slots=16, max_positions=20 + 150)
+    _, seen, few = generated(long_and_short(), budget=2 * 192, **settings)
+    _, _, two = generated(long_and_short(), slots=2, max_positions=20 + 150)
+    assert seen[0][1:] == (6, 6) and {slots for _, slots, _ in seen} == {6, 4, 3, 2}
+    assert few.steps < 0.75 * two.steps
+
+
+def test_a_response_given_up_twice_keeps_what_it_had():
+    """Its log-probs are those of the first draw, its tokens the same, `unfinished` has it."""
+    settings = dict(slots=16, max_positions=20 + 150, budget=2 * 192)
+    chunks = generation(long_and_short(), sampling=ENDLESS, **settings)
+    lengths = {}
+    for finished in chunks:
+        for response in chunks.unfinished():
+            name = response.prompt, response.sample
+            assert len(response.tokens) == len(response.logprobs) >= lengths.get(name, 0)
+            lengths[name] = len(response.tokens)
+        assert all(np.isfinite(response.logprobs).all() for response in finished)
+    assert max(lengths.values()) > 96
