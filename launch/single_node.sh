@@ -13,9 +13,6 @@ CONFIG=${CONFIG:-configs/$recipe.yaml}
 RUN=${RUN:-runs/r1_distill_1p5b}        # on a disk that outlives the machine, if it can be preempted
 EFFREASON=${EFFREASON:-effreason}       # the command, if it is not on the PATH
 
-# By default JAX takes only three quarters of the memory of a GPU.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
-
 resume=false
 if [[ -e $RUN/config.yaml ]]; then
     resume=true CONFIG=$RUN/config.yaml     # as it started, even if the recipe has changed

@@ -222,3 +222,19 @@ def test_every_dependency_is_accounted_for(monkeypatch):
     for package in {re.match(r"[\w-]+", line)[0] for line in needed}:
         assert re.search(rf"\b{package}\b", page), package
     assert described["version"] == effreason.__version__
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, {"XLA_CLIENT_MEM_FRACTION": "0.92"}),
+    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"})])
+def test_a_gpu_gives_92_percent_of_its_memory_unless_the_user_says_otherwise(
+        given, expected, monkeypatch):
+    """JAX refuses to start if both names are set."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    importlib.reload(importlib.import_module("effreason.cli"))
+    assert {name: value for name, value in os.environ.items() if "MEM_FRACTION" in name} == expected
