@@ -60,10 +60,12 @@ class _Guarded(io.TextIOWrapper):
             on_lost_output()
 
 
-def _guarded(stream: TextIO | None, number: int) -> _Guarded:
+def _guarded(stream: TextIO | None, number: int) -> TextIO:
     """Returns the stream with the same encoding and buffering."""
-    if not isinstance(stream, io.TextIOWrapper):        # it was closed
+    if stream is None:                                  # it was closed
         return _Guarded(open(number, "wb", closefd=False), encoding="utf-8")
+    if type(stream) is not io.TextIOWrapper:
+        return stream                   # of the program that runs this one, such as a notebook
     encoding, through = stream.encoding, stream.write_through
     lines = stream.line_buffering
     return _Guarded(stream.detach(), encoding=encoding, errors="backslashreplace",
