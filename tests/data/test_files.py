@@ -54,7 +54,8 @@ def arrow(new_file):
     ("a.csv.gz", gzip.compress(CSV.encode())),
     ("a.tsv", CSV.replace(",", "\t").replace("1\t", "1,").encode().replace(b"1+1\t", b"1+1,")),
     ("a.parquet", parquet()), ("a.bin", parquet()), ("a.parquet.gz", gzip.compress(parquet())),
-    ("a.arrow", arrow(pyarrow.ipc.new_file)), ("a.arrow", arrow(pyarrow.ipc.new_stream))])
+    ("a.arrow", arrow(pyarrow.ipc.new_file)), ("a.arrow", arrow(pyarrow.ipc.new_stream)),
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_file_is_what_its_content_is(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert rows(tmp_path / name) == ROWS
