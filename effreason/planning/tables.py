@@ -64,13 +64,13 @@ def _heading(plan: Plan) -> list[str]:
             f"{plan.target.chips:,} x {chip.name} {hosts}, {chip.hbm_bytes / GIB:.2f} GiB each",
             f"mesh: {mesh}; remat {settings.model.remat}",
             *([f"on the host: {', '.join(on_host)}"] if on_host else []),
-            f"{_slots(plan)} slots of {plan.capacity:,} positions; {workload.rows:,} rows of "
+            f"{_slots(plan)} {plan.capacity:,} positions; {workload.rows:,} rows of "
             f"{workload.width:,} in a micro-batch"]
 
 
 def _slots(plan: Plan) -> str:
-    return (f"{plan.slots:,}" if plan.slots == plan.most_slots else
-            f"{plan.slots:,} (up to {plan.most_slots:,} while responses are short)")
+    return (f"{plan.slots:,} slots of" if plan.slots == plan.most_slots else
+            f"{plan.slots:,} to {plan.most_slots:,} slots of at most")
 
 
 def _row(cells: tuple[str, ...]) -> str:
