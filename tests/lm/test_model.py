@@ -142,6 +142,7 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
     np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=0.01)
 
 
+@pytest.mark.promotes("the gradient of jax.nn.dot_product_attention mixes dtypes")
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
 def test_float32_means_float32_on_chips_too(dtype, expected):
     """Every product says so, forward and backward, in training and in sampling."""
