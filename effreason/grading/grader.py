@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple
 
-from effreason.grading import extraction, functions, kinds, notation, symbolic
+from effreason.grading import extraction, functions, guard, kinds, notation
 from effreason.grading.exact import exact
 from effreason.grading.extraction import extract_answer
 from effreason.grading.kinds import Reference
@@ -312,7 +312,7 @@ class Grader:
         verdict = exact(*task)
         if verdict is not None:
             return verdict, GradeStatus.EXACT
-        too_large = any(symbolic.guard(notation.canonical(text)) for text in task)
+        too_large = any(guard.is_too_large(notation.canonical(text)) for text in task)
         return False, GradeStatus.GUARD if too_large else GradeStatus.SYMBOLIC
 
     def _compare(self, task: Task, budget: Budget, cpu_seconds: float,

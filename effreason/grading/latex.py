@@ -2,8 +2,18 @@
 
 import re
 
+import math_verify
+import sympy
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+
 from effreason.grading import quantities
 
+# Only canonical LaTeX in the box: other extractors pick any number out of a broken answer.
+BOX = math_verify.LatexExtractionConfig(boxed_match_priority=0,
+                                        normalization_config=NormalizationConfig(boxed="last"))
+# What sympy raises for what it cannot compute.
+FAILURES = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError,
+            TypeError, ValueError)
 CIS = re.compile(
     r"\\(?:text|operatorname)\s*\{\s*cis\s*\}\s*(\([^()]*\)|\{[^{}]*\}|\\frac\{[^{}]*\}\{[^{}]*\}"
     r"|\d+(?:\.\d+)?(?:\s*\^\{\s*\\circ\s*\})?|\\?[a-zA-Z]+)")
@@ -19,19 +29,11 @@ def parse(text: str):
     """Returns the sympy object that canonical LaTeX tells of, None if the parser finds none.
 
     Decimals become fractions, and degrees in a function radians."""
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as parse_box
-
-    # Only canonical LaTeX in the box: other extractors pick any number out of a broken answer.
-    config = LatexExtractionConfig(boxed_match_priority=0,
-                                   normalization_config=NormalizationConfig(boxed="last"))
     try:
-        parsed = parse_box(rf"\boxed{{{_adapted(text)}}}", extraction_config=[config],
+        parsed = math_verify.parse(rf"\boxed{{{_adapted(text)}}}", extraction_config=[BOX],
                            fallback_mode="no_fallback", parsing_timeout=None)
         return _with_constants(parsed[0]) if parsed else None
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError,
-            ValueError):
+    except FAILURES:
         return None  # it constructs what it reads, which fails for 2i < 0
 
 
@@ -67,8 +69,6 @@ def _renamed(match: re.Match[str]) -> str:
 
 def _with_constants(side):
     """Turns i and pi into numbers if the parser read them as variables."""
-    import sympy
-
     numbers = {"i": sympy.I, "pi": sympy.pi}
     return side.subs({symbol: numbers[symbol.name] for symbol in side.free_symbols
                       if symbol.name in numbers})

@@ -3,7 +3,9 @@ r"""Compares inequalities, intervals and unions as sets of real numbers; for wor
 import re
 from collections.abc import Callable
 
-from effreason.grading import forms, notation
+import sympy
+
+from effreason.grading import forms, latex, notation
 
 OR = re.compile(r"\\(?:lor|cup)(?![a-zA-Z])")
 AND = re.compile(r"\\(?:land|cap)(?![a-zA-Z])")
@@ -15,17 +17,13 @@ class NotASet(Exception):
     """A text that is no set of real numbers."""
 
 
-def same(prediction: str, reference: str, parse: Callable, same_value: Callable) -> bool | None:
+def same(prediction: str, reference: str, same_value: Callable) -> bool | None:
     """Returns whether two texts tell of the same set of real numbers; None if one is no such set.
 
-    Args:
-        parse: from canonical LaTeX to sympy.
-        same_value: compares two end points.
+    Args: same_value, compares two end points.
     """
-    import sympy
-
     try:
-        (p, p_variable), (g, g_variable) = (_Reader(parse).read(side)
+        (p, p_variable), (g, g_variable) = (_Reader().read(side)
                                             for side in (prediction, reference))
     except NotASet:
         return None
@@ -48,8 +46,6 @@ def _position(piece) -> float:
 
 
 def _same_piece(p, g, same_value: Callable) -> bool:
-    import sympy
-
     if isinstance(p, sympy.Interval) and isinstance(g, sympy.Interval):
         return ((p.left_open, p.right_open) == (g.left_open, g.right_open)
                 and same_value(p.start, g.start) and same_value(p.end, g.end))
@@ -62,19 +58,17 @@ def _same_piece(p, g, same_value: Callable) -> bool:
 class _Reader:
     """Reads one set; remembers the variable of its inequalities."""
 
-    def __init__(self, parse: Callable) -> None:
-        self.parse, self.variable = parse, ""
+    def __init__(self) -> None:
+        self.variable = ""
 
     def read(self, text: str):
         """Returns the set and its variable, "" without one. Raises NotASet."""
         try:
             return self._set(text), self.variable
-        except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
+        except latex.FAILURES:
             raise NotASet from None
 
     def _set(self, text: str):
-        import sympy
-
         text = forms.plain(forms.without_member(notation.strip_parentheses(text.strip())))
         for separator, combine in ((OR, sympy.Union), (AND, sympy.Intersection)):
             if len(parts := notation.split_top(text, separator)) > 1:
@@ -104,8 +98,6 @@ class _Reader:
                 else f"{head[1]} {part}" for part in parts if part]
 
     def _relations(self, terms: list[str], signs: list[str]):
-        import sympy
-
         sides = [self._value(term) for term in terms]
         symbols = set().union(*(side.free_symbols for side in sides))
         if len(symbols) != 1 or self.variable not in ("", (symbol := symbols.pop()).name):
@@ -123,8 +115,6 @@ class _Reader:
                                     for relation in relations))
 
     def _brackets(self, text: str):
-        import sympy
-
         escaped = text.startswith(r"\{") and text.endswith(r"\}")
         inside = notation.split_top(text[1 + escaped:-1 - escaped], ",;")
         if escaped:
@@ -135,9 +125,7 @@ class _Reader:
         return sympy.Interval(start, end, text[0] == "(", text[-1] == ")")
 
     def _value(self, text: str):
-        import sympy
-
-        value = self.parse(text)
+        value = latex.parse(text)
         if not isinstance(value, sympy.Expr):
             raise NotASet
         return value

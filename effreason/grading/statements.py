@@ -6,10 +6,12 @@ small numbers often equal the answer by chance. It uses no algebra: a statement 
 could recognise is missed.
 """
 
+import functools
 import re
 from collections.abc import Callable
+from fractions import Fraction
 
-from effreason.grading import kinds, notation
+from effreason.grading import kinds, notation, rationals
 from effreason.grading.exact import exact
 from effreason.grading.kinds import Reference
 
@@ -19,9 +21,8 @@ STATEMENT = re.compile(
 # Runs of blanks are bounded, because adjacent unbounded ones would backtrack over every split.
 NUMBER = re.compile(
     r"[\s$*]{0,9}+(?:\\?\(\s?)?(?P<sign>[-−+]?)\s?(?:\\?[$€£])?\s?"
-    r"(?:\\[dt]?frac\s*\{\s*(?P<over>\d{1,15})\s*\}\s*\{\s*(?P<under>\d{1,15})\s*\}"
-    r"|(?P<whole>\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,20}|(?=\.\d))(?P<part>\.\d{1,20})?"
-    r"(?:\s*/\s*(?P<by>\d{1,15}))?)")
+    r"(?P<size>\\[dt]?frac\s*\{\s*\d{1,15}\s*\}\s*\{\s*\d{1,15}\s*\}"
+    r"|(?:\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,20}|(?=\.\d))(?:\.\d{1,20})?(?:\s*/\s*\d{1,15})?)")
 # The rest of a longer expression: 7 + 5, 7x, 7 \cdot 3, 7^2, 7!, a digit after 20 digits.
 CONTINUATION = re.compile(
     r"\d|\s*[-−+*/^×÷·]\s*[\d(\\$a-z]|[(!^_]|[a-z](?![a-z])"
@@ -40,7 +41,7 @@ def first_stated(response: str, reference: Reference) -> int | None:
     the response.
     """
     number = _number(reference.answer) if reference.kind == "math" else None
-    same = _cached_comparison(reference)
+    same = functools.cache(functools.partial(_same, reference=reference))   # many texts repeat
 
     # end of the value after the previous equals sign, if it is the reference
     last: int | None = None
@@ -52,27 +53,24 @@ def first_stated(response: str, reference: Reference) -> int | None:
             if end is not None:
                 return end
         elif number is not None:
-            value = NUMBER.match(response, match.end())
-            complete = value is not None and not CONTINUATION.match(response, value.end())
-            last = value.end() if value and complete and _equal(_value(value), number) else None
+            value = _complete_number(response, match.end())
+            last = value.end() if value and _value(value) == number else None
 
     return last
 
 
-def _end_of_statement(response: str, match: re.Match[str], number: float | None,
+def _end_of_statement(response: str, match: re.Match[str], number: Fraction | None,
                       same: Callable[[str], bool]) -> int | None:
     """Returns the end of a box, or of the text after "answer", if it states the reference."""
+    begin = match.end()
     if match["box"]:
-        end = _end_of_box(response, match.end())
-        stated = end is not None and _states(response[match.end() : end], number, same)
-        return end + 1 if end is not None and stated else None
+        end = _end_of_box(response, begin)
+        return end + 1 if end is not None and same(response[begin:end]) else None
 
-    if number is not None and (value := NUMBER.match(response, match.end())):
-        if not CONTINUATION.match(response, value.end()):
-            return value.end() if _equal(_value(value), number) else None
-
-    sentence = SENTENCE.match(response, match.end())
-    return sentence.end() if sentence and _states(sentence[0].strip(" *$"), number, same) else None
+    if number is not None and (value := _complete_number(response, begin)):
+        return value.end() if _value(value) == number else None
+    sentence = SENTENCE.match(response, begin)
+    return sentence.end() if sentence and same(sentence[0].strip(" *$")) else None
 
 
 def end_of_answer(response: str) -> int:
@@ -80,24 +78,6 @@ def end_of_answer(response: str) -> int:
     begins = [match.end() for match in STATEMENT.finditer(response) if match["box"]]
     end = _end_of_box(response, begins[-1]) if begins else None
     return len(response) if end is None else end + 1
-
-
-def _states(text: str, number: float | None, same: Callable[[str], bool]) -> bool:
-    if number is not None and (value := _number(text)) is not None:
-        return _equal(value, number)
-    return same(text)
-
-
-def _cached_comparison(reference: Reference) -> Callable[[str], bool]:
-    """Returns a comparison with the reference that compares each text once: many texts repeat."""
-    verdicts: dict[str, bool] = {}
-
-    def same(text: str) -> bool:
-        if text not in verdicts:
-            verdicts[text] = _same(text, reference)
-        return verdicts[text]
-
-    return same
 
 
 def _same(text: str, reference: Reference) -> bool:
@@ -115,24 +95,24 @@ def _same(text: str, reference: Reference) -> bool:
         return False
 
 
-def _number(text: str) -> float | None:
+def _number(text: str) -> Fraction | None:
     r"""Returns the value of a text that is one number, such as 1,000, \frac{2}{3}, $5 or 50\%."""
     match = NUMBER.match(text)
     rest = text[match.end():].strip(" $.*") if match else None
     return _value(match) if match and rest in ("", "%", r"\%", r"\)") else None
 
 
-def _value(match: re.Match[str]) -> float:
-    if match["over"]:
-        size = float(match["over"]) / (float(match["under"]) or float("nan"))
-    else:
-        size = float((match["whole"].replace(",", "") or "0") + (match["part"] or ""))
-        size /= float(match["by"] or 1) or float("nan")
+def _complete_number(text: str, begin: int) -> re.Match[str] | None:
+    match = NUMBER.match(text, begin)
+    return None if match and CONTINUATION.match(text, match.end()) else match
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    try:
+        size = rationals.read(re.sub(r",|(?<=\\)[dt]", "", match["size"])).number
+    except rationals.Undefined:
+        return None
     return -size if match["sign"] in ("-", "−") else size
-
-
-def _equal(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-12 * max(abs(a), abs(b))
 
 
 def _end_of_box(text: str, begin: int) -> int | None:

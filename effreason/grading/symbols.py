@@ -18,60 +18,24 @@ def _table(text: str) -> dict[str, str]:
 SYMBOLS = {
     **{chr(0x3B1 + index): "\\" + name for index, name in enumerate(GREEK)},
     **{letter: "\\" + name for letter, name in GREEK_CAPITALS.items()},
+    **dict(zip("∞×÷±∓≤≥≠≈≡∪∩∅∠△∖∛∜√ϕ⟨⟩⌊⌋⌈⌉∣‖∑∫∶℃℉∴", r"""
+        \infty \times \div \pm \mp \le \ge \ne \approx \equiv \cup \cap \emptyset \angle \triangle
+        \setminus \sqrt[3] \sqrt[4] \sqrt \phi \langle \rangle \lfloor \rfloor \lceil \rceil
+        | \| \sum \int : ^{\circ}C ^{\circ}F \therefore""".split(), strict=True)),
+    **{letter: rf"\mathbb{{{name}}}" for letter, name in zip("ℝℤℚℕℂ", "RZQNC", strict=True)},
     **_table(r"""
-    \infty ∞
-    \times ×
     \cdot · ⋅ ∙
-    \div ÷
-    \pm ±
-    \mp ∓
     ^{\circ} ° º ˚
     - − – ‐ ‑ ﹣
-    \le ≤
-    \ge ≥
-    \ne ≠
-    \approx ≈
-    \equiv ≡
-    \cup ∪
-    \cap ∩
-    \in ∈
-    \emptyset ∅
-    \angle ∠
-    \triangle △
+    \in ∈ ∊
     ' ′ ’
-    \setminus ∖
-    \sqrt[3] ∛
-    \sqrt[4] ∜
-    \sqrt √
-    \phi ϕ
-    \mathbb{R} ℝ
-    \mathbb{Z} ℤ
-    \mathbb{Q} ℚ
-    \mathbb{N} ℕ
-    \mathbb{C} ℂ
-    \langle ⟨
-    \rangle ⟩
-    \lfloor ⌊
-    \rfloor ⌋
-    \lceil ⌈
-    \rceil ⌉
-    | ∣
-    \| ‖
-    \sum ∑
-    \int ∫
     / ⁄ ∕
-    : ∶
-    ^{\circ}C ℃
-    ^{\circ}F ℉
-    \in ∊
     \to → ⟶
     \Rightarrow ⇒ ⟹
-    \therefore ∴
 """),
     **dict.fromkeys("“”€¢₽₩₫£¥₹￥✓✔✅☑■□∎" + '"', ""),
-    "，": ", ", "、": ", ", "；": ";", "：": ":", "。": ".",
-    "或": r" \lor ", "且": r" \land ", "和": r" \land ", "与": r" \land ", "及": r" \land ",
-    "\u212b": r"\text{\u00c5}", "\u00c5": r"\text{\u00c5}",
+    "，": ", ", "、": ", ", "；": ";", "：": ":", "。": ".", "或": r" \lor ",
+    **dict.fromkeys("且和与及", r" \land "), **dict.fromkeys("\u212b\u00c5", "\\text{\u00c5}"),
 }
 
 # Commands that have several names.

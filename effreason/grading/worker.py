@@ -46,7 +46,6 @@ class Comparator:
 
     status: GradeStatus             # of its verdicts
     compare: Callable[[str, str], bool]
-    cpu_share: Callable[[str, str], float]      # share of the CPU limit that a pair may use
     clock: Callable[[], float]      # measures what a comparison costs: a function may wait
 
 
@@ -107,16 +106,13 @@ def _algebra(settings: dict[str, Any]) -> Comparator:
     _limit(resource.RLIMIT_FSIZE, 0)
     import logging
 
-    import math_verify  # noqa: F401
-
     from effreason.grading import symbolic
 
     logging.disable(logging.CRITICAL)
     _limit(resource.RLIMIT_AS, max(settings["memory_mb"] << 20, START_BYTES))
     # What a library does at its first use must not count as the first answer's time.
     symbolic.symbolic(*WARM_UP)
-    return Comparator(GradeStatus.SYMBOLIC, symbolic.symbolic, symbolic.cpu_share,
-                      time.process_time)
+    return Comparator(GradeStatus.SYMBOLIC, symbolic.symbolic, time.process_time)
 
 
 def _function(settings: dict[str, Any]) -> Comparator:
@@ -124,19 +120,18 @@ def _function(settings: dict[str, Any]) -> Comparator:
     # Its libraries may reserve any amount of address space while they load: the limit is on top.
     _limit(resource.RLIMIT_AS, _address_space() + (settings["memory_mb"] << 20))
     return Comparator(GradeStatus.FUNCTION, functools.partial(functions.verdict, function),
-                      lambda response, answer: 1.0, time.monotonic)
+                      time.monotonic)
 
 
 def _verdict(comparator: Comparator, task: dict[str, Any]) -> dict[str, Any]:
     global armed
-    prediction, reference = task["prediction"], task["reference"]
-    cpu_seconds = task["cpu_seconds"] * comparator.cpu_share(prediction, reference)
+    cpu_seconds = task["cpu_seconds"]
     try:
         try:
             armed = True
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds, RETRY_SECONDS)
             signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds + GRACE_SECONDS)
-            return {"correct": comparator.compare(prediction, reference),
+            return {"correct": comparator.compare(task["prediction"], task["reference"]),
                     "status": comparator.status}
         finally:
             _disarm()
