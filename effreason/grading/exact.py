@@ -79,7 +79,7 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
 
     congruences = forms.congruence(prediction), forms.congruence(reference)
     if congruences[0] and congruences[1]:
-        return _compare_congruences(*congruences[0], *congruences[1], same)
+        return _same_congruence(congruences[0], congruences[1], same)
     if _claims(prediction) and not _claims(reference):
         return False                                # 5 \equiv 6 is neither the answer 5 nor 6
     p_cases, g_cases = forms.cases(prediction), forms.cases(reference)
@@ -99,9 +99,8 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
     if is_set(prediction) or is_set(reference):
         return same(prediction, reference)
 
-    prediction, reference = _without_approximation(prediction), _without_approximation(reference)
-    p = _bracketed(notation.strip_parentheses(prediction))
-    g = _bracketed(notation.strip_parentheses(reference))
+    p, g = (_bracketed(notation.strip_parentheses(_without_approximation(side)))
+            for side in (prediction, reference))
     matrices = [any(map(MATRIX.fullmatch, side.elements[:1])) for side in (p, g)]
     if (p.brackets == "()") != (g.brackets == "()") or matrices[0] != matrices[1]:
         vectors = _vector(p), _vector(g)
@@ -143,29 +142,19 @@ def leaf(prediction: str, reference: str) -> Verdict:
         if quantities.differ((p_quantity,), (g_quantity,)):
             return False
 
-    if p_value is UNDEFINED or g_value is UNDEFINED:
-        return False
-    if isinstance(p_value, rationals.Value) and isinstance(g_value, rationals.Value):
+    if p_value and g_value:
         return rationals.same(p_value, g_value)
     value, other = (p_value, g) if p_value else (g_value, p)
-    if value and (BASE.fullmatch(other) or other.strip("+- ") in (r"\infty", *NO_SOLUTION)):
+    if value and (value.number is None or BASE.fullmatch(other)
+                  or other.strip("+- ") in (r"\infty", *NO_SOLUTION)):
         return False
     return None
 
 
-class Undefined:
-    """The value of 1/0."""
-
-
-UNDEFINED = Undefined()
-
-
-def _value(text: str) -> rationals.Value | Undefined | None:
+def _value(text: str) -> rationals.Value | None:
     base = BASE.fullmatch(text)
     try:
         return rationals.read(base[1] if base and _base(base[2]) == 10 else text)
-    except rationals.Undefined:
-        return UNDEFINED
     except (rationals.Undecided, RecursionError):
         return None
 
@@ -186,21 +175,19 @@ def _claims(text: str) -> bool:
     return CLAIM.search(SUBSCRIPT.sub("", text)) is not None
 
 
-def _compare_congruences(p: str, p_residues: str, p_modulus: str, g: str, g_residues: str,
-                         g_modulus: str, same: Leaf) -> Verdict:
+def _same_congruence(p: tuple[str, str, str], g: tuple[str, str, str], same: Leaf) -> Verdict:
     r"""Compares x \equiv 1, 2 and x \equiv 5, 4 modulo 3."""
-    if p_modulus != g_modulus or notation.key(p) != notation.key(g):
-        return False
-    return _matched(_residues(p_residues, p_modulus), _residues(g_residues, g_modulus), same)
+    return p[2] == g[2] and notation.key(p[0]) == notation.key(g[0]) and _matched(
+        _residues(p[1], p[2]), _residues(g[1], g[2]), same)
 
 
-def _residues(residues: str, modulus: str) -> tuple[str, ...]:
-    parts = [part for part in notation.split_top(residues, notation.SEPARATORS) if part]
-    values, by = list(map(_value, parts)), _value(modulus)
-    if not isinstance(by, rationals.Value) or not by.number:
-        return tuple(parts)
-    return tuple(str(value.number % by.number) if isinstance(value, rationals.Value) else part
-                 for part, value in zip(parts, values, strict=True))
+def _residues(residues: str, modulus: str) -> list[str]:
+    parts, by = notation.elements(residues), _value(modulus)
+    if not by or not by.number:
+        return parts
+    values = list(map(_value, parts))
+    return [str(value.number % by.number) if value and value.number is not None else part
+            for part, value in zip(parts, values, strict=True)]
 
 
 def _same_case(p: tuple[str, str], g: tuple[str, str], same: Leaf) -> Verdict:
@@ -235,7 +222,7 @@ def _without_approximation(text: str) -> str:
 def _bracketed(text: str) -> Bracketed:
     """Splits an answer into its elements."""
     text, name = forms.without_point(forms.without_member(text)), ""
-    pieces = [piece for piece in notation.split_top(text, notation.SEPARATORS) if piece] or [text]
+    pieces = notation.elements(text)
     if len(pieces) > 1:
         return Bracketed("", tuple(piece for element in pieces for piece in _signs(element)))
 
@@ -247,8 +234,7 @@ def _bracketed(text: str) -> Bracketed:
     begin, end = (1, len(text) - 2) if escaped else (0, len(text) - 1)
     is_set = escaped or text[:1] == "{"             # {1,2} without its backslashes
     if text and text[begin] in "([{" and notation.matching(text).get(begin) == end + escaped:
-        inside = [piece for piece in notation.split_top(text[begin + 1:end], notation.SEPARATORS)
-                  if piece]
+        inside = notation.elements(text[begin + 1:end])
         names = TUPLE_OF_NAMES.fullmatch(name)
         if names and len(letters := re.findall("[a-zA-Z]", names[1])) == len(inside):
             inside = [f"{letter}={piece}" for letter, piece in zip(letters, inside, strict=True)]
@@ -312,13 +298,12 @@ def _by_name(predictions: tuple[str, ...],
 
 
 def _all(predictions: Sequence[str], references: Sequence[str], same: Leaf) -> Verdict:
-    undecided = False
+    verdicts = []
     for prediction, reference in zip(predictions, references, strict=True):
-        verdict = compare(prediction, reference, same)
-        if verdict is False:
+        verdicts.append(compare(prediction, reference, same))
+        if verdicts[-1] is False:
             return False
-        undecided |= verdict is None
-    return None if undecided else True
+    return None if None in verdicts else True
 
 
 def _matched(predictions: Sequence, references: Sequence, same: Leaf,
@@ -349,7 +334,9 @@ def _matched(predictions: Sequence, references: Sequence, same: Leaf,
 def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     matrix, other = MATRIX.fullmatch(prediction), MATRIX.fullmatch(reference)
     if matrix and other:
-        return _compare_matrices(_rows(matrix[1]), _rows(other[1]), same)
+        p_rows, g_rows = _rows(matrix[1]), _rows(other[1])
+        return list(map(len, p_rows)) == list(map(len, g_rows)) and _all(
+            sum(p_rows, []), sum(g_rows, []), same)
 
     p_parts, g_parts = _chain(prediction), _chain(reference)
     if len(p_parts) == len(g_parts) == 1:
@@ -359,13 +346,10 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
             map(words.without_text, g_parts)):
         return True                                 # MR = SRMC and SRMC = MR
     p_named, g_named = forms.is_name(p_parts[0]), forms.is_name(g_parts[0])
-    if len(g_parts) > 1 and not g_named:            # a real equation: only an equation can equal it
-        return same(prediction, reference) if len(p_parts) == len(g_parts) else False
-    if (len(p_parts) > 1 and len(g_parts) > 1 and p_named
-            and notation.key(p_parts[0]) != notation.key(g_parts[0])):
+    # An equation that names no value: only an equation can equal it.
+    if len(g_parts) > 1 and not (g_named and (len(p_parts) == 1 or p_named and (
+            notation.key(p_parts[0]) == notation.key(g_parts[0])))):
         return same(prediction, reference) if len(p_parts) == len(g_parts) == 2 else False
-    if len(p_parts) > 1 and not p_named and len(g_parts) > 1:
-        return same(prediction, reference) if len(p_parts) == 2 else False
 
     # A chain states that all parts are equal: 3 = 5 is not the answer 5, though its last part is.
     # A part with dots, 1+2+\dots+10 = 55, states nothing that can be checked.
@@ -397,12 +381,6 @@ def _vector(side: Bracketed) -> Bracketed:
         return Bracketed("()", tuple(cells))
     components = forms.unit_vectors(EQUALS.split(side.elements[0])[-1])
     return Bracketed("()", components) if components else side
-
-
-def _compare_matrices(p: list[list[str]], g: list[list[str]], same: Leaf) -> Verdict:
-    if [len(row) for row in p] != [len(row) for row in g]:
-        return False
-    return _all(tuple(sum(p, [])), tuple(sum(g, [])), same)
 
 
 def _rows(body: str) -> list[list[str]]:

@@ -201,6 +201,11 @@ def split_top(text: str, separators: str | re.Pattern[str]) -> list[str]:
     return [piece.strip() for piece in [*pieces, text[begin:]]]
 
 
+def elements(text: str) -> list[str]:
+    """Splits at commas, semicolons, and, or outside all brackets; without empty pieces."""
+    return [piece for piece in split_top(text, SEPARATORS) if piece]
+
+
 def depth(text: str) -> int:
     """Returns how deep brackets are nested."""
     level = deepest = 0

@@ -23,15 +23,11 @@ class Undecided(Exception):
     """Not a rational number that this module can read, or too large."""
 
 
-class Undefined(Exception):
-    """A division by zero."""
-
-
 @dataclass(frozen=True)
 class Value:
     """A rational number."""
 
-    number: Fraction
+    number: Fraction | None         # None for a division by zero
     decimal: bool                   # written with a decimal point
     alone: bool                     # and nothing but one decimal, which may approximate
 
@@ -39,7 +35,7 @@ class Value:
 def read(text: str) -> Value:
     """Reads the whole text, in canonical notation, as one rational number.
 
-    Raises: Undecided for anything else, Undefined for a division by zero.
+    Raises: Undecided for anything else.
     """
     text = text.strip()
     if len(text) > MAX_CHARACTERS:
@@ -48,24 +44,24 @@ def read(text: str) -> Value:
     if match := SCIENTIFIC.fullmatch(text):
         return Value(Fraction(match[1]) * _power(Fraction(10), int(match[2])), True, True)
     if match := MIXED.fullmatch(text):
-        if int(match[4]) == 0:
-            raise Undefined
-        size = int(match[2]) + Fraction(int(match[3]), int(match[4]))
-        return Value(-size if match[1] == "-" else size, False, False)
+        text = rf"{match[1]}({match[2]}+{match[3]}/{match[4]})"
 
     reader = _Reader(_tokens(text))
-    number = reader.sum()
-    if reader.next():
+    try:
+        number = reader.sum()
+    except ZeroDivisionError:
+        number = None
+    if number is not None and reader.next():
         raise Undecided
     return Value(number, "." in text, DECIMAL.fullmatch(text) is not None)
 
 
 def same(a: Value, b: Value) -> bool:
     """Compares two values exactly, but a decimal and a fraction to a relative 1e-6."""
-    if a.number == b.number:
-        return True
-    if a.decimal == b.decimal or a.alone == b.alone:
+    if a.number is None or b.number is None:
         return False
+    if a.number == b.number or a.decimal == b.decimal or a.alone == b.alone:
+        return a.number == b.number
 
     decimal, other = (a.number, b.number) if a.decimal else (b.number, a.number)
     return other.denominator != 1 and abs(decimal - other) <= abs(other) / 10**6
@@ -120,7 +116,7 @@ class _Reader:
             if self.take("*", r"\cdot", r"\times"):
                 total = _bounded(total * self.signed_factor())
             elif self.take("/", r"\div"):
-                total = _quotient(total, self.signed_factor())
+                total = _bounded(total / self.signed_factor())
             elif self.next() in ("(", r"\frac") or (
                     self.next()[:1].isdigit() and self.tokens[self.index - 1] == ")"):
                 total = _bounded(total * self.factor())
@@ -148,7 +144,7 @@ class _Reader:
     def atom(self) -> Fraction:
         if self.next()[:1].isdigit() or self.next()[:1] == ".":
             return self.number()
-        return _quotient(self.group(), self.group()) if self.take(r"\frac") else self.group()
+        return _bounded(self.group() / self.group()) if self.take(r"\frac") else self.group()
 
     def group(self) -> Fraction:
         closing = {"(": ")", "{": "}", "[": "]"}.get(self.take("(", "{", "["))
@@ -183,15 +179,7 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-def _quotient(top: Fraction, bottom: Fraction) -> Fraction:
-    if bottom == 0:
-        raise Undefined
-    return _bounded(top / bottom)
-
-
 def _power(base: Fraction, exponent: int) -> Fraction:
-    if base == 0 and exponent < 0:
-        raise Undefined
     if (base.numerator.bit_length() + base.denominator.bit_length()) * abs(exponent) > 2 * MAX_BITS:
         raise Undecided
     return _bounded(base**exponent)

@@ -108,11 +108,8 @@ def _complete_number(text: str, begin: int) -> re.Match[str] | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    try:
-        size = rationals.read(re.sub(r",|(?<=\\)[dt]", "", match["size"])).number
-    except rationals.Undefined:
-        return None
-    return -size if match["sign"] in ("-", "−") else size
+    size = rationals.read(re.sub(r",|(?<=\\)[dt]", "", match["size"])).number
+    return -size if size and match["sign"] in ("-", "−") else size
 
 
 def _end_of_box(text: str, begin: int) -> int | None:

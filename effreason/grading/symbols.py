@@ -35,7 +35,7 @@ SYMBOLS = {
 """),
     **dict.fromkeys("“”€¢₽₩₫£¥₹￥✓✔✅☑■□∎" + '"', ""),
     "，": ", ", "、": ", ", "；": ";", "：": ":", "。": ".", "或": r" \lor ",
-    **dict.fromkeys("且和与及", r" \land "), **dict.fromkeys("\u212b\u00c5", "\\text{\u00c5}"),
+    **dict.fromkeys("且和与及", r" \land "),
 }
 
 # Commands that have several names.
