@@ -28,7 +28,7 @@ class Workload:
     lengths: np.ndarray             # int64[B], response tokens
     prompt_tokens: int              # of every prompt
     width: int                      # N, positions of the widest packed row
-    micro_batches: float            # of each optimizer update, in units of the widest rows
+    micro_batches: float            # of an optimizer update, the mean, in units of the widest rows
     pair_batches: float             # the same for costs quadratic in the width
     room: int                       # micro-batches allocated for each update: one response per row
     widths: float  # sum of all row widths over the widest; each group of rows has `room`
@@ -79,7 +79,8 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
 
     count = pairs = 0.0
     for group, width in enumerate(widths):
-        batches = max(len(bins[group]) for bins in layouts) / update.rows_per_micro_batch
+        batches = (sum(len(bins[group]) for bins in layouts)
+                   / (update.rows_per_micro_batch * update.updates_per_batch))
         count, pairs = count + batches * width / widest, pairs + batches * (width / widest) ** 2
     if skips_others:
         pairs = float(np.sum(np.square(sizes / widest))) / update.rows_per_micro_batch

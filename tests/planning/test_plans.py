@@ -13,6 +13,7 @@ from effreason.cli import main
 from effreason.cli import plan as commands
 from effreason.planning import chips, compile, plans, search, shapes, tables, workloads
 from effreason.planning.costs import Cost
+from effreason.rl import packing
 from effreason.runs import session
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
@@ -141,6 +142,20 @@ def test_packed_rows_hold_all_tokens(config):
     alone = workloads.make_workload(config, mean_tokens=48, prompt_tokens=32,
                                     sequences_per_row=1)
     assert alone.pair_batches <= alone.micro_batches
+
+
+def test_every_update_has_its_own_micro_batches(config):
+    """A step computes what its updates need together, not for each what the largest needs."""
+    config = dataclasses.replace(
+        config, update=dataclasses.replace(config.update, updates_per_batch=4,
+                                           rows_per_micro_batch=1))
+    work = workloads.make_workload(config, mean_tokens=100, prompt_tokens=32)
+    sizes, widths = work.lengths + 32, packing.row_widths(work.width)
+    needed = [sum(len(rows) * width for rows, width in zip(
+        packing.assign_rows(sizes, range(update, len(sizes), 4), widths, work.rows), widths,
+        strict=True)) for update in range(4)]
+    assert max(needed) > min(needed)
+    assert work.micro_batches * work.rows * work.width == pytest.approx(sum(needed) / 4)
 
 
 # Plans by compilation
