@@ -18,7 +18,7 @@ from rich.cells import cell_len, set_cell_size
 
 from effreason.cli.arguments import Parser, bounded
 from effreason.grading import kinds
-from effreason.grading.grader import REASONS, Grade, Grader, GradeStatus, Reference
+from effreason.grading.grader import Grade, Grader, GradeStatus, Reference
 from effreason.runtime.errors import UserError
 
 CHUNK = 512                         # lines graded at once
@@ -206,7 +206,7 @@ def _print_table(grades: Iterable[tuple[Item, Grade]], bare: bool) -> None:
     count = sum(statuses.values())
     print(f"\n{count} graded: {correct} correct, {count - correct} wrong")
     for status, number in statuses.most_common():
-        print(f"{number:>7}  {status:<12}  {REASONS[status]}")
+        print(f"{number:>7}  {status:<12}  {status.words}")
     if count and statuses[GradeStatus.NO_ANSWER] == count and not bare:
         print("no response has a box: with --bare the response is the answer itself")
 

@@ -349,7 +349,7 @@ def _compare_single(prediction: str, reference: str, same: Leaf) -> Verdict:
     # An equation that names no value: only an equation can equal it.
     if len(g_parts) > 1 and not (g_named and (len(p_parts) == 1 or p_named and (
             notation.key(p_parts[0]) == notation.key(g_parts[0])))):
-        return same(prediction, reference) if len(p_parts) == len(g_parts) == 2 else False
+        return same(prediction, reference) if len(p_parts) == len(g_parts) else False
 
     # A chain states that all parts are equal: 3 = 5 is not the answer 5, though its last part is.
     # A part with dots, 1+2+\dots+10 = 55, states nothing that can be checked.

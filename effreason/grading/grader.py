@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import NamedTuple
 
 from effreason.grading import extraction, functions, guard, kinds, notation
-from effreason.grading.exact import exact
 from effreason.grading.extraction import extract_answer
 from effreason.grading.kinds import Reference
 from effreason.grading.pool import Pool, Verdict, WorkerDied, WorkerStopped, WorkerStuck
@@ -33,21 +32,6 @@ ANSWERS_PER_BUDGET = 512            # that share a budget at most; first tries f
 FIRST_SECONDS = 0.02                # shortest first try
 LONGER = 4                          # each try lasts so many times as long as the one before
 SLOW = (GradeStatus.SOFT_TIMEOUT, GradeStatus.HARD_KILL)        # worth another try
-# Every status in words, for people.
-REASONS = {
-    GradeStatus.NO_ANSWER: "no box",
-    GradeStatus.TOO_LONG: f"over {MAX_ANSWER} characters",
-    GradeStatus.EXACT: "decided exactly",
-    GradeStatus.SYMBOLIC: "compared by algebra",
-    GradeStatus.CACHED: "algebra, as before",
-    GradeStatus.FUNCTION: "by your function",
-    GradeStatus.GUARD: "too large to compare",
-    GradeStatus.SOFT_TIMEOUT: "out of processor time",
-    GradeStatus.HARD_KILL: "stuck, worker killed",
-    GradeStatus.MEMORY: "out of memory",
-    GradeStatus.BUDGET: "out of the step's time",
-    GradeStatus.ERROR: "the comparison failed",
-}
 
 
 @dataclass(frozen=True)
@@ -238,7 +222,7 @@ class Grader:
             for index, row in enumerate(rows_of_task[task]):
                 grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status,
                                     0.0 if index else seconds,
-                                    verdict.reason or REASONS[verdict.status])
+                                    verdict.reason or verdict.status.words)
 
         return grades
 
@@ -286,34 +270,28 @@ class Grader:
                 task = Task(answer, reference.answer)
 
         return Grade(correct, answer, status, time.monotonic() - start,
-                     reason or REASONS[status]), task
+                     reason or status.words), task
 
     def _exact(self, answer: str, reference: Reference) -> tuple[bool, GradeStatus, str]:
         """Returns the verdict, its status and, for an error, the reason."""
         if len(answer) > MAX_ANSWER or len(reference.answer) > MAX_ANSWER:
             return False, GradeStatus.TOO_LONG, ""
 
+        task = Task(answer, reference.answer)
+        with self._lock:
+            if reference.kind == "math" and task in self._cache:
+                self._cache.move_to_end(task)
+                return self._cache[task], GradeStatus.CACHED, ""
+
         try:
-            if reference.kind == "choice":
-                return kinds.same_choice(answer, reference), GradeStatus.EXACT, ""
-            if reference.kind == "text":
-                return kinds.same_text(answer, reference), GradeStatus.EXACT, ""
-            return *self._mathematics(Task(answer, reference.answer)), ""
+            verdict = kinds.same(answer, reference)
+            if verdict is not None:
+                return verdict, GradeStatus.EXACT, ""
+            too_large = any(guard.is_too_large(notation.canonical(text)) for text in task)
+            return False, GradeStatus.GUARD if too_large else GradeStatus.SYMBOLIC, ""
         # a bug in this package must not stop a training run; the status shows it
         except Exception as error:
             return False, GradeStatus.ERROR, functions.describe(error)
-
-    def _mathematics(self, task: Task) -> tuple[bool, GradeStatus]:
-        with self._lock:
-            if task in self._cache:
-                self._cache.move_to_end(task)
-                return self._cache[task], GradeStatus.CACHED
-
-        verdict = exact(*task)
-        if verdict is not None:
-            return verdict, GradeStatus.EXACT
-        too_large = any(guard.is_too_large(notation.canonical(text)) for text in task)
-        return False, GradeStatus.GUARD if too_large else GradeStatus.SYMBOLIC
 
     def _compare(self, task: Task, budget: Budget, cpu_seconds: float,
                  again: bool) -> tuple[Verdict, float]:

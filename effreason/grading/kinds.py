@@ -39,6 +39,15 @@ def alternatives(answer: str) -> list[str]:
     return [answer]
 
 
+def same(answer: str, reference: Reference) -> bool | None:
+    """Compares an answer with a reference of any kind; None if that needs algebra."""
+    if reference.kind == "choice":
+        return same_choice(answer, reference)
+    if reference.kind == "text":
+        return same_text(answer, reference)
+    return exact(answer, reference.answer)
+
+
 def same_choice(answer: str, reference: Reference) -> bool:
     r"""Returns whether the answer names the choice: by its letter, its text, or both if they agree.
 

@@ -19,10 +19,11 @@ TOKEN = re.compile(r"\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
 # Function names without backslash, as sympy prints them. Some need a bracket: "sec" may be a unit.
 PLAIN_NAME = re.compile(
     r"\\(?:text[a-z]*|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}"
-    r"|(?<![\\a-zA-Z])(?:(?P<call>arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc"
-    r"|exp|gcd|det)(?=\s*[(^{])|(?P<root>sqrt)(?=\s*[({\d])"
-    r"|(?P<name>sin|cos|tan|ln|log|pi|theta|alpha|beta|phi|omega|infty)(?![a-zA-Z])"
-    r"|(?P<lcm>lcm)(?=\s*\()|(?P<infinity>(?i:infinity|inf|oo)(?![a-zA-Z])))")
+    r"|(?<![\\a-zA-Z])((?:arcsin|arccos|arctan|asin|acos|atan|sinh|cosh|tanh|cot|sec|csc"
+    r"|exp|gcd|det)(?=\s*[(^{])|sqrt(?=\s*[({\d])|lcm(?=\s*\()|(?:sin|cos|tan|ln|log|pi|theta|alpha"
+    r"|beta|phi|omega|infty|(?i:infinity|inf|oo))(?![a-zA-Z]))")
+NAMES = {"asin": r"\arcsin ", "acos": r"\arccos ", "atan": r"\arctan ",
+         "lcm": r"\operatorname{lcm}", **dict.fromkeys(("infinity", "inf", "oo"), r"\infty ")}
 TEX_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:(?:\{,\}|,\s*\\!\s*|\\!,?|\\,|\\;|\\:|\\ "
                            r"|~|\u2009|\u202f|\xa0)\d{3})+)(?!\d)")
 PLAIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -116,12 +117,8 @@ def mended(text: str) -> str:
 
 def braces_match(text: str) -> bool:
     """Returns whether every brace that groups has its partner."""
-    depth = 0
-    for token in TOKEN.findall(text):
-        depth += (token == "{") - (token == "}")
-        if depth < 0:
-            return False
-    return depth == 0
+    braces = [token for token in TOKEN.findall(text) if token in ("{", "}")]
+    return 2 * len(matching(braces)) == len(braces)
 
 
 def key(text: str) -> str:
@@ -146,23 +143,20 @@ def is_word(text: str) -> bool:
 
 def strip_parentheses(text: str) -> str:
     """Removes brackets that only group the whole text: (x+1), {x+1}, ((1)); a tuple keeps its."""
-    pairs = matching(text)
-    first, last = 0, len(text) - 1
+    text = text.strip()
+    for _ in range(MAX_DEPTH):
+        if not _is_grouped(text):
+            break
+        inside = text[1:-1].strip()
+        # the innermost pair may enclose a list
+        if not _is_grouped(inside) and len(split_top(inside, SEPARATORS)) > 1:
+            break
+        text = inside
+    return text
 
-    while first < last and text[first] + text[last] in ("()", "{}") and pairs.get(first) == last:
-        begin, end = first + 1, last - 1
-        while begin < end and text[begin] == " ":
-            begin += 1
-        while end > begin and text[end] == " ":
-            end -= 1
 
-        # the innermost pair, which may enclose a list
-        if text[begin] not in "({" or pairs.get(begin) != end:
-            if len(split_top(text[begin:end + 1], SEPARATORS)) > 1:
-                break
-        first, last = begin, end
-
-    return text[first:last + 1].strip()
+def _is_grouped(text: str) -> bool:
+    return text[:1] + text[-1:] in ("()", "{}") and matching(text).get(0) == len(text) - 1
 
 
 def matching(text: str | list[str]) -> dict[int, int]:
@@ -246,14 +240,7 @@ def _character(character: str) -> str:
 
 
 def _with_backslash(match: re.Match[str]) -> str:
-    if match["infinity"]:
-        return r"\infty "
-    if match["lcm"]:
-        return r"\operatorname{lcm}"
-
-    name = match["call"] or match["root"] or match["name"]
-    name = f"arc{name[1:]}" if name in ("asin", "acos", "atan") else name
-    return f"\\{name} " if name else match[0]
+    return NAMES.get(match[1].lower(), f"\\{match[1]} ") if match[1] else match[0]
 
 
 def _connected(match: re.Match[str]) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from effreason.grading import kinds, notation, rationals
-from effreason.grading.exact import exact
 from effreason.grading.kinds import Reference
 
 STATEMENT = re.compile(
@@ -86,11 +85,7 @@ def _same(text: str, reference: Reference) -> bool:
         return False
 
     try:
-        if reference.kind == "choice":
-            return kinds.same_choice(text, reference)
-        if reference.kind == "text":
-            return kinds.same_text(text, reference)
-        return exact(text, reference.answer) is True
+        return kinds.same(text, reference) is True
     except Exception:               # a bug in the comparison may only miss a statement
         return False
 
