@@ -135,12 +135,12 @@ def leaf(prediction: str, reference: str) -> Verdict:
 
     p_value, g_value = _value(p), _value(g)
     if (p_value is None) != (g_value is None):      # 3s: next to a number s is seconds
-        p_quantity, g_quantity = (quantities.read(side.value, letters=True)[0] if value is None
-                                  else side for side, value in ((p_quantity, p_value),
-                                                                (g_quantity, g_value)))
-        p_value, g_value = _value(p_quantity.value), _value(g_quantity.value)
-        if quantities.differ((p_quantity,), (g_quantity,)):
+        p_read, g_read = (
+            quantities.read(side.value, letters=True) if value is None else (side,)
+            for side, value in ((p_quantity, p_value), (g_quantity, g_value)))
+        if quantities.differ(p_read, g_read):
             return False
+        p_value, g_value = _value(p_read[0].value), _value(g_read[0].value)
 
     if p_value and g_value:
         return rationals.same(p_value, g_value)
@@ -307,22 +307,22 @@ def _all(predictions: Sequence[str], references: Sequence[str], same: Leaf) -> V
 
 
 def _matched(predictions: Sequence, references: Sequence, same: Leaf,
-             compare_: Callable[..., Verdict] | None = None) -> Verdict:
+             compare_: Callable[..., Verdict] = compare) -> Verdict:
     """Returns whether the lists are equal in some order.
 
     Equality is transitive, so the first match can be taken."""
-    if len(references) > MAX_UNORDERED or len(predictions) != len(references):
-        return _all(predictions, references, same) if len(predictions) == len(references) else False
+    if len(predictions) != len(references):
+        return False
+    if len(references) > MAX_UNORDERED:
+        return _all(predictions, references, same)
 
     left, undecided = list(predictions), False
     for reference in references:
-        verdicts = []
-        for prediction in left:
-            verdicts.append((compare_ or compare)(prediction, reference, same))
-            if verdicts[-1]:
-                break
-        if verdicts and verdicts[-1]:
-            left.pop(len(verdicts) - 1)
+        verdicts: list[Verdict] = []
+        while len(verdicts) < len(left) and True not in verdicts:
+            verdicts.append(compare_(left[len(verdicts)], reference, same))
+        if True in verdicts:
+            left.pop(verdicts.index(True))
         elif None in verdicts:
             undecided = True
         else:

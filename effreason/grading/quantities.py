@@ -7,7 +7,6 @@ or a unit, which only says what is counted.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 from effreason.grading import words
 
@@ -20,10 +19,6 @@ week\nmonth\nyear yr yrs\npercent pct percentage\ndegree deg\ncent\ndollar USD\n
 cl\ncL\ndl\ndL\nkl\nkL\ndm\nnm\ng\ngal\nqt\npt\nGBP\nmph\nkph\nkmh\nHz\nkHz\nMHz\nGHz\nTHz\nPa\nkPa\nMPa\nGPa
 kW\nMW\nGW\nWh\nkWh\nkJ\nMJ\nkN\nMN\neV\nkeV\nMeV\nGeV\nKB\nkB\nMB\nGB\nTB\nmA\nmV\nkV\nmW\nms\nns\nmol
 mmol\natm\nAU\nly\ndB\ncal\nkcal\nrpm\nppm\nfl\ncc\nsq\ncu\nper""".splitlines()) for name in names}
-# Units of one quantity, the larger ones first: 5 ft 6 in.
-COMPOUNDS = [line.split() for line in ("year month week day h min s", "mi yd ft in", "kg g mg",
-                                       "lb oz", "km m cm mm", "degree min s", "dollar cent",
-                                       "gal qt pt")]
 POWERS = {"square", "squared", "cubic", "cubed", "sq", "cu"}
 # Single letters that may be units; next to a number without anything else they may be variables.
 LETTERS = set("smghlLVWJNAKCFT")
@@ -230,7 +225,7 @@ def _with_unit(value: str, names: list[str]) -> Quantity | None:
 
 
 def _compound(runs: list) -> tuple[Quantity, ...] | None:
-    """Reads 1 hour 30 minutes; None unless the units become smaller from number to number."""
+    """Reads 1 hour 30 minutes; None unless every number has a unit of its own."""
     quantities = []
     for value, names in zip(runs[::2], runs[1::2], strict=False):
         names = names[:-1] if names[-1] == "and" else names
@@ -239,11 +234,8 @@ def _compound(runs: list) -> tuple[Quantity, ...] | None:
             return None
         quantities.append(Quantity(value, _unit(names)))
 
-    sizes = [[units.index(quantity.unit[0]) for quantity in quantities]
-             for units in COMPOUNDS if all(quantity.unit[0] in units for quantity in quantities)]
-    if len(runs) % 2 or not any(a < b for order in sizes[:1] for a, b in pairwise(order)):
-        return None
-    return tuple(quantities) if sizes[0] == sorted(set(sizes[0])) else None
+    units = {quantity.unit for quantity in quantities}
+    return tuple(quantities) if len(runs) == 2 * len(units) else None
 
 
 def _changes(names: list[str], changing: set[str]) -> bool:

@@ -11,7 +11,7 @@ MAX_CHARACTERS = 1200
 MAX_DEPTH = 40
 MAX_FACTORIAL = 300
 
-TOKEN = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:\\overline\{\d+\})?"
+TOKEN = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:\\overline\{\d+\})?"
                    r"|\\(?:frac|cdot|times|div)(?![a-zA-Z])|[-+*/^!(){}\[\]])")
 # A decimal alone may approximate; in a formula it is exact.
 DECIMAL = re.compile(r"[-+]?\s*(?:\d+\.\d*|\.\d+)(?:\s*\\(?:cdot|times)\s*10\s*\^\{\s*-?\d+\s*\})?")
@@ -46,7 +46,10 @@ def read(text: str) -> Value:
     if match := MIXED.fullmatch(text):
         text = rf"{match[1]}({match[2]}+{match[3]}/{match[4]})"
 
-    reader = _Reader(_tokens(text))
+    tokens = TOKEN.findall(text)
+    if "".join(tokens) != "".join(text.split()):
+        raise Undecided
+    reader = _Reader(tokens)
     try:
         number = reader.sum()
     except ZeroDivisionError:
@@ -65,17 +68,6 @@ def same(a: Value, b: Value) -> bool:
 
     decimal, other = (a.number, b.number) if a.decimal else (b.number, a.number)
     return other.denominator != 1 and abs(decimal - other) <= abs(other) / 10**6
-
-
-def _tokens(text: str) -> list[str]:
-    tokens, index = [], 0
-    while index < len(text):
-        match = TOKEN.match(text, index)
-        if match is None:
-            raise Undecided
-        tokens.append(match[1])
-        index = match.end()
-    return tokens
 
 
 class _Reader:
@@ -99,19 +91,14 @@ class _Reader:
             raise Undecided
 
         total = self.product()
-        while sign := self.take("+", "-"):
-            term = self.product()
-            total = _bounded(total + term if sign == "+" else total - term)
+        while self.next() in ("+", "-"):
+            total = _bounded(total + self.product())
 
         self.depth -= 1
         return total
 
     def product(self) -> Fraction:
-        sign = 1
-        while token := self.take("+", "-"):
-            sign = -sign if token == "-" else sign
-
-        total = self.factor()
+        total = self.signed_factor()
         while True:
             if self.take("*", r"\cdot", r"\times"):
                 total = _bounded(total * self.signed_factor())
@@ -121,10 +108,13 @@ class _Reader:
                     self.next()[:1].isdigit() and self.tokens[self.index - 1] == ")"):
                 total = _bounded(total * self.factor())
             else:
-                return sign * total
+                return total
 
     def signed_factor(self) -> Fraction:
-        return -self.factor() if self.take("-") else self.factor()
+        sign = 1
+        while token := self.take("+", "-"):
+            sign = -sign if token == "-" else sign
+        return sign * self.factor()
 
     def factor(self) -> Fraction:
         base = self.atom()
@@ -156,10 +146,10 @@ class _Reader:
     def number(self) -> Fraction:
         digits, _, cycle = self.next().rstrip("}").partition(r"\overline{")
         self.index += 1
-        if len(digits) > MAX_CHARACTERS or (cycle and "." not in digits):
+        if cycle and "." not in digits:
             raise Undecided
 
-        value = Fraction(digits + "0" if digits.endswith(".") else digits)
+        value = Fraction(digits)
         if cycle:
             decimals = len(digits.partition(".")[2])
             return value + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**decimals)
