@@ -90,11 +90,12 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
         return False                                # k \in \mathbb{N} is not k \in \mathbb{Z}
 
     p_quantities, g_quantities = map(quantities.read, (prediction, reference))
-    if (p_quantities[0].unit or g_quantities[0].unit) and quantities.differ(
-            *(quantities.read(side, letters=True) for side in (prediction, reference))):
-        return False
-    if len(p_quantities) > 1:                       # 5 ft 6 in
-        return _all([one.value for one in p_quantities], [one.value for one in g_quantities], same)
+    if p_quantities[0].unit or g_quantities[0].unit:
+        with_letters = [quantities.read(side, letters=True) for side in (prediction, reference)]
+        if quantities.differ(*with_letters):
+            return False
+        if len(with_letters[0]) > 1:                # 5 ft 6 in
+            return _all(*([one.value for one in side] for side in with_letters), same)
     prediction, reference = p_quantities[0].value, g_quantities[0].value
     if is_set(prediction) or is_set(reference):
         return same(prediction, reference)
