@@ -62,11 +62,10 @@ def same_choice(answer: str, reference: Reference) -> bool:
     if rest or (reference.choices and correct is not None and correct >= len(reference.choices)):
         correct = None
     if correct is None and reference.choices:
-        matches = [index for index, choice in enumerate(reference.choices)
-                   if _same_words(plain_reference, choice)]
-        if not matches:
+        correct = next((index for index, choice in enumerate(reference.choices)
+                        if _same_words(plain_reference, choice)), None)
+        if correct is None:
             return False            # the reference is none of the choices, so no answer can name it
-        correct = matches[0]
 
     if correct is None:             # only the text of the correct choice is known
         candidates = (plain_answer, text, choices.read(text)[1])

@@ -31,7 +31,7 @@ DECIMAL_TOLERANCE = 1e-6            # between a decimal and what it approximates
 TOLERANCE = 1e-150                  # between values of expressions with variables
 # Variables that count something, and functions whose values at other points say nothing.
 INTEGERS = re.compile(r"[j-nN](?:_.*)?")
-STEPS = ("floor", "ceiling", "Mod", "factorial", "binomial", "frac")
+STEPS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.binomial, sympy.frac)
 INTEGER_POINTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 25, 50)
 # Sizes that are positive in any problem; sqrt{r^2} is r.
 SIZES = re.compile(r".+_.+|[dhlmrDGLMRTV]|rho|sigma|epsilon|lambda|mu|omega")
@@ -142,10 +142,9 @@ def _same_values(prediction, reference, approximately: bool, sized: bool) -> boo
         verdicts = [_same_constants(p, g) for p, g in pairs]
         return True if any(verdicts) else verdicts[0]
 
-    nodes = [node for side in sides for node in sympy.preorder_traversal(side)]
-    steps = any(type(node).__name__ in STEPS for node in nodes)
-    alternates = any(isinstance(node, sympy.sin | sympy.cos)
-                     or (node.is_Pow and node.base.is_negative) for node in nodes)
+    steps = any(side.has(*STEPS) for side in sides)
+    alternates = any(side.has(sympy.sin, sympy.cos) or any(
+        power.base.is_negative for power in side.atoms(sympy.Pow)) for side in sides)
     counted = (steps or alternates) and all(map(INTEGERS.fullmatch, names))
     if steps or counted:
         whole = [{name: sympy.Integer(point + 3 * index) for index, name in enumerate(names)}

@@ -45,39 +45,21 @@ RENAMED = _table(r"""
     \le \leq \leqslant
     \ge \geq \geqslant
     \ne \neq
-    < \lt
-    > \gt
     \cdot \times \ast *
-    \{ \lbrace
-    \} \rbrace
-    [ \lbrack
-    ] \rbrack
-    ( \lparen
-    ) \rparen
     | \lvert \rvert \vert \mid
-    \infty \infin
-    : \colon
-    || \|
     ^{\circ} \degree \textdegree
     \emptyset \varnothing
     \dots \ldots \cdots \dotsc \dotsb
     \land \wedge
     \lor \vee
     \mod \bmod \pmod
-    \operatorname{arcsec} \arcsec
     \approx \approxeq \simeq
-    ' \prime
     \setminus \backslash \smallsetminus
-    \cup \bigcup
-    \cap \bigcap
-    i \imath
-    j \jmath
-    \log \lg
-    % \%
-    # \#
-    & \&
-    _ \_
-""")
+    \operatorname{arcsec} \arcsec
+""") | dict(zip(
+    r"\lt \gt \lbrace \rbrace \lbrack \rbrack \lparen \rparen \colon \| \infin \bigcup \bigcap \lg"
+    r" \prime \imath \jmath \% \# \& \_".split(),
+    r"< > \{ \} [ ] ( ) : || \infty \cup \cap \log ' i j % # & _".split(), strict=True))
 SPACES = ("\\,", "\\;", "\\:", "\\>", "\\ ", "\\quad", "\\qquad", "\\enspace", "\\thinspace",
           "\\space", "~")
 DROPPED = (
