@@ -50,7 +50,7 @@ def _last_box(text: str) -> str | None:
     If a box contains nothing but another one, with or without "x =", the inner one counts. Boxes of
     one list are joined, and a box with nothing but an approximation belongs to the one before it.
     """
-    boxes = _outermost(text)
+    boxes = outermost_boxes(text)
     if not boxes or boxes[-1][2] < 0:
         return None
 
@@ -70,7 +70,7 @@ def _last_box(text: str) -> str | None:
     return ", ".join(dict.fromkeys(contents)) if all(contents) else None
 
 
-def _outermost(text: str) -> list[list[int]]:
+def outermost_boxes(text: str) -> list[list[int]]:
     """Returns the start of each box, the start of its content and its end, -1 if it is open."""
     boxes: list[list[int]] = []
     open_braces: list[int | None] = []  # index into boxes, None for a brace that only groups

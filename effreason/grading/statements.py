@@ -12,10 +12,11 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from effreason.grading import kinds, notation, rationals
+from effreason.grading.extraction import outermost_boxes
 from effreason.grading.kinds import Reference
 
 STATEMENT = re.compile(
-    r"(?P<box>\\(?:boxed|fbox)\s*\{)|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?"
+    r"(?P<box>\\{1,4}(?:boxed|fbox))|\banswer(?:\*\*)?\s*(?P<named>is\b|:|=)(?:\*\*)?:?"
     r"|(?<![<>!:≠])=|(?P<stop>\n|</think>|\bwait\b)", re.IGNORECASE)
 # Runs of blanks are bounded, because adjacent unbounded ones would backtrack over every split.
 NUMBER = re.compile(
@@ -27,7 +28,6 @@ CONTINUATION = re.compile(
     r"\d|\s*[-−+*/^×÷·]\s*[\d(\\$a-z]|[(!^_]|[a-z](?![a-z])"
     r"|\s*\\(?:times|cdot|div|frac|sqrt|pm|pi)\b|\s+x\s+\d|\s*[*×·]")
 SENTENCE = re.compile(r"[^\n]{0,160}?(?=[.!?,;](?:\s|\*|$)|\n|$)")
-BRACE = re.compile(r"\\[{}\\]|(?P<brace>[{}])")
 MAX_STATEMENT = 300                 # characters of a box that are compared
 
 
@@ -41,6 +41,7 @@ def first_stated(response: str, reference: Reference) -> int | None:
     """
     number = _number(reference.answer) if reference.kind == "math" else None
     same = functools.cache(functools.partial(_same, reference=reference))   # many texts repeat
+    boxes = {start: (begin, end) for start, begin, end in outermost_boxes(response)}
 
     # end of the value after the previous equals sign, if it is the reference
     last: int | None = None
@@ -48,9 +49,14 @@ def first_stated(response: str, reference: Reference) -> int | None:
         if match[0] != "=":
             if last is not None:
                 return last
-            end = None if match["stop"] else _end_of_statement(response, match, number, same)
-            if end is not None:
-                return end
+            if match["box"]:
+                begin, end = boxes.get(match.start(), (0, -1))
+                if end >= 0 and same(response[begin:end]):
+                    return min(end + 1, len(response))
+            elif not match["stop"]:
+                end = _end_of_sentence(response, match.end(), number, same)
+                if end is not None:
+                    return end
         elif number is not None:
             value = _complete_number(response, match.end())
             last = value.end() if value and _value(value) == number else None
@@ -58,14 +64,9 @@ def first_stated(response: str, reference: Reference) -> int | None:
     return last
 
 
-def _end_of_statement(response: str, match: re.Match[str], number: Fraction | None,
-                      same: Callable[[str], bool]) -> int | None:
-    """Returns the end of a box, or of the text after "answer", if it states the reference."""
-    begin = match.end()
-    if match["box"]:
-        end = _end_of_box(response, begin)
-        return end + 1 if end is not None and same(response[begin:end]) else None
-
+def _end_of_sentence(response: str, begin: int, number: Fraction | None,
+                     same: Callable[[str], bool]) -> int | None:
+    """Returns the end of the text after "answer", if it states the reference."""
     if number is not None and (value := _complete_number(response, begin)):
         return value.end() if _value(value) == number else None
     sentence = SENTENCE.match(response, begin)
@@ -74,9 +75,9 @@ def _end_of_statement(response: str, match: re.Match[str], number: Fraction | No
 
 def end_of_answer(response: str) -> int:
     r"""Returns the characters up to the end of the last \boxed{}, or all if there is none."""
-    begins = [match.end() for match in STATEMENT.finditer(response) if match["box"]]
-    end = _end_of_box(response, begins[-1]) if begins else None
-    return len(response) if end is None else end + 1
+    boxes = outermost_boxes(response)
+    end = boxes[-1][2] if boxes else -1
+    return len(response) if end < 0 else min(end + 1, len(response))
 
 
 def _same(text: str, reference: Reference) -> bool:
@@ -105,13 +106,3 @@ def _complete_number(text: str, begin: int) -> re.Match[str] | None:
 def _value(match: re.Match[str]) -> Fraction | None:
     size = rationals.read(re.sub(r",|(?<=\\)[dt]", "", match["size"])).number
     return -size if size and match["sign"] in ("-", "−") else size
-
-
-def _end_of_box(text: str, begin: int) -> int | None:
-    """Returns the index of the brace that closes a box; None if it is far away or missing."""
-    depth = 1
-    for match in BRACE.finditer(text, begin, begin + MAX_STATEMENT + 1):
-        depth += {"{": 1, "}": -1}.get(match["brace"] or "", 0)
-        if depth == 0:
-            return match.start()
-    return None
