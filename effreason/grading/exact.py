@@ -95,7 +95,8 @@ def compare(prediction: str, reference: str, same: Leaf) -> Verdict:
         if quantities.differ(*with_letters):
             return False
         if len(with_letters[0]) > 1:                # 5 ft 6 in
-            return _all(*([one.value for one in side] for side in with_letters), same)
+            parts = [[one.value for one in side] for side in with_letters]
+            return _all(parts[0], parts[1], same)
     prediction, reference = p_quantities[0].value, g_quantities[0].value
     if is_set(prediction) or is_set(reference):
         return same(prediction, reference)

@@ -143,20 +143,23 @@ def is_word(text: str) -> bool:
 
 def strip_parentheses(text: str) -> str:
     """Removes brackets that only group the whole text: (x+1), {x+1}, ((1)); a tuple keeps its."""
-    text = text.strip()
-    for _ in range(MAX_DEPTH):
-        if not _is_grouped(text):
-            break
-        inside = text[1:-1].strip()
-        # the innermost pair may enclose a list
-        if not _is_grouped(inside) and len(split_top(inside, SEPARATORS)) > 1:
-            break
-        text = inside
-    return text
+    pairs = matching(text)
+    first, last = 0, len(text) - 1
 
+    while first < last and text[first] + text[last] in ("()", "{}") and pairs.get(first) == last:
+        begin, end = first + 1, last - 1
+        while begin < end and text[begin] == " ":
+            begin += 1
+        while end > begin and text[end] == " ":
+            end -= 1
 
-def _is_grouped(text: str) -> bool:
-    return text[:1] + text[-1:] in ("()", "{}") and matching(text).get(0) == len(text) - 1
+        # the innermost pair, which may enclose a list
+        if text[begin] not in "({" or pairs.get(begin) != end:
+            if len(split_top(text[begin:end + 1], SEPARATORS)) > 1:
+                break
+        first, last = begin, end
+
+    return text[first:last + 1].strip()
 
 
 def matching(text: str | list[str]) -> dict[int, int]:

@@ -50,9 +50,9 @@ def first_stated(response: str, reference: Reference) -> int | None:
             if last is not None:
                 return last
             if match["box"]:
-                begin, end = boxes.get(match.start(), (0, -1))
-                if end >= 0 and same(response[begin:end]):
-                    return min(end + 1, len(response))
+                begin, close = boxes.get(match.start(), (0, -1))
+                if close >= 0 and same(response[begin:close]):
+                    return min(close + 1, len(response))
             elif not match["stop"]:
                 end = _end_of_sentence(response, match.end(), number, same)
                 if end is not None:
