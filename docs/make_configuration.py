@@ -39,7 +39,8 @@ python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.al
   `error: reward.alpha must be in [0, 1), got 1.5`.
 - `evaluate.py` takes the same fields, and in addition `--models DIR [DIR ...]` (default:
   `model.path`), `--seeds N [N ...]` (default: `run.seed`) and `--output DIR`; `train.py` takes
-  `--family ALPHAS`, `--baselines NAMES` and `--blends WEIGHTS` ([families.md](families.md)).
+  `--family ALPHAS`, `--baselines NAMES` and `--blends WEIGHTS` ([families.md](families.md)), and
+  `--dial ALPHAS` ([dial.md](dial.md)), with which the default file is `configs/tiny_dial.yaml`.
 
 Some fields must be consistent: `rollout.prompts_per_step * rollout.group_size` must be divisible by
 `update.updates_per_batch`; if `data.path` is not `tiny`, `evaluation.path` must name a data set or

@@ -32,7 +32,7 @@ from effreason.data import prompts
 from effreason.evaluation import responses
 from effreason.lm import model
 from effreason.lm.hf.pretrained import model_fingerprint
-from effreason.rl import alpha_control, parity
+from effreason.rl import alpha_control, dial, parity
 from effreason.rl.checkpoints import Checkpoints, digest
 from effreason.rl.diagnosis import Diagnosis
 from effreason.rl.learner import Learner, PackedRollouts
@@ -45,9 +45,10 @@ from effreason.runs.unfinished import FILE, StepLog
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
+from effreason.runtime.files import write_json
 from effreason.runtime.progress import GenerationProgress, Progress
-from effreason.sampling.engine import collect, step_key
-from effreason.sampling.scheduler import make_requests
+from effreason.sampling.engine import Generation, Generations, collect, step_key
+from effreason.sampling.scheduler import Request, make_requests
 from effreason.types import FinishReason, Outcomes, Problem
 
 STOPPED = "stopped.txt"             # in the run directory: what a signal that stopped the run said
@@ -85,6 +86,25 @@ class Run:
     @property
     def learner(self) -> Learner:
         return self.session.engine.learner
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """The alphas of the dial, ascending; () if there is none."""
+        return dial.parse_alphas(self.config.reward.alphas)
+
+    def settings(self, alphas: np.ndarray | None) -> np.ndarray | None:
+        """Returns the settings of the dial for the alphas of groups."""
+        if alphas is None:
+            return None
+        return np.array([dial.setting(alpha, self.alphas[-1]) for alpha in alphas], np.float32)
+
+    def policy(self, alpha: float | None = None) -> model.Params:
+        """Returns the weights that are trained, with those that are frozen.
+
+        Args:
+            alpha: of the dial; None if there is none, or for the scorer."""
+        setting = None if alpha is None else dial.setting(alpha, self.alphas[-1])
+        return self.learner.policy(self.train_state, self.reference, setting)
 
     @property
     def step(self) -> int:
@@ -152,8 +172,11 @@ def train(config: Config, session: Session | None = None,
                     save(run)
                 session.interrupts.check()
             trained = evaluate(run, base) if base else {}
+            points = evaluate_dial(run, base) if base and run.alphas else []
 
         if processes.is_primary():
+            if points:
+                write_json(directory / "dial.json", {"points": points})
             results = runs.compare(base, trained) if trained else None
             runs.conclude(config, session.inputs, directory, results,
                           time.monotonic() - run.started, run.run_state.alpha)
@@ -172,18 +195,20 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     began = time.monotonic()
     problems = prompts.batch(run.session.inputs.problems, config.rollout.prompts_per_step,
                              config.run.seed, step)                                         # 1
+    alphas = dial.assign(run.alphas, len(problems), step) if run.alphas else None
     log = StepLog(run.directory / FILE, step, origin=functools.partial(step_origin, run), limits={
         "prompts": len(problems), "samples": config.rollout.group_size,
         "max_new_tokens": config.rollout.max_new_tokens,
         "vocabulary": run.session.inputs.pretrained.decoder.vocabulary})
-    graded = sample_groups(run, problems, step, log)                                        # 2, 3
+    graded = sample_groups(run, problems, step, log, alphas)                                # 2, 3
     sampled = time.monotonic()
 
     with jax.transfer_guard("disallow"):
-        rollouts = learner.pack(graded.rollouts, graded.correct)
-        old_logprobs = learner.score(run.train_state.params, rollouts)
+        rollouts = learner.pack(graded.rollouts, graded.correct, run.settings(alphas))
+        old_logprobs = learner.score(run.policy(), rollouts)
         reference_logprobs = learner.score_reference(run.reference, rollouts)
-        batch = learner.experience(rollouts, old_logprobs, reference_logprobs, alpha)       # 4, 5
+        batch = learner.experience(rollouts, old_logprobs, reference_logprobs,
+                                   alpha if alphas is None else alphas)                     # 4, 5
         metrics = means(batch.metrics)
         check_finite(metrics, step)
         if config.rollout.policy == "current":
@@ -191,7 +216,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
             parity.check(metrics, parity.limit(config.rollout.max_mismatch, dtype), dtype,
                          f"step {step}")
 
-        run.train_state, updates = learner.update(run.train_state, batch)                   # 6
+        run.train_state, updates = learner.update(run.train_state, run.reference, batch)    # 6
         run.rollouts = rollouts
         metrics |= {f"update/{name}": value for name, value in means(*updates).items()}
         rewards, advantages = sharding.to_host((batch.rewards, batch.advantages))
@@ -201,6 +226,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     run.run_state.lengths |= {
         problem.uid: float(lengths.mean()) for part in graded.sampled
         for problem, lengths in zip(part.problems, part.rollouts.lengths, strict=True)}
+    if alphas is not None:
+        metrics |= dial.metrics(alphas, graded.correct, graded.rollouts.lengths)
     metrics |= graded.metrics | {"reward/alpha": alpha} | step_metrics(
         graded, rollouts.packing_efficiency,
         rollout_seconds=sampled - began - graded.grading_seconds,
@@ -212,16 +239,26 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     return metrics, describe(graded, rewards, advantages, config.log.groups_per_step)
 
 
-def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog) -> GradedRollouts:
+def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog,
+                  alphas: np.ndarray | None) -> GradedRollouts:
     """Samples and grades the groups of a step; replaces those without a signal if configured.
 
     The responses of rounds that refill are not kept when a signal comes: the first round, which
     decides what is missing, is then drawn again, token for token."""
     settings, engine = run.config.rollout, run.session.engine
-    params = run.train_state.params if run.initial_params is None else run.initial_params
+    params = run.policy() if run.initial_params is None else run.initial_params
     key = step_key(run.config.run.seed, "train", step)
+
+    def generate(requests: Sequence[Request]) -> Generation | Generations:
+        if alphas is None:
+            return engine.sampler(params, requests, key, engine.sampling)
+        return Generations([functools.partial(
+            engine.sampler, run.policy(alpha),
+            [request for request in requests if alphas[request.prompt] == alpha], key,
+            engine.sampling) for alpha in np.unique(alphas).tolist()], len(requests))
+
     sample = functools.partial(
-        sample_and_grade, lambda requests: engine.sampler(params, requests, key, engine.sampling),
+        sample_and_grade, generate,
         group_size=settings.group_size, max_new_tokens=settings.max_new_tokens,
         tokenizer=run.session.inputs.pretrained.tokenizer, grader=run.session.grader,
         require_eos=run.config.grade.require_eos, on_chunk=run.on_chunk,
@@ -342,8 +379,7 @@ def begin(config: Config, session: Session, directory: Path, checkpoints: Checkp
     base_digest = digest(weights) if weights else None
     if latest is None:
         # A copy: in float32 the reference may be these very arrays, and updates donate the state.
-        train_state = learner.init(weights if reference is None else jax.tree.map(
-            lambda weight: weight.copy(), weights))
+        train_state = learner.start(weights, config.run.seed, keeps=reference is not None)
         run_state = RunState(alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
     else:
         train_state, facts = restore(learner, checkpoints, latest, resume_command)
@@ -423,12 +459,15 @@ def check_parity(run: Run) -> str:
                              uids=[problem.uid for problem in problems])
     key = step_key(config.run.seed, "parity", 0)
     with jax.transfer_guard("disallow"):
-        params = run.train_state.params
-        generation = engine.sampler(params, requests, key, engine.sampling)
+        params = run.policy()
+        generation = engine.sampler(run.policy(0.0 if run.alphas else None), requests, key,
+                                    engine.sampling)
         chunks = list(watched(generation, len(requests), run.on_chunk))
         rollouts = collect(problems, [response for chunk in chunks for response in chunk],
                            settings.group_size)
-        packed = run.learner.pack(rollouts, np.zeros(rollouts.lengths.shape, bool))
+        packed = run.learner.pack(
+            rollouts, np.zeros(rollouts.lengths.shape, bool),
+            np.zeros(len(problems), np.float32) if run.alphas else None)
         batch = run.learner.experience(packed, run.learner.score(params, packed),
                                        run.learner.score_reference(run.reference, packed), 0.0)
         metrics = means(batch.metrics)
@@ -475,7 +514,7 @@ def save(run: Run) -> None:
     """
     run.run_state.seconds = time.monotonic() - run.started
     if run.rollouts is not None:    # finite weights may still give numbers that are not
-        logprobs = run.learner.score(run.train_state.params, run.rollouts)
+        logprobs = run.learner.score(run.policy(), run.rollouts)
         if not bool(sharding.to_host(jnp.isfinite(logprobs).all())):
             raise FloatingPointError(
                 f"step {run.step - 1}: after its update the model gives no finite log-probs")
@@ -487,8 +526,9 @@ def save(run: Run) -> None:
 
 def export_policy(run: Run) -> None:
     """Writes the policy as a Hugging Face model."""
-    export(run.train_state.params, run.step, run.config, run.session.inputs,
-           run.directory / "model", run.run_state.alpha)
+    alpha = run.run_state.alpha
+    policy = run.learner.merged(run.policy(alpha if run.alphas else None))
+    export(policy, run.step, run.config, run.session.inputs, run.directory / "model", alpha)
     processes.broadcast("saved", lambda: None)        # no process ends while process 0 still writes
 
 
@@ -517,15 +557,36 @@ def evaluate_base(run: Run) -> dict[str, Outcomes]:
         directory=runs.evaluations(run.directory, 0))
 
 
-def evaluate(run: Run, base: dict[str, Outcomes],
-             names: Sequence[str] | None = None) -> dict[str, Outcomes]:
-    """Evaluates the policy on some sets; `names` None = all."""
+def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = None,
+             alpha: float | None = None) -> dict[str, Outcomes]:
+    """Evaluates the policy on some sets.
+
+    Args:
+        names: None = all.
+        alpha: of the dial; None = reward.alpha.
+    """
+    directory = runs.evaluations(run.directory, run.step)
+    if alpha is not None:
+        directory /= f"alpha{alpha:g}"
+    elif run.alphas:
+        alpha = run.run_state.alpha
     first = next(iter(base.values()))
     expected = {int(uid): float(tokens)
                 for uid, tokens in zip(first.uids, first.lengths.mean(axis=1), strict=True)}
     return run.session.evaluator.measure_all(
-        lambda: run.train_state.params, run.on_chunk, weights=f"step {run.step}", expected=expected,
-        names=names, directory=runs.evaluations(run.directory, run.step))
+        lambda: run.policy(alpha), run.on_chunk, weights=f"step {run.step}", expected=expected,
+        names=names, directory=directory)
+
+
+def evaluate_dial(run: Run, base: dict[str, Outcomes]) -> list[dict[str, Any]]:
+    """Evaluates the dial at its alphas and between them, on the first set."""
+    name, points = next(iter(base)), []
+    for alpha in sorted({*run.alphas, *dial.untrained(run.alphas)}):
+        outcomes = evaluate(run, base, [name], alpha)[name]
+        points.append({"alpha": alpha, "trained": alpha in run.alphas,
+                       "accuracy": float(outcomes.correct.mean()),
+                       "tokens": float(outcomes.lengths.mean())})
+    return points
 
 
 def evaluate_between(run: Run, base: dict[str, Outcomes]) -> dict[str, float]:

@@ -97,6 +97,8 @@ class Rows:
                                     # 0 = padding
     response_index: jax.Array       # int32[..., R, N], flat index into [B, T] of the response token
                                     # that is the target; B * T = none
+    settings: jax.Array | None = None   # float32[..., R, N], of the dial for each sequence; None =
+                                    # there is no dial
 
 
 @jax.tree_util.register_dataclass

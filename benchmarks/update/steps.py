@@ -160,7 +160,7 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
             learnt = learning.experience(packed, learning.score(states[0].params, packed),
                                          learning.score_reference(reference, packed),
                                          run.reward.alpha)
-            states[0], metrics = learning.update(states[0], learnt)
+            states[0], metrics = learning.update(states[0], reference, learnt)
             jax.block_until_ready((states[0], metrics))
         figures["fill"] = packed.packing_efficiency
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effreason.cli.arguments import check_data, check_model
+from effreason.rl.dial import split_name
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.config import Config
@@ -44,10 +45,12 @@ def check(config: Config, models: Sequence[str], output: Path | None) -> None:
         raise UserError(f"--output must be a directory, {output} is a file")
 
     for path in models:
-        directory = Path(path)
+        name, alpha = split_name(path)
+        directory = Path(name)
         in_run = (directory.parent.name == "checkpoints" and directory.is_dir()
                   and (directory.parents[1] / "config.yaml").is_file())
-        if not in_run:              # a run's checkpoint is checked when it is opened
+        of_dial = alpha is not None and (directory / "config.yaml").is_file()
+        if not in_run and not of_dial:      # a run's checkpoint is checked when it is opened
             check_model(path, "models")
 
     if config.evaluation.problems == 0:

@@ -19,14 +19,15 @@ commands:
   generate   generate responses to a prompt or to a file of prompts
   replay     generate one response of a training run again
   preview    show what a reward and an advantage would do to saved responses
+  export     write a model from a checkpoint, at any alpha of a dial
   blend      average the weights of a base model and a model trained from it
   report     write the report page of a run or of a family of runs
   plan       estimate the memory, time, energy and money that a run needs
 
 `effreason COMMAND --help` lists the options.
 """
-COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "blend", "report",
-            "plan")
+COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "export", "blend",
+            "report", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -114,7 +114,8 @@ def _policy(engine: Engine, pretrained: Pretrained, directory: Path, step: int) 
             raise UserError(f"--step must be one of {kept}, whose weights are stored in "
                             f"{directory / 'checkpoints'}; got {step}; a run keeps more of them "
                             "with checkpoint.every and checkpoint.keep")
-        return saved.restore(engine.learner.abstract_state, step)[0].params
+        state, _ = saved.restore(engine.learner.abstract_state, step)
+        return engine.learner.restored(state, pretrained)
 
 
 def _as_logged(directory: Path, options: Any, text: str) -> bool | None:

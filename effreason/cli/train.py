@@ -4,6 +4,7 @@ The configuration and the files it names are checked before jax is imported.
 """
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,17 @@ from effreason.runtime.errors import UserError
 _, *BASELINES = next(setting for setting in settings(UpdateConfig)
                      if setting.name == "objective").choices
 BLENDS = "0.25,0.5,0.75"
+ALPHAS = "0,0.05,0.1,0.2,0.4"
+TINY_FILE, DIAL_FILE = "configs/tiny.yaml", "configs/tiny_dial.yaml"
 
 
 def run(argv: Sequence[str], prog: str) -> None:
     """Trains. Raises: UserError, Interrupted, SystemExit(0) after --help."""
     parser = config_parser.parser(Config, prog, "Train a model to reason in fewer tokens.")
+    parser.add_argument("--dial", metavar="ALPHAS", type=str,
+                        help="train the weights of all these alphas, and of those in between, in "
+                        f"one run: reward.alphas; default {ALPHAS}; without --config the default "
+                        f"is {DIAL_FILE}")
     parser.add_argument("--family", metavar="ALPHAS", type=str,
                         help="train one model for each of these values of reward.alpha, such as "
                         "0,0.05,0.1,0.2,0.4, and compare them")
@@ -33,7 +40,8 @@ def run(argv: Sequence[str], prog: str) -> None:
                         help="with --family: also evaluate weighted means of the base model and "
                         "the model with the greatest alpha; WEIGHTS are the shares of the latter, "
                         f"or none; default {BLENDS}")
-    config, values = configuration.parse(parser, argv)
+    argv, with_dial = dial_as_field(argv)
+    config, values = configuration.parse(parser, argv, DIAL_FILE if with_dial else TINY_FILE)
     family = _family(values)
     check(config)
 
@@ -73,6 +81,22 @@ def check(config: Config) -> None:
     # Without an origin it is only a folder of that name, such as the one that wandb writes.
     if config.log.wandb and (wandb is None or wandb.origin is None):
         raise UserError('log.wandb needs the package wandb: pip install "effreason[wandb]"')
+
+
+def dial_as_field(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Turns --dial, --dial ALPHAS and --dial=ALPHAS into the field.
+
+    Returns: the arguments, and whether --dial is one of them."""
+    fields: list[str] = []
+    for part, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        name, _, alphas = part.partition("=")
+        if name != "--dial":
+            fields.append(part)
+        elif alphas or following.startswith("-"):
+            fields += ["--reward.alphas", alphas or ALPHAS]
+        else:
+            fields.append("--reward.alphas")
+    return fields, fields != list(argv)
 
 
 def _family(values: Any) -> tuple[list[float], list[str], list[float]] | None:

@@ -23,6 +23,7 @@ from effreason.lm.hf.pretrained import (
     model_fingerprint,
     open_pretrained,
 )
+from effreason.rl import dial
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import Learner, check_model
 from effreason.runtime import config as configuration
@@ -62,8 +63,11 @@ def open_models(config: Config, paths: Sequence[str]) -> dict[str, EvaluatedMode
 
 def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> EvaluatedModel:
     """Opens a model and checks it. Raises: UserError."""
-    if is_checkpoint(Path(path)):
-        return _open_checkpoint(config, Path(path), mesh)
+    run, alpha = dial.split_name(path)
+    if is_checkpoint(Path(run)):
+        return _open_checkpoint(config, Path(run), mesh, alpha, path)
+    if alpha is not None and (Path(run) / "config.yaml").is_file():
+        return _open_checkpoint(config, newest_checkpoint(Path(run)), mesh, alpha, path)
 
     pretrained = open_pretrained(path, revision=revision, dtype=config.model.dtype,
                                  remat=config.model.remat, stop_ids=config.rollout.stop_ids)
@@ -83,11 +87,22 @@ def is_checkpoint(path: Path) -> bool:
             and (path.parents[1] / "config.yaml").is_file())
 
 
-def _open_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
+def newest_checkpoint(run: Path) -> Path:
+    """Returns the directory of a run's newest checkpoint. Raises: UserError if there is none."""
+    with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
+        if checkpoints.latest is None:
+            raise UserError(f"{run}: has no checkpoint")
+        return run / "checkpoints" / str(checkpoints.latest)
+
+
+def _open_checkpoint(config: Config, path: Path, mesh: Mesh, alpha: float | None,
+                     name: str) -> EvaluatedModel:
     """Opens a checkpoint of a run, whose configuration names the model that the run started from.
 
-    Loading reads the whole training state, then keeps the parameters."""
+    Loading reads the whole training state, then keeps the parameters.
+    Args: alpha, of the run's dial, None = reward.alpha; name, as the user wrote it."""
     run = configuration.load(path.parents[1] / "config.yaml")
+    setting = dial.checked_setting(run.reward, alpha, name)
     pretrained = open_pretrained(run.model.path, revision=run.model.revision,
                                  dtype=config.model.dtype, remat=config.model.remat,
                                  stop_ids=config.rollout.stop_ids or run.rollout.stop_ids)
@@ -103,17 +118,18 @@ def _open_checkpoint(config: Config, path: Path, mesh: Mesh) -> EvaluatedModel:
         run.update, rows_per_micro_batch=sharding.batch_shards(mesh), offload_optimizer=False))
 
     def load() -> model.Params:
-        state = Learner(run_here, pretrained.decoder, mesh, tries_kernels=False).abstract_state
+        learner = Learner(run_here, pretrained.decoder, mesh, tries_kernels=False)
         with Checkpoints(path.parent, keep=None) as checkpoints:
-            params: model.Params = checkpoints.restore(state, int(path.name))[0].params
-        return params
+            state, _ = checkpoints.restore(learner.abstract_state, int(path.name))
+        return learner.restored(state, pretrained, setting)
 
+    at = "" if setting is None else f" at {setting:g}"
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     data = [source.name for source in sources.parse(run.data.path, "data.path")]
     return _checked(config, EvaluatedModel(
-        name=str(path), pretrained=pretrained, facts=facts | {"data": data}, load=load, mesh=mesh,
+        name=name, pretrained=pretrained, facts=facts | {"data": data}, load=load, mesh=mesh,
         template=templates.choose(pretrained.tokenizer, config.data),
-        fingerprint=f"{model_fingerprint(pretrained)} step {path.name} {digest[:12]}"))
+        fingerprint=f"{model_fingerprint(pretrained)} step {path.name} {digest[:12]}{at}"))
 
 
 def _checked(config: Config, opened: EvaluatedModel) -> EvaluatedModel:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from effreason.lm import attention, kv_cache
+from effreason.lm import adapters, attention, kv_cache
 from effreason.lm.precision import products_of
 from effreason.runtime.sharding import constrain
 
@@ -57,6 +57,7 @@ class DecoderConfig:
     cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS
     attention: str = "xla"          # one of attention.IMPLEMENTATIONS, for whole rows in training
     remat: str = "full"             # one of REMAT
+    adapter: adapters.Adapter | None = None     # of the layers' weights; None = there are none
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"],
@@ -95,9 +96,24 @@ class Block(nn.Module):
     def setup(self) -> None:
         c, normal = self.config, nn.initializers.normal(0.02)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        lora: dict[str, adapters.Pair] = {}
+        dial: dict[str, adapters.Pair] = {}
 
         def weight(name: str, shape: tuple[int, ...], axes: tuple[str, ...],
                    init: Any = normal) -> Any:
+            if c.adapter is not None and name in c.adapter.targets:
+                shape_a, shape_b = c.adapter.shapes(name, shape)
+                inputs = len(shape_a) - 1
+                uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform",
+                                                           range(inputs), -1)
+
+                def pair(a: str, b: str) -> tuple[Any, Any]:
+                    return (weight(name + a, shape_a, (*axes[:inputs], "rank"), uniform),
+                            weight(name + b, shape_b, ("rank", *axes[inputs:]), zeros))
+
+                lora[name] = pair(adapters.A, adapters.B)
+                if c.adapter.has_dial:
+                    dial[name] = pair(adapters.DIAL_A, adapters.DIAL_B)
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         query, kv, axes = (c.heads, c.head_dim), (c.kv_heads, c.head_dim), ("kv_heads", "head_dim")
@@ -118,14 +134,17 @@ class Block(nn.Module):
         self.gate = weight("gate", (c.width, c.mlp_width), ("embed", "mlp"))
         self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
         self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
+        self.lora, self.dial = lora, dial
 
     def __call__(self, x: Float[Array, "B N D"], rope: Rope,
-                 segments: Int[Array, "B N"] | None) -> tuple[Float[Array, "B N D"], None]:
+                 segments: Int[Array, "B N"] | None,
+                 settings: Float32[Array, "B N"] | None) -> tuple[Float[Array, "B N D"], None]:
         """Training: causal within each segment. nn.scan expects a pair; it has nothing to stack."""
-        query, key, value = self.qkv(x, rope)
+        query, key, value = self.qkv(x, rope, settings)
         mixed = attention.causal_attention(query, key, value, segments,
                                            implementation=self.config.attention)
-        return constrain(self.output_and_mlp(x, mixed), "batch", "sequence", "width"), None
+        x = self.output_and_mlp(x, mixed, settings)
+        return constrain(x, "batch", "sequence", "width"), None
 
     def decode(self, x: Float[Array, "B T D"], rope: Rope, positions: Int[Array, "B T"],
                cache: kv_cache.LayerCache) -> tuple[Float[Array, "B T D"], kv_cache.LayerCache]:
@@ -136,13 +155,14 @@ class Block(nn.Module):
         mixed = kv_cache.cached_attention(query, cache, positions, layout)
         return self.output_and_mlp(x, mixed), cache
 
-    def qkv(self, x: Float[Array, "B N D"], rope: Rope) -> tuple[
+    def qkv(self, x: Float[Array, "B N D"], rope: Rope,
+            settings: Float32[Array, "B N"] | None = None) -> tuple[
             Float[Array, "B N H h"], Float[Array, "B N K h"], Float[Array, "B N K h"]]:
         c, dtype = self.config, x.dtype
         normed = rms_norm(x, self.attention_norm, c.norm_eps)
-        query = jnp.einsum("bnd,dhk->bnhk", normed, self.query.astype(dtype))
-        key = jnp.einsum("bnd,dhk->bnhk", normed, self.key.astype(dtype))
-        value = jnp.einsum("bnd,dhk->bnhk", normed, self.value.astype(dtype))
+        query = self.product("query", "bnd,dhk->bnhk", normed, settings)
+        key = self.product("key", "bnd,dhk->bnhk", normed, settings)
+        value = self.product("value", "bnd,dhk->bnhk", normed, settings)
         if c.qkv_bias:
             query = query + self.query_bias.astype(dtype)[None, None]
             key = key + self.key_bias.astype(dtype)[None, None]
@@ -152,13 +172,24 @@ class Block(nn.Module):
             key = rms_norm(key, self.key_norm, c.norm_eps)
         return kv_cache.rotate(query, *rope), kv_cache.rotate(key, *rope), value
 
-    def output_and_mlp(self, x: Float[Array, "B N D"],
-                       mixed: Float[Array, "B N H h"]) -> Float[Array, "B N D"]:
-        dtype = x.dtype
-        x = x + jnp.einsum("bnhk,hkd->bnd", mixed, self.output.astype(dtype))
+    def output_and_mlp(self, x: Float[Array, "B N D"], mixed: Float[Array, "B N H h"],
+                       settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
+        x = x + self.product("output", "bnhk,hkd->bnd", mixed, settings)
         normed = rms_norm(x, self.mlp_norm, self.config.norm_eps)
-        hidden = jax.nn.silu(normed @ self.gate.astype(dtype)) * (normed @ self.up.astype(dtype))
-        return x + hidden @ self.down.astype(dtype)
+        gate, up = (self.product(name, "bnd,df->bnf", normed, settings)
+                    for name in ("gate", "up"))
+        return x + self.product("down", "bnf,fd->bnd", jax.nn.silu(gate) * up, settings)
+
+    def product(self, name: str, axes: str, x: Float[Array, "B N ..."],
+                settings: Float32[Array, "B N"] | None) -> Float[Array, "B N ..."]:
+        """Returns x W for the weight of this name, with its adapters if it has any."""
+        y, adapter = jnp.einsum(axes, x, getattr(self, name).astype(x.dtype)), self.config.adapter
+        if adapter is None or name not in self.lora:
+            return y
+        if settings is None:
+            return y + adapters.change(x, *self.lora[name], adapter.scale)
+        return y + adapters.change_with_dial(x, self.lora[name], self.dial[name], adapter.scale,
+                                             settings)
 
 
 class Decoder(nn.Module):
@@ -168,7 +199,8 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B N"], positions: Int[Array, "B N"],
-                 segments: Int[Array, "B N"] | None) -> Float[Array, "B N D"]:
+                 segments: Int[Array, "B N"] | None,
+                 settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
         c = self.config
         table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         embedding: Any = self.param("embedding", table, (c.vocabulary, c.width), jnp.float32)
@@ -184,7 +216,7 @@ class Decoder(nn.Module):
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
                          in_axes=nn.broadcast, length=c.layers, unroll=unroll,
                          metadata_params={nn.PARTITION_NAME: "layers"})
-        x, _ = layers(c, name="layers")(x, _rope(c, positions), segments)
+        x, _ = layers(c, name="layers")(x, _rope(c, positions), segments, settings)
 
         ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         norm: Any = self.param("final_norm", ones, (c.width,), jnp.float32)
@@ -223,18 +255,20 @@ def logical_axes(config: DecoderConfig) -> Params:
 
 def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "B N"],
             positions: Int[Array, "B N"] | None = None,
-            segments: Int[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
+            segments: Int[Array, "B N"] | None = None,
+            settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
     """Returns the final hidden states, causal.
 
     Args:
         positions: Of each token in its sequence.
         segments: Which sequence of the row, 0 = padding. None: a row is one sequence, padded on
-            the right."""
+            the right.
+        settings: Of the dial; None: there is none."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     decoder: Any = Decoder(config)
     with products_of(config.dtype):
-        return decoder.apply({"params": params}, tokens, positions, segments)
+        return decoder.apply({"params": params}, tokens, positions, segments, settings)
 
 
 def head(params: Params) -> Float[Array, "V D"]:
@@ -267,11 +301,21 @@ def mask_unused(scores: Float[Array, "N V"], ids: Int[Array, " V"] | np.ndarray,
 
 
 def unstack(config: DecoderConfig, params: Params) -> Params:
-    """Returns the weights as `decode` reads them: layers as a list, in the compute dtype."""
-    cast = jax.tree.map(lambda leaf: leaf.astype(config.dtype), params)
-    layers = [jax.tree.map(lambda leaf, layer=layer: leaf[layer], cast["layers"])
+    """Returns the weights as `decode` reads them: layers as a list, in the compute dtype.
+
+    Adapters are merged into the weights."""
+    layers = [jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
               for layer in range(config.layers)]
-    return cast | {"layers": layers}
+    if config.adapter is not None:
+        setting = params.get(adapters.SETTING)
+        layers = [adapters.merge_layer(config.adapter, layer, setting) for layer in layers]
+        params = {name: leaf for name, leaf in params.items() if name != adapters.SETTING}
+    return jax.tree.map(lambda leaf: leaf.astype(config.dtype), params | {"layers": layers})
+
+
+def merge_adapters(config: DecoderConfig, params: Params) -> Params:
+    """Returns weights without adapters that compute the same."""
+    return params if config.adapter is None else adapters.merge(config.adapter, params)
 
 
 def cache_axes(config: DecoderConfig) -> dict[str, tuple[str, ...]]:

@@ -10,12 +10,14 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from effreason.lm.adapters import Adapter
 from effreason.lm.model import DecoderConfig
 from effreason.planning import shapes
 from effreason.planning.costs import Collective, Cost, KernelCall
 from effreason.planning.estimates import TILE, PlannedFunction
 from effreason.planning.hlo import Array
 from effreason.planning.workloads import Workload
+from effreason.rl.learner import make_adapter
 from effreason.runtime.config import Config
 
 # Attention products for each pair of positions, 2 H h FLOPs each: in a forward, a backward pass.
@@ -44,6 +46,7 @@ class StepSizes:
     context: int
     attention: str
     remat: str
+    adapter: Adapter | None = None
 
     @property
     def itemsize(self) -> int:
@@ -63,6 +66,19 @@ class StepSizes:
     @property
     def weights(self) -> int:
         return shapes.weight_count(self.decoder)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained: all of them, or the adapters'."""
+        if self.adapter is None:
+            return self.weights
+        return shapes.weight_count(dataclasses.replace(
+            self.decoder, adapter=self.adapter)) - self.weights
+
+    @property
+    def frozen(self) -> int:
+        """Parameters of the policy that are not trained; they are also the reference."""
+        return 0 if self.adapter is None else self.weights
 
     @property
     def shards(self) -> int:
@@ -97,7 +113,8 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
                    live_share: float) -> dict[str, PlannedFunction]:
     """Returns every function of a training step, by formula."""
     sizes = StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
-                      context=shape[3], attention=attention, remat=decoder.remat)
+                      context=shape[3], attention=attention, remat=decoder.remat,
+                      adapter=make_adapter(config))
     resident = _resident_bytes(config, sizes, slots=slots, capacity=capacity)
     updates = config.update.updates_per_batch
     learner_costs = _learner_costs(config, sizes, workload)
@@ -107,17 +124,19 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
     tokens, rows = _step_arrays(config, sizes, workload)
     experience = tokens + EXPERIENCE_ARRAYS * rows
     training, costs = state + resident["reference"], learner_costs | sampler_costs
+    # With adapters the reference is part of the policy, which its functions count themselves.
+    apart = 0.0 if sizes.frozen else resident["reference"]
 
     # What one call covers, calls of a step, other bytes in HBM.
     calls = {
-        "unstack": ("a step", 1, resident["optimizer"] + resident["reference"]),
+        "unstack": ("a step", 1, resident["optimizer"] + apart),
         "prefill": (f"{height} prompts", batches, training + resident["slots"]),
         "insert": ("a slot", len(workload.lengths), training + resident["weights"]),
         "decode": ("a token", 0, training + resident["prefilled"]),
-        "score": ("a step", 1, resident["optimizer"] + resident["reference"] + tokens),
+        "score": ("a step", 1, resident["optimizer"] + apart + tokens),
         "score_reference": ("a step", int(config.scores_reference), state + 2 * tokens),
         "experience": ("a step", 1, training),
-        "gradients": ("an update", updates, resident["optimizer"] + resident["reference"] + tokens),
+        "gradients": ("an update", updates, resident["optimizer"] + apart + tokens),
         "apply_gradients": ("an update", updates, resident["reference"] + experience),
     }
     return {name: PlannedFunction(name=name, per=per, calls=count, own_bytes=costs[name][0],
@@ -135,8 +154,9 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int,
     split = sizes.itemsize * weights / sizes.shards
 
     return {
-        "params": 4 * weights / sizes.shards,
-        "optimizer": 0.0 if config.update.offload_optimizer else 8 * weights / sizes.shards,
+        "params": 4 * sizes.trained / sizes.shards,
+        "optimizer": (0.0 if config.update.offload_optimizer
+                      else 8 * sizes.trained / sizes.shards),
         "reference": split * (config.keeps_reference and not config.kl.offload_reference),
         "weights": sizes.itemsize * weights / sizes.tensor,
         "position": position,
@@ -175,19 +195,24 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
 
     split = 1 / sizes.shards
     experience = ADVANTAGE_ARRAYS * of_tokens + EXPERIENCE_ARRAYS * of_rows
-    host = 16 * sizes.weights * split if config.update.offload_optimizer else 0.0
+    host = 16 * sizes.trained * split if config.update.offload_optimizer else 0.0
     from_host = s * sizes.weights * split if config.kl.offload_reference else 0.0
     times = trips * updates
 
     return {
-        "score": ((4 + s) * sizes.weights * split + score_bytes, forward * times),
+        "score": (_policy_bytes(sizes) + score_bytes, forward * times),
         "score_reference": (s * sizes.weights * split + score_bytes,
                             dataclasses.replace(forward * times, host_bytes=from_host)),
         "experience": (experience, Cost(bytes=2 * experience)),
         "gradients": (gradient_bytes, step * trips),
-        "apply_gradients": (16 * sizes.weights * split,
-                            Cost(bytes=28 * sizes.weights * split, host_bytes=host)),
+        "apply_gradients": (16 * sizes.trained * split,
+                            Cost(bytes=28 * sizes.trained * split, host_bytes=host)),
     }
+
+
+def _policy_bytes(sizes: StepSizes) -> float:
+    """Returns one chip's bytes of the policy's weights, and their copy in the compute dtype."""
+    return ((4 + sizes.itemsize) * sizes.trained + sizes.itemsize * sizes.frozen) / sizes.shards
 
 
 def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[Cost, Cost]:
@@ -219,13 +244,14 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
                    collectives=tuple(passes(1) + ends))
 
     recomputes = sizes.recomputed > 0
-    gradients = [_reduction(sizes.fsdp, s * sizes.weights / sizes.tensor, "reduce-scatter"),
-                 _reduction(sizes.data * sizes.context, s * sizes.weights / sizes.shards)]
-    step = Cost(flops=layers * (3 + sizes.recomputed) + 4 * head
+    gradients = [_reduction(sizes.fsdp, s * sizes.trained / sizes.tensor, "reduce-scatter"),
+                 _reduction(sizes.data * sizes.context, s * sizes.trained / sizes.shards)]
+    backward = 1 if sizes.frozen else 2         # products: of the inputs, and of the weights
+    step = Cost(flops=layers * (1 + backward + sizes.recomputed) + (2 + backward) * head
                 + c.layers * sizes.attention_flops(pairs, True),
                 bytes=moved * (20 * width_f + 60 * width_d)
                 + (3 + recomputes) * s * sizes.weights / sizes.tensor
-                + 8 * sizes.weights / sizes.shards,
+                + 8 * sizes.trained / sizes.shards,
                 collectives=tuple(passes(2 + recomputes) + ends + gradients))
     return forward, step
 
@@ -253,10 +279,10 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
              + flat + 2 * of_tokens)
 
     split = 1 / sizes.shards
-    sums = 4 * sizes.weights * split
+    sums = 4 * sizes.trained * split
     block = CUDNN_BLOCK_ARRAYS if sizes.attention.startswith("cudnn") else BLOCK_ARRAYS
     # Weights in both dtypes, the sums, and the gradients of one micro-batch.
-    gradients = (4 + 2 * s) * sizes.weights * split + sums + saved + max(
+    gradients = _policy_bytes(sizes) + s * sizes.trained * split + sums + saved + max(
         working(block), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
     gradients += EXPERIENCE_ARRAYS * of_rows + s * table
     return score, gradients
@@ -296,9 +322,10 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
         collectives=(_reduction(sizes.tensor, 2 * c.layers * c.width * s * prefill_tokens),))
 
     scores = 4 * prefill_tokens * width * c.heads / sizes.tensor
+    frozen = s * sizes.frozen / sizes.shards
     return {
-        "unstack": (resident["params"] + resident["weights"] * 1.3,
-                    Cost(bytes=resident["params"] + 2 * resident["weights"],
+        "unstack": (resident["params"] + frozen + resident["weights"] * 1.3,
+                    Cost(bytes=resident["params"] + frozen + 2 * resident["weights"],
                          collectives=(_weight_gather(sizes, sizes.weights),))),
         "prefill": (resident["weights"] + resident["prefilled"] + min(scores, 2**27 * c.heads)
                     + prefill_tokens * 8 * c.width * s, prefill),

@@ -155,7 +155,9 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     resident["narrower_scored"] = narrower * (
         bytes_per_device(step.packed.groups) + 4 * math.prod(step.packed.groups[0].tokens.shape))
 
-    programs = [*_sampler_programs(config, decoder, mesh, state.params, resident, slot_count,
+    # With adapters the reference is part of the policy, which its programs count themselves.
+    resident["apart"] = 0.0 if learner.decoder.adapter is not None else resident["reference"]
+    programs = [*_sampler_programs(config, learner.decoder, mesh, step.policy, resident, slot_count,
                                    len(workload.lengths)),
                 *_learner_programs(config, step, learner.needs_reference, resident, workload)]
     return {program.name: program for program in programs}
@@ -195,7 +197,7 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
 
     return [
         PlannedProgram(name="unstack", per="a step", calls=1, trips=1, divide=1,
-                       other_bytes=resident["optimizer"] + resident["reference"],
+                       other_bytes=resident["optimizer"] + resident["apart"],
                        lower=lambda: sampler.unstack.lower(params)),
         PlannedProgram(name="prefill", per=f"{height} prompts", calls=batches, trips=1, divide=1,
                        other_bytes=training_bytes + bytes_per_device(running),
@@ -216,11 +218,11 @@ def _learner_programs(config: Config, step: AbstractStep, needs_reference: bool,
 
     # Calls of a step, runs of a loop, and what else is in memory.
     table = {
-        "score": (1, trips, ("optimizer", "reference", "tokens", "narrower_scored")),
+        "score": (1, trips, ("optimizer", "apart", "tokens", "narrower_scored")),
         "score_reference": (int(needs_reference), trips,
                             ("params", "optimizer", "tokens", "tokens", "narrower_scored")),
         "experience": (1, 1, ("params", "optimizer", "reference", "narrower")),
-        "gradients": (updates, trips, ("optimizer", "reference", "tokens", "narrower")),
+        "gradients": (updates, trips, ("optimizer", "apart", "tokens", "narrower")),
         "apply_gradients": (updates, 1, ("reference", "experience", "tokens", "narrower")),
     }
     return [PlannedProgram(name=name, per="an update" if "gradients" in name else "a step",

@@ -154,7 +154,8 @@ def _estimate(config: Config, decoder: DecoderConfig, target: Target,
         return ()
     machine = PlannedMachine(target=target, efficiency=inputs.efficiency)
     sizes = analytic.StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
-                               context=shape[3], attention=attention, remat=decoder.remat)
+                               context=shape[3], attention=attention, remat=decoder.remat,
+                               adapter=learner.make_adapter(config))
     # A decode step reads only a few rows of an untied embedding.
     weights_read = sizes.weights - (0 if decoder.tied else sizes.table)
     return tuple(estimates.estimate_run(

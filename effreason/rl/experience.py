@@ -55,7 +55,7 @@ Objective = Callable[[ScoredBatch], TokenAdvantages]
 
 
 def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
-                    alpha: Float[Array, ""], sampled: Float[Array, "B T"],
+                    alpha: Float[Array, ""] | Float[Array, " P"], sampled: Float[Array, "B T"],
                     old: Float[Array, "B T"],
                     reference: Float[Array, "B T"] | None, packed: Packed, *, reward: Reward,
                     objective: Objective, importance_cap: float | None = None,
@@ -63,7 +63,7 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
     """Computes rewards and advantages, and puts each token's at its place in the packed rows.
 
     Args:
-        alpha: an array, so that one compiled function serves every alpha.
+        alpha: an array, so that one compiled function serves every alpha; or one for each group.
         sampled: log-probs of the response tokens by the sampler.
         old: by the trainer before the update.
         reference: by the frozen reference; None = nothing reads them, and KL is not measured.
@@ -71,7 +71,7 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
         importance_cap: see `advantages.truncated_importance`; None leaves it out.
         min_reward_spread: a group whose rewards differ by more has a signal; a metric alone.
     """
-    rewards = reward(correct, lengths, alpha)
+    rewards = rewards_of_groups(reward, correct, lengths, alpha)
     mask = types.response_mask(lengths.reshape(-1), old.shape[1])
     drift = jnp.where(mask, old - (old if reference is None else reference), 0.0)
     learnt = objective(ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask,
@@ -99,6 +99,15 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
         metrics["reward/kl"] = jnp.sum(drift) / tokens
     return Batch(experience=experience, counts=packed.counts, rewards=rewards,
                  advantages=learnt.advantages, metrics=metrics | learnt.metrics)
+
+
+def rewards_of_groups(reward: Reward, correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
+                      alpha: Float[Array, ""] | Float[Array, " P"]) -> Float[Array, "P G"]:
+    """Computes the rewards with one alpha for all groups, or one for each."""
+    if alpha.ndim == 0:
+        return reward(correct, lengths, alpha)
+    return jax.vmap(lambda *group: reward(group[0][None], group[1][None], group[2])[0])(
+        correct, lengths, alpha)
 
 
 def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,

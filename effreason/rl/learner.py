@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from effreason.lm import attention, cudnn, model
-from effreason.lm.hf.pretrained import Pretrained
+from effreason.lm import adapters, attention, cudnn, model
+from effreason.lm.hf.pretrained import Pretrained, load_weights
 from effreason.lm.kernels import unsupported_reason
 from effreason.rl import checkpoints, configured_reward, experience, packing, update
 from effreason.rl.experience import Batch, Objective, make_experience
@@ -57,6 +57,7 @@ class AbstractStep:
 
     state: TrainState
     reference: model.Params
+    policy: model.Params                        # what sampler and scorer read
     packed: Packed
     experience: tuple[Experience, ...]
     logprobs: jax.ShapeDtypeStruct              # float32[B, T]
@@ -72,14 +73,15 @@ class Learner:
         tries_kernels: if cuDNN's attention is tried on the mesh before it is chosen.
 
     Attributes:
-        params_sharding: shardings of the weights.
+        params_sharding: shardings of the weights of a model, without adapters.
         abstract_state: shapes, dtypes and shardings of the state.
         abstract_reference: the same of the reference.
         needs_reference: the loss or the reward reads log-probs by the reference.
         replicated: the sharding of what every device holds.
         reward: (correct bool[P, G], lengths int32[P, G], alpha float32[]) -> float32[P, G], jitted.
-        init: the state before the first step, for float32 weights, which it takes over.
-        as_reference: float32 weights -> what score_reference reads.
+        init: the state before the first step, for float32 weights, or adapters, that it takes over.
+        as_reference: float32 weights -> what score_reference reads; with adapters these are the
+            frozen weights of the policy.
 
     Raises:
         UserError: the mesh cannot split the model or the batch evenly, or the attention does not
@@ -93,10 +95,11 @@ class Learner:
         longest = (longest_prompt or config.data.max_prompt_tokens) + slots
         width = packing.row_width(longest, context)
         device = mesh.devices.flat[0]
-        decoder = dataclasses.replace(decoder, attention=choose_attention(
+        base = dataclasses.replace(decoder, attention=choose_attention(
             config, decoder, width, platform=device.platform, context=context,
             capability=cudnn.capability(device),
             passes=lambda kernel: not tries_kernels or _passes_trial(decoder, mesh, kernel)))
+        decoder = dataclasses.replace(base, adapter=make_adapter(config))
         check_room(config, width)
 
         loss = update.LossConfig(
@@ -110,7 +113,9 @@ class Learner:
 
         targets = update.state_sharding(decoder, optimizer, mesh,
                                         offload=config.update.offload_optimizer)
-        reference = targets.params
+        weights = sharding.tree_sharding(mesh, model.logical_axes(base))
+        frozen: Shardings = {} if decoder.adapter is None else weights
+        reference = weights
         if config.kl.offload_reference:
             reference = sharding.offloaded(reference)
         replicated: Shardings = sharding.sharding(mesh)
@@ -119,26 +124,30 @@ class Learner:
                                  advantages=replicated, metrics=replicated)
         reward = configured_reward.make_reward(config.reward)
 
-        self.params_sharding, self.replicated = targets.params, replicated
+        self.decoder, self._trained = decoder, targets.params
+        self.params_sharding, self.replicated = weights, replicated
         self._packed_sharding = packed
         self.reward = jax.jit(reward, out_shardings=replicated)
         self.init = update.make_initial_state(optimizer, targets)
-        self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, decoder),
+        self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, base),
                                     out_shardings=reference)
+        self._merge = jax.jit(functools.partial(model.merge_adapters, decoder),
+                              out_shardings=weights)
         self.programs = Programs(
-            score=update.make_scorer(decoder, mesh, loss, params=targets.params),
-            score_reference=update.make_scorer(decoder, mesh, loss, params=reference),
+            score=update.make_scorer(decoder, mesh, loss, params=update.complete(
+                decoder, targets.params, frozen)),
+            score_reference=update.make_scorer(base, mesh, loss, params=reference),
             experience=jax.jit(functools.partial(
                 make_experience, reward=reward, objective=make_objective(config),
                 importance_cap=config.update.importance_cap,
                 min_reward_spread=config.rollout.min_reward_spread), out_shardings=batch),
-            gradients=update.make_gradients(decoder, mesh, loss, targets),
+            gradients=update.make_gradients(decoder, mesh, loss, targets, frozen),
             apply_gradients=update.make_apply_gradients(optimizer, mesh, targets))
 
-        params = model.abstract_params(decoder)
-        self.abstract_state = checkpoints.abstract(jax.eval_shape(self.init, params), targets)
-        self.abstract_reference = checkpoints.abstract(jax.eval_shape(self.as_reference, params),
-                                                       reference)
+        self.abstract_state = checkpoints.abstract(jax.eval_shape(
+            self.init, update.trainable(decoder, model.abstract_params(decoder))), targets)
+        self.abstract_reference = checkpoints.abstract(
+            jax.eval_shape(self.as_reference, model.abstract_params(base)), reference)
         self.needs_reference = config.scores_reference
         self._rows = config.update.rows_per_micro_batch
         self._updates = config.update.updates_per_batch
@@ -146,9 +155,68 @@ class Learner:
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
             slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention))
 
-    def pack(self, rollouts: Rollouts, correct: np.ndarray) -> PackedRollouts:
-        """Packs responses into rows and puts them on the devices. Args: correct bool[P, G]."""
-        packed = self._pack(rollouts)
+    def start(self, weights: model.Params, seed: int, *, keeps: bool = True) -> TrainState:
+        """Returns the state before the first step.
+
+        Args:
+            weights: float32, of the model.
+            seed: of the adapters.
+            keeps: the weights stay intact; otherwise the state may take them over.
+        """
+        if self.decoder.adapter is None:
+            return self.init(jax.tree.map(lambda weight: weight.copy(), weights) if keeps
+                             else weights)
+
+        def initial_adapters(key: Key[Array, ""]) -> model.Params:
+            return update.trainable(self.decoder, model.init(self.decoder, key))
+
+        return self.init(jax.jit(initial_adapters, out_shardings=self._trained)(
+            jax.random.key(seed)))
+
+    @property
+    def has_dial(self) -> bool:
+        """Whether the policy depends on a setting of its dial."""
+        return self.decoder.adapter is not None and self.decoder.adapter.has_dial
+
+    def policy(self, state: TrainState, frozen: model.Params | None,
+               setting: float | None = None) -> model.Params:
+        """Returns the weights that sampler and scorer read.
+
+        Args:
+            frozen: see `as_reference`; read only if there are adapters.
+            setting: of the dial, for the sampler; the scorer has one for each sequence.
+        """
+        policy = update.complete(self.decoder, state.params, frozen or {})
+        if setting is None:
+            return policy
+        on_device = sharding.to_device(np.float32(setting), self.replicated)
+        return policy | {adapters.SETTING: on_device}
+
+    def merged(self, policy: model.Params) -> model.Params:
+        """Returns the weights of a policy without adapters that compute the same."""
+        return policy if self.decoder.adapter is None else self._merge(policy)
+
+    def restored(self, state: TrainState, pretrained: Pretrained,
+                 setting: float | None = None) -> model.Params:
+        """Returns a checkpoint's weights, without adapters; reads the base model if there are.
+
+        Args:
+            setting: of the dial; None if there is none.
+        """
+        if self.decoder.adapter is None:
+            return state.params
+        frozen = self.as_reference(load_weights(pretrained, self.params_sharding))
+        return self.merged(self.policy(state, frozen, setting))
+
+    def pack(self, rollouts: Rollouts, correct: np.ndarray,
+             settings: np.ndarray | None = None) -> PackedRollouts:
+        """Packs responses into rows and puts them on the devices.
+
+        Args:
+            correct: bool[P, G].
+            settings: of the dial, float32[P]; None if there is no dial.
+        """
+        packed = self._pack(rollouts, settings=settings)
         logprobs = packing.flatten(rollouts.logprobs, packed.token_index.shape[1])
         on_device = sharding.to_device(packed, self._packed_sharding)
         verdicts, lengths, sampled_logprobs = sharding.to_device(
@@ -157,9 +225,9 @@ class Learner:
             packed=on_device, correct=verdicts, lengths=lengths, sampled_logprobs=sampled_logprobs,
             packing_efficiency=packing.packing_efficiency(packed))
 
-    def score(self, params: model.Params, rollouts: PackedRollouts) -> Float[Array, "B T"]:
+    def score(self, policy: model.Params, rollouts: PackedRollouts) -> Float[Array, "B T"]:
         """Computes the log-probs of the response tokens by the policy; 0 for padding."""
-        return self.programs.score(params, rollouts.packed)
+        return self.programs.score(policy, rollouts.packed)
 
     def score_reference(self, reference: model.Params | None,
                         rollouts: PackedRollouts) -> Float[Array, "B T"] | None:
@@ -169,32 +237,37 @@ class Learner:
         return self.programs.score_reference(reference, rollouts.packed)
 
     def experience(self, rollouts: PackedRollouts, old: Float[Array, "B T"],
-                   reference: Float[Array, "B T"] | None, alpha: float) -> Batch:
+                   reference: Float[Array, "B T"] | None,
+                   alpha: float | np.ndarray) -> Batch:
         """Computes rewards and advantages.
 
         Args:
             old: log-probs by the policy.
             reference: log-probs by the reference; None = nothing reads them.
+            alpha: of the reward, or float32[P], one for each group.
         """
         return self.programs.experience(
             rollouts.correct, rollouts.lengths,
-            sharding.to_device(np.float32(alpha), self.replicated), rollouts.sampled_logprobs, old,
-            reference, rollouts.packed)
+            sharding.to_device(np.asarray(alpha, np.float32), self.replicated),
+            rollouts.sampled_logprobs, old, reference, rollouts.packed)
 
-    def update(self, state: TrainState,
+    def update(self, state: TrainState, frozen: model.Params | None,
                batch: Batch) -> tuple[TrainState, list[dict[str, Float[Array, ""]]]]:
         """Makes the step's optimizer updates, one after another; donates the state passed in.
+
+        Args:
+            frozen: see `as_reference`; read only if there are adapters.
 
         Returns:
             The state, its `step` one higher, and the metrics of each update.
         """
-        metrics = []
+        metrics, held = [], frozen if frozen and self.decoder.adapter is not None else {}
         for number in range(self._updates):
             is_last = number + 1 == self._updates
             index, steps = sharding.to_device((np.int32(number), np.int32(is_last)),
                                               self.replicated)
-            grads, update_metrics = self.programs.gradients(state.params, batch.experience,
-                                                            batch.counts, index)
+            grads, update_metrics = self.programs.gradients(
+                state.params, held, batch.experience, batch.counts, index)
             state, norm = self.programs.apply_gradients(state, grads, steps)
             metrics.append(update_metrics | {"grad_norm": norm})
         return state, metrics
@@ -216,24 +289,27 @@ class Learner:
         integers, floats = array(jnp.int32, *of_rows), array(jnp.float32, *of_rows)
         logprobs, one = array(jnp.float32, *of_tokens), array(jnp.int32)
 
-        rows = Rows(**{field.name: integers for field in dataclasses.fields(Rows)})
+        rows = Rows(**{field.name: integers for field in dataclasses.fields(Rows)}
+                    | {"settings": floats if self.has_dial else None})
         packed = Packed(groups=(rows,), counts=(array(jnp.int32, self._updates),),
                         token_index=array(jnp.int32, *of_tokens))
         learnt = Experience(rows=rows, weights=floats, advantages=floats, old_logprobs=floats,
                             reference_logprobs=floats if self.needs_reference else None)
         state, reference, programs = self.abstract_state, self.abstract_reference, self.programs
+        frozen: Any = {} if self.decoder.adapter is None else reference
+        policy = update.complete(self.decoder, state.params, frozen)
         verdicts = (array(jnp.bool_, prompts, group_size), array(jnp.int32, prompts, group_size),
                     array(jnp.float32))
         return AbstractStep(
-            state=state, reference=reference, packed=packed, experience=(learnt,),
+            state=state, reference=reference, policy=policy, packed=packed, experience=(learnt,),
             logprobs=logprobs,
-            lower={"score": lambda: programs.score.lower(state.params, packed),
+            lower={"score": lambda: programs.score.lower(policy, packed),
                    "score_reference": lambda: programs.score_reference.lower(reference, packed),
                    "experience": lambda: programs.experience.lower(
                        *verdicts, logprobs, logprobs,
                        logprobs if self.needs_reference else None, packed),
                    "gradients": lambda: programs.gradients.lower(
-                       state.params, (learnt,), packed.counts, one),
+                       state.params, frozen, (learnt,), packed.counts, one),
                    "apply_gradients": lambda: programs.apply_gradients.lower(
                        state, state.params, one)})
 
@@ -257,11 +333,20 @@ def make_engine(config: Config, pretrained: Pretrained, mesh: Mesh,
     settings = config.rollout
     return Engine(
         sampler=capacity.make_configured_sampler(
-            config, pretrained.decoder, mesh, capacity.training_weight_bytes(config)),
+            config, dataclasses.replace(pretrained.decoder, adapter=make_adapter(config)), mesh,
+            capacity.training_weight_bytes(config)),
         sampling=SamplingParams(
             temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
             min_p=settings.min_p, eos_ids=pretrained.eos_ids),
         learner=Learner(config, pretrained.decoder, mesh, longest_prompt))
+
+
+def make_adapter(config: Config) -> adapters.Adapter | None:
+    """Returns the adapters that the configuration asks for, None if all weights are trained."""
+    settings = config.adapter
+    return adapters.make_adapter(settings.rank, settings.scale, settings.targets,
+                                 rank_stabilized=settings.rank_stabilized,
+                                 has_dial=config.reward.alphas is not None)
 
 
 def make_objective(config: Config) -> Objective:

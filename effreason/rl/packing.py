@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from effreason.lm.attention import zigzag
 from effreason.types import Packed, Rollouts, Rows
@@ -50,7 +50,8 @@ def room(responses: int, *, rows: int, updates: int = 1) -> tuple[int, int, int]
 
 
 def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1,
-         context: int = 1, sequences_per_row: int | None = None) -> Packed:
+         context: int = 1, sequences_per_row: int | None = None,
+         settings: Float[np.ndarray, " P"] | None = None) -> Packed:
     """Packs prompts and responses into rows; response b belongs to optimizer update b % U.
 
     The arrays have room for the worst case, so that all steps of a run have the same shapes. How
@@ -63,7 +64,8 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
         updates: U.
         context: Size of the mesh axis; columns are in zig-zag order, which splits causal work
             evenly.
-        sequences_per_row: At most; None = any number. Some attention kernels have a limit."""
+        sequences_per_row: At most; None = any number. Some attention kernels have a limit.
+        settings: Of the dial, for each prompt's group; None if there is no dial."""
     group_size, lengths = rollouts.tokens.shape[1], rollouts.lengths.reshape(-1)
     sizes = np.repeat(rollouts.prompt_lengths, group_size) + lengths
     no_response = len(sizes) * slots
@@ -79,11 +81,14 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
     for group, width in enumerate(widths):
         table: dict[str, Any] = {name: np.zeros((*shape, width), np.int32) for name in FIELDS}
         table["response_index"] = np.full((*shape, width), no_response, np.int32)
+        if settings is not None:
+            table["settings"] = np.zeros((*shape, width), np.float32)
         flat = {name: array.reshape(updates, -1, width) for name, array in table.items()}
         columns = np.argsort(zigzag(width, context))
         for update in range(updates):
             for row, members in enumerate(assigned[update][group]):
-                for name, values in _pack_responses(rollouts, members, width, slots).items():
+                for name, values in _pack_responses(rollouts, members, width, slots,
+                                                    settings).items():
                     flat[name][update, row, columns] = values
 
         occupied = np.flatnonzero(table["response_index"] < no_response)
@@ -151,8 +156,8 @@ def packing_efficiency(packed: Packed) -> float:
     return sum(int((rows.segments > 0).sum()) for rows in packed.groups) / computed
 
 
-def _pack_responses(rollouts: Rollouts, members: Sequence[int], width: int,
-                    slots: int) -> dict[str, Int[np.ndarray, " N"]]:
+def _pack_responses(rollouts: Rollouts, members: Sequence[int], width: int, slots: int,
+                    settings: Float[np.ndarray, " P"] | None) -> dict[str, np.ndarray]:
     """Packs prompt and response of each member into one row, with the targets' response index."""
     sequences, end = [], 0
     response_index = np.full(width, rollouts.lengths.size * slots, np.int32)
@@ -164,7 +169,11 @@ def _pack_responses(rollouts: Rollouts, members: Sequence[int], width: int,
         end += len(sequences[-1])
         # A response token is the target of the position before it.
         response_index[end - 1 - length : end - 1] = member * slots + np.arange(length)
-    return pack_row(sequences, width) | {"response_index": response_index}
+    row = pack_row(sequences, width) | {"response_index": response_index}
+    if settings is not None:
+        by_member = [0.0] + [settings[member // rollouts.tokens.shape[1]] for member in members]
+        row["settings"] = np.array(by_member, np.float32)[row["segments"]]
+    return row
 
 
 def pack_row(sequences: Iterable[Int[np.ndarray, " n"]],

@@ -24,7 +24,7 @@ from effreason.runtime import processes, sharding
 from effreason.runtime.config import RolloutConfig
 from effreason.runtime.errors import Interrupted
 from effreason.runtime.progress import GenerationProgress
-from effreason.sampling.engine import Generation, collect
+from effreason.sampling.engine import Generation, Generations, collect
 from effreason.sampling.generate import decode
 from effreason.sampling.scheduler import Request, make_requests
 from effreason.types import Problem, Response, Rollouts
@@ -41,7 +41,7 @@ FUNCTION_UNDECIDED = UNDECIDED | {
 
 OnChunk = Callable[[GenerationProgress], None]  # called after every chunk; may raise to stop
 # A sampler with its weights, key and distribution.
-Generate = Callable[[Sequence[Request]], Generation]
+Generate = Callable[[Sequence[Request]], Generation | Generations]
 Name = tuple[int, int]              # of a response: its prompt's index and its sample
 
 
@@ -67,7 +67,7 @@ class GradedRollouts:
     correct: np.ndarray             # bool[P, G]: the verdict, and an end with EOS if required
     verdicts: list[Grade]           # B, on the text alone
     grading_seconds: float          # that grading took after the generation was over
-    generations: tuple[Generation, ...]     # over; for their counters
+    generations: tuple[Generation | Generations, ...]     # over; for their counters
     metrics: dict[str, float] = field(default_factory=dict)     # of refilling
     rounds: tuple["GradedRollouts", ...] = ()   # of refilling, each with all its groups
 
@@ -169,7 +169,8 @@ def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size
                           grading_seconds=time.monotonic() - generated, generations=(generation,))
 
 
-def watched(generation: Generation, total: int, on_chunk: OnChunk) -> Iterator[list[Response]]:
+def watched(generation: Generation | Generations, total: int,
+            on_chunk: OnChunk) -> Iterator[list[Response]]:
     """Yields what each chunk has finished; calls on_chunk before the first and after each."""
     count = 0
     on_chunk(_progress(generation, count, total))
@@ -179,7 +180,8 @@ def watched(generation: Generation, total: int, on_chunk: OnChunk) -> Iterator[l
         on_chunk(_progress(generation, count, total))
 
 
-def _progress(generation: Generation, finished: int, total: int) -> GenerationProgress:
+def _progress(generation: Generation | Generations, finished: int,
+              total: int) -> GenerationProgress:
     return GenerationProgress(finished=finished, total=total, running=generation.running,
                               waiting=generation.waiting, tokens=generation.tokens)
 

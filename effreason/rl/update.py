@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from effreason.lm import model
+from effreason.lm import adapters, model
 from effreason.lm.logprobs import token_logprobs
 from effreason.rl import advantages
 from effreason.runtime import sharding
@@ -41,7 +41,7 @@ Metrics = dict[str, Float32[Array, ""]]
 class TrainState:
     """What training changes, and nothing else: saved in every checkpoint."""
 
-    params: model.Params            # float32 master weights
+    params: model.Params            # float32 master weights, or the adapters alone
     opt_state: Any                  # optax state, float32
     step: jax.Array                 # int32[], training steps completed
 
@@ -59,7 +59,8 @@ class LossConfig:
 def score_rows(config: model.DecoderConfig, params: model.Params, rows: Rows, *, temperature: float,
                tile: int) -> tuple[Float32[Array, "R N"], Float32[Array, "R N"]]:
     """Returns log-prob and entropy at every target; undefined at padding."""
-    hidden = model.forward(config, params, rows.tokens, rows.positions, rows.segments)
+    hidden = model.forward(config, params, rows.tokens, rows.positions, rows.segments,
+                           rows.settings)
     head = model.head(params).astype(config.dtype)
     return token_logprobs(hidden, head, rows.targets, temperature=temperature, tile=tile,
                           unused=config.unused_ids)
@@ -133,21 +134,34 @@ def in_compute_dtype(config: model.DecoderConfig, params: model.Params) -> model
     return jax.tree.map(lambda weight: weight.astype(config.dtype), params)
 
 
-def gradients(params: model.Params, experience: tuple[Experience, ...],
+def trainable(config: model.DecoderConfig, params: model.Params) -> model.Params:
+    """Returns what is trained out of a tree like the weights: all of it, or the adapters."""
+    return params if config.adapter is None else adapters.split(params)[1]
+
+
+def complete(config: model.DecoderConfig, params: model.Params,
+             frozen: model.Params) -> model.Params:
+    """Returns the weights of the policy: those that are trained, and the frozen ones."""
+    return params if config.adapter is None else adapters.join(frozen, params)
+
+
+def gradients(params: model.Params, frozen: model.Params, experience: tuple[Experience, ...],
               counts: tuple[Int32[Array, " U"], ...], which: Int32[Array, ""], *,
               config: model.DecoderConfig, loss: LossConfig,
               shardings: Shardings) -> tuple[model.Params, Metrics]:
     """Returns the gradient of one update's loss, summed over its micro-batches in float32.
 
     Args:
+        params: What is trained.
+        frozen: The weights without adapters, in the compute dtype; {} if all weights are trained.
         experience: [U, M, R, N] for each group of rows.
         counts: Micro-batches in use, for each group of rows.
         which: The update.
-        shardings: Of the weights."""
+        shardings: Of what is trained."""
     weights = in_compute_dtype(config, params)
 
     def micro_batch_loss(weights: model.Params, experience: Experience) -> tuple[Array, Metrics]:
-        logprobs, entropies = score_rows(config, weights, experience.rows,
+        logprobs, entropies = score_rows(config, complete(config, weights, frozen), experience.rows,
                                          temperature=loss.temperature, tile=loss.vocabulary_tile)
         value, sums = policy_loss(logprobs, experience, clip_ratio=loss.clip_ratio,
                                   kl_loss_coefficient=loss.kl_loss_coefficient)
@@ -217,10 +231,10 @@ def state_sharding(config: model.DecoderConfig, optimizer: optax.GradientTransfo
 
     Args:
         offload: Keep the moments in the host's memory, split like their weights."""
-    params = sharding.tree_sharding(mesh, model.logical_axes(config))
+    params = sharding.tree_sharding(mesh, trainable(config, model.logical_axes(config)))
     replicated: Any = sharding.sharding(mesh)
     moments = sharding.offloaded(params) if offload else params
-    abstract = jax.eval_shape(optimizer.init, model.abstract_params(config))
+    abstract = jax.eval_shape(optimizer.init, trainable(config, model.abstract_params(config)))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, lambda _, target: target, abstract, moments,
         transform_non_params=lambda _: replicated)
@@ -272,12 +286,13 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *,
 
 
 def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig,
-                   shardings: Shardings) -> Callable[..., tuple[model.Params, Metrics]]:
-    """Returns gradients(params, experience, counts, which), jitted; see `gradients`."""
+                   shardings: Shardings,
+                   frozen: Shardings) -> Callable[..., tuple[model.Params, Metrics]]:
+    """Returns gradients(params, frozen, experience, counts, which), jitted; see `gradients`."""
     rows, replicated = sharding.sharding(mesh, *ROW_AXES), sharding.sharding(mesh)
     params = shardings.params
     return jax.jit(functools.partial(gradients, config=config, loss=loss, shardings=params),
-                   in_shardings=(params, rows, replicated, replicated),
+                   in_shardings=(params, frozen, rows, replicated, replicated),
                    out_shardings=(params, replicated))
 
 

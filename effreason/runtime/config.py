@@ -37,9 +37,20 @@ Closed = Annotated[float, Bound("in [0, 1]", lambda x: 0 <= x <= 1)]
 Address = Annotated[str, Bound("host:port, port in [1, 65535]", lambda text: (
     match := re.fullmatch(r"\S+:([0-9]{1,5})", text)) is not None and 1 <= int(match[1]) <= 65535)]
 HeartbeatSeconds = Annotated[int, Bound("in [5, 3600]", lambda n: 5 <= n <= 3600)]
+Alphas = Annotated[str, Bound("of numbers in [0, 1) with commas between them, 0 among them",
+                              lambda text: _is_alphas(text))]
 Template = Annotated[str, Bound('holding "{problem}"', lambda text: "{problem}" in text)]
 Variables = Annotated[dict, Bound("of variables' names to values that JSON has", lambda table: all(
     isinstance(name, str) and name.isidentifier() for name in table) and files.is_json(table))]
+
+
+def _is_alphas(text: str) -> bool:
+    try:
+        alphas = [float(part) for part in text.split(",")]
+    except ValueError:
+        return False
+    return (all(0 <= alpha < 1 for alpha in alphas) and min(alphas) == 0 < max(alphas)
+            and len(set(alphas)) == len(alphas))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +238,9 @@ class RewardConfig(Section):
     alpha: Fraction = 0.1
     """How much a correct response loses for being longer than the other correct ones; 0 = reward
     correctness only."""
+    alphas: Alphas | None = None
+    """Train a dial: one model for each of these alphas, and for all in between, in a single run;
+    each group of a step has one of them. Needs adapter.rank > 0. null = reward.alpha alone."""
     form: str = "efficient"
     """efficient = the method's reward; docs/rewards.md lists published alternatives, such as kimi
     or l1_max; or your own function, module:function, from (correct, lengths) to rewards."""
@@ -316,6 +330,22 @@ class UpdateConfig(Section):
     backward pass does not recompute the log-probs."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory, and copy it to the devices for each update."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig(Section):
+    """Low-rank adapters (LoRA): train few weights, and keep the model's own frozen."""
+
+    rank: Natural = 0
+    """Rank of the adapters; 0 = no adapters, train all weights. With adapters the frozen model is
+    also the reference, the optimizer's state is small, and a higher update.learning_rate, 10 times
+    or more, is usual."""
+    scale: Positive = 32.0
+    """lora_alpha: the adapters' product is multiplied by scale / rank."""
+    targets: Literal["all", "attention", "mlp"] = "all"
+    """Which weights of each layer have an adapter."""
+    rank_stabilized: bool = False
+    """Divide the scale by the square root of the rank instead, for high ranks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,6 +468,7 @@ class Config:
     advantage: AdvantageConfig = AdvantageConfig()
     kl: KLConfig = KLConfig()
     update: UpdateConfig = UpdateConfig()
+    adapter: AdapterConfig = AdapterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -465,6 +496,12 @@ class Config:
                              "must be 0, when data.path is not tiny, got evaluation.path null and "
                              f"evaluation.problems {evaluation.problems}")
 
+        if self.adapter.rank and self.kl.offload_reference:
+            raise ValueError("kl.offload_reference must be false if adapter.rank > 0, got true: "
+                             "the reference is the frozen part of the policy")
+
+        if self.reward.alphas is not None:
+            self._check_dial()
         if update.objective != "policy_gradient":
             self._check_baseline()
         if self.reward.target_tokens is not None or self.reward.max_accuracy_drop is not None:
@@ -482,7 +519,8 @@ class Config:
     @property
     def keeps_reference(self) -> bool:
         """Whether its weights stay in memory, to score with or to sample from."""
-        return self.scores_reference or self.rollout.policy == "initial"
+        return (self.scores_reference or self.rollout.policy == "initial"
+                or self.adapter.rank > 0)
 
     def _check_baseline(self) -> None:
         update, condition = self.update, f"with update.objective {self.update.objective}"
@@ -495,6 +533,23 @@ class Config:
                 ("rollout.refill_rounds", self.rollout.refill_rounds, 0)):
             if value != required:
                 raise ValueError(f"{field} must be {written(required)} {condition}, got "
+                                 f"{written(value)}")
+
+    def _check_dial(self) -> None:
+        for field, value, holds, required in (
+                ("adapter.rank", self.adapter.rank, self.adapter.rank > 0, ">= 1"),
+                ("update.objective", self.update.objective,
+                 self.update.objective == "policy_gradient", "policy_gradient"),
+                ("rollout.refill_rounds", self.rollout.refill_rounds,
+                 self.rollout.refill_rounds == 0, "0"),
+                ("rollout.policy", self.rollout.policy, self.rollout.policy == "current",
+                 "current"),
+                ("reward.target_tokens", self.reward.target_tokens,
+                 self.reward.target_tokens is None, "null"),
+                ("reward.max_accuracy_drop", self.reward.max_accuracy_drop,
+                 self.reward.max_accuracy_drop is None, "null")):
+            if not holds:
+                raise ValueError(f"{field} must be {required} with reward.alphas, got "
                                  f"{written(value)}")
 
     def _check_control(self) -> None:

@@ -36,6 +36,7 @@ AXES: dict[str, Any] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "norm": None,
+    "rank": None,                   # of an adapter
     "layers": None,
     "updates": None,                # of a step
     "micro_batches": None,          # of an update

@@ -104,7 +104,10 @@ def training_weight_bytes(config: Config) -> int:
     copy.
 
     The policy is float32, the optimizer keeps two float32 moments, and the reference has the dtype
-    of the blocks. There are no gradients then."""
+    of the blocks. There are no gradients then. With adapters only the frozen weights count; those
+    and their moments are a few per cent of them, rounded up to a byte."""
+    if config.adapter.rank:
+        return jnp.dtype(config.model.dtype).itemsize + 1
     moments = 0 if config.update.offload_optimizer else 8
     on_device = config.keeps_reference and not config.kl.offload_reference
     reference = 0 if not on_device else jnp.dtype(config.model.dtype).itemsize

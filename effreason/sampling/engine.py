@@ -14,8 +14,8 @@ not depend on its slot, its neighbours or the number of devices, except for roun
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -211,6 +211,40 @@ def smallest_capacity(max_positions: int | None) -> int:
     # A quarter of the largest costs little to read, and avoids compiling the smaller sizes.
     quarter = 1 << max((max_positions or 0) // 4, 1).bit_length() - 1
     return min(max(64, quarter), 2048)
+
+
+class Generations:
+    """Generations one after another, as one: each starts when the one before it is over.
+
+    Attributes:
+        tokens, finished, steps, slot_steps, host_seconds, compilations: summed, see Generation."""
+
+    def __init__(self, starts: Sequence[Callable[[], Generation]], requests: int) -> None:
+        self._starts, self._requests = iter(starts), requests
+        self._started: list[Generation] = []
+
+    def __iter__(self) -> Iterator[list[Response]]:
+        for start in self._starts:
+            self._started.append(start())
+            yield from self._started[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("tokens", "finished", "steps", "slot_steps", "host_seconds",
+                        "compilations"):
+            raise AttributeError(name)
+        return sum(getattr(generation, name) for generation in self._started)
+
+    @property
+    def running(self) -> int:
+        return sum(generation.running for generation in self._started)
+
+    @property
+    def waiting(self) -> int:
+        return self._requests - self.finished - self.running
+
+    def unfinished(self) -> list[Response]:
+        """Returns the responses that have started, with finish None, as prefixes to continue."""
+        return [response for generation in self._started for response in generation.unfinished()]
 
 
 def cache_positions(positions: int) -> int:

@@ -308,6 +308,7 @@ def empty(*, config: model.DecoderConfig, count: int, capacity: int) -> Slots:
 
 def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
     """Returns the functions with their shardings; nothing is compiled before its first call."""
+    policy, config = config, dataclasses.replace(config, adapter=None)      # unstack merges them
     axes = model.cache_axes(config)
     replicated, by_rows = sharding.sharding(mesh), sharding.sharding(mesh, "batch")
     layer = {name: sharding.sharding(mesh, *names) for name, names in axes.items()}
@@ -322,7 +323,7 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
     weights = sharding.tree_sharding(mesh, _unstacked_axes(config), sharding.SAMPLING_AXES)
 
     return Programs(
-        unstack=jax.jit(partial(model.unstack, config), out_shardings=weights),
+        unstack=jax.jit(partial(model.unstack, policy), out_shardings=weights),
         prefill=jax.jit(partial(prefill, config=config), out_shardings=[prompts] * config.layers),
         insert=jax.jit(partial(insert, mesh=mesh, layout=axes), out_shardings=slots,
                        donate_argnums=0),

@@ -16,7 +16,7 @@ import pytest
 import setuptools
 
 import effreason
-from effreason.cli import main
+from effreason.cli import main, train
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import all_settings
 from effreason.runtime.errors import Interrupted, UserError
@@ -184,8 +184,17 @@ def test_commands(capsys):
     assert main.main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "error: the command must be one of train, evaluate, grade, generate, replay, preview, "
-        "blend, report, "
-        "plan, got trian\n")
+        "export, blend, report, plan, got trian\n")
+
+
+@pytest.mark.parametrize(("argv", "fields"), [
+    ([], []), (["--run.steps", "3"], ["--run.steps", "3"]),
+    (["--dial"], ["--reward.alphas", train.ALPHAS]),
+    (["--dial", "--run.steps", "3"], ["--reward.alphas", train.ALPHAS, "--run.steps", "3"]),
+    (["--dial", "0,0.1"], ["--reward.alphas", "0,0.1"]),
+    (["--dial=0,0.1"], ["--reward.alphas", "0,0.1"])])
+def test_the_dial_is_a_field(argv, fields):
+    assert train.dial_as_field(argv) == (fields, bool(argv) and argv[0].startswith("--dial"))
 
 
 def help_of(command, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -413,6 +414,23 @@ def test_the_recipes_for_gpus_are_those_for_tpus_on_another_mesh_and_fit(
     assert "\nfits: " in text and max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("name", "target", "fits_whole"), [
+    ("r1_distill_7b_lora_h100", "gpu:h100:1", False),
+    ("r1_distill_1p5b_lora_v5e8", "tpu:v5e:2x4", True)])
+def test_the_recipes_with_adapters_fit(capsys, no_gpu_compiler, name, target, fits_whole):
+    arguments = ["--config", f"configs/{name}.yaml", "--chips", target, "--analytic"]
+    with_adapters = planned_by_command(capsys, arguments)
+    assert "\nfits: " in with_adapters
+    whole = planned_by_command(capsys, [*arguments, "--adapter.rank", "0"],
+                               code=0 if fits_whole else 1)
+    assert ("\nfits: " in whole) == fits_whole
+
+    def memory(text):
+        return float(re.search(r"(?:fits|FIT): ([0-9.]+) of", text)[1])
+
+    assert memory(with_adapters) < memory(whole)
+
+
 def test_recipes_are_found_by_model_and_devices():
     large = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"
     assert configuration.recipes(large, 8) == ["configs/r1_distill_7b_8xh100.yaml"]
@@ -423,7 +441,8 @@ def test_recipes_are_found_by_model_and_devices():
 def test_a_recipe_for_other_devices_names_those_for_these():
     config = configuration.load("configs/r1_distill_1p5b.yaml")
     with pytest.raises(UserError, match="expected 8, the number of devices; for 8 there is "
-                       "configs/r1_distill_1p5b_8xh100.yaml$"):
+                       "configs/r1_distill_1p5b_8xh100.yaml or "
+                       "configs/r1_distill_1p5b_lora_v5e8.yaml$"):
         session.make_mesh(config)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, path="other"))
     with pytest.raises(UserError, match="expected 8, the number of devices$"):

@@ -96,7 +96,7 @@ def train_on(shape):
         batch = learning.experience(packed, learning.score(state.params, packed),
                                     learning.score_reference(reference, packed),
                                     config.reward.alpha)
-        state, metrics = learning.update(state, batch)
+        state, metrics = learning.update(state, reference, batch)
         greedy = {(response.prompt, response.sample): response.tokens.tolist()
                   for response in responses}
         return *sharding.to_host((metrics, batch.metrics, state.params)), greedy

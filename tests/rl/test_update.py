@@ -112,14 +112,14 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer,
                                           targets)(place(config, weights(config), target))
-        gradients = update.make_gradients(config, target, loss, targets)
+        gradients = update.make_gradients(config, target, loss, targets, {})
         apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
                                   sharding.sharding(target, *update.ROW_AXES))
         counts, which, steps = sharding.to_device((np.full(1, micro_batches, np.int32), np.int32(0),
                                                    np.int32(1)), sharding.sharding(target))
         with jax.transfer_guard("disallow"):
-            grads, metrics = gradients(state.params, (rows,), (counts,), which)
+            grads, metrics = gradients(state.params, {}, (rows,), (counts,), which)
             assert jax.tree.map(lambda leaf: leaf.sharding, grads) == targets.params
             state, norm = apply_gradients(state, grads, steps)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
@@ -410,7 +410,7 @@ def learnt(settings, shape=(), offload=False, **changes):
                                     config.reward.alpha)
         assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_reference)
-        state, metrics = learning.update(state, batch)
+        state, metrics = learning.update(state, reference, batch)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_state)
         return sharding.to_host((state.params, metrics, batch.metrics))
@@ -464,13 +464,13 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     assert moments == targets.params
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
-        gradients = update.make_gradients(QWEN2, target, LOSS, targets)
+        gradients = update.make_gradients(QWEN2, target, LOSS, targets, {})
         apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         for count in (2, 1, 2):                                 # with less to learn from, too
             before = state
             rows = sharding.to_device(in_micro_batches(experience(), 2),
                                       sharding.sharding(target, *update.ROW_AXES))
-            grads, metrics = gradients(state.params, (rows,), (np.full(1, count, np.int32),),
+            grads, metrics = gradients(state.params, {}, (rows,), (np.full(1, count, np.int32),),
                                        np.int32(0))
             state, _ = apply_gradients(state, grads, np.int32(1))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))

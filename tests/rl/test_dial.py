@@ -1,0 +1,39 @@
+"""The dial's settings, and which group has which alpha."""
+
+import numpy as np
+import pytest
+
+from effreason.rl import dial
+
+ALPHAS = (0.0, 0.05, 0.1, 0.2, 0.4)
+
+
+def test_the_setting_rises_from_0_to_1():
+    settings = [dial.setting(alpha, 0.4) for alpha in ALPHAS]
+    assert settings[0] == 0 and settings[-1] == 1 and settings == sorted(set(settings))
+    np.testing.assert_allclose(settings[2], 0.5)
+
+
+def test_alphas_take_turns():
+    counts = dict.fromkeys(ALPHAS, 0)
+    for step in range(10):
+        of_step = dial.assign(ALPHAS, 16, step)
+        assert of_step.shape == (16,) and set(of_step) == set(ALPHAS)
+        for alpha in of_step.tolist():
+            counts[alpha] += 1
+    assert set(counts.values()) == {32}
+    np.testing.assert_array_equal(dial.assign(ALPHAS, 16, 3), dial.assign(ALPHAS, 16, 3))
+
+
+def test_alphas_are_read_in_order_and_evaluated_in_between():
+    assert dial.parse_alphas("0.4,0,0.1") == (0.0, 0.1, 0.4)
+    assert dial.parse_alphas(None) == ()
+    assert dial.untrained(ALPHAS) == pytest.approx((0.075, 0.15, 0.3))
+
+
+def test_metrics_are_means_over_the_groups_of_an_alpha():
+    correct = np.array([[True, False], [True, True], [False, False]])
+    lengths = np.array([[10, 20], [30, 50], [1, 1]])
+    assert dial.metrics(np.array([0.0, 0.1, 0.0]), correct, lengths) == {
+        "dial/accuracy_at_0": 0.25, "dial/tokens_at_0": 8.0, "dial/accuracy_at_0.1": 1.0,
+        "dial/tokens_at_0.1": 40.0}

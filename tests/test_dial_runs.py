@@ -1,0 +1,116 @@
+"""Whole runs with adapters and a dial: what they leave, that they resume, and what can be made of
+them afterwards."""
+
+import dataclasses
+import json
+
+import cheap_runs
+import numpy as np
+import pytest
+import small_runs
+
+from effreason import loop
+from effreason.cli import main
+from effreason.lm.hf import peft
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.weights import read_weights
+from effreason.runtime.files import read_json_lines
+
+pytestmark = pytest.mark.slow
+DIAL = {"adapter.rank": 4, "reward.alphas": "0,0.2,0.4", "update.learning_rate": 1e-2,
+        "run.steps": 4, "checkpoint.every": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap():
+    with cheap_runs.cheap_runs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    loop.train(small_runs.config(world, directory, **DIAL))
+    return directory
+
+
+def weights(directory):
+    return read_weights(directory, read_config(directory))
+
+
+def test_each_step_has_groups_of_every_alpha(finished):
+    rows = [row for row in read_json_lines(finished / "metrics.jsonl") if "reward/mean" in row]
+    assert len(rows) == 4
+    for row in rows:
+        assert all(row[f"dial/tokens_at_{alpha}"] > 0 for alpha in ("0", "0.2", "0.4"))
+        assert row["rollout/mismatch"] < 1e-4       # the sampler's weights are the trainer's
+    points = json.loads((finished / "dial.json").read_text())["points"]
+    assert [(point["alpha"], point["trained"]) for point in points] == [
+        (0.0, True), (0.2, True), (pytest.approx(0.3), False), (0.4, True)]
+    assert all(0 <= point["accuracy"] <= 1 and point["tokens"] > 0 for point in points)
+
+
+def test_a_resumed_run_is_the_one_that_was_never_stopped(finished, world, tmp_path):
+    config = small_runs.config(world, tmp_path / "run", **DIAL)
+    loop.train(dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2)))
+    loop.train(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True)))
+    for name in ("model/model.safetensors", "rollouts.jsonl", "dial.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_any_alpha_can_be_exported_afterwards(finished, world, tmp_path, capsys):
+    for alpha in ("0", "0.2", "0.31"):
+        assert main.main(["export", str(finished), "--alpha", alpha, "--output",
+                          str(tmp_path / alpha)]) == 0
+    base, zero, middle, other = map(weights, (
+        world / "base", tmp_path / "0", tmp_path / "0.2", tmp_path / "0.31"))
+    # reward.alpha is 0.2: what the run itself exported.
+    trained = weights(finished / "model")
+    for name, leaf in middle["layers"].items():
+        np.testing.assert_array_equal(leaf, trained["layers"][name])
+    distances = [np.abs(np.asarray(one["layers"]["gate"]) - base["layers"]["gate"]).max()
+                 for one in (zero, middle, other)]
+    assert 0 < distances[0] and distances[1] != distances[2]
+    np.testing.assert_array_equal(middle["embedding"], base["embedding"])
+    facts = json.loads((tmp_path / "0.31/effreason.json").read_text())
+    assert (facts["alpha"], facts["step"]) == (0.31, 4)
+
+    assert main.main(["export", str(finished), "--alpha", "0.31", "--adapter", "--output",
+                      str(tmp_path / "adapter")]) == 0
+    config, read = peft.read_adapter(tmp_path / "adapter", read_config(world / "base"))
+    added = read["layers"]["gate_lora_a"] @ read["layers"]["gate_lora_b"]
+    np.testing.assert_allclose(base["layers"]["gate"] + added, other["layers"]["gate"],
+                               rtol=1e-4, atol=1e-5)
+    assert config.adapter.rank == 8
+
+    capsys.readouterr()
+    assert main.main(["export", str(finished), "--alpha", "0.5", "--output",
+                      str(tmp_path / "beyond")]) == 2
+    assert "for alphas from 0 to 0.4, got 0.5" in capsys.readouterr().err
+    assert not (tmp_path / "beyond").exists()
+
+
+def test_models_of_several_alphas_are_compared(finished, world, tmp_path, capsys):
+    arguments = small_runs.arguments(world, tmp_path / "unused", **{"evaluation.problems": 4})
+    arguments = [part for name, value in zip(arguments[::2], arguments[1::2], strict=True)
+                 if not name.startswith("--run.") for part in (name, value)]
+    assert main.main(["evaluate", *arguments, "--models", f"{finished}@0", f"{finished}@0.3",
+                      "--output", str(tmp_path / "evaluated")]) == 0
+    out = capsys.readouterr().out
+    assert "@0.3" in out
+    assert main.main(["evaluate", *arguments, "--models", f"{finished}@0.7",
+                      "--output", str(tmp_path / "again")]) == 2
+
+
+def test_adapters_alone_train_as_well(world, tmp_path):
+    loop.train(small_runs.config(world, tmp_path / "run", **DIAL | {
+        "reward.alphas": None, "adapter.targets": "mlp", "evaluation.problems": 0}))
+    base, trained = weights(world / "base"), weights(tmp_path / "run/model")
+    moved = {name: float(np.abs(np.asarray(leaf) - base["layers"][name]).max())
+             for name, leaf in trained["layers"].items()}
+    assert {name for name, change in moved.items() if change > 0} == {"gate", "up", "down"}
