@@ -558,7 +558,8 @@ def test_a_damaged_checkpoint_names_the_newest_whole_one_and_the_command(finishe
                             (flipped, r"the state changed after being saved \(digest .*\)")):
         weights.write_bytes(damaged)
         error = refused(capfd, arguments)
-        assert re.fullmatch(rf"{directory}/checkpoints/6: {reason}; {re.escape(hint)}", error)
+        assert re.fullmatch(rf"{directory}/checkpoints/6: {reason}; {re.escape(hint)}", error), (
+            error)
 
     shutil.rmtree(directory / "checkpoints" / "6")
     loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": True}))

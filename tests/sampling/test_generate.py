@@ -401,7 +401,7 @@ def test_a_bad_row_is_told_before_the_weights_are_read(tmp_path, capsys, monkeyp
     (["--prompts", "none"], "none: cannot be read"),
     (["--prompt", "x", "--prompts", "y"], "not allowed with argument"),
     (["--top-p", "0"], r"number in \(0, 1\]"),
-    (["--temperature", "-1"], "--temperature: invalid number >= 0"),
+    (["--temperature", "-1"], "--temperature: invalid number, 0 or >= 0.001"),
     (["--samples", "0"], "positive integer"),
     (["--template-arguments", "thinking"], "--template-arguments: must be a mapping such as"),
     (["--template-arguments", "{"], "--template-arguments: must be a mapping such as"),
