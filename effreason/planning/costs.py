@@ -180,8 +180,11 @@ class _CostCounter:
         if target is None or not target[1].startswith(KERNELS):
             return Cost()  # the compiler's own: buffers, starts and ends of collectives
         path = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        # Partitioning takes cuDNN's calls out of their path.
-        name = target[1] if target[1].startswith(CUDNN) or path is None else path[1]
+        # Programs that a compilation cache keeps have no paths. Partitioning takes cuDNN's calls
+        # out of theirs.
+        name = instruction.name if path is None else path[1]
+        if target[1].startswith(CUDNN):
+            name = target[1]
         return Cost(kernels=(KernelCall(name, self._operands(computation, instruction),
                                         instruction.arrays, 1),))
 
