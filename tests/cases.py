@@ -152,7 +152,7 @@ def no_answers(runner: Runner) -> str | None:
     """A step in which no response has an answer says so once, with the likely cause."""
     outcome = runner.train("--data.path", "tiny", "--rollout.max_new_tokens", "4",
                            "--run.steps", "2")
-    said = re.findall(r"step \d+: .*(?:no response|all \d+ responses|cut off)", outcome.output)
+    said = re.findall(r"warning: none of \d+ responses has an answer .*cut off", outcome.output)
     return Expected().wrong(outcome) or (None if len(said) == 1 else outcome.output[-500:])
 
 
@@ -176,7 +176,7 @@ def damaged_checkpoint(runner: Runner) -> str | None:
     outcome = runner.train(*data, "--run.steps", "3", "--run.resume", "true")
     if outcome.code == 0:
         return Expected(says=("checkpoints/1",)).wrong(outcome)
-    return Expected(2, ("checkpoints/2", "checkpoints/1")).wrong(outcome)
+    return Expected(2, ("checkpoints/2", "checkpoint 1 is whole", "rm -r ")).wrong(outcome)
 
 
 def closed_output(runner: Runner) -> str | None:
@@ -196,8 +196,8 @@ CHECKS: dict[str, Check] = {
     "m4-a1": refuses("adapter_only", "adapter", "org/base", "merge"),
     "m5-a1": special_marks(),
     "m6-a1": opens("tmpl_bom"),
-    "m7-a1": opens("tok_beyond_vocab", "note: "),
-    "m8-a1": opens("genconfig_eos_beyond", "note: ", "45"),
+    "m7-a1": opens("tok_beyond_vocab", "42 tokens"),
+    "m8-a1": opens("genconfig_eos_beyond", "EOS 45"),
     "m9-a1": refuses("tmpl_list_nodefault", "rag", "tool_use"),
     "m10-a1": template_arguments,
     "m11-a1": opens("rope_type_null"),

@@ -26,7 +26,7 @@ class Interrupted(Exception):
         self.message = message
 
 
-LINE_CHARACTERS = 600               # of a message; what is longer holds a user's long value
+LINE_CHARACTERS = 2000              # of a message; what is longer holds a user's long value
 # Errors that need no traceback; any other one is a defect.
 REPORTED = (UserError, Interrupted, KeyboardInterrupt, FloatingPointError, OSError)
 
