@@ -258,7 +258,9 @@ def _silence_stragglers() -> None:
     report = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)      # of a coroutine
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
     sys.unraisablehook = hook
