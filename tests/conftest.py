@@ -78,3 +78,20 @@ def pytest_collection_modifyitems(items):
     """Puts the files that take longest first."""
     rank = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(scope="module")
+def cheap():
+    """Makes the runs of a file cheap: equal ones share what they compile, pictures are blank."""
+    import cheap_runs
+
+    with cheap_runs.cheap_runs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A directory with a model that a few steps change, 16 training and 8 test problems."""
+    import small_runs
+
+    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)

@@ -47,20 +47,10 @@ from effreason.runtime.files import read_json_lines
 from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("cheap")
 ROOT = Path(__file__).parents[1]
 # an evaluation between, so that being stopped within it is tested too
 EVALUATED = {"evaluation.every": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap():
-    with cheap_runs.cheap_runs():
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
 
 
 @pytest.fixture(scope="module")

@@ -22,20 +22,10 @@ from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.progress import Progress
 from effreason.sampling import engine
 
+pytestmark = pytest.mark.usefixtures("cheap")
 ALPHAS, BASELINES, WEIGHTS = [0.0, 0.3], ["sft_shortest", "dpo"], [0.5]
 CHANGES = {"run.steps": 3, "kl.form": "reward", "kl.coefficient": 0.01}
 NAMES = ["base", "α = 0", "α = 0.3", "SFT, shortest", "DPO", "blend 0.5"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap():
-    with cheap_runs.cheap_runs():
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
 
 
 @pytest.fixture(scope="module")

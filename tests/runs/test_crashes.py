@@ -3,7 +3,6 @@ if nothing had happened."""
 
 import contextlib
 
-import cheap_runs
 import crash_images
 import pytest
 import small_runs
@@ -12,15 +11,11 @@ from effreason import loop
 from effreason.cli import family as families
 from effreason.runs.session import open_session
 
+pytestmark = pytest.mark.usefixtures("cheap")
+
 # Short, with all that a run writes: two checkpoints, of which one is kept, and three evaluations.
 CHANGES = {"run.steps": 4, "checkpoint.every": 2, "checkpoint.keep": 1, "evaluation.every": 2,
            "evaluation.problems": 4, "rollout.prompts_per_step": 2, "rollout.slots": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap():
-    with cheap_runs.cheap_runs():
-        yield
 
 
 @pytest.fixture(scope="module")
