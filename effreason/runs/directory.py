@@ -14,11 +14,11 @@ from rich.console import Console
 from effreason.data.loading import evaluation_samples
 from effreason.data.prompts import LeftOut
 from effreason.evaluation.evaluate import max_new_tokens
-from effreason.lm.hf.pretrained import CARD_FILE
+from effreason.lm.hf.pretrained import CARD_FILE, recover_export
 from effreason.rl import alpha_control, configured_reward
 from effreason.runs import results as run_files
 from effreason.runs.claim import claimed
-from effreason.runs.export import origin, recover
+from effreason.runs.export import origin
 from effreason.runs.model_card import model_card
 from effreason.runs.report import figures
 from effreason.runs.report import page as report_page
@@ -90,7 +90,8 @@ def _claim(config: Config, name: str | None, may_change: Sequence[str], family: 
         check_unused(directory, family)
     for left_over in directory.glob(f"{processes.SIGHT}*"):
         left_over.unlink(missing_ok=True)
-    recover(directory / "model")
+    with disk(directory / "model"):
+        recover_export(directory / "model")
     return directory
 
 

@@ -1,12 +1,11 @@
 """The trained model for others: a Hugging Face directory with a card and facts of training."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from effreason import __version__
 from effreason.lm import model
-from effreason.lm.hf.hub import existing_export, public_name
+from effreason.lm.hf.hub import public_name
 from effreason.lm.hf.pretrained import FACTS_FILE, export_model
 from effreason.runs.model_card import model_card
 from effreason.runs.session import Inputs
@@ -39,15 +38,6 @@ def exported_step(target: Path) -> int | None:
     except UserError:
         return None
     return step if isinstance(step, int) else None
-
-
-def recover(target: Path) -> None:
-    """Completes or removes what an export left that was cut off between two renames or before."""
-    with disk(target):
-        if not target.exists() and (interrupted := existing_export(target)):
-            interrupted.rename(target)
-    for suffix in (".partial", ".old"):
-        shutil.rmtree(target.with_name(target.name + suffix), ignore_errors=True)
 
 
 def origin(inputs: Inputs) -> dict[str, Any]:

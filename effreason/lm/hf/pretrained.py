@@ -239,6 +239,19 @@ def unused_ids(tokenizer: Any, vocabulary: int,
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
+def beside(target: Path) -> tuple[Path, Path]:
+    """Returns the directories of an export in progress, and of the one that it replaces."""
+    return target.with_name(target.name + ".partial"), target.with_name(target.name + ".old")
+
+
+def recover_export(target: Path) -> None:
+    """Completes or removes what an export left that was cut off between two renames or before."""
+    if not target.exists() and (interrupted := hub.existing_export(target)):
+        interrupted.rename(target)
+    for left in beside(target):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def export_model(params: Params, config: DecoderConfig, source: Path, target: Path, *,
                  chat_template: str | None = None, card: str | None = None,
                  facts: Mapping[str, Any] | None = None,
@@ -262,10 +275,8 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
         write_weights(params, config, stored_dtype(source), None, weights.stored_dtypes(source))
         return
 
-    partial, old = (target.with_name(target.name + suffix) for suffix in (".partial", ".old"))
-    if not target.exists() and (interrupted := hub.existing_export(target)):
-        interrupted.rename(target)
-    shutil.rmtree(partial, ignore_errors=True)
+    recover_export(target)
+    partial, old = beside(target)
     partial.mkdir(parents=True)
     try:
         _copy_companions(source, partial)
@@ -282,7 +293,6 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
-    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     partial.rename(target)
