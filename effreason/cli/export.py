@@ -3,7 +3,6 @@
 It is the merged model, at any alpha of a dial, or the adapters in the format of the peft library.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 from effreason.cli.arguments import Parser, bounded
 from effreason.cli.blend import check_target
 from effreason.data import prompts, sources, templates
+from effreason.evaluation.models import on_devices
 from effreason.lm.hf import peft
 from effreason.lm.hf.hub import public_name
 from effreason.lm.hf.pretrained import CARD_FILE, Pretrained, open_pretrained
@@ -43,11 +43,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     if options.adapter and not config.adapter.rank:
         raise UserError(f"--adapter: {directory} was trained without adapters, adapter.rank is 0")
 
-    # On this machine's devices, whatever the run had.
-    config = dataclasses.replace(config, mesh=MeshConfig())
-    mesh = sharding.make_mesh(data=-1)
-    config = dataclasses.replace(config, update=dataclasses.replace(
-        config.update, rows_per_micro_batch=sharding.batch_shards(mesh), offload_optimizer=False))
+    mesh = sharding.make_mesh(data=-1)      # this machine's devices, whatever the run had
+    config = on_devices(config, MeshConfig(), mesh)
     pretrained = open_pretrained(config.model.path, revision=config.model.revision,
                                  dtype=config.model.dtype, stop_ids=config.rollout.stop_ids)
     learner = Learner(config, pretrained.decoder, mesh, tries_kernels=False)

@@ -28,7 +28,7 @@ from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import Learner, check_model
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
-from effreason.runtime.config import Config
+from effreason.runtime.config import Config, MeshConfig
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json
 
@@ -87,6 +87,15 @@ def is_checkpoint(path: Path) -> bool:
             and (path.parents[1] / "config.yaml").is_file())
 
 
+def on_devices(run: Config, axes: MeshConfig, mesh: Mesh) -> Config:
+    """Returns the configuration of a run with which its state is restored on other devices.
+
+    Args: axes, of the mesh."""
+    update = dataclasses.replace(run.update, rows_per_micro_batch=sharding.batch_shards(mesh),
+                                 offload_optimizer=False)
+    return dataclasses.replace(run, mesh=axes, update=update)
+
+
 def newest_checkpoint(run: Path) -> Path:
     """Returns the directory of a run's newest checkpoint. Raises: UserError if there is none."""
     with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
@@ -113,9 +122,7 @@ def _open_checkpoint(config: Config, path: Path, mesh: Mesh, alpha: float | None
                             f"{checkpoints.steps}")
         facts = checkpoints.facts(int(path.name))
 
-    # The problems and weights of the run, on the devices of this evaluation.
-    run_here = dataclasses.replace(run, mesh=config.mesh, update=dataclasses.replace(
-        run.update, rows_per_micro_batch=sharding.batch_shards(mesh), offload_optimizer=False))
+    run_here = on_devices(run, config.mesh, mesh)
 
     def load() -> model.Params:
         learner = Learner(run_here, pretrained.decoder, mesh, tries_kernels=False)
