@@ -4,7 +4,6 @@ them afterwards."""
 import dataclasses
 import json
 
-import cheap_runs
 import numpy as np
 import pytest
 import small_runs
@@ -16,20 +15,9 @@ from effreason.lm.hf.config import read_config
 from effreason.lm.hf.weights import read_weights
 from effreason.runtime.files import read_json_lines
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap")]
 DIAL = {"adapter.rank": 4, "reward.alphas": "0,0.2,0.4", "update.learning_rate": 1e-2,
-        "run.steps": 4, "checkpoint.every": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap():
-    with cheap_runs.cheap_runs():
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small_runs.write_world(tmp_path_factory.mktemp("world"), train=16, test=8, first=100)
+        "log.groups_per_step": 4, "run.steps": 4, "checkpoint.every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +49,25 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped(finished, world, tmp_pa
     loop.train(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True)))
     for name in ("model/model.safetensors", "rollouts.jsonl", "dial.json"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_response_is_replayed_with_the_weights_of_its_alpha(finished, capsys):
+    rows = [row for row in read_json_lines(finished / "rollouts.jsonl") if row["step"] == 2]
+    for row in rows[:1] + rows[-1:]:
+        assert main.main(["replay", str(finished), "--step", "2", "--uid", str(row["uid"]),
+                          "--sample", str(row["sample"]), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["as_logged"]
+
+
+def test_settings_that_a_dial_cannot_have_are_refused(world, tmp_path, capsys):
+    arguments = small_runs.arguments(world, tmp_path / "run", **DIAL)
+    for changes, message in (
+            (["--reward.alpha", "0.5"], "reward.alpha must be at most 0.4, the largest of"),
+            (["--adapter.rank", "0"], "adapter.rank must be >= 1 with reward.alphas, got 0"),
+            (["--family", "0,0.2"], "reward.alphas must be null for a family")):
+        assert main.main(["train", *arguments, *changes]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_any_alpha_can_be_exported_afterwards(finished, world, tmp_path, capsys):

@@ -112,6 +112,9 @@ def check(config: Config) -> None:
     if config.update.objective != "policy_gradient":
         raise UserError("update.objective must be policy_gradient for a family, which has its own "
                         f"baselines, got {config.update.objective}")
+    if config.reward.alphas is not None:
+        raise UserError("reward.alphas must be null for a family, which trains a model for each "
+                        f"alpha, got {config.reward.alphas}")
     if alpha_control.is_on(config.reward):
         raise UserError(
             "reward.target_tokens and reward.max_accuracy_drop must be null for a family, whose "

@@ -17,6 +17,7 @@ from effreason.data import prompts
 from effreason.evaluation.evaluate import make_grader
 from effreason.lm import model
 from effreason.lm.hf.pretrained import Pretrained, load_weights
+from effreason.rl import dial
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import Engine, make_engine
 from effreason.runs.session import open_inputs
@@ -55,7 +56,9 @@ def run(argv: Sequence[str], prog: str) -> None:
         problem = _problem(inputs.problems, config, options.uid, options.step)
         engine = make_engine(config, inputs.pretrained, mesh)
         step = options.step if config.rollout.policy == "current" else 0
-        params = _policy(engine, inputs.pretrained, directory, step)
+        alpha = _alpha(inputs.problems, config, problem, options.step)
+        params = _policy(engine, inputs.pretrained, directory, step,
+                         dial.checked_setting(config.reward, alpha, str(directory)))
         response = replay(engine, params, problem, config, options.step, options.sample)
 
     text = decode(inputs.pretrained.tokenizer, response.tokens, ended=response.ended)
@@ -104,8 +107,22 @@ def _problem(problems: prompts.Problems, config: Config, uid: int, step: int) ->
                     f"{', '.join(str(problem.uid) for problem in batch)}; got {uid}")
 
 
-def _policy(engine: Engine, pretrained: Pretrained, directory: Path, step: int) -> model.Params:
-    """Returns the weights after `step` updates. Raises: UserError if they are not stored."""
+def _alpha(problems: prompts.Problems, config: Config, problem: Problem,
+           step: int) -> float | None:
+    """Returns the alpha of a problem's group in a run with a dial; None without one."""
+    alphas = dial.parse_alphas(config.reward.alphas)
+    if not alphas:
+        return None
+    batch = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, step)
+    index = [other.uid for other in batch].index(problem.uid)
+    return float(dial.assign(alphas, len(batch), step)[index])
+
+
+def _policy(engine: Engine, pretrained: Pretrained, directory: Path, step: int,
+            setting: float | None) -> model.Params:
+    """Returns the weights after `step` updates. Raises: UserError if they are not stored.
+
+    Args: setting, of the dial, None if there is none."""
     if step == 0:
         return load_weights(pretrained, engine.learner.params_sharding)
     with Checkpoints(directory / "checkpoints", keep=None) as saved:
@@ -115,7 +132,7 @@ def _policy(engine: Engine, pretrained: Pretrained, directory: Path, step: int) 
                             f"{directory / 'checkpoints'}; got {step}; a run keeps more of them "
                             "with checkpoint.every and checkpoint.keep")
         state, _ = saved.restore(engine.learner.abstract_state, step)
-        return engine.learner.restored(state, pretrained)
+        return engine.learner.restored(state, pretrained, setting)
 
 
 def _as_logged(directory: Path, options: Any, text: str) -> bool | None:

@@ -552,6 +552,11 @@ class Config:
                 raise ValueError(f"{field} must be {required} with reward.alphas, got "
                                  f"{written(value)}")
 
+        largest = max(map(float, str(self.reward.alphas).split(",")))
+        if self.reward.alpha > largest:
+            raise ValueError(f"reward.alpha must be at most {largest:g}, the largest of "
+                             f"reward.alphas, got {self.reward.alpha:g}")
+
     def _check_control(self) -> None:
         reward, evaluation = self.reward, self.evaluation
         condition = "if reward.target_tokens or reward.max_accuracy_drop moves alpha"
