@@ -90,7 +90,7 @@ class Run:
     @property
     def alphas(self) -> tuple[float, ...]:
         """The alphas of the dial, ascending; () if there is none."""
-        return dial.parse_alphas(self.config.reward.alphas)
+        return self.config.reward.dial
 
     def settings(self, alphas: np.ndarray | None) -> np.ndarray | None:
         """Returns the settings of the dial for the alphas of groups."""

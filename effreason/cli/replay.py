@@ -110,7 +110,7 @@ def _problem(problems: prompts.Problems, config: Config, uid: int, step: int) ->
 def _alpha(problems: prompts.Problems, config: Config, problem: Problem,
            step: int) -> float | None:
     """Returns the alpha of a problem's group in a run with a dial; None without one."""
-    alphas = dial.parse_alphas(config.reward.alphas)
+    alphas = config.reward.dial
     if not alphas:
         return None
     batch = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, step)

@@ -17,11 +17,6 @@ from effreason.runtime.config import RewardConfig
 from effreason.runtime.errors import UserError
 
 
-def parse_alphas(text: str | None) -> tuple[float, ...]:
-    """Returns the alphas of a configuration's reward.alphas in ascending order; () for None."""
-    return () if text is None else tuple(sorted(float(part) for part in text.split(",")))
-
-
 def split_name(name: str) -> tuple[str, float | None]:
     """Splits RUN@0.2 into the run and the alpha of its dial; the alpha is None without @."""
     run, at, alpha = name.rpartition("@")
@@ -39,7 +34,7 @@ def checked_setting(config: RewardConfig, alpha: float | None, name: str) -> flo
 
     Raises:
         UserError: the run has no dial, or the alpha is beyond it."""
-    alphas = parse_alphas(config.alphas)
+    alphas = config.dial
     if not alphas:
         if alpha is not None:
             raise UserError(f"{name}: an alpha can be chosen for a run with a dial, reward.alphas; "

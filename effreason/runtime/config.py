@@ -258,6 +258,11 @@ class RewardConfig(Section):
     alpha_max: Fraction = 0.4
     """Highest alpha that this adjustment may choose."""
 
+    @property
+    def dial(self) -> tuple[float, ...]:
+        """The alphas of the dial in ascending order; () if there is none."""
+        return () if self.alphas is None else tuple(sorted(map(float, self.alphas.split(","))))
+
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig(Section):
@@ -552,7 +557,7 @@ class Config:
                 raise ValueError(f"{field} must be {required} with reward.alphas, got "
                                  f"{written(value)}")
 
-        largest = max(map(float, str(self.reward.alphas).split(",")))
+        largest = self.reward.dial[-1]
         if self.reward.alpha > largest:
             raise ValueError(f"reward.alpha must be at most {largest:g}, the largest of "
                              f"reward.alphas, got {self.reward.alpha:g}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from effreason.rl import dial
+from effreason.runtime.config import RewardConfig
 
 ALPHAS = (0.0, 0.05, 0.1, 0.2, 0.4)
 
@@ -26,8 +27,8 @@ def test_alphas_take_turns():
 
 
 def test_alphas_are_read_in_order_and_evaluated_in_between():
-    assert dial.parse_alphas("0.4,0,0.1") == (0.0, 0.1, 0.4)
-    assert dial.parse_alphas(None) == ()
+    assert RewardConfig(alphas="0.4,0,0.1").dial == (0.0, 0.1, 0.4)
+    assert RewardConfig().dial == ()
     assert dial.untrained(ALPHAS) == pytest.approx((0.075, 0.15, 0.3))
 
 
