@@ -294,7 +294,7 @@ def test_offline_is_one_line_at_once(offline):
     with pytest.raises(UserError, match="org/none: is no file here and not in the "
                        "cache, and HF_HUB_OFFLINE") as caught:
         read("org/none")
-    assert time.monotonic() - start < 5 and "\n" not in str(caught.value)
+    assert time.monotonic() - start < 20 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("error", "message"), [

@@ -49,23 +49,26 @@ def test_hostile_answers_cost_little_and_gain_nothing(grader, tmp_path, monkeypa
     assert list(tmp_path.rglob("*PWNED*")) == list(REPOSITORY.rglob("PWNED")) == []
 
 
+# What cost the whole time limit of one answer, or of all of them
+SLOW = {"soft_timeout", "hard_kill", "budget"}
+
+
 def test_adversarial_cases(grader):
     cases = load("adversarial.jsonl")
-    start = time.monotonic()
     grades = grader.grade([boxed(case["pred"]) for case in cases], [case["gold"] for case in cases])
-    assert time.monotonic() - start < 15
+    assert not {grade.status for grade in grades} & SLOW
     clear = [(case, grade) for case, grade in zip(cases, grades, strict=True)
              if case["want"] is not None]
     assert [case["name"] for case, grade in clear if grade.correct != case["want"]] == []
 
 
-def test_a_batch_with_hostile_answers_is_quick(grader):
+def test_hostile_answers_cost_the_others_of_their_batch_nothing(grader):
     honest = [boxed(rf"\frac{{{row}\sqrt{{3}}}}{{2}}") if row % 5 == 0 else boxed(str(row))
               for row in range(250)]
     references = [rf"{row} \sqrt{{0.75}}" if row % 5 == 0 else str(row) for row in range(250)]
-    start = time.monotonic()
     grades = grader.grade(honest + [boxed(text) for text in HOSTILE[4:10]], references + ["7"] * 6)
-    assert time.monotonic() - start < 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    statuses = [grade.status for grade in grades]
+    assert not set(statuses[:250]) & SLOW and set(statuses[250:]) & SLOW <= {"soft_timeout"}
     assert [grade.correct for grade in grades] == [True] * 250 + [False] * 6
 
 

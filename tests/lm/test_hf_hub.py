@@ -270,8 +270,8 @@ def test_repositories_that_hold_no_model(server, client):
 def test_without_a_hub_it_fails_at_once(server, client, environment, revision):
     started = time.monotonic()
     answer = client("good/model", revision, **environment)
-    # the library alone would try for 23 s
-    assert time.monotonic() - started < 10
+    # the library alone would try for 23 s; a busy machine needs some of them to start the process
+    assert time.monotonic() - started < 20
     reason = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in environment else "[Errno"
     at = f" --revision {OLD}" if revision else ""
     refused(answer, "good/model: no directory here, not in the cache", reason,
