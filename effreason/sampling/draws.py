@@ -99,6 +99,8 @@ def draw(logits: Float[Array, "S V"], keys: Key[Array, " S"],
     # One number for each level: what is left of a single number after the choice of a block has too
     # few bits for the block's tokens.
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    # Multiples of 2**-23. At 0 itself the first entry would be drawn, however unlikely it is.
+    uniform = jnp.maximum(uniform, 2.0**-24)
     block = _invert(kept_sums, uniform[:, 0])
     tokens = _select_block(blocks, block)
     # Relative to the block's own maximum: in a block of unlikely tokens all could round to 0.
@@ -212,7 +214,7 @@ def _invert(weights: Float[Array, "S n"], uniform: Float[Array, " S"]) -> Int[Ar
 
     Args:
         weights: the largest of each row at least 1.
-        uniform: in [0, 1 - 2**-24]."""
+        uniform: in (0, 1 - 2**-24]."""
     # A long float32 sum is rounded and may change even if 0 is added: mask entries of weight 0.
     cumulative = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
     # 1 - 2**-24 times a total of at least 1 rounds to less than the total: some entry exceeds it.

@@ -186,6 +186,19 @@ def test_every_token_of_an_unlikely_block_can_be_drawn():
     assert tokens == set(range(31_750, 32_000))
 
 
+def test_a_random_number_of_0_takes_no_token_that_is_all_but_impossible():
+    row = np.full((1, 1024), np.log(1e-12), np.float32)
+    row[0, [500, 501, 900]] = 0.0
+    # The first block and the first token of a block have a share of 1e-12.
+    for second, token in ((0.0, 500), (0.75, 501), (ALMOST_ONE, 501)):
+        assert drawn_at(sampling())(row, np.array([0.0, second], np.float32)).tokens[0] == token
+    # All other random numbers are what they were: the least of them is 2**-23.
+    row[0, 0], row[0, 500:502] = np.log(3 * 2**-23), -np.inf
+    for first, block in ((0.0, 0), (2**-23, 0), (2**-22, 0), (2**-21, 28)):
+        found = drawn_at(sampling())(row, np.array([first, 0.5], np.float32)).tokens[0]
+        assert found // 32 == block
+
+
 def test_a_block_whose_probabilities_are_all_rounded_to_0_is_never_drawn():
     row = np.full((1, 1024), -150.0, np.float32)
     row[0, 700] = 0.0
