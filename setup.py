@@ -10,13 +10,25 @@ README = ROOT / "README.md"
 SOURCE = (ROOT / "effreason" / "__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'__version__ = "(.+)"', SOURCE)[1]
 
+
+def page_of_an_index(text: str) -> str:
+    """Returns the README without what only works in the repository: relative links and pictures."""
+    relative = r"\((?!https?:|#)([^)]+)\)"
+    text = re.sub(rf"!\[([^]]*)\]{relative}", r"*\1* (`\2`)", text)
+    return re.sub(rf"\[([^]]*)\]{relative}", r"\1", text)
+
+
 setup(
     name="effreason",
     version=VERSION,
     description="Train large reasoning models to reason efficiently, in JAX",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=page_of_an_index(README.read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The effreason maintainers",
+    keywords=["reasoning", "language models", "reinforcement learning", "RLOO", "efficiency", "JAX",
+              "Flax", "TPU"],
+    project_urls={"Paper": "https://arxiv.org/abs/2502.04463"},
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     # configs/ stays at the top of the checkout and is installed as effreason/configs.
@@ -66,8 +78,13 @@ setup(
                  "mypy>=1.14", "types-PyYAML>=6"],
         "parity": ["torch==2.13.0", "peft==0.21.2"],
         "bench": ["torch==2.13.0", "psutil>=6"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
+        "release": ["build>=1.2", "twine>=6.1"],
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX",
         "Programming Language :: Python :: 3 :: Only",
@@ -75,5 +92,6 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )
