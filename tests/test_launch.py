@@ -24,7 +24,9 @@ from effreason.runtime.config_fields import all_settings, sections
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [ROOT / "launch" / name for name in ("single_node.sh", "slurm.sbatch", "tpu_pod.sh")]
 JOB = ROOT / "launch" / "gke.yaml"
-FILES = [*SCRIPTS, JOB, *sorted((ROOT / "docs" / "launch").glob("*.md"))]
+FILES = [*SCRIPTS, JOB, *sorted((ROOT / "docs" / "launch").glob("*.md")),
+         *(ROOT / "docs" / name for name in ("out-of-memory.md", "runs.md"))]
+IMAGES = sorted((ROOT / "containers").glob("*.Dockerfile"))
 PRINT = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -115,8 +117,19 @@ def test_every_setting_that_is_named_exists(path):
     names = "|".join(sections(Config))
     named |= set(re.findall(rf"`((?:{names})\.[a-z0-9_]+)`", text))
     assert named and named <= known
-    for linked in re.findall(r"\]\(([^)]+)\)", text):
+    for linked in re.findall(r"\]\((?!https:)([^)#]+)", text):
         assert (path.parent / linked).exists(), linked
+
+
+@pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.name)
+def test_an_image_is_pinned_and_runs_effreason_as_nobody_in_particular(path):
+    text = path.read_text(encoding="utf-8")
+    lines = [line.split(maxsplit=1) for line in text.replace("\\\n", " ").splitlines()
+             if line and not line.startswith("#")]
+    rows = {name: value for name, value in lines}       # the last of each
+    assert re.fullmatch(r"python:3\.1\d\.\d+-slim-\w+", rows["FROM"])
+    assert rows["USER"] == "1000" and json.loads(rows["ENTRYPOINT"]) == ["effreason"]
+    assert text.count("pip install") == text.count("pip install --constraint constraints.txt") == 2
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -9,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
 
 import effreason
 
@@ -27,6 +29,11 @@ def build(kind, tree, output):
 def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")
             if path.is_file() and "__pycache__" not in path.parts}
+
+
+def metadata(wheel):
+    [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return email.message_from_bytes(wheel.read(name))
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +62,34 @@ def test_the_source_distribution_has_what_the_documents_name(built):
         assert files(source / folder) == files(ROOT / folder)
 
 
+@pytest.mark.parametrize("python", ["3.11.7", "3.12.1", "3.13.0"])
+@pytest.mark.parametrize("extra", ["", "test", "docs", "tpu", "cuda12", "cuda13"])
+def test_the_pinned_versions_are_allowed_and_come_from_anywhere(built, python, extra):
+    _, wheel = built
+    machine = {**default_environment(), "python_full_version": python, "extra": extra,
+               "python_version": python.rpartition(".")[0]}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]    # no URL, no option
+    chosen = {re.sub("[-_.]+", "-", pin.name.lower()): str(pin.specifier).removeprefix("==")
+              for pin in pins if pin.marker is None or pin.marker.evaluate(machine)}
+
+    needed = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist")]
+    for one in needed:
+        if one.marker is None or one.marker.evaluate(machine):
+            name = re.sub("[-_.]+", "-", one.name.lower())
+            assert one.specifier.contains(chosen[name], prereleases=True), one
+
+
 def test_the_metadata_and_the_page_of_an_index(built):
     _, wheel = built
-    [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-    metadata = email.message_from_bytes(wheel.read(name))
+    described = metadata(wheel)
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert f"\nversion: {metadata['Version']}\n" in citation
-    assert f'- name: "{metadata["Author"]}"' in citation
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert f"\nversion: {described['Version']}\n" in citation
+    assert f'- name: "{described["Author"]}"' in citation
+    assert described["License-Expression"] == "Apache-2.0"
 
     # An index shows the README alone: no link leads from there to a file of the repository.
-    page = metadata.get_payload(decode=True).decode()
+    page = described.get_payload(decode=True).decode()
     assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]+)\)", page))
     assert "docs/configuration.md explains each field" in page
     assert "(`docs/tiny_report.png`)" in page
