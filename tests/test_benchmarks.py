@@ -147,6 +147,20 @@ def test_the_update_benchmark_measures_an_engine_in_a_process_of_its_own():
     assert 0 < row["matmul_share"] < 1 and 0 < row["fill"] <= 1
 
 
+@pytest.mark.slow
+def test_adapters_are_measured_against_all_weights():
+    command = [sys.executable, "-m", "benchmarks.update.adapters", "--model", "M1", "--rank", "4",
+               "--response", "8", "--repeats", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
+                          cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result.keys() == {"all weights", "rank 4", "ratios"}
+    # No gradient and no moments of 53 million weights: 12 bytes of each.
+    saved = result["all weights"]["peak_bytes"] - result["rank 4"]["peak_bytes"]
+    assert saved > 8 * 53e6 and 0 < result["ratios"]["update_seconds"] < 2
+
+
 def test_the_update_benchmark_judges_by_medians_of_one_run(capsys):
     def row(engine, seconds, batch="fixed"):
         return {"engine": engine, "batch": batch, "seconds": seconds, "flops": 6e9,

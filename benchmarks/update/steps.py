@@ -119,7 +119,7 @@ def flops(config: DecoderConfig, batch: Batch) -> float:
 
 
 def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str,
-             dtype: str = "float32") -> Config:
+             dtype: str = "float32", rank: int = 0) -> Config:
     """The configuration of the step, as a run would have it: if nothing is computed again, no
     scores either."""
     prompts, samples = batch.correct.shape
@@ -131,6 +131,7 @@ def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str,
         rollout=dataclasses.replace(made.rollout, prompts_per_step=prompts, group_size=samples,
                                     max_new_tokens=batch.longest),
         reward=dataclasses.replace(made.reward, alpha=0.0),
+        adapter=dataclasses.replace(made.adapter, rank=rank),
         kl=dataclasses.replace(made.kl, form="loss", coefficient=KL),
         update=dataclasses.replace(made.update, learning_rate=RATE, beta1=BETAS[0], beta2=BETAS[1],
                                    warmup_updates=0,
@@ -139,30 +140,37 @@ def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str,
 
 
 def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, remat: str,
-              dtype: str = "float32",
+              dtype: str = "float32", rank: int = 0,
               params: model.Params | None = None) -> Learner:
     """The step of a run: packing, scoring by policy and reference, credit, update.
 
-    Args: params, which are taken over; None = random ones."""
-    run = settings(config, batch, rows=rows, remat=remat, dtype=dtype)
+    Args: rank, of adapters, 0 = all weights are trained; params, which are taken over, None =
+        random ones."""
+    run = settings(config, batch, rows=rows, remat=remat, dtype=dtype, rank=rank)
     decoder = dataclasses.replace(config, dtype=jnp.dtype(dtype), remat=remat)
     learning = engine.Learner(run, decoder, mesh)
     if params is None:
         params = jax.jit(lambda: model.init(decoder, jax.random.key(0)),
                          out_shardings=learning.params_sharding)()
     reference = learning.as_reference(params)
-    states = [learning.init(params)]
+    states = [learning.start(params, seed=0)]
     figures: dict[str, Any] = {"rows": rows, "fill": 1.0}
 
     def step() -> None:
+        started = time.perf_counter()
         with jax.set_mesh(mesh):
             packed = learning.pack(to_rollouts(batch), batch.correct)
-            learnt = learning.experience(packed, learning.score(states[0].params, packed),
+            policy = learning.policy(states[0], reference)
+            learnt = learning.experience(packed, learning.score(policy, packed),
                                          learning.score_reference(reference, packed),
                                          run.reward.alpha)
+            jax.block_until_ready(learnt.experience)
+            credited = time.perf_counter()
             states[0], metrics = learning.update(states[0], reference, learnt)
             jax.block_until_ready((states[0], metrics))
-        figures["fill"] = packed.packing_efficiency
+        ended = time.perf_counter()
+        figures.update(fill=packed.packing_efficiency, update_seconds=ended - credited,
+                       step_seconds=ended - started)
 
     product = jax.jit(jnp.matmul)
 
