@@ -30,7 +30,7 @@ import numpy as np
 
 from effreason.data import prompts
 from effreason.evaluation import responses
-from effreason.lm import model
+from effreason.lm import adapters, model
 from effreason.lm.hf.pretrained import model_fingerprint
 from effreason.rl import alpha_control, dial, parity
 from effreason.rl.checkpoints import Checkpoints, digest
@@ -374,12 +374,16 @@ def begin(config: Config, session: Session, directory: Path, checkpoints: Checkp
     """
     learner = session.engine.learner
     # A resume without a reference reads no weights but the checkpoint's.
-    weights = session.load_weights() if latest is None or config.keeps_reference else {}
+    weights = (session.load_weights(merged=not config.adapter.rank)
+               if latest is None or config.keeps_reference else {})
+    stored = session.load_adapters()
     reference = learner.as_reference(weights) if config.keeps_reference else None
-    base_digest = digest(weights) if weights else None
+    if reference is not None and stored is not None:    # the reference is what the run starts from
+        reference = adapters.join(reference, learner.initial_adapters(config.run.seed, stored))
+    base_digest = digest((weights, stored) if stored else weights) if weights else None
     if latest is None:
         # A copy: in float32 the reference may be these very arrays, and updates donate the state.
-        train_state = learner.start(weights, config.run.seed, keeps=reference is not None)
+        train_state = learner.start(weights, config.run.seed, stored, keeps=reference is not None)
         run_state = RunState(alpha=config.reward.alpha, last_alpha_step=0, lengths={}, seconds=0.0)
     else:
         train_state, facts = restore(learner, checkpoints, latest, resume_command)
@@ -394,8 +398,8 @@ def begin(config: Config, session: Session, directory: Path, checkpoints: Checkp
     return Run(config=config, session=session, directory=directory, checkpoints=checkpoints,
                reference=reference, train_state=train_state, run_state=run_state,
                base_digest=base_digest,
-               initial_params=(jax.device_put(reference, learner.params_sharding)
-                               if config.rollout.policy == "initial" else None),
+               initial_params=(learner.initial_policy(reference) if reference is not None
+                               and config.rollout.policy == "initial" else None),
                started=started - run_state.seconds)
 
 
@@ -527,8 +531,12 @@ def save(run: Run) -> None:
 def export_policy(run: Run) -> None:
     """Writes the policy as a Hugging Face model."""
     alpha = run.run_state.alpha
-    policy = run.learner.merged(run.policy(alpha if run.alphas else None))
-    export(policy, run.step, run.config, run.session.inputs, run.directory / "model", alpha)
+    policy = run.policy(alpha if run.alphas else None)
+    decoder = run.learner.decoder
+    if not run.config.export.adapter:
+        policy, decoder = run.learner.merged(policy), run.session.inputs.pretrained.decoder
+    export(policy, decoder, run.step, run.config, run.session.inputs, run.directory / "model",
+           alpha)
     processes.broadcast("saved", lambda: None)        # no process ends while process 0 still writes
 
 
@@ -548,7 +556,7 @@ def evaluate_base(run: Run) -> dict[str, Outcomes]:
     @functools.cache
     def original() -> model.Params:
         if run.reference is not None:
-            return jax.device_put(run.reference, run.learner.params_sharding)
+            return run.learner.initial_policy(run.reference)
         # After a resume the evaluation is there already, unless somebody has deleted it.
         return run.train_state.params if run.step == 0 else run.session.load_weights()
 

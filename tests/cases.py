@@ -193,7 +193,7 @@ CHECKS: dict[str, Check] = {
         runner.generate(runner.model("llama2_like"))),
     "m2-a1": opens("stale_index_old_shards", "index"),
     "m3-a1": refuses("lfs_pointer", "Git LFS", "git lfs pull|hf download"),
-    "m4-a1": refuses("adapter_only", "adapter", "org/base", "merge"),
+    "m4-a1": refuses("adapter_only", "adapter", "org/base"),
     "m5-a1": special_marks(),
     "m6-a1": opens("tmpl_bom"),
     "m7-a1": opens("tok_beyond_vocab", "42 tokens"),

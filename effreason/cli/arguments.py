@@ -72,9 +72,24 @@ def check_model(path: str, field: str) -> None:
         raise UserError(f"{expected}, {path} does not exist")
     if directory is not None:
         try:
-            hub.model_directory(directory)
+            if hub.is_adapter(directory):
+                from effreason.lm.hf import peft  # imports jax
+
+                peft.base_model(directory)
+            else:
+                hub.model_directory(directory)
         except UserError as error:
             raise UserError(f"{expected}, {error}") from None
+
+
+
+def check_start(config: Config) -> None:
+    """Raises UserError unless model.path is a model, and model.adapter, if given, adapters."""
+    check_model(config.model.path, "model.path")
+    if config.model.adapter is not None:
+        from effreason.lm.hf import peft  # imports jax
+
+        peft.resolve(config.model.path, config.model.revision, config.model.adapter)
 
 
 def check_revision(revision: str | None, path: str, option: str) -> None:

@@ -55,8 +55,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     for weight, target in zip(weights, targets, strict=True):
         with disk(target):
             export_model(_blended(base, trained_params, weight), trained.decoder,
-                         trained.directory, target, facts=facts(base, trained, weight),
-                         card=card(base, trained, weight))
+                         trained.directory, target, own=trained.own_directory,
+                         facts=facts(base, trained, weight), card=card(base, trained, weight))
         print(f"{target}: {1 - weight:g} of {base.name} and {weight:g} of {trained.name}")
 
 
@@ -115,7 +115,7 @@ def facts(base: Pretrained, trained: Pretrained, weight: float) -> dict[str, Any
 
     Returns None if the trained model has no such file: then it is unknown which prompts it was
     trained on, which a file would have to say."""
-    path = trained.directory / FACTS_FILE
+    path = trained.own_directory / FACTS_FILE
     if not path.exists():
         return None
     return read_json(path) | {"blend": {

@@ -6,7 +6,7 @@ The configuration and the files it names are checked before jax is imported.
 from collections.abc import Sequence
 from pathlib import Path
 
-from effreason.cli.arguments import check_data, check_model
+from effreason.cli.arguments import check_data, check_model, check_start
 from effreason.rl.dial import split_name
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
@@ -27,7 +27,7 @@ def run(argv: Sequence[str], prog: str) -> None:
                         help="directory for responses and results; the same command continues "
                         "an evaluation that was stopped")
     config, values = configuration.parse(parser, argv)
-    models = values.models or [config.model.path]
+    models = values.models or [config.model.adapter or config.model.path]
     seeds = [_seed(text) for text in values.seeds] if values.seeds else None
     output = Path(values.output) if values.output else None
     check(config, models, output)
@@ -50,7 +50,9 @@ def check(config: Config, models: Sequence[str], output: Path | None) -> None:
         in_run = (directory.parent.name == "checkpoints" and directory.is_dir()
                   and (directory.parents[1] / "config.yaml").is_file())
         of_dial = alpha is not None and (directory / "config.yaml").is_file()
-        if not in_run and not of_dial:      # a run's checkpoint is checked when it is opened
+        if path == config.model.adapter:
+            check_start(config)
+        elif not in_run and not of_dial:    # a run's checkpoint is checked when it is opened
             check_model(path, "models")
 
     if config.evaluation.problems == 0:

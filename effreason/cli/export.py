@@ -3,6 +3,7 @@
 It is the merged model, at any alpha of a dial, or the adapters in the format of the peft library.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,7 @@ from effreason.cli.arguments import Parser, bounded
 from effreason.cli.blend import check_target
 from effreason.data import prompts, sources, templates
 from effreason.evaluation.models import on_devices
-from effreason.lm.hf import peft
-from effreason.lm.hf.hub import public_name
-from effreason.lm.hf.pretrained import CARD_FILE, Pretrained, open_pretrained
+from effreason.lm.hf.pretrained import Pretrained, open_pretrained
 from effreason.rl import dial
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import Learner
@@ -23,9 +22,8 @@ from effreason.runs.export import export
 from effreason.runs.session import Inputs
 from effreason.runtime import config as configuration
 from effreason.runtime import sharding
-from effreason.runtime.config import Config, MeshConfig
+from effreason.runtime.config import Config, ExportConfig, MeshConfig
 from effreason.runtime.errors import UserError
-from effreason.runtime.files import disk
 
 _step = bounded("positive integer", int, lambda value: 0 < value < 1e9)
 _alpha = bounded("number in [0, 1)", float, lambda value: 0 <= value < 1)
@@ -45,8 +43,10 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     mesh = sharding.make_mesh(data=-1)      # this machine's devices, whatever the run had
     config = on_devices(config, MeshConfig(), mesh)
+    config = dataclasses.replace(config, export=ExportConfig(adapter=options.adapter))
     pretrained = open_pretrained(config.model.path, revision=config.model.revision,
-                                 dtype=config.model.dtype, stop_ids=config.rollout.stop_ids)
+                                 dtype=config.model.dtype, stop_ids=config.rollout.stop_ids,
+                                 adapter=config.model.adapter)
     learner = Learner(config, pretrained.decoder, mesh, tries_kernels=False)
 
     with jax.set_mesh(mesh), Checkpoints(directory / "checkpoints", keep=None) as checkpoints:
@@ -57,11 +57,11 @@ def run(argv: Sequence[str], prog: str) -> None:
         state, facts = checkpoints.restore(learner.abstract_state, step)
         alpha = facts["alpha"] if options.alpha is None else options.alpha
         if options.adapter:
-            write_adapter(learner.policy(state, {"layers": {}}, setting), learner, pretrained,
-                          target, step, alpha)
+            params = learner.policy(state, {"layers": {}}, setting)
         else:
-            export(learner.restored(state, pretrained, setting), step, config,
-                   inputs(config, pretrained, facts), target, alpha)
+            params = learner.restored(state, pretrained, setting)
+        export(params, learner.decoder if options.adapter else pretrained.decoder, step, config,
+               inputs(config, pretrained, facts), target, alpha)
     print(f"{target}: {directory} after {step:,} steps, alpha {alpha:g}")
 
 
@@ -90,16 +90,3 @@ def inputs(config: Config, pretrained: Pretrained, facts: dict[str, Any]) -> Inp
             prompts.Source(source.name, None, ()) for source in trained_on)),
         held_out={source.name: [] for source in held_out}, notes=[],
         problems_sha256=facts["problems_sha256"], held_out_sha256=facts["held_out_sha256"])
-
-
-def write_adapter(policy: Any, learner: Learner, pretrained: Pretrained, target: Path, step: int,
-                  alpha: float) -> None:
-    """Writes a directory with the adapters and a card. Raises: UserError for a full disk."""
-    base = public_name(pretrained.name)
-    with disk(target):
-        target.mkdir(parents=True)
-        peft.write_adapter(policy, learner.decoder, target, base_model=base)
-        (target / CARD_FILE).write_text(
-            f"# {base}, taught to reason efficiently (α = {alpha:g})\n\nAdapters for `{base}` "
-            f"after {step:,} steps with effreason, to be loaded with peft, vLLM or SGLang.\n",
-            encoding="utf-8")

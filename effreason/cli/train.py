@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effreason.cli.arguments import check_data, check_model, numbers
+from effreason.cli.arguments import check_data, check_start, numbers
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.config import Config, UpdateConfig
@@ -62,7 +62,7 @@ def check(config: Config) -> None:
     """Raises UserError if a file or package that the training needs is missing.
 
     It takes seconds; without it the error would come after the compilation."""
-    check_model(config.model.path, "model.path")
+    check_start(config)
     check_data(config, "data.path", config.data.path)
     check_data(config, "data.exclude", config.data.exclude, held_out=True)
     if config.evaluation.problems > 0:

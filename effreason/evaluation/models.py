@@ -69,12 +69,16 @@ def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> E
     if alpha is not None and (Path(run) / "config.yaml").is_file():
         return _open_checkpoint(config, newest_checkpoint(Path(run)), mesh, alpha, path)
 
-    pretrained = open_pretrained(path, revision=revision, dtype=config.model.dtype,
-                                 remat=config.model.remat, stop_ids=config.rollout.stop_ids)
-    facts_file = pretrained.directory / FACTS_FILE
+    # Adapters that model.adapter names are for model.path, whatever is named in them.
+    is_adapter = path == config.model.adapter
+    pretrained = open_pretrained(
+        config.model.path if is_adapter else path, dtype=config.model.dtype,
+        revision=config.model.revision if is_adapter else revision, remat=config.model.remat,
+        stop_ids=config.rollout.stop_ids, adapter=path if is_adapter else None)
+    facts_file = pretrained.own_directory / FACTS_FILE
     shardings = sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder))
     return _checked(config, EvaluatedModel(
-        name=pretrained.name, pretrained=pretrained,
+        name=path, pretrained=pretrained,
         template=templates.choose(pretrained.tokenizer, config.data),
         facts=read_json(facts_file) if facts_file.exists() else None,
         fingerprint=model_fingerprint(pretrained), mesh=mesh,
@@ -114,7 +118,8 @@ def _open_checkpoint(config: Config, path: Path, mesh: Mesh, alpha: float | None
     setting = dial.checked_setting(run.reward, alpha, name)
     pretrained = open_pretrained(run.model.path, revision=run.model.revision,
                                  dtype=config.model.dtype, remat=config.model.remat,
-                                 stop_ids=config.rollout.stop_ids or run.rollout.stop_ids)
+                                 stop_ids=config.rollout.stop_ids or run.rollout.stop_ids,
+                                 adapter=run.model.adapter)
 
     with Checkpoints(path.parent, keep=None) as checkpoints:
         if not path.name.isdecimal() or int(path.name) not in checkpoints.steps:
@@ -165,7 +170,7 @@ def check_template(opened: EvaluatedModel, config: Config) -> None:
         return
     trained, template = opened.facts.get("template"), opened.template
     if not isinstance(trained, dict):
-        path = opened.pretrained.directory / FACTS_FILE
+        path = opened.pretrained.own_directory / FACTS_FILE
         raise UserError(f"{path}: has no table template; was it written by effreason?")
     if trained.get("sha256") != template.sha256:
         raise UserError(

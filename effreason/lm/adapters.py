@@ -111,6 +111,29 @@ def merge(adapter: Adapter, params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name != SETTING} | {"layers": layers}
 
 
+def fit(adapter: Adapter, stored: Params, initial: Params) -> Params:
+    """Returns adapters of the shape of `initial` that compute what the stored ones do.
+
+    A stored column of A that is zero adds nothing; it is replaced by the one in `initial`, with
+    zeros in B: otherwise neither would ever have a gradient.
+
+    Args:
+        adapter: of `initial`.
+        stored: of the same or a lower rank and the same or fewer targets, with the scale in B.
+        initial: as `model.init` makes them, with B zero."""
+    fitted = dict(initial["layers"])
+    for name in (name.removesuffix(A) for name in stored["layers"] if name.endswith(A)):
+        a, b = fitted[name + A], fitted[name + B]
+        stored_a, stored_b = stored["layers"][name + A], stored["layers"][name + B] / adapter.scale
+        rank, inputs = stored_a.shape[-1], tuple(range(1, stored_a.ndim - 1))
+        is_used = jnp.any(stored_a != 0, axis=inputs)       # [L, rank]
+        of_a = is_used.reshape(len(is_used), *[1] * len(inputs), rank)
+        of_b = is_used.reshape(*is_used.shape, *[1] * (b.ndim - 2))
+        fitted[name + A] = a.at[..., :rank].set(jnp.where(of_a, stored_a, a[..., :rank]))
+        fitted[name + B] = b.at[:, :rank].set(jnp.where(of_b, stored_b, 0.0))
+    return initial | {"layers": fitted}
+
+
 def split(params: Params) -> tuple[Params, Params]:
     """Returns the weights without adapters, and the adapters: {"layers": {name: [L, ...]}}."""
     layers = params["layers"]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from effreason.lm import model
-from effreason.lm.hf import hub
+from effreason.lm.hf import hub, peft
 from effreason.lm.hf.config import parse_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
 from effreason.lm.model import DecoderConfig
@@ -42,11 +42,11 @@ SHIPPED: dict[str, dict[str, Any]] = {
 
 def open_decoder(config: Config) -> DecoderConfig:
     """Returns model.path's decoder. Raises: UserError, also if it is too small for the run."""
-    name = config.model.path
+    name, revision, _ = peft.resolve(config.model.path, config.model.revision, config.model.adapter)
     if name in SHIPPED and not Path(name).exists():
         table, path = SHIPPED[name], Path(name) / "config.json"
     else:
-        directory = SHIPPED_REASONER if name == "tiny" else _directory(name, config.model.revision)
+        directory = SHIPPED_REASONER if name == "tiny" else _directory(name, revision)
         path = directory / "config.json"
         table = read_json(path)
 

@@ -81,7 +81,7 @@ class Learner:
         reward: (correct bool[P, G], lengths int32[P, G], alpha float32[]) -> float32[P, G], jitted.
         init: the state before the first step, for float32 weights, or adapters, that it takes over.
         as_reference: float32 weights -> what score_reference reads; with adapters these are the
-            frozen weights of the policy.
+            frozen weights of the policy. A run that starts from adapters has these in addition.
 
     Raises:
         UserError: the mesh cannot split the model or the batch evenly, or the attention does not
@@ -155,23 +155,37 @@ class Learner:
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
             slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention))
 
-    def start(self, weights: model.Params, seed: int, *, keeps: bool = True) -> TrainState:
+    def start(self, weights: model.Params, seed: int, stored: model.Params | None = None, *,
+              keeps: bool = True) -> TrainState:
         """Returns the state before the first step.
 
         Args:
             weights: float32, of the model.
             seed: of the adapters.
+            stored: adapters to start from, see `adapters.fit`.
             keeps: the weights stay intact; otherwise the state may take them over.
         """
         if self.decoder.adapter is None:
             return self.init(jax.tree.map(lambda weight: weight.copy(), weights) if keeps
                              else weights)
+        return self.init(self.initial_adapters(seed, stored))
 
-        def initial_adapters(key: Key[Array, ""]) -> model.Params:
-            return update.trainable(self.decoder, model.init(self.decoder, key))
+    def initial_adapters(self, seed: int, stored: model.Params | None = None) -> model.Params:
+        """Returns the adapters before the first step, see `start`."""
+        decoder, adapter = self.decoder, self.decoder.adapter
+        assert adapter is not None
 
-        return self.init(jax.jit(initial_adapters, out_shardings=self._trained)(
-            jax.random.key(seed)))
+        def initial(key: Key[Array, ""], stored: model.Params | None) -> model.Params:
+            made = update.trainable(decoder, model.init(decoder, key))
+            return made if stored is None else adapters.fit(adapter, stored, made)
+
+        on_devices = None if stored is None else sharding.to_device(stored, self.replicated)
+        return jax.jit(initial, out_shardings=self._trained)(jax.random.key(seed), on_devices)
+
+    def initial_policy(self, reference: model.Params) -> model.Params:
+        """Returns the weights before the first step on the devices, without adapters."""
+        return (self.merged(reference) if adapters.split(reference)[1]["layers"]
+                else jax.device_put(reference, self.params_sharding))
 
     @property
     def has_dial(self) -> bool:
@@ -205,7 +219,7 @@ class Learner:
         """
         if self.decoder.adapter is None:
             return state.params
-        frozen = self.as_reference(load_weights(pretrained, self.params_sharding))
+        frozen = self.as_reference(load_weights(pretrained, self.params_sharding, merged=False))
         return self.merged(self.policy(state, frozen, setting))
 
     def pack(self, rollouts: Rollouts, correct: np.ndarray,
@@ -234,6 +248,8 @@ class Learner:
         """Computes those by the reference; None if neither loss nor reward reads them."""
         if not self.needs_reference or reference is None:
             return None
+        if adapters.split(reference)[1]["layers"]:
+            return self.programs.score(reference, rollouts.packed)
         return self.programs.score_reference(reference, rollouts.packed)
 
     def experience(self, rollouts: PackedRollouts, old: Float[Array, "B T"],
@@ -261,7 +277,7 @@ class Learner:
         Returns:
             The state, its `step` one higher, and the metrics of each update.
         """
-        metrics, held = [], frozen if frozen and self.decoder.adapter is not None else {}
+        metrics, held = [], adapters.split(frozen)[0] if frozen and self.decoder.adapter else {}
         for number in range(self._updates):
             is_last = number + 1 == self._updates
             index, steps = sharding.to_device((np.int32(number), np.int32(is_last)),
@@ -347,6 +363,21 @@ def make_adapter(config: Config) -> adapters.Adapter | None:
     return adapters.make_adapter(settings.rank, settings.scale, settings.targets,
                                  rank_stabilized=settings.rank_stabilized,
                                  has_dial=config.reward.alphas is not None)
+
+
+def check_adapters(config: Config, pretrained: Pretrained) -> None:
+    """Raises UserError unless the adapters to be trained can hold those of the model."""
+    stored, adapter = pretrained.adapters, make_adapter(config)
+    if stored is None or adapter is None:
+        return
+    if stored.rank > adapter.rank:
+        raise UserError(f"adapter.rank must be at least {stored.rank}, that of the adapters in "
+                        f"{stored.directory}, or 0 to merge them and train all weights, got "
+                        f"{adapter.rank}")
+    if others := [name for name in stored.targets if name not in adapter.targets]:
+        raise UserError(f"adapter.targets must include {', '.join(others)}, which the adapters in "
+                        f"{stored.directory} are for, or adapter.rank be 0 to merge them, got "
+                        f"{config.adapter.targets}")
 
 
 def make_objective(config: Config) -> Objective:

@@ -42,7 +42,7 @@ RESUMABLE = (
     "grade.step_budget_seconds", "evaluation.every", "rollout.max_mismatch", "rollout.slots",
     "rollout.memory_gib", "rollout.chunk", "rollout.cache_layout", "model.remat", "model.attention",
     "update.rows_per_micro_batch", "update.vocabulary_tile", "update.offload_optimizer",
-    "kl.offload_reference")
+    "kl.offload_reference", "export.")
 
 
 @contextlib.contextmanager

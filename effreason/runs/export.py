@@ -14,21 +14,24 @@ from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk, read_json
 
 
-def export(params: model.Params, step: int, config: Config, inputs: Inputs, target: Path,
-           alpha: float) -> None:
+def export(params: model.Params, decoder: model.DecoderConfig, step: int, config: Config,
+           inputs: Inputs, target: Path, alpha: float) -> None:
     """Writes weights, tokenizer, template, facts and card. Raises: UserError for a full disk.
 
-    Args: step, updates made; alpha, the last one."""
+    Args: decoder, of the weights, with adapters to write these alone; step, updates made; alpha,
+        the last one."""
     facts = origin(inputs) | {
         "data": [public_name(source.name) for source in inputs.problems.sources],
         "objective": config.update.objective, "reward": config.reward.form, "alpha": alpha,
         "seed": config.run.seed, "step": step, "effreason": __version__}
+    pretrained = inputs.pretrained
+    on_hub = None if pretrained.revision is None else (pretrained.base, pretrained.revision)
     card = model_card(config, inputs, step=step, alpha=alpha)
 
     with disk(target):
-        export_model(params, inputs.pretrained.decoder, inputs.pretrained.directory, target,
-                     chat_template=inputs.template.text, facts=facts, card=card,
-                     eos_ids=inputs.pretrained.eos_ids)
+        export_model(params, decoder, pretrained.directory, target, own=pretrained.own_directory,
+                     chat_template=inputs.template.text, card=card, facts=facts,
+                     eos_ids=pretrained.eos_ids, base=on_hub)
 
 
 def exported_step(target: Path) -> int | None:
@@ -42,6 +45,9 @@ def exported_step(target: Path) -> int | None:
 
 def origin(inputs: Inputs) -> dict[str, Any]:
     """Returns what a model was trained from: base model, template and problems, with hashes."""
-    return {"base_model": public_name(inputs.pretrained.name),
-            "base_revision": inputs.pretrained.revision, "template": inputs.template.facts(),
-            "problems_sha256": inputs.problems_sha256, "held_out_sha256": inputs.held_out_sha256}
+    stored = inputs.pretrained.adapters
+    return {"base_model": public_name(inputs.pretrained.base),
+            "base_revision": inputs.pretrained.revision,
+            **({} if stored is None else {"base_adapter": public_name(str(stored.directory))}),
+            "template": inputs.template.facts(), "problems_sha256": inputs.problems_sha256,
+            "held_out_sha256": inputs.held_out_sha256}

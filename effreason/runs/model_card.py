@@ -27,13 +27,14 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
 
     Args: step, updates made; alpha, the last one; before and after, the base model and this one on
         the first evaluation set, None = not measured."""
-    revision, template = inputs.pretrained.revision, inputs.template
-    base = public_name(inputs.pretrained.name)
+    revision, template, adapter = inputs.pretrained.revision, inputs.template, config.export.adapter
+    base, stored = public_name(inputs.pretrained.base), inputs.pretrained.adapters
     link = f"[{base}](https://huggingface.co/{base}/tree/{revision})" if revision else f"`{base}`"
     header = ModelCardData(
         base_model=base if revision else None,
-        base_model_relation="finetune" if revision else None, library_name="transformers",
-        pipeline_tag="text-generation", tags=TAGS, datasets=_hub_datasets(inputs)).to_yaml()
+        base_model_relation=("adapter" if adapter else "finetune") if revision else None,
+        library_name="peft" if adapter else "transformers", pipeline_tag="text-generation",
+        tags=TAGS + ["lora"] * adapter, datasets=_hub_datasets(inputs)).to_yaml()
 
     training = {
         "base model": f"{base} at commit {revision}" if revision else base, "alpha": f"{alpha:g}",
@@ -41,6 +42,10 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
         "steps": f"{step:,}", "sampling temperature": f"{config.rollout.temperature:g}",
         "longest training response": f"{config.rollout.max_new_tokens:,} tokens",
         "chat template": f"{template.name}, SHA-256 {template.sha256}", "effreason": __version__}
+    if stored is not None:
+        training["adapters it started from"] = public_name(str(stored.directory))
+    if config.adapter.rank:
+        training["adapters"] = f"rank {config.adapter.rank}, {config.adapter.targets}"
     if config.update.objective != "policy_gradient":
         training["objective"] = config.update.objective
     if config.reward.form != "efficient":
@@ -56,7 +61,7 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
         "answers to a problem, one that is longer than the others earns a little less. α says how "
         "much less: at 0 only correctness counts, and the larger it is, the shorter the reasoning.",
         *_evaluation(next(iter(inputs.held_out), None), before, after),
-        *_use(config, template),
+        *_use(config, template, base),
         "## Training",
         _table(("", ""), list(training.items())),
     ]) + "\n"
@@ -100,8 +105,10 @@ def _row(name: str, before: Summary | LevelResult | None,
     return row
 
 
-def _use(config: Config, template: Template) -> list[str]:
+def _use(config: Config, template: Template, base: str) -> list[str]:
     rollout = config.rollout
+    kind = [f"This directory holds low-rank adapters (LoRA) for `{base}`, which transformers adds "
+            "to that model; it needs the package `peft`."] if config.export.adapter else []
     sampling = f"temperature={rollout.temperature:g}, top_p={rollout.top_p:g}"
     messages = template.messages("What is the sum of the first 100 positive integers?")
     indent = ",\n            "
@@ -112,7 +119,7 @@ def _use(config: Config, template: Template) -> list[str]:
         " It was used with the arguments above; a server such as vLLM takes them as "
         f"`\"chat_template_kwargs\": {json.dumps(dict(template.arguments))}` in each request.")
     return [
-        "## Use",
+        "## Use", *kind,
         f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -15,9 +15,10 @@ from effreason.data import loading, prompts, templates
 from effreason.evaluation.evaluate import Evaluator, make_grader
 from effreason.grading.grader import Grader
 from effreason.lm import model
+from effreason.lm.hf.peft import read_adapter
 from effreason.lm.hf.pretrained import Pretrained, load_weights, model_fingerprint, open_pretrained
 from effreason.rl import configured_reward
-from effreason.rl.learner import Engine, check_model, make_engine
+from effreason.rl.learner import Engine, check_adapters, check_model, make_engine
 from effreason.rl.rollouts import unmatched
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
@@ -54,9 +55,17 @@ class Session:
     interrupts: Interrupts
     evaluator: Evaluator
 
-    def load_weights(self) -> model.Params:
-        """Loads the weights of the model before training."""
-        return load_weights(self.inputs.pretrained, self.engine.learner.params_sharding)
+    def load_weights(self, *, merged: bool = True) -> model.Params:
+        """Loads the weights of the model before training. Args: merged, with its adapters."""
+        return load_weights(self.inputs.pretrained, self.engine.learner.params_sharding,
+                            merged=merged)
+
+    def load_adapters(self) -> model.Params | None:
+        """Loads the adapters that training starts from; None if there are none."""
+        pretrained = self.inputs.pretrained
+        if not self.config.adapter.rank or pretrained.adapters is None:
+            return None
+        return read_adapter(pretrained.adapters.directory, pretrained.decoder)[1]
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -109,8 +118,9 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     """Opens the model and reads the problems. Raises: UserError."""
     pretrained = open_pretrained(config.model.path, revision=config.model.revision,
                                  dtype=config.model.dtype, remat=config.model.remat,
-                                 stop_ids=config.rollout.stop_ids)
+                                 stop_ids=config.rollout.stop_ids, adapter=config.model.adapter)
     check_model(pretrained, config, mesh)
+    check_adapters(config, pretrained)
     tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)
 
     check_references = functools.partial(unmatched, grader)
@@ -129,11 +139,22 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     first = prompts.batch(problems, config.rollout.prompts_per_step, config.run.seed, 0)[0]
     prompt = templates.display(templates.render(tokenizer, template, first.text))
     turn_end = templates.turn_end_notes(tokenizer, template, pretrained.eos_ids)
-    notes = [*pretrained.notes, *problems.notes, *held_out_notes, *turn_end,
+    notes = [*pretrained.notes, *_start_notes(config, pretrained), *problems.notes,
+             *held_out_notes, *turn_end,
              f"the first prompt, by the template {template.name}:", prompt]
     return Inputs(pretrained=pretrained, template=template, problems=problems, held_out=held_out,
                   notes=notes, problems_sha256=prompts.fingerprint(problems),
                   held_out_sha256=prompts.fingerprint(all_held_out))
+
+
+def _start_notes(config: Config, pretrained: Pretrained) -> list[str]:
+    """Returns what becomes of the adapters of the model that a run starts from."""
+    stored = pretrained.adapters
+    if stored is None:
+        return []
+    done = "trained further" if config.adapter.rank else "merged into the weights"
+    return [f"the adapters in {stored.directory}, of rank {stored.rank} for "
+            f"{', '.join(stored.targets)}, are {done}"]
 
 
 def longest_prompt(problems: prompts.Problems) -> int:

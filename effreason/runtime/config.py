@@ -64,6 +64,10 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub; null = its main branch. The run records the
     commit."""
+    adapter: str | None = None
+    """Adapters of peft to start from, a directory with adapter_config.json: with adapter.rank 0
+    they are merged into the model, otherwise they are trained further. If model.path is such a
+    directory itself, the model is the one that it names. null = the model as it is."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the forward and backward passes; the optimizer keeps the weights in
     float32."""
@@ -397,6 +401,15 @@ class CheckpointConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig(Section):
+    """The trained model, in the run's folder model."""
+
+    adapter: bool = False
+    """Write the adapters alone, in the format of peft, instead of the model with the adapters
+    merged into its weights; needs adapter.rank > 0."""
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
     """Devices along each axis of the mesh; their product must be the number of devices."""
 
@@ -476,6 +489,7 @@ class Config:
     adapter: AdapterConfig = AdapterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     log: LogConfig = LogConfig()
@@ -504,6 +518,10 @@ class Config:
         if self.adapter.rank and self.kl.offload_reference:
             raise ValueError("kl.offload_reference must be false if adapter.rank > 0, got true: "
                              "the reference is the frozen part of the policy")
+
+        if self.export.adapter and not self.adapter.rank:
+            raise ValueError("export.adapter must be false if adapter.rank is 0, got true: there "
+                             "are no adapters")
 
         if self.reward.alphas is not None:
             self._check_dial()

@@ -1,14 +1,18 @@
 """Adapters: what they add, what is trained, and that merged weights compute the same."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import FAMILIES, QWEN2, VOCABULARY, weights
+from decoders import FAMILIES, QWEN2, VOCABULARY, rows_of, weights
 
 from effreason.lm import adapters, model
+from effreason.lm.hf.config import read_config
+from effreason.lm.hf.pretrained import SHIPPED_REASONER
+from effreason.lm.hf.weights import read_weights
 from effreason.rl import update
 
 ADAPTER = adapters.make_adapter(3, 6.0, "all", rank_stabilized=False)
@@ -67,31 +71,53 @@ def test_the_first_matrix_is_drawn_as_peft_does():
         np.testing.assert_allclose(drawn.std(), bound / np.sqrt(3), rtol=0.05)
 
 
-@pytest.mark.parametrize(("name", "inputs"), [("query", 1), ("output", 2), ("down", 1)])
-def test_gradients_are_those_of_the_product_by_the_chain_rule(name, inputs):
+def small():
+    """A random decoder with adapters of rank 3."""
+    return QWEN2, with_adapters(QWEN2), weights(with_adapters(QWEN2))
+
+
+@functools.cache
+def tiny():
+    """The shipped reasoner with adapters of rank 16."""
+    base = read_config(SHIPPED_REASONER)
+    config = with_adapters(base, adapters.make_adapter(16, 32.0, "all", rank_stabilized=False))
+    generator = np.random.default_rng(2)
+    added = jax.tree.map(lambda leaf: 0.05 * generator.standard_normal(leaf.shape, np.float32),
+                         adapters.split(model.abstract_params(config))[1])
+    return base, config, adapters.join(read_weights(SHIPPED_REASONER, base), added)
+
+
+@pytest.mark.parametrize("made", [small, tiny])
+def test_loss_and_gradients_are_those_of_the_product_by_the_chain_rule(made):
     # d(loss)/dA = s dW B^T and d(loss)/dB = s A^T dW, with dW of the merged weight.
-    config = with_adapters(QWEN2)
-    params = weights(config)
+    base, config, params = made()
     frozen, trained = adapters.split(params)
-    target = np.random.default_rng(1).standard_normal((*TOKENS.shape, QWEN2.width))
-    target = target.astype(np.float32)
+    tokens = np.random.default_rng(0).integers(2, base.vocabulary, (2, 9)).astype(np.int32)
+    shares = np.random.default_rng(1).standard_normal(tokens.shape, np.float32)
+    rows = rows_of(tokens)
 
     def loss(config, params):
-        return jnp.sum(model.forward(config, params, TOKENS) * target)
+        logprobs, _ = update.score_rows(config, params, rows, temperature=1.0, tile=16)
+        return jnp.sum(logprobs * shares)
 
-    ours = jax.grad(lambda trained: loss(config, adapters.join(frozen, trained)))(trained)
-    whole = jax.grad(lambda merged: loss(QWEN2, merged))(model.merge_adapters(config, params))
+    value, ours = jax.jit(jax.value_and_grad(
+        lambda trained: loss(config, adapters.join(frozen, trained))))(trained)
+    expected, whole = jax.jit(jax.value_and_grad(functools.partial(loss, base)))(
+        model.merge_adapters(config, params))
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
 
-    for layer in range(QWEN2.layers):
-        a, b, change = (np.asarray(tree["layers"][key][layer], np.float64) for tree, key in (
-            (params, name + adapters.A), (params, name + adapters.B), (whole, name)))
-        shape_a, shape_b = a.shape, b.shape
-        a, b = a.reshape(-1, 3), b.reshape(3, -1)
-        change = change.reshape(a.shape[0], b.shape[1])
-        for key, expected in ((name + adapters.A, (2.0 * change @ b.T).reshape(shape_a)),
-                              (name + adapters.B, (2.0 * a.T @ change).reshape(shape_b))):
-            np.testing.assert_allclose(ours["layers"][key][layer], expected, rtol=2e-3, atol=2e-2)
-    assert len(shape_a) == inputs + 1
+    scale, rank = config.adapter.scale, config.adapter.rank
+    for name in adapters.TARGETS["all"]:
+        for layer in range(base.layers):
+            a, b, change = (np.asarray(tree["layers"][key][layer], np.float64) for tree, key in (
+                (params, name + adapters.A), (params, name + adapters.B), (whole, name)))
+            shape_a, shape_b = a.shape, b.shape
+            a, b = a.reshape(-1, rank), b.reshape(rank, -1)
+            change = change.reshape(a.shape[0], b.shape[1])
+            for key, expected in ((name + adapters.A, (scale * change @ b.T).reshape(shape_a)),
+                                  (name + adapters.B, (scale * a.T @ change).reshape(shape_b))):
+                np.testing.assert_allclose(ours["layers"][key][layer], expected, rtol=2e-3,
+                                           atol=2e-4 * np.abs(expected).max(), err_msg=key)
 
 
 def test_scale_and_targets():

@@ -410,7 +410,7 @@ def test_the_shipped_reasoner_is_called_tiny():
 
 
 def files_of(directory, revision=None):
-    return SimpleNamespace(directory=directory, revision=revision)
+    return SimpleNamespace(directory=directory, revision=revision, adapters=None)
 
 
 @pytest.mark.parametrize(("file", "place"),

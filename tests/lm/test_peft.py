@@ -2,18 +2,31 @@
 
 import dataclasses
 import json
+import os
+import re
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from decoders import FAMILIES, QWEN2, weights
+from decoders import FAMILIES, QWEN2, mesh, rows_of, weights
 from safetensors.numpy import load_file, save_file
 
 from effreason.lm import adapters, model
 from effreason.lm.hf import peft
 from effreason.lm.hf.config import read_config
-from effreason.lm.hf.pretrained import export_model
+from effreason.lm.hf.pretrained import (
+    SHIPPED_REASONER,
+    export_model,
+    load_weights,
+    model_fingerprint,
+    open_pretrained,
+)
 from effreason.lm.hf.weights import read_weights
+from effreason.rl import update
+from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 
 FIRST = f"{peft.PREFIX}0.self_attn.q_proj.lora_A.weight"
@@ -77,11 +90,122 @@ def test_scales(directory):
 @pytest.mark.parametrize(("entries", "message"), [
     ({"peft_type": "IA3"}, 'peft_type must be LORA, got "IA3"'),
     ({"use_dora": True}, "use_dora must be False, got true"),
+    ({"bias": "lora_only"}, 'bias must be none, got "lora_only"'),
+    ({"init_lora_weights": "pissa"}, 'init_lora_weights must be True, got "pissa"'),
+    ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens must be None, got \[1, 2\]"),
     ({"modules_to_save": ["lm_head"]}, r'modules_to_save must be None, got \["lm_head"\]')])
 def test_other_kinds_of_adapters_are_refused(entries, message, directory):
     edit(directory, **entries)
     with pytest.raises(UserError, match=message):
         peft.read_adapter(directory, QWEN2)
+
+
+def test_ranks_may_differ_and_tensors_be_of_fewer_bits(directory):
+    stored = load_file(directory / peft.WEIGHTS_FILE)
+    names = [FIRST, FIRST.replace("lora_A", "lora_B")]
+    stored[names[0]], stored[names[1]] = stored[names[0]][:2], stored[names[1]][:, :2].copy()
+    stored = {key: value.astype(ml_dtypes.bfloat16) for key, value in stored.items()}
+    save_file(stored, directory / peft.WEIGHTS_FILE)
+    edit(directory, rank_pattern={"model.layers.0.self_attn.q_proj": 2})
+
+    layers = peft.read_adapter(directory, QWEN2)[1]["layers"]
+    a, b = layers["query" + adapters.A][0], layers["query" + adapters.B][0]
+    assert a.dtype == b.dtype == np.float32 and a.shape[-1] == 3
+    expected = np.float32(6 * np.sqrt(3) / 2) * stored[names[1]].astype(np.float32) @ stored[
+        names[0]].astype(np.float32)
+    np.testing.assert_allclose(np.tensordot(a, b, 1).reshape(16, 16).T, expected, rtol=1e-5)
+
+
+def test_the_base_of_adapters(directory, monkeypatch):
+    assert peft.base_model(directory) == ("org/base", None)
+    edit(directory, base_model_name_or_path="tiny")
+    assert peft.resolve(str(directory), None) == ("tiny", None, str(directory))
+    assert peft.resolve("tiny", None, str(directory)) == ("tiny", None, str(directory))
+    assert peft.resolve("org/base", "v1") == ("org/base", "v1", None)
+
+    edit(directory, base_model_name_or_path="org/base", revision="abc")
+    assert peft.resolve(str(directory), None) == ("org/base", "abc", str(directory))
+    assert peft.resolve(str(directory), "v1")[1] == "v1"
+    monkeypatch.chdir(directory.parent)
+    (directory.parent / "here").mkdir()
+    edit(directory, base_model_name_or_path="here")
+    assert peft.base_model(directory) == ("here", None)
+
+
+@pytest.mark.parametrize("base", [None, "nowhere", "/no/such/folder"])
+def test_a_base_that_there_cannot_be_is_one_line(base, directory):
+    edit(directory, base_model_name_or_path=base)
+    with pytest.raises(UserError, match="base_model_name_or_path must be the directory of a model "
+                       f"or its id .*, got {json.dumps(base)}; .* as model.adapter"):
+        peft.base_model(directory)
+
+
+def test_what_is_no_directory_of_adapters_is_one_line(directory, tmp_path):
+    with pytest.raises(UserError, match="found no adapter_config.json in it"):
+        peft.resolve("tiny", None, str(tmp_path / "none"))
+    with pytest.raises(UserError, match="is a directory of adapters itself, got other"):
+        peft.resolve(str(directory), None, "other")
+    (directory / peft.WEIGHTS_FILE).rename(directory / peft.PICKLED_FILE)
+    with pytest.raises(UserError, match="only adapter_model.bin, pickled by PyTorch; load it with"):
+        peft.open_adapter(directory, QWEN2)
+
+
+@pytest.fixture
+def on_tiny(tmp_path):
+    """Adapters for the shipped model, with a chat template of their own."""
+    base = open_pretrained("tiny", dtype="float32")
+    config = policy(base.decoder, "attention")
+    params = adapters.split(weights(config))[1]
+    peft.write_adapter(params, config, tmp_path, base_model="tiny")
+    base.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    return base, config, params, tmp_path
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2, 1)])
+def test_a_directory_of_adapters_is_a_model(shape, on_tiny):
+    base, config, params, directory = on_tiny
+    opened = open_pretrained(str(directory), dtype="float32")
+    assert (opened.name, opened.base, opened.decoder) == (str(directory), "tiny", base.decoder)
+    assert (opened.adapters.rank, opened.adapters.targets) == (3, adapters.ATTENTION)
+    assert opened.tokenizer.chat_template.endswith("!") and opened.eos_ids == base.eos_ids
+    assert opened.own_directory == directory and opened.directory == base.directory
+    assert model_fingerprint(opened).startswith(model_fingerprint(base) + "+")
+
+    target = None if shape is None else sharding.tree_sharding(
+        mesh(*shape), model.logical_axes(base.decoder))
+    loaded, plain = load_weights(opened, target), load_weights(base)
+    expected = model.merge_adapters(config, adapters.join(plain, params))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
+                 jax.device_get(loaded), expected)
+    if target is not None:
+        assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == target
+    jax.tree.map(np.testing.assert_array_equal, load_weights(opened, merged=False), plain)
+
+
+@pytest.mark.parametrize(("rank", "scale", "targets"), [(3, 6.0, "attention"), (5, 1.5, "all")])
+def test_adapters_fit_into_others_that_can_hold_them(rank, scale, targets, on_tiny):
+    base, config, params, directory = on_tiny
+    stored = jax.tree.map(jnp.asarray, peft.read_adapter(directory, base.decoder)[1])
+    for name in ("query_lora_a", "query_lora_b"):       # no adapter of one weight
+        stored["layers"][name] = stored["layers"][name].at[1].set(0.0)
+    adapter = adapters.make_adapter(rank, scale, targets, rank_stabilized=False)
+    config = dataclasses.replace(base.decoder, adapter=adapter)
+    initial = adapters.split(model.init(config, jax.random.key(1)))[1]
+    fitted = adapters.fit(adapter, stored, initial)
+
+    assert jax.tree.map(jnp.shape, fitted) == jax.tree.map(jnp.shape, initial)
+    for name in adapter.targets:
+        a, b = (fitted["layers"][name + part] for part in (adapters.A, adapters.B))
+        assert np.abs(a).max(axis=tuple(range(1, a.ndim - 1))).min() > 0    # each column can learn
+        found = np.stack([adapter.scale * np.tensordot(one, other, 1)
+                          for one, other in zip(a, b, strict=True)])
+        expected = np.zeros_like(found)
+        if name in adapters.ATTENTION:
+            expected = np.stack([np.tensordot(one, other, 1) for one, other in zip(
+                stored["layers"][name + adapters.A], stored["layers"][name + adapters.B],
+                strict=True)])
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def drop(stored):
@@ -105,6 +229,63 @@ def test_tensors_that_do_not_fit_are_named(damage, message, directory):
     save_file(stored, directory / peft.WEIGHTS_FILE)
     with pytest.raises(UserError, match=message):
         peft.read_adapter(directory, QWEN2)
+
+
+SMOLLM2 = pytest.param(
+    Path(os.environ.get("EFFREASON_REAL", "missing")) / "smollm2-135m-instruct",
+    marks=[pytest.mark.real, pytest.mark.skipif(
+        "EFFREASON_REAL" not in os.environ, reason="EFFREASON_REAL names the folder of models")])
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")   # peft's
+@pytest.mark.parametrize("source", [pytest.param(SHIPPED_REASONER, id="tiny"), SMOLLM2])
+def test_loss_and_gradients_of_rank_16_are_those_of_peft(source, tmp_path):
+    torch = pytest.importorskip("torch", reason="the extra `parity` brings torch and peft")
+    theirs = pytest.importorskip("peft", reason="the extra `parity` brings torch and peft")
+    import transformers
+
+    base = read_config(source)
+    adapter = adapters.make_adapter(16, 32.0, "all", rank_stabilized=False)
+    config = dataclasses.replace(base, adapter=adapter)
+    frozen, generator = read_weights(source, base), np.random.default_rng(0)
+    trained = jax.tree.map(
+        lambda leaf: 0.02 * generator.standard_normal(leaf.shape, np.float32),
+        adapters.split(model.abstract_params(config))[1])
+    peft.write_adapter(trained, config, tmp_path, base_model=str(source))
+
+    # The loss weighs the log-prob of each token, as a policy gradient does with its advantages.
+    tokens = generator.integers(5, base.vocabulary - 5, (2, 40)).astype(np.int32)
+    shares = generator.standard_normal(tokens[:, 1:].shape, np.float32)
+    rows = rows_of(tokens)
+
+    def loss(trained, frozen):      # as an argument: as constants they would take minutes
+        logprobs, _ = update.score_rows(config, adapters.join(frozen, trained), rows,
+                                        temperature=0.7, tile=4096)
+        return jnp.sum(logprobs[:, :shares.shape[1]] * shares)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(trained, frozen)
+    policy = theirs.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32), str(tmp_path), is_trainable=True)
+    inputs = torch.from_numpy(tokens).long()
+    scores = torch.log_softmax(policy(inputs).logits[:, :-1] / 0.7, dim=-1)
+    expected = (scores.gather(-1, inputs[:, 1:, None])[..., 0] * torch.from_numpy(shares)).sum()
+    expected.backward()
+
+    assert float(value) == pytest.approx(expected.item(), rel=1e-4, abs=1e-3)
+    compared = 0
+    for key, tensor in policy.named_parameters():
+        if tensor.requires_grad:
+            layer, module, part = re.fullmatch(
+                r".*\.layers\.(\d+)\.(.+)\.lora_([AB])\.default\.weight", key).groups()
+            name = next(name for name, known in peft.MODULES.items() if known == module)
+            ours = np.asarray(grads["layers"][name + f"_lora_{part.lower()}"][int(layer)])
+            ours = ours.reshape(-1, 16).T if part == "A" else ours.reshape(16, -1).T
+            largest = tensor.grad.abs().max().item()
+            np.testing.assert_allclose(ours, tensor.grad.numpy(), rtol=1e-3, atol=2e-4 * largest,
+                                       err_msg=key)
+            compared += 1
+    assert compared == 2 * 7 * base.layers
 
 
 @pytest.mark.parity

@@ -414,11 +414,13 @@ def test_the_recipes_for_gpus_are_those_for_tpus_on_another_mesh_and_fit(
     assert "\nfits: " in text and max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize(("name", "target", "fits_whole"), [
-    ("r1_distill_7b_lora_h100", "gpu:h100:1", False),
-    ("r1_distill_1p5b_lora_v5e8", "tpu:v5e:2x4", True)])
-def test_the_recipes_with_adapters_fit(capsys, no_gpu_compiler, name, target, fits_whole):
-    arguments = ["--config", f"configs/{name}.yaml", "--chips", target, "--analytic"]
+@pytest.mark.parametrize(("name", "target", "changes", "fits_whole"), [
+    ("r1_distill_7b_lora_h100", "gpu:h100:1", [], False),
+    ("r1_distill_7b_lora_h100", "tpu:v5e:2x4", [
+        "--mesh.fsdp", "4", "--mesh.tensor", "2", "--update.rows_per_micro_batch", "8"], False),
+    ("r1_distill_1p5b_lora_v5e8", "tpu:v5e:2x4", [], True)])
+def test_the_recipes_with_adapters_fit(capsys, no_gpu_compiler, name, target, changes, fits_whole):
+    arguments = ["--config", f"configs/{name}.yaml", "--chips", target, "--analytic", *changes]
     with_adapters = planned_by_command(capsys, arguments)
     assert "\nfits: " in with_adapters
     whole = planned_by_command(capsys, [*arguments, "--adapter.rank", "0"],

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from decoders import mesh
 
+from effreason.lm import adapters, model
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
 from effreason.lm.hf.weights import read_weights
 from effreason.rl import learner
 from effreason.runtime import sharding
 from effreason.runtime.config import (
+    AdapterConfig,
     Config,
     DataConfig,
     MeshConfig,
@@ -62,9 +64,9 @@ def rollouts_of(tokens):
                     finish=np.full(lengths.shape, "eos"), repeated=np.zeros(lengths.shape, bool))
 
 
-def settings(shape):
+def settings(shape, rank=0):
     return Config(model=ModelConfig(dtype="float32", remat="none"),
-                  data=DataConfig(max_prompt_tokens=20),
+                  adapter=AdapterConfig(rank=rank), data=DataConfig(max_prompt_tokens=20),
                   rollout=RolloutConfig(prompts_per_step=PROMPTS, group_size=GROUP,
                                         max_new_tokens=LONGEST),
                   update=UpdateConfig(rows_per_micro_batch=8, learning_rate=1e-3, warmup_updates=0),
@@ -77,26 +79,36 @@ def weights():
                                                leaf in params["layers"].items()}})
 
 
+def random_adapters(decoder):
+    """As some training has left them: B is not zero."""
+    generator = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: 0.05 * generator.standard_normal(leaf.shape, np.float32),
+                        adapters.split(model.abstract_params(decoder))[1])
+
+
 @functools.cache
-def train_on(shape):
-    """Losses and weights of one learning step, and the greedy tokens by prompt."""
+def train_on(shape, rank=0):
+    """Losses and what is trained of one learning step, and the greedy tokens by prompt."""
     target = mesh(*shape)
-    config = settings(shape)
+    config = settings(shape, rank)
     learning = learner.Learner(config, DECODER, target)
     with jax.set_mesh(target):
         params = jax.device_put(weights(), learning.params_sharding)
-        sample = rollouts.make_sampler(DECODER, target, slots=8, chunk=8, max_positions=64)
+        reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
+        stored = random_adapters(learning.decoder) if rank else None
+        state = learning.start(params, 0, stored)
+        policy = learning.policy(state, params)
+        sampled_from = dataclasses.replace(DECODER, adapter=learning.decoder.adapter)
+        sample = rollouts.make_sampler(sampled_from, target, slots=8, chunk=8, max_positions=64)
         requests = make_requests([problem.prompt for problem in problems()], 2, GREEDY)
-        responses = [response for chunk in sample(params, requests, jax.random.key(0),
+        responses = [response for chunk in sample(policy, requests, jax.random.key(0),
                                                   SamplingParams(temperature=0, eos_ids=()))
                      for response in chunk]
-        reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
-        state = learning.init(params)
         packed = learning.pack(rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0)
-        batch = learning.experience(packed, learning.score(state.params, packed),
+        batch = learning.experience(packed, learning.score(policy, packed),
                                     learning.score_reference(reference, packed),
                                     config.reward.alpha)
-        state, metrics = learning.update(state, reference, batch)
+        state, metrics = learning.update(state, params, batch)
         greedy = {(response.prompt, response.sample): response.tokens.tolist()
                   for response in responses}
         return *sharding.to_host((metrics, batch.metrics, state.params)), greedy
@@ -111,12 +123,29 @@ def test_a_mesh_of_eight_does_what_one_device_does(shape):
                  (metrics, credited), expected[:2])
     # Adam's first step is the rate times the sign of the gradient: if a gradient is close to 0,
     # rounding decides. On some machines this happens to one weight.
-    apart = np.concatenate([np.abs(one - other).ravel() for one, other in
-                            zip(*map(jax.tree.leaves, (params, expected[2])), strict=True)])
-    assert np.mean(apart > 1e-4) < 1e-4 and apart.max() < 2e-3
+    assert_close(params, expected[2])
     assert greedy == expected[3] and len(greedy) == 2 * PROMPTS
     moved = jax.tree.map(lambda one, other: np.abs(one - other).max(), params, weights())
     assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)],
+                         ids=lambda shape: "x".join(map(str, shape)))
+def test_a_mesh_of_eight_trains_adapters_as_one_device_does(shape):
+    metrics, credited, params, greedy = train_on(shape, 16)
+    expected = train_on((1, 1, 1, 1), 16)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+                 (metrics, credited), expected[:2])
+    assert_close(params, expected[2])
+    assert greedy == expected[3] != train_on((1, 1, 1, 1))[3]
+    assert {name.rpartition("_lora")[1] for name in params["layers"]} == {"_lora"}
+
+
+def assert_close(params, others):
+    apart = np.concatenate([np.abs(one - other).ravel() for one, other in
+                            zip(*map(jax.tree.leaves, (params, others)), strict=True)])
+    assert np.mean(apart > 1e-4) < 1e-4 and apart.max() < 2e-3
 
 
 def test_every_mesh_is_there():

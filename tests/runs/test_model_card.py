@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,7 +12,15 @@ import yaml
 from effreason import __version__
 from effreason.data.templates import Template
 from effreason.runs.model_card import model_card
-from effreason.runtime.config import Config, KLConfig, RewardConfig, RolloutConfig, UpdateConfig
+from effreason.runtime.config import (
+    AdapterConfig,
+    Config,
+    ExportConfig,
+    KLConfig,
+    RewardConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
 from effreason.types import LevelResult
 
 COMMIT = "6a6f4aa4197940add57724a7707d069478df56b1"
@@ -28,11 +37,13 @@ AFTER = SimpleNamespace(accuracy=0.76, tokens=2500.0, by_level={
 
 def card(*, base=BASE, revision=COMMIT, user_prompt=USER_PROMPT, before=BEFORE, after=AFTER,
          template=None,
-         sources=("gsm8k", "openai/other", "data/my.jsonl/x", "tiny"), update=None, reward=None):
+         sources=("gsm8k", "openai/other", "data/my.jsonl/x", "tiny"), update=None, reward=None,
+         adapters=None, **sections):
     config = Config(rollout=RolloutConfig(max_new_tokens=32_000), kl=KLConfig(form="none"),
-                    update=update or UpdateConfig(), reward=reward or RewardConfig())
+                    update=update or UpdateConfig(), reward=reward or RewardConfig(), **sections)
     inputs = SimpleNamespace(
-        pretrained=SimpleNamespace(name=base, revision=revision), held_out={"math500": []},
+        pretrained=SimpleNamespace(base=base, revision=revision, adapters=adapters),
+        held_out={"math500": []},
         problems=SimpleNamespace(sources=[SimpleNamespace(name=name) for name in sources]),
         template=template or Template("r1_think", "{{ messages }}", user_prompt))
     return model_card(config, inputs, step=1200, alpha=0.1, before=before, after=after)
@@ -97,6 +108,17 @@ def test_one_level_makes_one_row():
 
     assert [row[0] for row in tables(card(before=alone(BEFORE), after=alone(AFTER)))[0]] == [
         "problems", "---", "all"]
+
+
+def test_adapters_alone_are_named_as_such():
+    text = card(adapter=AdapterConfig(rank=16), export=ExportConfig(adapter=True),
+                adapters=SimpleNamespace(directory=Path("/home/someone/sft")))
+    table = header(text)
+    assert (table["library_name"], table["base_model_relation"]) == ("peft", "adapter")
+    assert "lora" in table["tags"]
+    assert f"holds low-rank adapters (LoRA) for `{BASE}`" in text and "someone" not in text
+    facts = {row[0]: row[1] for row in tables(text)[1]}
+    assert facts["adapters"] == "rank 16, all" and facts["adapters it started from"] == "sft"
 
 
 def test_a_local_base_model_is_named_without_its_path():

@@ -304,6 +304,29 @@ def test_two_processes_train_as_one_does(world, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_train_adapters_as_one_does(world, tmp_path):
+    """A run, and one that goes on from its adapters."""
+    adapters = {"adapter.rank": 4, "export.adapter": True, "run.steps": 3,
+                "update.learning_rate": 1e-2}
+    for name, start in (("first", {}), ("second", {"run.seed": 1, "kl.form": "loss"})):
+        found, expected = tmp_path / f"{name}-two", tmp_path / f"{name}-alone"
+        if start:
+            start["model.adapter"] = str(tmp_path / "first-alone" / "model")
+        settings = {"run.steps": 3, "evaluation.problems": 8} | adapters | start
+        results = both("train", *arguments(world, found, "manual", **settings))
+        assert [code for code, _, _ in results] == [0, 0], results
+        (code, out, err), = ended([started(["train", *arguments(
+            world, expected, "none", **settings)], devices=8)])
+        assert code == 0, out + err
+        assert (found / "rollouts.jsonl").read_text() == (expected / "rollouts.jsonl").read_text()
+        trained, others = (load_file(path / "model" / "adapter_model.safetensors")
+                           for path in (found, expected))
+        assert trained.keys() == others.keys()
+        for key, leaf in trained.items():
+            np.testing.assert_allclose(leaf, others[key], atol=1e-3, err_msg=key)
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(world, alone):
     (code, out, err), (other, second_out, _) = both(
         "evaluate", *arguments(world, world / "unused", "manual"), "--output", world / "evaluated")

@@ -72,8 +72,8 @@ def model_directory(directory: Path) -> Path:
     Raises: UserError if there is none, or an adapter; it says what there is instead."""
     if (directory / ADAPTER_FILE).exists():
         base = read_json(directory / ADAPTER_FILE).get("base_model_name_or_path")
-        kind = "holds an adapter next to a model" if (directory / "config.json").exists() else (
-            "holds no config.json, only an adapter")
+        kind = ("holds no config.json, only an adapter" if is_adapter(directory) else
+                "holds an adapter next to a model")
         raise UserError(f"{directory} {kind}: {ADAPTER_FILE}, made for {base}, such as LoRA's; "
                         "merge it into that model (merge_and_unload of peft), and pass the "
                         f"result, without {ADAPTER_FILE}")
@@ -91,6 +91,11 @@ def model_directory(directory: Path) -> Path:
         return found[0]
     hint = f"; did you mean {' or '.join(map(str, found[:3]))}?" if found else ""
     raise UserError(f"{directory} holds no config.json{hint}")
+
+
+def is_adapter(directory: Path) -> bool:
+    """Returns whether a directory holds adapters in the format of peft, and no model."""
+    return (directory / ADAPTER_FILE).is_file() and not os.path.lexists(directory / "config.json")
 
 
 def existing_export(directory: Path) -> Path | None:
@@ -148,8 +153,8 @@ def _cached(name: str, revision: str | None, files: Sequence[str]) -> Path | Non
 def _check_listing(name: str, listed: Sequence[str]) -> None:
     """Raises UserError if these files are not a model's."""
     if ADAPTER_FILE in listed:
-        raise UserError(f"{name}: is an adapter on the Hub, such as LoRA's ({ADAPTER_FILE}); merge "
-                        "it into its model (merge_and_unload of peft), and pass the result")
+        raise UserError(f"{name}: is an adapter on the Hub, such as LoRA's ({ADAPTER_FILE}); pass "
+                        f"its directory: `hf download {name} --local-dir DIR`")
     if "config.json" not in listed:
         raise UserError(f"{name}: has no config.json on the Hub, it is not a model transformers "
                         "can load")

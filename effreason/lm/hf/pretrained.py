@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -11,13 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from effreason.lm.hf import hub, weights
+from effreason.lm import adapters
+from effreason.lm.hf import hub, peft, weights
 from effreason.lm.hf.config import exported_config, max_positions, parse_config, transformers
 from effreason.lm.hf.weights import read_weights, stored_dtype, weight_files, write_weights
 from effreason.lm.model import DecoderConfig, Params
-from effreason.runtime import processes
+from effreason.runtime import processes, sharding
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import check_present, read_json
 from effreason.runtime.sharding import Shardings
@@ -43,34 +46,48 @@ class Pretrained:
     """Everything a model's files say about it, without the weights."""
 
     name: str                       # as the user named it: "tiny", a directory or a Hub id
-    revision: str | None            # the commit of a model on the Hub; None for a directory
-    directory: Path                 # for a model on the Hub, its snapshot in the cache
+    base: str                       # the same; of adapters, the model that they are for
+    revision: str | None            # the commit of a base on the Hub; None for a directory
+    directory: Path                 # of the base; if it is on the Hub, its snapshot in the cache
+    adapters: peft.StoredAdapters | None    # to be added to the base's weights
     decoder: DecoderConfig
     tokenizer: Any                  # a transformers fast tokenizer
     eos_ids: tuple[int, ...]        # that end a response; with those of rollout.stop_ids
     max_positions: int              # longest sequence the model was trained for
     notes: tuple[str, ...]          # lines for the log: what in its files may surprise
 
+    @property
+    def own_directory(self) -> Path:
+        """The directory with what is the model's own besides weights, such as facts of training."""
+        return self.directory if self.adapters is None else self.adapters.directory
+
 
 def open_pretrained(path: str, *, dtype: str, remat: str = "full",
-                    revision: str | None = None, stop_ids: str | None = None) -> Pretrained:
+                    revision: str | None = None, stop_ids: str | None = None,
+                    adapter: str | None = None) -> Pretrained:
     """Reads config, tokenizer and EOS ids, and checks that there are weights that fit.
 
     Args:
         path: A directory, the id of a model on the Hub, whose small files are fetched, or "tiny",
-            the reasoner that ships with the package.
+            the reasoner that ships with the package. A directory of adapters in the format of peft
+            is the model they are for, with them.
         revision: A branch, tag or commit on the Hub.
+        adapter: A directory of adapters for the model.
         stop_ids: More tokens that end a response, see `parse_stop_ids`.
 
     Raises:
         UserError: Names the file, or says how to get the model."""
-    if path == "tiny" and revision is not None:
+    base, revision, adapter = peft.resolve(path, revision, adapter)
+    if base == "tiny" and revision is not None:
         raise UserError("model.revision is for a model on the Hub, model.path is tiny, got "
                         f"{revision}")
-    name = str(SHIPPED_REASONER) if path == "tiny" else path
-    directory, commit = hub.find(name, revision, (
-        *COMPANIONS, FACTS_FILE, weights.INDEX_FILE, hub.ADAPTER_FILE,
-        f"{TEMPLATE_FOLDER}/*.jinja"))
+    try:
+        directory, commit = hub.find(str(SHIPPED_REASONER) if base == "tiny" else base, revision, (
+            *COMPANIONS, FACTS_FILE, weights.INDEX_FILE, hub.ADAPTER_FILE,
+            f"{TEMPLATE_FOLDER}/*.jinja"))
+    except UserError as error:
+        of_adapter = f"{path}: holds an adapter, whose base cannot be opened; " * (path != base)
+        raise UserError(f"{of_adapter}{error}") from None
     for file in (*COMPANIONS, FACTS_FILE):
         if os.path.lexists(directory / file):
             check_present(directory / file)
@@ -79,9 +96,12 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
     decoder = parse_config(table, config_file, dtype=dtype, remat=remat)
     if commit is None:
         weights.check_weights(directory, decoder)
+    stored = None if adapter is None else peft.open_adapter(Path(adapter), decoder)
 
-    tokenizer = load_tokenizer(directory)
-    ids = eos_ids(directory, tokenizer)
+    # Adapters may have a tokenizer of their own, such as one with another chat template.
+    own = directory if adapter is None else Path(adapter)
+    tokenizer = load_tokenizer(own if (own / "tokenizer.json").exists() else directory)
+    ids = eos_ids(directory, tokenizer, own)
     usable = tuple(eos for eos in ids if eos < decoder.vocabulary)
     if not usable:
         raise UserError(f"{directory}: eos_token_id must be below config.json's vocab_size, "
@@ -90,8 +110,8 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
         usable = tuple(sorted({*usable, *parse_stop_ids(stop_ids, tokenizer, decoder.vocabulary)}))
     decoder = dataclasses.replace(
         decoder, unused_ids=unused_ids(tokenizer, decoder.vocabulary, usable))
-    return Pretrained(name=path, revision=commit, directory=directory, decoder=decoder,
-                      tokenizer=tokenizer, eos_ids=usable,
+    return Pretrained(name=adapter or path, base=base, revision=commit, directory=directory,
+                      adapters=stored, decoder=decoder, tokenizer=tokenizer, eos_ids=usable,
                       max_positions=max_positions(table, config_file), notes=tuple(
                           _notes(directory, table, decoder.vocabulary, len(tokenizer), ids)))
 
@@ -115,27 +135,48 @@ def _notes(directory: Path, table: dict[str, Any], rows: int, tokens: int,
                f"weights are read as {table['model_type']}")
 
 
-def load_weights(pretrained: Pretrained, shardings: Shardings | None = None) -> Params:
+def load_weights(pretrained: Pretrained, shardings: Shardings | None = None, *,
+                 merged: bool = True) -> Params:
     """Returns the weights of a model as `read_weights` does; fetches them if it is on the Hub.
+
+    Args:
+        shardings: See `read_weights`.
+        merged: With the model's adapters, if it has any, added to them.
 
     Raises:
         UserError: They cannot be fetched, or do not fit the model's config.json."""
     if pretrained.revision is not None:
         is_indexed = (pretrained.directory / weights.INDEX_FILE).exists()
         files = weight_files(pretrained.directory) if is_indexed else [weights.SINGLE_FILE]
-        hub.fetch(pretrained.name, pretrained.revision, files)
-    return read_weights(pretrained.directory, pretrained.decoder, shardings)
+        hub.fetch(pretrained.base, pretrained.revision, files)
+    params = read_weights(pretrained.directory, pretrained.decoder, shardings)
+    if pretrained.adapters is None or not merged:
+        return params
+
+    config, stored = peft.read_adapter(pretrained.adapters.directory, pretrained.decoder)
+    adapter = config.adapter
+    assert adapter is not None
+    if shardings is not None:       # whole on every device: they are small
+        stored = sharding.to_device(stored, sharding.sharding(shardings["final_norm"].mesh))
+
+    def merge(params: Params, stored: Params) -> Params:
+        return adapters.merge(adapter, adapters.join(params, stored))
+
+    return jax.jit(merge, out_shardings=shardings, donate_argnums=0)(params, stored)
 
 
 def model_fingerprint(pretrained: Pretrained) -> str:
-    """Returns what identifies a model: its commit on the Hub, or a hash of a directory's files.
+    """Returns what identifies a model: its commit on the Hub, or a hash of a directory's files."""
+    base = pretrained.revision or _fingerprint(pretrained.directory)
+    if pretrained.adapters is None:
+        return base
+    return f"{base}+{_fingerprint(pretrained.adapters.directory)}"
 
-    The hash covers all JSON files, and size and both ends of each file of weights: hashing all of
-    them would take minutes."""
-    if pretrained.revision is not None:
-        return pretrained.revision
 
-    digest, directory = hashlib.sha256(), pretrained.directory
+def _fingerprint(directory: Path) -> str:
+    """Returns a hash of all JSON files, and of size and both ends of each file of weights: hashing
+    all of them would take minutes."""
+    digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")) + sorted(directory.glob("*.json")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
@@ -183,15 +224,19 @@ def _copy_companions(source: Path, target: Path) -> None:
             (target / name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
 
 
-def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+def eos_ids(directory: Path, tokenizer: Any, own: Path | None = None) -> tuple[int, ...]:
     """Returns the ids that end a response.
 
     They are generation_config.json's, or else config.json's, and the tokenizer's own.
 
+    Args:
+        own: A directory whose generation_config.json, if it has one, goes before the model's.
+
     Raises:
         UserError: There is none: a response could never end."""
     configured: list[Any] = []
-    for path in (directory / GENERATION_FILE, directory / "config.json"):
+    for path in ((own or directory) / GENERATION_FILE, directory / GENERATION_FILE,
+                 directory / "config.json"):
         if path.exists():
             entry = read_json(path).get("eos_token_id")
             configured = entry if isinstance(entry, list) else [] if entry is None else [entry]
@@ -202,8 +247,8 @@ def eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
         if configured:
             break
 
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = tuple(sorted({*configured, *own}))
+    of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tuple(sorted({*configured, *of_tokenizer}))
     if not ids:
         raise UserError(f"{directory}: neither generation_config.json nor the tokenizer names an "
                         "EOS token")
@@ -253,10 +298,12 @@ def recover_export(target: Path) -> None:
 
 
 def export_model(params: Params, config: DecoderConfig, source: Path, target: Path, *,
-                 chat_template: str | None = None, card: str | None = None,
-                 facts: Mapping[str, Any] | None = None,
-                 eos_ids: Sequence[int] = ()) -> None:
+                 own: Path | None = None, chat_template: str | None = None,
+                 card: str | None = None, facts: Mapping[str, Any] | None = None,
+                 eos_ids: Sequence[int] = (), base: tuple[str, str | None] | None = None) -> None:
     """Writes a directory that transformers loads: weights in the source's dtypes, and companions.
+
+    With adapters in `config` it holds these alone instead of weights, as peft writes them.
 
     The directory appears under its name only when complete: a crash or a full disk leaves the old
     one as it was. A crash between the two renames leaves both, which `hub.existing_export` and the
@@ -264,22 +311,27 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
 
     Args:
         source: The directory the model came from.
+        own: Another one, whose tokenizer goes before the source's.
         chat_template: The one it was trained with, instead of the source's.
         card: The text of README.md.
         facts: The table of effreason.json.
         eos_ids: Those it was trained with, for generation_config.json.
+        base: What adapters name as their model, and its revision; None = the source.
 
     Raises:
         OSError: The directory cannot be written."""
+    write = functools.partial(_write_policy, params, config, source,
+                              base or (str(source.absolute()), None))
     if not processes.is_primary():      # only passes on its shards of the weights
-        write_weights(params, config, stored_dtype(source), None, weights.stored_dtypes(source))
+        write(None)
         return
 
     recover_export(target)
     partial, old = beside(target)
     partial.mkdir(parents=True)
     try:
-        _copy_companions(source, partial)
+        for directory in (source, own or source):
+            _copy_companions(directory, partial)
         if chat_template is not None:
             _write_template(partial, chat_template)
         _write_eos(partial, eos_ids)
@@ -287,8 +339,7 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
         if facts is not None:
             (partial / FACTS_FILE).write_text(_json(facts), encoding="utf-8")
-        write_decoder(params, config, read_json(source / "config.json"), stored_dtype(source),
-                      partial, weights.stored_dtypes(source))
+        write(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -297,6 +348,23 @@ def export_model(params: Params, config: DecoderConfig, source: Path, target: Pa
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_policy(params: Params, config: DecoderConfig, source: Path,
+                  base: tuple[str, str | None], directory: Path | None) -> None:
+    """Writes weights with config.json, or adapters alone. Args: directory, None if another process
+    writes."""
+    if config.adapter is not None:
+        if directory is not None:       # it would say that there is a whole model
+            (directory / "config.json").unlink()
+        peft.write_adapter(params, config, directory, base_model=base[0], revision=base[1])
+        return
+
+    dtype, dtypes = stored_dtype(source), weights.stored_dtypes(source)
+    if directory is None:
+        write_weights(params, config, dtype, None, dtypes)
+    else:
+        write_decoder(params, config, read_json(source / "config.json"), dtype, directory, dtypes)
 
 
 def write_decoder(params: Params, config: DecoderConfig, table: dict[str, Any], dtype: str,
