@@ -112,9 +112,6 @@ class Packed:
 
     groups: tuple[Rows, ...]        # [U, M, R, N]
     counts: tuple[jax.Array, ...]   # int32[U] for each group: micro-batches that hold something
-    token_index: jax.Array          # int32[B, T], flat index, over the concatenated groups, of the
-                                    # position that scores each response token; one past the end
-                                    # for padding
 
 
 @jax.tree_util.register_dataclass

@@ -30,7 +30,9 @@ BLOCK_ARRAYS, FORWARD_ARRAYS = (9, 14), (3, 5)
 CUDNN_BLOCK_ARRAYS = (5, 8)         # XLA for GPUs, around cuDNN's attention
 ROW_ARRAYS = 5                      # arrays in Rows
 EXPERIENCE_ARRAYS = 9               # arrays in Experience, with its Rows
-ADVANTAGE_ARRAYS = 10  # arrays of a number for each response token, all of them on every chip
+ADVANTAGE_ARRAYS = 10               # arrays of a number for each response token
+# Those that every chip has as a whole for a moment, and those that are sent to all for it.
+WHOLE_ARRAYS, SENT_ARRAYS = 2, 4
 
 Costs = dict[str, tuple[float, Cost]]  # (own bytes, cost of a call) of a function, by its name
 
@@ -84,6 +86,11 @@ class StepSizes:
     def shards(self) -> int:
         """Shards of the weights and of the optimizer."""
         return self.fsdp * self.tensor
+
+    def token_shards(self, responses: int) -> int:
+        """Returns the shards of a number for each response token; see update.token_sharding."""
+        shards = self.data * self.fsdp
+        return shards if responses % shards == 0 else 1
 
     @property
     def saved(self) -> str:
@@ -170,8 +177,10 @@ def _step_arrays(config: Config, sizes: StepSizes, workload: Workload) -> tuple[
     update = config.update
     rows = update.updates_per_batch * workload.room * workload.rows
     positions = rows * workload.width * workload.widths
-    shards = sizes.data * sizes.fsdp * sizes.context
-    return 4.0 * len(workload.lengths) * config.rollout.max_new_tokens, 4.0 * positions / shards
+    shards = sizes.data * sizes.fsdp
+    tokens = len(workload.lengths) * config.rollout.max_new_tokens
+    return (4.0 * tokens / sizes.token_shards(len(workload.lengths)),
+            4.0 * positions / (shards * sizes.context))
 
 
 def _weight_gather(sizes: StepSizes, weights: float, count: float = 1) -> Collective:
@@ -195,6 +204,8 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
 
     split = 1 / sizes.shards
     experience = ADVANTAGE_ARRAYS * of_tokens + EXPERIENCE_ARRAYS * of_rows
+    parts = sizes.token_shards(len(workload.lengths))
+    whole = of_tokens * parts if parts > 1 else 0.0
     host = 16 * sizes.trained * split if config.update.offload_optimizer else 0.0
     from_host = s * sizes.weights * split if config.kl.offload_reference else 0.0
     times = trips * updates
@@ -203,7 +214,9 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
         "score": (_policy_bytes(sizes) + score_bytes, forward * times),
         "score_reference": (s * sizes.weights * split + score_bytes,
                             dataclasses.replace(forward * times, host_bytes=from_host)),
-        "experience": (experience, Cost(bytes=2 * experience)),
+        "experience": (experience + WHOLE_ARRAYS * whole, Cost(
+            bytes=2 * (experience + SENT_ARRAYS * whole),
+            collectives=(_reduction(parts, SENT_ARRAYS * whole, "all-gather", SENT_ARRAYS),))),
         "gradients": (gradient_bytes, step * trips),
         "apply_gradients": (16 * sizes.trained * split,
                             Cost(bytes=28 * sizes.trained * split, host_bytes=host)),
@@ -274,9 +287,8 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
         one_layer = 2 * s * sizes.products / c.layers / sizes.tensor
         return tokens * s * (arrays[0] * width_f + arrays[1] * width_d) + one_layer
 
-    flat = of_rows * sizes.data * sizes.fsdp * sizes.context  # all rows' log-probs, on every chip
-    score = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + (ROW_ARRAYS + 1) * of_rows
-             + flat + 2 * of_tokens)
+    score = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + ROW_ARRAYS * of_rows
+             + 2 * of_tokens)
 
     split = 1 / sizes.shards
     sums = 4 * sizes.trained * split

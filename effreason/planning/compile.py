@@ -149,11 +149,10 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     resident = {name: bytes_per_device(tree) for name, tree in (
         ("params", state.params), ("optimizer", state.opt_state), ("reference", reference),
         ("experience", step.experience), ("tokens", step.logprobs))}
-    # Only the widest rows are compiled. Scoring needs all groups' log-probs, flat, on every chip.
+    # Only the widest rows are compiled.
     narrower = workload.widths - 1
     resident["narrower"] = narrower * resident["experience"]
-    resident["narrower_scored"] = narrower * (
-        bytes_per_device(step.packed.groups) + 4 * math.prod(step.packed.groups[0].tokens.shape))
+    resident["narrower_scored"] = narrower * bytes_per_device(step.packed.groups)
 
     # With adapters the reference is part of the policy, which its programs count themselves.
     resident["apart"] = 0.0 if learner.decoder.adapter is not None else resident["reference"]

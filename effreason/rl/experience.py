@@ -85,9 +85,14 @@ def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
     values = {"weights": learnt.weights, "advantages": token_advantages, "old_logprobs": old}
     if reference is not None:
         values["reference_logprobs"] = reference
-    experience = tuple(
-        Experience(rows=rows, **{name: update.scatter_to_rows(value, rows)
-                                 for name, value in values.items()}) for rows in packed.groups)
+    in_rows: dict[str, tuple[jax.Array, ...]] = {}
+    for name, value in values.items():
+        # One after another: each is on every device as a whole for as long as it is scattered.
+        value, in_rows = jax.lax.optimization_barrier((value, in_rows))
+        in_rows[name] = tuple(update.scatter_to_rows(value, rows) for rows in packed.groups)
+    experience = tuple(Experience(rows=rows, **{name: arrays[group]
+                                                for name, arrays in in_rows.items()})
+                       for group, rows in enumerate(packed.groups))
 
     tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)

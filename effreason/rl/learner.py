@@ -120,6 +120,7 @@ class Learner:
             reference = sharding.offloaded(reference)
         replicated: Shardings = sharding.sharding(mesh)
         packed: Shardings = update.packed_sharding(mesh)
+        responses = config.rollout.prompts_per_step * config.rollout.group_size, slots
         batch: Shardings = Batch(experience=packed.groups, counts=replicated, rewards=replicated,
                                  advantages=replicated, metrics=replicated)
         reward = configured_reward.make_reward(config.reward)
@@ -127,6 +128,7 @@ class Learner:
         self.decoder, self._trained = decoder, targets.params
         self.params_sharding, self.replicated = weights, replicated
         self._packed_sharding = packed
+        self._token_sharding, self._slots = update.token_sharding(mesh, responses[0]), slots
         self.reward = jax.jit(reward, out_shardings=replicated)
         self.init = update.make_initial_state(optimizer, targets)
         self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, base),
@@ -134,9 +136,10 @@ class Learner:
         self._merge = jax.jit(functools.partial(model.merge_adapters, decoder),
                               out_shardings=weights)
         self.programs = Programs(
-            score=update.make_scorer(decoder, mesh, loss, params=update.complete(
-                decoder, targets.params, frozen)),
-            score_reference=update.make_scorer(base, mesh, loss, params=reference),
+            score=update.make_scorer(decoder, mesh, loss, responses=responses,
+                                     params=update.complete(decoder, targets.params, frozen)),
+            score_reference=update.make_scorer(base, mesh, loss, responses=responses,
+                                               params=reference),
             experience=jax.jit(functools.partial(
                 make_experience, reward=reward, objective=make_objective(config),
                 importance_cap=config.update.importance_cap,
@@ -231,10 +234,10 @@ class Learner:
             settings: of the dial, float32[P]; None if there is no dial.
         """
         packed = self._pack(rollouts, settings=settings)
-        logprobs = packing.flatten(rollouts.logprobs, packed.token_index.shape[1])
         on_device = sharding.to_device(packed, self._packed_sharding)
-        verdicts, lengths, sampled_logprobs = sharding.to_device(
-            (correct, rollouts.lengths, logprobs), self.replicated)
+        verdicts, lengths = sharding.to_device((correct, rollouts.lengths), self.replicated)
+        sampled_logprobs = sharding.to_device(packing.flatten(rollouts.logprobs, self._slots),
+                                              self._token_sharding)
         return PackedRollouts(
             packed=on_device, correct=verdicts, lengths=lengths, sampled_logprobs=sampled_logprobs,
             packing_efficiency=packing.packing_efficiency(packed))
@@ -296,19 +299,19 @@ class Learner:
             micro_batches: M, that there is room for.
         """
         def array(dtype: Any, *shape: int) -> Any:
-            rows = self._packed_sharding.groups if len(shape) == 4 else self.replicated
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            place = self._packed_sharding.groups if len(shape) == 4 else self.replicated
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
         prompts, group_size = config.rollout.prompts_per_step, config.rollout.group_size
         of_tokens = prompts * group_size, config.rollout.max_new_tokens
         of_rows = self._updates, micro_batches, self._rows, width
         integers, floats = array(jnp.int32, *of_rows), array(jnp.float32, *of_rows)
-        logprobs, one = array(jnp.float32, *of_tokens), array(jnp.int32)
+        logprobs, one = jax.ShapeDtypeStruct(of_tokens, jnp.float32,
+                                             sharding=self._token_sharding), array(jnp.int32)
 
         rows = Rows(**{field.name: integers for field in dataclasses.fields(Rows)}
                     | {"settings": floats if self.has_dial else None})
-        packed = Packed(groups=(rows,), counts=(array(jnp.int32, self._updates),),
-                        token_index=array(jnp.int32, *of_tokens))
+        packed = Packed(groups=(rows,), counts=(array(jnp.int32, self._updates),))
         learnt = Experience(rows=rows, weights=floats, advantages=floats, old_logprobs=floats,
                             reference_logprobs=floats if self.needs_reference else None)
         state, reference, programs = self.abstract_state, self.abstract_reference, self.programs

@@ -74,10 +74,8 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
     assigned = [assign_rows(sizes, share, widths, rows, sequences_per_row) for share in shares]
 
     shape = room(len(sizes), rows=rows, updates=updates)
-    token_index: Any = np.full((len(sizes), slots), math.prod(shape) * sum(widths), np.int32)
     groups: list[Rows] = []
     counts: list[Any] = []
-    offset = 0                          # of the group in the concatenation of all groups
     for group, width in enumerate(widths):
         table: dict[str, Any] = {name: np.zeros((*shape, width), np.int32) for name in FIELDS}
         table["response_index"] = np.full((*shape, width), no_response, np.int32)
@@ -91,13 +89,10 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
                                                     settings).items():
                     flat[name][update, row, columns] = values
 
-        occupied = np.flatnonzero(table["response_index"] < no_response)
-        token_index.reshape(-1)[table["response_index"].reshape(-1)[occupied]] = offset + occupied
         groups.append(Rows(**table))
         counts.append(np.array([len(bins[group]) // rows for bins in assigned], np.int32))
-        offset += math.prod(shape) * width
 
-    return Packed(groups=tuple(groups), counts=tuple(counts), token_index=token_index)
+    return Packed(groups=tuple(groups), counts=tuple(counts))
 
 
 def assign_rows(sizes: Int[np.ndarray, " B"], members: Iterable[int], widths: Sequence[int],

@@ -16,13 +16,14 @@ of R rows, N positions of a row. A position scores the token that follows it, it
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from effreason.lm import adapters, model
@@ -90,7 +91,15 @@ def token_weights(mask: Bool[Array, "B T"], aggregation: str,
 
 def scatter_to_rows(values: Float[Array, "B T"], rows: Rows) -> Float[Array, "... R N"]:
     """Puts values of response tokens at the positions that score them; 0 elsewhere."""
-    return jnp.concatenate([values.reshape(-1), jnp.zeros(1, values.dtype)])[rows.response_index]
+    # A row of any shard may hold any response. XLA would rather have the positions of all rows on
+    # every device, of which there are more than response tokens.
+    return jnp.take(constrain(values), rows.response_index, mode="fill", fill_value=0)
+
+
+def gather_from_rows(values: Float[Array, "... R N"], rows: Rows,
+                     into: Float[Array, " BT"]) -> Float[Array, " BT"]:
+    """Puts values of the positions that score response tokens at their places in a flat [B, T]."""
+    return into.at[rows.response_index].set(values, mode="drop")
 
 
 def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip_ratio: float,
@@ -251,38 +260,40 @@ def make_initial_state(optimizer: optax.GradientTransformation,
     return jax.jit(initial_state, out_shardings=shardings, donate_argnums=0)
 
 
-def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *,
-                params: Shardings) -> Callable[[model.Params, Packed], Float32[Array, "B T"]]:
+def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, params: Shardings,
+                responses: tuple[int, int],
+                ) -> Callable[[model.Params, Packed], Float32[Array, "B T"]]:
     """Returns score(params, packed), jitted: log-probs of the responses, 0 at padding.
 
     The forward pass is the trainer's own.
 
     Args:
-        params: Shardings of the weights, which may be in the host's memory."""
+        params: Shardings of the weights, which may be in the host's memory.
+        responses: B, T."""
     on_device = sharding.tree_sharding(mesh, model.logical_axes(config))
+    of_tokens = token_sharding(mesh, responses[0])
 
     def score(params: model.Params, packed: Packed) -> Float32[Array, "B T"]:
         weights = in_compute_dtype(config, jax.device_put(params, on_device))
 
-        def score_update(update: tuple[Rows, jax.Array]) -> Float32[Array, "M R N"]:
+        def score_update(logprobs: Array, update: tuple[Rows, jax.Array]) -> tuple[Array, None]:
             micro_batches, count = update
-            zeros = jnp.zeros(micro_batches.tokens.shape, jnp.float32)
 
             def body(index: Array, logprobs: Array) -> Array:
                 rows = jax.tree.map(lambda x: x[index], micro_batches)
                 scored, _ = score_rows(config, weights, rows, temperature=loss.temperature,
                                        tile=loss.vocabulary_tile)
-                return logprobs.at[index].set(scored)
+                return jax.lax.with_sharding_constraint(
+                    gather_from_rows(scored, rows, logprobs), of_tokens)
 
-            return jax.lax.fori_loop(0, count, body, zeros)
+            return jax.lax.fori_loop(0, count, body, logprobs), None
 
-        groups = [jax.lax.map(score_update, group)
-                  for group in zip(packed.groups, packed.counts, strict=True)]
-        flat = [constrain(logprobs).reshape(-1) for logprobs in groups]
-        return jnp.concatenate([*flat, jnp.zeros(1, jnp.float32)])[packed.token_index]
+        logprobs = jnp.zeros(math.prod(responses), jnp.float32)
+        for group in zip(packed.groups, packed.counts, strict=True):
+            logprobs, _ = jax.lax.scan(score_update, logprobs, group)
+        return logprobs.reshape(responses)
 
-    return jax.jit(score, in_shardings=(params, packed_sharding(mesh)),
-                   out_shardings=sharding.sharding(mesh))
+    return jax.jit(score, in_shardings=(params, packed_sharding(mesh)), out_shardings=of_tokens)
 
 
 def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig,
@@ -310,4 +321,12 @@ def packed_sharding(mesh: Mesh) -> Shardings:
     """Returns the shardings of packed rows, as a prefix of their tree."""
     rows: Any = sharding.sharding(mesh, *ROW_AXES)
     replicated: Any = sharding.sharding(mesh)
-    return Packed(groups=rows, counts=replicated, token_index=replicated)
+    return Packed(groups=rows, counts=replicated)
+
+
+def token_sharding(mesh: Mesh, responses: int) -> NamedSharding:
+    """Returns the sharding of numbers for each response token, [B, T] or flat.
+
+    Args: responses, B; if the devices cannot have equal shares of them, each has them all."""
+    is_split = responses % sharding.batch_shards(mesh) == 0
+    return sharding.sharding(mesh, *["batch"] * is_split)

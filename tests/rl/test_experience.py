@@ -60,8 +60,7 @@ def one_a_row():
     response_index = np.arange(PROMPTS * GROUP * POSITIONS, dtype=np.int32).reshape(1, 1, -1,
                                                                                     POSITIONS)
     return Packed(groups=(Rows(tokens=None, targets=None, positions=None, segments=None,
-                               response_index=response_index),), counts=(np.ones(1, np.int32),),
-                  token_index=None)
+                               response_index=response_index),), counts=(np.ones(1, np.int32),))
 
 
 def kernel(config):

@@ -76,7 +76,7 @@ def test_every_sequence_is_in_one_row_whole_and_in_order(groups, rows, updates, 
     width, slots = packing.row_width(130, context), 95
     packed = packing.pack(rollouts, rows=rows, width=width, slots=slots, updates=updates,
                           context=context, sequences_per_row=1 if one_per_row else None)
-    none, seen = rollouts.lengths.size * packed.token_index.shape[1], []
+    none, seen = rollouts.lengths.size * slots, []
     for table, counts in zip(in_row_order(packed, context), packed.counts, strict=True):
         for which in range(updates):
             used = counts[which] * rows
@@ -103,8 +103,7 @@ def test_every_sequence_is_in_one_row_whole_and_in_order(groups, rows, updates, 
                     np.testing.assert_array_equal(table["positions"][which, row, here],
                                                   np.arange(len(tokens)))
                     response_index = np.full(len(tokens), none)
-                    response_index[start - 1 : -1] = member * packed.token_index.shape[
-                        1] + np.arange(length)
+                    response_index[start - 1 : -1] = member * slots + np.arange(length)
                     np.testing.assert_array_equal(table["response_index"][which, row, here],
                                                   response_index)
     assert sorted(seen) == [(prompt, sample) for prompt in range(len(groups))
@@ -112,20 +111,22 @@ def test_every_sequence_is_in_one_row_whole_and_in_order(groups, rows, updates, 
 
 
 @pytest.mark.parametrize(("context", "one_per_row"), [(1, False), (4, False), (1, True)])
-def test_token_index_finds_what_response_index_scattered(context, one_per_row):
+def test_what_was_scattered_to_rows_is_gathered_again(context, one_per_row):
     rollouts = rollouts_of([3, 9, 2], [[70, 5, 1, 33], [8, 8, 90, 2], [4, 60, 31, 12]])
     packed = packing.pack(rollouts, rows=2, width=128, slots=90, updates=2, context=context,
                           sequences_per_row=1 if one_per_row else None)
     assert len(packed.groups) == (2 if one_per_row else 1)
-    mask = np.arange(packed.token_index.shape[1]) < rollouts.lengths.reshape(-1, 1)
+    mask = np.arange(90) < rollouts.lengths.reshape(-1, 1)
     values = np.where(mask, np.random.default_rng(0).standard_normal(mask.shape),
                       0).astype(np.float32)
     laid = [np.asarray(update.scatter_to_rows(jax.numpy.asarray(values), rows))
             for rows in packed.groups]
     assert (all((rows != 0).sum() for rows in laid)
             and sum((rows != 0).sum() for rows in laid) == mask.sum())
-    line = np.concatenate([*(rows.reshape(-1) for rows in laid), [0]])
-    np.testing.assert_array_equal(line[packed.token_index], values)
+    line = jax.numpy.zeros(mask.size)
+    for rows, table in zip(laid, packed.groups, strict=True):
+        line = update.gather_from_rows(rows, table, line)
+    np.testing.assert_array_equal(line.reshape(mask.shape), values)
 
 
 @pytest.mark.parametrize(("longest", "context", "width"),

@@ -302,7 +302,8 @@ def test_scorer_gives_every_response_its_own_scores(shape, settings):
     with jax.set_mesh(target):
         placed = place(QWEN2, weights(QWEN2), target)
         score = update.make_scorer(QWEN2, target, LOSS,
-                                   params=jax.tree.map(lambda leaf: leaf.sharding, placed))
+                                   params=jax.tree.map(lambda leaf: leaf.sharding, placed),
+                                   responses=(12, 50))
         scores = np.asarray(score(placed, packed))
     for row, (prompt, sample) in enumerate(itertools.product(range(3), range(4))):
         start, length = starts[prompt], lengths[prompt, sample]
@@ -437,6 +438,52 @@ def test_a_learning_step_does_not_depend_on_packing(learnt_in_pairs, monkeypatch
 def test_a_learning_step_on_eight_devices_is_that_on_one(shape):
     settings = dict(rows_per_micro_batch=4, updates_per_batch=2)
     assert_same(learnt(settings, tuple(shape.items())), learnt(settings), atol=1e-4)
+
+
+@pytest.mark.parametrize(("prompts", "shards"), [(4, 8), (3, 1)])
+def test_each_device_has_the_numbers_of_its_own_responses(prompts, shards):
+    """Of 8 responses on 8 devices each has one, scored and learnt from as on one device; 6 are
+    whole on every device."""
+    config = Config(model=ModelConfig(dtype="float32"), data=DataConfig(max_prompt_tokens=8),
+                    rollout=RolloutConfig(prompts_per_step=prompts, group_size=2,
+                                          max_new_tokens=16),
+                    kl=KLConfig(form="reward"), update=UpdateConfig(rows_per_micro_batch=8))
+    rollouts = jax.tree.map(lambda leaf: leaf[:prompts],
+                            dataclasses.asdict(rollouts_of_the_table()))
+    rollouts = Rollouts(**rollouts | {"logprobs": np.random.default_rng(0).normal(
+        -1, 0.3, rollouts["logprobs"].shape).astype(np.float32)})
+
+    def found(target):
+        learning = learner.Learner(config, QWEN2, target)
+        with jax.set_mesh(target):
+            params = place(QWEN2, weights(QWEN2), target)
+            packed = learning.pack(rollouts, np.arange(2 * prompts).reshape(-1, 2) % 3 > 0)
+            old = learning.score(params, packed)
+            reference = learning.score_reference(jax.tree.map(lambda leaf: leaf * 1.1, params),
+                                                 packed)
+            of_tokens = packed.sampled_logprobs, old, reference
+            for array in of_tokens:
+                assert array.sharding.shard_shape(array.shape) == (
+                    2 * prompts // (shards if target.size > 1 else 1), 16)
+            batch = learning.experience(packed, old, reference, config.reward.alpha)
+        return sharding.to_host((of_tokens, batch))
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+                 found(mesh(data=2, fsdp=4)), found(mesh()))
+
+
+def test_a_device_has_few_numbers_of_all_responses():
+    """Scoring has none that is whole, and the advantages one at a time."""
+    config = Config(model=ModelConfig(dtype="float32"), data=DataConfig(max_prompt_tokens=512),
+                    rollout=RolloutConfig(prompts_per_step=64, group_size=8, max_new_tokens=7680),
+                    update=UpdateConfig(rows_per_micro_batch=8))
+    target = mesh(data=2, fsdp=4)
+    step = learner.Learner(config, QWEN2, target).lowered(config, width=8192, micro_batches=64)
+    whole = 4 * 64 * 8 * 7680
+    with jax.set_mesh(target):
+        for name, most in (("score", 0.9), ("experience", 3.5)):
+            stats = step.lower[name]().compile().memory_analysis()
+            assert stats.temp_size_in_bytes + stats.output_size_in_bytes < most * whole, name
 
 
 def test_offloading_changes_where_things_are_and_nothing_else():
