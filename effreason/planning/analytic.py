@@ -9,6 +9,7 @@ percent, memory within the factor given in docs/scaling.md.
 import dataclasses
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from effreason.lm.adapters import Adapter
 from effreason.lm.model import DecoderConfig
@@ -18,7 +19,9 @@ from effreason.planning.estimates import TILE, PlannedFunction
 from effreason.planning.hlo import Array
 from effreason.planning.workloads import Workload
 from effreason.rl.learner import make_adapter
+from effreason.runtime import sharding
 from effreason.runtime.config import Config
+from effreason.sampling import capacity as sampler_capacity
 
 # Attention products for each pair of positions, 2 H h FLOPs each: in a forward, a backward pass.
 ATTENTION_PRODUCTS = {"splash": (2, 7), "cudnn": (2, 5), "cudnn_packed": (2, 5), "xla": (2, 4),
@@ -66,6 +69,11 @@ class StepSizes:
         return c.layers * c.width * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width)
 
     @property
+    def mlp(self) -> int:
+        """Parameters of the MLPs of all layers."""
+        return 3 * self.decoder.layers * self.decoder.width * self.decoder.mlp_width
+
+    @property
     def weights(self) -> int:
         return shapes.weight_count(self.decoder)
 
@@ -92,6 +100,18 @@ class StepSizes:
         shards = self.data * self.fsdp
         return shards if responses % shards == 0 else 1
 
+    def mlp_shards(self, platform: str) -> int:
+        """Returns the shards of the MLP's weights in the sampler; see sharding.sampling_axes."""
+        mesh = AbstractMesh((self.data, self.fsdp, self.tensor, self.context), sharding.MESH_AXES)
+        return sampler_capacity.mlp_shards(self.decoder, mesh, platform)
+
+    def sampled_weights(self, platform: str, *, read: bool = False) -> float:
+        """Returns the sampler's weights on a chip; if `read`, those that a decode step reads."""
+        # A step reads only a few rows of an untied embedding.
+        unread = self.table if read and not self.decoder.tied else 0
+        return ((self.weights - self.mlp - unread) / self.tensor
+                + self.mlp / self.mlp_shards(platform))
+
     @property
     def saved(self) -> str:
         """What remat saves. It cannot save cuDNN's attention, whose backward pass needs more."""
@@ -117,16 +137,18 @@ class StepSizes:
 
 def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int, int, int], *,
                    slots: int, capacity: int, workload: Workload, attention: str,
-                   live_share: float) -> dict[str, PlannedFunction]:
+                   live_share: float, platform: str) -> dict[str, PlannedFunction]:
     """Returns every function of a training step, by formula."""
     sizes = StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
                       context=shape[3], attention=attention, remat=decoder.remat,
                       adapter=make_adapter(config))
-    resident = _resident_bytes(config, sizes, slots=slots, capacity=capacity)
+    resident = _resident_bytes(config, sizes, slots=slots, capacity=capacity,
+                               platform=platform)
     updates = config.update.updates_per_batch
     learner_costs = _learner_costs(config, sizes, workload)
     sampler_costs, (height, batches) = _sampler_costs(config, sizes, resident, slots=slots,
-                                                      capacity=capacity)
+                                                      capacity=capacity,
+                                                      mlp_shards=sizes.mlp_shards(platform))
     state = resident["params"] + resident["optimizer"]
     tokens, rows = _step_arrays(config, sizes, workload)
     experience = tokens + EXPERIENCE_ARRAYS * rows
@@ -152,20 +174,19 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
             for name, (per, count, other) in calls.items()}
 
 
-def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int,
-                    capacity: int) -> dict[str, float]:
+def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: int,
+                    platform: str) -> dict[str, float]:
     """Returns the bytes in one chip's memory of the arrays that outlive a function."""
     c = sizes.decoder
-    weights = sizes.weights
     position = 2 * c.layers * c.kv_heads * c.head_dim * sizes.itemsize / sizes.tensor
-    split = sizes.itemsize * weights / sizes.shards
+    split = sizes.itemsize * sizes.weights / sizes.shards
 
     return {
         "params": 4 * sizes.trained / sizes.shards,
         "optimizer": (0.0 if config.update.offload_optimizer
                       else 8 * sizes.trained / sizes.shards),
         "reference": split * (config.keeps_reference and not config.kl.offload_reference),
-        "weights": sizes.itemsize * weights / sizes.tensor,
+        "weights": sizes.itemsize * sizes.sampled_weights(platform),
         "position": position,
         "slots": slots / (sizes.data * sizes.fsdp) * capacity / sizes.context * position,
         "prefilled": 8 * config.data.max_prompt_tokens * position,
@@ -311,7 +332,7 @@ def _attention_kernel(sizes: StepSizes, slots: int, capacity: int) -> KernelCall
 
 
 def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float], *, slots: int,
-                   capacity: int) -> tuple[Costs, tuple[int, int]]:
+                   capacity: int, mlp_shards: int) -> tuple[Costs, tuple[int, int]]:
     """Returns the costs of the sampler's functions, and (prompts of a prefill batch, batches)."""
     c, s = sizes.decoder, sizes.itemsize
     width = min(max(16, 1 << (config.data.max_prompt_tokens - 1).bit_length()), capacity)
@@ -319,26 +340,40 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
     local_slots = slots / (sizes.data * sizes.fsdp)
     position, prefill_tokens = resident["position"], height * width
 
-    sums = _reduction(sizes.tensor, 2 * c.layers * c.width * s * local_slots, count=2 * c.layers)
+    def sums(tokens: float) -> tuple[Collective, ...]:
+        """Returns the collectives of all layers. Args: tokens, of the rows of all batch shards that
+        share the weights of the MLP."""
+        size = c.layers * c.width * s * tokens
+        of_rows = _reduction(sizes.tensor, 2 * size / sharing, count=2 * c.layers)
+        return (of_rows,) if sharing == 1 else (
+            of_rows, _reduction(sharing, size, "all-gather", c.layers),
+            _reduction(sharing, size, count=c.layers))
+
+    sharing = mlp_shards // sizes.tensor
     logits = 4 * local_slots * c.vocabulary / sizes.tensor
     without_embedding = resident["weights"] - (0 if c.tied else s * sizes.table / sizes.tensor)
     decode = Cost(
         flops=2.0 * local_slots * (sizes.products + sizes.table) / sizes.tensor,
         bytes=without_embedding + local_slots * TILE * 2 * position + 3 * logits,
-        collectives=(sums,), kernels=(_attention_kernel(sizes, slots, capacity),))
+        collectives=sums(local_slots * sharing),
+        kernels=(_attention_kernel(sizes, slots, capacity),))
     prefill = Cost(
-        flops=2.0 * prefill_tokens * sizes.products / sizes.tensor
+        flops=2.0 * prefill_tokens * ((sizes.products - sizes.mlp) / sizes.tensor
+                                      + sizes.mlp / mlp_shards)
         + 4.0 * prefill_tokens * width * c.layers * c.heads * c.head_dim / sizes.tensor,
         bytes=resident["weights"]
-        + prefill_tokens * c.layers * s * (6 * c.mlp_width / sizes.tensor + 20 * c.width),
-        collectives=(_reduction(sizes.tensor, 2 * c.layers * c.width * s * prefill_tokens),))
+        + prefill_tokens * c.layers * s * (6 * c.mlp_width / mlp_shards + 20 * c.width),
+        collectives=(
+            _reduction(sizes.tensor, 2 * c.layers * c.width * s * prefill_tokens),
+            _reduction(sharing, c.layers * c.width * s * prefill_tokens, count=c.layers)))
 
     scores = 4 * prefill_tokens * width * c.heads / sizes.tensor
     frozen = s * sizes.frozen / sizes.shards
     return {
         "unstack": (resident["params"] + frozen + resident["weights"] * 1.3,
                     Cost(bytes=resident["params"] + frozen + 2 * resident["weights"],
-                         collectives=(_weight_gather(sizes, sizes.weights),))),
+                         collectives=(_weight_gather(
+                             sizes, sizes.weights - (sharing > 1) * sizes.mlp),))),
         "prefill": (resident["weights"] + resident["prefilled"] + min(scores, 2**27 * c.heads)
                     + prefill_tokens * 8 * c.width * s, prefill),
         "insert": (resident["slots"] + resident["prefilled"], Cost(bytes=2 * width * position)),

@@ -129,9 +129,10 @@ def cache_limits(config: Config, decoder: model.DecoderConfig, target: Target,
 
     if settings.slots is None and settings.memory_gib is None:
         weights = shapes.weight_count(decoder)
-        weight_bytes = training_bytes / mesh.shape["fsdp"] + jnp.dtype(decoder.dtype).itemsize
-        free = (target.chip.hbm_bytes * (1 - capacity.RESERVE)
-                - weight_bytes * weights / mesh.shape["tensor"])
+        state = training_bytes * weights / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+        copy = jnp.dtype(decoder.dtype).itemsize * capacity.weights_per_device(
+            decoder, weights, mesh, target.kind)
+        free = target.chip.hbm_bytes * (1 - capacity.RESERVE) - state - copy
         settings = dataclasses.replace(settings, memory_gib=max(free * mesh.size / GIB, 1e-6))
 
     budget = capacity.position_budget(dataclasses.replace(config, rollout=settings), decoder, mesh,

@@ -110,7 +110,7 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
     else:
         functions = analytic.make_functions(config, decoder, shape, slots=slots, capacity=capacity,
                                             workload=workload, attention=attention,
-                                            live_share=live_share)
+                                            live_share=live_share, platform=target.kind)
         functions = {name: function for name, function in functions.items()
                      if names is None or name in names}
 
@@ -156,11 +156,9 @@ def _estimate(config: Config, decoder: DecoderConfig, target: Target,
     sizes = analytic.StepSizes(decoder=decoder, data=shape[0], fsdp=shape[1], tensor=shape[2],
                                context=shape[3], attention=attention, remat=decoder.remat,
                                adapter=learner.make_adapter(config))
-    # A decode step reads only a few rows of an untied embedding.
-    weights_read = sizes.weights - (0 if decoder.tied else sizes.table)
     return tuple(estimates.estimate_run(
         config, functions, workload, machine, decode_memory=share, limits=limits,
-        weights_bytes=sizes.itemsize * weights_read / shape[2],
+        weights_bytes=sizes.itemsize * sizes.sampled_weights(target.kind, read=True),
         flops_per_token=2.0 * (sizes.products + sizes.table), smallest=MIN_SLOTS_PER_DEVICE,
         price=inputs.price, watts=inputs.watts)
         for share in sorted({*inputs.efficiency.decode}, reverse=True))

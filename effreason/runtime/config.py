@@ -330,9 +330,11 @@ class UpdateConfig(Section):
     """How the loss averages: token_mean = over all response tokens of an update; sequence_mean =
     over the tokens of each response, then over the responses."""
     rows_per_micro_batch: Count = 8
-    """Rows in each forward and backward pass, a multiple of mesh.data x mesh.fsdp; more = faster,
-    with more memory, and the same loss. Sequences are packed into rows as wide as the longest one a
-    run can have; if that width is at least 4,096, narrower rows are compiled too."""
+    """Rows in each forward and backward pass, a multiple of mesh.data x mesh.fsdp; more = more
+    memory, and the same loss. More are faster while rows have a few hundred positions. With
+    thousands, as few as the mesh allows are fastest: the last micro-batch of each width is less
+    empty. Sequences are packed into rows as wide as the longest one a run can have; if that width
+    is at least 4,096, narrower rows are compiled too."""
     vocabulary_tile: Count = 2048
     """Vocabulary entries whose log-probs are computed at a time, for all positions of a
     micro-batch; more = faster, with more memory. If it is at least the size of the vocabulary, the

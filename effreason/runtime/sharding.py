@@ -15,13 +15,14 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from effreason.runtime.errors import UserError
 
 # A tree of shardings, in the shape of the tree that it places. Python's types cannot say of which
 # tree, so it is Any to mypy.
 Shardings: TypeAlias = Any
+AnyMesh: TypeAlias = Mesh | AbstractMesh
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -42,9 +43,6 @@ AXES: dict[str, Any] = {
     "micro_batches": None,          # of an update
     "prefill": None,                # prompts that wait for a slot; any device of a row may need one
 }
-
-# Sampling reads all weights for every token: they are gathered over fsdp once, not at each read.
-SAMPLING_AXES = AXES | {"embed": None}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> Mesh:
@@ -92,6 +90,22 @@ def spec(*axes: str, table: dict[str, Any] = AXES) -> PartitionSpec:
 def sharding(mesh: Mesh, *axes: str, table: dict[str, Any] = AXES) -> NamedSharding:
     """Returns the sharding of an array with these logical axes; without axes it is replicated."""
     return NamedSharding(mesh, spec(*axes, table=table))
+
+
+def sampling_axes(mesh: AnyMesh, mlp_width: int, platform: str) -> dict[str, Any]:
+    """Returns the table for sampling, which reads all weights for every token.
+
+    They are gathered over fsdp once, and not at each read. Those of the MLP, most of a layer, stay
+    split over fsdp, but along their other axis: a device reads its part of them for the rows of
+    all, which takes two more collectives in each layer. On GPUs these take as long as they save.
+
+    Args:
+        mesh: may be abstract.
+        platform: of the devices.
+    """
+    axes = ("tensor", "fsdp")
+    is_split = platform != "gpu" and mlp_width % math.prod(mesh.shape[axis] for axis in axes) == 0
+    return AXES | {"embed": None} | ({"mlp": axes} if is_split else {})
 
 
 def tree_sharding(mesh: Mesh, logical: Any, table: dict[str, Any] = AXES) -> Shardings:

@@ -5,6 +5,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from effreason.lm import model
@@ -92,11 +93,31 @@ def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
 
     params = model.abstract_params(decoder)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    # The state is split over fsdp and tensor, the sampler's copy of the weights over tensor alone.
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     state = weight_bytes * parameters * mesh.size / shards
-    copy = jnp.dtype(decoder.dtype).itemsize * parameters * mesh.size / mesh.shape["tensor"]
+    copy = jnp.dtype(decoder.dtype).itemsize * mesh.size * weights_per_device(
+        decoder, parameters, mesh, mesh.devices.flat[0].platform)
     return max(device_bytes(mesh) * (1 - RESERVE) - state - copy, 0.0)
+
+
+def weights_per_device(decoder: model.DecoderConfig, parameters: int, mesh: sharding.AnyMesh,
+                       platform: str) -> float:
+    """Returns how many parameters of the sampler's copy a device has; see `sampling_axes`.
+
+    Args:
+        parameters: of the model.
+        mesh: may be abstract.
+        platform: of the devices.
+    """
+    mlp = 3 * decoder.layers * decoder.width * decoder.mlp_width
+    shards = mlp_shards(decoder, mesh, platform)
+    return (parameters - mlp) / mesh.shape["tensor"] + mlp / shards
+
+
+def mlp_shards(decoder: model.DecoderConfig, mesh: sharding.AnyMesh, platform: str) -> int:
+    """Returns how many parts the sampler's weights of the MLP are split into."""
+    axes = sharding.sampling_axes(mesh, decoder.mlp_width, platform)["mlp"]
+    return math.prod(mesh.shape[axis] for axis in np.ravel(axes))
 
 
 def training_weight_bytes(config: Config) -> int:

@@ -320,14 +320,16 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
     slots = Slots(cache=cache, token=rows, length=rows, generated=rows, limit=rows, active=rows,
                   key=rows)
     without_cache = dataclasses.replace(slots, cache=[])
-    weights = sharding.tree_sharding(mesh, _unstacked_axes(config), sharding.SAMPLING_AXES)
+    platform = mesh.devices.flat[0].platform
+    weights = sharding.tree_sharding(
+        mesh, _unstacked_axes(config), sharding.sampling_axes(mesh, config.mlp_width, platform))
 
     return Programs(
         unstack=jax.jit(partial(model.unstack, policy), out_shardings=weights),
         prefill=jax.jit(partial(prefill, config=config), out_shardings=[prompts] * config.layers),
         insert=jax.jit(partial(insert, mesh=mesh, layout=axes), out_shardings=slots,
                        donate_argnums=0),
-        decode=jax.jit(partial(decode, config=config, platform=mesh.devices.flat[0].platform),
+        decode=jax.jit(partial(decode, config=config, platform=platform),
                        static_argnames=("sampling", "chunk"),
                        out_shardings=(slots, replicated), donate_argnums=1),
         grow=jax.jit(partial(grow, axes=sequence_axes), static_argnames="capacity",

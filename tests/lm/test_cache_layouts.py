@@ -141,8 +141,9 @@ def test_a_donated_cache_is_written_in_place(layout):
 def test_eight_devices_decode_as_one_does(layout):
     config = dataclasses.replace(QWEN2, cache_layout=layout, layers=1)
     target, params = mesh(data=2, fsdp=2, tensor=2), weights(dataclasses.replace(QWEN2, layers=1))
-    placed = jax.device_put(
-        params, sharding.tree_sharding(target, model.logical_axes(config), sharding.SAMPLING_AXES))
+    placed = jax.device_put(params, sharding.tree_sharding(
+        target, model.logical_axes(config),
+        sharding.sampling_axes(target, config.mlp_width, "tpu")))
     with jax.set_mesh(target):
         sharded = jax.jit(functools.partial(decode, config))(placed)
     alone = jax.jit(functools.partial(decode, config))(params)

@@ -205,7 +205,7 @@ def test_formulas_against_compiled_programs(config, mesh, remat):
 
 
 @pytest.mark.slow
-def test_thousands_of_responses_need_memory_on_every_chip(config):
+def test_thousands_of_responses_are_split_over_the_chips(config):
     rollout = dataclasses.replace(config.rollout, prompts_per_step=4096)
     many = on(dataclasses.replace(config, rollout=rollout), data=8)
     names = ("score", "score_reference", "experience", "gradients", "apply_gradients")
@@ -216,17 +216,16 @@ def test_thousands_of_responses_need_memory_on_every_chip(config):
     for name in ("score", "experience"):
         computed, expected = formula.functions[name], compiled.functions[name]
         sizes = computed.hbm_bytes, expected.hbm_bytes
-        # what it takes and returns
-        assert expected.own_bytes > (2 if name == "score" else 4) * of_tokens
+        # Whole are in `experience` two of the dozen arrays that it takes, makes and returns.
+        assert expected.own_bytes < (2 if name == "score" else 6) * of_tokens, name
         assert 0.5 < sizes[0] / sizes[1] < 2, (name, *sizes)
 
     few = planned(on(config, data=8), "cpu:8", names=names, compiled=False).functions
-    # other memory: 1 - 16 / 16,384 of these arrays more than with 16
+    # Other memory: an eighth of 1 - 16 / 16,384 of these arrays more than with 16.
     for plan in (compiled, formula):
-        for name, least in (("score", 1), ("score_reference", 2), ("gradients", 1),
-                            ("apply_gradients", 1)):
+        for name, count in (("score", 1), ("score_reference", 2), ("gradients", 1)):
             added = plan.functions[name].other_bytes - few[name].other_bytes
-            assert added > 0.99 * least * of_tokens, name
+            assert added == pytest.approx(count * of_tokens / 8, rel=0.01), name
 
     # A chip with a little less than the experience needs: the plan says so.
     needed = max(function.hbm_bytes for function in compiled.functions.values())
@@ -317,7 +316,8 @@ def test_rollouts_are_a_range_unless_their_bandwidth_is_given(capsys):
     fast, slow = table["run"]["rollout_seconds"]
     assert table["run"]["step_seconds"] == [low, high] and high - low == pytest.approx(slow - fast)
     assert 1.3 < slow / fast < 1.5 and isinstance(table["run"]["update_seconds"], float)
-    assert f"step      {low:.0f} s to {high:.0f} s" in text and "decoding at 40% to 60%" in text
+    assert f"step      {tables.duration(low)} to {tables.duration(high)}" in text
+    assert "decoding at 40% to 60%" in text
 
     one = json.loads(planned_by_command(capsys, [*argv, "--json", "--memory-efficiency", "0.6"]))
     assert one["step_seconds"] == one["run"]["step_seconds"] == pytest.approx(low)

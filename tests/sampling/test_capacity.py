@@ -96,9 +96,10 @@ def test_the_state_comes_before_the_cache(monkeypatch):
     monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 20 * GIB)
     found = capacity.cache_budget_bytes(config(), LARGE, target, 20)
     assert found == pytest.approx(18 * GIB - 20 * weights - 2 * weights)
-    # Over fsdp the state is split and the sampler's copy is not.
+    # Over fsdp the state is split, of the sampler's copy only the MLPs.
     spread = capacity.cache_budget_bytes(config(), LARGE, mesh(fsdp=4), 20)
-    assert spread == pytest.approx(18 * GIB - 20 * weights - 4 * 2 * weights)
+    mlp = 3 * LARGE.layers * LARGE.width * LARGE.mlp_width
+    assert spread == pytest.approx(18 * GIB - 20 * weights - 2 * (4 * (weights - mlp) + mlp))
     assert capacity.cache_budget_bytes(config(), LARGE, target,
                                        capacity.EVALUATION_WEIGHT_BYTES) == found + 16 * weights
     monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 0)

@@ -93,6 +93,33 @@ def test_a_step_on_gpus_has_no_loop_inside():
     assert not loops(module, body.name)
 
 
+def test_a_device_reads_its_part_of_the_mlp():
+    """For the rows of all: these are sent, no weights."""
+    target = mesh(fsdp=4, tensor=2)
+    decoder = dataclasses.replace(WIDE, mlp_width=4096, vocabulary=2048, dtype=jnp.float32)
+    layer = make_programs(decoder, target).unstack.eval_shape(jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        model.abstract_params(decoder),
+        sharding.tree_sharding(target, model.logical_axes(decoder))))["layers"][0]
+    parts = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in layer.items()}
+    assert parts["gate"] == parts["up"] == (256, 512) and parts["down"] == (512, 256)
+    assert parts["query"] == (256, 2, 128)
+
+    module = hlo.parse(compiled_decode(decoder, target, layout="transposed"))
+    sent = [array.elements for computation in module.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode.removesuffix("-start") in COLLECTIVES
+            for array in instruction.arrays]
+    assert max(sent) == SLOTS * decoder.width < decoder.width * decoder.mlp_width / 8
+
+
+@pytest.mark.parametrize(("width", "platform", "axes"), [
+    (4096, "tpu", ("tensor", "fsdp")), (4100, "tpu", "tensor"), (4096, "gpu", "tensor")])
+def test_where_the_mlp_is_split_in_sampling(width, platform, axes):
+    table = sharding.sampling_axes(mesh(fsdp=4, tensor=2), width, platform)
+    assert table["mlp"] == axes and table["embed"] is None and table["heads"] == "tensor"
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_a_draw_needs_few_collectives(temperature):
     """Of a vocabulary split over devices: block maxima, block sums for each temperature, and the
