@@ -4,6 +4,7 @@ The documents link to files of the repository, such as ../configs/tiny.yaml. A s
 so each of those files becomes one, and the links lead there.
 """
 
+import ast
 import contextlib
 import io
 import os
@@ -36,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, text in texts.items():
         for link in LINK.findall(text):
             name = in_repository(link, uri)
-            if site_page(name).startswith("source/") and (ROOT / name).is_file():
+            if site_page(name).startswith("source/") and (ROOT / name).exists():
                 pages[site_page(name)] = source(name)
 
     for uri, text in pages.items():
@@ -67,6 +68,12 @@ def site_page(name: str) -> str:
 
 
 def source(name: str) -> str:
+    """Returns the page of a file; of a folder, what the docstrings say of its files."""
+    if (ROOT / name).is_dir():
+        modules = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+                   for path in sorted((ROOT / name).glob("*.py"))}
+        return f"# {name}\n\n" + "".join(
+            f"- `{module}`: {text.splitlines()[0]}\n" for module, text in modules.items() if text)
     text = (ROOT / name).read_text(encoding="utf-8").rstrip()
     fence = "`" * (3 if "```" not in text else 4)
     return f"# {name}\n\n{fence}{LANGUAGES.get(Path(name).suffix, 'text')}\n{text}\n{fence}\n"
