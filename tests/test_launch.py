@@ -162,6 +162,20 @@ def test_one_node_begins_a_run_and_goes_on_with_it(stand_ins, tmp_path, gpus, re
     assert goes_on(launch(), run)
 
 
+def test_a_rented_machine_does_what_one_node_does(stand_ins, tmp_path):
+    task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text(encoding="utf-8"))
+    commands = {"effreason": PRINT, "nvidia-smi": "#!/bin/sh\nseq 1\n"}
+    done = stand_ins(["bash", "-c", task["run"]], commands, **task["envs"],
+                     EFFREASON="effreason")
+    assert done.returncode == 0, done.stderr
+
+    config = parsed(done.stdout, tmp_path)
+    assert config.run.directory == "runs/r1"
+    assert config.mesh == configuration.load(ROOT / task["envs"]["CONFIG"]).mesh
+    assert task["resources"]["accelerators"] == "H100:1"
+    subprocess.run(["bash", "-n", "-c", task["setup"]], check=True)
+
+
 def slurm(tmp_path, port=29999):
     return {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_NNODES": "2",
