@@ -1,4 +1,4 @@
-"""How many devices a CPU is split into."""
+"""How many devices a CPU is split into, and what the compilation cache keeps."""
 
 import os
 import subprocess
@@ -33,3 +33,12 @@ def test_a_cpu_is_split_unless_the_user_has_said_otherwise(cores, axes, environm
     found = subprocess.run([sys.executable, "-c", program], env=others | environment, text=True,
                            capture_output=True, check=True)
     assert int(found.stdout) == devices
+
+
+def test_the_next_run_finds_every_program_even_a_quick_one(tmp_path):
+    others = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    program = ("import jax; from effreason.runtime import sharding; "
+               "sharding.use_compilation_cache(); jax.jit(lambda x: x + 1)(1)")
+    subprocess.run([sys.executable, "-c", program], check=True,
+                   env=others | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)})
+    assert any("lambda" in path.name for path in tmp_path.rglob("*-cache"))
