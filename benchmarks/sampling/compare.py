@@ -2,7 +2,7 @@
 this machine.
 
     python -m benchmarks.sampling.compare [--models M1,M2] [--workloads W1,W2] [--repeats 3]
-        [--engines ours,static,static_fast,transformers] [--cpu-devices 2] [--json FILE]
+        [--engines ours,static,static_fast,transformers] [--json FILE]
     python -m benchmarks.sampling.compare --profile
         time of the engine, by slots and cache
     python -m benchmarks.sampling.compare --gpu
@@ -301,8 +301,6 @@ def parse() -> argparse.Namespace:
                         help="seconds for an engine's repeats on one workload")
     parser.add_argument("--chunk", type=int, default=16,
                         help="decode steps between two looks at what has finished")
-    parser.add_argument("--cpu-devices", type=int, default=1,
-                        help="virtual devices of a CPU, over which our engine splits the slots")
     parser.add_argument("--no-parts", dest="parts", action="store_false",
                         help="neither limits nor parts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for all figures")
@@ -330,7 +328,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     sharding.use_compilation_cache()
-    mesh = sharding.make_mesh(data=-1, cpu_devices=options.cpu_devices)
+    mesh = sharding.make_mesh(data=-1)
     mode = decode_on_accelerator if options.gpu else show_profile if options.profile else compare
     result = mode(options, mesh)
     if options.json:

@@ -424,9 +424,6 @@ class MeshConfig(Section):
     """Number of parts into which heads, feed-forward layers and vocabulary are split."""
     context: Count = 1
     """Number of parts into which sequences are split."""
-    cpu_devices: Count = 1
-    """Virtual devices that a CPU is split into if data is -1, at most one for each core. Each has a
-    copy of the model. 1, or a number in JAX_NUM_CPU_DEVICES or XLA_FLAGS, leaves JAX alone."""
 
 
 @dataclasses.dataclass(frozen=True)

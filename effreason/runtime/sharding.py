@@ -5,7 +5,6 @@ mesh axes carry them. A name that is not in the table is a KeyError, so a misspe
 "replicated".
 """
 
-import contextlib
 import functools
 import math
 import os
@@ -46,15 +45,10 @@ AXES: dict[str, Any] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1,
-              cpu_devices: int = 1) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> Mesh:
     """Builds a mesh over all devices of all processes; data = -1 takes what the others leave.
 
-    Args: cpu_devices, see `split_cpu`; not used if data is given.
-
     Raises: UserError if the axes do not multiply to the number of devices."""
-    if data == -1:
-        split_cpu(cpu_devices)
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(f"distributed.mode is none, but JAX found {jax.process_count()} processes; "
                         "set it to auto")
@@ -66,18 +60,6 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1,
         raise UserError(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor} x context {context} = "
                         f"{data * others}, expected {count}, the number of devices")
     return arranged((data, fsdp, tensor, context), jax.devices())
-
-
-def split_cpu(devices: int) -> None:
-    """Makes several devices of a CPU, at most one for each core.
-
-    Nothing changes if the user has set a number for JAX, or if JAX has started."""
-    devices = min(devices, os.cpu_count() or 1)
-    is_set = (jax.config.values["jax_num_cpu_devices"] != -1
-              or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""))
-    if devices > 1 and not is_set:
-        with contextlib.suppress(RuntimeError):     # it has started
-            jax.config.update("jax_num_cpu_devices", devices)
 
 
 def arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
