@@ -189,25 +189,21 @@ def rl_steps(tiny: bool, rows: int, remat: str, response: int):
             generation = sampler(state.params, requests, jax.random.key(number), SAMPLING)
             responses = [response for finished in generation for response in finished]
             sampled = time.perf_counter()
-            packed = learner.pack(engine.collect(problems, responses, samples), batch.correct)
-            learnt = learner.experience(packed, learner.score(state.params, packed),
-                                        learner.score_reference(reference, packed), 0.0)
-            metrics = {name: float(value) for name, value in learnt.metrics.items()}
-            scored = time.perf_counter()
-            state, updates = learner.update(state, learnt)
-            jax.block_until_ready((state, updates))
+            packed = learner.pack(engine.collect(problems, responses, samples), batch.correct, 0.0)
+            state, learnt = learner.update(state, reference, packed)
+            metrics, (updates,) = sharding.to_host((learnt.metrics, learnt.updates))
         updated = time.perf_counter()
 
         flops, stats = steps.flops(config, batch), jax.devices()[0].memory_stats() or {}
         yield {"compiles": number == 0, "rollout_seconds": sampled - began,
-               "score_seconds": scored - sampled, "update_seconds": updated - scored,
+               "update_seconds": updated - sampled,
                "ms_per_decode_step": 1e3 * (sampled - began) / generation.steps,
                "host_share": generation.host_seconds / (sampled - began),
-               "update_tflops": flops * 3 / 5 / (updated - scored) / 1e12,
+               "update_tflops": flops / (updated - sampled) / 1e12,
                "packing_efficiency": packed.packing_efficiency,
-               "mismatch": metrics["rollout/mismatch"],
-               "mismatch_max": metrics["rollout/mismatch_max"],
-               "grad_norm": float(updates[0]["grad_norm"]),
+               "mismatch": float(metrics["rollout/mismatch"]),
+               "mismatch_max": float(metrics["rollout/mismatch_max"]),
+               "grad_norm": float(updates["grad_norm"]),
                "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30}
 
 

@@ -204,22 +204,15 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     sampled = time.monotonic()
 
     with jax.transfer_guard("disallow"):
-        rollouts = learner.pack(graded.rollouts, graded.correct, run.settings(alphas))
-        old_logprobs = learner.score(run.policy(), rollouts)
-        reference_logprobs = learner.score_reference(run.reference, rollouts)
-        batch = learner.experience(rollouts, old_logprobs, reference_logprobs,
-                                   alpha if alphas is None else alphas)                     # 4, 5
-        metrics = means(batch.metrics)
-        check_finite(metrics, step)
-        if config.rollout.policy == "current":
-            dtype = config.model.dtype
-            parity.check(metrics, parity.limit(config.rollout.max_mismatch, dtype), dtype,
-                         f"step {step}")
-
-        run.train_state, updates = learner.update(run.train_state, run.reference, batch)    # 6
+        rollouts = learner.pack(graded.rollouts, graded.correct,
+                                alpha if alphas is None else alphas, run.settings(alphas))
+        run.train_state, learnt = learner.update(
+            run.train_state, run.reference, rollouts,
+            check=functools.partial(check_batch, config, step))                         # 4, 5, 6
         run.rollouts = rollouts
-        metrics |= {f"update/{name}": value for name, value in means(*updates).items()}
-        rewards, advantages = sharding.to_host((batch.rewards, batch.advantages))
+        metrics = means(learnt.metrics) | {
+            f"update/{name}": value for name, value in means(*learnt.updates).items()}
+        rewards, advantages = sharding.to_host((learnt.rewards, learnt.advantages))
     updated = time.monotonic()
 
     log.remove()
@@ -271,6 +264,16 @@ def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog
         return refill(graded, sample, run.learner, run.session.inputs.problems,
                       alpha=run.run_state.alpha, settings=settings,
                       seed_and_step=(run.config.run.seed, step))
+
+
+def check_batch(config: Config, step: int, measured: dict[str, jax.Array]) -> None:
+    """Raises FloatingPointError or parity.Mismatch if a batch must not change the weights."""
+    metrics = means(measured)
+    check_finite(metrics, step)
+    if config.rollout.policy == "current":
+        dtype = config.model.dtype
+        parity.check(metrics, parity.limit(config.rollout.max_mismatch, dtype), dtype,
+                     f"step {step}")
 
 
 def means(*metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -470,11 +473,11 @@ def check_parity(run: Run) -> str:
         rollouts = collect(problems, [response for chunk in chunks for response in chunk],
                            settings.group_size)
         packed = run.learner.pack(
-            rollouts, np.zeros(rollouts.lengths.shape, bool),
+            rollouts, np.zeros(rollouts.lengths.shape, bool), 0.0,
             np.zeros(len(problems), np.float32) if run.alphas else None)
-        batch = run.learner.experience(packed, run.learner.score(params, packed),
-                                       run.learner.score_reference(run.reference, packed), 0.0)
-        metrics = means(batch.metrics)
+        metrics = means(run.learner.measure(
+            packed, run.learner.score(params, packed),
+            run.learner.score_reference(run.reference, packed)))
 
     limit = parity.limit(settings.max_mismatch, config.model.dtype)
     parity.check(metrics, limit, config.model.dtype, "before the first step")

@@ -122,8 +122,11 @@ class Experience:
     rows: Rows
     weights: jax.Array              # float32[..., R, N], of the target in the loss; 0 = no
                                     # response token
-    advantages: jax.Array           # float32[..., R, N], KL penalty included
-    old_logprobs: jax.Array         # float32[..., R, N], by the policy before the update
+    advantages: jax.Array           # float32[..., R, N]
+    # float32[..., R, N], by the policy before the step; None if each update computes its own.
+    old_logprobs: jax.Array | None = None
+    # float32[..., R, N], by the sampler; None if nothing reads them.
+    sampled_logprobs: jax.Array | None = None
     # float32[..., R, N], by the frozen reference; None if nothing reads them.
     reference_logprobs: jax.Array | None = None
 

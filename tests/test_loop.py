@@ -271,7 +271,7 @@ def test_the_exported_model_loads_and_has_learned(finished, world):
 
 def test_a_run_compiles_each_function_of_its_learning_once(finished):
     programs = vars(finished.engine.learner.programs)
-    assert len(finished.widths) == 1 and len(programs) == 5
+    assert len(finished.widths) == 1 and len(programs) == 6
     assert {name: program._cache_size() for name,
             program in programs.items()} == dict.fromkeys(programs, 1)
 

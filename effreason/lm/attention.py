@@ -57,6 +57,12 @@ def zigzag(length: int, parts: int) -> Int[np.ndarray, " N"]:
     return np.stack([chunks[:parts], chunks[: parts - 1 : -1]], axis=1).reshape(-1)
 
 
+def column_order(length: int) -> Int[np.ndarray, " N"]:
+    """Returns each column's position in the row, on the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return zigzag(length, 1 if mesh.empty else mesh.shape[AXES["sequence"]])
+
+
 def choose_attention(platform: str, *, head_dim: int, dtype: DTypeLike, length: int,
                      context: int = 1, capability: tuple[int, int] | None = None,
                      passes: Callable[[str], bool] = lambda kernel: True) -> str:

@@ -160,7 +160,8 @@ def truncated_importance(trained: Float[Array, "B T"], sampled: Float[Array, "B 
     return jnp.where(mask, jnp.minimum(probability_ratio(log_ratio), cap), 0.0)
 
 
-def kl_return_to_go(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+def kl_return_to_go(penalty: Float[Array, "R N"], mask: Bool[Array, "R N"],
+                    segments: Int[Array, "R N"] | None = None) -> Float[Array, "R N"]:
     """Sums the penalty of each response token and all response tokens after it (no discount).
 
     With penalty = coefficient * (policy log-prob - reference log-prob), subtract the result from
@@ -169,12 +170,24 @@ def kl_return_to_go(penalty: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> F
 
     Args:
         mask: True on response tokens.
+        segments: the sequence of each token, if a row holds several; each has a sum of its own.
 
     Returns:
         float32, 0 outside the mask.
     """
     response = jnp.where(mask, penalty, 0.0)
-    return jnp.where(mask, jax.lax.cumsum(response, axis=response.ndim - 1, reverse=True), 0.0)
+    if segments is None:
+        segments = jnp.zeros_like(mask, jnp.int32)
+    is_last = jnp.concatenate([segments[..., 1:] != segments[..., :-1],
+                               jnp.ones_like(mask[..., :1])], axis=-1)
+
+    def add(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
+        (after, ends_after), (own, ends) = later, earlier
+        return own + jnp.where(ends, 0.0, after), ends | ends_after
+
+    sums, _ = jax.lax.associative_scan(add, (response, is_last), reverse=True,
+                                            axis=response.ndim - 1)
+    return jnp.where(mask, sums, 0.0)
 
 
 def length_pull(advantages: Float[Array, "P G"], lengths: Int[Array, "P G"]) -> Float[Array, ""]:

@@ -20,14 +20,24 @@ Metrics = dict[str, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Graded:
+    """Graded responses, and what a correct one earns."""
+
+    correct: Bool[Array, "P G"]
+    lengths: Int[Array, "P G"]
+    # An array, so that one compiled function serves every alpha; or one for each group.
+    alpha: Float[Array, ""] | Float[Array, " P"]
+    sampled: Float[Array, "B T"]            # log-probs of the response tokens by the sampler
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the update of a step learns from."""
+    """What the updates of a step learn from."""
 
     experience: tuple[Experience, ...]      # for each group of packed rows
-    counts: tuple[jax.Array, ...]           # int32[U] for each, see Packed
     rewards: Float[Array, "P G"]
     advantages: Float[Array, "P G"]         # of whole responses: before KL penalty and whitening
-    metrics: Metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,8 @@ class ScoredBatch:
     lengths: Int[Array, "P G"]
     rewards: Float[Array, "P G"]
     mask: Bool[Array, "B T"]
-    drift: Float[Array, "B T"]              # log-prob by the policy less that by the reference
+    # Log-prob by the policy before the step less that by the reference; 0 if not known.
+    drift: Float[Array, "B T"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,56 +65,68 @@ class TokenAdvantages:
 Objective = Callable[[ScoredBatch], TokenAdvantages]
 
 
-def make_experience(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
-                    alpha: Float[Array, ""] | Float[Array, " P"], sampled: Float[Array, "B T"],
-                    old: Float[Array, "B T"],
+def make_experience(graded: Graded, old: Float[Array, "B T"] | None,
                     reference: Float[Array, "B T"] | None, packed: Packed, *, reward: Reward,
-                    objective: Objective, importance_cap: float | None = None,
-                    min_reward_spread: float = 0.0) -> Batch:
+                    objective: Objective, keeps_old: bool = False,
+                    keeps_sampled: bool = False) -> Batch:
     """Computes rewards and advantages, and puts each token's at its place in the packed rows.
 
     Args:
-        alpha: an array, so that one compiled function serves every alpha; or one for each group.
-        sampled: log-probs of the response tokens by the sampler.
-        old: by the trainer before the update.
-        reference: by the frozen reference; None = nothing reads them, and KL is not measured.
+        old: log-probs by the trainer before the step; None = the objective does not read them.
+        reference: by the frozen reference; None = nothing reads them.
         packed: the rows that hold these responses.
-        importance_cap: see `advantages.truncated_importance`; None leaves it out.
-        min_reward_spread: a group whose rewards differ by more has a signal; a metric alone.
+        keeps_old, keeps_sampled: the update reads `old`, the sampler's log-probs.
     """
-    rewards = rewards_of_groups(reward, correct, lengths, alpha)
-    mask = types.response_mask(lengths.reshape(-1), old.shape[1])
-    drift = jnp.where(mask, old - (old if reference is None else reference), 0.0)
-    learnt = objective(ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask,
-                                   drift=drift))
-
-    token_advantages = learnt.token_advantages
-    if importance_cap is not None:
-        # Last: it weighs the gradient of a token, whatever its advantage.
-        token_advantages *= advantages.truncated_importance(old, sampled, mask, importance_cap)
-
-    values = {"weights": learnt.weights, "advantages": token_advantages, "old_logprobs": old}
-    if reference is not None:
-        values["reference_logprobs"] = reference
+    scored, learnt = learn(graded, old, reference, reward=reward, objective=objective)
+    values = {"weights": learnt.weights, "advantages": learnt.token_advantages,
+              "old_logprobs": old if keeps_old else None, "reference_logprobs": reference,
+              "sampled_logprobs": graded.sampled if keeps_sampled else None}
     in_rows: dict[str, tuple[jax.Array, ...]] = {}
     for name, value in values.items():
+        if value is None:
+            continue
         # One after another: each is on every device as a whole for as long as it is scattered.
         value, in_rows = jax.lax.optimization_barrier((value, in_rows))
         in_rows[name] = tuple(update.scatter_to_rows(value, rows) for rows in packed.groups)
     experience = tuple(Experience(rows=rows, **{name: arrays[group]
                                                 for name, arrays in in_rows.items()})
                        for group, rows in enumerate(packed.groups))
+    return Batch(experience=experience, rewards=scored.rewards, advantages=learnt.advantages)
 
+
+def measure(graded: Graded, old: Float[Array, "B T"], reference: Float[Array, "B T"] | None, *,
+            reward: Reward, objective: Objective, min_reward_spread: float = 0.0) -> Metrics:
+    """Measures what a step learns from; see docs/metrics.md.
+
+    Args:
+        old: log-probs by the trainer before the step.
+        reference: None = KL is not measured.
+        min_reward_spread: a group whose rewards differ by more has a signal.
+    """
+    scored, learnt = learn(graded, old, reference, reward=reward, objective=objective)
+    rewards, mask = scored.rewards, scored.mask
     tokens = jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-    gap = jnp.where(mask, jnp.abs(sampled - old), 0.0)
+    gap = jnp.where(mask, jnp.abs(graded.sampled - old), 0.0)
     spread = jnp.max(rewards, axis=-1) - jnp.min(rewards, axis=-1)
     metrics = {"reward/mean": jnp.mean(rewards),
                "reward/groups_with_signal": jnp.mean(spread > min_reward_spread),
                "rollout/mismatch": jnp.sum(gap) / tokens, "rollout/mismatch_max": jnp.max(gap)}
     if reference is not None:
-        metrics["reward/kl"] = jnp.sum(drift) / tokens
-    return Batch(experience=experience, counts=packed.counts, rewards=rewards,
-                 advantages=learnt.advantages, metrics=metrics | learnt.metrics)
+        metrics["reward/kl"] = jnp.sum(scored.drift) / tokens
+    return metrics | learnt.metrics
+
+
+def learn(graded: Graded, old: Float[Array, "B T"] | None, reference: Float[Array, "B T"] | None, *,
+          reward: Reward, objective: Objective) -> tuple[ScoredBatch, TokenAdvantages]:
+    """Computes the rewards, and what the objective makes of them."""
+    correct, lengths = graded.correct, graded.lengths
+    mask = types.response_mask(lengths.reshape(-1), graded.sampled.shape[1])
+    drift = jnp.zeros_like(graded.sampled)
+    if old is not None and reference is not None:
+        drift = jnp.where(mask, old - reference, drift)
+    rewards = rewards_of_groups(reward, correct, lengths, graded.alpha)
+    scored = ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask, drift=drift)
+    return scored, objective(scored)
 
 
 def rewards_of_groups(reward: Reward, correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
@@ -120,12 +143,14 @@ def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
                     kl_coefficient: float = 0.0) -> TokenAdvantages:
     """The method's objective: advantages over the group; their parts become metrics.
 
+    The KL penalty is in them only if they are whitened: otherwise the update subtracts it.
+
     Args:
         aggregation: see `update.token_weights`.
         updates: U, optimizer updates of the step.
         group_std: see `advantages.group_std`.
         whiten: see `advantages.whiten`.
-        kl_form: none, reward (a penalty in the advantages) or loss (the k3 term of the loss).
+        kl_form: none, reward (a penalty on the advantages) or loss (the k3 term of the loss).
         kl_coefficient: of the penalty or the term.
     """
     mask = scored.mask
@@ -135,12 +160,10 @@ def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
                                 (advantage, parts))
 
     if kl_form == "reward":
-        penalty = -advantages.kl_return_to_go(kl_coefficient * scored.drift, mask)
-        total += penalty
-        parts["kl"] = penalty
+        parts["kl"] = -advantages.kl_return_to_go(kl_coefficient * scored.drift, mask)
 
     if whiten:
-        total, parts = advantages.split_advantages(total, parts, mask)
+        total, parts = advantages.split_advantages(total + parts["kl"], parts, mask)
 
     if kl_form == "loss":
         # The loss adds the k3 term, whose slope is worth an advantage of the opposite sign.

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from effreason.lm import adapters, attention, cudnn, model
 from effreason.lm.hf.pretrained import Pretrained, load_weights
 from effreason.lm.kernels import unsupported_reason
 from effreason.rl import checkpoints, configured_reward, experience, packing, update
-from effreason.rl.experience import Batch, Objective, make_experience
+from effreason.rl.experience import Batch, Graded, Metrics, Objective, make_experience, measure
 from effreason.rl.update import TrainState
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
@@ -34,9 +34,7 @@ class PackedRollouts:
     """Graded responses on the devices, packed into rows."""
 
     packed: Packed
-    correct: Bool[Array, "P G"]
-    lengths: Int[Array, "P G"]
-    sampled_logprobs: Float[Array, "B T"]
+    graded: Graded
     packing_efficiency: float       # share of the rows' positions that hold a token
 
 
@@ -44,11 +42,22 @@ class PackedRollouts:
 class Programs:
     """The jitted functions of a learner."""
 
-    score: Any                      # (params, packed) -> log-probs float32[B, T]
+    score: Any                      # see update.make_scorer
     score_reference: Any            # the same, with weights that may be in the hosts' memory
     experience: Any                 # see experience.make_experience
     gradients: Any                  # see update.gradients
+    measure: Any                    # see experience.measure
     apply_gradients: Any            # see update.apply_gradients
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learnt:
+    """What a step has learnt from, and its metrics, on the devices."""
+
+    rewards: Float[Array, "P G"]
+    advantages: Float[Array, "P G"]
+    metrics: Metrics                # of the batch
+    updates: list[Metrics]          # of each update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,7 @@ class Learner:
         abstract_state: shapes, dtypes and shardings of the state.
         abstract_reference: the same of the reference.
         needs_reference: the loss or the reward reads log-probs by the reference.
+        scores_policy: some log-probs by the policy are computed in a pass of their own.
         replicated: the sharding of what every device holds.
         reward: (correct bool[P, G], lengths int32[P, G], alpha float32[]) -> float32[P, G], jitted.
         init: the state before the first step, for float32 weights, or adapters, that it takes over.
@@ -105,6 +115,9 @@ class Learner:
         loss = update.LossConfig(
             clip_ratio=config.update.clip_ratio, temperature=config.rollout.temperature,
             kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
+            kl_penalty=(config.kl.coefficient if config.kl.form == "reward"
+                        and not config.advantage.whiten else 0.0),
+            importance_cap=config.update.importance_cap,
             vocabulary_tile=config.update.vocabulary_tile)
         optimizer = update.make_optimizer(
             learning_rate=config.update.learning_rate, beta1=config.update.beta1,
@@ -121,9 +134,10 @@ class Learner:
         replicated: Shardings = sharding.sharding(mesh)
         packed: Shardings = update.packed_sharding(mesh)
         responses = config.rollout.prompts_per_step * config.rollout.group_size, slots
-        batch: Shardings = Batch(experience=packed.groups, counts=replicated, rewards=replicated,
-                                 advantages=replicated, metrics=replicated)
+        batch: Shardings = Batch(experience=packed.groups, rewards=replicated,
+                                 advantages=replicated)
         reward = configured_reward.make_reward(config.reward)
+        objective = make_objective(config)
 
         self.decoder, self._trained = decoder, targets.params
         self.params_sharding, self.replicated = weights, replicated
@@ -141,10 +155,14 @@ class Learner:
             score_reference=update.make_scorer(base, mesh, loss, responses=responses,
                                                params=reference),
             experience=jax.jit(functools.partial(
-                make_experience, reward=reward, objective=make_objective(config),
-                importance_cap=config.update.importance_cap,
-                min_reward_spread=config.rollout.min_reward_spread), out_shardings=batch),
-            gradients=update.make_gradients(decoder, mesh, loss, targets, frozen),
+                make_experience, reward=reward, objective=objective,
+                keeps_old=config.update.updates_per_batch > 1,
+                keeps_sampled=config.update.importance_cap is not None), out_shardings=batch),
+            gradients=update.make_gradients(decoder, mesh, loss, targets, frozen,
+                                            responses=responses),
+            measure=jax.jit(functools.partial(
+                measure, reward=reward, objective=objective,
+                min_reward_spread=config.rollout.min_reward_spread), out_shardings=replicated),
             apply_gradients=update.make_apply_gradients(optimizer, mesh, targets))
 
         self.abstract_state = checkpoints.abstract(jax.eval_shape(
@@ -154,6 +172,8 @@ class Learner:
         self.needs_reference = config.scores_reference
         self._rows = config.update.rows_per_micro_batch
         self._updates = config.update.updates_per_batch
+        self._first_scored = config.first_scored_update
+        self.scores_policy = self._first_scored < self._updates
         self._pack = functools.partial(
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
             slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention))
@@ -225,71 +245,89 @@ class Learner:
         frozen = self.as_reference(load_weights(pretrained, self.params_sharding, merged=False))
         return self.merged(self.policy(state, frozen, setting))
 
-    def pack(self, rollouts: Rollouts, correct: np.ndarray,
+    def pack(self, rollouts: Rollouts, correct: np.ndarray, alpha: float | np.ndarray,
              settings: np.ndarray | None = None) -> PackedRollouts:
         """Packs responses into rows and puts them on the devices.
 
         Args:
             correct: bool[P, G].
+            alpha: of the reward, or float32[P], one for each group.
             settings: of the dial, float32[P]; None if there is no dial.
         """
         packed = self._pack(rollouts, settings=settings)
-        on_device = sharding.to_device(packed, self._packed_sharding)
-        verdicts, lengths = sharding.to_device((correct, rollouts.lengths), self.replicated)
-        sampled_logprobs = sharding.to_device(packing.flatten(rollouts.logprobs, self._slots),
-                                              self._token_sharding)
+        verdicts, lengths, alphas = sharding.to_device(
+            (correct, rollouts.lengths, np.asarray(alpha, np.float32)), self.replicated)
+        sampled = sharding.to_device(packing.flatten(rollouts.logprobs, self._slots),
+                                     self._token_sharding)
         return PackedRollouts(
-            packed=on_device, correct=verdicts, lengths=lengths, sampled_logprobs=sampled_logprobs,
+            packed=sharding.to_device(packed, self._packed_sharding),
+            graded=Graded(correct=verdicts, lengths=lengths, alpha=alphas, sampled=sampled),
             packing_efficiency=packing.packing_efficiency(packed))
 
-    def score(self, policy: model.Params, rollouts: PackedRollouts) -> Float[Array, "B T"]:
-        """Computes the log-probs of the response tokens by the policy; 0 for padding."""
-        return self.programs.score(policy, rollouts.packed)
+    def score(self, policy: model.Params, rollouts: PackedRollouts,
+              first: int = 0) -> Float[Array, "B T"]:
+        """Computes the log-probs of the response tokens by the policy; 0 for padding.
+
+        Args:
+            first: the responses of updates before this one are left out; 0.
+        """
+        return self.programs.score(policy, rollouts.packed,
+                                   sharding.to_device(np.int32(first), self.replicated))
 
     def score_reference(self, reference: model.Params | None,
                         rollouts: PackedRollouts) -> Float[Array, "B T"] | None:
         """Computes those by the reference; None if neither loss nor reward reads them."""
         if not self.needs_reference or reference is None:
             return None
+        first = sharding.to_device(np.int32(0), self.replicated)
         if adapters.split(reference)[1]["layers"]:
-            return self.programs.score(reference, rollouts.packed)
-        return self.programs.score_reference(reference, rollouts.packed)
+            return self.programs.score(reference, rollouts.packed, first)
+        return self.programs.score_reference(reference, rollouts.packed, first)
 
-    def experience(self, rollouts: PackedRollouts, old: Float[Array, "B T"],
-                   reference: Float[Array, "B T"] | None,
-                   alpha: float | np.ndarray) -> Batch:
-        """Computes rewards and advantages.
+    def measure(self, rollouts: PackedRollouts, old: Float[Array, "B T"],
+                reference: Float[Array, "B T"] | None) -> Metrics:
+        """Measures responses; see docs/metrics.md.
 
         Args:
             old: log-probs by the policy.
             reference: log-probs by the reference; None = nothing reads them.
-            alpha: of the reward, or float32[P], one for each group.
         """
-        return self.programs.experience(
-            rollouts.correct, rollouts.lengths,
-            sharding.to_device(np.asarray(alpha, np.float32), self.replicated),
-            rollouts.sampled_logprobs, old, reference, rollouts.packed)
+        return self.programs.measure(rollouts.graded, old, reference)
 
-    def update(self, state: TrainState, frozen: model.Params | None,
-               batch: Batch) -> tuple[TrainState, list[dict[str, Float[Array, ""]]]]:
+    def update(self, state: TrainState, reference: model.Params | None, rollouts: PackedRollouts, *,
+               check: Callable[[Metrics], None] = lambda metrics: None,
+               ) -> tuple[TrainState, Learnt]:
         """Makes the step's optimizer updates, one after another; donates the state passed in.
 
         Args:
-            frozen: see `as_reference`; read only if there are adapters.
+            reference: see `as_reference`; None if nothing reads it.
+            check: is given the metrics of the batch before any weight changes, and raises what
+                keeps them from changing.
 
         Returns:
-            The state, its `step` one higher, and the metrics of each update.
+            The state, its `step` one higher, and what was learnt.
         """
-        metrics, held = [], adapters.split(frozen)[0] if frozen and self.decoder.adapter else {}
+        packed, old = rollouts.packed, None
+        frozen = adapters.split(reference)[0] if reference and self.decoder.adapter else {}
+        fixed = self.score_reference(reference, rollouts)
+        if self.scores_policy:
+            old = self.score(self.policy(state, reference), rollouts, self._first_scored)
+        batch = self.programs.experience(rollouts.graded, old, fixed, packed)
+
+        metrics, updates = {}, []
         for number in range(self._updates):
             is_last = number + 1 == self._updates
             index, steps = sharding.to_device((np.int32(number), np.int32(is_last)),
                                               self.replicated)
-            grads, update_metrics = self.programs.gradients(
-                state.params, held, batch.experience, batch.counts, index)
+            grads, update_metrics, found = self.programs.gradients(
+                state.params, frozen, batch.experience, packed.counts, old, index)
+            if number == 0:
+                metrics = self.measure(rollouts, found, fixed)
+                check(metrics)
             state, norm = self.programs.apply_gradients(state, grads, steps)
-            metrics.append(update_metrics | {"grad_norm": norm})
-        return state, metrics
+            updates.append(update_metrics | {"grad_norm": norm})
+        return state, Learnt(rewards=batch.rewards, advantages=batch.advantages, metrics=metrics,
+                             updates=updates)
 
     def lowered(self, config: Config, *, width: int, micro_batches: int) -> AbstractStep:
         """Prepares the lowering of a step's functions for rows of the widest group.
@@ -306,29 +344,34 @@ class Learner:
         of_tokens = prompts * group_size, config.rollout.max_new_tokens
         of_rows = self._updates, micro_batches, self._rows, width
         integers, floats = array(jnp.int32, *of_rows), array(jnp.float32, *of_rows)
-        logprobs, one = jax.ShapeDtypeStruct(of_tokens, jnp.float32,
-                                             sharding=self._token_sharding), array(jnp.int32)
+        logprobs: Any = jax.ShapeDtypeStruct(of_tokens, jnp.float32,
+                                             sharding=self._token_sharding)
+        one = array(jnp.int32)
 
         rows = Rows(**{field.name: integers for field in dataclasses.fields(Rows)}
                     | {"settings": floats if self.has_dial else None})
         packed = Packed(groups=(rows,), counts=(array(jnp.int32, self._updates),))
-        learnt = Experience(rows=rows, weights=floats, advantages=floats, old_logprobs=floats,
+        keeps_sampled = config.update.importance_cap is not None
+        learnt = Experience(rows=rows, weights=floats, advantages=floats,
+                            old_logprobs=floats if self._updates > 1 else None,
+                            sampled_logprobs=floats if keeps_sampled else None,
                             reference_logprobs=floats if self.needs_reference else None)
+        graded = Graded(correct=array(jnp.bool_, prompts, group_size), alpha=array(jnp.float32),
+                        lengths=array(jnp.int32, prompts, group_size), sampled=logprobs)
+        old = logprobs if self.scores_policy else None
+        fixed = logprobs if self.needs_reference else None
         state, reference, programs = self.abstract_state, self.abstract_reference, self.programs
         frozen: Any = {} if self.decoder.adapter is None else reference
         policy = update.complete(self.decoder, state.params, frozen)
-        verdicts = (array(jnp.bool_, prompts, group_size), array(jnp.int32, prompts, group_size),
-                    array(jnp.float32))
         return AbstractStep(
             state=state, reference=reference, policy=policy, packed=packed, experience=(learnt,),
             logprobs=logprobs,
-            lower={"score": lambda: programs.score.lower(policy, packed),
-                   "score_reference": lambda: programs.score_reference.lower(reference, packed),
-                   "experience": lambda: programs.experience.lower(
-                       *verdicts, logprobs, logprobs,
-                       logprobs if self.needs_reference else None, packed),
+            lower={"score": lambda: programs.score.lower(policy, packed, one),
+                   "score_reference": lambda: programs.score_reference.lower(
+                       reference, packed, one),
+                   "experience": lambda: programs.experience.lower(graded, old, fixed, packed),
                    "gradients": lambda: programs.gradients.lower(
-                       state.params, frozen, (learnt,), packed.counts, one),
+                       state.params, frozen, (learnt,), packed.counts, old, one),
                    "apply_gradients": lambda: programs.apply_gradients.lower(
                        state, state.params, one)})
 

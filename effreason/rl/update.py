@@ -22,11 +22,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from effreason.lm import adapters, model
+from effreason.lm import adapters, attention, model
 from effreason.lm.logprobs import token_logprobs
 from effreason.rl import advantages
 from effreason.runtime import sharding
@@ -53,6 +54,8 @@ class LossConfig:
 
     clip_ratio: float
     kl_loss_coefficient: float      # of the k3 term; 0 = no term
+    kl_penalty: float = 0.0         # coefficient of the KL penalty; 0 = it is in the advantages
+    importance_cap: float | None = None     # see advantages.truncated_importance; None = no weights
     temperature: float              # of the rollouts: the policy is the distribution sampled from
     vocabulary_tile: int            # entries of the vocabulary scored at a time
 
@@ -102,6 +105,39 @@ def gather_from_rows(values: Float[Array, "... R N"], rows: Rows,
     return into.at[rows.response_index].set(values, mode="drop")
 
 
+def with_old_logprobs(experience: Experience, logprobs: Float32[Array, "R N"],
+                      is_first: Bool[Array, ""], loss: LossConfig) -> Experience:
+    """Completes the advantages with what depends on the policy before the step.
+
+    Args:
+        logprobs: By the policy now, which before the first update is the policy before the step.
+        is_first: Whether this is the first update.
+
+    Returns:
+        The experience with old log-probs, and with the KL penalty and the importance weights in its
+        advantages.
+    """
+    old, mask = jax.lax.stop_gradient(logprobs), experience.mask
+    if experience.old_logprobs is not None:
+        old = jnp.where(is_first, old, experience.old_logprobs)
+
+    worth = experience.advantages
+    if loss.kl_penalty:
+        assert experience.reference_logprobs is not None
+        columns = attention.column_order(mask.shape[-1])
+        order = np.argsort(columns)
+        drift = jnp.where(mask, old - experience.reference_logprobs, 0.0)
+        penalty = advantages.kl_return_to_go(loss.kl_penalty * drift[:, order], mask[:, order],
+                                             experience.rows.segments[:, order])
+        worth -= penalty[:, columns]
+    if loss.importance_cap is not None:
+        assert experience.sampled_logprobs is not None
+        # Last: it weighs the gradient of a token, whatever its advantage.
+        worth *= advantages.truncated_importance(old, experience.sampled_logprobs, mask,
+                                                 loss.importance_cap)
+    return dataclasses.replace(experience, old_logprobs=old, advantages=worth)
+
+
 def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip_ratio: float,
                 kl_loss_coefficient: float) -> tuple[Float32[Array, ""], Metrics]:
     """The clipped policy gradient, a weighted sum over tokens.
@@ -119,6 +155,7 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     Returns:
         The loss, and the weighted sums clip_share and, if there is a reference, kl (k3).
     """
+    assert experience.old_logprobs is not None
     # Log-probs outside of responses are undefined: they are masked before anything else.
     log_ratio = jnp.where(experience.mask, logprobs - experience.old_logprobs, 0.0)
     ratio = advantages.probability_ratio(log_ratio)
@@ -155,9 +192,10 @@ def complete(config: model.DecoderConfig, params: model.Params,
 
 
 def gradients(params: model.Params, frozen: model.Params, experience: tuple[Experience, ...],
-              counts: tuple[Int32[Array, " U"], ...], which: Int32[Array, ""], *,
-              config: model.DecoderConfig, loss: LossConfig,
-              shardings: Shardings) -> tuple[model.Params, Metrics]:
+              counts: tuple[Int32[Array, " U"], ...], old: Float32[Array, "B T"] | None,
+              which: Int32[Array, ""], *, config: model.DecoderConfig, loss: LossConfig,
+              responses: tuple[int, int], shardings: Shardings, of_tokens: NamedSharding,
+              ) -> tuple[model.Params, Metrics, Float32[Array, "B T"]]:
     """Returns the gradient of one update's loss, summed over its micro-batches in float32.
 
     Args:
@@ -165,37 +203,53 @@ def gradients(params: model.Params, frozen: model.Params, experience: tuple[Expe
         frozen: The weights without adapters, in the compute dtype; {} if all weights are trained.
         experience: [U, M, R, N] for each group of rows.
         counts: Micro-batches in use, for each group of rows.
-        which: The update.
-        shardings: Of what is trained."""
+        old: Log-probs of the responses by the policy before the step, 0 if not known; None = none
+            are known.
+        which: The update. The first one finds the old log-probs of its own responses.
+        responses: B, T.
+        shardings: Of what is trained.
+        of_tokens: The sharding of a number for each response token.
+
+    Returns:
+        The gradient, the metrics of the loss, and `old` with the log-probs of the update's
+        responses put in."""
     weights = in_compute_dtype(config, params)
 
-    def micro_batch_loss(weights: model.Params, experience: Experience) -> tuple[Array, Metrics]:
+    def micro_batch_loss(weights: model.Params,
+                         experience: Experience) -> tuple[Array, tuple[Metrics, Array]]:
         logprobs, entropies = score_rows(config, complete(config, weights, frozen), experience.rows,
                                          temperature=loss.temperature, tile=loss.vocabulary_tile)
-        value, sums = policy_loss(logprobs, experience, clip_ratio=loss.clip_ratio,
-                                  kl_loss_coefficient=loss.kl_loss_coefficient)
+        value, sums = policy_loss(
+            logprobs, with_old_logprobs(experience, logprobs, which == 0, loss),
+            clip_ratio=loss.clip_ratio, kl_loss_coefficient=loss.kl_loss_coefficient)
         entropy = jnp.sum(experience.weights * entropies)
-        return value, sums | {"loss": value, "entropy": entropy}
+        return value, (sums | {"loss": value, "entropy": entropy}, logprobs)
 
     zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
     names = ["loss", "clip_share", "entropy"]
     if experience[0].reference_logprobs is not None:
         names.append("kl")
-    total = zeros, dict.fromkeys(names, jnp.zeros((), jnp.float32))
+    found = jnp.zeros(responses, jnp.float32) if old is None else old
+    total = (zeros, dict.fromkeys(names, jnp.zeros((), jnp.float32))), found.reshape(-1)
     for group, count in zip(experience, counts, strict=True):
         micro_batches = jax.tree.map(lambda x: x[which], group)
 
         def add(index: Array, total: Any, micro_batches: Experience = micro_batches) -> Any:
+            sums, found = total
             micro_batch = jax.tree.map(lambda x: x[index], micro_batches)
-            grads, metrics = jax.grad(micro_batch_loss, has_aux=True)(weights, micro_batch)
+            grads, (metrics, logprobs) = jax.grad(micro_batch_loss, has_aux=True)(weights,
+                                                                                  micro_batch)
             # Pinned to the weights' shards: otherwise each device would sum a whole gradient.
             grads = jax.lax.with_sharding_constraint(grads, shardings)
-            return jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), total,
-                                (grads, metrics))
+            found = gather_from_rows(logprobs, micro_batch.rows, found)
+            return (jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), sums,
+                                 (grads, metrics)),
+                    jax.lax.with_sharding_constraint(found, of_tokens))
 
         # Micro-batches beyond the count cost no time.
         total = jax.lax.fori_loop(0, count[which], add, total)
-    return total
+    (grads, metrics), found = total
+    return grads, metrics, found.reshape(responses)
 
 
 def apply_gradients(state: TrainState, grads: model.Params, steps: Int32[Array, ""], *,
@@ -262,10 +316,11 @@ def make_initial_state(optimizer: optax.GradientTransformation,
 
 def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, params: Shardings,
                 responses: tuple[int, int],
-                ) -> Callable[[model.Params, Packed], Float32[Array, "B T"]]:
-    """Returns score(params, packed), jitted: log-probs of the responses, 0 at padding.
+                ) -> Callable[[model.Params, Packed, Any], Float32[Array, "B T"]]:
+    """Returns score(params, packed, first), jitted: log-probs of the responses, 0 at padding.
 
-    The forward pass is the trainer's own.
+    The forward pass is the trainer's own. It leaves out the responses of the updates before
+    `first`, int32[].
 
     Args:
         params: Shardings of the weights, which may be in the host's memory.
@@ -273,7 +328,8 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, pa
     on_device = sharding.tree_sharding(mesh, model.logical_axes(config))
     of_tokens = token_sharding(mesh, responses[0])
 
-    def score(params: model.Params, packed: Packed) -> Float32[Array, "B T"]:
+    def score(params: model.Params, packed: Packed,
+              first: Int32[Array, ""]) -> Float32[Array, "B T"]:
         weights = in_compute_dtype(config, jax.device_put(params, on_device))
 
         def score_update(logprobs: Array, update: tuple[Rows, jax.Array]) -> tuple[Array, None]:
@@ -289,22 +345,27 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, pa
             return jax.lax.fori_loop(0, count, body, logprobs), None
 
         logprobs = jnp.zeros(math.prod(responses), jnp.float32)
-        for group in zip(packed.groups, packed.counts, strict=True):
-            logprobs, _ = jax.lax.scan(score_update, logprobs, group)
+        for group, count in zip(packed.groups, packed.counts, strict=True):
+            count = jnp.where(jnp.arange(len(count)) < first, 0, count)
+            logprobs, _ = jax.lax.scan(score_update, logprobs, (group, count))
         return logprobs.reshape(responses)
 
-    return jax.jit(score, in_shardings=(params, packed_sharding(mesh)), out_shardings=of_tokens)
+    return jax.jit(score, in_shardings=(params, packed_sharding(mesh), sharding.sharding(mesh)),
+                   out_shardings=of_tokens)
 
 
-def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig,
-                   shardings: Shardings,
-                   frozen: Shardings) -> Callable[..., tuple[model.Params, Metrics]]:
-    """Returns gradients(params, frozen, experience, counts, which), jitted; see `gradients`."""
+def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, shardings: Shardings,
+                   frozen: Shardings, *, responses: tuple[int, int]) -> Callable[..., Any]:
+    """Returns gradients(params, frozen, experience, counts, old, which), jitted; see `gradients`.
+
+    Args:
+        responses: B, T."""
     rows, replicated = sharding.sharding(mesh, *ROW_AXES), sharding.sharding(mesh)
-    params = shardings.params
-    return jax.jit(functools.partial(gradients, config=config, loss=loss, shardings=params),
-                   in_shardings=(params, frozen, rows, replicated, replicated),
-                   out_shardings=(params, replicated))
+    params, of_tokens = shardings.params, token_sharding(mesh, responses[0])
+    return jax.jit(functools.partial(gradients, config=config, loss=loss, responses=responses,
+                                     shardings=params, of_tokens=of_tokens),
+                   in_shardings=(params, frozen, rows, replicated, of_tokens, replicated),
+                   out_shardings=(params, replicated, of_tokens))
 
 
 def make_apply_gradients(optimizer: optax.GradientTransformation, mesh: Mesh,

@@ -542,6 +542,15 @@ class Config:
         return self.kl.form != "none" or self.update.objective == "dpo"
 
     @property
+    def first_scored_update(self) -> int:
+        """The first update of a step whose old log-probs are computed before all updates.
+
+        An update that no other comes before computes its own as it computes its gradient, unless
+        its advantages depend on those of other responses."""
+        whitens_penalty = self.advantage.whiten and self.kl.form == "reward"
+        return 0 if whitens_penalty or self.update.objective == "dpo" else 1
+
+    @property
     def keeps_reference(self) -> bool:
         """Whether its weights stay in memory, to score with or to sample from."""
         return (self.scores_reference or self.rollout.policy == "initial"

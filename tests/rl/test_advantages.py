@@ -113,6 +113,13 @@ def test_kl_return_to_go_hand_numbers():
     np.testing.assert_array_equal(return_to_go(penalty, mask), [[0, 7, 6, 4, 0]])
 
 
+def test_kl_return_to_go_of_a_row_with_two_sequences():
+    penalty = jnp.array([[100.0, 1.0, 2.0, 4.0, 8.0, 16.0, 100.0]])
+    mask = jnp.array([[False, True, True, False, True, True, False]])
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 0]])
+    np.testing.assert_array_equal(return_to_go(penalty, mask, segments), [[0, 3, 2, 0, 24, 16, 0]])
+
+
 def test_truncated_importance_hand_numbers():
     trained, sampled = np.log([[0.5, 0.2, 0.3, 0.9]]), np.log([[0.5, 0.4, 0.1, 0.1]])
     mask = np.array([[True, True, True, False]])

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import pytest
 
 from effreason.rl import advantages, configured_reward, update
 from effreason.rl.advantages import PARTS
-from effreason.rl.experience import make_experience
+from effreason.rl.experience import Graded, make_experience, measure
 from effreason.rl.learner import make_objective
 from effreason.runtime.config import AdvantageConfig, Config, KLConfig, RewardConfig, UpdateConfig
 from effreason.types import Packed, Rows
@@ -63,23 +62,45 @@ def one_a_row():
                                response_index=response_index),), counts=(np.ones(1, np.int32),))
 
 
-def kernel(config):
-    return functools.partial(make_experience, reward=configured_reward.make_reward(config.reward),
-                             objective=make_objective(config),
-                             importance_cap=config.update.importance_cap,
-                             min_reward_spread=config.rollout.min_reward_spread)
+def programs(config):
+    """The experience and the metrics of a step, from the log-probs of policy and reference."""
+    parts = dict(reward=configured_reward.make_reward(config.reward),
+                 objective=make_objective(config))
+    reads_old = config.first_scored_update == 0
+    experience = functools.partial(make_experience, keeps_sampled=True, **parts)
+    return (lambda graded, old, reference, packed: experience(graded, old if reads_old else None,
+                                                              reference, packed),
+            functools.partial(measure, min_reward_spread=config.rollout.min_reward_spread, **parts))
+
+
+def graded(config, correct=CORRECT, lengths=LENGTHS):
+    return Graded(correct=correct, lengths=lengths, alpha=np.float32(config.reward.alpha),
+                  sampled=sampled())
+
+
+def completed(config, found, old):
+    """The experience of all responses, [B, T], as the first update of the step completes it."""
+    (rows,) = jax.tree.map(lambda values: values[0, 0], found.experience)
+    mask = rows.weights > 0
+    rows = dataclasses.replace(rows, rows=dataclasses.replace(
+        rows.rows, segments=mask.astype(np.int32)))
+    loss = update.LossConfig(
+        clip_ratio=0.2, kl_loss_coefficient=0.0, temperature=1.0, vocabulary_tile=8,
+        kl_penalty=0.0 if config.advantage.whiten or config.kl.form != "reward"
+        else config.kl.coefficient, importance_cap=config.update.importance_cap)
+    return update.with_old_logprobs(rows, old, jnp.array(True), loss)
 
 
 def credited(config, correct=CORRECT, lengths=LENGTHS):
-    step = jax.jit(kernel(config))
+    experience, metrics = programs(config)
+
+    @jax.jit
+    def step(graded, old, reference, packed):
+        found = experience(graded, old, reference, packed)
+        return completed(config, found, old), found.rewards, metrics(graded, old, reference)
+
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        found = jax.device_get(step(correct, lengths, np.float32(config.reward.alpha), sampled(),
-                                    *logprobs(), one_a_row()))
-    rows = ("weights", "advantages", "old_logprobs", "reference_logprobs")
-    experience = types.SimpleNamespace(**{name: getattr(found.experience[0], name)[0, 0]
-                                          for name in rows})
-    experience.mask = experience.weights > 0
-    return experience, found.rewards, found.metrics
+        return jax.device_get(step(graded(config, correct, lengths), *logprobs(), one_a_row()))
 
 
 def oracle(config):
@@ -228,21 +249,22 @@ def test_the_share_of_the_kl_term_is_finite_and_flat_beyond_its_bounds(monkeypat
 
 
 def test_without_a_reference_kl_is_not_measured_and_all_else_is_the_same():
-    config = settings()
-    step, old = jax.jit(kernel(config)), logprobs()[0]
-    found, expected = (jax.device_get(step(CORRECT, LENGTHS, np.float32(0.3), sampled(), old,
-                                           reference, one_a_row()))
-                       for reference in (None, logprobs()[1]))
-    assert expected.metrics.keys() - found.metrics.keys() == {"reward/kl"}
-    assert found.experience[0].reference_logprobs is None
-    np.testing.assert_array_equal(found.experience[0].advantages, expected.experience[0].advantages)
+    config, old = settings(), logprobs()[0]
+    experience, metrics = programs(config)
+    none, measured = (jax.device_get(jax.jit(metrics)(graded(config), old, reference))
+                      for reference in (None, logprobs()[1]))
+    assert measured.keys() - none.keys() == {"reward/kl"}
+    assert none == {name: measured[name] for name in none}
 
-    (learnt,) = jax.tree.map(lambda values: values[0, 0], found.experience)
-    (measured,) = jax.tree.map(lambda values: values[0, 0], expected.experience)
+    learnt, other = (completed(config, jax.jit(experience)(graded(config), None, reference,
+                                                           one_a_row()), old)
+                     for reference in (None, logprobs()[1]))
+    assert learnt.reference_logprobs is None
+    np.testing.assert_array_equal(learnt.advantages, other.advantages)
     now = jnp.where(mask_in_numpy(), old + 0.1, 0.0)
     (loss, sums), (same, more) = (
         update.policy_loss(now, rows, clip_ratio=0.2, kl_loss_coefficient=0.0)
-        for rows in (learnt, measured))
+        for rows in (learnt, other))
     assert loss == same and more.keys() - sums.keys() == {"kl"}
 
 
@@ -261,9 +283,8 @@ def gradient_of_experience(config):
     float32[B, T]."""
     # Arrays of JAX: NumPy warns of inf - inf in the padding.
     old, reference = map(jnp.asarray, logprobs())
-    found = kernel(config)(CORRECT, LENGTHS, np.float32(0.3), sampled(), old, reference,
-                           one_a_row())
-    (experience,) = jax.tree.map(lambda values: values[0, 0], found.experience)
+    found = programs(config)[0](graded(config), old, reference, one_a_row())
+    experience = completed(config, found, old)
     old = jnp.where(mask_in_numpy(), logprobs()[0], 0.0)
     return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2,
                                                    kl_loss_coefficient=0.0)[0])(old)

@@ -97,21 +97,19 @@ def train_on(shape, rank=0):
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.01, params))
         stored = random_adapters(learning.decoder) if rank else None
         state = learning.start(params, 0, stored)
-        policy = learning.policy(state, params)
+        policy = learning.policy(state, reference)
         sampled_from = dataclasses.replace(DECODER, adapter=learning.decoder.adapter)
         sample = rollouts.make_sampler(sampled_from, target, slots=8, chunk=8, max_positions=64)
         requests = make_requests([problem.prompt for problem in problems()], 2, GREEDY)
         responses = [response for chunk in sample(policy, requests, jax.random.key(0),
                                                   SamplingParams(temperature=0, eos_ids=()))
                      for response in chunk]
-        packed = learning.pack(rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0)
-        batch = learning.experience(packed, learning.score(policy, packed),
-                                    learning.score_reference(reference, packed),
-                                    config.reward.alpha)
-        state, metrics = learning.update(state, params, batch)
+        packed = learning.pack(rollouts_of(DECODER.vocabulary), np.arange(16).reshape(4, 4) % 3 > 0,
+                               config.reward.alpha)
+        state, learnt = learning.update(state, reference, packed)
         greedy = {(response.prompt, response.sample): response.tokens.tolist()
                   for response in responses}
-        return *sharding.to_host((metrics, batch.metrics, state.params)), greedy
+        return *sharding.to_host((learnt.updates, learnt.metrics, state.params)), greedy
 
 
 @pytest.mark.slow

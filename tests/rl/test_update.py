@@ -15,9 +15,11 @@ import pytest
 from decoders import QWEN2, QWEN3, VOCABULARY, mesh, place, weights
 
 from effreason.lm import attention, model
-from effreason.rl import learner, packing, update
+from effreason.rl import experience as experience_of_step
+from effreason.rl import learner, packing, parity, update
 from effreason.runtime import sharding
 from effreason.runtime.config import (
+    AdvantageConfig,
     Config,
     DataConfig,
     KLConfig,
@@ -28,6 +30,7 @@ from effreason.runtime.config import (
 )
 from effreason.types import Experience, Rollouts, Rows
 
+RESPONSES = (8, 24)                 # B, T
 ROWS, PROMPTS, LENGTHS = 8, [3, 1, 7, 5, 2, 4, 6, 3], [9, 1, 5, 0, 12, 8, 2, 7]
 LOSS = update.LossConfig(clip_ratio=0.2, kl_loss_coefficient=0.05, temperature=0.8,
                          vocabulary_tile=64)
@@ -101,27 +104,27 @@ def score_naively(config, params, tokens, temperature):
 def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
              aggregation="token_mean", spare=0):
     """One step of plain gradient descent at rate 1: params less gradients, on the host, and the
-    metrics.
+    metrics. It is the second update of its step, whose old log-probs are stored.
 
     Args: spare, empty micro-batches that there is room for."""
     target, optimizer = mesh(**dict(shape)), optax.sgd(1.0)
     targets = update.state_sharding(config, optimizer, target)
     rows = in_micro_batches(experience(positions, aggregation), micro_batches)
-    rows = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)),
+    rows = jax.tree.map(lambda x: np.pad(x, ((1, 0), (0, spare), (0, 0), (0, 0)),
                                          constant_values=3), rows)
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer,
                                           targets)(place(config, weights(config), target))
-        gradients = update.make_gradients(config, target, loss, targets, {})
+        gradients = update.make_gradients(config, target, loss, targets, {}, responses=RESPONSES)
         apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
                                   sharding.sharding(target, *update.ROW_AXES))
-        counts, which, steps = sharding.to_device((np.full(1, micro_batches, np.int32), np.int32(0),
-                                                   np.int32(1)), sharding.sharding(target))
+        counts, one = sharding.to_device((np.full(2, micro_batches, np.int32), np.int32(1)),
+                                         sharding.sharding(target))
         with jax.transfer_guard("disallow"):
-            grads, metrics = gradients(state.params, {}, (rows,), (counts,), which)
+            grads, metrics, _ = gradients(state.params, {}, (rows,), (counts,), None, one)
             assert jax.tree.map(lambda leaf: leaf.sharding, grads) == targets.params
-            state, norm = apply_gradients(state, grads, steps)
+            state, norm = apply_gradients(state, grads, one)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
         assert state.step == 1
         return sharding.to_host((state.params, metrics | {"grad_norm": norm}))
@@ -304,7 +307,7 @@ def test_scorer_gives_every_response_its_own_scores(shape, settings):
         score = update.make_scorer(QWEN2, target, LOSS,
                                    params=jax.tree.map(lambda leaf: leaf.sharding, placed),
                                    responses=(12, 50))
-        scores = np.asarray(score(placed, packed))
+        scores = np.asarray(score(placed, packed, np.int32(0)))
     for row, (prompt, sample) in enumerate(itertools.product(range(3), range(4))):
         start, length = starts[prompt], lengths[prompt, sample]
         sequence = np.concatenate([rollouts.prompts[prompt, :start],
@@ -389,32 +392,37 @@ def rollouts_of_the_table():
                     finish=np.full((4, 2), "eos"), repeated=np.zeros((4, 2), bool))
 
 
-def learnt(settings, shape=(), offload=False, **changes):
-    """State and metrics after one whole learning step of a small configuration, and the log-probs
-    it found."""
-    config = Config(model=ModelConfig(dtype="float32"),
-                    rollout=RolloutConfig(prompts_per_step=4, group_size=2, max_new_tokens=16),
-                    kl=KLConfig(offload_reference=offload),
-                    update=UpdateConfig(learning_rate=1e-2, warmup_updates=0,
-                                        offload_optimizer=offload, **settings),
-                    mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8))
+def learning_step(shape=(), decoder=QWEN2, **changes):
+    """What a learning step of a small configuration starts from: configuration, learner, state,
+    reference and packed rollouts. Args: changes, of sections of the configuration."""
+    config = dataclasses.replace(Config(
+        model=ModelConfig(dtype="float32"),
+        rollout=RolloutConfig(prompts_per_step=4, group_size=2, max_new_tokens=16),
+        mesh=MeshConfig(**dict(shape)), data=DataConfig(max_prompt_tokens=8)), **changes)
     target = mesh(**dict(shape))
-    learning = learner.Learner(config, dataclasses.replace(QWEN2, **changes), target)
-    rollouts = rollouts_of_the_table()
+    learning = learner.Learner(config, decoder, target)
     with jax.set_mesh(target):
         params = place(QWEN2, weights(QWEN2), target)
         reference = learning.as_reference(jax.tree.map(lambda leaf: leaf * 1.1, params))
-        state = learning.init(params)
-        packed = learning.pack(rollouts, np.arange(8).reshape(4, 2) % 3 > 0)
-        batch = learning.experience(packed, learning.score(state.params, packed),
-                                    learning.score_reference(reference, packed),
-                                    config.reward.alpha)
+        packed = learning.pack(rollouts_of_the_table(), np.arange(8).reshape(4, 2) % 3 > 0,
+                               config.reward.alpha)
+        return config, learning, learning.init(params), reference, packed
+
+
+def learnt(settings, shape=(), offload=False, **changes):
+    """State and metrics after one whole learning step of a small configuration, and the log-probs
+    it found."""
+    config, learning, state, reference, packed = learning_step(
+        shape, dataclasses.replace(QWEN2, **changes), kl=KLConfig(offload_reference=offload),
+        update=UpdateConfig(learning_rate=1e-2, warmup_updates=0, offload_optimizer=offload,
+                            **settings))
+    with jax.set_mesh(mesh(**dict(shape))):
         assert jax.tree.map(lambda leaf: leaf.sharding, reference) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_reference)
-        state, metrics = learning.update(state, reference, batch)
+        state, found = learning.update(state, reference, packed)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
             lambda leaf: leaf.sharding, learning.abstract_state)
-        return sharding.to_host((state.params, metrics, batch.metrics))
+        return sharding.to_host((state.params, found.updates, found.metrics))
 
 
 @pytest.fixture(scope="module")
@@ -502,6 +510,93 @@ def test_two_updates_follow_one_another_on_halves_of_the_responses(learnt_in_pai
                for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(once), strict=True))
 
 
+def gradient_of_stored_logprobs(config, learning, state, reference, packed, target):
+    """Gradient and metrics of the first update by the formula that needs a pass of its own: old
+    log-probs known beforehand, KL penalty and importance weights in the advantages."""
+    old, fixed = learning.score(state.params, packed), learning.score_reference(reference, packed)
+    scored, found = experience_of_step.learn(packed.graded, old, fixed, reward=learning.reward,
+                                             objective=learner.make_objective(config))
+    mask, worth = np.asarray(scored.mask), np.asarray(found.token_advantages)
+    if config.kl.form == "reward" and not config.advantage.whiten:
+        drift = np.where(mask, np.asarray(old) - np.asarray(fixed), 0)
+        worth = worth - config.kl.coefficient * np.cumsum(drift[:, ::-1], axis=1)[:, ::-1]
+    if config.update.importance_cap is not None:
+        ratio = np.exp(np.asarray(old) - np.asarray(packed.graded.sampled))
+        worth = worth * np.minimum(ratio, config.update.importance_cap)
+    values = {"weights": found.weights, "old_logprobs": old, "reference_logprobs": fixed,
+              "advantages": jnp.where(mask, worth, 0.0)}
+
+    # The second of two equal updates: it reads what is stored.
+    twice = functools.partial(jax.tree.map, lambda x: jnp.concatenate([x, x]))
+    rows = twice(tuple(Experience(rows=rows, **jax.tree.map(
+        lambda value, rows=rows: update.scatter_to_rows(value, rows), values))
+        for rows in packed.packed.groups))
+    loss = update.LossConfig(
+        clip_ratio=config.update.clip_ratio, temperature=config.rollout.temperature,
+        kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
+        vocabulary_tile=config.update.vocabulary_tile)
+    gradients = update.make_gradients(
+        learning.decoder, target, loss, types.SimpleNamespace(params=learning.params_sharding), {},
+        responses=old.shape)
+    grads, metrics, _ = gradients(state.params, {}, rows, twice(packed.packed.counts), None,
+                                  np.int32(1))
+    return grads, metrics, old
+
+
+@pytest.mark.parametrize(("form", "whiten", "cap", "shape"), [
+    ("none", True, None, ()), ("loss", False, None, ()), ("reward", False, 1.1, ()),
+    ("reward", True, None, ()), ("reward", False, None, (("data", 2), ("context", 2)))])
+def test_old_logprobs_of_the_gradient_pass_give_the_gradient_of_stored_ones(form, whiten, cap,
+                                                                            shape):
+    target = mesh(**dict(shape))
+    config, learning, state, reference, packed = learning_step(
+        shape, kl=KLConfig(form=form, coefficient=0.3), advantage=AdvantageConfig(whiten=whiten),
+        update=UpdateConfig(rows_per_micro_batch=2, importance_cap=cap))
+    with jax.set_mesh(target):
+        fixed = learning.score_reference(reference, packed)
+        old = learning.score(state.params, packed) if learning.scores_policy else None
+        assert (old is not None) == (whiten and form == "reward")
+        rows = learning.programs.experience(packed.graded, old, fixed, packed.packed).experience
+        grads, metrics, found = learning.programs.gradients(state.params, {}, rows,
+                                                            packed.packed.counts, old, np.int32(0))
+        expected, other, stored = gradient_of_stored_logprobs(config, learning, state, reference,
+                                                              packed, target)
+        apart = jax.tree.map(lambda one, other: one - other, grads, expected)
+        assert optax.tree.norm(apart) <= 1e-6 * optax.tree.norm(expected)
+        assert_same(sharding.to_host(metrics), sharding.to_host(other), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(found, stored, rtol=1e-6, atol=1e-6)
+    assert metrics["clip_share"] == 0 and found.any()
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_first_update_has_a_ratio_of_exactly_1_in_bfloat16(updates):
+    # Kept activations are rounded otherwise than those of a pass without gradients.
+    settings = dict(rows_per_micro_batch=2, clip_ratio=1e-6, updates_per_batch=updates)
+    metrics = learnt(settings, dtype=jnp.bfloat16, remat="none")[1]
+    assert metrics[0]["clip_share"] == 0 and len(metrics) == updates
+    assert all(step["clip_share"] > 0.1 for step in metrics[1:])
+
+
+def test_log_probs_are_stored_for_later_updates_alone():
+    _, learning, state, _, packed = learning_step(
+        update=UpdateConfig(rows_per_micro_batch=2, updates_per_batch=2))
+    every, later = (np.asarray(learning.score(state.params, packed, first)) for first in (0, 1))
+    np.testing.assert_array_equal(later[1::2], every[1::2])
+    assert every[::2].any() and not later[::2].any()
+
+
+def test_what_stops_a_batch_leaves_the_weights_as_they_are():
+    _, learning, state, reference, packed = learning_step()
+
+    def check(metrics):
+        assert 0 < metrics["rollout/mismatch"]
+        raise parity.Mismatch("too far")
+
+    with pytest.raises(parity.Mismatch):
+        learning.update(state, reference, packed, check=check)
+    jax.tree.map(np.testing.assert_array_equal, state.params, weights(QWEN2))
+
+
 def test_a_step_compiles_once_and_takes_the_old_state_over():
     target = mesh(data=2, fsdp=2, tensor=2)
     optimizer = update.make_optimizer(1e-3, 0.9, 0.95, 0.0, 1.0, 2)
@@ -511,14 +606,14 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     assert moments == targets.params
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
-        gradients = update.make_gradients(QWEN2, target, LOSS, targets, {})
+        gradients = update.make_gradients(QWEN2, target, LOSS, targets, {}, responses=RESPONSES)
         apply_gradients = update.make_apply_gradients(optimizer, target, targets)
         for count in (2, 1, 2):                                 # with less to learn from, too
             before = state
             rows = sharding.to_device(in_micro_batches(experience(), 2),
                                       sharding.sharding(target, *update.ROW_AXES))
-            grads, metrics = gradients(state.params, {}, (rows,), (np.full(1, count, np.int32),),
-                                       np.int32(0))
+            grads, metrics, _ = gradients(state.params, {}, (rows,),
+                                          (np.full(1, count, np.int32),), None, np.int32(0))
             state, _ = apply_gradients(state, grads, np.int32(1))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
             assert all(np.isfinite(value) for value in sharding.to_host(metrics).values())
