@@ -1,5 +1,5 @@
 """What benchmarks/update/compare.py measures besides the comparison: memory of scoring, and a whole
-RL step on an accelerator.
+RL step.
 
 B sequences, S prompt and T response tokens of each, V vocabulary.
 """
@@ -108,6 +108,7 @@ def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: i
             "matrix_entries": matrix_entries(config), "sequences": workload.rows,
             "tokens": batch.tokens, "rows": rows,
             "remat": remat, "fill": learner.figures["fill"],
+            "programs": learner.figures["programs"],
             "first_seconds": {name: each[0] for name, each in times.items()},
             "rollout_seconds": seconds["rollout"],
             "learning_seconds": seconds["learning"],

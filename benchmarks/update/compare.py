@@ -5,12 +5,13 @@ machine's matrix products.
         [--engines ours,torch] [--repeats 3] [--json]
     python -m benchmarks.update.compare --scoring
         memory of scoring 32k tokens by the size of the vocabulary
-    python -m benchmarks.update.compare --gpu
-        one whole RL step of a 1.5B model on an accelerator
+    python -m benchmarks.update.compare --whole
+        one whole RL step, with the shares of its parts: of a 1.5B model on an accelerator, or
+        --shape 8,512,1408,8,2,32000 --sizes 8,8,64,128 --remat none --dtype float32 on a CPU
 
 The step: 32 sequences of 64 prompt and 256 response tokens through a Qwen2 shape of
-benchmarks/sampling/compare.py in float32: log-probs by policy and reference, the loss, backward,
-AdamW; no part of it is saved for the next one. `ragged`: responses of exponential lengths around
+benchmarks/sampling/compare.py in float32: log-probs by the reference, the loss, backward, AdamW; no
+part of it is saved for the next one. `ragged`: responses of exponential lengths around
 128, at most 512, which torch pads and we pack. A second counts response tokens.
 
 Each engine is in a process of its own, whose memory is its own: the most it ever held, compilation
@@ -233,7 +234,7 @@ def show_scoring(options: argparse.Namespace) -> Row:
 
 
 def show_rl_step(options: argparse.Namespace) -> Row:
-    """A whole RL step, rollout and learning, in the dtype of accelerators."""
+    """A whole RL step, rollout and learning, and the shares of its parts."""
     layers, width, mlp_width, heads, kv_heads, vocabulary = options.shape
     config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads,
                                  kv_heads=kv_heads,
@@ -265,6 +266,10 @@ def show_rl_step(options: argparse.Namespace) -> Row:
              f"{row['learning_tokens_per_second']:,.0f}",
              f"{row['flops_per_second'] / 1e12:,.3g} TFLOP/s", share],
             ["", "", "", "", f"{100 * row['of_matmul']:.0f} % of a product of squares"]])
+        whole = row["rollout_seconds"] + row["learning_seconds"]
+        print_table(["part", "s", "share"], [
+            [name, f"{seconds:.2f}", f"{100 * seconds / whole:.0f} %"]
+            for name, seconds in ({"rollout": row["rollout_seconds"]} | row["programs"]).items()])
     return row
 
 
@@ -288,27 +293,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--torch-rows", type=numbers(), default=[4, 8, 16, 32], metavar="N,N",
                         help="rows of a micro-batch to choose from")
     parser.add_argument("--ours-rows", type=numbers(), default=[4, 8], metavar="N,N",
-                        help="the same for ours; --gpu: the first")
+                        help="the same for ours; --whole: the first")
     parser.add_argument("--remat", choices=REMATS, default="none",
                         help="ours: what backward computes again")
     parser.add_argument("--scoring", action="store_true",
                         help="memory by the size of the vocabulary, nothing else")
-    parser.add_argument("--gpu", action="store_true",
-                        help="one RL step on an accelerator, nothing else")
+    parser.add_argument("--whole", action="store_true",
+                        help="one RL step of any shape, nothing else")
     parser.add_argument("--shape", type=numbers(6), default=[28, 1536, 8960, 12, 2, 151936],
-                        help="--gpu: layers,width,mlp,heads,kv heads,vocabulary")
+                        help="--whole: layers,width,mlp,heads,kv heads,vocabulary")
     parser.add_argument("--sizes", type=numbers(4), default=[4, 8, 64, 1024],
-                        help="--gpu: prompts,responses to each,prompt tokens,response tokens")
+                        help="--whole: prompts,responses to each,prompt tokens,response tokens")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
-                        help="--gpu")
+                        help="--whole")
     parser.add_argument("--chunk", type=int, default=64,
-                        help="--gpu: decode steps between two looks")
+                        help="--whole: decode steps between two looks")
     parser.add_argument("--peak-tflops", type=float,
-                        help="--gpu: of one device, if its name does not say")
+                        help="--whole: of one device, if its name does not say")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    compared = options.worker is None and not options.scoring and not options.gpu
+    compared = options.worker is None and not options.scoring and not options.whole
     if compared and "torch" in options.engines and importlib.util.find_spec("torch") is None:
         parser.error("the engine torch needs torch: pip install 'effreason[bench]', "
                      "or choose --engines ours")
@@ -320,9 +325,9 @@ def main() -> None:
     if options.worker is not None:
         work(options.worker)
         return
-    if options.scoring or options.gpu:
+    if options.scoring or options.whole:
         sharding.use_compilation_cache()
-    result = (show_scoring if options.scoring else show_rl_step if options.gpu
+    result = (show_scoring if options.scoring else show_rl_step if options.whole
               else compare)(options)
     if options.json:
         print(json.dumps({"jax": jax.__version__, "model": options.model, **result}))

@@ -1,9 +1,9 @@
 """What benchmarks/update/compare.py compares: one learning step of ours, and the same in plain
 torch.
 
-A step is policy and reference log-probs of all responses, the clipped loss with a k3 term against
-the reference, backward, a clip of the gradient's norm and AdamW. Both take the same sequences and
-the same advantages.
+A step is reference log-probs of all responses, the clipped loss with a k3 term against the
+reference, backward, a clip of the gradient's norm and AdamW. Both take the same sequences and the
+same advantages, and both take the old log-probs from the loss's own pass.
 
 P prompts, G responses for each, B = P * G sequences, T response tokens at most, D width, V
 vocabulary.
@@ -100,14 +100,14 @@ def to_rollouts(batch: Batch) -> Rollouts:
 
 
 def flops(config: DecoderConfig, batch: Batch) -> float:
-    """Counts the floating-point operations that one step cannot do without: 5 forward passes'
+    """Counts the floating-point operations that one step cannot do without: 4 forward passes'
     worth.
 
     A forward pass: 2 x parameters in products x positions, the layers at all positions, the head
     at those that predict a response token; and 4 x H x h x L for each pair of a position with one
-    it may attend to, n (n + 1) / 2 of them in a sequence of n. Policy, reference and the loss's
-    own pass: 3; backward: 2 more (4 x instead of 2 x). Nothing is credited for padding, for what
-    is computed again in the backward pass, for norms, softmax or the optimizer."""
+    it may attend to, n (n + 1) / 2 of them in a sequence of n. Reference and the loss's own pass:
+    2; backward: 2 more (4 x instead of 2 x). Nothing is credited for padding, for what is computed
+    again in the backward pass, for norms, softmax or the optimizer."""
     heads = config.heads * config.head_dim
     layer = 2 * config.width * (heads + config.kv_heads
                                 * config.head_dim) + 3 * config.width * config.mlp_width
@@ -115,7 +115,7 @@ def flops(config: DecoderConfig, batch: Batch) -> float:
     products = 2 * (config.layers * layer * sizes.sum() + config.vocabulary * config.width
                     * batch.tokens)
     attention = 4 * heads * config.layers * (sizes * (sizes + 1) // 2).sum()
-    return 5.0 * float(products + attention)
+    return 4.0 * float(products + attention)
 
 
 def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str,
@@ -142,7 +142,8 @@ def settings(config: DecoderConfig, batch: Batch, *, rows: int, remat: str,
 def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, remat: str,
               dtype: str = "float32", rank: int = 0,
               params: model.Params | None = None) -> Learner:
-    """The step of a run: packing, scoring by policy and reference, credit, update.
+    """The step of a run: packing, scoring by the reference, credit, update; the seconds of its
+    programs are in its figures.
 
     Args: rank, of adapters, 0 = all weights are trained; params, which are taken over, None =
         random ones."""
@@ -154,7 +155,21 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
                          out_shardings=learning.params_sharding)()
     reference = learning.as_reference(params)
     states = [learning.start(params, seed=0)]
-    figures: dict[str, Any] = {"rows": rows, "fill": 1.0}
+    seconds: dict[str, float] = {}
+    figures: dict[str, Any] = {"rows": rows, "fill": 1.0, "programs": seconds}
+
+    def timed(name: str) -> Callable[..., Any]:
+        program = getattr(learning.programs, name)
+
+        def run(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            results = jax.block_until_ready(program(*arguments))
+            seconds[name] = time.perf_counter() - started
+            return results
+        return run
+
+    learning.programs = engine.Programs(**{
+        field.name: timed(field.name) for field in dataclasses.fields(engine.Programs)})
 
     def step() -> None:
         started = time.perf_counter()
@@ -162,7 +177,8 @@ def make_ours(config: DecoderConfig, batch: Batch, mesh: Mesh, *, rows: int, rem
             packed = learning.pack(to_rollouts(batch), batch.correct, run.reward.alpha)
             states[0], learnt = learning.update(states[0], reference, packed)
             jax.block_until_ready((states[0], learnt.updates))
-        figures.update(fill=packed.packing_efficiency, step_seconds=time.perf_counter() - started)
+        figures.update(fill=packed.packing_efficiency, step_seconds=time.perf_counter() - started,
+                       update_seconds=seconds["gradients"] + seconds["apply_gradients"])
 
     product = jax.jit(jnp.matmul)
 
@@ -205,12 +221,11 @@ def make_torch(config: DecoderConfig, batch: Batch, *, rows: int,
 
     def step() -> None:
         with torch.no_grad():
-            old, fixed = ([logprobs(decoder, part) for part in parts]
-                          for decoder in (policy, reference))
+            fixed = [logprobs(reference, part) for part in parts]
         optimizer.zero_grad(set_to_none=True)
-        for part, before, anchor in zip(parts, old, fixed, strict=True):
+        for part, anchor in zip(parts, fixed, strict=True):
             found = logprobs(policy, part)
-            ratio, gains = torch.exp(found - before), part["advantages"]
+            ratio, gains = torch.exp(found - found.detach()), part["advantages"]
             gain = torch.minimum(ratio * gains, ratio.clamp(1 - CLIP, 1 + CLIP) * gains)
             drift = anchor - found
             ((KL * (torch.exp(drift) - drift - 1) - gain).sum() / batch.tokens).backward()

@@ -4,26 +4,31 @@ N positions, D width, V vocabulary. The forward pass goes over the tiles once, w
 log-sum-exp. The backward pass computes each tile's scores again, and from them its rows of the
 head's gradient, written once, and its part of the gradient of the hidden states. A vocabulary of
 one tile keeps its scores instead.
+
+Positions without a target that anybody reads, those of prompts and padding, are left out: the
+others are put first, and the least of a few sizes that holds them is computed.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from effreason.lm.model import mask_unused
 from effreason.lm.precision import products_of
 from effreason.runtime import sharding
 
+SIZES, UNIT = 8, 128  # most numbers of positions to compile for, all multiples of UNIT
 NO_TARGET = jnp.iinfo(jnp.int32).min    # an entry that no target names, on no device
 
 
 def token_logprobs(hidden: Float[Array, "B N D"], head: Float[Array, "V D"],
-                   targets: Int[Array, "B N"], *, temperature: float,
-                   tile: int, unused: tuple[tuple[int, int], ...] = (),
+                   targets: Int[Array, "B N"], wanted: Bool[Array, "B N"] | None = None, *,
+                   temperature: float, tile: int, unused: tuple[tuple[int, int], ...] = (),
                    ) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"]]:
     """Scores targets, with a gradient, and measures the entropy of their distributions, without.
 
@@ -31,48 +36,93 @@ def token_logprobs(hidden: Float[Array, "B N D"], head: Float[Array, "V D"],
     gathered over fsdp once, before the tiles, and its gradient leaves the device once, after them.
 
     Args:
+        wanted: The positions to score; None = all. Of the others, both results are 0.
         tile: Entries of the vocabulary scored at a time.
         unused: Ranges of entries that have probability 0, see `model.mask_unused`.
 
     Returns:
         Log-probs and entropies in nats. Source: the running sum is that of arXiv 1805.02867."""
-    def local(hidden: Array, head: Array, targets: Array, axis: str | None) -> Any:
+    def local(hidden: Array, head: Array, targets: Array, wanted: Array, axis: str | None) -> Any:
         score = functools.partial(
             _score, 1.0 / temperature, min(tile, head.shape[0]), axis, unused)
-        scored = score(hidden.reshape(-1, hidden.shape[-1]), head,
-                       targets.reshape(-1) - _first(axis, head))
-        return tuple(x.reshape(targets.shape) for x in scored)
+        (order,) = jnp.nonzero(wanted.reshape(-1), size=wanted.size, fill_value=wanted.size)
+        first = functools.partial(jnp.take, indices=order, axis=0, mode="fill", fill_value=0)
+        scored = score(first(hidden.reshape(-1, hidden.shape[-1])), head,
+                       first(targets.reshape(-1)) - _first(axis, head), jnp.sum(wanted))
+        zeros = jnp.zeros_like(scored[0])
+        return tuple(zeros.at[order].set(x, mode="drop").reshape(targets.shape) for x in scored)
 
+    if wanted is None:
+        wanted = jnp.ones_like(targets, jnp.bool)
     if jax.sharding.get_abstract_mesh().empty:
-        return local(hidden, head, targets, None)
+        return local(hidden, head, targets, wanted, None)
 
-    def on_device(hidden: Array, head: Array, targets: Array) -> Any:
+    def on_device(hidden: Array, head: Array, targets: Array, wanted: Array) -> Any:
         gathered = jax.lax.all_gather(head, "fsdp", axis=1, tiled=True)
         # From here on every device has its own head and gradient: transposition sums them.
         gathered = jax.lax.pcast(gathered, ("data", "context"), to="varying")
         hidden = jax.lax.pcast(hidden, ("tensor",), to="varying")
-        return local(hidden, gathered, targets, "tensor")
+        return local(hidden, gathered, targets, wanted, "tensor")
 
     rows = sharding.spec("batch", "sequence")
-    in_specs = PartitionSpec(*rows, None), sharding.spec("vocab", "embed"), rows
+    in_specs = PartitionSpec(*rows, None), sharding.spec("vocab", "embed"), rows, rows
     scored = jax.shard_map(on_device, in_specs=in_specs, out_specs=(rows, rows))
-    return scored(hidden, head, targets)
+    return scored(hidden, head, targets, wanted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _score(scale: float, tile: int, axis: str | None, unused: Any, hidden: Float[Array, "N D"],
-           head: Float[Array, "V D"],
-           targets: Int[Array, " N"]) -> tuple[Float32[Array, " N"], Float32[Array, " N"]]:
+           head: Float[Array, "V D"], targets: Int[Array, " N"],
+           count: Int[Array, ""]) -> tuple[Float32[Array, " N"], Float32[Array, " N"]]:
     """Returns log-probs and entropies of targets, which count from this head's first row.
 
     Args:
-        axis: The mesh axis whose devices hold the rest of the vocabulary."""
-    return _forward(scale, tile, axis, unused, hidden, head, targets)[0]
+        axis: The mesh axis whose devices hold the rest of the vocabulary.
+        count: Positions that are wanted, the first ones."""
+    return _forward(scale, tile, axis, unused, hidden, head, targets, count)[0]
+
+
+def _with_the_least(size: int, count: Int[Array, ""], compute: Callable[[int], Any]) -> Any:
+    """Returns compute(n) for the least n of a few sizes that is at least `count`."""
+    unit = -(-size // SIZES // UNIT) * UNIT
+    sizes = [min(size, unit * (index + 1)) for index in range(-(-size // unit))]
+    if len(sizes) == 1:
+        return compute(size)
+    return jax.lax.switch(jnp.minimum(jnp.maximum(count - 1, 0) // unit, len(sizes) - 1),
+                          [functools.partial(compute, size) for size in sizes])
+
+
+def _padded(x: Shaped[Array, "n ..."], size: int) -> Shaped[Array, "N ..."]:
+    """Pads the first axis with zeros."""
+    return jnp.pad(x, [(0, size - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
 def _forward(scale: float, tile: int, axis: str | None, unused: Any, hidden: Float[Array, "N D"],
-             head: Float[Array, "V D"],
-             targets: Int[Array, " N"]) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+             head: Float[Array, "V D"], targets: Int[Array, " N"],
+             count: Int[Array, ""]) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    def compute(size: int) -> Any:
+        return jax.tree.map(lambda x: _padded(x, len(hidden)), _scan_tiles(
+            scale, tile, axis, unused, hidden[:size], head, targets[:size]))
+
+    (running_max, total, weighted, chosen), saved_scores = _with_the_least(
+        len(hidden), count, compute)
+    if axis is not None:
+        new_max = jax.lax.pmax(running_max, axis)
+        shrink = jnp.exp(running_max - new_max)
+        total, weighted, chosen = jax.lax.psum((total * shrink, weighted * shrink, chosen), axis)
+        running_max = new_max
+    # Of positions that are not computed, the sums are 0.
+    total = jnp.where(total > 0, total, 1.0)
+    normalizer = running_max + jnp.log(total)
+    scored = chosen - normalizer, normalizer - weighted / total
+    return scored, (hidden, head, targets, count, normalizer, saved_scores)
+
+
+def _scan_tiles(scale: float, tile: int, axis: str | None, unused: Any,
+                hidden: Float[Array, "N D"], head: Float[Array, "V D"],
+                targets: Int[Array, " N"]) -> tuple[tuple[Array, ...], Array | None]:
+    """Returns each position's largest score, the sums of exp(score - largest), also weighted by the
+    scores, and the target's score; and the scores if there is one tile."""
     tile_scores = functools.partial(_tile_scores, scale, tile, axis, unused, hidden, head)
 
     def add(index: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -97,23 +147,30 @@ def _forward(scale: float, tile: int, axis: str | None, unused: Any, hidden: Flo
     # increments.
     zeros = (jnp.zeros_like(hidden, jnp.float32, shape=hidden.shape[:1])
              + 0.0 * hidden[:, 0].astype(jnp.float32))
-    running_max, total, weighted, chosen = _fold_tiles(
-        head, tile, add, (zeros - 1e30, zeros, zeros, zeros))
-
-    if axis is not None:
-        new_max = jax.lax.pmax(running_max, axis)
-        shrink = jnp.exp(running_max - new_max)
-        total, weighted, chosen = jax.lax.psum((total * shrink, weighted * shrink, chosen), axis)
-        running_max = new_max
-    normalizer = running_max + jnp.log(total)
-    scored = chosen - normalizer, normalizer - weighted / total
-    return scored, (hidden, head, targets, normalizer, saved_scores)
+    return _fold_tiles(head, tile, add, (zeros - 1e30, zeros, zeros, zeros)), saved_scores
 
 
 def _backward(scale: float, tile: int, axis: str | None, unused: Any, saved: tuple[Any, ...],
-              cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
-    hidden, head, targets, normalizer, saved_scores = saved
-    cotangent = cotangents[0][:, None]
+              cotangents: tuple[Array, Array]) -> tuple[Array, Array, None, None]:
+    hidden, head, targets, count, normalizer, saved_scores = saved
+    by_position = hidden, targets, normalizer, cotangents[0], saved_scores
+
+    def compute(size: int) -> tuple[Array, Array]:
+        hidden_grad, head_grad = _scan_tiles_back(
+            scale, tile, axis, unused, head, *jax.tree.map(lambda x: x[:size], by_position))
+        return _padded(hidden_grad, len(hidden)), head_grad
+
+    hidden_grad, head_grad = _with_the_least(len(hidden), count, compute)
+    return hidden_grad, head_grad, None, None
+
+
+def _scan_tiles_back(scale: float, tile: int, axis: str | None, unused: Any,
+                     head: Float[Array, "V D"], hidden: Float[Array, "N D"],
+                     targets: Int[Array, " N"], normalizer: Float32[Array, " N"],
+                     cotangent: Float32[Array, " N"],
+                     saved_scores: Float32[Array, "N V"] | None) -> tuple[Array, Array]:
+    """Returns the gradients of the hidden states and of the head."""
+    cotangent = cotangent[:, None]
     tile_scores = functools.partial(_tile_scores, scale, tile, axis, unused, hidden, head)
 
     def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -138,7 +195,7 @@ def _backward(scale: float, tile: int, axis: str | None, unused: Any, saved: tup
 
     hidden_grad, head_grad = _fold_tiles(
         head, tile, add, (0.0 * hidden.astype(jnp.float32), 0.0 * head))
-    return hidden_grad.astype(hidden.dtype), head_grad, None
+    return hidden_grad.astype(hidden.dtype), head_grad
 
 
 _score.defvjp(_forward, _backward)

@@ -32,10 +32,10 @@ PAIRS = {"splash": 0.5, "cudnn": 0.5, "cudnn_packed": 0.5, "xla": 9 / 16, "block
 BLOCK_ARRAYS, FORWARD_ARRAYS = (9, 14), (3, 5)
 CUDNN_BLOCK_ARRAYS = (5, 8)         # XLA for GPUs, around cuDNN's attention
 ROW_ARRAYS = 5                      # arrays in Rows
-EXPERIENCE_ARRAYS = 9               # arrays in Experience, with its Rows
+EXPERIENCE_ARRAYS = 8               # arrays in Experience, with its Rows
 ADVANTAGE_ARRAYS = 10               # arrays of a number for each response token
 # Those that every chip has as a whole for a moment, and those that are sent to all for it.
-WHOLE_ARRAYS, SENT_ARRAYS = 2, 4
+WHOLE_ARRAYS, SENT_ARRAYS = 2, 3
 
 Costs = dict[str, tuple[float, Cost]]  # (own bytes, cost of a call) of a function, by its name
 
@@ -156,13 +156,17 @@ def make_functions(config: Config, decoder: DecoderConfig, shape: tuple[int, int
     # With adapters the reference is part of the policy, which its functions count themselves.
     apart = 0.0 if sizes.frozen else resident["reference"]
 
+    # A policy that no step scores is scored before it is saved.
+    scored = 1 - config.first_scored_update / updates
+
     # What one call covers, calls of a step, other bytes in HBM.
     calls = {
         "unstack": ("a step", 1, resident["optimizer"] + apart),
         "prefill": (f"{height} prompts", batches, training + resident["slots"]),
         "insert": ("a slot", len(workload.lengths), training + resident["weights"]),
         "decode": ("a token", 0, training + resident["prefilled"]),
-        "score": ("a step", 1, resident["optimizer"] + apart + tokens),
+        "score": ("a step" if scored else "a save", scored,
+                  resident["optimizer"] + apart + tokens),
         "score_reference": ("a step", int(config.scores_reference), state + 2 * tokens),
         "experience": ("a step", 1, training),
         "gradients": ("an update", updates, resident["optimizer"] + apart + tokens),

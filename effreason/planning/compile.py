@@ -215,17 +215,22 @@ def _learner_programs(config: Config, step: AbstractStep, needs_reference: bool,
                       resident: Mapping[str, float], workload: Workload) -> list[PlannedProgram]:
     """Returns the functions of stages 4 to 6. Args: as in `_sampler_programs`."""
     updates, trips = config.update.updates_per_batch, workload.micro_batches
+    scored = 1 - config.first_scored_update / updates
 
     # Calls of a step, runs of a loop, and what else is in memory.
     table = {
-        "score": (1, trips, ("optimizer", "apart", "tokens", "narrower_scored")),
+        "score": (scored, trips, ("optimizer", "apart", "tokens", "narrower_scored")),
         "score_reference": (int(needs_reference), trips,
                             ("params", "optimizer", "tokens", "tokens", "narrower_scored")),
         "experience": (1, 1, ("params", "optimizer", "reference", "narrower")),
         "gradients": (updates, trips, ("optimizer", "apart", "tokens", "narrower")),
         "apply_gradients": (updates, 1, ("reference", "experience", "tokens", "narrower")),
     }
-    return [PlannedProgram(name=name, per="an update" if "gradients" in name else "a step",
+    # A policy that no step scores is scored before it is saved.
+    per = dict.fromkeys(table, "a step") | dict.fromkeys(("gradients", "apply_gradients"),
+                                                         "an update")
+    per["score"] = "a step" if scored else "a save"
+    return [PlannedProgram(name=name, per=per[name],
                            calls=calls, trips=runs, divide=1, lower=step.lower[name],
                            other_bytes=sum(resident[array] for array in arrays))
             for name, (calls, runs, arrays) in table.items()]

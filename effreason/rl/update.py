@@ -35,6 +35,7 @@ from effreason.runtime.sharding import Shardings, constrain
 from effreason.types import Experience, Packed, Rows
 
 ROW_AXES = ("updates", "micro_batches", "batch", "sequence")    # of [U, M, R, N]
+SCORING_TILE = 4096     # entries of the vocabulary: without gradients, more only leave the cache
 Metrics = dict[str, Float32[Array, ""]]
 
 
@@ -61,12 +62,18 @@ class LossConfig:
 
 
 def score_rows(config: model.DecoderConfig, params: model.Params, rows: Rows, *, temperature: float,
-               tile: int) -> tuple[Float32[Array, "R N"], Float32[Array, "R N"]]:
-    """Returns log-prob and entropy at every target; undefined at padding."""
+               tile: int, responses: tuple[int, int] | None = None,
+               ) -> tuple[Float32[Array, "R N"], Float32[Array, "R N"]]:
+    """Returns log-prob and entropy at every target; undefined at padding.
+
+    Args:
+        responses: B, T; only tokens of responses are scored. None: all.
+    """
     hidden = model.forward(config, params, rows.tokens, rows.positions, rows.segments,
                            rows.settings)
     head = model.head(params).astype(config.dtype)
-    return token_logprobs(hidden, head, rows.targets, temperature=temperature, tile=tile,
+    wanted = None if responses is None else rows.response_index < math.prod(responses)
+    return token_logprobs(hidden, head, rows.targets, wanted, temperature=temperature, tile=tile,
                           unused=config.unused_ids)
 
 
@@ -213,43 +220,60 @@ def gradients(params: model.Params, frozen: model.Params, experience: tuple[Expe
     Returns:
         The gradient, the metrics of the loss, and `old` with the log-probs of the update's
         responses put in."""
+    gradient = jax.grad(functools.partial(
+        micro_batch_loss, frozen=frozen, is_first=which == 0, config=config, loss=loss,
+        responses=responses), has_aux=True)
     weights = in_compute_dtype(config, params)
-
-    def micro_batch_loss(weights: model.Params,
-                         experience: Experience) -> tuple[Array, tuple[Metrics, Array]]:
-        logprobs, entropies = score_rows(config, complete(config, weights, frozen), experience.rows,
-                                         temperature=loss.temperature, tile=loss.vocabulary_tile)
-        value, sums = policy_loss(
-            logprobs, with_old_logprobs(experience, logprobs, which == 0, loss),
-            clip_ratio=loss.clip_ratio, kl_loss_coefficient=loss.kl_loss_coefficient)
-        entropy = jnp.sum(experience.weights * entropies)
-        return value, (sums | {"loss": value, "entropy": entropy}, logprobs)
-
-    zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
+    groups = jax.tree.map(lambda x: x[which], experience)
     names = ["loss", "clip_share", "entropy"]
     if experience[0].reference_logprobs is not None:
         names.append("kl")
-    found = jnp.zeros(responses, jnp.float32) if old is None else old
-    total = (zeros, dict.fromkeys(names, jnp.zeros((), jnp.float32))), found.reshape(-1)
-    for group, count in zip(experience, counts, strict=True):
-        micro_batches = jax.tree.map(lambda x: x[which], group)
+    sums = (jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings),
+            dict.fromkeys(names, jnp.zeros((), jnp.float32)))
+    scored = []
+    for group, count in zip(groups, counts, strict=True):
 
-        def add(index: Array, total: Any, micro_batches: Experience = micro_batches) -> Any:
-            sums, found = total
-            micro_batch = jax.tree.map(lambda x: x[index], micro_batches)
-            grads, (metrics, logprobs) = jax.grad(micro_batch_loss, has_aux=True)(weights,
-                                                                                  micro_batch)
+        def add(index: Array, total: Any, group: Experience = group) -> Any:
+            sums, scored = total
+            grads, (metrics, logprobs) = gradient(weights, jax.tree.map(lambda x: x[index], group))
             # Pinned to the weights' shards: otherwise each device would sum a whole gradient.
             grads = jax.lax.with_sharding_constraint(grads, shardings)
-            found = gather_from_rows(logprobs, micro_batch.rows, found)
-            return (jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), sums,
-                                 (grads, metrics)),
-                    jax.lax.with_sharding_constraint(found, of_tokens))
+            sums = jax.tree.map(lambda sum_, part: sum_ + part.astype(jnp.float32), sums,
+                                (grads, metrics))
+            return sums, scored.at[index].set(logprobs)
 
         # Micro-batches beyond the count cost no time.
-        total = jax.lax.fori_loop(0, count[which], add, total)
-    (grads, metrics), found = total
-    return grads, metrics, found.reshape(responses)
+        sums, logprobs = jax.lax.fori_loop(0, count[which], add,
+                                           (sums, jnp.zeros_like(group.weights)))
+        scored.append(logprobs)
+
+    # After all gradients: devices that communicate for both at once may wait for each other.
+    found = (jnp.zeros(responses, jnp.float32) if old is None else old).reshape(-1)
+    for group, count, logprobs in zip(groups, counts, scored, strict=True):
+
+        def put(index: Array, found: Array, rows: Rows = group.rows,
+                logprobs: Array = logprobs) -> Array:
+            rows, logprobs = jax.tree.map(lambda x: x[index], (rows, logprobs))
+            return jax.lax.with_sharding_constraint(gather_from_rows(logprobs, rows, found),
+                                                    of_tokens)
+
+        found = jax.lax.fori_loop(0, count[which], put, found)
+    return *sums, found.reshape(responses)
+
+
+def micro_batch_loss(weights: model.Params, experience: Experience, *, frozen: model.Params,
+                     is_first: Bool[Array, ""], config: model.DecoderConfig, loss: LossConfig,
+                     responses: tuple[int, int],
+                     ) -> tuple[Float32[Array, ""], tuple[Metrics, Float32[Array, "R N"]]]:
+    """Returns the loss of some rows, its metrics, and the rows' log-probs; see `gradients`."""
+    logprobs, entropies = score_rows(config, complete(config, weights, frozen), experience.rows,
+                                     temperature=loss.temperature, tile=loss.vocabulary_tile,
+                                     responses=responses)
+    value, sums = policy_loss(
+        logprobs, with_old_logprobs(experience, logprobs, is_first, loss),
+        clip_ratio=loss.clip_ratio, kl_loss_coefficient=loss.kl_loss_coefficient)
+    entropy = jnp.sum(experience.weights * entropies)
+    return value, (sums | {"loss": value, "entropy": entropy}, logprobs)
 
 
 def apply_gradients(state: TrainState, grads: model.Params, steps: Int32[Array, ""], *,
@@ -338,7 +362,8 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, pa
             def body(index: Array, logprobs: Array) -> Array:
                 rows = jax.tree.map(lambda x: x[index], micro_batches)
                 scored, _ = score_rows(config, weights, rows, temperature=loss.temperature,
-                                       tile=loss.vocabulary_tile)
+                                       tile=min(loss.vocabulary_tile, SCORING_TILE),
+                                       responses=responses)
                 return jax.lax.with_sharding_constraint(
                     gather_from_rows(scored, rows, logprobs), of_tokens)
 

@@ -204,6 +204,17 @@ def test_formulas_against_compiled_programs(config, mesh, remat):
             assert computed.cost.flops == pytest.approx(expected.cost.flops, rel=0.05), name
 
 
+@pytest.mark.parametrize(("updates", "whiten", "calls"),
+                         [(1, False, 0), (4, False, 0.75), (1, True, 1), (4, True, 1)])
+def test_the_policy_is_scored_for_what_reads_it_before_the_gradients(config, updates, whiten,
+                                                                     calls):
+    setting = dataclasses.replace(
+        config, update=dataclasses.replace(config.update, updates_per_batch=updates),
+        advantage=dataclasses.replace(config.advantage, whiten=whiten))
+    score = planned(setting, "cpu", names=("score",), compiled=False).functions["score"]
+    assert (score.calls, score.per) == (calls, "a step" if calls else "a save")
+
+
 @pytest.mark.slow
 def test_thousands_of_responses_are_split_over_the_chips(config):
     rollout = dataclasses.replace(config.rollout, prompts_per_step=4096)
