@@ -160,7 +160,8 @@ def measure(kind: str, options: argparse.Namespace) -> list[Row]:
                     continue
                 for name in ("seconds", "cpu_seconds", "matmul_flops"):
                     found[engine][name].append(figures[name])
-                found[engine] |= {name: figures[name] for name in ("rows", "fill", "peak_bytes")}
+                found[engine] |= {name: figures[name] for name in
+                                  ("rows", "fill", "peak_bytes", "programs") if name in figures}
     for row in found.values():
         row["tokens_per_second"] = batch.tokens / statistics.median(row["seconds"])
     return list(found.values())
@@ -198,6 +199,10 @@ def print_rows(rows: Sequence[Row]) -> None:
     print_table(["micro-batches", "engine", "rows", "filled with tokens", "first step s"],
                 [[row["batch"], row["engine"], f"{row['rows']}", f"{100 * row['fill']:.0f} %",
                   f"{row['first_seconds']:.1f}"] for row in rows])
+    for row in rows:
+        if "programs" in row:       # of the last step
+            print_table(["part of the step", "s"], [[name, f"{seconds:.2f}"] for name, seconds in
+                                                    row["programs"].items()])
 
 
 def compare(options: argparse.Namespace) -> Row:

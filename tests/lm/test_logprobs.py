@@ -3,6 +3,7 @@ vocabulary."""
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from decoders import mesh
 
+from effreason.lm import logprobs
 from effreason.lm.logprobs import token_logprobs
 from effreason.runtime import sharding
 
@@ -101,6 +103,35 @@ def test_an_unused_target_has_log_prob_minus_infinity_and_no_gradient_if_its_wei
     targets = np.where(targets < 20, 30, 20)
     logprobs, entropy, *gradients = both(score, hidden, head, targets, (targets == 20) * 1.0)
     assert np.array_equal(np.isneginf(logprobs), targets == 30) and np.isfinite(entropy).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize("shape", [{}, dict(data=2, fsdp=2, tensor=2),
+                                   dict(fsdp=2, tensor=2, context=2)], ids=str)
+def test_positions_that_nobody_reads_are_left_out(shape, share, monkeypatch):
+    monkeypatch.setattr(logprobs, "UNIT", 2)        # several sizes, however few the positions
+    hidden, head, targets, pull = inputs()
+    wanted = np.random.default_rng(5).random(targets.shape) < share
+
+    def masked(hidden, head, targets):
+        return tuple(jnp.where(wanted, x, 0.0) for x in naive(hidden, head, targets))
+
+    expected = both(masked, hidden, head, targets, pull)
+    for tile in (7, 64):
+        score = functools.partial(token_logprobs, wanted=jnp.asarray(wanted),
+                                  temperature=TEMPERATURE, tile=tile)
+        with jax.set_mesh(mesh(**shape)):
+            assert_same(both(score, hidden, head, targets, pull), expected)
+
+
+def test_there_are_programs_for_eighths_of_the_positions():
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+        ((1, 2048, 8), jnp.float32), ((40, 8), jnp.float32), ((1, 2048), jnp.int32),
+        ((1, 2048), jnp.bool))]
+    text = jax.jit(lambda *arrays: token_logprobs(*arrays, temperature=1.0, tile=40)).lower(
+        *shapes).as_text()
+    assert {int(size) for size in re.findall(r"dot_general.*-> tensor<(\d+)x40xf32>", text)} == set(
+        range(256, 2049, 256))
 
 
 def test_the_head_is_gathered_and_its_gradient_summed_outside_the_tiles():
