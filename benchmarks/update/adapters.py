@@ -3,8 +3,8 @@
     python -m benchmarks.update.adapters [--rank 16] [--sequences 8] [--response 128] [--json]
 
 The model has the shape of SmolLM2-135M, with random weights, in float32; the batch is like that of
-benchmarks/update/compare.py. A step packs the responses, scores them by policy and reference, and
-updates the policy. Each kind is in a process of its own, whose memory is its own: the most it ever
+benchmarks/update/compare.py. A step packs the responses, scores them by the reference, and updates
+the policy. Each kind is in a process of its own, whose memory is its own: the most it ever
 held, compilation included, above what it held when everything was imported but no weight was there.
 The kinds take turns, so that both meet the same load; medians.
 """

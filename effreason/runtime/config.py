@@ -336,9 +336,9 @@ class UpdateConfig(Section):
     empty. Sequences are packed into rows as wide as the longest one a run can have; if that width
     is at least 4,096, narrower rows are compiled too."""
     vocabulary_tile: Count = 2048
-    """Vocabulary entries whose log-probs are computed at a time, for all positions of a
-    micro-batch; more = faster, with more memory. If it is at least the size of the vocabulary, the
-    backward pass does not recompute the log-probs."""
+    """Vocabulary entries whose log-probs are computed at a time, for the response tokens of a
+    micro-batch; more = faster, with more memory; at most 4,096 in passes without gradients. If it
+    is at least the size of the vocabulary, the backward pass does not recompute the log-probs."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory, and copy it to the devices for each update."""
 
