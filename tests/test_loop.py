@@ -513,10 +513,10 @@ def test_a_run_killed_in_its_last_export_ends_with_the_model_of_its_last_step(
         finished, world, tmp_path, every):
     directory = tmp_path / "run"
 
-    def killed(params, step, *rest):
+    def killed(params, decoder, step, *rest):
         if step == 6:
             raise Killed
-        run_export.export(params, step, *rest)
+        run_export.export(params, decoder, step, *rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop, "export", killed)
@@ -907,14 +907,15 @@ def wrong_scores(monkeypatch, after):
     def made(*arguments):
         engine = make_engine(*arguments)
         # A copy: other runs share the engine.
-        learner, score = copy.copy(engine.learner), engine.learner.score
+        learner, measure = copy.copy(engine.learner), engine.learner.measure
 
-        def wrong_score(params, packed):
-            calls.append(packed.lengths.shape)
+        def wrong_measure(packed, found, reference):
+            calls.append(found.shape)
             with jax.transfer_guard("allow"):
-                return score(params, packed) * (1.5 if len(calls) > after else 1.0)
+                found = found * (1.5 if len(calls) > after else 1.0)
+            return measure(packed, found, reference)
 
-        learner.score = wrong_score
+        learner.measure = wrong_measure
         return dataclasses.replace(engine, learner=learner)
 
     monkeypatch.setattr(session, "make_engine", made)
@@ -934,7 +935,7 @@ def test_a_trainer_that_scores_another_policy_than_was_sampled_never_starts(worl
 
 def test_a_trainer_that_begins_to_disagree_stops_and_keeps_what_it_has(world, tmp_path,
                                                                        monkeypatch):
-    # One score for the check at the start, one for each step. The fourth step is the first wrong
+    # One measure for the check at the start, one for each step. The fourth step is the first wrong
     # one.
     wrong_scores(monkeypatch, after=1 + 3)
     with pytest.raises(parity.Mismatch, match="^step 3: sampler and trainer"):

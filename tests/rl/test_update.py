@@ -465,16 +465,20 @@ def test_each_device_has_the_numbers_of_its_own_responses(prompts, shards):
         learning = learner.Learner(config, QWEN2, target)
         with jax.set_mesh(target):
             params = place(QWEN2, weights(QWEN2), target)
-            packed = learning.pack(rollouts, np.arange(2 * prompts).reshape(-1, 2) % 3 > 0)
+            packed = learning.pack(rollouts, np.arange(2 * prompts).reshape(-1, 2) % 3 > 0,
+                                   config.reward.alpha)
             old = learning.score(params, packed)
             reference = learning.score_reference(jax.tree.map(lambda leaf: leaf * 1.1, params),
                                                  packed)
-            of_tokens = packed.sampled_logprobs, old, reference
+            batch = learning.programs.experience(packed.graded, None, reference, packed.packed)
+            _, metrics, own = learning.programs.gradients(
+                params, {}, batch.experience, packed.packed.counts, None, np.int32(0))
+            of_tokens = packed.graded.sampled, old, reference, own
             for array in of_tokens:
                 assert array.sharding.shard_shape(array.shape) == (
                     2 * prompts // (shards if target.size > 1 else 1), 16)
-            batch = learning.experience(packed, old, reference, config.reward.alpha)
-        return sharding.to_host((of_tokens, batch))
+            measured = learning.measure(packed, old, reference)
+        return sharding.to_host((of_tokens, batch, metrics, measured))
 
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
                  found(mesh(data=2, fsdp=4)), found(mesh()))
