@@ -167,7 +167,9 @@ def test_a_compiled_plan(whole):
     assert whole.all_fit and whole.run is not None and whole.shape == (2, 2, 2, 1)
     for function in whole.functions.values():
         assert function.source == "compiled" and 0 < function.own_bytes < function.hbm_bytes
-    sums = [one for one in whole.functions["gradients"].cost.collectives if one.bytes]
+    # Permutations, of log-probs to the devices of their responses, have cycles of any length.
+    sums = [one for one in whole.functions["gradients"].cost.collectives
+            if one.bytes and one.kind != "collective-permute"]
     assert {one.group for one in sums} <= {2, 4, 8} and sums
     run = whole.run
     assert run.step_seconds == pytest.approx(run.rollout_seconds + run.score_seconds
