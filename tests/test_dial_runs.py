@@ -13,6 +13,7 @@ from effreason.cli import main
 from effreason.lm.hf import peft
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.weights import read_weights
+from effreason.rl import dial
 from effreason.runtime.files import read_json_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap")]
@@ -41,6 +42,18 @@ def test_each_step_has_groups_of_every_alpha(finished):
     assert [(point["alpha"], point["trained"]) for point in points] == [
         (0.0, True), (0.2, True), (pytest.approx(0.3), False), (0.4, True)]
     assert all(0 <= point["accuracy"] <= 1 and point["tokens"] > 0 for point in points)
+
+
+def test_a_dial_that_is_always_at_0_is_one_model(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(dial, "setting", lambda alpha, largest: 0.0)
+    loop.train(small_runs.config(world, tmp_path / "run", **DIAL | {"run.steps": 2}))
+    points = json.loads((tmp_path / "run/dial.json").read_text())["points"]
+    assert len(points) == 4
+    assert len({(point["accuracy"], point["tokens"]) for point in points}) == 1
+    responses = [(tmp_path / f"run/evaluations/step2/alpha{alpha}").glob("*.jsonl")
+                 for alpha in ("0", "0.2", "0.3", "0.4")]
+    rows = [[row for path in paths for row in read_json_lines(path)][1:] for paths in responses]
+    assert rows[0] and all(other == rows[0] for other in rows)
 
 
 def test_a_resumed_run_is_the_one_that_was_never_stopped(finished, world, tmp_path):

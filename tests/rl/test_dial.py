@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from effreason.rl import dial
+from effreason.rl import advantages, configured_reward, dial, experience
 from effreason.runtime.config import RewardConfig
 
 ALPHAS = (0.0, 0.05, 0.1, 0.2, 0.4)
@@ -12,7 +12,7 @@ ALPHAS = (0.0, 0.05, 0.1, 0.2, 0.4)
 def test_the_setting_rises_from_0_to_1():
     settings = [dial.setting(alpha, 0.4) for alpha in ALPHAS]
     assert settings[0] == 0 and settings[-1] == 1 and settings == sorted(set(settings))
-    np.testing.assert_allclose(settings[2], 0.5)
+    np.testing.assert_allclose(settings[2], 1 / np.sqrt(8))        # (1/4)^(3/4)
 
 
 def test_alphas_take_turns():
@@ -38,3 +38,16 @@ def test_metrics_are_means_over_the_groups_of_an_alpha():
     assert dial.metrics(np.array([0.0, 0.1, 0.0]), correct, lengths) == {
         "dial/accuracy_at_0": 0.25, "dial/tokens_at_0": 8.0, "dial/accuracy_at_0.1": 1.0,
         "dial/tokens_at_0.1": 40.0}
+
+
+def test_group_std_takes_alpha_out_of_the_dial():
+    # A trap: all groups with alpha > 0 then pull on length alike, so that the settings differ by
+    # the dial's scale alone.
+    alphas, lengths = np.float32(ALPHAS[1:]), np.array([100, 120, 150, 180, 400], np.int32)
+    rewards = experience.rewards_of_groups(
+        configured_reward.make_reward(RewardConfig()), np.ones((4, 5), bool),
+        np.tile(lengths, (4, 1)), alphas)
+    kept = advantages.leave_one_out(rewards)
+    kept, removed = np.asarray(kept), np.asarray(advantages.group_std(kept, rewards))
+    np.testing.assert_allclose(kept, np.outer(alphas / 0.4, kept[3]), rtol=1e-4)
+    np.testing.assert_allclose(removed, np.tile(removed[3], (4, 1)), rtol=1e-3)
