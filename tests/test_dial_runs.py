@@ -10,6 +10,7 @@ import small_runs
 
 from effreason import loop
 from effreason.cli import main
+from effreason.evaluation import responses
 from effreason.lm.hf import peft
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.weights import read_weights
@@ -50,9 +51,8 @@ def test_a_dial_that_is_always_at_0_is_one_model(world, tmp_path, monkeypatch):
     points = json.loads((tmp_path / "run/dial.json").read_text())["points"]
     assert len(points) == 4
     assert len({(point["accuracy"], point["tokens"]) for point in points}) == 1
-    responses = [(tmp_path / f"run/evaluations/step2/alpha{alpha}").glob("*.jsonl")
-                 for alpha in ("0", "0.2", "0.3", "0.4")]
-    rows = [[row for path in paths for row in read_json_lines(path)][1:] for paths in responses]
+    rows = [responses.read(next((tmp_path / f"run/evaluations/step2/alpha{alpha}").glob(
+        "*.jsonl")))[1] for alpha in ("0", "0.2", "0.3", "0.4")]
     assert rows[0] and all(other == rows[0] for other in rows)
 
 
