@@ -651,8 +651,8 @@ def recipes(model: str, devices: int) -> list[str]:
 
 def to_yaml(config: Config) -> str:
     """Returns the whole configuration as YAML, in the order of the dataclasses."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True,
-                          width=110)
+    return yaml.dump(dataclasses.asdict(config), Dumper=config_parser.Dumper, sort_keys=False,
+                     allow_unicode=True, width=110)
 
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:

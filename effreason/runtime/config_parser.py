@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
@@ -20,12 +20,12 @@ Config = TypeVar("Config")
 
 class _Loader(yaml.SafeLoader):
     """YAML without surprises: 1:30 is not 90, 010 is not 8, 2001-01-01 is no date, and a key that
-    comes twice is an error."""
+    comes twice is an error, as is a word that YAML 1.1 reads as true or false and 1.2 as text."""
 
-    # By the first character; without dates and the numbers of YAML 1.1.
+    # By the first character; without the dates, numbers and truth values of YAML 1.1.
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers
-                if tag.rpartition(":")[2] not in ("timestamp", "int", "float")]
+                if tag.rpartition(":")[2] not in ("timestamp", "int", "float", "bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -46,13 +46,41 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 problem=f"{shown} cannot be read as {kind}", problem_mark=node.start_mark) from None
 
+    def refuse_word(self, node: yaml.ScalarNode) -> NoReturn:
+        meant = "true" if node.value.lower() in ("yes", "on") else "false"
+        raise yaml.constructor.ConstructorError(
+            problem=f"{node.value} may be {meant} or a text: write {meant}, or quote it",
+            problem_mark=node.start_mark)
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"),
-                              list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$"
-               r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"), list("-+.0123456789"))
+
+class Dumper(yaml.SafeDumper):
+    """Quotes texts that `read_yaml` would not read as text, such as 1e5."""
+
+    yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers.copy()
+
+
+_INTEGER = r"[-+]?(0|[1-9][0-9_]*)$"
+_DECIMAL = (r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?$"
+            r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+for _tag, _pattern, _first in (
+        ("tag:yaml.org,2002:bool", "(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+        ("!word", "(?i:yes|no|on|off)$", "yYnNoO"),
+        ("tag:yaml.org,2002:int", _INTEGER, "-+0123456789"),
+        ("tag:yaml.org,2002:float", _DECIMAL, "-+.0123456789")):
+    for _kind in (_Loader, Dumper):
+        _kind.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+_Loader.add_constructor("!word", _Loader.refuse_word)
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """Reads YAML: of configuration files, of flags, and of other options that take it.
+
+    Numbers may have underscores: 1_000; otherwise they and the words true, false and null are those
+    of YAML 1.2 and JSON. Raises: yaml.YAMLError, UnicodeError, RecursionError."""
+    return yaml.load(text, _Loader)
+
+
+jsonargparse.set_loader("strict_yaml", read_yaml, (yaml.YAMLError, UnicodeError, RecursionError))
 
 
 def parser(config: type, prog: str, description: str | None = None) -> jsonargparse.ArgumentParser:
@@ -60,7 +88,8 @@ def parser(config: type, prog: str, description: str | None = None) -> jsonargpa
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=description,
         usage="%(prog)s [--config FILE] [--section.field VALUE ...]",
-        formatter_class=argparse.HelpFormatter, exit_on_error=False, allow_abbrev=False)
+        formatter_class=argparse.HelpFormatter, exit_on_error=False, allow_abbrev=False,
+        parser_mode="strict_yaml")
     parser.add_argument(
         "--config", metavar="FILE",
         help="YAML file; a later one overrides an earlier one, flags override all files. Default: "
@@ -119,7 +148,7 @@ def parse(config: type[Config], parser: jsonargparse.ArgumentParser, argv: Seque
                                 "'{NAME: VALUE, ...}'")
 
     try:
-        _check_numbers(flags, config)
+        _check_flags(flags, config)
         values = parser.parse_args(flags, values)
     except argparse.ArgumentError as error:
         raise UserError(_explained(error, config)) from None
@@ -127,22 +156,27 @@ def parse(config: type[Config], parser: jsonargparse.ArgumentParser, argv: Seque
     return build(config, values), values
 
 
-def _check_numbers(flags: Sequence[str], config: type) -> None:
-    """Raises UserError for the flag of a number that is none in `_Loader`'s YAML: the parser's YAML
-    takes 1:30 for 90."""
+def _check_flags(flags: Sequence[str], config: type) -> None:
+    """Raises UserError for the flag of a number, truth value or mapping that is none in `_Loader`'s
+    YAML: the parser also takes 010 for 10, and yes for true."""
     fields = {setting.field: setting for setting in all_settings(config)}
     for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         name, equals, value = flag.removeprefix("--").partition("=")
         setting = fields.get(name) if flag.startswith("--") else None
-        if setting is None or setting.type not in (int, float):
+        if setting is None or setting.type not in (int, float, bool, dict):
             continue
-        text = value if equals else following
+        text, problem = value if equals else following, ""
         try:
-            is_number = not isinstance(yaml.load(text, _Loader), str)
-        except (yaml.YAMLError, UnicodeError, RecursionError):
-            is_number = False
-        if not is_number:
-            raise UserError(f"{name} must be {setting.expected}, got {text}")
+            given = read_yaml(text)
+            if setting.type is dict:
+                setting.check(given)
+            fits = not isinstance(given, str)
+        except yaml.MarkedYAMLError as error:
+            fits, problem = False, f": {error.problem}" if setting.type is dict else ""
+        except (ValueError, yaml.YAMLError, RecursionError):
+            fits = False
+        if not fits:
+            raise UserError(f"{name} must be {setting.expected}, got {text}{problem}")
 
 
 def _fits(flags: Sequence[str], made_for: Mapping[str, frozenset[str]]) -> bool:
@@ -159,7 +193,7 @@ def read(config: type, parser: jsonargparse.ArgumentParser, path: Path,
          base: jsonargparse.Namespace) -> jsonargparse.Namespace:
     """Returns the values of a YAML file over those of `base`. Raises: UserError naming the file."""
     try:
-        table = yaml.load(path.read_bytes(), _Loader)
+        table = read_yaml(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:

@@ -123,9 +123,11 @@ def test_values_of_every_kind_from_a_file(tmp_path):
 
 
 def test_a_mapping_is_what_yaml_says_and_comes_back(tmp_path):
-    text = "{enable_thinking: false, budget: 5, style: '3', title: 'a: b', words: [x, 1.5]}"
+    text = ("{enable_thinking: false, budget: 5, style: '3', title: 'a: b', words: [x, 1.5], "
+            "time: 1:30, code: 012, day: 2001-01-01, switch: 'off', power: '1e5', small: 1e-5}")
     expected = {"enable_thinking": False, "budget": 5, "style": "3", "title": "a: b",
-                "words": ["x", 1.5]}
+                "words": ["x", 1.5], "time": "1:30", "code": "012", "day": "2001-01-01",
+                "switch": "off", "power": "1e5", "small": 1e-5}
     config = from_command_line(["--data.template_arguments", text])
     assert config.data.template_arguments == expected
     configuration.save(config, tmp_path / "saved.yaml")
@@ -197,7 +199,7 @@ def test_a_wrong_flag_is_one_line_with_field_bound_and_value(argv, message):
     ("- reward", "must hold sections with fields under them, got ['reward']"),
     ("run: {seed: true}", "run.seed must be a whole number in [0, 2147483647], got true"),
     ("run: {directory: 5}", "run.directory must be text, or null, got 5"),
-    ("kl: {form: off}", "kl.form must be one of none, reward, loss, got false"),
+    ("kl: {form: 'off'}", "kl.form must be one of none, reward, loss, got off"),
 ])
 def test_a_wrong_value_in_a_file_names_the_file_too(tmp_path, text, message):
     path = write(tmp_path / "a.yaml", text)
@@ -225,6 +227,9 @@ def test_broken_yaml_names_file_and_line(tmp_path, text):
     ("run: {? [1, 2] : 3}", " line 1: not valid YAML: found unhashable key"),
     ("run:\n\tsteps: 3", " line 2: not valid YAML: found character"),
     ("[" * 3000, ": not valid YAML: nested too deep"),
+    ("data:\n  template_arguments: {thinking: off}", " line 2: not valid YAML: off may be false or "
+     "a text: write false, or quote it"),
+    ("run: {resume: Yes}", " line 1: not valid YAML: Yes may be true or a text: write true, or"),
     ("run: {steps: 1}\n---\nrun: {steps: 2}", " line 2: not valid YAML: but found another doc")])
 def test_yaml_has_no_surprises(tmp_path, text, message):
     path = write(tmp_path / "a.yaml", text)
@@ -242,6 +247,11 @@ def test_numbers_of_yaml(tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--run.steps", "1:30"], "run.steps must be a whole number >= 1, got 1:30"),
     (["--run.steps=010"], "run.steps must be a whole number >= 1, got 010"),
+    (["--run.resume", "yes"], "run.resume must be true or false, got yes"),
+    (["--data.template_arguments", "{a: on}"], "data.template_arguments must be a mapping of "
+     "variables' names to values that JSON has, or null, got {a: on}: on may be true or a text"),
+    (["--data.template_arguments={a: 1, a: 2}"], "data.template_arguments must be a mapping of "
+     "variables' names to values that JSON has, or null, got {a: 1, a: 2}: a is there twice"),
     (["--run.seed", "9" * 5000], "run.seed must be a whole number in [0, 2147483647], got 999"),
     (["--run.steps", "\udcff"], "run.steps must be a whole number >= 1, got \udcff"),
     (["--run.steps.x", "3"], "no option --run.steps.x: did you mean --run.steps?")])
