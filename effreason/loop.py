@@ -38,6 +38,7 @@ from effreason.rl.diagnosis import Diagnosis
 from effreason.rl.learner import Learner, PackedRollouts
 from effreason.rl.rollouts import GradedRollouts, Undecided, refill, sample_and_grade, watched
 from effreason.rl.update import TrainState
+from effreason.runs import dial_points
 from effreason.runs import directory as runs
 from effreason.runs.export import export, exported_step, origin
 from effreason.runs.session import Inputs, Session, open_session
@@ -45,7 +46,6 @@ from effreason.runs.unfinished import FILE, StepLog
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
-from effreason.runtime.files import write_json
 from effreason.runtime.progress import GenerationProgress, Progress
 from effreason.sampling.engine import Generation, Generations, collect, step_key
 from effreason.sampling.scheduler import Request, make_requests
@@ -172,11 +172,10 @@ def train(config: Config, session: Session | None = None,
                     save(run)
                 session.interrupts.check()
             trained = evaluate(run, base) if base else {}
-            points = evaluate_dial(run, base) if base and run.alphas else []
+            if base and run.alphas:
+                evaluate_dial(run, base)
 
         if processes.is_primary():
-            if points:
-                write_json(directory / "dial.json", {"points": points})
             results = runs.compare(base, trained) if trained else None
             runs.conclude(config, session.inputs, directory, results,
                           time.monotonic() - run.started, run.run_state.alpha)
@@ -578,7 +577,7 @@ def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = 
     """
     directory = runs.evaluations(run.directory, run.step)
     if alpha is not None:
-        directory /= f"alpha{alpha:g}"
+        directory = dial_points.directory_of(directory, alpha, run.config)
     elif run.alphas:
         alpha = run.run_state.alpha
     first = next(iter(base.values()))
@@ -589,15 +588,13 @@ def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = 
         names=names, directory=directory)
 
 
-def evaluate_dial(run: Run, base: dict[str, Outcomes]) -> list[dict[str, Any]]:
-    """Evaluates the dial at its alphas and between them, on the first set."""
-    name, points = next(iter(base)), []
+def evaluate_dial(run: Run, base: dict[str, Outcomes]) -> None:
+    """Evaluates the dial at its alphas and between them, on the first set; writes dial.json."""
     for alpha in sorted({*run.alphas, *dial.untrained(run.alphas)}):
-        outcomes = evaluate(run, base, [name], alpha)[name]
-        points.append({"alpha": alpha, "trained": alpha in run.alphas,
-                       "accuracy": float(outcomes.correct.mean()),
-                       "tokens": float(outcomes.lengths.mean())})
-    return points
+        evaluate(run, base, [next(iter(base))], alpha)
+    if processes.is_primary():
+        evaluations = runs.evaluations(run.directory, run.step)
+        dial_points.write_points(run.directory, dial_points.read_points(evaluations, run.config))
 
 
 def evaluate_between(run: Run, base: dict[str, Outcomes]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from effreason.runtime import config as configuration
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 
@@ -53,9 +54,11 @@ def numbers(text: str, field: str, holds: Callable[[float], bool], bound: str) -
     return list(values.values())
 
 
-def check_model(path: str, field: str) -> None:
-    """Raises UserError unless `path` is "tiny", a Hugging Face directory or an id on the Hub."""
-    if path == "tiny":
+def check_model(path: str, field: str, *, of_run: bool = False) -> None:
+    """Raises UserError unless `path` is "tiny", a Hugging Face directory or an id on the Hub.
+
+    Args: of_run, it may also be RUN/checkpoints/STEP or RUN@ALPHA."""
+    if path == "tiny" or of_run and is_of_run(path, field):
         return
 
     from effreason.lm.hf import hub  # takes a third of a second: not for --help
@@ -90,6 +93,33 @@ def check_start(config: Config) -> None:
         from effreason.lm.hf import peft  # imports jax
 
         peft.resolve(config.model.path, config.model.revision, config.model.adapter)
+
+
+def run_config(directory: Path) -> Config:
+    """Returns the configuration of a run. Raises: UserError if the directory is not one."""
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory}: must be the directory of a run, it holds no config.yaml")
+    return configuration.load(directory / "config.yaml")
+
+
+def is_of_run(path: str, field: str) -> bool:
+    """Returns whether a model is a checkpoint of a run, which is checked when it is opened.
+
+    Raises: UserError if the run has no dial, or none with this alpha."""
+    from effreason.rl import dial  # imports numpy: not for --help
+
+    name, alpha = dial.split_name(path)
+    in_run = Path(name).is_dir() and Path(name).parent.name == "checkpoints"
+    run = Path(name).parents[1] if in_run else Path(name)
+    if (alpha is not None or in_run) and (run / "config.yaml").is_file():
+        dial.checked_setting(configuration.load(run / "config.yaml").reward, alpha, name)
+        return True
+
+    run_name, at, text = path.rpartition("@")
+    if at and not Path(path).exists() and (Path(run_name) / "config.yaml").is_file():
+        raise UserError(f"{field}: the alpha of {run_name} must be a number in [0, 1), such as "
+                        f"{run_name}@0.2, got {text!r}")
+    return False
 
 
 def check_revision(revision: str | None, path: str, option: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effreason.cli.arguments import check_data, check_model, check_start
-from effreason.rl.dial import split_name
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.config import Config
@@ -20,7 +19,8 @@ def run(argv: Sequence[str], prog: str) -> None:
         Config, prog, "Measure accuracy and response length of models on held-out problems.")
     parser.add_argument("--models", metavar="DIR", nargs="+", type=str,
                         help="models to evaluate: Hugging Face directories, ids on the Hugging "
-                        "Face Hub, checkpoints of a run, or tiny; default model.path")
+                        "Face Hub, checkpoints of a run, RUN@ALPHA of a run with a dial, or tiny; "
+                        "default model.path")
     parser.add_argument("--seeds", metavar="N", nargs="+", type=str,
                         help="seeds of the samples; default run.seed")
     parser.add_argument("--output", metavar="DIR", type=str,
@@ -45,15 +45,10 @@ def check(config: Config, models: Sequence[str], output: Path | None) -> None:
         raise UserError(f"--output must be a directory, {output} is a file")
 
     for path in models:
-        name, alpha = split_name(path)
-        directory = Path(name)
-        in_run = (directory.parent.name == "checkpoints" and directory.is_dir()
-                  and (directory.parents[1] / "config.yaml").is_file())
-        of_dial = alpha is not None and (directory / "config.yaml").is_file()
         if path == config.model.adapter:
             check_start(config)
-        elif not in_run and not of_dial:    # a run's checkpoint is checked when it is opened
-            check_model(path, "models")
+        else:
+            check_model(path, "models", of_run=True)
 
     if config.evaluation.problems == 0:
         raise UserError("evaluation.problems must be >= 1 to evaluate, got 0")

@@ -17,6 +17,7 @@ from effreason.cli import prompt_files
 from effreason.cli.arguments import Parser, bounded, check_model, check_revision
 from effreason.cli.prompt_files import Prompt
 from effreason.runtime.config import DataConfig
+from effreason.runtime.config_parser import read_yaml
 from effreason.runtime.errors import UserError
 
 # Tokens between two looks at what was generated: streamed text should flow, a file be done soon.
@@ -53,7 +54,11 @@ def _parser(prog: str) -> Parser:
                     "Without --prompt and --prompts the prompt is read from standard input; on a "
                     "terminal each line you type is a prompt, and an empty line ends the session.")
     parser.add_argument("--model", metavar="DIR", required=True,
-                        help="a Hugging Face directory, the id of a model on the Hub, or tiny")
+                        help="a Hugging Face directory, the id of a model on the Hub, a checkpoint "
+                        "of a run, RUN@ALPHA of a run with a dial, or tiny")
+    parser.add_argument("--alpha", metavar="A", type=bounded("number in [0, 1)", float,
+                                                             lambda x: 0 <= x < 1),
+                        help="with --model RUN, a run with a dial: the same as RUN@A")
     parser.add_argument("--revision", metavar="NAME",
                         help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"),
@@ -114,9 +119,9 @@ def _parser(prog: str) -> Parser:
 def _variables(text: str) -> dict[str, Any]:
     """Reads the variables of a template as YAML."""
     try:
-        table: dict[str, Any] = yaml.safe_load(text)
+        table: dict[str, Any] = read_yaml(text)
         DataConfig(template_arguments=table)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         table = {}
     if not table:
         raise argparse.ArgumentTypeError("must be a mapping such as {enable_thinking: false}, got "
@@ -126,7 +131,14 @@ def _variables(text: str) -> dict[str, Any]:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UserError if the model or the output is not usable."""
-    check_model(options.model, "--model")
+    if options.alpha is not None:
+        if not (Path(options.model) / "config.yaml").is_file():
+            raise UserError("--alpha is for a run with a dial, a directory with a config.yaml; "
+                            f"--model is {options.model}")
+        import numpy as np  # not for --help
+
+        options.model += f"@{np.format_float_positional(options.alpha, trim='-')}"
+    check_model(options.model, "--model", of_run=True)
     check_revision(options.revision, options.model, "--model")
     if options.raw and (options.template_arguments or options.system_prompt is not None):
         raise UserError("--raw uses no chat template: it goes with neither --template-arguments "

@@ -23,10 +23,11 @@ from rich.console import Console
 
 from effreason.cli.prompt_files import NEW_TOKENS, Prompt
 from effreason.data import templates
+from effreason.evaluation import models
 from effreason.lm import model
 from effreason.lm.hf.pretrained import load_weights, open_pretrained
 from effreason.runtime import sharding
-from effreason.runtime.config import DataConfig
+from effreason.runtime.config import DataConfig, MeshConfig
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.files import disk
 from effreason.runtime.progress import rate, say
@@ -64,12 +65,12 @@ class Session:
         self.template: templates.Template | None = None         # None: texts are read unchanged
 
         try:
-            self.pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype,
-                                              stop_ids=options.stop_ids)
-            chosen = (options.template, options.template_arguments, options.system_prompt)
+            self._open(dtype)
+            template = options.template or (None if options.raw else self._own_template)
+            chosen = (template, options.template_arguments, options.system_prompt)
             if (any(option is not None for option in chosen)
                     or self.pretrained.tokenizer.chat_template and not options.raw):
-                data = DataConfig(template=options.template, user_prompt="{problem}",
+                data = DataConfig(template=template, user_prompt="{problem}",
                                   template_arguments=options.template_arguments,
                                   system_prompt=options.system_prompt)
                 self.template = templates.choose(self.pretrained.tokenizer, data)
@@ -83,6 +84,18 @@ class Session:
                 self.pretrained.tokenizer, self.template, self.pretrained.eos_ids)]
         for note in [*self.pretrained.notes, *notes]:
             say(_with_options(note), self.console)
+
+    def _open(self, dtype: str) -> None:
+        """Opens the model without its weights. Raises: UserError."""
+        options = self.options
+        self._trained, self._own_template = None, None      # a run's model, and its template
+        if (checkpoint := models.find_checkpoint(options.model)) is None:
+            self.pretrained = open_pretrained(options.model, revision=options.revision, dtype=dtype,
+                                              stop_ids=options.stop_ids)
+            return
+        self._trained = models.open_trained(checkpoint, dtype=dtype, stop_ids=options.stop_ids)
+        self.pretrained = self._trained.pretrained
+        self._own_template = self._trained.config.data.template
 
     def read(self, prompt: Prompt) -> TokenizedPrompt:
         """Tokenizes a prompt. Raises: UserError if the model cannot read it or has no room."""
@@ -135,8 +148,12 @@ class Session:
         mesh, decoder = sharding.make_mesh(data=-1), self.pretrained.decoder
 
         with self.console.status("reading the weights"):
-            self._params = load_weights(
-                self.pretrained, sharding.tree_sharding(mesh, model.logical_axes(decoder)))
+            if self._trained is None:
+                self._params = load_weights(
+                    self.pretrained, sharding.tree_sharding(mesh, model.logical_axes(decoder)))
+            else:
+                self._params = self._trained.reader(mesh, MeshConfig())(
+                    self._trained.checkpoint.alpha)
         longest = self.pretrained.max_positions
         if prompts is not None:
             longest = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)

@@ -207,7 +207,7 @@ def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,
 
     rows: list[tables.Row] = []
     with Interrupts(with_output=True) as interrupts, make_grader(config) as grader:
-        reporter = _Reporter(console, interrupts)
+        reporter = Reporter(console, interrupts)
         try:
             for path, opened in models.items():
                 rows += evaluate_model(config, opened, grader, seeds, reporter,
@@ -249,7 +249,7 @@ def _prepare(config: Config, output: Path, rows: Sequence[str], console: Console
             f"{', '.join(lost)}", console)
 
 
-class _Reporter:
+class Reporter:
     """Shows the progress of an evaluation, and stops it after a signal."""
 
     def __init__(self, console: Console, interrupts: Interrupts) -> None:
@@ -280,7 +280,7 @@ class _Reporter:
 
 
 def evaluate_model(config: Config, opened: EvaluatedModel, grader: Grader, seeds: Sequence[int],
-                   reporter: _Reporter, directory: Path | None) -> list[tables.Row]:
+                   reporter: Reporter, directory: Path | None) -> list[tables.Row]:
     """Evaluates one model on each set with each seed; its weights are freed when this returns.
 
     Args: directory, for responses, None = nothing is kept."""

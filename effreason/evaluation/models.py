@@ -1,10 +1,11 @@
 """The models that an evaluation compares: opened and checked before anything is sampled.
 
-Each is a Hugging Face directory, the id of a model on the Hub, or a checkpoint of a run,
-RUN/checkpoints/STEP.
+Each is a Hugging Face directory, the id of a model on the Hub, a checkpoint of a run,
+RUN/checkpoints/STEP, or a run with a dial at an alpha, RUN@ALPHA.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from effreason.lm.hf.pretrained import (
 from effreason.rl import dial
 from effreason.rl.checkpoints import Checkpoints
 from effreason.rl.learner import Learner, check_model
+from effreason.rl.update import TrainState
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config, MeshConfig
@@ -63,11 +65,8 @@ def open_models(config: Config, paths: Sequence[str]) -> dict[str, EvaluatedMode
 
 def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> EvaluatedModel:
     """Opens a model and checks it. Raises: UserError."""
-    run, alpha = dial.split_name(path)
-    if is_checkpoint(Path(run)):
-        return _open_checkpoint(config, Path(run), mesh, alpha, path)
-    if alpha is not None and (Path(run) / "config.yaml").is_file():
-        return _open_checkpoint(config, newest_checkpoint(Path(run)), mesh, alpha, path)
+    if (checkpoint := find_checkpoint(path)) is not None:
+        return _open_checkpoint(config, checkpoint, mesh, path)
 
     # Adapters that model.adapter names are for model.path, whatever is named in them.
     is_adapter = path == config.model.adapter
@@ -85,12 +84,6 @@ def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> E
         load=lambda: load_weights(pretrained, shardings)))
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Returns whether a path looks like RUN/checkpoints/STEP, and RUN is a run."""
-    return (path.is_dir() and path.parent.name == "checkpoints"
-            and (path.parents[1] / "config.yaml").is_file())
-
-
 def on_devices(run: Config, axes: MeshConfig, mesh: Mesh) -> Config:
     """Returns the configuration of a run with which its state is restored on other devices.
 
@@ -100,48 +93,131 @@ def on_devices(run: Config, axes: MeshConfig, mesh: Mesh) -> Config:
     return dataclasses.replace(run, mesh=axes, update=update)
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """Returns the directory of a run's newest checkpoint. Raises: UserError if there is none."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint of a run, without its weights."""
+
+    run: Path
+    step: int                       # updates made
+    alpha: float | None             # of the run's dial; None = reward.alpha, or there is no dial
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a path looks like RUN/checkpoints/STEP, and RUN is a run."""
+    return (path.is_dir() and path.parent.name == "checkpoints"
+            and (path.parents[1] / "config.yaml").is_file())
+
+
+def find_checkpoint(name: str) -> Checkpoint | None:
+    """Returns the checkpoint that a name means; None if it is another kind of model.
+
+    Args: name, RUN/checkpoints/STEP, the same with @ALPHA, or RUN@ALPHA, of the newest one.
+    Raises: UserError if the run has no such checkpoint."""
+    path, alpha = dial.split_name(name)
+    if is_checkpoint(Path(path)):
+        step = Path(path).name
+        return checkpoint_of(Path(path).parents[1], alpha, int(step) if step.isdecimal() else -1)
+    if alpha is not None and (Path(path) / "config.yaml").is_file():
+        return checkpoint_of(Path(path), alpha)
+    return None
+
+
+def checkpoint_of(run: Path, alpha: float | None, step: int | None = None) -> Checkpoint:
+    """Returns a checkpoint of a run. Args: step, None = the newest.
+
+    Raises: UserError if there is no such checkpoint."""
     with Checkpoints(run / "checkpoints", keep=None) as checkpoints:
-        if checkpoints.latest is None:
-            raise UserError(f"{run}: has no checkpoint")
-        return run / "checkpoints" / str(checkpoints.latest)
+        steps = checkpoints.steps
+    if not steps:
+        raise UserError(f"{run}: has no checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"{run}: has no complete checkpoint of step {step}, those of the run are "
+                        f"{', '.join(map(str, steps))}")
+    return Checkpoint(run=run, step=steps[-1] if step is None else step, alpha=alpha)
 
 
-def _open_checkpoint(config: Config, path: Path, mesh: Mesh, alpha: float | None,
-                     name: str) -> EvaluatedModel:
-    """Opens a checkpoint of a run, whose configuration names the model that the run started from.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedWeights:
+    """The weights of a checkpoint, at any alpha of its run's dial. They are read when needed."""
 
-    Loading reads the whole training state, then keeps the parameters.
-    Args: alpha, of the run's dial, None = reward.alpha; name, as the user wrote it."""
-    run = configuration.load(path.parents[1] / "config.yaml")
-    setting = dial.checked_setting(run.reward, alpha, name)
+    checkpoint: Checkpoint
+    config: Config                  # of the run
+    pretrained: Pretrained          # the model that the run started from
+    facts: Mapping[str, Any]        # that the checkpoint was saved with
+
+    @property
+    def alpha(self) -> float:
+        """The alpha that was asked for, or else the last one of the training."""
+        alpha: float = self.facts["alpha"]
+        return alpha if self.checkpoint.alpha is None else self.checkpoint.alpha
+
+    def setting(self, alpha: float | None) -> float | None:
+        """Returns the setting of the dial; None if there is none. Raises: UserError."""
+        return dial.checked_setting(self.config.reward, alpha, str(self.checkpoint.run))
+
+    def learner(self, mesh: Mesh, axes: MeshConfig) -> Learner:
+        """Returns the learner that the state fits, on these devices. Args: axes, of the mesh."""
+        return Learner(on_devices(self.config, axes, mesh), self.pretrained.decoder, mesh,
+                       tries_kernels=False)
+
+    def reader(self, mesh: Mesh, axes: MeshConfig) -> Callable[[float | None], model.Params]:
+        """Returns a function that returns the weights of an alpha; the files are read once.
+
+        Reading them takes the memory of the whole training state, keeping them that of the
+        parameters."""
+        learner = self.learner(mesh, axes)
+
+        @functools.cache
+        def read() -> tuple[TrainState, model.Params | None]:
+            state, _ = self.restore(learner)
+            state = dataclasses.replace(state, opt_state=())
+            if learner.decoder.adapter is None:
+                return state, None
+            return state, learner.as_reference(
+                load_weights(self.pretrained, learner.params_sharding))
+
+        return lambda alpha: learner.merged(learner.policy(*read(), self.setting(alpha)))
+
+    def restore(self, learner: Learner) -> tuple[TrainState, dict[str, Any]]:
+        """Reads the whole training state, and its facts. Raises: UserError if it is damaged."""
+        with Checkpoints(self.checkpoint.run / "checkpoints", keep=None) as checkpoints:
+            return checkpoints.restore(learner.abstract_state, self.checkpoint.step)
+
+
+def open_trained(checkpoint: Checkpoint, *, dtype: str | None = None, remat: str = "full",
+                 stop_ids: str | None = None) -> TrainedWeights:
+    """Opens the weights of a checkpoint, whose run's configuration names the model it started from.
+
+    Args: dtype and stop_ids, None = those of the run.
+    Raises: UserError, also if the run has no such alpha."""
+    run = configuration.load(checkpoint.run / "config.yaml")
     pretrained = open_pretrained(run.model.path, revision=run.model.revision,
-                                 dtype=config.model.dtype, remat=config.model.remat,
-                                 stop_ids=config.rollout.stop_ids or run.rollout.stop_ids,
+                                 dtype=dtype or run.model.dtype, remat=remat,
+                                 stop_ids=stop_ids or run.rollout.stop_ids,
                                  adapter=run.model.adapter)
+    with Checkpoints(checkpoint.run / "checkpoints", keep=None) as checkpoints:
+        facts = checkpoints.facts(checkpoint.step)
 
-    with Checkpoints(path.parent, keep=None) as checkpoints:
-        if not path.name.isdecimal() or int(path.name) not in checkpoints.steps:
-            raise UserError(f"{path}: is not a complete checkpoint; those of the run are "
-                            f"{checkpoints.steps}")
-        facts = checkpoints.facts(int(path.name))
+    trained = TrainedWeights(checkpoint=checkpoint, config=run, pretrained=pretrained, facts=facts)
+    trained.setting(checkpoint.alpha)
+    return trained
 
-    run_here = on_devices(run, config.mesh, mesh)
 
-    def load() -> model.Params:
-        learner = Learner(run_here, pretrained.decoder, mesh, tries_kernels=False)
-        with Checkpoints(path.parent, keep=None) as checkpoints:
-            state, _ = checkpoints.restore(learner.abstract_state, int(path.name))
-        return learner.restored(state, pretrained, setting)
-
+def _open_checkpoint(config: Config, checkpoint: Checkpoint, mesh: Mesh,
+                     name: str) -> EvaluatedModel:
+    """Opens a checkpoint to be evaluated. Args: name, as the user wrote it."""
+    trained = open_trained(checkpoint, dtype=config.model.dtype, remat=config.model.remat,
+                           stop_ids=config.rollout.stop_ids)
+    pretrained, facts = trained.pretrained, trained.facts
+    setting = trained.setting(checkpoint.alpha)
     at = "" if setting is None else f" at {setting:g}"
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    data = [source.name for source in sources.parse(run.data.path, "data.path")]
+    data = [source.name for source in sources.parse(trained.config.data.path, "data.path")]
     return _checked(config, EvaluatedModel(
-        name=name, pretrained=pretrained, facts=facts | {"data": data}, load=load, mesh=mesh,
+        name=name, pretrained=pretrained, facts=dict(facts) | {"data": data}, mesh=mesh,
+        load=lambda: trained.reader(mesh, config.mesh)(checkpoint.alpha),
         template=templates.choose(pretrained.tokenizer, config.data),
-        fingerprint=f"{model_fingerprint(pretrained)} step {path.name} {digest[:12]}{at}"))
+        fingerprint=(f"{model_fingerprint(pretrained)} step {checkpoint.step} {digest[:12]}{at}")))
 
 
 def _checked(config: Config, opened: EvaluatedModel) -> EvaluatedModel:

@@ -38,6 +38,8 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
 
     training = {
         "base model": f"{base} at commit {revision}" if revision else base, "alpha": f"{alpha:g}",
+        **({"alphas of the dial": ", ".join(f"{one:g}" for one in config.reward.dial)}
+           if config.reward.dial else {}),
         "trained on": ", ".join(public_name(source.name) for source in inputs.problems.sources),
         "steps": f"{step:,}", "sampling temperature": f"{config.rollout.temperature:g}",
         "longest training response": f"{config.rollout.max_new_tokens:,} tokens",
@@ -60,11 +62,25 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
         f"the method of [Training Language Models to Reason Efficiently]({PAPER}): of the correct "
         "answers to a problem, one that is longer than the others earns a little less. α says how "
         "much less: at 0 only correctness counts, and the larger it is, the shorter the reasoning.",
+        *dial_words(config, alpha),
         *_evaluation(next(iter(inputs.held_out), None), before, after),
         *_use(config, template, base),
         "## Training",
         _table(("", ""), list(training.items())),
     ]) + "\n"
+
+
+def dial_words(config: Config, alpha: float) -> list[str]:
+    """Returns a paragraph on the dial that an alpha was chosen of; none without a dial."""
+    trained_at = config.reward.dial
+    if not trained_at:
+        return []
+    words = ", ".join(f"{one:g}" for one in trained_at)
+    which = ("one of those it was trained at" if alpha in trained_at else
+             "which lies between those it was trained at")
+    return [f"α was chosen after the training. One run, a dial, has trained the weights of every α "
+            f"from {trained_at[0]:g} to {trained_at[-1]:g}; these are the ones at α = {alpha:g}, "
+            f"{which}: {words}."]
 
 
 def _hub_datasets(inputs: Inputs) -> list[str] | None:
@@ -132,7 +148,7 @@ prompt = tokenizer.apply_chat_template(
 ).to(model.device)
 output = model.generate(**prompt, do_sample=True, {sampling}, top_k=0,
                         max_new_tokens={rollout.max_new_tokens})
-print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
+print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:]))
 ```""",
         f"Sample rather than decode greedily, best as here ({sampling}): the model was trained on "
         f"responses sampled at temperature {rollout.temperature:g}, of at most "

@@ -36,7 +36,7 @@ AFTER = SimpleNamespace(accuracy=0.76, tokens=2500.0, by_level={
 
 
 def card(*, base=BASE, revision=COMMIT, user_prompt=USER_PROMPT, before=BEFORE, after=AFTER,
-         template=None,
+         template=None, alpha=0.1,
          sources=("gsm8k", "openai/other", "data/my.jsonl/x", "tiny"), update=None, reward=None,
          adapters=None, **sections):
     config = Config(rollout=RolloutConfig(max_new_tokens=32_000), kl=KLConfig(form="none"),
@@ -46,7 +46,7 @@ def card(*, base=BASE, revision=COMMIT, user_prompt=USER_PROMPT, before=BEFORE, 
         held_out={"math500": []},
         problems=SimpleNamespace(sources=[SimpleNamespace(name=name) for name in sources]),
         template=template or Template("r1_think", "{{ messages }}", user_prompt))
-    return model_card(config, inputs, step=1200, alpha=0.1, before=before, after=after)
+    return model_card(config, inputs, step=1200, alpha=alpha, before=before, after=after)
 
 
 def header(text):
@@ -98,6 +98,23 @@ def test_what_was_not_measured_is_not_in_the_table(before, after, columns, said)
     text = card(before=before, after=after)
     assert said in text and len(tables(text)) == 1 + (columns is not None)
     assert columns is None or {len(row) for row in tables(text)[0]} == {columns}
+
+
+def test_a_dial_is_named_with_the_alpha_that_was_chosen():
+    reward = RewardConfig(alphas="0,0.1,0.4")
+    text = card(reward=reward, alpha=0.23, adapter=AdapterConfig(rank=4))
+    assert "taught to reason efficiently (α = 0.23)" in text
+    assert ("has trained the weights of every α from 0 to 0.4; these are the ones at α = 0.23, "
+            "which lies between those it was trained at: 0, 0.1, 0.4.") in text
+    facts = {row[0]: row[1] for row in tables(text)[-1]}
+    assert (facts["alpha"], facts["alphas of the dial"]) == ("0.23", "0, 0.1, 0.4")
+    assert "α = 0.1, one of those it was trained at: 0, 0.1" in card(reward=reward, alpha=0.1,
+                                                                     adapter=AdapterConfig(rank=4))
+    assert "dial" not in card()
+
+
+def test_the_example_shows_marks_that_are_special_tokens():
+    assert "skip_special_tokens" not in card()
 
 
 def test_one_level_makes_one_row():
