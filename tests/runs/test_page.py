@@ -83,6 +83,62 @@ def run(tmp_path_factory):
     return directory, made, *page_of(directory)
 
 
+@pytest.fixture(scope="module")
+def dial(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("made") / "dial"
+    made = made_runs.make_dial(directory)
+    return directory, made, *page_of(directory)
+
+
+def test_page_of_a_dial_has_a_point_for_every_alpha(dial):
+    directory, made, text, page = dial
+    contents = reading.read(directory)
+    points = contents.measured("tiny")
+    assert [(point.alpha, str(point.kind)) for point, _ in points[1:]] == [
+        (0.0, "member"), (0.1, "member"), (0.15, "between"), (0.2, "member"), (0.3, "between"),
+        (0.4, "member")]
+    assert points[4] == (made.points[1], made.points[1].sets["tiny"])
+    tokens = [measurement.summary.tokens for _, measurement in points[1:]]
+    assert tokens == sorted(tokens, reverse=True)
+    rows = re.findall(r'<th scope="row">(.*?)</th>', section(text, "tradeoff"))
+    assert [row for row in rows if "never trained on" in row] == [
+        f"α {alpha} <small>never trained on</small>" for alpha in (0.15, 0.3)]
+    assert "Hollow: an α that was never trained on" in text
+    assert "a dial from α 0 to 0.4" in text and "Most tokens saved by a trained α" in text
+    assert {run.name for run in contents.runs} == {""}
+    curves = next(attributes["aria-label"] for _, attributes in page.elements
+                  if attributes.get("aria-label", "").startswith("Tokens of a response against"))
+    assert all(f"α {alpha}: " in curves for alpha in ("0", "0.1", "0.2", "0.4"))
+
+
+def test_the_slider_shows_the_answers_of_one_alpha_and_needs_no_script(dial):
+    _, _, text, page = dial
+    buttons = [attributes for tag, attributes in page.elements if tag == "input"]
+    assert [button["type"] for button in buttons] == 6 * ["radio"]
+    assert len({button["name"] for button in buttons}) == 1     # arrow keys go from one to the next
+    assert [button["aria-label"] for button in buttons][2:4] == [
+        "α 0.15, never trained on", "α 0.2"]
+    assert [button["id"] for button in buttons if "checked" in button] == ["alpha3"]
+    prompts, style = section(text, "prompts"), re.search("<style>(.*)</style>", text, re.DOTALL)[1]
+    articles = prompts.split("<article")[1:]
+    assert len(articles) > 3
+    for article in articles:
+        assert article.count('<div class="column">') == 1 and "before training" in article
+        for index, alpha in enumerate(("0", "0.1", "0.15", "0.2", "0.3", "0.4")):
+            assert f'<div class="column at at{index}">' in article
+            assert f"<b>α {alpha}</b>" in article
+            assert f"#prompts:has(#alpha{index}:checked) .at{index}" in style
+    assert re.search(r"<b>α 0.15</b> \(never trained on\): \d+\.\d tokens \[", prompts)
+    assert ".at { display: none; }" in style and "@supports not selector(:has(a))" in style
+
+
+def test_a_dial_that_was_evaluated_before_training_nowhere_is_a_run(tmp_path):
+    made_runs.make_dial(tmp_path / "run", steps=4, problems=9)
+    (tmp_path / "run/evaluations/step0/tiny.jsonl").unlink()
+    text, page = page_of(tmp_path / "run")
+    assert "input" not in {tag for tag, _ in page.elements} and "fewer tokens" in text
+
+
 def test_family_page_has_every_section(family):
     _, _, text, page = family
     assert "Left out" not in text and "left-out" not in text.partition("</style>")[2]
@@ -173,8 +229,8 @@ def test_hostile_responses_stay_text(tmp_path, make, options):
     assert "{{ 7 * 7 }}" in page.text and not re.search(r"[\x00-\x08\x0b-\x1f\ud800-\udfff]", text)
 
 
-def test_page_loads_nothing_and_runs_nothing(family, run):
-    for _, _, text, page in (family, run):
+def test_page_loads_nothing_and_runs_nothing(family, run, dial):
+    for _, _, text, page in (family, run, dial):
         for tag, attributes in page.elements:
             assert "src" not in attributes
             assert not any(name.startswith("on") for name in attributes), tag
@@ -435,7 +491,7 @@ def test_what_is_damaged_is_left_out_where_it_can_be(tmp_path, originals, change
      "family.json: .*one base, measured on every set"),
     (with_value("family.json", "member", "points", 0, "kind"), "family.json: .*must be one base"),
     (with_value("family.json", "other", "points", 1, "kind"),
-     "family.json: .*kind must be one of base, member, baseline, blend, got \"other\""),
+     "family.json: .*kind must be one of base, member, between, baseline, blend, got \"other\""),
     (with_value("family.json", "x", "points", 1, "alpha"),
      "family.json: .*alpha must be a number or null"),
     (with_value("family.json", 5, "points", 1, "directory"),

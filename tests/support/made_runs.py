@@ -137,6 +137,26 @@ def write_evaluation(directory, sets, **options):
     return outcomes
 
 
+def make_dial(directory, *, alphas=(0.0, 0.1, 0.2, 0.4), between=(0.15, 0.3), steps=20, **options):
+    """Makes a finished run with a dial, evaluated also at alphas `between`; returns its results."""
+    summary = make_run(directory, alpha=0.2, steps=steps, **options)
+    config = configuration.load(directory / "config.yaml")
+    configuration.save(dataclasses.replace(
+        config, adapter=dataclasses.replace(config.adapter, rank=4),
+        reward=dataclasses.replace(config.reward, alphas=",".join(map(str, alphas)))),
+        directory / "config.yaml")
+    rows = metrics_rows(steps, 0.2)
+    for row in rows:
+        row |= {f"dial/{name}_at_{alpha:g}": row[f"rollout/{name}"] * (1 - alpha / 10)
+                for alpha in alphas for name in ("tokens", "accuracy")}
+    write_rows(directory / "metrics.jsonl", rows)
+    for alpha in {*alphas, *between} - {0.2}:       # at 0.2 the run itself was evaluated
+        write_evaluation(runs.evaluations(directory, steps) / f"alpha{alpha:g}", ("tiny",),
+                         alpha=alpha, progress=1.0, **{name: value for name, value in
+                                                       options.items() if name != "sets"})
+    return summary
+
+
 def write_config(directory, *, alpha=0.2, model="tiny", seed=0, steps=30,
                  objective="policy_gradient"):
     config = Config()

@@ -18,14 +18,15 @@ from effreason.runs.report.published import Published
 from effreason.runs.report.reading import label
 from effreason.runs.results import Measurement, Point, PointKind
 
-BASE, MEMBER, BASELINE, BLEND = PointKind
+BASE, MEMBER, BETWEEN, BASELINE, BLEND = PointKind
 # Inches of the figure, place of the axes in it, and columns of the legend.
 SHAPES = {"narrow": ((NARROW[0], 4.6), (0.15, 0.115, 0.835, 0.685), 2),
           "wide": ((8.6, 5.3), (0.085, 0.1, 0.905, 0.825), 8),
           "small": ((NARROW[0], 3.3), (0.15, 0.16, 0.835, 0.82), 0)}
-COLORS = {BASE: "#6E6E6E", MEMBER: AFTER, BASELINE: "#D55E00", BLEND: "#A9558A"}
-MARKERS = {BASE: "D", MEMBER: "o", BASELINE: "s", BLEND: "^"}
-LEGEND = {BASE: "base model", MEMBER: "trained", BASELINE: "baselines", BLEND: "blends"}
+COLORS = {BASE: "#6E6E6E", MEMBER: AFTER, BETWEEN: AFTER, BASELINE: "#D55E00", BLEND: "#A9558A"}
+MARKERS = {BASE: "D", MEMBER: "o", BETWEEN: "o", BASELINE: "s", BLEND: "^"}
+LEGEND = {BASE: "base model", MEMBER: "trained", BETWEEN: "never trained on",
+          BASELINE: "baselines", BLEND: "blends"}
 # From light to dark, so that members are told apart in grey.
 RAMP = LinearSegmentedColormap.from_list("members", ["#4AA5E0", "#0072B2", "#00294A"])
 
@@ -49,7 +50,8 @@ def pareto(measured: Measured, published: Sequence[Published] = (), *,
            shape: str = "narrow") -> Figure:
     """Draws accuracy against mean tokens, with 95 % intervals both ways.
 
-    A dashed curve shows the base with its responses cut off at each budget.
+    A line joins the members, or the points of a dial, by alpha; what was never trained on is
+    hollow. A dashed curve shows the base with its responses cut off at each budget.
     Args: shape, narrow, wide or small, which has no legend."""
     size, place, columns = SHAPES[shape]
     figure = figures.new_figure(size)
@@ -66,7 +68,7 @@ def pareto(measured: Measured, published: Sequence[Published] = (), *,
                   markeredgecolor=INK, zorder=3)
     _frame(axes)
 
-    members = sorted((each for each in measured if each[0].kind == MEMBER),
+    members = sorted((each for each in measured if each[0].kind in (MEMBER, BETWEEN)),
                      key=lambda each: each[0].alpha or 0.0)
     front = _line((member.summary.tokens, member.summary.accuracy) for _, member in members)
     cut_off = _line((row.tokens, row.accuracy) for row in measured[0][1].summary.budgets)
@@ -95,12 +97,14 @@ def _line(points: Iterable[tuple[float, float]]) -> np.ndarray:
 def _error_bars(axes: Axes, point: Point, measurement: Measurement,
                 size: float) -> list[np.ndarray]:
     """Draws one model with its error bars. Returns: both bars, float64[2, 2] each."""
-    summary = measurement.summary
+    summary, hollow = measurement.summary, point.kind == BETWEEN
     axes.errorbar(
         summary.tokens, summary.accuracy, xerr=_error(summary.tokens, summary.tokens_interval),
         yerr=_error(summary.accuracy, summary.accuracy_interval), fmt=MARKERS[point.kind],
-        color=COLORS[point.kind], markersize=size, elinewidth=1.1, markeredgecolor="white",
-        markeredgewidth=0.8, zorder=4, label=LEGEND[point.kind])
+        color=COLORS[point.kind], markersize=size, elinewidth=1.1,
+        markerfacecolor="white" if hollow else COLORS[point.kind],
+        markeredgecolor=COLORS[point.kind] if hollow else "white",
+        markeredgewidth=1.5 if hollow else 0.8, zorder=4, label=LEGEND[point.kind])
     return [_line((tokens, summary.accuracy) for tokens in summary.tokens_interval),
             _line((summary.tokens, accuracy) for accuracy in summary.accuracy_interval)]
 

@@ -1,6 +1,7 @@
 """Writes the report of a run or a family of runs: one HTML page, and its plots as PNG and SVG.
 
-The page needs no network and runs no script. Text from models and users is always escaped.
+The page needs no network and runs no script: its slider is a row of radio buttons. Text from models
+and users is always escaped.
 """
 
 import re
@@ -90,6 +91,7 @@ def _content(contents: Contents, *, own_page: bool) -> dict[str, Any]:
         "difficulties": sections.difficulty_table(contents, best[0], best[2]) if best else None,
         "generalisation": sections.generalisation(contents),
         "examples": _examples(contents),
+        "stops": sections.stops(contents),
         "run": run.name if run else "",
         "steps": run.steps if run else 0,
         "planned_steps": run.planned_steps if run else 0,
@@ -110,9 +112,14 @@ def _member_pages(contents: Contents) -> list[tuple[str, str]]:
 def _examples(contents: Contents) -> list[Example]:
     """Returns the same problems answered by several models.
 
-    For one training these are its start, middle and end, else the base and two members."""
+    For one training these are its start, middle and end, with a dial the base and every alpha of
+    it, else the base and two members."""
     columns: list[tuple[str, Path | None]]
-    if len(contents.runs) == 1:
+    if contents.dial:
+        dial = [point for point, _ in sections.dial_points(contents)]
+        columns = [("before training", contents.responses.get(contents.points[0].name)),
+                   *((label(point), contents.responses.get(point.name)) for point in dial)]
+    elif len(contents.runs) == 1:
         directories = contents.runs[0].evaluations
         steps = list(directories)
         middle = sorted(steps[1:-1], key=lambda step: abs(2 * step - steps[-1]))[:1]

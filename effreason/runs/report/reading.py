@@ -3,13 +3,14 @@
 A run that is not finished has less: what does not exist yet is empty.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from effreason.runs import dial_points
 from effreason.runs.report.figures import updates
 from effreason.runs.results import (
     FAMILY_FILE,
@@ -17,16 +18,19 @@ from effreason.runs.results import (
     Measurement,
     Point,
     PointKind,
+    measure,
     read_object,
     read_results,
 )
+from effreason.runtime import config as configuration
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import all_settings
+from effreason.runtime.config_parser import read_yaml
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json_lines
 
 # The metrics that are drawn.
-DRAWN = ("rollout/", "evaluation/", "reward/", "update/", "update_share/", "length_pull/")
+DRAWN = ("rollout/", "evaluation/", "reward/", "update/", "update_share/", "length_pull/", "dial/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class Contents:
     responses: Mapping[str, Path]   # directories of graded responses, by the name of their point
     runs: list[Run]                 # in the order of the points
     environment: Mapping[str, Any]
+    dial: Sequence[float] = ()      # the alphas that a run with a dial was trained at
 
     @property
     def title(self) -> str:
@@ -79,7 +84,7 @@ class Contents:
 
 def label(point: Point) -> str:
     """Returns a short name, to be written next to a mark."""
-    if point.kind == PointKind.MEMBER and point.alpha is not None:
+    if point.kind in (PointKind.MEMBER, PointKind.BETWEEN) and point.alpha is not None:
         return f"α {point.alpha:.4g}"
     return point.name.split(",")[0]
 
@@ -113,6 +118,10 @@ def read(directory: Path) -> Contents:
     if not results:
         runs = [_read_run(directory, "", PointKind.MEMBER, None)]
 
+    points, alphas = results.points if results else [], []
+    if points and not family and runs[0].settings.get("reward.alphas"):
+        points, alphas = _with_dial(points, runs[0], responses)
+
     environment = directory / "environment.json"
     settings = runs[0].settings if runs else {}
     seed = results.seed if results else settings.get("run.seed")
@@ -122,9 +131,34 @@ def read(directory: Path) -> Contents:
         directory=directory, family=family, seed=seed if isinstance(seed, int) else None,
         model=results.model if results else str(settings.get("model.path", "")),
         sets=results.sets if results else sorted(path.stem for path in started),
-        points=results.points if results else [], responses=responses, runs=runs,
+        points=points, dial=alphas, responses=responses, runs=runs,
         environment=read_object(environment) if environment.exists() else
         results.environment if results else {})
+
+
+def _with_dial(points: list[Point], run: Run,
+               responses: dict[str, Path]) -> tuple[list[Point], Sequence[float]]:
+    """Returns the points of a run with those of its dial among them, and the alphas of the dial.
+
+    Args: points, the base and the model at reward.alpha; responses, to which theirs are added."""
+    config = configuration.load(run.directory / "config.yaml")
+    base, trained = points
+    stored = dial_points.read_points(run.evaluations[max(run.evaluations)], config)
+    before = dial_points.read_base(run.directory, config)
+    if before is None:
+        return points, []
+
+    name, found = next(iter(base.sets)), [trained]
+    for point in stored:
+        if point.alpha == trained.alpha:
+            continue
+        found.append(Point(
+            name=f"α = {point.alpha:g}", alpha=point.alpha,
+            kind=PointKind.MEMBER if point.trained else PointKind.BETWEEN,
+            directory=point.directory.relative_to(run.directory).as_posix(),
+            sets=measure({name: before}, {name: point.outcomes})))
+        responses[found[-1].name] = point.directory
+    return [base, *sorted(found, key=lambda point: point.alpha or 0.0)], config.reward.dial
 
 
 def _inside(directory: Path, name: str) -> Path | None:
@@ -165,7 +199,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 def _read_settings(path: Path) -> dict[str, Any]:
     """Reads a configuration as it was written, also if a field has another meaning today."""
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        table = read_yaml(path.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(table, dict | None):

@@ -15,7 +15,14 @@ from effreason.evaluation.responses import EvaluatedResponse
 from effreason.evaluation.statistics import Comparison, Summary
 from effreason.evaluation.wording import interval, percent, share
 from effreason.runs.report import comparison_charts, training_curves
-from effreason.runs.report.comparison_charts import BASE, BASELINE, BLEND, MEMBER, Measured
+from effreason.runs.report.comparison_charts import (
+    BASE,
+    BASELINE,
+    BETWEEN,
+    BLEND,
+    MEMBER,
+    Measured,
+)
 from effreason.runs.report.figures import AFTER, BEFORE, CURVE, held_out
 from effreason.runs.report.published import SOURCE, published_points
 from effreason.runs.report.reading import Contents, Run, label
@@ -45,6 +52,16 @@ class Table:
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """A stop of the slider: the dial at one alpha."""
+
+    label: str
+    trained: bool
+    words: str                      # tokens and accuracy there, and against the base
+    first: bool                     # whether the page shows it when it is opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +110,17 @@ def headline(contents: Contents) -> Headline:
 
     seconds = "" if point.seconds is None else f" in {duration(point.seconds)}"
     kicker, line = "Before and after training", f"{model}{seed}{steps}{seconds}"
+    choice = "Most tokens saved by {} that is not measurably less accurate than the base"
+    if contents.dial:
+        line += f", a dial from α {contents.dial[0]:g} to {contents.dial[-1]:g}"
+        kicker = choice.format("a trained α")
+        if comparison.accuracy_change_interval[1] < 0:
+            kicker = "The most accurate α: all are measurably less accurate than the base"
     if contents.family:
         kinds = [other.kind for other in contents.points]
         line = (f"A family of {model}{seed}: {kinds.count(MEMBER)} members, "
                 f"{kinds.count(BASELINE)} baselines, {kinds.count(BLEND)} blends")
-        kicker = "Most tokens saved by a member that is not measurably less accurate than the base"
+        kicker = choice.format("a member")
         if comparison.accuracy_change_interval[1] < 0:
             kicker = "The most accurate member: all are measurably less accurate than the base"
     return Headline(kicker=kicker, words=words, line=line,
@@ -144,8 +167,9 @@ def _model_cells(point: Point, measurement: Measurement) -> dict[str, Cell]:
     summary, comparison = measurement.summary, measurement.comparison
     cells = dict.fromkeys(("model", "tokens", "saved", "accuracy", "change, points", "p", "AES",
                            "tokens per solved", "training time"), ("", ""))
-    cells["model"] = (label(point) if point.kind == MEMBER else point.name,
-                      point.kind.value if point.kind == BASELINE else "")
+    remarks = {BASELINE: BASELINE.value, BETWEEN: "never trained on"}
+    cells["model"] = (label(point) if point.kind in (MEMBER, BETWEEN) else point.name,
+                      remarks.get(point.kind, ""))
     cells["tokens"] = (wording.tokens(summary.tokens),
                        interval(summary.tokens_interval, wording.tokens))
     cells["accuracy"] = percent(summary.accuracy), interval(summary.accuracy_interval, share)
@@ -227,6 +251,8 @@ def tradeoffs(contents: Contents) -> list[Chart]:
         else:
             note = ("Up and to the left is better. Bars: 95 % intervals over problems. Dashed: the "
                     "base's accuracy if its responses were cut off.")
+            if any(point.kind == BETWEEN for point, _ in measured):
+                note += " Hollow: an α that was never trained on."
             charts.append(Chart(
                 name="pareto", title=title, alt=alt,
                 note=note + (f" Stars: published, {SOURCE}." if published else ""),
@@ -313,21 +339,47 @@ MEASURES = (
 )
 
 
+def dial_points(contents: Contents) -> list[tuple[Point, Measurement]]:
+    """Returns the points of a dial by alpha; [] without a dial."""
+    return [(point, measurement) for point, measurement in contents.measured(contents.sets[0])
+            if point.kind != BASE] if contents.dial else []
+
+
+def stops(contents: Contents) -> list[Stop]:
+    """Returns the stops of the slider; the first one shown is that of the exported model."""
+    found = []
+    for point, measurement in dial_points(contents):
+        summary, comparison = measurement.summary, measurement.comparison
+        assert comparison is not None
+        found.append(Stop(
+            label=f"{point.alpha:.4g}", trained=point.kind == MEMBER,
+            first=point.directory == ".", words=(
+                f"{wording.tokens(summary.tokens)} tokens "
+                f"{interval(summary.tokens_interval, wording.tokens)}, accuracy "
+                f"{percent(summary.accuracy)} {interval(summary.accuracy_interval, share)}; "
+                f"against the base {wording.findings(comparison)}")))
+    return found
+
+
 def trainings(contents: Contents) -> list[Chart]:
     """Returns charts of what moved in training, with a line for each run."""
     runs = sorted((run for run in contents.runs if run.metrics and run.kind == MEMBER),
                   key=lambda run: run.alpha or 0.0)
-    shades = comparison_charts.shades(len(runs))
     charts = []
     for name, stage, title, note, is_share, floor in MEASURES:
-        lines = [line for run, color in zip(runs, shades, strict=True)
-                 for line in _lines(run, f"{stage}/{name}", color)]
+        keys = [(run, f"{stage}/{name}", run.name) for run in runs]
+        if contents.dial and name in ("tokens", "accuracy"):
+            keys = [(run, f"dial/{name}_at_{alpha:g}", f"α {alpha:.4g}") for run in runs
+                    for alpha in contents.dial]
+        shades = comparison_charts.shades(len(keys))
+        lines = [line for (run, key, words), color in zip(keys, shades, strict=True)
+                 for line in _lines(run, key, words, color)]
         if not lines or (name == "alpha" and all(np.ptp(line.values) == 0 for line in lines)):
             continue
         if name in ("truncated", "kl") and all(not line.values.any() for line in lines):
             continue                # nothing was ever cut off, or there is no reference model
 
-        evaluated = len(runs) == 1 and name in ("tokens", "accuracy")
+        evaluated = len(runs) == len(lines) == 1 and name in ("tokens", "accuracy")
         marks = _marks(contents, runs[0], name) if evaluated else []
         ends = "; ".join(
             f"{line.label or 'trained'}: {line.values[0]:.4g} at step {line.steps[0]:.0f}, "
@@ -339,12 +391,12 @@ def trainings(contents: Contents) -> list[Chart]:
     return charts
 
 
-def _lines(run: Run, key: str, color: str) -> Iterable[training_curves.Line]:
-    """Yields the curve of a metric, if the run has it."""
+def _lines(run: Run, key: str, words: str, color: str) -> Iterable[training_curves.Line]:
+    """Yields the curve of a metric, if the run has it. Args: words, its name."""
     pairs = [(row["step"], row[key]) for row in run.metrics if row.get(key) is not None]
     if pairs:
         steps, values = np.array(pairs, np.float64).T
-        yield training_curves.Line(label=run.name, color=color, steps=steps, values=values)
+        yield training_curves.Line(label=words, color=color, steps=steps, values=values)
 
 
 def _marks(contents: Contents, run: Run, measure: str) -> list[training_curves.Line]:
