@@ -3,6 +3,8 @@ them afterwards."""
 
 import dataclasses
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from effreason.lm.hf import peft
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.weights import read_weights
 from effreason.rl import dial
+from effreason.runs import dial_search
 from effreason.runtime.files import read_json_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cheap")]
@@ -125,6 +128,69 @@ def test_models_of_several_alphas_are_compared(finished, world, tmp_path, capsys
     assert "@0.3" in out
     assert main.main(["evaluate", *arguments, "--models", f"{finished}@0.7",
                       "--output", str(tmp_path / "again")]) == 2
+
+
+def test_a_run_generates_at_any_alpha_what_its_export_does(finished, tmp_path, capsys):
+    assert main.main(["export", str(finished), "--alpha", "0.31", "--output",
+                      str(tmp_path / "model")]) == 0
+    card = (tmp_path / "model/README.md").read_text()
+    assert "these are the ones at α = 0.31, which lies between" in card
+    assert "Only the base model was evaluated" in card
+    capsys.readouterr()
+    lines = []
+    for model in ([str(tmp_path / "model")], [f"{finished}@0.31"],
+                  [str(finished), "--alpha", "0.31"], [f"{finished}/checkpoints/4@0.31"],
+                  [f"{finished}@0"]):
+        assert main.main(["generate", "--prompt", "3+4", "--max-new-tokens", "12", "--json",
+                          "--model", *model]) == 0
+        lines.append(json.loads(capsys.readouterr().out))
+    for line in lines[1:4]:
+        assert line["tokens"] == lines[0]["tokens"] and line["prompt_tokens"] > 0
+        np.testing.assert_allclose(line["logprobs"], lines[0]["logprobs"], atol=1e-5)
+    assert lines[4]["logprobs"] != lines[0]["logprobs"]
+
+
+def test_the_dial_is_searched_without_sampling_twice(finished, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    evaluations = run / "evaluations/step4"
+    stored, = (evaluations / "alpha0.4").iterdir()
+    assert not (evaluations / "alpha0.2").exists()      # reward.alpha: the run's own evaluation
+    responses, times = stored.read_bytes(), {path: path.stat().st_mtime_ns for path in
+                                             evaluations.glob("**/*.jsonl") if path != stored}
+    stored.unlink()
+    (run / "dial.json").unlink()
+
+    search = ["dial", str(run), "--target-tokens", "0.01", "--max-accuracy-drop", "100"]
+    assert main.main(search) == 2                       # no model has a hundredth of the tokens
+    out, err = capsys.readouterr()
+    assert re.search("^error: no alpha of .* has at most 1.0 % of the tokens of alpha 0 and at "
+                     r"most 100 points less accuracy; the nearest is alpha 0\.\d+: \d.*% of the",
+                     err, re.MULTILINE)
+    assert all(len(line) <= 80 for line in out.splitlines()) and "* never trained on" in out
+    assert stored.read_bytes() == responses             # as the training itself had sampled them
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    points = json.loads((run / "dial.json").read_text())["points"]
+    assert points == json.loads((finished / "dial.json").read_text())["points"]
+    assert not list(run.glob("model-alpha*"))
+
+    # With a target that all alphas reach, the search goes down to the smallest ones.
+    search[3] = "0.999999"
+    monkeypatch.setattr(dial_search.Target, "shortfalls", lambda self, comparison: (0.0, 0.0))
+    assert main.main([*search, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["alpha"] < 0.2 and found["model"] == f"{run}/model-alpha{found['alpha']:g}"
+    assert [point["alpha"] for point in found["points"]] == sorted(
+        {0.0, 0.2, 0.3, 0.4, *(point["alpha"] for point in found["points"])})
+    card = (run / f"model-alpha{found['alpha']:g}/README.md").read_text()
+    assert "tokens saved" in card and f"α = {found['alpha']:g}" in card
+    exported = (run / f"model-alpha{found['alpha']:g}/model.safetensors").stat().st_mtime_ns
+    assert len(json.loads((run / "dial.json").read_text())["points"]) == len(found["points"])
+
+    monkeypatch.setattr(dial_search.TrainedWeights, "reader", lambda *_: lambda alpha: 1 / 0)
+    assert main.main([*search, "--json"]) == 0          # everything is there
+    assert json.loads(capsys.readouterr().out) == found
+    assert exported == (run / f"model-alpha{found['alpha']:g}/model.safetensors").stat().st_mtime_ns
 
 
 def test_adapters_alone_train_as_well(world, tmp_path):

@@ -20,14 +20,15 @@ commands:
   replay     generate one response of a training run again
   preview    show what a reward and an advantage would do to saved responses
   export     write a model from a checkpoint, at any alpha of a dial
+  dial       find the alpha of a trained dial that saves what is wanted
   blend      average the weights of a base model and a model trained from it
   report     write the report page of a run or of a family of runs
   plan       estimate the memory, time, energy and money that a run needs
 
 `effreason COMMAND --help` lists the options.
 """
-COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "export", "blend",
-            "report", "plan")
+COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "export", "dial",
+            "blend", "report", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
