@@ -118,7 +118,8 @@ def read(directory: Path) -> Contents:
     if not results:
         runs = [_read_run(directory, "", PointKind.MEMBER, None)]
 
-    points, alphas = results.points if results else [], []
+    points: list[Point] = results.points if results else []
+    alphas: Sequence[float] = ()
     if points and not family and runs[0].settings.get("reward.alphas"):
         points, alphas = _with_dial(points, runs[0], responses)
 
