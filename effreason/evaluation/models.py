@@ -174,7 +174,7 @@ class TrainedWeights:
             if learner.decoder.adapter is None:
                 return state, None
             return state, learner.as_reference(
-                load_weights(self.pretrained, learner.params_sharding))
+                load_weights(self.pretrained, learner.params_sharding, merged=False))
 
         return lambda alpha: learner.merged(learner.policy(*read(), self.setting(alpha)))
 
