@@ -577,7 +577,7 @@ def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = 
     """
     directory = runs.evaluations(run.directory, run.step)
     if alpha is not None:
-        directory = dial_points.directory_of(directory, alpha, run.config)
+        directory = dial_points.directory_of(directory, alpha)
     elif run.alphas:
         alpha = run.run_state.alpha
     first = next(iter(base.values()))
@@ -590,10 +590,11 @@ def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = 
 
 def evaluate_dial(run: Run, base: dict[str, Outcomes]) -> None:
     """Evaluates the dial at its alphas and between them, on the first set; writes dial.json."""
+    evaluations = runs.evaluations(run.directory, run.step)
+    processes.broadcast("evaluation", lambda: dial_points.copy_trained(evaluations, run.config))
     for alpha in sorted({*run.alphas, *dial.untrained(run.alphas)}):
         evaluate(run, base, [next(iter(base))], alpha)
     if processes.is_primary():
-        evaluations = runs.evaluations(run.directory, run.step)
         dial_points.write_points(run.directory, dial_points.read_points(evaluations, run.config))
 
 

@@ -155,7 +155,9 @@ def test_the_dial_is_searched_without_sampling_twice(finished, tmp_path, capsys,
     shutil.copytree(finished, run)
     evaluations = run / "evaluations/step4"
     stored, = (evaluations / "alpha0.4").iterdir()
-    assert not (evaluations / "alpha0.2").exists()      # reward.alpha: the run's own evaluation
+    # reward.alpha: the run's own evaluation
+    assert (evaluations / "alpha0.2" / stored.name).read_bytes() == (
+        evaluations / stored.name).read_bytes()
     responses, times = stored.read_bytes(), {path: path.stat().st_mtime_ns for path in
                                              evaluations.glob("**/*.jsonl") if path != stored}
     stored.unlink()

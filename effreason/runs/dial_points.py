@@ -1,6 +1,8 @@
 """The points of a run's dial: what its evaluations at several alphas have left on disk."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from effreason.data.loading import evaluation_samples
 from effreason.evaluation import responses, statistics
 from effreason.evaluation.statistics import Summary
 from effreason.runtime.config import Config
-from effreason.runtime.files import write_json
+from effreason.runtime.files import disk, replacing, write_json
 from effreason.types import Outcomes
 
 FILE = "dial.json"                  # in the run directory
@@ -25,35 +27,34 @@ class DialPoint:
     outcomes: Outcomes
 
 
-def directory_of(evaluations: Path, alpha: float, config: Config) -> Path:
-    """Returns the directory of the graded responses at an alpha.
+def directory_of(evaluations: Path, alpha: float) -> Path:
+    """Returns the directory of the graded responses at an alpha. Args: evaluations, of a step."""
+    return evaluations / f"{PREFIX}{alpha:g}"
 
-    At reward.alpha it is that of the step: the run is evaluated there anyway, on all sets.
-    Args: evaluations, of a step."""
-    own = evaluations / f"{PREFIX}{alpha:g}"
-    return evaluations if alpha == config.reward.alpha and not own.is_dir() else own
+
+def copy_trained(evaluations: Path, config: Config) -> None:
+    """Copies the responses at reward.alpha, where a run is evaluated anyway, to those of its dial.
+
+    Raises: UserError if the disk is full."""
+    target = directory_of(evaluations, config.reward.alpha) / _file_name(config)
+    if not target.exists():
+        with disk(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as partial:
+            shutil.copyfile(evaluations / target.name, partial)
 
 
 def read_points(evaluations: Path, config: Config) -> list[DialPoint]:
     """Returns what is complete of a step's evaluations, by alpha. Raises: UserError if a file is
     damaged."""
-    file_name = _file_name(config)
-    return [DialPoint(alpha=alpha, trained=alpha in config.reward.dial, directory=directory,
-                      outcomes=responses.read_outcomes(directory / file_name)[1])
-            for alpha, directory in sorted(_directories(evaluations, config))
-            if (directory / file_name).exists()]
-
-
-def _directories(evaluations: Path, config: Config) -> Iterator[tuple[float, Path]]:
-    main = config.reward.alpha
-    yield main, directory_of(evaluations, main, config)
-    for directory in evaluations.glob(f"{PREFIX}*"):
-        try:
-            alpha = float(directory.name.removeprefix(PREFIX))
-        except ValueError:          # not ours
-            continue
-        if f"{alpha:g}" != f"{main:g}":
-            yield alpha, directory
+    points = []
+    for path in evaluations.glob(f"{PREFIX}*/{_file_name(config)}"):
+        with contextlib.suppress(ValueError):       # another directory of such a name is not ours
+            alpha = float(path.parent.name.removeprefix(PREFIX))
+            points.append(DialPoint(alpha=alpha, trained=alpha in config.reward.dial,
+                                    directory=path.parent,
+                                    outcomes=responses.read_outcomes(path)[1]))
+    return sorted(points, key=lambda point: point.alpha)
 
 
 def _file_name(config: Config) -> str:
@@ -78,7 +79,7 @@ def summaries(run: Path, config: Config, step: int,
         return None, None
     after = run / "evaluations" / f"step{step}"
     if config.reward.dial:
-        after = directory_of(after, alpha, config)
+        after = directory_of(after, alpha)
     path = after / _file_name(config)
     before = read_base(run, config)
     return (None if before is None else statistics.summarize(before),

@@ -159,7 +159,7 @@ def _measure(trained: TrainedWeights, evaluator: Evaluator,
     """Evaluates an alpha on the first set, or reads what is there."""
     checkpoint, config = trained.checkpoint, trained.config
     evaluations = checkpoint.run / "evaluations" / f"step{checkpoint.step}"
-    directory = dial_points.directory_of(evaluations, alpha, config)
+    directory = dial_points.directory_of(evaluations, alpha)
     with reporter.watching(f"alpha {alpha:g}") as on_chunk:
         measured = evaluator.measure(next(iter(evaluator.sets)), lambda: read(alpha), on_chunk,
                                      weights=f"step {checkpoint.step}", directory=directory)

@@ -150,7 +150,7 @@ def make_dial(directory, *, alphas=(0.0, 0.1, 0.2, 0.4), between=(0.15, 0.3), st
         row |= {f"dial/{name}_at_{alpha:g}": row[f"rollout/{name}"] * (1 - alpha / 10)
                 for alpha in alphas for name in ("tokens", "accuracy")}
     write_rows(directory / "metrics.jsonl", rows)
-    for alpha in {*alphas, *between} - {0.2}:       # at 0.2 the run itself was evaluated
+    for alpha in {*alphas, *between}:
         write_evaluation(runs.evaluations(directory, steps) / f"alpha{alpha:g}", ("tiny",),
                          alpha=alpha, progress=1.0, **{name: value for name, value in
                                                        options.items() if name != "sets"})
