@@ -184,7 +184,7 @@ def test_commands(capsys):
     assert main.main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "error: the command must be one of train, evaluate, grade, generate, replay, preview, "
-        "export, blend, report, plan, got trian\n")
+        "export, dial, blend, report, plan, got trian\n")
 
 
 @pytest.mark.parametrize(("argv", "fields"), [
