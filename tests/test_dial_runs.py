@@ -158,8 +158,9 @@ def test_the_dial_is_searched_without_sampling_twice(finished, tmp_path, capsys,
     # reward.alpha: the run's own evaluation
     assert (evaluations / "alpha0.2" / stored.name).read_bytes() == (
         evaluations / stored.name).read_bytes()
-    responses, times = stored.read_bytes().splitlines()[1:], {path: path.stat().st_mtime_ns for path in
-                                             evaluations.glob("**/*.jsonl") if path != stored}
+    responses = stored.read_bytes().splitlines()[1:]
+    times = {path: path.stat().st_mtime_ns for path in evaluations.glob("**/*.jsonl")
+             if path != stored}
     stored.unlink()
     (run / "dial.json").unlink()
 
