@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -386,7 +387,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
         assert (directory / "model" / "model.safetensors").exists()
         assert not (directory / "summary.json").exists()
         assert (directory / "unfinished.jsonl").exists() == (where == "within")
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         assert main.main(["train", "--config", str(directory / "config.yaml"), "--run.resume",
                           "true"]) == 0
     assert_same_run(finished, directory)
