@@ -231,6 +231,34 @@ def test_tensors_that_do_not_fit_are_named(damage, message, directory):
         peft.read_adapter(directory, QWEN2)
 
 
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")   # peft's
+@pytest.mark.parametrize("settings", [
+    {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    {"r": 3, "target_modules": ["k_proj", "down_proj"], "layers_to_transform": [1, 3],
+     "lora_dropout": 0.1,
+     "rank_pattern": {"down_proj": 5}, "alpha_pattern": {"k_proj": 3}}])
+def test_what_peft_writes_is_a_model(settings, tmp_path):
+    torch = pytest.importorskip("torch", reason="the extra `parity` brings torch and peft")
+    theirs = pytest.importorskip("peft", reason="the extra `parity` brings torch and peft")
+    import transformers
+
+    torch.manual_seed(0)
+    policy = theirs.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(SHIPPED_REASONER, dtype=torch.float32),
+        theirs.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)).eval()
+    policy.save_pretrained(tmp_path)
+    opened = open_pretrained(str(tmp_path), dtype="float32")
+    assert opened.adapters.rank == max(4, 5 if "rank_pattern" in settings else 0)
+
+    tokens = np.arange(2, 26, dtype=np.int32).reshape(2, 12)
+    params = load_weights(opened)
+    ours = model.logits(params, model.forward(opened.decoder, params, tokens))
+    with torch.no_grad():
+        expected = policy(torch.from_numpy(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+
+
 SMOLLM2 = pytest.param(
     Path(os.environ.get("EFFREASON_REAL", "missing")) / "smollm2-135m-instruct",
     marks=[pytest.mark.real, pytest.mark.skipif(

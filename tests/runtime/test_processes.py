@@ -1,6 +1,7 @@
 """Two processes with four virtual devices each do the same run as one process with eight."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ import small_runs
 from safetensors.numpy import load_file
 
 from effreason.evaluation import responses
+from effreason.lm import adapters, model
+from effreason.lm.hf import peft
+from effreason.lm.hf.config import read_config
 from effreason.runtime import distributed, processes, stderr_relay
 from effreason.runtime.config import DistributedConfig
 from effreason.runtime.errors import UserError
@@ -305,25 +309,30 @@ def test_two_processes_train_as_one_does(world, alone):
 
 @pytest.mark.slow
 def test_two_processes_train_adapters_as_one_does(world, tmp_path):
-    """A run, and one that goes on from its adapters."""
-    adapters = {"adapter.rank": 4, "export.adapter": True, "run.steps": 3,
-                "update.learning_rate": 1e-2}
-    for name, start in (("first", {}), ("second", {"run.seed": 1, "kl.form": "loss"})):
-        found, expected = tmp_path / f"{name}-two", tmp_path / f"{name}-alone"
-        if start:
-            start["model.adapter"] = str(tmp_path / "first-alone" / "model")
-        settings = {"run.steps": 3, "evaluation.problems": 8} | adapters | start
-        results = both("train", *arguments(world, found, "manual", **settings))
-        assert [code for code, _, _ in results] == [0, 0], results
-        (code, out, err), = ended([started(["train", *arguments(
-            world, expected, "none", **settings)], devices=8)])
-        assert code == 0, out + err
-        assert (found / "rollouts.jsonl").read_text() == (expected / "rollouts.jsonl").read_text()
-        trained, others = (load_file(path / "model" / "adapter_model.safetensors")
-                           for path in (found, expected))
-        assert trained.keys() == others.keys()
-        for key, leaf in trained.items():
-            np.testing.assert_allclose(leaf, others[key], atol=1e-3, err_msg=key)
+    """A run that goes on from adapters."""
+    config = dataclasses.replace(read_config(world / "base"), adapter=adapters.make_adapter(
+        3, 6.0, "attention", rank_stabilized=False))
+    generator, start = np.random.default_rng(0), tmp_path / "start"
+    stored = jax.tree.map(lambda leaf: 0.05 * generator.standard_normal(leaf.shape, np.float32),
+                          adapters.split(model.abstract_params(config))[1])
+    start.mkdir()
+    peft.write_adapter(stored, config, start, base_model=str(world / "base"))
+
+    found, expected = tmp_path / "two", tmp_path / "alone"
+    settings = {"model.adapter": str(start), "adapter.rank": 4, "export.adapter": True,
+                "update.learning_rate": 1e-2, "kl.form": "loss", "run.steps": 2,
+                "evaluation.problems": 8}
+    results = both("train", *arguments(world, found, "manual", **settings))
+    assert [code for code, _, _ in results] == [0, 0], results
+    (code, out, err), = ended([started(["train", *arguments(world, expected, "none", **settings)],
+                                       devices=8)])
+    assert code == 0, out + err
+    assert (found / "rollouts.jsonl").read_text() == (expected / "rollouts.jsonl").read_text()
+    trained, others = (load_file(path / "model" / "adapter_model.safetensors")
+                       for path in (found, expected))
+    assert trained.keys() == others.keys()
+    for key, leaf in trained.items():
+        np.testing.assert_allclose(leaf, others[key], atol=1e-3, err_msg=key)
 
 
 @pytest.mark.slow
