@@ -40,6 +40,7 @@ from effreason.rl.rollouts import GradedRollouts, Undecided, refill, sample_and_
 from effreason.rl.update import TrainState
 from effreason.runs import dial_points
 from effreason.runs import directory as runs
+from effreason.runs import results as run_files
 from effreason.runs.export import export, exported_step, origin
 from effreason.runs.session import Inputs, Session, open_session
 from effreason.runs.unfinished import FILE, StepLog
@@ -564,7 +565,7 @@ def evaluate_base(run: Run) -> dict[str, Outcomes]:
 
     return run.session.evaluator.measure_all(
         original, run.on_chunk, weights=model_fingerprint(run.session.inputs.pretrained),
-        directory=runs.evaluations(run.directory, 0))
+        directory=run_files.evaluations(run.directory, 0))
 
 
 def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = None,
@@ -575,7 +576,7 @@ def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = 
         names: None = all.
         alpha: of the dial; None = reward.alpha.
     """
-    directory = runs.evaluations(run.directory, run.step)
+    directory = run_files.evaluations(run.directory, run.step)
     if alpha is not None:
         directory = dial_points.directory_of(directory, alpha)
     elif run.alphas:
@@ -590,7 +591,7 @@ def evaluate(run: Run, base: dict[str, Outcomes], names: Sequence[str] | None = 
 
 def evaluate_dial(run: Run, base: dict[str, Outcomes]) -> None:
     """Evaluates the dial at its alphas and between them, on the first set; writes dial.json."""
-    evaluations = runs.evaluations(run.directory, run.step)
+    evaluations = run_files.evaluations(run.directory, run.step)
     processes.broadcast("evaluation", lambda: dial_points.copy_trained(evaluations, run.config))
     for alpha in sorted({*run.alphas, *dial.untrained(run.alphas)}):
         evaluate(run, base, [next(iter(base))], alpha)

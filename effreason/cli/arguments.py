@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,9 @@ def bounded(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[st
 
     read.__name__ = name
     return read
+
+
+ALPHA = bounded("number in [0, 1)", float, lambda alpha: 0 <= alpha < 1)
 
 
 def numbers(text: str, field: str, holds: Callable[[float], bool], bound: str) -> list[float]:
@@ -85,7 +89,6 @@ def check_model(path: str, field: str, *, of_run: bool = False) -> None:
             raise UserError(f"{expected}, {error}") from None
 
 
-
 def check_start(config: Config) -> None:
     """Raises UserError unless model.path is a model, and model.adapter, if given, adapters."""
     check_model(config.model.path, "model.path")
@@ -93,6 +96,17 @@ def check_start(config: Config) -> None:
         from effreason.lm.hf import peft  # imports jax
 
         peft.resolve(config.model.path, config.model.revision, config.model.adapter)
+
+
+def check_target(target: Path) -> None:
+    """Raises UserError if the directory that --output names exists or cannot be created."""
+    from effreason.lm.hf import hub  # takes a third of a second: not for --help
+
+    if target.exists() or hub.existing_export(target) is not None:
+        raise UserError(f"--output: {target} exists already, nothing is overwritten")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output: cannot write into {parent}")
 
 
 def run_config(directory: Path) -> Config:
@@ -108,11 +122,10 @@ def is_of_run(path: str, field: str) -> bool:
     Raises: UserError if the run has no dial, or none with this alpha."""
     from effreason.rl import dial  # imports numpy: not for --help
 
-    name, alpha = dial.split_name(path)
-    in_run = Path(name).is_dir() and Path(name).parent.name == "checkpoints"
-    run = Path(name).parents[1] if in_run else Path(name)
-    if (alpha is not None or in_run) and (run / "config.yaml").is_file():
-        dial.checked_setting(configuration.load(run / "config.yaml").reward, alpha, name)
+    if (found := dial.find_run(path)) is not None:
+        run, _, alpha = found
+        dial.checked_setting(configuration.load(run / "config.yaml").reward, alpha,
+                             dial.split_name(path)[0])
         return True
 
     run_name, at, text = path.rpartition("@")

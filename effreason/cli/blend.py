@@ -5,7 +5,6 @@ from one to the other, so a compromise can be chosen after training; lm/blend.py
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import jax
 from huggingface_hub import ModelCardData
 
 from effreason import __version__
-from effreason.cli.arguments import Parser, check_revision, numbers
+from effreason.cli.arguments import Parser, check_revision, check_target, numbers
 from effreason.lm import model
 from effreason.lm.blend import blend
-from effreason.lm.hf.hub import existing_export, public_name
+from effreason.lm.hf.hub import public_name
 from effreason.lm.hf.pretrained import (
     FACTS_FILE,
     Pretrained,
@@ -87,15 +86,6 @@ def _parser(prog: str) -> Parser:
                         help="a new directory; with several weights one for each, such as DIR-0.25 "
                         "and DIR-0.5")
     return parser
-
-
-def check_target(target: Path) -> None:
-    """Raises UserError if the directory exists already or cannot be created."""
-    if target.exists() or existing_export(target) is not None:
-        raise UserError(f"--output: {target} exists already, nothing is overwritten")
-    parent = next(path for path in target.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--output: cannot write into {parent}")
 
 
 def check(base: Pretrained, trained: Pretrained) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from effreason.cli.arguments import Parser, bounded, check_data, run_config
+from effreason.cli.arguments import Parser, bounded, check_data, check_target, run_config
 from effreason.runtime.errors import UserError
 
 _share = bounded("number in (0, 1)", float, lambda x: 0 < x < 1)
@@ -42,8 +42,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         raise UserError(f"{directory}: has no evaluation set to search on, its "
                         "evaluation.problems is 0")
     if options.output is not None:
-        if options.output.exists():
-            raise UserError(f"--output: {options.output} exists already, nothing is overwritten")
+        check_target(options.output)
         if not options.output.absolute().parent.is_dir():
             raise UserError(f"--output: {options.output.parent} is not a directory")
     check_data(config, "evaluation.path", config.evaluation.path, held_out=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import jax
 
-from effreason.cli.arguments import Parser, bounded, run_config
-from effreason.cli.blend import check_target
+from effreason.cli.arguments import ALPHA, Parser, bounded, check_target, run_config
 from effreason.evaluation.models import checkpoint_of, open_trained
 from effreason.rl import dial
 from effreason.runs.export import export_adapter, export_trained
@@ -18,7 +17,6 @@ from effreason.runtime.config import MeshConfig
 from effreason.runtime.errors import UserError
 
 _step = bounded("positive integer", int, lambda value: 0 < value < 1e9)
-_alpha = bounded("number in [0, 1)", float, lambda value: 0 <= value < 1)
 
 
 def run(argv: Sequence[str], prog: str) -> None:
@@ -52,7 +50,7 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("run", metavar="RUN", help="the directory of a run, or RUN@ALPHA")
     parser.add_argument("--step", metavar="N", type=_step,
                         help="of the checkpoint; default the newest")
-    parser.add_argument("--alpha", metavar="A", type=_alpha,
+    parser.add_argument("--alpha", metavar="A", type=ALPHA,
                         help="of a run with a dial: any alpha up to the largest of its training; "
                         "default its reward.alpha")
     parser.add_argument("--adapter", action="store_true", help="the adapters alone, in the format "

@@ -175,7 +175,7 @@ def train_member(session: Session, member: Member, family: Path, sets: Sequence[
         return
 
     if processes.is_primary():
-        copy_responses(family / BASE_FOLDER, run_directory.evaluations(directory, 0))
+        copy_responses(family / BASE_FOLDER, results.evaluations(directory, 0))
     if member.kind == PointKind.BASELINE:
         learner = Learner(config, session.inputs.pretrained.decoder, session.mesh,
                           longest_prompt(session.inputs.problems))
@@ -193,7 +193,7 @@ def finished(directory: Path, steps: int, sets: Sequence[str]) -> bool:
     if steps_made > steps:
         raise UserError(f"run.steps must be at least the {steps_made} steps that {directory} has "
                         f"done, got {steps}")
-    evaluated = run_directory.evaluations(directory, steps)
+    evaluated = results.evaluations(directory, steps)
     files = [evaluated / (name + responses.SUFFIX) for name in responses.file_names(sets).values()]
     return (steps_made == steps == exported_step(directory / "model")
             and all(path.exists() for path in [*files, directory / page.PAGE]))

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from effreason.cli import prompt_files
-from effreason.cli.arguments import Parser, bounded, check_model, check_revision
+from effreason.cli.arguments import ALPHA, Parser, bounded, check_model, check_revision
 from effreason.cli.prompt_files import Prompt
 from effreason.runtime.config import DataConfig
 from effreason.runtime.config_parser import read_yaml
@@ -56,8 +56,7 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--model", metavar="DIR", required=True,
                         help="a Hugging Face directory, the id of a model on the Hub, a checkpoint "
                         "of a run, RUN@ALPHA of a run with a dial, or tiny")
-    parser.add_argument("--alpha", metavar="A", type=bounded("number in [0, 1)", float,
-                                                             lambda x: 0 <= x < 1),
+    parser.add_argument("--alpha", metavar="A", type=ALPHA,
                         help="with --model RUN, a run with a dial: the same as RUN@A")
     parser.add_argument("--revision", metavar="NAME",
                         help="branch, tag or commit of a model on the Hub")

@@ -102,24 +102,15 @@ class Checkpoint:
     alpha: float | None             # of the run's dial; None = reward.alpha, or there is no dial
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Returns whether a path looks like RUN/checkpoints/STEP, and RUN is a run."""
-    return (path.is_dir() and path.parent.name == "checkpoints"
-            and (path.parents[1] / "config.yaml").is_file())
-
-
 def find_checkpoint(name: str) -> Checkpoint | None:
-    """Returns the checkpoint that a name means; None if it is another kind of model.
-
-    Args: name, RUN/checkpoints/STEP, the same with @ALPHA, or RUN@ALPHA, of the newest one.
-    Raises: UserError if the run has no such checkpoint."""
-    path, alpha = dial.split_name(name)
-    if is_checkpoint(Path(path)):
-        step = Path(path).name
-        return checkpoint_of(Path(path).parents[1], alpha, int(step) if step.isdecimal() else -1)
-    if alpha is not None and (Path(path) / "config.yaml").is_file():
-        return checkpoint_of(Path(path), alpha)
-    return None
+    """Returns the checkpoint that a name means, see `dial.find_run`; None if it is another kind of
+    model. Raises: UserError if the run has no such checkpoint."""
+    if (found := dial.find_run(name)) is None:
+        return None
+    run, step, alpha = found
+    if step is None:
+        return checkpoint_of(run, alpha)
+    return checkpoint_of(run, alpha, int(step) if step.isdecimal() else -1)
 
 
 def checkpoint_of(run: Path, alpha: float | None, step: int | None = None) -> Checkpoint:

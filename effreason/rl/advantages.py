@@ -186,7 +186,7 @@ def kl_return_to_go(penalty: Float[Array, "R N"], mask: Bool[Array, "R N"],
         return own + jnp.where(ends, 0.0, after), ends | ends_after
 
     sums, _ = jax.lax.associative_scan(add, (response, is_last), reverse=True,
-                                            axis=response.ndim - 1)
+                                       axis=response.ndim - 1)
     return jnp.where(mask, sums, 0.0)
 
 

@@ -7,6 +7,7 @@ base + common adapter + setting * dial adapter, see `lm.adapters`.
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -25,6 +26,20 @@ def split_name(name: str) -> tuple[str, float | None]:
     if not at or not re.fullmatch(r"0|0?\.[0-9]+", alpha):
         return name, None
     return run, float(alpha)
+
+
+def find_run(name: str) -> tuple[Path, str | None, float | None] | None:
+    """Returns the run that the name of a model means, its checkpoint and the alpha of its dial.
+
+    The checkpoint is None for the newest, the alpha if the name has none. None = the name is not
+    RUN/checkpoints/STEP, the same with @ALPHA, or RUN@ALPHA, or RUN is no run."""
+    text, alpha = split_name(name)
+    path = Path(text)
+    is_checkpoint = path.is_dir() and path.parent.name == "checkpoints"
+    run = path.parents[1] if is_checkpoint else path
+    if not (is_checkpoint or alpha is not None) or not (run / "config.yaml").is_file():
+        return None
+    return run, path.name if is_checkpoint else None, alpha
 
 
 def checked_setting(config: RewardConfig, alpha: float | None, name: str) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from effreason.data.loading import evaluation_samples
 from effreason.evaluation import responses, statistics
 from effreason.evaluation.statistics import Summary
+from effreason.runs import results
 from effreason.runtime.config import Config
 from effreason.runtime.files import disk, replacing, write_json
 from effreason.types import Outcomes
@@ -77,7 +78,7 @@ def summaries(run: Path, config: Config, step: int,
     `step` updates, with a dial at an alpha. None = not measured."""
     if not config.evaluation.problems:
         return None, None
-    after = run / "evaluations" / f"step{step}"
+    after = results.evaluations(run, step)
     if config.reward.dial:
         after = directory_of(after, alpha)
     path = after / _file_name(config)
@@ -88,5 +89,5 @@ def summaries(run: Path, config: Config, step: int,
 
 def read_base(run: Path, config: Config) -> Outcomes | None:
     """Returns how the model before training did on the first set; None if it was not evaluated."""
-    path = run / "evaluations/step0" / _file_name(config)
+    path = results.evaluations(run, 0) / _file_name(config)
     return responses.read_outcomes(path)[1] if path.exists() else None

@@ -22,7 +22,6 @@ from effreason.evaluation import statistics, wording
 from effreason.evaluation.evaluate import Evaluator, Reporter, make_grader, sized_for_evaluation
 from effreason.evaluation.models import (
     TrainedWeights,
-    check_model,
     checkpoint_of,
     on_devices,
     open_trained,
@@ -30,8 +29,10 @@ from effreason.evaluation.models import (
 from effreason.evaluation.statistics import Comparison
 from effreason.grading.grader import Grader
 from effreason.lm import model
+from effreason.lm.hf.pretrained import FACTS_FILE
+from effreason.rl.learner import check_model
 from effreason.rl.rollouts import unmatched
-from effreason.runs import dial_points
+from effreason.runs import dial_points, results
 from effreason.runs.claim import claimed
 from effreason.runs.dial_points import DialPoint
 from effreason.runs.export import export_trained
@@ -158,8 +159,8 @@ def _measure(trained: TrainedWeights, evaluator: Evaluator,
              alpha: float) -> DialPoint:
     """Evaluates an alpha on the first set, or reads what is there."""
     checkpoint, config = trained.checkpoint, trained.config
-    evaluations = checkpoint.run / "evaluations" / f"step{checkpoint.step}"
-    directory = dial_points.directory_of(evaluations, alpha)
+    directory = dial_points.directory_of(
+        results.evaluations(checkpoint.run, checkpoint.step), alpha)
     with reporter.watching(f"alpha {alpha:g}") as on_chunk:
         measured = evaluator.measure(next(iter(evaluator.sets)), lambda: read(alpha), on_chunk,
                                      weights=f"step {checkpoint.step}", directory=directory)
@@ -170,8 +171,8 @@ def _measure(trained: TrainedWeights, evaluator: Evaluator,
 def _search(trained: TrainedWeights, target: Target, measure: Callable[[float], DialPoint],
             ) -> tuple[dict[float, DialPoint], dict[float, Comparison]]:
     """Returns all points of the dial, and those after alpha 0 compared with it, by alpha."""
-    run, config = trained.checkpoint.run, trained.config
-    stored = dial_points.read_points(run / "evaluations" / f"step{trained.checkpoint.step}", config)
+    checkpoint, config = trained.checkpoint, trained.config
+    stored = dial_points.read_points(results.evaluations(checkpoint.run, checkpoint.step), config)
     base = measure(0.0)
     points = {0.0: base}
     compared: dict[float, Comparison] = {}
@@ -252,7 +253,7 @@ def _export(trained: TrainedWeights, read: Callable[[float | None], model.Params
     step, alpha = trained.checkpoint.step, trained.alpha
     target = output or trained.checkpoint.run / f"model-alpha{alpha:g}"
     if output is None and target.exists():
-        facts = read_json(target / "effreason.json")
+        facts = read_json(target / FACTS_FILE)
         if (facts.get("step"), facts.get("alpha")) != (step, alpha):
             raise UserError(f"{target} exists already and is another model, nothing is "
                             "overwritten; name another directory with --output")

@@ -208,11 +208,6 @@ def open_metrics(config: Config, directory: Path, start_step: int) -> MetricsWri
                          start_step=start_step, config=dataclasses.asdict(config))
 
 
-def evaluations(directory: Path, step: int) -> Path:
-    """Returns the directory of a run's graded responses after `step` updates, a file a set."""
-    return directory / "evaluations" / f"step{step}"
-
-
 def compare(before: Mapping[str, Outcomes], after: Mapping[str, Outcomes]) -> BeforeAfter:
     """Measures a model before and after training on the same sets."""
     return measure(before), measure(before, after)
@@ -264,7 +259,7 @@ def run_results(config: Config, measured: BeforeAfter, wall_seconds: float, alph
     return Results(
         model=config.model.path, seed=config.run.seed, steps=config.run.steps, **made_with, points=[
             Point(name="base", kind=PointKind.BASE, sets=base,
-                  directory=evaluations(Path(), 0).as_posix()),
+                  directory=run_files.evaluations(Path(), 0).as_posix()),
             Point(name="trained", kind=PointKind.MEMBER, sets=trained, directory=".",
                   alpha=alpha if has_alpha else None,
                   alpha_start=config.reward.alpha if has_alpha else None, seconds=wall_seconds)])

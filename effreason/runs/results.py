@@ -20,6 +20,11 @@ from effreason.types import Outcomes
 RUN_FILE, FAMILY_FILE = "summary.json", "family.json"
 
 
+def evaluations(directory: Path, step: int) -> Path:
+    """Returns the directory of a run's graded responses after `step` updates, a file a set."""
+    return directory / "evaluations" / f"step{step}"
+
+
 class PointKind(enum.StrEnum):
     """What a model of a family is."""
 

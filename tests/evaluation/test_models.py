@@ -7,6 +7,7 @@ import pytest
 from effreason.data.templates import Template
 from effreason.evaluation import models
 from effreason.evaluation.models import EvaluatedModel
+from effreason.rl import dial
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 
@@ -64,8 +65,9 @@ def test_a_model_is_evaluated_on_the_prompts_of_its_training():
 
 def test_a_directory_is_a_checkpoint_only_next_to_its_run(tmp_path):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    assert not models.is_checkpoint(tmp_path / "checkpoints" / "3")
+    assert dial.find_run(str(tmp_path / "checkpoints" / "3")) is None
     (tmp_path / "config.yaml").write_text("")
-    assert models.is_checkpoint(tmp_path / "checkpoints" / "3")
-    assert not models.is_checkpoint(tmp_path / "checkpoints" / "4") and not models.is_checkpoint(
-        tmp_path)
+    assert dial.find_run(str(tmp_path / "checkpoints" / "3")) == (tmp_path, "3", None)
+    assert dial.find_run(str(tmp_path / "checkpoints" / "4")) is None
+    assert dial.find_run(str(tmp_path)) is None
+    assert dial.find_run(f"{tmp_path}@0.2") == (tmp_path, None, 0.2)

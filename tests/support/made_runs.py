@@ -119,8 +119,9 @@ def make_run(directory, *, alpha=0.2, steps=30, sets=("tiny", "tiny_long"), prob
     outcomes = {}
     for step, progress in ((0, 0.0), (steps // 2, 0.7), (steps, 1.0)):
         outcomes[step] = write_evaluation(
-            runs.evaluations(directory, step), sets if step in (0, steps) else sets[:1], seed=seed,
-            alpha=alpha, progress=progress, problems=problems, samples=samples, response=response)
+            results.evaluations(directory, step), sets if step in (0, steps) else sets[:1],
+            seed=seed, alpha=alpha, progress=progress, problems=problems, samples=samples,
+            response=response)
     summary = runs.run_results(config, runs.compare(outcomes[0], outcomes[steps]), 181.5, alpha,
                             PROVENANCE)
     results.write(directory / "summary.json", summary)
@@ -151,7 +152,7 @@ def make_dial(directory, *, alphas=(0.0, 0.1, 0.2, 0.4), between=(0.15, 0.3), st
                 for alpha in alphas for name in ("tokens", "accuracy")}
     write_rows(directory / "metrics.jsonl", rows)
     for alpha in {*alphas, *between}:
-        write_evaluation(runs.evaluations(directory, steps) / f"alpha{alpha:g}", ("tiny",),
+        write_evaluation(results.evaluations(directory, steps) / f"alpha{alpha:g}", ("tiny",),
                          alpha=alpha, progress=1.0, **{name: value for name, value in
                                                        options.items() if name != "sets"})
     return summary
