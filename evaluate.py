@@ -2,9 +2,7 @@
 
 import sys
 
-from effreason.cli import evaluate
-from effreason.runtime import errors
+from effreason.cli import main
 
 if __name__ == "__main__":
-    with errors.reporting():
-        evaluate.run(sys.argv[1:], "evaluate.py")
+    sys.exit(main.script("evaluate"))

@@ -2,9 +2,7 @@
 
 import sys
 
-from effreason.cli import train
-from effreason.runtime import errors
+from effreason.cli import main
 
 if __name__ == "__main__":
-    with errors.reporting():
-        train.run(sys.argv[1:], "train.py")
+    sys.exit(main.script("train"))

@@ -22,6 +22,7 @@ LAYERS = [
     ["runs"],
     ["loop"],
     ["cli"],
+    ["__main__"],
 ]
 KERNELS = ["rl.rewards", "rl.advantages", "rl.preferences"]
 MODULES = {

@@ -47,6 +47,7 @@ from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.files import read_json_lines
 from effreason.runtime.metrics import MetricsWriter
 from effreason.runtime.progress import Progress
+from effreason.runtime.signals import NOTICE
 
 pytestmark = pytest.mark.usefixtures("cheap")
 ROOT = Path(__file__).parents[1]
@@ -379,7 +380,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_never_was(finished, wo
             loop.train(small_runs.config(world, directory, **EVALUATED, **{"run.resume": done > 0}))
         name = "SIGINT" if where == "between" else "SIGTERM"
         assert caught.value.message == (
-            f"stopped by {name} after step {done} of 6, saved; continue with: python train.py "
+            f"stopped by {name} after step {done} of 6, saved; continue with: effreason train "
             f"--config {directory / 'config.yaml'} --run.resume true")
         with Checkpoints(directory / "checkpoints", keep=2) as saved:
             assert saved.latest == done
@@ -401,6 +402,7 @@ STOPPED = """
 import os, signal, sys
 from effreason.cli import main as cli
 from effreason.runtime.progress import Progress
+from effreason.runtime.signals import NOTICE
 step = Progress.step
 def stopping(self, index, metrics):
     step(self, index, metrics)
@@ -435,9 +437,11 @@ def test_a_process_that_is_told_to_stop_leaves_cleanly_and_goes_on_in_another(fi
     cause = f"by {signal.Signals(signum).name}"
     if signum == signal.SIGPIPE:
         cause = "because nobody reads standard output any more"
-    assert done.stderr == (directory / "stopped.txt").read_text() == (
+    message = (directory / "stopped.txt").read_text()
+    notice = NOTICE if signum in (signal.SIGTERM, signal.SIGINT) else ""
+    assert done.stderr == notice + message and message == (
         f"stopped {cause} after step 5 of 6, saved; continue with: "
-        f"python train.py --config '{directory}/config.yaml' --run.resume true\n")
+        f"effreason train --config '{directory}/config.yaml' --run.resume true\n")
     assert "Traceback" not in done.stdout
     assert "step 5/6" in done.stdout and "step 6/6" not in done.stdout
     children = next(line for line in done.stdout.splitlines()
@@ -544,7 +548,7 @@ def test_a_damaged_checkpoint_names_the_newest_whole_one_and_the_command(finishe
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 128
     hint = (f"checkpoint 3 is whole, continue from it with: rm -r {directory}/checkpoints/6 && "
-            f"python train.py --config {directory}/config.yaml --run.resume true")
+            f"effreason train --config {directory}/config.yaml --run.resume true")
     for damaged, reason in ((content[:1000], r"the checkpoint cannot be read \(.*\)"),
                             (flipped, r"the state changed after being saved \(digest .*\)")):
         weights.write_bytes(damaged)

@@ -144,6 +144,15 @@ def check_revision(revision: str | None, path: str, option: str) -> None:
             raise UserError(f"--revision is for a model on the Hub, {option} is {path}")
 
 
+def check_held_out(config: Config) -> None:
+    """Raises UserError if there are no problems to evaluate on, or they are not a data set."""
+    from effreason.data import sources  # imports numpy: not for --help
+
+    path = sources.evaluation_path(config)
+    check_data(config, "data.path" if config.evaluation.path is None else "evaluation.path", path,
+               held_out=True)
+
+
 def check_data(config: Config, field: str, path: str | None, *, held_out: bool = False) -> None:
     """Raises UserError if a data set is missing or is not one."""
     if path is not None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from effreason.cli.arguments import Parser, bounded, check_data, check_target, run_config
+from effreason.cli.arguments import Parser, bounded, check_held_out, check_target, run_config
 from effreason.runtime.errors import UserError
 
 _share = bounded("number in (0, 1)", float, lambda x: 0 < x < 1)
@@ -45,7 +45,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         check_target(options.output)
         if not options.output.absolute().parent.is_dir():
             raise UserError(f"--output: {options.output.parent} is not a directory")
-    check_data(config, "evaluation.path", config.evaluation.path, held_out=True)
+    check_held_out(config)
 
     from rich.console import Console  # a tenth of a second, and jax below a whole one
 

@@ -6,7 +6,7 @@ The configuration and the files it names are checked before jax is imported.
 from collections.abc import Sequence
 from pathlib import Path
 
-from effreason.cli.arguments import check_data, check_model, check_start
+from effreason.cli.arguments import check_held_out, check_model, check_start
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.config import Config
@@ -52,7 +52,7 @@ def check(config: Config, models: Sequence[str], output: Path | None) -> None:
 
     if config.evaluation.problems == 0:
         raise UserError("evaluation.problems must be >= 1 to evaluate, got 0")
-    check_data(config, "evaluation.path", config.evaluation.path, held_out=True)
+    check_held_out(config)
 
 
 def _seed(text: str) -> int:

@@ -132,7 +132,9 @@ def members(config: Config, alphas: Sequence[float], baselines: Sequence[str],
         path = directory / folder
         resume = processes.broadcast(f"member {name}", lambda: (path / "config.yaml").exists())
         run = dataclasses.replace(config.run, directory=str(path), resume=resume)
-        return Member(name=name, kind=kind, config=dataclasses.replace(config, run=run))
+        group = config.log.wandb_group or (directory.name if config.log.wandb else None)
+        log = dataclasses.replace(config.log, wandb_group=group)
+        return Member(name=name, kind=kind, config=dataclasses.replace(config, run=run, log=log))
 
     with_alpha = [make_member(
         f"α = {alpha:g}", PointKind.MEMBER,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effreason.cli.arguments import check_data, check_start, numbers
+from effreason.cli.arguments import check_data, check_held_out, check_start, numbers
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.config import Config, UpdateConfig
@@ -66,7 +66,7 @@ def check(config: Config) -> None:
     check_data(config, "data.path", config.data.path)
     check_data(config, "data.exclude", config.data.exclude, held_out=True)
     if config.evaluation.problems > 0:
-        check_data(config, "evaluation.path", config.evaluation.path, held_out=True)
+        check_held_out(config)
 
     if config.reward.form != "efficient" or config.reward.parameters is not None:
         from effreason.rl import configured_reward  # imports jax

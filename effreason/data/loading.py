@@ -117,9 +117,8 @@ def evaluation_samples(config: Config) -> dict[str, int]:
 
 
 def _evaluation_specs(config: Config) -> tuple[Spec, ...]:
-    if config.evaluation.path is not None:
-        return sources.parse(config.evaluation.path, "evaluation.path", weights=False)
-    return (Spec("tiny"),) if config.data.path == "tiny" else ()
+    path = sources.evaluation_path(config)
+    return () if path is None else sources.parse(path, "evaluation.path", weights=False)
 
 
 def _check_subset(config: Config) -> None:

@@ -16,7 +16,7 @@ from effreason.data.files import Rows
 from effreason.data.hub import hub_rows
 from effreason.data.presets import PRESETS, Preset
 from effreason.data.tiny import tasks
-from effreason.runtime.config import DataConfig
+from effreason.runtime.config import Config, DataConfig
 from effreason.runtime.errors import UserError
 
 TINY_PROBLEMS = 3000                # of tiny, to train on
@@ -104,6 +104,22 @@ def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
     if len({spec.name for spec in specs}) < len(specs):
         raise UserError(f"{field} must name each set once, got {path!r}")
     return tuple(specs)
+
+
+def evaluation_path(config: Config) -> str | None:
+    """Returns evaluation.path; if it is null the sets of data.path, if all have a test split.
+
+    Returns None if there are none and evaluation.problems is 0. Raises: UserError."""
+    if config.evaluation.path is not None:
+        return config.evaluation.path
+    names = [spec.name for spec in parse(config.data.path, "data.path")]
+    if all(name == "tiny" or name in PRESETS and has_test(name) for name in names):
+        return ",".join(names)
+    if config.evaluation.problems:
+        raise UserError("evaluation.path must name held-out problems, or evaluation.problems must "
+                        "be 0, when data.path is not tiny or a preset with a test split, got null "
+                        f"and {config.evaluation.problems}")
+    return None
 
 
 def check(path: str, data: DataConfig, field: str, *, held_out: bool = False,

@@ -26,7 +26,7 @@ from effreason.runs.report.summary import print_results
 from effreason.runs.results import Measurement, Point, PointKind, Results, measure
 from effreason.runs.session import Inputs
 from effreason.runtime import config as configuration
-from effreason.runtime import processes, provenance
+from effreason.runtime import invocation, processes, provenance
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk, json_line, read_json_lines, write_json
@@ -179,7 +179,8 @@ def resume_command(directory: Path, arguments: str = "") -> str:
     """Returns the command that resumes a run. Args: arguments, further ones."""
     config = shlex.quote(str(directory / "config.yaml"))
     everywhere = " on every host" if processes.count() > 1 else ""
-    return f"python train.py --config {config} --run.resume true{arguments}{everywhere}"
+    return (f"{invocation.program('train')} --config {config} --run.resume true{arguments}"
+            f"{everywhere}")
 
 
 def write_config(config: Config, directory: Path) -> None:

@@ -72,8 +72,8 @@ def stored_inputs(trained: TrainedWeights) -> Inputs:
     """Returns what a checkpoint says about a run's inputs; the problems themselves are not read."""
     config, pretrained, facts = trained.config, trained.pretrained, trained.facts
     trained_on = sources.parse(config.data.path, "data.path")
-    held_out = (sources.parse(config.evaluation.path or config.data.path, "evaluation.path")
-                if config.evaluation.problems else [])
+    path = sources.evaluation_path(config) if config.evaluation.problems else None
+    held_out = [] if path is None else sources.parse(path, "evaluation.path")
     return Inputs(
         pretrained=pretrained, template=templates.choose(pretrained.tokenizer, config.data),
         problems=prompts.Problems(tuple(

@@ -365,8 +365,8 @@ class EvaluationConfig(Section):
 
     path: str | None = None
     """Held-out problems, named as in data.path, with the same columns; several sets, gsm8k,math500,
-    are measured separately, and the first one is also used during training. null = the tiny set if
-    data.path is tiny."""
+    are measured separately, and the first one is also used during training. null = the test splits
+    of data.path, if it names presets that have one, or tiny."""
     split: str | None = None
     """Split of a Hub data set or saved folder to evaluate on; null = the preset's, or test."""
     any_template: bool = False
@@ -456,6 +456,11 @@ class LogConfig(Section):
     """Write TensorBoard files into the run directory."""
     wandb: bool = False
     """Send the metrics to Weights & Biases; needs pip install "effreason[wandb]"."""
+    wandb_project: str | None = None
+    """Project there; null = the environment variable WANDB_PROJECT, or effreason."""
+    wandb_group: str | None = None
+    """Group of runs there; null = the environment variable WANDB_RUN_GROUP; the runs of a family
+    are a group named after its directory."""
     groups_per_step: Natural = 1
     """Problems of each step whose responses are written to rollouts.jsonl, with grades, rewards and
     advantages."""
@@ -498,7 +503,7 @@ class Config:
     run: RunConfig = RunConfig()
 
     def __post_init__(self) -> None:
-        rollout, update, data, evaluation = self.rollout, self.update, self.data, self.evaluation
+        rollout, update, data = self.rollout, self.update, self.data
         if rollout.prompts_per_step * rollout.group_size % update.updates_per_batch:
             raise ValueError("rollout.prompts_per_step * rollout.group_size must be divisible by "
                              f"update.updates_per_batch, got {rollout.prompts_per_step} * "
@@ -511,11 +516,6 @@ class Config:
         if data.choices_field is not None and data.answer_kind != "choice":
             raise ValueError("data.answer_kind must be choice if data.choices_field names a "
                              f"column, got {data.answer_kind}")
-
-        if data.path != "tiny" and evaluation.path is None and evaluation.problems > 0:
-            raise ValueError("evaluation.path must name held-out problems, or evaluation.problems "
-                             "must be 0, when data.path is not tiny, got evaluation.path null and "
-                             f"evaluation.problems {evaluation.problems}")
 
         if self.adapter.rank and self.kl.offload_reference:
             raise ValueError("kl.offload_reference must be false if adapter.rank > 0, got true: "

@@ -166,8 +166,11 @@ def _start_wandb(directory: Path, start_step: int, config: Mapping[str, Any]) ->
     with disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
 
-    run: _WandbRun = wandb.init(project="effreason", name=directory.resolve().name,
-                                dir=str(directory), config=dict(config), id=known, resume="allow")
+    log = config["log"]
+    run: _WandbRun = wandb.init(
+        project=log["wandb_project"] or os.environ.get("WANDB_PROJECT") or "effreason",
+        group=log["wandb_group"], name=directory.resolve().name, dir=str(directory),
+        config=dict(config), id=known, resume="allow")
     with disk(id_file):
         id_file.write_text(run.id + "\n")
     return run

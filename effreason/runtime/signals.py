@@ -1,5 +1,7 @@
 """Signals, and a reader that goes away, end a run at the next safe point, not in a write."""
 
+import contextlib
+import os
 import signal
 from types import FrameType
 from typing import Self
@@ -7,6 +9,8 @@ from typing import Self
 from effreason.runtime import processes, streams
 from effreason.runtime.errors import Interrupted
 
+NOTICE = ("\nstopping at the next safe point; a second time stops at once, without saving "
+          "anything\n")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -54,6 +58,10 @@ class Interrupts:
         self._received = self._received or number
         if number == signal.SIGHUP:
             self._previous[signal.SIGHUP] = signal.SIG_IGN
+        elif processes.is_primary():
+            # Not print(): a handler may run in the middle of another one.
+            with contextlib.suppress(OSError):
+                os.write(2, NOTICE.encode())
         self._restore()
 
     def _lose_output(self) -> None:

@@ -156,7 +156,7 @@ def test_a_family_that_is_stopped_goes_on_and_ends_the_same(family, world, tmp_p
         patch.setattr(Progress, "step", stopping)
         families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
     assert caught.value.message == (
-        "stopped by SIGTERM after step 2 of 3, saved; continue with: python train.py --config "
+        "stopped by SIGTERM after step 2 of 3, saved; continue with: effreason train --config "
         f"{directory / 'config.yaml'} --run.resume true --family 0,0.3 "
         "--baselines sft_shortest,dpo --blends 0.5")
     assert table(directory)["points"] == []

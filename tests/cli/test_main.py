@@ -17,6 +17,8 @@ import setuptools
 
 import effreason
 from effreason.cli import main, train
+from effreason.data import sources
+from effreason.lm.hf import hub
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import all_settings
 from effreason.runtime.errors import Interrupted, UserError
@@ -124,6 +126,31 @@ def test_missing_files_are_found_before_the_run(capsys, tmp_path, model):
                            file]) == f"run.directory must be a directory, {file} is a file"
 
 
+def test_a_preset_is_evaluated_on_its_test_split_and_other_sets_must_be_named(capsys, tmp_path,
+                                                                              stand_in):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("{}\n")
+    for path in (str(mine), f"gsm8k,{mine}", "deepscaler,gsm8k"):   # the former has none
+        assert failed(capsys, ["--data.path", path]) == (
+            "evaluation.path must name held-out problems, or evaluation.problems must be 0, when "
+            "data.path is not tiny or a preset with a test split, got null and 600")
+    given = []
+    stand_in("loop", train=given.append)
+    for path, evaluated in (("tiny", "tiny,tiny_long,tiny_other"), ("gsm8k", "gsm8k"),
+                            ("gsm8k=1,commonsense_qa=2", "gsm8k,commonsense_qa")):
+        assert main.main(["train", "--data.path", path]) == 0
+        assert sources.evaluation_path(given[-1]) == evaluated
+
+
+def test_a_run_is_taken_for_its_model(stand_in, model, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    given = []
+    stand_in("evaluation.evaluate", evaluate_models=lambda *args: given.append(args))
+    assert main.main(["evaluate", "--models", str(tmp_path)]) == 0
+    assert hub.find(str(tmp_path), None, ())[0] == Path(model)
+    assert hub.existing_export(Path(model)) == Path(model)
+
+
 def test_evaluate_needs_problems(capsys):
     message = failed(capsys, ["--evaluation.problems", "0"], "evaluate")
     assert message == "evaluation.problems must be >= 1 to evaluate, got 0"
@@ -182,9 +209,44 @@ def test_commands(capsys):
     out = capsys.readouterr().out
     assert "train" in out and all(len(line) <= 80 for line in out.splitlines())
     assert main.main(["trian"]) == 2
-    assert capsys.readouterr().err == (
-        "error: the command must be one of train, evaluate, grade, generate, replay, preview, "
-        "export, dial, blend, report, plan, got trian\n")
+    assert capsys.readouterr().err == "error: no command trian: did you mean train?\n"
+    assert main.main(["zzz"]) == 2
+    assert f"it must be {', '.join(main.COMMANDS)}\n" in capsys.readouterr().err
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"effreason {effreason.__version__}\n"
+
+
+def test_dashes_and_underscores_are_the_same_in_names_of_options():
+    assert main.as_spelt(["--run.max-new-tokens=a-b", "--print-config", "--max_new_tokens", "a_b",
+                          "-x_y", "--", "--a_b"]) == [
+        "--run.max_new_tokens=a-b", "--print_config", "--max-new-tokens", "a_b", "-x_y", "--",
+        "--a_b"]
+
+
+@pytest.mark.parametrize(("where", "text", "line"), [
+    ("effreason/sampling/engine.py", "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 "
+     "bytes.", "while sampling: the device's memory has no room (8 GiB); lower --rollout.slots"),
+    ("effreason/rl/learner.py", "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used "
+     "20.5G of 15.7G hbm.", "while updating the weights: the device's memory has no room (Used "
+     "20.5G of 15.7G); lower --update.rows_per_micro_batch"),
+    ("elsewhere.py", "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1.20GiB.",
+     "while working: the device's memory has no room (1.20GiB); lower --rollout.slots")])
+def test_out_of_memory_is_one_line_that_says_what_to_change(stand_in, capsys, where, text, line):
+    scope = {}
+    code = f"def update(config):\n    raise RuntimeError({text!r})\n"
+    exec(compile(code, f"/site/{where}", "exec"), scope)
+    stand_in("loop", train=scope["update"])
+    assert main.main(["train"]) == 3
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: out of memory {line}") and err.count("\n") == 1
+
+
+def test_a_missing_package_says_to_activate_the_environment(stand_in, capsys):
+    assert ending(ModuleNotFoundError("", name="rich"), stand_in) == 1
+    assert capsys.readouterr().err.startswith(
+        f"error: the package rich is not installed in {sys.prefix}: activate the environment")
+    with pytest.raises(ModuleNotFoundError):
+        ending(ModuleNotFoundError("", name="effreason.nowhere"), stand_in)
 
 
 @pytest.mark.parametrize(("argv", "fields"), [

@@ -563,13 +563,14 @@ def test_page_is_the_same_each_time(run):
 
 
 def test_commands_make_the_same_again(family, run):
-    text = section(family[2], "settings")
-    assert ("python train.py --config family/config.yaml --family 0,0.1,0.4 "
+    text, where = section(family[2], "settings"), family[0]
+    assert (f"effreason train --config {where}/config.yaml --family 0,0.1,0.4 "
             "--baselines sft_shortest,dpo --blends 0.25,0.5,0.75 "
-            "--run.directory family-again") in text
-    assert f"git checkout {'a' * 40}" in text
+            f"--run.directory {where}-again") in text
+    assert f"# effreason at commit {'a' * 40}" in text
     settings = section(run[2], "settings")
-    assert "python train.py --config run/config.yaml --run.directory run-again" in settings
+    assert (f"effreason train --config {run[0]}/config.yaml "
+            f"--run.directory {run[0]}-again") in settings
 
 
 def test_settings_that_differ_come_first(run):

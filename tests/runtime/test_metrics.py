@@ -1,5 +1,6 @@
 """What a run shows and writes: lines, the live display, JSONL through crashes, TensorBoard."""
 
+import dataclasses
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from effreason.runtime import progress
+from effreason.runtime.config import LogConfig
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json_lines
 from effreason.runtime.metrics import MetricsWriter
@@ -26,7 +28,7 @@ STEP = {"rollout/accuracy": 0.913, "rollout/tokens": 87.4, "rollout/tokens_per_s
 
 def writer(directory, *, start_step=0, tensorboard=False, wandb=False):
     return MetricsWriter(directory, tensorboard=tensorboard, wandb=wandb, start_step=start_step,
-                         config={"run": {"seed": 0}})
+                         config={"log": dataclasses.asdict(LogConfig(wandb_group="all"))})
 
 
 def headway(finished, tokens=0):
@@ -264,13 +266,19 @@ def test_wandb_run_is_taken_up_again_on_resume(tmp_path, monkeypatch):
 
     def init(**options):
         calls.append(options["id"])
+        named.append((options["project"], options["group"]))
         return Run()
+
+    named = []
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with writer(tmp_path / "run", wandb=True) as out:
         out.write(0, {"update/loss": 1.0, "update/kl": math.inf})
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     with writer(tmp_path / "run", wandb=True, start_step=1):
         pass
+    assert named == [("effreason", "all"), ("mine", "all")]
     assert calls == [None, (0, {"update/loss": 1.0}), "finish", "abc", "finish"]
 
 

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from effreason.runtime.errors import Interrupted
-from effreason.runtime.signals import SIGNALS, Interrupts
+from effreason.runtime.signals import NOTICE, SIGNALS, Interrupts
 
 
 def handlers():
@@ -30,6 +30,13 @@ def test_a_signal_waits_for_the_check(number, name):
         interrupts.check()
     assert (caught.value.signum, caught.value.message) == (number, f"stopped by {name}")
     assert handlers() == before
+
+
+def test_the_first_signal_says_at_once_what_a_second_one_does(capfd):
+    with Interrupts():
+        signal.raise_signal(signal.SIGTERM)
+        err = capfd.readouterr().err
+    assert err == NOTICE and err.count("\n") == 2 and "without saving" in err
 
 
 def test_a_closed_terminal_hangs_up_twice_and_stops_once():

@@ -15,8 +15,12 @@ from effreason.runtime.signals import Interrupts
 PRINTS = """
 import sys, threading
 from effreason.runtime import errors, signals, streams
-with errors.reporting():
+errors.prepare()
+try:
     {code}
+    sys.stdout.flush()
+except errors.REPORTED as error:
+    sys.exit(errors.report(error))
 print("end", file=sys.stderr)
 """
 LOSES = "\n    ".join(("for _ in range(3):", "    print('x' * 100_000, flush=True)"))

@@ -99,9 +99,13 @@ def is_adapter(directory: Path) -> bool:
 
 
 def existing_export(directory: Path) -> Path | None:
-    """Returns the directory, or the copy an interrupted export left; None if neither exists."""
+    """Returns the directory, or the copy an interrupted export left; None if neither exists.
+
+    Of a run it is the trained model."""
     if directory.is_dir():
-        return directory
+        is_run = ((directory / "config.yaml").is_file()
+                  and not os.path.lexists(directory / "config.json"))
+        return (is_run and existing_export(directory / "model")) or directory
 
     partial, old = (directory.with_name(directory.name + suffix) for suffix in (".partial", ".old"))
     # A partial export is complete only once the old one has been moved away for it.

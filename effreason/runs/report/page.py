@@ -22,6 +22,7 @@ from effreason.runtime.config import Config
 from effreason.runtime.config_fields import meanings, written
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk, replacing
+from effreason.runtime.invocation import program
 
 MARK = '<meta name="generator" content="effreason report">'     # only such a page is overwritten
 PAGE = "report.html"
@@ -155,8 +156,12 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _commands(contents: Contents) -> list[str]:
-    """Returns the commands that repeat the training from this directory's configuration."""
-    title, commit = shlex.quote(contents.title), contents.environment.get("git_commit")
+    """Returns the commands that repeat the training from this directory's configuration.
+
+    They can be run in the directory in which the page was written."""
+    commit = contents.environment.get("git_commit")
+    config = shlex.quote(str(contents.directory / "config.yaml"))
+    again = shlex.quote(f"{contents.directory}-again")
     options = ""
     if contents.family:
         points = contents.points
@@ -168,9 +173,9 @@ def _commands(contents: Contents) -> list[str]:
         options = "".join(f" --{name} {','.join(texts) or 'none'}"
                           for name, texts in values.items())
 
-    checkout = f"git checkout {shlex.quote(str(commit).removesuffix('+dirty'))}"
-    train = f"python train.py --config {title}/config.yaml{options} --run.directory {title}-again"
-    return [*([checkout] if commit else []), train, f"effreason report {title}-again"]
+    train = f"{program('train')} --config {config}{options} --run.directory {again}"
+    return [*([f"# effreason at commit {commit}"] if commit else []), train,
+            f"{program('report')} {again}"]
 
 
 def _environment() -> jinja2.Environment:
