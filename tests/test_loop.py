@@ -509,6 +509,17 @@ def test_what_decides_no_token_and_no_weight_may_change_on_resume(world, tmp_pat
                                                                            resume=False))
 
 
+def test_a_run_whose_learning_rate_falls_to_its_last_step_keeps_its_steps(world, tmp_path):
+    falling = {"update.schedule": "linear"}
+    first = small_runs.config(world, tmp_path / "run", **falling)
+    with runs.opened(first) as directory:
+        runs.write_config(first, directory)
+    longer = small_runs.config(world, tmp_path / "run", **falling,
+                               **{"run.resume": True, "run.steps": 9})
+    with pytest.raises(UserError, match=r"run.steps: \d+ -> 9$"), runs.opened(longer):
+        pass
+
+
 class Killed(BaseException):
     """Ends a run as kill -9 does: nothing is saved."""
 

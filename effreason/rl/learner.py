@@ -119,10 +119,9 @@ class Learner:
                         and not config.advantage.whiten else 0.0),
             importance_cap=config.update.importance_cap,
             vocabulary_tile=config.update.vocabulary_tile)
-        optimizer = update.make_optimizer(
-            learning_rate=config.update.learning_rate, beta1=config.update.beta1,
-            beta2=config.update.beta2, weight_decay=config.update.weight_decay,
-            max_grad_norm=config.update.max_grad_norm, warmup_updates=config.update.warmup_updates)
+        schedule = update.make_schedule(
+            config.update, config.run.steps * config.update.updates_per_batch)
+        optimizer = update.make_optimizer(config.update, schedule)
 
         targets = update.state_sharding(decoder, optimizer, mesh,
                                         offload=config.update.offload_optimizer)
@@ -163,7 +162,7 @@ class Learner:
             measure=jax.jit(functools.partial(
                 measure, reward=reward, objective=objective,
                 min_reward_spread=config.rollout.min_reward_spread), out_shardings=replicated),
-            apply_gradients=update.make_apply_gradients(optimizer, mesh, targets))
+            apply_gradients=update.make_apply_gradients(optimizer, schedule, mesh, targets))
 
         self.abstract_state = checkpoints.abstract(jax.eval_shape(
             self.init, update.trainable(decoder, model.abstract_params(decoder))), targets)
@@ -324,8 +323,8 @@ class Learner:
             if number == 0:
                 metrics = self.measure(rollouts, found, fixed)
                 check(metrics)
-            state, norm = self.programs.apply_gradients(state, grads, steps)
-            updates.append(update_metrics | {"grad_norm": norm})
+            state, of_optimizer = self.programs.apply_gradients(state, grads, steps)
+            updates.append(update_metrics | of_optimizer)
         return state, Learnt(rewards=batch.rewards, advantages=batch.advantages, metrics=metrics,
                              updates=updates)
 

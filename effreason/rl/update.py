@@ -31,6 +31,7 @@ from effreason.lm import adapters, attention, model
 from effreason.lm.logprobs import token_logprobs
 from effreason.rl import advantages
 from effreason.runtime import sharding
+from effreason.runtime.config import UpdateConfig
 from effreason.runtime.sharding import Shardings, constrain
 from effreason.types import Experience, Packed, Rows
 
@@ -277,33 +278,54 @@ def micro_batch_loss(weights: model.Params, experience: Experience, *, frozen: m
 
 
 def apply_gradients(state: TrainState, grads: model.Params, steps: Int32[Array, ""], *,
-                    optimizer: optax.GradientTransformation,
-                    on_device: Shardings) -> tuple[TrainState, Float32[Array, ""]]:
+                    optimizer: optax.GradientTransformation, schedule: optax.Schedule,
+                    on_device: Shardings) -> tuple[TrainState, Metrics]:
     """Makes one optimizer update.
 
     Args:
         steps: What it counts as: 1 for the last update of a step, else 0.
+        schedule: The optimizer's, of the learning rate.
         on_device: Shardings of the optimizer's state while it is computed on.
 
     Returns:
-        The new state, and the global norm of the gradient."""
+        The new state, the global norm of the gradient, and the learning rate."""
     opt_state = jax.device_put(state.opt_state, on_device)
+    (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")       # all are equal
+    rate = schedule(count)
     updates, opt_state = optimizer.update(grads, opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = TrainState(params=params, opt_state=opt_state, step=state.step + steps)
-    return state, optax.tree.norm(grads)
+    return state, {"grad_norm": optax.tree.norm(grads),
+                   "learning_rate": jnp.asarray(rate, jnp.float32)}
 
 
-def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float,
-                   max_grad_norm: float, warmup_updates: int) -> optax.GradientTransformation:
-    """AdamW after a global-norm clip; the rate rises linearly over the warm-up, then stays.
+def make_schedule(config: UpdateConfig, updates: int) -> optax.Schedule:
+    """Returns the learning rate of each update, counted from 0.
+
+    Args:
+        updates: of the whole run, after which a rate that is not constant reaches its minimum."""
+    peak, warmup = config.learning_rate, config.warmup_updates
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 0))
+    if config.schedule == "constant":
+        return rise
+    first = max(warmup - 1, 0)              # the first update with the whole rate
+    length = max(updates - first, 1)
+    share = (optax.linear_schedule(1.0, 0.0, length) if config.schedule == "linear" else
+             optax.cosine_decay_schedule(1.0, length))
+    least = config.min_learning_rate
+
+    def fall(count: Int32[Array, ""]) -> Float32[Array, ""]:
+        return least + (peak - least) * share(jnp.asarray(count, jnp.float32))
+    return optax.join_schedules([rise, fall], [first])
+
+
+def make_optimizer(config: UpdateConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns AdamW after a global-norm clip.
 
     Norms and biases do not decay: pulled towards 0, they would switch their layers off."""
-    schedule = optax.linear_schedule(learning_rate / max(warmup_updates, 1), learning_rate,
-                                     max(warmup_updates - 1, 0))
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm),
-                       optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay,
-                                   mask=decayed))
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm),
+                       optax.adamw(schedule, b1=config.beta1, b2=config.beta2,
+                                   weight_decay=config.weight_decay, mask=decayed))
 
 
 def decayed(params: model.Params) -> Any:
@@ -393,11 +415,12 @@ def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, sh
                    out_shardings=(params, replicated, of_tokens))
 
 
-def make_apply_gradients(optimizer: optax.GradientTransformation, mesh: Mesh,
-                         shardings: Shardings) -> Callable[..., tuple[TrainState, jax.Array]]:
+def make_apply_gradients(optimizer: optax.GradientTransformation, schedule: optax.Schedule,
+                         mesh: Mesh, shardings: Shardings,
+                         ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns apply_gradients(state, grads, steps), jitted; the state is donated."""
     replicated = sharding.sharding(mesh)
-    step = functools.partial(apply_gradients, optimizer=optimizer,
+    step = functools.partial(apply_gradients, optimizer=optimizer, schedule=schedule,
                              on_device=sharding.fetched(shardings.opt_state))
     return jax.jit(step, in_shardings=(shardings, shardings.params, replicated),
                    out_shardings=(shardings, replicated), donate_argnums=0)

@@ -146,8 +146,11 @@ def deciding(config: Config, may_change: Sequence[str] = ()) -> dict[str, str]:
     """Returns the fields that decide a run's tokens and weights, as text.
 
     Args: may_change, further fields that do not."""
-    # If alpha follows the evaluations, their times decide the weights.
-    fixed = {"evaluation.every"} if alpha_control.is_on(config.reward) else set()
+    fixed = set[str]()
+    if alpha_control.is_on(config.reward):      # the times of the evaluations decide the weights
+        fixed.add("evaluation.every")
+    if config.update.schedule != "constant":    # which ends at the last step
+        fixed.add("run.steps")
     allowed = tuple(field for field in (*RESUMABLE, *may_change) if field not in fixed)
     return {field: value for field, value in configuration.facts(config).items()
             if not field.startswith(allowed)}

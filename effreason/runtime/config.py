@@ -307,7 +307,13 @@ class UpdateConfig(Section):
     dpo_beta: Positive = 0.1
     """How strongly dpo pulls towards the reference model; higher = stay closer to it."""
     learning_rate: NonNegative = 5e-6
-    """Learning rate; constant after the warm-up."""
+    """Learning rate after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up: stay, or fall along a line or half a cosine
+    towards update.min_learning_rate, which it reaches as the run ends. A resumed run then has to
+    keep run.steps."""
+    min_learning_rate: NonNegative = 0.0
+    """The learning rate at the end of the run with the schedule linear or cosine."""
     beta1: Fraction = 0.9
     """AdamW: decay rate of the running mean of the gradients."""
     beta2: Fraction = 0.95
@@ -516,6 +522,10 @@ class Config:
         if data.choices_field is not None and data.answer_kind != "choice":
             raise ValueError("data.answer_kind must be choice if data.choices_field names a "
                              f"column, got {data.answer_kind}")
+
+        if update.min_learning_rate > update.learning_rate:
+            raise ValueError("update.min_learning_rate must not be above update.learning_rate, got "
+                             f"{update.min_learning_rate:g} and {update.learning_rate:g}")
 
         if self.adapter.rank and self.kl.offload_reference:
             raise ValueError("kl.offload_reference must be false if adapter.rank > 0, got true: "

@@ -107,7 +107,8 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
     metrics. It is the second update of its step, whose old log-probs are stored.
 
     Args: spare, empty micro-batches that there is room for."""
-    target, optimizer = mesh(**dict(shape)), optax.sgd(1.0)
+    target, schedule = mesh(**dict(shape)), optax.constant_schedule(1.0)
+    optimizer = optax.scale_by_learning_rate(schedule)
     targets = update.state_sharding(config, optimizer, target)
     rows = in_micro_batches(experience(positions, aggregation), micro_batches)
     rows = jax.tree.map(lambda x: np.pad(x, ((1, 0), (0, spare), (0, 0), (0, 0)),
@@ -116,7 +117,7 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
         state = update.make_initial_state(optimizer,
                                           targets)(place(config, weights(config), target))
         gradients = update.make_gradients(config, target, loss, targets, {}, responses=RESPONSES)
-        apply_gradients = update.make_apply_gradients(optimizer, target, targets)
+        apply_gradients = update.make_apply_gradients(optimizer, schedule, target, targets)
         rows = sharding.to_device(zigzagged(rows, target.shape["context"]),
                                   sharding.sharding(target, *update.ROW_AXES))
         counts, one = sharding.to_device((np.full(2, micro_batches, np.int32), np.int32(1)),
@@ -124,10 +125,10 @@ def one_step(shape=(), positions=24, micro_batches=2, loss=LOSS, config=QWEN2,
         with jax.transfer_guard("disallow"):
             grads, metrics, _ = gradients(state.params, {}, (rows,), (counts,), None, one)
             assert jax.tree.map(lambda leaf: leaf.sharding, grads) == targets.params
-            state, norm = apply_gradients(state, grads, one)
+            state, of_optimizer = apply_gradients(state, grads, one)
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == targets
         assert state.step == 1
-        return sharding.to_host((state.params, metrics | {"grad_norm": norm}))
+        return sharding.to_host((state.params, metrics | of_optimizer))
 
 
 @pytest.fixture(scope="module")
@@ -603,7 +604,8 @@ def test_what_stops_a_batch_leaves_the_weights_as_they_are():
 
 def test_a_step_compiles_once_and_takes_the_old_state_over():
     target = mesh(data=2, fsdp=2, tensor=2)
-    optimizer = update.make_optimizer(1e-3, 0.9, 0.95, 0.0, 1.0, 2)
+    schedule = update.make_schedule(UpdateConfig(), 3)
+    optimizer = update.make_optimizer(UpdateConfig(), schedule)
     targets = update.state_sharding(QWEN2, optimizer, target)
     moments = optax.tree.get(targets.opt_state, "mu")
     # the moments live next to their weights
@@ -611,7 +613,7 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
     with jax.set_mesh(target):
         state = update.make_initial_state(optimizer, targets)(place(QWEN2, weights(QWEN2), target))
         gradients = update.make_gradients(QWEN2, target, LOSS, targets, {}, responses=RESPONSES)
-        apply_gradients = update.make_apply_gradients(optimizer, target, targets)
+        apply_gradients = update.make_apply_gradients(optimizer, schedule, target, targets)
         for count in (2, 1, 2):                                 # with less to learn from, too
             before = state
             rows = sharding.to_device(in_micro_batches(experience(), 2),
@@ -629,12 +631,17 @@ def test_a_step_compiles_once_and_takes_the_old_state_over():
 # The optimizer
 
 
-def rates(warmup_updates, learning_rate=2.0, count=6):
+def adamw(**settings):
+    config = UpdateConfig(**{"learning_rate": 0.1, "warmup_updates": 0} | settings)
+    return update.make_optimizer(config, update.make_schedule(config, updates=6))
+
+
+def rates(**settings):
     """The size of each update under a constant gradient: Adam's is then the learning rate."""
-    optimizer = update.make_optimizer(learning_rate, 0.9, 0.95, 0.0, 1e9, warmup_updates)
+    optimizer = adamw(learning_rate=2.0, max_grad_norm=1e9, **settings)
     params = {"w": jnp.zeros(())}
     state, sizes = optimizer.init(params), []
-    for _ in range(count):
+    for _ in range(6):
         changes, state = optimizer.update({"w": jnp.ones(())}, state, params)
         sizes.append(-float(changes["w"]))
     return sizes
@@ -644,13 +651,21 @@ def rates(warmup_updates, learning_rate=2.0, count=6):
                          [(0, [2, 2, 2, 2, 2, 2]), (1, [2, 2, 2, 2, 2, 2]), (2, [1, 2, 2, 2, 2, 2]),
                           (4, [0.5, 1, 1.5, 2, 2, 2]),])
 def test_the_rate_rises_to_its_value_at_the_last_update_of_the_warm_up(warmup_updates, expected):
-    np.testing.assert_allclose(rates(warmup_updates), expected, rtol=1e-4)
+    np.testing.assert_allclose(rates(warmup_updates=warmup_updates), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [
+    ("linear", [1, 2, 1.7, 1.4, 1.1, 0.8]),
+    ("cosine", [1, *(0.5 + 0.75 * (1 + np.cos(np.pi * np.arange(5) / 5)))])])
+def test_the_rate_falls_from_the_end_of_the_warm_up_to_the_end_of_the_run(schedule, expected):
+    found = rates(warmup_updates=2, schedule=schedule, min_learning_rate=0.5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("gradient", "expected"),
                          [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])])
 def test_gradients_are_clipped_by_their_global_norm(gradient, expected):
-    optimizer = update.make_optimizer(1.0, 0.9, 0.95, 0.0, 1.0, 0)
+    optimizer = adamw()
     params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
     gradients = dict(zip(params, map(jnp.float32, gradient), strict=True))
     _, state = optimizer.update(gradients, optimizer.init(params), params)
@@ -660,14 +675,14 @@ def test_gradients_are_clipped_by_their_global_norm(gradient, expected):
 
 
 def test_weight_decay_is_apart_from_the_gradient():
-    optimizer = update.make_optimizer(0.1, 0.9, 0.95, 0.5, 1.0, 0)
+    optimizer = adamw(weight_decay=0.5)
     params = {"w": jnp.float32(4.0)}
     changes, _ = optimizer.update({"w": jnp.float32(0.0)}, optimizer.init(params), params)
     np.testing.assert_allclose(changes["w"], -0.1 * 0.5 * 4.0, rtol=1e-6)
 
 
 def test_weight_decay_leaves_norms_and_biases_alone():
-    optimizer = update.make_optimizer(0.1, 0.9, 0.95, 0.5, 1.0, 0)
+    optimizer = adamw(weight_decay=0.5)
     for config in (QWEN2, QWEN3):
         params = jax.tree.map(jnp.asarray, weights(config))
         changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params),
