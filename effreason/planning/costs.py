@@ -198,6 +198,11 @@ class _CostCounter:
             if kind is None or (kind, channel) in seen:
                 continue
             seen.add((kind, channel))
+            root = inner.root
+            # TPUs write a reduce-scatter as a fusion that keeps a slice of a sum.
+            if (kind, root.opcode) == ("all-reduce", "dynamic-slice") and (
+                    root.operands[0] == part.name):
+                kind = "reduce-scatter"
             collectives.append(Cost(collectives=(self._collective(inner, part, kind),)))
 
         return collectives

@@ -200,6 +200,27 @@ def test_a_collective_begun_and_ended_in_two_fusions_counts_once(groups, size):
     assert collective.bytes == 2 * (size - 1) * 64 * 8 * 2
 
 
+SCATTERED = HEADER + """%all-reduce-scatter.1 (a: bf16[64,8]) -> bf16[4,8] {
+  %a = bf16[64,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %sum = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%a), channel_id=6, replica_groups={}, to_apply=%add
+  %zero = s32[] constant(0)
+  %first = s32[] constant(4)
+  ROOT %own = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%sum, %first, %zero), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (p: bf16[64,8]) -> bf16[4,8] {
+  %p = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %scattered = bf16[4,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+
+
+def test_a_sum_of_which_a_fusion_keeps_a_slice_is_a_reduce_scatter():
+    (collective,) = costs.read(SCATTERED).collectives
+    assert (collective.kind, collective.group) == ("reduce-scatter", 16)
+    assert collective.bytes == 15 / 16 * 64 * 8 * 2
+
+
 # As XLA for GPUs writes them: a cache updated by a scatter, a layer's weights read asynchronously.
 GPU_FUSIONS = """HloModule m
 
