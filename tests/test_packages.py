@@ -80,6 +80,18 @@ def test_the_pinned_versions_are_allowed_and_come_from_anywhere(built, python, e
             assert one.specifier.contains(chosen[name], prereleases=True), one
 
 
+@pytest.mark.parametrize(("jax", "flax", "allowed"), [
+    ("0.12.0.1", "0.12.12", True), ("0.11.2", "0.12.12", True), ("0.11.1", "0.12.12", False),
+    ("0.11.2", "0.12.9", False), ("0.12.0.1", "0.12.8", False)])
+def test_versions_that_fail_together_are_not_installed(built, jax, flax, allowed):
+    machine = {**default_environment(), "python_version": "3.12", "extra": ""}
+    needed = [Requirement(line) for line in metadata(built[1]).get_all("Requires-Dist")]
+    versions = {"jax": jax, "flax": flax}
+    assert allowed == all(one.specifier.contains(versions[one.name]) for one in needed
+                          if one.name in versions and (one.marker is None
+                                                       or one.marker.evaluate(machine)))
+
+
 def test_the_metadata_and_the_page_of_an_index(built):
     _, wheel = built
     described = metadata(wheel)
