@@ -19,6 +19,7 @@ from effreason.planning.estimates import TILE, PlannedFunction
 from effreason.planning.hlo import Array
 from effreason.planning.workloads import Workload
 from effreason.rl.learner import make_adapter
+from effreason.rl.update import GATHERED_BYTES
 from effreason.runtime import sharding
 from effreason.runtime.config import Config
 from effreason.sampling import capacity as sampler_capacity
@@ -34,7 +35,8 @@ CUDNN_BLOCK_ARRAYS = (5, 8)         # XLA for GPUs, around cuDNN's attention
 ROW_ARRAYS = 5                      # arrays in Rows
 EXPERIENCE_ARRAYS = 8               # arrays in Experience, with its Rows
 ADVANTAGE_ARRAYS = 10               # arrays of a number for each response token
-# Those that every chip has as a whole for a moment, and those that are sent to all for it.
+# Those that every chip has as a whole for a moment, if they are small, and those that are sent to
+# all for it.
 WHOLE_ARRAYS, SENT_ARRAYS = 2, 3
 
 Costs = dict[str, tuple[float, Cost]]  # (own bytes, cost of a call) of a function, by its name
@@ -231,6 +233,7 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
     experience = ADVANTAGE_ARRAYS * of_tokens + EXPERIENCE_ARRAYS * of_rows
     parts = sizes.token_shards(len(workload.lengths))
     whole = of_tokens * parts if parts > 1 else 0.0
+    gathered = min(whole, GATHERED_BYTES)
     host = 16 * sizes.trained * split if config.update.offload_optimizer else 0.0
     from_host = s * sizes.weights * split if config.kl.offload_reference else 0.0
     times = trips * updates
@@ -239,7 +242,7 @@ def _learner_costs(config: Config, sizes: StepSizes, workload: Workload) -> Cost
         "score": (_policy_bytes(sizes) + score_bytes, forward * times),
         "score_reference": (s * sizes.weights * split + score_bytes,
                             dataclasses.replace(forward * times, host_bytes=from_host)),
-        "experience": (experience + WHOLE_ARRAYS * whole, Cost(
+        "experience": (experience + WHOLE_ARRAYS * gathered, Cost(
             bytes=2 * (experience + SENT_ARRAYS * whole),
             collectives=(_reduction(parts, SENT_ARRAYS * whole, "all-gather", SENT_ARRAYS),))),
         "gradients": (gradient_bytes, step * trips),

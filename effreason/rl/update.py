@@ -36,6 +36,8 @@ from effreason.runtime.sharding import Shardings, constrain
 from effreason.types import Experience, Packed, Rows
 
 ROW_AXES = ("updates", "micro_batches", "batch", "sequence")    # of [U, M, R, N]
+# Of a number for each response token, what a device has at a time of all responses.
+GATHERED_BYTES = 2**28
 SCORING_TILE = 4096     # entries of the vocabulary: without gradients, more only leave the cache
 Metrics = dict[str, Float32[Array, ""]]
 
@@ -104,7 +106,26 @@ def scatter_to_rows(values: Float[Array, "B T"], rows: Rows) -> Float[Array, "..
     """Puts values of response tokens at the positions that score them; 0 elsewhere."""
     # A row of any shard may hold any response. XLA would rather have the positions of all rows on
     # every device, of which there are more than response tokens.
-    return jnp.take(constrain(values), rows.response_index, mode="fill", fill_value=0)
+    indices, (responses, slots) = rows.response_index, values.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    is_split = not mesh.empty and responses % sharding.batch_shards(mesh) == 0
+    parts = min(-(-values.nbytes // GATHERED_BYTES), slots) if is_split else 1
+    if parts == 1:
+        return jnp.take(constrain(values), indices, mode="fill", fill_value=0)
+
+    width = -(-slots // parts)
+    response, slot = jnp.divmod(indices, slots)
+
+    def put(part: Array, found: Array) -> Array:
+        start = jnp.minimum(part * width, slots - width)
+        # Pinned before and after: otherwise all columns are gathered before the loop.
+        own = constrain(jax.lax.dynamic_slice_in_dim(values, start, width, axis=1), "batch")
+        taken = jnp.take(constrain(own), response * width + slot - start, mode="fill",
+                         fill_value=0)
+        return constrain(jnp.where(slot // width == part, taken, found),
+                         *ROW_AXES[-indices.ndim:])
+
+    return jax.lax.fori_loop(0, parts, put, jnp.zeros(indices.shape, values.dtype))
 
 
 def gather_from_rows(values: Float[Array, "... R N"], rows: Rows,
@@ -398,7 +419,7 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, pa
         return logprobs.reshape(responses)
 
     return jax.jit(score, in_shardings=(params, packed_sharding(mesh), sharding.sharding(mesh)),
-                   out_shardings=of_tokens)
+                   out_shardings=of_tokens, compiler_options=sharding.compiler_options(mesh))
 
 
 def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, shardings: Shardings,
@@ -412,7 +433,8 @@ def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, sh
     return jax.jit(functools.partial(gradients, config=config, loss=loss, responses=responses,
                                      shardings=params, of_tokens=of_tokens),
                    in_shardings=(params, frozen, rows, replicated, of_tokens, replicated),
-                   out_shardings=(params, replicated, of_tokens))
+                   out_shardings=(params, replicated, of_tokens),
+                   compiler_options=sharding.compiler_options(mesh))
 
 
 def make_apply_gradients(optimizer: optax.GradientTransformation, schedule: optax.Schedule,

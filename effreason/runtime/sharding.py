@@ -44,6 +44,9 @@ AXES: dict[str, Any] = {
     "prefill": None,                # prompts that wait for a slot; any device of a row may need one
 }
 
+# From how many MiB on a product is split and its operand sent round.
+WINDOWS = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> Mesh:
     """Builds a mesh over all devices of all processes; data = -1 takes what the others leave.
@@ -81,6 +84,17 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "effreason" / "jax"))
         # The quick ones too: a run of the tiny reasoner has some thirty below half a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Returns XLA's options for programs that gather weights over fsdp; None if it needs none.
+
+    XLA for TPUs splits a large product with such a weight into one for each shard, while permutes
+    send the shards round. On a v5e adding these up takes longer than a gather (docs/scaling.md).
+    LIBTPU_INIT_ARGS goes first."""
+    is_v5e = mesh.devices.flat[0].device_kind == "TPU v5 lite"
+    return ({WINDOWS: "1000000"} if is_v5e and WINDOWS not in os.environ.get("LIBTPU_INIT_ARGS", "")
+            else None)
 
 
 def spec(*axes: str, table: dict[str, Any] = AXES) -> PartitionSpec:
@@ -138,7 +152,7 @@ def on_device(leaf: Any) -> Any:
     return jax.device_put(leaf, fetched(leaf.sharding)) if is_offloaded else leaf
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: AnyMesh) -> int:
     """Returns the number of parts the batch axis is split into."""
     return math.prod(mesh.shape[axis] for axis in AXES["batch"])
 

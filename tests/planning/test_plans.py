@@ -7,17 +7,19 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effreason.cli import main
 from effreason.cli import plan as commands
-from effreason.planning import chips, compile, plans, search, shapes, tables, workloads
+from effreason.planning import chips, compile, costs, plans, search, shapes, tables, workloads
 from effreason.planning.costs import Cost
-from effreason.rl import packing
+from effreason.rl import learner, packing
 from effreason.runs import session
 from effreason.runtime import config as configuration
-from effreason.runtime import config_parser
+from effreason.runtime import config_parser, sharding
 from effreason.runtime.errors import UserError
 from effreason.sampling.scheduler import CacheLimits
 
@@ -622,3 +624,28 @@ sys.exit(main.main([
     assert 0 < table["functions"]["decode"]["bytes"] < 1e8
     # Nothing of libtpu's own: only the progress.
     assert all(line.startswith("[") for line in done.stderr.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "permutes"), [("", False), (f"--{sharding.WINDOWS}=0", True)])
+def test_weights_on_a_tpu_are_gathered_whole(config, monkeypatch, flags, permutes):
+    """Not by permutes between the products with each shard, unless LIBTPU_INIT_ARGS says so."""
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; pip install effreason[tpu]")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    setting = on(config, fsdp=8, tensor=2)
+    setting = dataclasses.replace(
+        setting, model=dataclasses.replace(setting.model, dtype="bfloat16"),
+        rollout=dataclasses.replace(setting.rollout, max_new_tokens=960))
+    decoder = dataclasses.replace(shapes.open_decoder(setting), width=1536, mlp_width=8960,
+                                  dtype=jnp.bfloat16)
+    mesh = compile.target_mesh(setting, chips.parse("tpu:v5e:4x4"))
+    step = learner.Learner(setting, decoder, mesh, tries_kernels=False).lowered(
+        setting, width=1024, micro_batches=1)
+    with jax.set_mesh(mesh), compile.quiet_stderr():
+        cost = costs.read(step.lower["score"]().compile().as_text())
+    shard = 2 * 1536 * 8960 / 16
+    sent = sum(one.bytes for one in cost.collectives
+               if (one.kind, one.group) == ("collective-permute", 8))
+    assert (sent > 2 * 3 * shard) == permutes
+    assert permutes or sent < shard

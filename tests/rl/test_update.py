@@ -449,10 +449,11 @@ def test_a_learning_step_on_eight_devices_is_that_on_one(shape):
     assert_same(learnt(settings, tuple(shape.items())), learnt(settings), atol=1e-4)
 
 
-@pytest.mark.parametrize(("prompts", "shards"), [(4, 8), (3, 1)])
-def test_each_device_has_the_numbers_of_its_own_responses(prompts, shards):
+@pytest.mark.parametrize(("prompts", "shards", "gathered"), [(4, 8, 2**28), (4, 8, 200),
+                                                             (3, 1, 200)])
+def test_each_device_has_the_numbers_of_its_own_responses(prompts, shards, gathered, monkeypatch):
     """Of 8 responses on 8 devices each has one, scored and learnt from as on one device; 6 are
-    whole on every device."""
+    whole on every device. Of 16 columns all, or at most 6, are gathered at a time."""
     config = Config(model=ModelConfig(dtype="float32"), data=DataConfig(max_prompt_tokens=8),
                     rollout=RolloutConfig(prompts_per_step=prompts, group_size=2,
                                           max_new_tokens=16),
@@ -481,22 +482,26 @@ def test_each_device_has_the_numbers_of_its_own_responses(prompts, shards):
             measured = learning.measure(packed, old, reference)
         return sharding.to_host((of_tokens, batch, metrics, measured))
 
+    on_one = found(mesh())
+    monkeypatch.setattr(update, "GATHERED_BYTES", gathered)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-                 found(mesh(data=2, fsdp=4)), found(mesh()))
+                 found(mesh(data=2, fsdp=4)), on_one)
 
 
-def test_a_device_has_few_numbers_of_all_responses():
-    """Scoring has none that is whole, and the advantages one at a time."""
+@pytest.mark.parametrize(("parts", "most"), [(1, 3.5), (8, 2.0)])
+def test_a_device_has_few_numbers_of_all_responses(parts, most, monkeypatch):
+    """Scoring has none that is whole; the advantages one at a time, or a part of one."""
     config = Config(model=ModelConfig(dtype="float32"), data=DataConfig(max_prompt_tokens=512),
                     rollout=RolloutConfig(prompts_per_step=64, group_size=8, max_new_tokens=7680),
                     update=UpdateConfig(rows_per_micro_batch=8))
     target = mesh(data=2, fsdp=4)
     step = learner.Learner(config, QWEN2, target).lowered(config, width=8192, micro_batches=64)
     whole = 4 * 64 * 8 * 7680
+    monkeypatch.setattr(update, "GATHERED_BYTES", whole // parts)
     with jax.set_mesh(target):
-        for name, most in (("score", 0.9), ("experience", 3.5)):
+        for name, limit in (("score", 0.9), ("experience", most)):
             stats = step.lower[name]().compile().memory_analysis()
-            assert stats.temp_size_in_bytes + stats.output_size_in_bytes < most * whole, name
+            assert stats.temp_size_in_bytes + stats.output_size_in_bytes < limit * whole, name
 
 
 def test_offloading_changes_where_things_are_and_nothing_else():
