@@ -20,6 +20,7 @@ from effreason.lm.hf.pretrained import Pretrained, load_weights, model_fingerpri
 from effreason.rl import configured_reward
 from effreason.rl.learner import Engine, check_adapters, check_model, make_engine
 from effreason.rl.rollouts import unmatched
+from effreason.runs.outlook import outlook
 from effreason.runtime import config as configuration
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config
@@ -100,7 +101,9 @@ def open_session(config: Config) -> Iterator[Session]:
         # Before the weights are loaded: there may be something to correct.
         sampler_note = capacity.describe(config, inputs.pretrained.decoder, mesh,
                                          capacity.training_weight_bytes(config))
-        for note in [*inputs.notes, sampler_note, *warnings(config)]:
+        forecast = outlook(config, inputs.pretrained.decoder, inputs.problems.sources[0].problems)
+        for note in [*inputs.notes, sampler_note, *([forecast] if forecast else []),
+                     *warnings(config)]:
             say(note, processes.console())
 
         # A resumed run uses the weights it began with, even if the branch has moved since.
