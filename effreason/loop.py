@@ -120,12 +120,15 @@ class Run:
 
 
 def train(config: Config, session: Session | None = None,
-          resume_command: str | None = None) -> None:
+          resume_command: str | None = None) -> Path:
     """Trains, evaluates before and after, and leaves everything in the run directory.
 
     Args:
         session: an open one that fits the configuration; None opens one.
         resume_command: what to run after a stop; None = the command of a single run.
+
+    Returns:
+        The run directory.
 
     Raises:
         UserError: bad input.
@@ -180,6 +183,7 @@ def train(config: Config, session: Session | None = None,
             results = runs.compare(base, trained) if trained else None
             runs.conclude(config, session.inputs, directory, results,
                           time.monotonic() - run.started, run.run_state.alpha)
+    return directory
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -1,9 +1,11 @@
 """What the commands share: argparse with errors for users, and checks of models and data."""
 
 import argparse
+import contextlib
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +34,13 @@ def bounded(name: str, kind: type, holds: Callable[[Any], bool]) -> Callable[[st
 
     read.__name__ = name
     return read
+
+
+@contextlib.contextmanager
+def only_json(wanted: bool) -> Iterator[None]:
+    """Sends what is printed to standard error if standard output is for one JSON object."""
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
 
 
 ALPHA = bounded("number in [0, 1)", float, lambda alpha: 0 <= alpha < 1)

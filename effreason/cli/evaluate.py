@@ -3,10 +3,11 @@
 The configuration and the files it names are checked before jax is imported.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from effreason.cli.arguments import check_held_out, check_model, check_start
+from effreason.cli.arguments import check_held_out, check_model, check_start, only_json
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.config import Config
@@ -26,6 +27,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     parser.add_argument("--output", metavar="DIR", type=str,
                         help="directory for responses and results; the same command continues "
                         "an evaluation that was stopped")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, that of "
+                        "results.json; all else goes to standard error")
     config, values = configuration.parse(parser, argv)
     models = values.models or [config.model.adapter or config.model.path]
     seeds = [_seed(text) for text in values.seeds] if values.seeds else None
@@ -33,10 +36,13 @@ def run(argv: Sequence[str], prog: str) -> None:
     check(config, models, output)
 
     from effreason.evaluation import evaluate
-    from effreason.runtime import distributed
+    from effreason.runtime import distributed, processes
 
     with distributed.joined(config.distributed):
-        evaluate.evaluate_models(config, models, output, seeds)
+        with only_json(values.json):
+            results = evaluate.evaluate_models(config, models, output, seeds)
+        if values.json and processes.is_primary():
+            print(json.dumps(results, default=str))
 
 
 def check(config: Config, models: Sequence[str], output: Path | None) -> None:

@@ -55,12 +55,13 @@ class Member:
 
 
 def train(config: Config, alphas: Sequence[float], baselines: Sequence[str],
-          weights: Sequence[float]) -> None:
+          weights: Sequence[float]) -> Path:
     """Trains a member for each alpha and each baseline, evaluates blends, and writes the report.
 
     A family that was stopped continues where it stopped; a resumed one may have more members.
 
     Args: weights, of the member with the greatest alpha in its blends with the base.
+    Returns: the family's directory.
     Raises: UserError; Interrupted, with everything saved."""
     check(config)
     processes.check_same({"--family": f"{alphas}", "--baselines": f"{baselines}",
@@ -102,6 +103,7 @@ def train(config: Config, alphas: Sequence[float], baselines: Sequence[str],
                   alpha=greatest.config.reward.alpha, sets=measure(base, outcomes),
                   directory=blend_folder(greatest, weight)) for weight, outcomes in blends.items()]
         conclude(directory, family_results(session.config, session.inputs, points))
+    return directory
 
 
 def check(config: Config) -> None:

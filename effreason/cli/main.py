@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from effreason import __version__
-from effreason.runtime import errors
+from effreason.runtime import errors, streams
 
 USAGE = """usage: effreason COMMAND ...
 
@@ -27,11 +27,16 @@ commands:
   blend      average the weights of a base model and a model trained from it
   report     write the report page of a run or of a family of runs
   plan       estimate the memory, time, energy and money that a run needs
+  watch      show how a run is doing, live
+  completion print a script that completes commands and options in a shell
 
 `effreason COMMAND --help` lists the options, `effreason --version` the version.
+With any command, -q or --quiet prints results, warnings and errors alone.
+NO_COLOR=1 turns colours off.
 """
+QUIET = frozenset({"-q", "--quiet"})
 COMMANDS = ("train", "evaluate", "grade", "generate", "replay", "preview", "export", "dial",
-            "blend", "report", "plan")
+            "blend", "report", "plan", "watch", "completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +70,9 @@ def run(command: str, argv: Sequence[str], prog: str) -> int:
     A mistake of the user, a signal, a full disk, memory that runs out and a package that is missing
     end it with one line, a defect with a traceback.
     Args: argv, the arguments after the command; prog, the command's name in its help."""
+    options = list(itertools.takewhile(lambda part: part != "--", argv))
+    streams.quiet = not QUIET.isdisjoint(options)
+    argv = [*(part for part in options if part not in QUIET), *argv[len(options):]]
     try:
         importlib.import_module(f"effreason.cli.{command}").run(as_spelt(argv), prog)
         sys.stdout.flush()          # a full disk is an error too

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ import jsonargparse
 from effreason.planning import chips
 from effreason.planning.chips import Target
 from effreason.runtime import config as configuration
-from effreason.runtime import config_parser
+from effreason.runtime import config_parser, streams
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
+from effreason.runtime.invocation import program
 
 MEAN_TOKENS = 4044.0  # of the paper's 7B model on MATH-500 before training (arXiv 2502.04463)
 # The functions of a training step, in call order.
@@ -48,7 +50,8 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
     start = time.monotonic()
 
     def log(line: str) -> None:
-        print(f"[{time.monotonic() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
+        if not streams.quiet:
+            print(f"[{time.monotonic() - start:5.0f} s] {line}", file=sys.stderr, flush=True)
 
     if options.fit:
         plan = search.search(config, decoder, target, inputs, log=log)
@@ -62,8 +65,10 @@ def run(argv: Sequence[str] | None, prog: str) -> None:
 
     if options.fit and plan.all_fit and options.output is not None:
         with Path(options.output).open("x", encoding="utf-8") as file:
-            file.write(configuration.to_yaml(plan.config))
-        log(f"written: {options.output}")
+            file.write(f"# Found by: {prog} {shlex.join(argv or ())}\n"
+                       + configuration.to_yaml(plan.config))
+        command = shlex.join(["--config", options.output])
+        log(f"written: {options.output}; train with it: {program('train')} {command}")
     if not plan.all_fit:
         raise SystemExit(1)
 

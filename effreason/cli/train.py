@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from effreason.cli.arguments import check_data, check_held_out, check_start, numbers
+from effreason.cli.arguments import check_data, check_held_out, check_start, numbers, only_json
 from effreason.runtime import config as configuration
 from effreason.runtime import config_parser
 from effreason.runtime.config import Config, UpdateConfig
@@ -40,22 +40,34 @@ def run(argv: Sequence[str], prog: str) -> None:
                         help="with --family: also evaluate weighted means of the base model and "
                         "the model with the greatest alpha; WEIGHTS are the shares of the latter, "
                         f"or none; default {BLENDS}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, "
+                        "summary.json or family.json; all else goes to standard error")
     argv, with_dial = dial_as_field(argv)
     config, values = configuration.parse(parser, argv, DIAL_FILE if with_dial else TINY_FILE)
     family = _family(values)
     check(config)
+    if values.json and not config.evaluation.problems:
+        raise UserError("--json needs an evaluation: evaluation.problems is 0")
 
-    from effreason.runtime import distributed
+    from effreason.runtime import distributed, processes
 
     with distributed.joined(config.distributed):
-        if family is None:
-            from effreason import loop
+        with only_json(values.json):
+            directory = _train(config, family)
+        if values.json and processes.is_primary():
+            name = "summary.json" if family is None else "family.json"
+            print((directory / name).read_text(encoding="utf-8"), end="")
 
-            loop.train(config)
-        else:
-            from effreason.cli import family as families
 
-            families.train(config, *family)
+def _train(config: Config, family: tuple[list[float], list[str], list[float]] | None) -> Path:
+    """Trains a model, or a family; returns the directory."""
+    if family is None:
+        from effreason import loop
+
+        return loop.train(config)
+    from effreason.cli import family as families
+
+    return families.train(config, *family)
 
 
 def check(config: Config) -> None:

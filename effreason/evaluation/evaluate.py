@@ -27,7 +27,7 @@ from effreason.runtime import processes, provenance, sharding
 from effreason.runtime.config import Config
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.runtime.files import disk
-from effreason.runtime.progress import GenerationProgress, rate, say
+from effreason.runtime.progress import GenerationProgress, rate, say, show
 from effreason.runtime.signals import Interrupts
 from effreason.sampling import capacity
 from effreason.sampling.draws import SamplingParams
@@ -186,12 +186,13 @@ def make_grader(config: Config) -> Grader:
 
 
 def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,
-                    seeds: Sequence[int] | None = None) -> None:
+                    seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """Evaluates models on each set with each seed; prints tables, and keeps everything in `output`.
 
     Responses that the directory holds already are read, not sampled again.
 
     Args: paths, see models.py; output, None = nothing is kept; seeds, None = run.seed.
+    Returns: the content of results.json.
     Raises: UserError; Interrupted, with the responses so far kept in the directory."""
     seeds, paths = list(dict.fromkeys(seeds or [config.run.seed])), list(dict.fromkeys(paths))
     processes.check_same(configuration.facts(config) | {
@@ -221,11 +222,13 @@ def evaluate_models(config: Config, paths: Sequence[str], output: Path | None,
     trained_on = {name for opened in models.values() for name in training_sets(config, opened)}
     compared = tables.against_first(rows)
     for table in tables.tables(compared, trained_on):
-        console.print(table)
+        show(table, console)
+    content = tables.as_json(compared, trained_on, provenance.environment(),
+                             dataclasses.asdict(given))
     if output is not None and processes.is_primary():
-        tables.write(output, compared, trained_on, provenance.environment(),
-                     dataclasses.asdict(given))
+        tables.write(output, compared, trained_on, content)
         say(f"the results: {output / tables.RESULTS} and {output / tables.TABLE}", console)
+    return content
 
 
 def _row_name(opened: EvaluatedModel, seed: int, seeds: Sequence[int]) -> str:

@@ -250,18 +250,24 @@ def stored_sets(directory: Path) -> dict[str, list[str]]:
     return {model: list(sets) for model, sets in models.items()}
 
 
-def write(directory: Path, rows: Sequence[Row], trained_on: set[str],
-          environment: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Writes results.json and results.csv. Raises: UserError if the disk is full."""
+def as_json(rows: Sequence[Row], trained_on: set[str], environment: Mapping[str, Any],
+            settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of results.json."""
     models: dict[str, dict[str, Any]] = {}
     for row in rows:
         models.setdefault(row.model, {})[row.set] = {
             "summary": dataclasses.asdict(row.summary),
             "comparison": None if row.comparison is None else dataclasses.asdict(row.comparison),
             "kind": kind(row.set, trained_on), "facts": dict(row.facts)}
-    write_json(directory / RESULTS, {"provenance": dict(environment), "settings": dict(settings),
-                                     "base": rows[0].model, "models": models})
+    return {"provenance": dict(environment), "settings": dict(settings), "base": rows[0].model,
+            "models": models}
 
+
+def write(directory: Path, rows: Sequence[Row], trained_on: set[str],
+          content: Mapping[str, Any]) -> None:
+    """Writes results.json and results.csv. Args: content, of the former. Raises: UserError if the
+    disk is full."""
+    write_json(directory / RESULTS, content)
     lines = [csv_cells(row, trained_on) for row in rows]
     columns = list(dict.fromkeys(name for line in lines for name in line))
     with replacing(directory / TABLE) as partial, partial.open("w", encoding="utf-8",

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import itertools
 import shlex
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from effreason.rl import alpha_control, configured_reward
 from effreason.runs import results as run_files
 from effreason.runs.claim import claimed
 from effreason.runs.export import origin
-from effreason.runs.model_card import model_card
+from effreason.runs.model_card import Cost, model_card
 from effreason.runs.report import figures
 from effreason.runs.report import page as report_page
 from effreason.runs.report.summary import print_results
@@ -238,7 +239,7 @@ def conclude(config: Config, inputs: Inputs, directory: Path, measured: BeforeAf
     with disk(directory / "model"):
         (directory / report_page.PAGE).unlink(missing_ok=True)
         card = model_card(config, inputs, step=config.run.steps, alpha=alpha, before=base,
-                          after=trained)
+                          after=trained, cost=_cost(directory, wall_seconds))
         (directory / "model" / CARD_FILE).write_text(card, encoding="utf-8")
 
     console, results = Console(), None
@@ -252,6 +253,17 @@ def conclude(config: Config, inputs: Inputs, directory: Path, measured: BeforeAf
     page = report_page.write(directory)
     console.print(f"the trained model: {directory / 'model'}", soft_wrap=True)
     console.print(f"the report: {page}", soft_wrap=True)
+
+
+def _cost(directory: Path, seconds: float) -> Cost | None:
+    """Returns what the run has cost; None if none of its steps was measured."""
+    rates = [row["rollout/tokens_per_second"] for row in read_json_lines(
+        directory / "metrics.jsonl") if row.get("rollout/tokens_per_second")]
+    if not rates:
+        return None
+    made = provenance.environment()
+    return Cost(seconds=seconds, tokens_per_second=statistics.median(rates), device=made["device"],
+                devices=made["device_count"])
 
 
 def run_results(config: Config, measured: BeforeAfter, wall_seconds: float, alpha: float,

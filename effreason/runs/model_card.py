@@ -1,5 +1,6 @@
 """The model card of an exported directory: base model, measurements, and how to use the model."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from effreason.evaluation.statistics import Summary
 from effreason.lm.hf.hub import is_hub_id, public_name
 from effreason.runs.session import Inputs
 from effreason.runtime.config import Config
+from effreason.runtime.progress import duration
 from effreason.types import LevelResult
 
 PAPER = "https://arxiv.org/abs/2502.04463"
@@ -21,12 +23,23 @@ TAGS = ["effreason", "reasoning", "efficient-reasoning", "reinforcement-learning
         "arxiv:2502.04463"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a finished run has cost, as it was measured."""
+
+    seconds: float                  # of the whole run
+    tokens_per_second: float        # of its sampler, the median step
+    device: str
+    devices: int
+
+
 def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
-               before: Summary | None = None, after: Summary | None = None) -> str:
+               before: Summary | None = None, after: Summary | None = None,
+               cost: Cost | None = None) -> str:
     """Returns the text of README.md for the Hugging Face Hub: Markdown after a YAML header.
 
     Args: step, updates made; alpha, the last one; before and after, the base model and this one on
-        the first evaluation set, None = not measured."""
+        the first evaluation set, None = not measured; cost, of the run."""
     revision, template, adapter = inputs.pretrained.revision, inputs.template, config.export.adapter
     base, stored = public_name(inputs.pretrained.base), inputs.pretrained.adapters
     link = f"[{base}](https://huggingface.co/{base}/tree/{revision})" if revision else f"`{base}`"
@@ -64,7 +77,8 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
         "much less: at 0 only correctness counts, and the larger it is, the shorter the reasoning.",
         *dial_words(config, alpha),
         *_evaluation(next(iter(inputs.held_out), None), before, after),
-        *_use(config, template, base),
+        *break_even(before, after, cost),
+        *_use(config, template, base, _example(inputs)),
         "## Training",
         _table(("", ""), list(training.items())),
     ]) + "\n"
@@ -81,6 +95,31 @@ def dial_words(config: Config, alpha: float) -> list[str]:
     return [f"α was chosen after the training. One run, a dial, has trained the weights of every α "
             f"from {trained_at[0]:g} to {trained_at[-1]:g}; these are the ones at α = {alpha:g}, "
             f"{which}: {words}."]
+
+
+def break_even(before: Summary | None, after: Summary | None, cost: Cost | None) -> list[str]:
+    """Returns the section on when the run has paid for itself; none if it saved no tokens.
+
+    All figures are measured: no price is assumed."""
+    if before is None or after is None or cost is None:
+        return []
+    saved = before.tokens - after.tokens
+    if saved <= 0 or not cost.tokens_per_second > 0:
+        return []
+    responses = cost.seconds * cost.tokens_per_second / saved
+    devices = cost.device if cost.devices == 1 else f"{cost.devices} x {cost.device}"
+    return ["## When it pays", (
+        f"A response to the problems above has {saved:,.0f} tokens fewer: a million responses save "
+        f"{saved:,.0f} times the price of a million output tokens. The run took "
+        f"{duration(cost.seconds)} on {devices}, where its sampler made "
+        f"{cost.tokens_per_second:,.0f} tokens/s. At that speed it has paid for itself after "
+        f"{responses:,.0f} responses: from then on more time was saved than it took.")]
+
+
+def _example(inputs: Inputs) -> str:
+    """Returns a problem of the kind that the model was trained for."""
+    held_out = [problem for problems in inputs.held_out.values() for problem in problems[:1]]
+    return held_out[0].text if held_out else "What is the sum of the first 100 positive integers?"
 
 
 def _hub_datasets(inputs: Inputs) -> list[str] | None:
@@ -121,12 +160,12 @@ def _row(name: str, before: Summary | LevelResult | None,
     return row
 
 
-def _use(config: Config, template: Template, base: str) -> list[str]:
+def _use(config: Config, template: Template, base: str, problem: str) -> list[str]:
     rollout = config.rollout
     kind = [f"This directory holds low-rank adapters (LoRA) for `{base}`, which transformers adds "
             "to that model; it needs the package `peft`."] if config.export.adapter else []
     sampling = f"temperature={rollout.temperature:g}, top_p={rollout.top_p:g}"
-    messages = template.messages("What is the sum of the first 100 positive integers?")
+    messages = template.messages(problem)
     indent = ",\n            "
     arguments = f"**{dict(template.arguments)!r}, " if template.arguments else ""
     system = ("without a system prompt" if template.system_prompt is None

@@ -13,11 +13,14 @@ import time
 from collections.abc import Mapping
 from typing import Self
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from effreason.runtime import streams
 
 ETA_STEPS = 20                      # the ETA is the median over this many last steps
 LINE_WIDTH = 80                     # of plain lines
@@ -52,7 +55,37 @@ def rate(per_second: float) -> str:
 
 def say(text: str, console: Console) -> None:
     """Prints a line unchanged, however long; above a live display if there is one."""
+    if streams.quiet and not text.startswith("warning"):
+        return
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(table: RenderableType, console: Console) -> None:
+    """Prints a table; on a terminal that is too narrow for it, each row as lines of their own."""
+    if isinstance(table, Group):
+        for part in table.renderables:
+            show(part, console)
+        return
+    if not isinstance(table, Table):
+        console.print(table)
+        return
+    # The columns that do not wrap decide how narrow it can be; one space is between any two.
+    needed = sum(max(map(cell_len, "\n".join(map(str, (column.header, *column.cells))).split("\n")))
+                 for column in table.columns if column.no_wrap) + len(table.columns)
+    if needed <= console.width:
+        console.print(table, highlight=False, markup=False)
+        return
+
+    names, group = [], ""
+    for column in table.columns:        # a heading that begins with an empty line continues a group
+        first, _, rest = str(column.header).partition("\n")
+        group = first or group
+        names.append(f"{group} {rest}".strip())
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        console.print(str(cells[0]), style="bold", highlight=False, markup=False)
+        for name, cell in zip(names[1:], cells[1:], strict=True):
+            if str(cell):
+                console.print(f"  {name}: {cell}", highlight=False, markup=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +143,7 @@ class Progress:
         self._rollout: _Generation | None = None
         self._live: Live | None = None
 
-        if self._console.is_interactive:
+        if self._console.is_interactive and not streams.quiet:
             self._live = Live(self, console=self._console, refresh_per_second=4)
 
     def __enter__(self) -> Self:

@@ -15,6 +15,7 @@ def leave() -> NoReturn:
     raise SystemExit(0)
 
 
+quiet = False                           # notes and progress are not printed; results and errors are
 on_lost_output: Callable[[], None] = leave      # called once standard output has no reader
 
 

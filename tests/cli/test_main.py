@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from rich.console import Console
 
 import effreason
 from effreason.cli import main, train
@@ -22,6 +23,7 @@ from effreason.lm.hf import hub
 from effreason.runtime.config import Config
 from effreason.runtime.config_fields import all_settings
 from effreason.runtime.errors import Interrupted, UserError
+from effreason.runtime.progress import say
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,6 +241,31 @@ def test_out_of_memory_is_one_line_that_says_what_to_change(stand_in, capsys, wh
     assert main.main(["train"]) == 3
     err = capsys.readouterr().err
     assert err.startswith(f"error: out of memory {line}") and err.count("\n") == 1
+
+
+def test_quiet_leaves_out_notes_but_no_results_and_no_warnings(stand_in, capsys):
+    def train(config):
+        for line in ("a note", "warning: hot"):
+            say(line, Console())
+        print("results")
+    stand_in("loop", train=train)
+    assert main.main(["train", "-q"]) == 0
+    assert capsys.readouterr().out == "warning: hot\nresults\n"
+    assert main.main(["train"]) == 0
+    assert capsys.readouterr().out == "a note\nwarning: hot\nresults\n"
+
+
+def test_json_is_all_that_standard_output_gets(stand_in, capsys, tmp_path):
+    def train(config):
+        print("step 1")
+        (tmp_path / "summary.json").write_text('{"steps": 1}\n')
+        return tmp_path
+    stand_in("loop", train=train)
+    assert main.main(["train", "--json"]) == 0
+    assert capsys.readouterr() == ('{"steps": 1}\n', "step 1\n")
+    stand_in("evaluation.evaluate", evaluate_models=lambda *_: print("notes") or {"base": "tiny"})
+    assert main.main(["evaluate", "--models", "tiny", "--json"]) == 0
+    assert capsys.readouterr() == ('{"base": "tiny"}\n', "notes\n")
 
 
 def test_a_missing_package_says_to_activate_the_environment(stand_in, capsys):

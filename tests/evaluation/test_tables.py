@@ -162,7 +162,8 @@ def test_only_results_of_its_own_are_replaced(tmp_path):
     assert tables.stored_sets(tmp_path) == {}
     compared = tables.against_first([tables.make_row(row, name, drawn(0), FACTS) for row, name in (
         ("base", "gsm8k"), ("base", "aime24"), ("new", "gsm8k"))])
-    tables.write(tmp_path, compared, {"gsm8k"}, ENVIRONMENT, {})
+    tables.write(tmp_path, compared, {"gsm8k"},
+                 tables.as_json(compared, {"gsm8k"}, ENVIRONMENT, {}))
     assert tables.stored_sets(tmp_path) == {"base": ["gsm8k", "aime24"], "new": ["gsm8k"]}
     ours = {path: path.read_text() for path in tmp_path.iterdir()}
     table = json.loads(ours[tmp_path / "results.json"])
@@ -182,7 +183,8 @@ def test_files_hold_every_number(tmp_path):
     compared = tables.against_first([tables.make_row("base", "gsm8k", drawn(0), FACTS),
                                      tables.make_row("base", "aime24", drawn(1, samples=4), FACTS),
                                      tables.make_row("new", "gsm8k", drawn(2), FACTS)])
-    tables.write(tmp_path, compared, {"gsm8k"}, ENVIRONMENT, {"run": {"seed": 0}})
+    tables.write(tmp_path, compared, {"gsm8k"},
+                 tables.as_json(compared, {"gsm8k"}, ENVIRONMENT, {"run": {"seed": 0}}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
     table = json.loads((tmp_path / "results.json").read_text())
     assert table.keys() == {"provenance", "settings", "base", "models"} and table["base"] == "base"

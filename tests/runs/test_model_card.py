@@ -11,6 +11,7 @@ import yaml
 
 from effreason import __version__
 from effreason.data.templates import Template
+from effreason.runs import model_card as model_card_module
 from effreason.runs.model_card import model_card
 from effreason.runtime.config import (
     AdapterConfig,
@@ -182,3 +183,14 @@ def test_nothing_is_left_to_fill_in_and_no_cell_breaks():
     assert ["trained on", r"a\|b c, x"] in training
     assert ["objective", "dpo"] in training and ["reward", "kimi"] in training
     assert max(map(len, text.splitlines())) < 600 and text.endswith("|\n")
+
+
+def test_break_even_is_of_measured_figures_alone():
+    before, after = (SimpleNamespace(tokens=tokens) for tokens in (100.0, 60.0))
+    cost = model_card_module.Cost(seconds=120.0, tokens_per_second=1000.0, device="H100", devices=2)
+    head, text = model_card_module.break_even(before, after, cost)
+    assert head == "## When it pays"
+    assert "40 tokens fewer" in text and "2:00 on 2 x H100" in text and "1,000 tokens/s" in text
+    assert "after 3,000 responses" in text      # 120 s x 1,000 tokens/s / 40 tokens
+    assert model_card_module.break_even(after, before, cost) == []
+    assert model_card_module.break_even(before, after, None) == []

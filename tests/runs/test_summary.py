@@ -203,3 +203,13 @@ def test_made_directories_hold_what_their_tables_say(tmp_path):
     rows = responses.read(tmp_path / "run" / "evaluations" / "step4" / "tiny.jsonl")[1]
     expected = made.points[1].sets["tiny"].summary
     assert statistics.summarize(responses.outcomes(rows)) == expected
+
+
+def test_a_narrow_terminal_gets_each_row_as_lines(summary):
+    text = printed(summary, width=40)
+    assert all(len(line) <= 40 for line in text.splitlines())
+    block = text.partition("\nhard")[2].splitlines()[1:7]
+    assert [line.partition(":")[0].strip() for line in block] == [
+        "accuracy before", "accuracy after", "change (points)", "tokens before", "tokens after",
+        "tokens saved"]
+    assert "…" not in text and "80.0" in text

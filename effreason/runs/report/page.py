@@ -26,6 +26,9 @@ from effreason.runtime.invocation import program
 
 MARK = '<meta name="generator" content="effreason report">'     # only such a page is overwritten
 PAGE = "report.html"
+# Of a run or a family, with links on its page.
+FILES = ("model/README.md", "config.yaml", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl",
+         "summary.json", "family.json", "plots/", "evaluations/")
 TEMPLATES = Path(__file__).parent / "templates"
 # Control characters are shown as their pictures; a lone surrogate is not a character.
 CONTROL_PICTURES: dict[int, int | str] = {
@@ -81,6 +84,7 @@ def _content(contents: Contents, *, own_page: bool) -> dict[str, Any]:
         "family": contents.family,
         "headline": sections.headline(contents),
         "member_pages": _member_pages(contents) if own_page else [],
+        "files": [name for name in FILES if own_page and (contents.directory / name).exists()],
         "charts": {
             "tradeoffs": sections.tradeoffs(contents),
             "comparisons": sections.comparisons(contents),

@@ -9,7 +9,7 @@ from rich.table import Table
 from effreason.evaluation import wording
 from effreason.evaluation.statistics import Summary
 from effreason.runs.results import Measurement, Point, Results
-from effreason.runtime.progress import duration
+from effreason.runtime.progress import duration, show
 from effreason.types import LevelResult
 
 
@@ -30,7 +30,7 @@ def print_results(console: Console, results: Results) -> None:
         console.print(f"{blank}{name}: {base.problems:,} held-out problems{samples}; in brackets "
                       "95 % intervals", style="bold", highlight=False, markup=False, no_wrap=True,
                       overflow="ellipsis")
-        console.print(_models_table(models), highlight=False, markup=False)
+        show(_models_table(models), console)
 
 
 def _print_levels(console: Console, results: Results) -> None:
@@ -58,7 +58,7 @@ def _print_levels(console: Console, results: Results) -> None:
     heading, remark = "Held-out problems, before and after training", f"({', '.join(facts)})"
     gap = " " if len(heading) + len(remark) < 80 else "\n"
     console.print(f"{heading}{gap}{remark}", style="bold", highlight=False, markup=False)
-    console.print(table, highlight=False, markup=False)
+    show(table, console)
 
     if trained.comparison is not None:
         console.print(f"{wording.findings(trained.comparison)}\n(95 % intervals over "
