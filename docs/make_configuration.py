@@ -29,7 +29,7 @@ A configuration has sections, and a section has fields. They are read from a YAM
 file, and flags override the file:
 
 ```
-python train.py --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.alpha 0.4
+effreason train --config configs/smollm2_gsm8k.yaml --model.path DIR --reward.alpha 0.4
 ```
 
 - Without `--config` the file is `configs/tiny.yaml`, unless `--model.path`, `--data.path` or
