@@ -608,7 +608,7 @@ def test_family_links_its_members_pages_where_they_are(tmp_path):
     links = [attributes["href"] for tag,
              attributes in page_of(tmp_path / "family", None)[1].elements if tag == "a"]
     assert [link for link in links if not link.startswith("#")] == [
-        "alpha0.2/report.html", "config.yaml", "family.json"]
+        "alpha0.2/report.html", "config.yaml", "family.json", "plots/"]
     assert "alpha0.2/report.html" not in page_of(tmp_path / "family")[0]        # may lie anywhere
 
 

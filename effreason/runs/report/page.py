@@ -84,7 +84,9 @@ def _content(contents: Contents, *, own_page: bool) -> dict[str, Any]:
         "family": contents.family,
         "headline": sections.headline(contents),
         "member_pages": _member_pages(contents) if own_page else [],
-        "files": [name for name in FILES if own_page and (contents.directory / name).exists()],
+        # The plots are written after the page's content is made.
+        "files": [name for name in FILES if own_page and (
+            name == "plots/" or (contents.directory / name).exists())],
         "charts": {
             "tradeoffs": sections.tradeoffs(contents),
             "comparisons": sections.comparisons(contents),
