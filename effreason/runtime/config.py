@@ -177,6 +177,10 @@ class RolloutConfig(Section):
     sequence_last, on any device. auto = the fastest one that supports the device and the model."""
     chunk: Count = 16
     """Tokens to generate in each slot before looking for finished responses."""
+    draft_tokens: Natural = 0
+    """Speculative decoding, in training and evaluation: tokens to guess ahead in each slot, at
+    most, when few responses are left, from what the response, its prompt and the other responses
+    to it have said. The tokens are the same with and without, except for rounding; 0 = off."""
     policy: Literal["current", "initial"] = "current"
     """Which model generates the responses: the current one, or the one the run started from."""
     refill_rounds: Natural = 0

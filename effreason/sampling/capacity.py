@@ -40,7 +40,7 @@ def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: 
     return make_sampler(decoder, mesh, slots=slot_count(config, mesh), chunk=settings.chunk,
                         budget=position_budget(config, decoder, mesh, weight_bytes),
                         max_positions=max_positions(config), repetition=repetition,
-                        cache_layout=settings.cache_layout)
+                        draft_tokens=settings.draft_tokens, cache_layout=settings.cache_layout)
 
 
 def slot_count(config: Config, mesh: Mesh) -> int:

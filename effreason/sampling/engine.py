@@ -5,8 +5,8 @@ when enough rows have finished for waiting ones to take their place. A prompt is
 several at a time, and its keys and values are copied into the slots of its group. The cache grows
 by buckets with the longest sequence in it. If the memory is too small for all slots at that length,
 there are fewer of them, and the responses that need more wait for those that do not. When nothing
-waits any more, the slots are halved as their rows end. scheduler.py decides all this on the host,
-slots.py does it on the device.
+waits any more, the slots are halved as their rows end; the last ones may draft tokens ahead, see
+speculation.py. scheduler.py decides all this on the host, slots.py does it on the device.
 
 The key of every sampled token is fold_in(step key, prompt uid, sample, position): a response does
 not depend on its slot, its neighbours or the number of devices, except for rounding of float sums.
@@ -25,6 +25,7 @@ from jaxtyping import Array, Int, Key
 from effreason.lm import kv_cache, model
 from effreason.lm.kernels import KERNELS
 from effreason.runtime import processes, sharding
+from effreason.sampling import speculation
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
 from effreason.sampling.scheduler import CacheLimits, Request, Schedule, check_requests
@@ -57,7 +58,7 @@ class Sampler:
 def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int,
                  max_positions: int | None = None, min_positions: int | None = None,
                  budget: int | None = None, repetition: RepetitionStopping | None = None,
-                 cache_layout: str = "auto") -> Sampler:
+                 draft_tokens: int = 0, cache_layout: str = "auto") -> Sampler:
     """Builds the engine; but for the trial of a kernel nothing is compiled before its first call.
 
     Args:
@@ -68,6 +69,7 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
         budget: positions of all slots together: with longer responses there are fewer slots, and
             some responses have to wait. None = enough for all slots.
         repetition: if responses that repeat themselves are to be stopped.
+        draft_tokens: read ahead in each slot when few are in use, at most; 0 = none.
         cache_layout: one of kv_cache.CACHE_LAYOUTS, or auto.
 
     Raises:
@@ -85,6 +87,7 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
     programs = make_programs(dataclasses.replace(config, cache_layout=layout), mesh)
     limits = CacheLimits(
         slots=slots, shards=programs.shards, chunk=chunk, budget=budget,
+        draft_tokens=draft_tokens, most_positions=speculation.MOST_POSITIONS[platform],
         smallest=smallest_capacity(max_positions) if min_positions is None else min_positions,
         largest=None if max_positions is None else cache_positions(max_positions))
     return Sampler(programs=programs, limits=limits, max_positions=max_positions,
@@ -101,7 +104,8 @@ class Generation:
         tokens, finished: tokens drawn and responses finished so far.
         slots, running, waiting: numbers of slots, and of responses in them and before them.
         capacity: cache positions of each slot.
-        steps, slot_steps: decode steps so far, and these times the slots.
+        steps, slot_steps: decode steps so far, and these times the slots, and times the positions
+            that each slot reads if tokens are drafted.
         host_seconds: from the end of a chunk to the start of the next, summed.
         compilations: programs compiled for it; 0 once all shapes have been met."""
 
@@ -132,7 +136,7 @@ class Generation:
         chunk_end = time.perf_counter()
 
         self.steps += int(outputs["steps"])
-        self.slot_steps += int(outputs["steps"]) * self.slots
+        self.slot_steps += int(outputs["steps"]) * self.slots * (self._schedule.drafted + 1)
         self.tokens += int(outputs["count"].sum())
         finished = self._schedule.harvest(outputs)
         self.finished += len(finished)
@@ -183,9 +187,15 @@ class Generation:
         schedule.prefills.drop_started()
 
         control = sharding.to_device(schedule.control(), programs.replicated)
-        self._state, self._outputs = programs.decode(
-            self._weights, self._state, control, sampling=self._sampling,
-            chunk=self._sampler.limits.chunk)
+        settings: dict[str, Any] = dict(sampling=self._sampling, chunk=self._sampler.limits.chunk)
+        schedule.choose_draft_length()
+        if schedule.drafted:
+            texts = sharding.to_device(schedule.texts(), programs.by_rows)
+            self._state, self._outputs = programs.speculate(
+                self._weights, self._state, control, texts, drafted=schedule.drafted, **settings)
+        else:
+            self._state, self._outputs = programs.decode(
+                self._weights, self._state, control, **settings)
 
     def _make_room(self, rows: Int[np.ndarray, " kept"] | None) -> None:
         """Creates the cache, or gives it the rows and the capacity that the schedule has chosen."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from effreason.sampling import speculation
 from effreason.sampling.draws import SamplingParams, recorded_logprobs
 from effreason.sampling.repetition import RepetitionStopping
 from effreason.sampling.slots import INSERT_FIELDS
@@ -19,6 +20,8 @@ PREFILL_ROWS = 8                    # prompts prefilled at once, at most
 PREFILL_TOKENS = 8192               # padded tokens of them together, at most
 MIN_SLOTS_PER_DEVICE = 8            # not halved further: a step costs about the same
 REFILL_SHARE = 8                    # one free slot in 8 ends a chunk early if something waits
+LEAST_PER_STEP = 1.5                # tokens of a response in a step that reads a draft, to go on;
+PAUSE = 8                           # otherwise so many chunks without drafts
 
 Prompt = Sequence[int] | Int[np.ndarray, " S"]
 
@@ -214,6 +217,8 @@ class CacheLimits:
     smallest: int = 64              # positions of a slot, a power of two
     largest: int | None = None      # positions of a slot; None = no limit
     budget: int | None = None       # positions of all slots together; None = enough
+    draft_tokens: int = 0           # read ahead in each slot, at most; 0 = none
+    most_positions: int = 128       # that a device reads in a step with drafts
 
     def capacity(self, length: int, width: int = 0) -> int:
         """Returns the positions of a slot for a response to run through the next chunk.
@@ -229,6 +234,13 @@ class CacheLimits:
     def least_slots(self) -> int:
         """Slots once the longest responses are in them."""
         return self.slots if self.largest is None else self.slots_of(self.largest)
+
+    @property
+    def least_per_shard(self) -> int:
+        """Slots of each shard that are not halved further: fewer, if then their drafts are long."""
+        if not self.draft_tokens:
+            return MIN_SLOTS_PER_DEVICE
+        return min(max(self.most_positions // (self.draft_tokens + 1), 1), MIN_SLOTS_PER_DEVICE)
 
     def slots_of(self, capacity: int) -> int:
         """Returns how many slots of so many positions fit; at least one for each shard."""
@@ -268,6 +280,12 @@ class Running:
         self.length += count
         self.generated += count
 
+    def drawn(self) -> Int[np.ndarray, " T"]:
+        """Returns the response so far; the same array until there is more."""
+        if len(self.tokens) != 1:
+            self.tokens = [np.concatenate([np.zeros(0, np.int32), *self.tokens])]
+        return self.tokens[0]
+
     def response(self, finish: FinishReason | None, length: int | None = None) -> Response:
         """Joins the pieces, cut at `length` if given."""
         def join(pieces: list[np.ndarray], dtype: Any) -> np.ndarray:
@@ -289,7 +307,8 @@ class Schedule:
     many as fit, and a response is prefilled again at most once for each capacity.
 
     Attributes:
-        capacity: positions of a slot."""
+        capacity: positions of a slot.
+        drafted: tokens of a draft in this chunk; 0 = none are drafted."""
 
     def __init__(self, requests: Sequence[Request], sampling: SamplingParams, limits: CacheLimits,
                  repetition: RepetitionStopping | None) -> None:
@@ -305,6 +324,11 @@ class Schedule:
         # Rows of the device's state that the slots have, local to each device; None: all.
         self._rows: Int[np.ndarray, " S"] | None = None
         self.prefills = PrefillQueue(self._queue, limits.largest, slots)
+        # To draft from: the tokens of responses, by prompt.
+        self._finished: dict[int, list[np.ndarray]] = collections.defaultdict(list)
+        self.drafted = self._pause = 0      # _pause: chunks without drafts that follow
+        self._samples = max(collections.Counter(
+            request.prompt for request in requests).values(), default=0)
 
     @property
     def slots(self) -> int:
@@ -432,12 +456,43 @@ class Schedule:
             min_active = max(running - max(slots // REFILL_SHARE, 1), 0)
         else:
             half = -(-slots // self._shards // 2)       # of each device
-            can_halve = half >= MIN_SLOTS_PER_DEVICE
+            can_halve = half >= self._limits.least_per_shard
             min_active = min(half * self._shards if can_halve else 0, running - 1)
 
         control = np.concatenate([[min_active], self._stopped]).astype(np.int32)
         self._stopped = np.zeros(slots, bool)
         return control
+
+    def choose_draft_length(self) -> None:
+        """Sets `drafted` for the next chunk: only the last responses are drafted for, as long as
+        it pays, and in the longest drafts that the device reads at little cost."""
+        self.drafted, self._pause = 0, max(self._pause - 1, 0)
+        if self._queue or self._pause or not self._limits.draft_tokens:
+            return
+        per_shard = len(self._slots) // self._shards
+        longest = max(response.length for response in self.running)
+        for length in speculation.draft_lengths(self._limits.draft_tokens):
+            if (per_shard * (length + 1) <= self._limits.most_positions
+                    and longest + length < self.capacity):
+                self.drafted = length
+                return
+
+    def texts(self) -> Int[np.ndarray, "S W"]:
+        """Returns for each slot what its drafts come from."""
+        width = speculation.text_width(self.capacity, self._samples)
+        texts = np.full((len(self._slots), width), speculation.NOTHING, np.int32)
+        drawn = collections.defaultdict(list)
+        for running in self.running:
+            drawn[running.request.prompt].append(running.drawn())
+
+        for slot, response in enumerate(self._slots):
+            if response is not None:
+                request, tokens = response.request, response.drawn()
+                others = [other for other in drawn[request.prompt] if other is not tokens]
+                texts[slot] = speculation.make_text(
+                    [*self._finished[request.prompt], *others],
+                    np.concatenate([request.tokens, tokens]), width)
+        return texts
 
     def harvest(self, outputs: Mapping[str, np.ndarray]) -> list[Response]:
         """Appends the tokens of a chunk to their responses; returns the finished ones."""
@@ -467,7 +522,13 @@ class Schedule:
                 finish = FinishReason.REPETITION
             if finish is not None:
                 finished.append(response.response(finish, length))
+                if self._limits.draft_tokens:
+                    self._finished[response.request.prompt].append(finished[-1].tokens)
                 self._slots[slot] = None
+
+        tokens = [counts[slot] for slot, response in enumerate(self._slots) if response is not None]
+        if self.drafted and tokens and np.mean(tokens) < LEAST_PER_STEP * outputs["steps"]:
+            self._pause = PAUSE
         return finished
 
     def _repetition_length(self, response: Running, count: int) -> int | None:
@@ -487,7 +548,7 @@ class Schedule:
             The rows of the device's state that the slots now have, indices local to each device;
             None if all."""
         kept = len(self._slots) // self._shards
-        needed = max(MIN_SLOTS_PER_DEVICE, *map(len, self._busy_slots()))
+        needed = max(self._limits.least_per_shard, *map(len, self._busy_slots()))
         while not self._queue and needed <= (half := -(-kept // 2)) < kept:
             kept = half
         self._keep(kept)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from effreason.lm import model
 from effreason.lm.precision import products_of
 from effreason.runtime import sharding
+from effreason.sampling import speculation
 from effreason.sampling.draws import SamplingParams, draw, recorded_logprobs
 
 PREFILL_CHUNK = 512                 # prompt positions per forward pass, at most
@@ -60,6 +61,7 @@ class Programs:
     prefill: Wrapped                # (weights, int32[R, W]) -> prefill cache
     insert: Wrapped                 # (slots, prefill cache, int32[8, S], step key) -> slots
     decode: Wrapped                 # (weights, slots, control, sampling=, chunk=) -> slots, outputs
+    speculate: Wrapped              # (weights, slots, control, texts, ..., drafted=) -> the same
     grow: Wrapped                   # (cache of a layer, capacity=) -> the same, larger
     compact_cache: Wrapped          # (cache of a layer, rows) -> these rows of it
     compact: Wrapped                # (slots without a cache, rows) -> these rows of them
@@ -71,8 +73,9 @@ class Programs:
 
     def compilations(self) -> int:
         """Returns how many programs have been compiled so far."""
-        functions: list[Any] = [self.unstack, self.prefill, self.insert, self.decode, self.grow,
-                                self.compact_cache, self.compact, self.empty]
+        functions: list[Any] = [self.unstack, self.prefill, self.insert, self.decode,
+                                self.speculate, self.grow, self.compact_cache, self.compact,
+                                self.empty]
         return sum(function._cache_size() for function in functions)
 
 
@@ -114,11 +117,9 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
         The slots, and for the host `tokens` int32[chunk, S] with their log-probs
         float32[chunk, S], of which the first `count` int32[S] of each row are valid;
         `active` bool[S]; `steps` int32[]."""
-    eos = jnp.array(sampling.eos_ids, jnp.int32)
-    rows = slots.token.shape[0]
-    generated_before = slots.generated
-    min_active, stopped = control[0], control[1:] != 0
-    slots = dataclasses.replace(slots, active=slots.active & ~stopped)
+    rows, generated_before = slots.token.shape[0], slots.generated
+    slots, min_active = _give_up(slots, control)
+    undrafted = jnp.zeros((rows, 0), jnp.int32)
     outputs = {"tokens": jnp.zeros((chunk, rows), jnp.int32)} | {
         name: jnp.zeros((chunk, rows), jnp.float32) for name in recorded_logprobs(sampling)}
 
@@ -128,22 +129,10 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
 
     def decode_step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, slots, outputs = carry
-        hidden, cache = model.decode(
-            config, weights, slots.token[:, None], slots.length, slots.cache)
-        keys = jax.vmap(jax.random.fold_in)(slots.key, slots.generated)
-        sampled = draw(next_token_logits(weights, hidden[:, 0], config.unused_ids), keys,
-                       sampling)
+        slots, drawn = draw_next(weights, slots, undrafted, config=config, sampling=sampling)
         update = jax.lax.dynamic_update_index_in_dim
-        outputs = {name: update(output, getattr(sampled, name), step, 0)
+        outputs = {name: update(output, drawn[name][:, 0], step, 0)
                    for name, output in outputs.items()}
-
-        increment = slots.active.astype(jnp.int32)
-        generated = slots.generated + increment
-        is_eos = jnp.any(sampled.tokens[:, None] == eos[None, :], axis=-1)
-        slots = dataclasses.replace(
-            slots, cache=cache, token=jnp.where(slots.active, sampled.tokens, slots.token),
-            length=slots.length + increment, generated=generated,
-            active=slots.active & ~is_eos & (generated < slots.limit))
         return step + 1, slots, outputs
 
     between = steps_between_checks(platform, chunk)
@@ -157,6 +146,89 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
         is_running, decode_steps, (jnp.zeros((), jnp.int32), slots, outputs))
     return slots, outputs | {"count": slots.generated - generated_before, "active": slots.active,
                              "steps": steps}
+
+
+def speculate(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"],
+              texts: Int[Array, "S W"], *, config: model.DecoderConfig, sampling: SamplingParams,
+              chunk: int, drafted: int) -> tuple[Slots, dict[str, jax.Array]]:
+    """Runs at most `chunk` steps as `decode` does, each for the newest token of a row and a draft.
+
+    It also ends if the cache has no room for another draft.
+
+    Args:
+        texts: what the drafts come from, with the prompt and response of a row at the end.
+        drafted: tokens of a draft.
+
+    Returns:
+        As `decode`, with chunk * (drafted + 1) in the place of chunk."""
+    (rows, width), generated_before = texts.shape, slots.generated
+    slots, min_active = _give_up(slots, control)
+    longest = chunk * (drafted + 1)
+    sequence = model.cache_axes(config)["keys"].index("sequence")
+    capacity = slots.cache[0]["keys"].shape[sequence]
+    # Its last part are the tokens of this chunk: the next drafts may come from them.
+    texts = jnp.pad(texts, ((0, 0), (0, longest)))
+    logprobs = {name: jnp.zeros((rows, longest), jnp.float32)
+                for name in recorded_logprobs(sampling)}
+
+    def is_running(carry: tuple[Any, ...]) -> jax.Array:
+        step, slots, _, _ = carry
+        newest = jnp.max(jnp.where(slots.active, slots.length, 0))
+        return ((step < chunk) & (jnp.sum(slots.active) > min_active)
+                & (newest + drafted < capacity))
+
+    def verify_step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, slots, texts, logprobs = carry
+        count = slots.generated - generated_before
+        drafts = speculation.find_drafts(texts, width + count, drafted)
+        slots, drawn = draw_next(weights, slots, drafts, config=config, sampling=sampling)
+        # All are written. Those that are not the row's are overwritten by its next ones.
+        write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
+        return (step + 1, slots, write(texts, drawn["tokens"], width + count, 0),
+                {name: write(values, drawn[name], count, 0) for name, values in logprobs.items()})
+
+    steps, slots, texts, logprobs = jax.lax.while_loop(
+        is_running, verify_step, (jnp.zeros((), jnp.int32), slots, texts, logprobs))
+    outputs = {"tokens": texts[:, width:]} | logprobs
+    return slots, {name: output.T for name, output in outputs.items()} | {
+        "count": slots.generated - generated_before, "active": slots.active, "steps": steps}
+
+
+def _give_up(slots: Slots, control: Int[Array, " S_plus_1"]) -> tuple[Slots, Int[Array, ""]]:
+    """Returns the slots without the rows that `control` gives up, and how few may be active."""
+    return dataclasses.replace(slots, active=slots.active & (control[1:] == 0)), control[0]
+
+
+def draw_next(weights: model.Params, slots: Slots, drafts: Int[Array, "S K"], *,
+              config: model.DecoderConfig, sampling: SamplingParams,
+              ) -> tuple[Slots, dict[str, jax.Array]]:
+    """Reads the newest token of each row and K drafted to follow it, and draws the next of each.
+
+    The row keeps those up to the first that differs from the draft, that is EOS, or that reaches
+    its limit. Keys and values of the positions after these are overwritten before they are seen.
+
+    Returns:
+        The slots, `tokens` int32[S, K + 1] and their log-probs float32[S, K + 1]."""
+    rows, positions = drafts.shape[0], drafts.shape[1] + 1
+    eos = jnp.array(sampling.eos_ids, jnp.int32)
+    tokens = jnp.concatenate([slots.token[:, None], jnp.maximum(drafts, 0)], axis=1)
+    hidden, cache = model.decode(config, weights, tokens, slots.length, slots.cache)
+
+    fold_in = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+    keys = fold_in(slots.key, slots.generated[:, None] + jnp.arange(positions)[None])
+    logits = next_token_logits(weights, hidden.reshape(rows * positions, -1), config.unused_ids)
+    sampled = draw(logits, keys.reshape(-1), sampling)
+    drawn = {name: getattr(sampled, name).reshape(rows, positions)
+             for name in ("tokens", *recorded_logprobs(sampling))}
+
+    accepted = speculation.count_accepted(drawn["tokens"], drafts, eos)
+    count = jnp.where(slots.active, jnp.minimum(accepted, slots.limit - slots.generated), 0)
+    newest = jnp.take_along_axis(drawn["tokens"], jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    generated = slots.generated + count
+    return dataclasses.replace(
+        slots, cache=cache, token=jnp.where(slots.active, newest, slots.token),
+        length=slots.length + count, generated=generated,
+        active=slots.active & ~jnp.isin(newest, eos) & (generated < slots.limit)), drawn
 
 
 def steps_between_checks(platform: str, chunk: int) -> int:
@@ -332,6 +404,9 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
         decode=jax.jit(partial(decode, config=config, platform=platform),
                        static_argnames=("sampling", "chunk"),
                        out_shardings=(slots, replicated), donate_argnums=1),
+        speculate=jax.jit(partial(speculate, config=config),
+                          static_argnames=("sampling", "chunk", "drafted"),
+                          out_shardings=(slots, replicated), donate_argnums=1),
         grow=jax.jit(partial(grow, axes=sequence_axes), static_argnames="capacity",
                      out_shardings=layer),
         compact_cache=jax.jit(partial(compact, mesh=mesh, shardings=layer), out_shardings=layer),
