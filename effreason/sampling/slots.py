@@ -214,16 +214,20 @@ def draw_next(weights: model.Params, slots: Slots, drafts: Int[Array, "S K"], *,
     tokens = jnp.concatenate([slots.token[:, None], jnp.maximum(drafts, 0)], axis=1)
     hidden, cache = model.decode(config, weights, tokens, slots.length, slots.cache)
 
-    fold_in = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
-    keys = fold_in(slots.key, slots.generated[:, None] + jnp.arange(positions)[None])
+    numbers = slots.generated[:, None] + jnp.arange(positions)[None]
+    keys = jax.vmap(jax.random.fold_in)(jnp.repeat(slots.key, positions), numbers.reshape(-1))
     logits = next_token_logits(weights, hidden.reshape(rows * positions, -1), config.unused_ids)
-    sampled = draw(logits, keys.reshape(-1), sampling)
+    sampled = draw(logits, keys, sampling)
     drawn = {name: getattr(sampled, name).reshape(rows, positions)
              for name in ("tokens", *recorded_logprobs(sampling))}
 
-    accepted = speculation.count_accepted(drawn["tokens"], drafts, eos)
-    count = jnp.where(slots.active, jnp.minimum(accepted, slots.limit - slots.generated), 0)
-    newest = jnp.take_along_axis(drawn["tokens"], jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    if positions == 1:                      # the same as below, in fewer operations
+        count, newest = slots.active.astype(jnp.int32), drawn["tokens"][:, 0]
+    else:
+        accepted = speculation.count_accepted(drawn["tokens"], drafts, eos)
+        count = jnp.where(slots.active, jnp.minimum(accepted, slots.limit - slots.generated), 0)
+        newest = jnp.take_along_axis(drawn["tokens"], jnp.maximum(count - 1, 0)[:, None],
+                                     axis=1)[:, 0]
     generated = slots.generated + count
     return dataclasses.replace(
         slots, cache=cache, token=jnp.where(slots.active, newest, slots.token),
