@@ -5,7 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from effreason import __version__
 from effreason.data.presets import PRESETS
@@ -13,6 +14,7 @@ from effreason.data.templates import Template
 from effreason.evaluation import wording
 from effreason.evaluation.statistics import Summary
 from effreason.lm.hf.hub import is_hub_id, public_name
+from effreason.lm.hf.pretrained import CARD_FILE
 from effreason.runs.session import Inputs
 from effreason.runtime.config import Config
 from effreason.runtime.progress import duration
@@ -47,7 +49,9 @@ def model_card(config: Config, inputs: Inputs, *, step: int, alpha: float,
         base_model=base if revision else None,
         base_model_relation=("adapter" if adapter else "finetune") if revision else None,
         library_name="peft" if adapter else "transformers", pipeline_tag="text-generation",
-        tags=TAGS + ["lora"] * adapter, datasets=_hub_datasets(inputs)).to_yaml()
+        tags=TAGS + ["lora"] * adapter, datasets=_hub_datasets(inputs),
+        model_name=f"{base}, alpha {alpha:g}", eval_results=_eval_results(inputs, after),
+        **_license(inputs.pretrained.directory)).to_yaml()
 
     training = {
         "base model": f"{base} at commit {revision}" if revision else base, "alpha": f"{alpha:g}",
@@ -127,6 +131,33 @@ def _hub_datasets(inputs: Inputs) -> list[str] | None:
     ids = [PRESETS[source.name].hub if source.name in PRESETS else source.name
            for source in inputs.problems.sources]
     return [name for name in ids if name and is_hub_id(name) and not Path(name).exists()] or None
+
+
+def _license(base: Path) -> dict[str, str]:
+    """Returns the license that the base's own card names; weights trained from it inherit it."""
+    if not (base / CARD_FILE).is_file():
+        return {}
+    try:
+        data = ModelCard.load(base / CARD_FILE, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):        # somebody's file, which decides nothing else
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+
+
+def _eval_results(inputs: Inputs, after: Summary | None) -> list[EvalResult] | None:
+    """Returns accuracy and tokens for the Hub's table of results; None = not measured."""
+    name = next(iter(inputs.held_out), None)
+    if name is None or after is None:
+        return None
+    preset = PRESETS.get(name)
+    dataset = preset.hub if preset and preset.hub else public_name(name)
+    return [EvalResult(
+        task_type="text-generation", dataset_type=dataset, dataset_name=public_name(name),
+        dataset_split=preset.test if preset else None, metric_type=kind, metric_name=metric,
+        metric_value=round(value, 4))
+        for kind, metric, value in (
+            ("accuracy", f"accuracy, {after.problems:,} problems", after.accuracy),
+            ("tokens", "mean tokens of a response", after.tokens))]
 
 
 def _evaluation(name: str | None, before: Summary | None, after: Summary | None) -> list[str]:

@@ -39,11 +39,12 @@ AFTER = SimpleNamespace(accuracy=0.76, tokens=2500.0, by_level={
 def card(*, base=BASE, revision=COMMIT, user_prompt=USER_PROMPT, before=BEFORE, after=AFTER,
          template=None, alpha=0.1,
          sources=("gsm8k", "openai/other", "data/my.jsonl/x", "tiny"), update=None, reward=None,
-         adapters=None, **sections):
+         adapters=None, directory=Path("no-such-directory"), **sections):
     config = Config(rollout=RolloutConfig(max_new_tokens=32_000), kl=KLConfig(form="none"),
                     update=update or UpdateConfig(), reward=reward or RewardConfig(), **sections)
     inputs = SimpleNamespace(
-        pretrained=SimpleNamespace(base=base, revision=revision, adapters=adapters),
+        pretrained=SimpleNamespace(base=base, revision=revision, adapters=adapters,
+                                   directory=directory),
         held_out={"math500": []},
         problems=SimpleNamespace(sources=[SimpleNamespace(name=name) for name in sources]),
         template=template or Template("r1_think", "{{ messages }}", user_prompt))
@@ -73,6 +74,28 @@ def test_the_header_is_what_the_hub_reads():
     assert "efficient-reasoning" in table["tags"]
     parsed = huggingface_hub.ModelCard(card())
     assert parsed.data.to_dict() == table and parsed.text.strip().startswith("# deepseek-ai/")
+
+
+def test_the_header_has_the_measurements_and_the_license_of_the_base(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\n---\n# Base")
+    data = huggingface_hub.ModelCard(card(directory=tmp_path)).data
+    assert (data.license, data.license_name, data.license_link) == (
+        "other", "qwen-research", "LICENSE")
+    assert [(result.dataset_type, result.dataset_name, result.dataset_split, result.metric_type,
+             result.metric_value) for result in data.eval_results] == [
+        ("HuggingFaceH4/MATH-500", "math500", "test", "accuracy", 0.76),
+        ("HuggingFaceH4/MATH-500", "math500", "test", "tokens", 2500.0)]
+    assert data.model_name == f"{BASE}, alpha 0.1"
+
+    unmeasured = huggingface_hub.ModelCard(card(after=None)).data
+    assert unmeasured.eval_results is None and unmeasured.license is None
+
+
+@pytest.mark.parametrize("text", ["# no header", "---\nlicense: [\n---\n", "---\n- a\n---\n", ""])
+def test_a_card_of_the_base_that_cannot_be_read_names_no_license(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert "license" not in header(card(directory=tmp_path))
 
 
 def test_the_evaluation_by_level():
@@ -143,7 +166,7 @@ def test_a_local_base_model_is_named_without_its_path():
     text = card(base="/home/someone/secret/runs/7/model", revision=None)
     assert "secret" not in text and "base_model" not in header(text) and "# model, taught" in text
     assert header(card(base="tiny", revision=None, sources=["tiny"])).keys() == {
-        "library_name", "pipeline_tag", "tags"}
+        "library_name", "pipeline_tag", "tags", "model-index"}
 
 
 def test_the_example_is_python():

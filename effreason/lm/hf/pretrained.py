@@ -83,7 +83,7 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
                         f"{revision}")
     try:
         directory, commit = hub.find(str(SHIPPED_REASONER) if base == "tiny" else base, revision, (
-            *COMPANIONS, FACTS_FILE, weights.INDEX_FILE, hub.ADAPTER_FILE,
+            *COMPANIONS, CARD_FILE, FACTS_FILE, weights.INDEX_FILE, hub.ADAPTER_FILE,
             f"{TEMPLATE_FOLDER}/*.jinja"))
     except UserError as error:
         of_adapter = f"{path}: holds an adapter, whose base cannot be opened; " * (path != base)
