@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
@@ -133,7 +134,7 @@ def _hub_datasets(inputs: Inputs) -> list[str] | None:
     return [name for name in ids if name and is_hub_id(name) and not Path(name).exists()] or None
 
 
-def _license(base: Path) -> dict[str, str]:
+def _license(base: Path) -> dict[str, Any]:
     """Returns the license that the base's own card names; weights trained from it inherit it."""
     if not (base / CARD_FILE).is_file():
         return {}
