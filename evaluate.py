@@ -3,6 +3,8 @@
 import sys
 
 from effreason.cli import main
+from effreason.runtime import errors
 
 if __name__ == "__main__":
-    sys.exit(main.script("evaluate"))
+    errors.prepare()
+    sys.exit(main.run("evaluate", sys.argv[1:], "evaluate.py"))

@@ -139,7 +139,7 @@ def test_the_way_from_train_py_to_the_loss_is_short(world, tmp_path, monkeypatch
 
     frames = [*caught.value.args[0], "effreason/rl/update.py: policy_loss"]
     print("\n".join(frames))
-    assert frames[0] == "train.py: <module>" and len(frames) <= 9
+    assert frames[0] == "train.py: <module>" and len(frames) <= 10
 
 
 # What a run leaves

@@ -58,12 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(command, rest, f"effreason {command}")
 
 
-def script(command: str) -> int:
-    """Runs the script of a checkout that is called as a command is; returns the exit code."""
-    errors.prepare()
-    return run(command, sys.argv[1:], f"{command}.py")
-
-
 def run(command: str, argv: Sequence[str], prog: str) -> int:
     """Runs a subcommand; returns the exit code.
 

@@ -53,21 +53,17 @@ def run(argv: Sequence[str], prog: str) -> None:
 
     with distributed.joined(config.distributed):
         with only_json(values.json):
-            directory = _train(config, family)
+            if family is None:
+                from effreason import loop
+
+                directory = loop.train(config)
+            else:
+                from effreason.cli import family as families
+
+                directory = families.train(config, *family)
         if values.json and processes.is_primary():
             name = "summary.json" if family is None else "family.json"
             print((directory / name).read_text(encoding="utf-8"), end="")
-
-
-def _train(config: Config, family: tuple[list[float], list[str], list[float]] | None) -> Path:
-    """Trains a model, or a family; returns the directory."""
-    if family is None:
-        from effreason import loop
-
-        return loop.train(config)
-    from effreason.cli import family as families
-
-    return families.train(config, *family)
 
 
 def check(config: Config) -> None:
