@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,17 +105,16 @@ def _described_devices(target: Target) -> Any:
 @contextlib.contextmanager
 def traceable(target: Target) -> Iterator[None]:
     """Lets programs for the target be traced and compiled on this machine."""
-    parts = target.chip.multiprocessors
-    if parts is None:
+    if target.kind == "cpu":
         yield
         return
 
-    # JAX would keep programs for a described GPU, and fail to read them back.
-    settings: Any = jax.config
+    # JAX would keep programs for described devices, and fail to read them back.
+    parts, settings = target.chip.multiprocessors, cast(Any, jax.config)
     is_enabled = settings.jax_enable_compilation_cache
     settings.update("jax_enable_compilation_cache", False)
     try:
-        with cudnn.described(parts.capability):
+        with cudnn.described(parts.capability) if parts else contextlib.nullcontext():
             yield
     finally:
         settings.update("jax_enable_compilation_cache", is_enabled)

@@ -639,10 +639,11 @@ def test_weights_on_a_tpu_are_gathered_whole(config, monkeypatch, flags, permute
         rollout=dataclasses.replace(setting.rollout, max_new_tokens=960))
     decoder = dataclasses.replace(shapes.open_decoder(setting), width=1536, mlp_width=8960,
                                   dtype=jnp.bfloat16)
-    mesh = compile.target_mesh(setting, chips.parse("tpu:v5e:4x4"))
+    target = chips.parse("tpu:v5e:4x4")
+    mesh = compile.target_mesh(setting, target)
     step = learner.Learner(setting, decoder, mesh, tries_kernels=False).lowered(
         setting, width=1024, micro_batches=1)
-    with jax.set_mesh(mesh), compile.quiet_stderr():
+    with jax.set_mesh(mesh), compile.quiet_stderr(), compile.traceable(target):
         cost = costs.read(step.lower["score"]().compile().as_text())
     shard = 2 * 1536 * 8960 / 16
     sent = sum(one.bytes for one in cost.collectives

@@ -13,7 +13,7 @@ from decoders import QWEN2, mesh
 
 from effreason.lm import model
 from effreason.planning import chips, hlo
-from effreason.planning.compile import quiet_stderr, target_mesh
+from effreason.planning.compile import quiet_stderr, target_mesh, traceable
 from effreason.runtime import sharding
 from effreason.runtime.config import Config, MeshConfig
 from effreason.sampling.draws import SamplingParams, draw
@@ -65,8 +65,9 @@ def test_a_step_on_a_tpu_does_not_copy_the_head():
         pytest.skip("needs libtpu, the extra `tpu`, which compiles for TPUs on any Linux machine")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     config = dataclasses.replace(Config(), mesh=MeshConfig(data=1, fsdp=8, tensor=2))
-    target = target_mesh(config, chips.parse("tpu:v5e:4x4"))
-    module, body = step(compiled_decode(WIDE, target))
+    machine = chips.parse("tpu:v5e:4x4")
+    with traceable(machine):
+        module, body = step(compiled_decode(WIDE, target_mesh(config, machine)))
     assert not loops(module, body.name)
 
     head = WIDE.vocabulary * WIDE.width / 2         # split over tensor
@@ -88,8 +89,10 @@ def test_a_step_on_a_tpu_does_not_copy_the_head():
 def test_a_step_on_gpus_has_no_loop_inside():
     """A cumulative sum over blocks split over devices would be two, of a turn for each block."""
     config = dataclasses.replace(Config(), mesh=MeshConfig(data=1, fsdp=4, tensor=2))
-    target = target_mesh(config, chips.parse("gpu:h100:8"))
-    module, body = step(compiled_decode(WIDE, target, layout="transposed"))
+    machine = chips.parse("gpu:h100:8")
+    with traceable(machine):
+        module, body = step(compiled_decode(WIDE, target_mesh(config, machine),
+                                            layout="transposed"))
     assert not loops(module, body.name)
 
 
