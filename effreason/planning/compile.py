@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from effreason.lm import cudnn, kv_cache, model
@@ -113,11 +114,13 @@ def traceable(target: Target) -> Iterator[None]:
     parts, settings = target.chip.multiprocessors, cast(Any, jax.config)
     is_enabled = settings.jax_enable_compilation_cache
     settings.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()         # the setting is read once, by the first compilation
     try:
         with cudnn.described(parts.capability) if parts else contextlib.nullcontext():
             yield
     finally:
         settings.update("jax_enable_compilation_cache", is_enabled)
+        compilation_cache.reset_cache()
 
 
 def cache_limits(config: Config, decoder: model.DecoderConfig, target: Target,
