@@ -64,7 +64,7 @@ def run(command: str, argv: Sequence[str], prog: str) -> int:
     A mistake of the user, a signal, a full disk, memory that runs out and a package that is missing
     end it with one line, a defect with a traceback.
     Args: argv, the arguments after the command; prog, the command's name in its help."""
-    options = list(itertools.takewhile(lambda part: part != "--", argv))
+    options = _options(argv)
     streams.quiet = not QUIET.isdisjoint(options)
     argv = [*(part for part in options if part not in QUIET), *argv[len(options):]]
     try:
@@ -85,11 +85,16 @@ def run(command: str, argv: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _options(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments before --, after which nothing is an option."""
+    return list(itertools.takewhile(lambda part: part != "--", argv))
+
+
 def as_spelt(argv: Sequence[str]) -> list[str]:
     """Returns the arguments with options spelt as --section.field_name and --other-option.
 
     Dashes and underscores may be used for each other in the names of options."""
-    options = list(itertools.takewhile(lambda part: part != "--", argv))
+    options = _options(argv)
     return [*map(_as_spelt, options), *argv[len(options):]]
 
 
