@@ -94,7 +94,7 @@ class Rows:
                                     # last one
     positions: jax.Array            # int32[..., R, N], of each token in its sequence
     segments: jax.Array             # int32[..., R, N], the sequence within the row, from 1;
-                                    # 0 = padding
+                                    # 0 = padding; see attention.branch
     response_index: jax.Array       # int32[..., R, N], flat index into [B, T] of the response token
                                     # that is the target; B * T = none
     settings: jax.Array | None = None   # float32[..., R, N], of the dial for each sequence; None =

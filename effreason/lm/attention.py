@@ -1,8 +1,9 @@
 """Attention over whole packed rows, for training: four implementations, on one device or a mesh.
 
-A position sees itself and earlier positions of its own sequence. A row packs several sequences. If
-rows are split over the mesh axis `context`, their columns are in zig-zag order, so that every shard
-has the same share of the causal work, and keys and values are gathered.
+A position sees itself and earlier positions of its own sequence. A row packs several sequences,
+which may share their beginning (`branch`). If rows are split over the mesh axis `context`, their
+columns are in zig-zag order, so that every shard has the same share of the causal work, and keys
+and values are gathered.
 
 B rows, N positions, n of them on this device, H query heads, K key/value heads, R = H / K, h head
 width.
@@ -31,6 +32,8 @@ Keys = Float[Array, "B N K h"]      # and values
 
 IMPLEMENTATIONS = ("xla", "blockwise", "splash", "cudnn_packed", "cudnn")
 CHECKPOINT_NAME = "attention"       # by which a rematerialization policy saves the result
+SEES_BRANCHES = ("xla", "blockwise")
+BRANCH = 2**16                      # segments are numbered below it, see `branch`
 XLA_LENGTH = 1024                   # positions; of longer rows, whole rows of scores cost too much
 QUERY_BLOCK, QUERY_BLOCKS = 64, 8   # xla: fewest queries that share their keys; most blocks
 TILE = 256                          # blockwise: positions, the side of a tile of scores
@@ -82,6 +85,17 @@ def choose_attention(platform: str, *, head_dim: int, dtype: DTypeLike, length: 
     return "xla" if length <= XLA_LENGTH else "blockwise"
 
 
+def branch(segment: int, number: int) -> int:
+    """Returns the segment of a sequence that continues another one's last position.
+
+    It sees the positions of `segment` as well as its own. So responses to one prompt can share it.
+
+    Args:
+        segment: Of what is continued, from 1.
+        number: Of the continuation, from 1; 0 is the beginning itself."""
+    return segment + BRANCH * number
+
+
 def sequences_per_row(implementation: str) -> int | None:
     """Returns how many sequences a row may hold; None = any number."""
     return {"cudnn": 1, "cudnn_packed": cudnn.MOST_SEQUENCES}.get(implementation)
@@ -125,9 +139,10 @@ def causal_attention(query: Float[Array, "B N H h"], key: Keys, value: Keys,
     """Attends from each position to itself and earlier ones of its sequence; float32 softmax.
 
     Args:
-        segments: Which sequence of its row a position belongs to, from 1; 0 = padding. Under a mesh
-            whose axis `context` is longer than 1, columns are in the order of `zigzag`. None = one
-            sequence per row, in order.
+        segments: Which sequence of its row a position belongs to, from 1; 0 = padding. Those that
+            continue another one (`branch`) are for SEES_BRANCHES alone. Under a mesh whose axis
+            `context` is longer than 1, columns are in the order of `zigzag`. None = one sequence
+            per row, in order.
         implementation: One of IMPLEMENTATIONS; not used if segments is None.
 
     Returns:
@@ -230,7 +245,8 @@ def _visible(segments: Int[Array, "... n"], key_segments: Int[Array, "... N"],
                                                                                    "... n N"]:
     """Which keys each query sees. Padding is a segment too, so that every query sees a key: no
     softmax is empty."""
-    same_sequence = segments[..., :, None] == key_segments[..., None, :]
+    own, seen = segments[..., :, None], key_segments[..., None, :]
+    same_sequence = (own == seen) | (own % BRANCH == seen)
     causal = positions[:, None] >= key_positions[None, :]
     return same_sequence & jnp.broadcast_to(causal, same_sequence.shape)
 
@@ -333,8 +349,9 @@ def _query_tile(queries: tuple[Array, ...], keys: tuple[Array, ...]) -> Float[Ar
             total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
             return mixed * shrink + product, total, new_max
 
-        is_reached = ((first <= jnp.max(positions)) & (jnp.min(segments) <= jnp.max(key_segments))
-                      & (jnp.min(key_segments) <= jnp.max(segments)))
+        is_reached = ((first <= jnp.max(positions)) & _overlap(segments % BRANCH,
+                                                               key_segments % BRANCH)
+                      & (_overlap(segments, key_segments) | (jnp.min(key_segments) < BRANCH)))
         return jax.lax.cond(is_reached, attend, lambda carry: carry, carry), None
 
     # zeros_like, so that under shard_map the carry varies over the same mesh axes as the queries.
@@ -344,6 +361,11 @@ def _query_tile(queries: tuple[Array, ...], keys: tuple[Array, ...]) -> Float[Ar
     # The padding of the last tile sees no key.
     mixed = mixed / jnp.where(total > 0, total, 1)
     return _ungroup(mixed[None], len(query))[0].astype(query.dtype)
+
+
+def _overlap(some: Int[Array, " n"], others: Int[Array, " N"]) -> Bool[Array, ""]:
+    """Whether the ranges of two lists of numbers overlap."""
+    return (jnp.min(some) <= jnp.max(others)) & (jnp.min(others) <= jnp.max(some))
 
 
 def _splash_kernel(length: int, parts: int) -> Any:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from effreason.lm import kv_cache
-from effreason.lm.attention import sequences_per_row
+from effreason.lm.attention import SEES_BRANCHES, sequences_per_row
 from effreason.lm.kernels import KERNELS
 from effreason.lm.model import DecoderConfig
 from effreason.planning import analytic, chips, compile, estimates, workloads
@@ -96,7 +96,8 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens,
                                        prompt_tokens=inputs.prompt_tokens,
                                        sequences_per_row=sequences_per_row(attention),
-                                       skips_others=attention == "cudnn_packed")
+                                       skips_others=attention == "cudnn_packed",
+                                       shares_prompts=attention in SEES_BRANCHES)
     # Without a kernel a decode step reads the whole cache, live or not.
     has_kernel = kv_cache.resolve_layout(
         config.rollout.cache_layout, target.kind, decoder.head_dim, decoder.dtype,

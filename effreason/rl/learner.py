@@ -175,7 +175,8 @@ class Learner:
         self.scores_policy = self._first_scored < self._updates
         self._pack = functools.partial(
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
-            slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention))
+            slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention),
+            shares_prompts=decoder.attention in attention.SEES_BRANCHES)
 
     def start(self, weights: model.Params, seed: int, stored: model.Params | None = None, *,
               keeps: bool = True) -> TrainState:

@@ -4,6 +4,7 @@ U optimizer updates, M micro-batches of R rows, N positions of a row, B = P * G 
 response slots.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from effreason.lm.attention import zigzag
+from effreason.lm.attention import branch, zigzag
 from effreason.types import Packed, Rollouts, Rows
 
 LONG_ROW = 4096         # positions at which attention costs about as much as matrix products
@@ -50,7 +51,7 @@ def room(responses: int, *, rows: int, updates: int = 1) -> tuple[int, int, int]
 
 
 def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int = 1,
-         context: int = 1, sequences_per_row: int | None = None,
+         context: int = 1, sequences_per_row: int | None = None, shares_prompts: bool = False,
          settings: Float[np.ndarray, " P"] | None = None) -> Packed:
     """Packs prompts and responses into rows; response b belongs to optimizer update b % U.
 
@@ -65,13 +66,18 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
         context: Size of the mesh axis; columns are in zig-zag order, which splits causal work
             evenly.
         sequences_per_row: At most; None = any number. Some attention kernels have a limit.
+        shares_prompts: Responses of one group in one row share their prompt; not every attention
+            can.
         settings: Of the dial, for each prompt's group; None if there is no dial."""
     group_size, lengths = rollouts.tokens.shape[1], rollouts.lengths.reshape(-1)
-    sizes = np.repeat(rollouts.prompt_lengths, group_size) + lengths
+    prompts = np.repeat(rollouts.prompt_lengths, group_size)
+    sizes = prompts + lengths
+    shared = Shared(group_size, prompts - 1) if shares_prompts else None
     no_response = len(sizes) * slots
     widths = row_widths(width, context, sequences_per_row)
     shares = [range(update, len(sizes), updates) for update in range(updates)]
-    assigned = [assign_rows(sizes, share, widths, rows, sequences_per_row) for share in shares]
+    assigned = [assign_rows(sizes, share, widths, rows, sequences_per_row, shared)
+                for share in shares]
 
     shape = room(len(sizes), rows=rows, updates=updates)
     groups: list[Rows] = []
@@ -85,8 +91,8 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
         columns = np.argsort(zigzag(width, context))
         for update in range(updates):
             for row, members in enumerate(assigned[update][group]):
-                for name, values in _pack_responses(rollouts, members, width, slots,
-                                                    settings).items():
+                for name, values in _pack_responses(rollouts, members, width, slots, settings,
+                                                    shares_prompts).items():
                     flat[name][update, row, columns] = values
 
         groups.append(Rows(**table))
@@ -95,34 +101,57 @@ def pack(rollouts: Rollouts, *, rows: int, width: int, slots: int, updates: int 
     return Packed(groups=tuple(groups), counts=tuple(counts))
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What the responses of a group share if they are in one row."""
+
+    group_size: int                 # G; response b belongs to group b // G
+    positions: Int[np.ndarray, " B"]    # that a row needs only once for all of them
+
+
 def assign_rows(sizes: Int[np.ndarray, " B"], members: Iterable[int], widths: Sequence[int],
-                rows: int, sequences_per_row: int | None = None) -> list[list[list[int]]]:
+                rows: int, sequences_per_row: int | None = None,
+                shared: Shared | None = None) -> list[list[list[int]]]:
     """Decides which sequences share a row.
 
     Each goes into the first row it fits, longest first, of the narrowest width that holds it. Room
-    left in wider rows, which are computed anyway, is filled before narrower rows are opened.
+    left in wider rows, which are computed anyway, is filled before narrower rows are opened. If
+    the responses of a group share positions, a row that has these positions is tried first.
 
     Args:
         sizes: Positions of all sequences.
         members: Indices of the sequences to assign.
         widths: Widths of rows, descending.
         rows: R; each width gets a multiple of it.
+        shared: None = nothing is shared.
 
     Returns:
         For each width its rows, each a list of members; rows may be empty."""
+    shared = shared or Shared(1, np.zeros_like(sizes))
     waiting = sorted(members, key=lambda member: (-int(sizes[member]), member))
+    first: dict[int, int] = {}
+    for order, member in enumerate(waiting):
+        first.setdefault(member // shared.group_size, order)
+    waiting.sort(key=lambda member: first[member // shared.group_size])     # groups stay together
     assigned = []
     for width, narrower in zip(widths, [*widths[1:], 0], strict=True):
         bins: list[list[int]] = []
         room: list[int] = []
+        holders: dict[int, list[int]] = {}      # the rows that have what a group shares
 
-        def place(member: int, bins: list[list[int]] = bins, room: list[int] = room) -> bool:
-            size = int(sizes[member])
-            row = next((index for index, free in enumerate(room) if free >= size), None)
+        def place(member: int, bins: list[list[int]] = bins, room: list[int] = room,
+                  holders: dict[int, list[int]] = holders) -> bool:
+            group, size = member // shared.group_size, int(sizes[member])
+            needed = size - int(shared.positions[member])
+            row = next((index for index in holders.get(group, ()) if room[index] >= needed), None)
             if row is None:
-                return False
+                row = next((index for index, free in enumerate(room) if free >= size), None)
+                if row is None:
+                    return False
+                needed = size
+                holders.setdefault(group, []).append(row)
             bins[row].append(member)
-            room[row] = 0 if len(bins[row]) == sequences_per_row else room[row] - size
+            room[row] = 0 if len(bins[row]) == sequences_per_row else room[row] - needed
             return True
 
         for member in [member for member in waiting if sizes[member] > narrower]:
@@ -139,6 +168,14 @@ def assign_rows(sizes: Int[np.ndarray, " B"], members: Iterable[int], widths: Se
     return assigned
 
 
+def positions(row: Sequence[int], sizes: Int[np.ndarray, " B"],
+              shared: Shared | None = None) -> int:
+    """Returns how many positions the members of a row fill."""
+    shared, row = shared or Shared(1, np.zeros_like(sizes)), list(row)
+    first = list({member // shared.group_size: member for member in row}.values())
+    return int(sizes[row].sum() - shared.positions[row].sum() + shared.positions[first].sum())
+
+
 def flatten(values: Shaped[np.ndarray, "P G T0"], slots: int) -> Shaped[np.ndarray, "B T"]:
     """Flattens values of response tokens to [B, slots], padded with 0 on the right."""
     return np.pad(values.reshape(-1, values.shape[-1]), ((0, 0), (0, slots - values.shape[-1])))
@@ -152,35 +189,68 @@ def packing_efficiency(packed: Packed) -> float:
 
 
 def _pack_responses(rollouts: Rollouts, members: Sequence[int], width: int, slots: int,
-                    settings: Float[np.ndarray, " P"] | None) -> dict[str, np.ndarray]:
+                    settings: Float[np.ndarray, " P"] | None,
+                    shares_prompts: bool) -> dict[str, np.ndarray]:
     """Packs prompt and response of each member into one row, with the targets' response index."""
-    sequences, end = [], 0
-    response_index = np.full(width, rollouts.lengths.size * slots, np.int32)
+    group_size = rollouts.tokens.shape[1]
+    by_prompt: dict[int, list[int]] = {}
     for member in members:
-        prompt, sample = divmod(member, rollouts.tokens.shape[1])
-        start, length = rollouts.prompt_lengths[prompt], rollouts.lengths[prompt, sample]
-        sequences.append(np.concatenate([rollouts.prompts[prompt, :start],
-                                         rollouts.tokens[prompt, sample, :length]]))
-        end += len(sequences[-1])
-        # A response token is the target of the position before it.
-        response_index[end - 1 - length : end - 1] = member * slots + np.arange(length)
-    row = pack_row(sequences, width) | {"response_index": response_index}
+        by_prompt.setdefault(member // group_size, []).append(member)
+
+    row = _empty_row(width) | {
+        "response_index": np.full(width, rollouts.lengths.size * slots, np.int32)}
     if settings is not None:
-        by_member = [0.0] + [settings[member // rollouts.tokens.shape[1]] for member in members]
-        row["settings"] = np.array(by_member, np.float32)[row["segments"]]
+        row["settings"] = np.zeros(width, np.float32)
+    end = segment = 0
+
+    def add(prompt: int, tokens: Int[np.ndarray, " n"], segment: int, position: int = 0) -> None:
+        nonlocal end
+        own = _put(row, end, tokens, segment, position)
+        end = own.stop
+        if settings is not None:
+            row["settings"][own] = settings[prompt]
+
+    for prompt, group in by_prompt.items():
+        shares = shares_prompts and len(group) > 1
+        beginning = rollouts.prompts[prompt, : rollouts.prompt_lengths[prompt]]
+        kept = len(beginning) - 1 if shares else 0      # each response has a target of its own
+        if kept:                                        # for the last token
+            add(prompt, beginning[:kept], segment + 1)
+        for number, member in enumerate(group, start=1):
+            length = rollouts.lengths.flat[member]
+            tokens = np.concatenate([beginning[kept:],
+                                     rollouts.tokens[prompt, member % group_size, :length]])
+            if kept:
+                add(prompt, tokens, branch(segment + 1, number), kept)
+            else:
+                segment += 1
+                add(prompt, tokens, segment)
+            # A response token is the target of the position before it.
+            row["response_index"][end - 1 - length : end - 1] = member * slots + np.arange(length)
+        segment += bool(kept)
     return row
 
 
 def pack_row(sequences: Iterable[Int[np.ndarray, " n"]],
              width: int) -> dict[str, Int[np.ndarray, " N"]]:
     """Returns tokens, targets, positions and segments of a row: sequences one after another."""
-    row = {name: np.zeros(width, np.int32) for name in FIELDS}
-    start = 0
+    row, end = _empty_row(width), 0
     for segment, sequence in enumerate(sequences, start=1):
-        end = start + len(sequence)
-        row["tokens"][start:end] = sequence
-        row["targets"][start : end - 1] = sequence[1:]
-        row["positions"][start:end] = np.arange(len(sequence))
-        row["segments"][start:end] = segment
-        start = end
+        end = _put(row, end, sequence, segment).stop
     return row
+
+
+def _empty_row(width: int) -> dict[str, np.ndarray]:
+    return {name: np.zeros(width, np.int32) for name in FIELDS}
+
+
+def _put(row: dict[str, np.ndarray], start: int, tokens: Int[np.ndarray, " n"], segment: int,
+         position: int = 0) -> slice:
+    """Puts a sequence into a row, and returns its columns.
+
+    Args: position, of its first token."""
+    own = slice(start, start + len(tokens))
+    row["tokens"][own], row["segments"][own] = tokens, segment
+    row["targets"][start : own.stop - 1] = tokens[1:]
+    row["positions"][own] = position + np.arange(len(tokens))
+    return own

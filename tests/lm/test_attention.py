@@ -59,7 +59,8 @@ def oracle(query, key, value, cotangent, segments):
                                     for x in (query, key, value, cotangent))
     group, scale, length = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5, query.shape[2]
     key, value = (np.repeat(x, group, axis=1) for x in (key, value))
-    visible = ((segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
+    own, other = segments[:, :, None], segments[:, None, :]
+    visible = (((own == other) | (own % attention.BRANCH == other)) & (own > 0)
                & np.tri(length, dtype=bool))
     weights = np.exp(query @ key.swapaxes(2, 3) * scale) * visible[:, None]
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
@@ -100,6 +101,34 @@ def test_packed_rows_are_numpys(implementation, shape, lengths):
     segments = np.stack([packed(row, shape[0]) for row in lengths])
     given = arrays(2, *shape)
     check(compiled(implementation)(*given, segments), oracle(*given, segments))
+
+
+def branched(groups, length):
+    """One row of sequences that share their beginnings. Args: groups, the length of each beginning
+    and of what continues it."""
+    numbers = [attention.branch(segment, number) for segment, lengths in enumerate(groups, start=1)
+               for number, count in enumerate(lengths) for _ in range(count)][:length]
+    return np.pad(np.array(numbers, np.int32), (0, length - len(numbers)))
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@settings(max_examples=25)
+@given(shape=st.sampled_from(SHAPES), groups=st.lists(
+    st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), max_size=4), min_size=2,
+    max_size=2))
+def test_sequences_that_share_their_beginning_see_it(implementation, shape, groups):
+    segments = np.stack([branched(row, shape[0]) for row in groups])
+    given = arrays(2, *shape)
+    check(compiled(implementation)(*given, segments), oracle(*given, segments))
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_shared_beginnings_on_eight_devices(implementation):
+    rows = [[[5, 9, 3, 20], [2, 11, 11]], [[30, 1, 1, 25]], [[40]], [[1, 1], [9, 40]]]
+    segments = np.stack([branched(row, 64) for row in rows])
+    given = arrays(4, 64, 4, 2, 8)
+    check(on_mesh(implementation, {"data": 2, "context": 4}, given, segments),
+          oracle(*given, segments))
 
 
 SPLASH_SEGMENTS = np.stack([packed([100, 41, 70], 256), packed([3, 253], 256)])

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from effreason.lm.attention import zigzag
+from effreason.lm.attention import BRANCH, zigzag
 from effreason.rl import packing, update
 from effreason.types import Rollouts
 
@@ -108,6 +108,75 @@ def test_every_sequence_is_in_one_row_whole_and_in_order(groups, rows, updates, 
                                                   response_index)
     assert sorted(seen) == [(prompt, sample) for prompt in range(len(groups))
                             for sample in range(4)]
+
+
+def test_a_group_shares_its_prompt():
+    packed = packing.pack(rollouts_of([5, 1], [[20, 3, 9], [7, 2, 2]]), rows=1, width=64, slots=20,
+                          shares_prompts=True)
+    (rows,), (count,) = packed.groups, packed.counts
+    assert count.tolist() == [1]
+    row = {name: getattr(rows, name)[0, 0, 0] for name in (*packing.FIELDS, "response_index")}
+    # Four tokens of the prompt, then each response after the last one, longest first. A prompt of
+    # one token has nothing to share.
+    parts = [4, 21, 10, 4, 8, 3, 3]
+    segments = [1, 1 + BRANCH, 1 + 2 * BRANCH, 1 + 3 * BRANCH, 2, 3, 4]
+    np.testing.assert_array_equal(row["segments"], np.repeat([*segments, 0], [*parts, 64 - 53]))
+    assert row["tokens"][:6].tolist() == [0, 1, 2, 3, 4, 1000]
+    assert row["tokens"][25:28].tolist() == [4, 1200, 1201]
+    assert row["positions"][[3, 4, 5, 24, 25]].tolist() == [3, 4, 5, 24, 4]
+    assert row["targets"][[2, 3, 4, 24, 25]].tolist() == [3, 0, 1000, 0, 1200]
+    assert row["response_index"][[3, 4, 23, 24, 25]].tolist() == [120, 0, 19, 120, 40]
+    assert packing.packing_efficiency(packed) == 53 / 64
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(1, 40),
+                                     st.lists(st.integers(1, 90), min_size=4, max_size=4)),
+                           min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([1, 2]),
+                  st.sampled_from([1, 2]))
+def test_every_response_sees_its_own_sequence_and_is_scored_once(groups, rows, updates, context):
+    rollouts = rollouts_of([prompt for prompt, _ in groups], [lengths for _, lengths in groups])
+    width, slots = packing.row_width(130, context), 95
+    settings = dict(rows=rows, width=width, slots=slots, updates=updates, context=context)
+    packed = packing.pack(rollouts, **settings, shares_prompts=True)
+    scored = []
+    for table, counts in zip(in_row_order(packed, context), packed.counts, strict=True):
+        for which, row in np.ndindex(table["tokens"].shape[:2]):
+            tokens, segments, positions, index = (
+                table[name][which, row] for name in ("tokens", "segments", "positions",
+                                                     "response_index"))
+            assert row < counts[which] * rows or not segments.any()
+            for column in np.flatnonzero(index < rollouts.lengths.size * slots):
+                member, at = divmod(int(index[column]), slots)
+                prompt, sample = divmod(member, 4)
+                scored.append((member, at))
+                seen = np.flatnonzero((segments[: column + 1] == segments[column])
+                                      | (segments[: column + 1] == segments[column] % BRANCH))
+                whole = np.concatenate([
+                    rollouts.prompts[prompt, : rollouts.prompt_lengths[prompt]],
+                    rollouts.tokens[prompt, sample]])
+                last = rollouts.prompt_lengths[prompt] + at
+                np.testing.assert_array_equal(tokens[seen], whole[:last])
+                np.testing.assert_array_equal(positions[seen], np.arange(last))
+                assert table["targets"][which, row, column] == whole[last]
+                assert member % updates == which
+    lengths = rollouts.lengths.reshape(-1)
+    assert sorted(scored) == [(member, at) for member, length in enumerate(lengths)
+                              for at in range(length)]
+
+
+def test_shared_prompts_take_fewer_rows():
+    settings = dict(rows=2, width=256, slots=100)
+    rollouts = rollouts_of([120] * 4, np.random.default_rng(0).integers(10, 30, (4, 8)))
+    apart, shared = (packing.pack(rollouts, **settings, shares_prompts=shares).counts[0][0]
+                     for shares in (False, True))
+    assert (apart, shared) == (16, 4)
+
+
+def test_positions_of_a_row_count_what_is_shared_once():
+    sizes, shared = np.array([30, 40, 50, 60]), packing.Shared(2, np.array([9, 9, 20, 20]))
+    assert packing.positions([0, 1, 2], sizes) == 120
+    assert packing.positions([2, 0, 1], sizes, shared) == 111
+    assert packing.positions([], sizes, shared) == 0
 
 
 @pytest.mark.parametrize(("context", "one_per_row"), [(1, False), (4, False), (1, True)])

@@ -284,7 +284,7 @@ def test_score_rows_is_the_naive_score(config, tile):
 
 
 PACKING = {"rows": dict(), "one per row": dict(sequences_per_row=1),
-           "two updates": dict(updates=2)}
+           "two updates": dict(updates=2), "shared prompts": dict(shares_prompts=True)}
 
 
 @pytest.mark.parametrize("settings", PACKING.values(), ids=PACKING.keys())
