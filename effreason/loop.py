@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from effreason.data import prompts
@@ -524,11 +523,10 @@ def save(run: Run) -> None:
         FloatingPointError: the policy has diverged; nothing is written.
     """
     run.run_state.seconds = time.monotonic() - run.started
-    if run.rollouts is not None:    # finite weights may still give numbers that are not
-        logprobs = run.learner.score(run.policy(), run.rollouts)
-        if not bool(sharding.to_host(jnp.isfinite(logprobs).all())):
-            raise FloatingPointError(
-                f"step {run.step - 1}: after its update the model gives no finite log-probs")
+    # Finite weights may still give numbers that are not.
+    if run.rollouts is not None and not run.learner.is_finite(run.policy(), run.rollouts):
+        raise FloatingPointError(
+            f"step {run.step - 1}: after its update the model gives no finite log-probs")
     facts = origin(run.session.inputs) | dataclasses.asdict(run.run_state) | {
         "configuration": runs.deciding(run.config), "base_digest": run.base_digest}
     run.checkpoints.save(run.step, run.train_state, facts=facts)

@@ -274,6 +274,13 @@ class Learner:
         return self.programs.score(policy, rollouts.packed,
                                    sharding.to_device(np.int32(first), self.replicated))
 
+    def is_finite(self, policy: model.Params, rollouts: PackedRollouts) -> bool:
+        """Whether the policy's log-probs of the first micro-batch are finite numbers."""
+        counts = tuple(jnp.minimum(count, 1) for count in rollouts.packed.counts)
+        first = dataclasses.replace(
+            rollouts, packed=dataclasses.replace(rollouts.packed, counts=counts))
+        return bool(sharding.to_host(jnp.isfinite(self.score(policy, first)).all()))
+
     def score_reference(self, reference: model.Params | None,
                         rollouts: PackedRollouts) -> Float[Array, "B T"] | None:
         """Computes those by the reference; None if neither loss nor reward reads them."""
