@@ -259,7 +259,7 @@ def _policy_bytes(sizes: StepSizes) -> float:
 def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[Cost, Cost]:
     """Returns the cost of one micro-batch's forward pass, and of its forward and backward pass."""
     c, s = sizes.decoder, sizes.itemsize
-    rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
+    rows = workload.rows / (sizes.data * sizes.fsdp)
     tokens, pairs = rows * workload.width / sizes.context, rows * workload.width**2 / sizes.context
     pairs *= workload.pair_batches / workload.micro_batches  # averaged over the narrower rows
 
@@ -300,7 +300,7 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
 def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> tuple[float, float]:
     """Returns one chip's bytes for scoring, without the weights, and for gradients, with them."""
     c, s = sizes.decoder, sizes.itemsize
-    rows = config.update.rows_per_micro_batch / (sizes.data * sizes.fsdp)
+    rows = workload.rows / (sizes.data * sizes.fsdp)
     tokens = rows * workload.width / sizes.context
     activation = tokens * c.width * s
     width_f, width_d = c.mlp_width / sizes.tensor, c.width

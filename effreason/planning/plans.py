@@ -93,8 +93,11 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
     attention = learner.choose_attention(config, decoder, width, platform=target.kind,
                                          context=shape[3],
                                          capability=None if parts is None else parts.capability)
+    layout = learner.row_layout(
+        config, dataclasses.replace(decoder, attention=attention), config.data.max_prompt_tokens,
+        context=shape[3], shards=shape[0] * shape[1])
     workload = workloads.make_workload(config, mean_tokens=inputs.mean_tokens,
-                                       prompt_tokens=inputs.prompt_tokens,
+                                       prompt_tokens=inputs.prompt_tokens, layout=layout,
                                        sequences_per_row=sequences_per_row(attention),
                                        skips_others=attention == "cudnn_packed",
                                        shares_prompts=attention in SEES_BRANCHES)

@@ -61,12 +61,14 @@ def lengths(count: int, mean: float, most: int) -> np.ndarray:
 
 
 def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PROMPT_TOKENS,
-                  sequences_per_row: int | None = None, skips_others: bool = False,
-                  shares_prompts: bool = False) -> Workload:
-    """Returns the work of one step, with rows wide enough for the longest possible response.
+                  layout: tuple[int, int] | None = None, sequences_per_row: int | None = None,
+                  skips_others: bool = False, shares_prompts: bool = False) -> Workload:
+    """Returns the work of one step.
 
-    Args: skips_others, whether the attention computes no pairs of two sequences in a row;
-        shares_prompts, whether responses of one group in one row share their prompt.
+    Args: layout, positions of a row and rows of a micro-batch, None = those of the configuration,
+        with rows wide enough for the longest possible response; skips_others, whether the attention
+        computes no pairs of two sequences in a row; shares_prompts, whether responses of one group
+        in one row share their prompt.
     """
     settings, update = config.rollout, config.update
     responses = lengths(settings.prompts_per_step * settings.group_size, mean_tokens,
@@ -75,28 +77,28 @@ def make_workload(config: Config, *, mean_tokens: float, prompt_tokens: int = PR
     shared = (packing.Shared(settings.group_size, np.full_like(sizes, prompt_tokens - 1))
               if shares_prompts else None)
     context = config.mesh.context
-    widest = packing.row_width(config.data.max_prompt_tokens + settings.max_new_tokens, context)
+    widest, rows = layout or (packing.row_width(
+        config.data.max_prompt_tokens + settings.max_new_tokens, context),
+        update.rows_per_micro_batch)
     widths = packing.row_widths(widest, context, sequences_per_row)
     layouts = [packing.assign_rows(sizes, range(first, len(sizes), update.updates_per_batch),
-                                   widths, update.rows_per_micro_batch, sequences_per_row,
-                                   shared)
+                                   widths, rows, sequences_per_row, shared)
                for first in range(update.updates_per_batch)]
 
     count = pairs = 0.0
     for group, width in enumerate(widths):
-        batches = (sum(len(bins[group]) for bins in layouts)
-                   / (update.rows_per_micro_batch * update.updates_per_batch))
+        batches = sum(len(bins[group]) for bins in layouts) / (rows * update.updates_per_batch)
         count, pairs = count + batches * width / widest, pairs + batches * (width / widest) ** 2
     if skips_others:
-        pairs = float(np.sum(np.square(sizes / widest))) / update.rows_per_micro_batch
+        pairs = float(np.sum(np.square(sizes / widest))) / rows
         pairs /= update.updates_per_batch
     held = sum(packing.positions(row, sizes, shared)
                for bins in layouts for group in bins for row in group)
-    computed = count * update.rows_per_micro_batch * widest * update.updates_per_batch
-    room = -(-len(range(0, len(sizes), update.updates_per_batch)) // update.rows_per_micro_batch)
+    computed = count * rows * widest * update.updates_per_batch
+    room = -(-len(range(0, len(sizes), update.updates_per_batch)) // rows)
     return Workload(lengths=responses, prompt_tokens=prompt_tokens,
                     width=widest, micro_batches=count, pair_batches=pairs,
-                    room=room, widths=sum(widths) / widest, rows=update.rows_per_micro_batch,
+                    room=room, widths=sum(widths) / widest, rows=rows,
                     packing_efficiency=float(held / computed))
 
 

@@ -28,6 +28,8 @@ from effreason.sampling.draws import SamplingParams
 from effreason.sampling.engine import Sampler
 from effreason.types import Experience, Packed, Rollouts, Rows
 
+CHEAP_ATTENTION = 0.15  # of the operations of matrix products, for which wider rows are worth it
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedRollouts:
@@ -102,8 +104,8 @@ class Learner:
                  longest_prompt: int | None = None, *, tries_kernels: bool = True) -> None:
         check_divisible(config, decoder, mesh)
         context, slots = mesh.shape["context"], config.rollout.max_new_tokens
-        longest = (longest_prompt or config.data.max_prompt_tokens) + slots
-        width = packing.row_width(longest, context)
+        prompt = longest_prompt or config.data.max_prompt_tokens
+        width = packing.row_width(prompt + slots, context)
         device = mesh.devices.flat[0]
         base = dataclasses.replace(decoder, attention=choose_attention(
             config, decoder, width, platform=device.platform, context=context,
@@ -169,7 +171,8 @@ class Learner:
         self.abstract_reference = checkpoints.abstract(
             jax.eval_shape(self.as_reference, model.abstract_params(base)), reference)
         self.needs_reference = config.scores_reference
-        self._rows = config.update.rows_per_micro_batch
+        width, self._rows = row_layout(config, decoder, prompt, context=context,
+                                       shards=sharding.batch_shards(mesh))
         self._updates = config.update.updates_per_batch
         self._first_scored = config.first_scored_update
         self.scores_policy = self._first_scored < self._updates
@@ -473,6 +476,30 @@ def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *
     if reason := unsupported_reason(chosen, platform, **facts):
         raise UserError(f"model.attention {chosen} does not fit: {reason}")
     return chosen
+
+
+def row_layout(config: Config, decoder: model.DecoderConfig, prompt: int, *, context: int,
+               shards: int) -> tuple[int, int]:
+    """Returns positions of a row and rows of a micro-batch.
+
+    Rows in which responses share a prompt are wider and fewer, as long as attention costs little.
+
+    Args:
+        decoder: with the attention that was chosen.
+        prompt: tokens of the longest one.
+        shards: of the rows.
+    """
+    slots, rows = config.rollout.max_new_tokens, config.update.rows_per_micro_batch
+    if decoder.attention != "xla":
+        return packing.row_width(prompt + slots, context), rows
+    heads = decoder.heads * decoder.head_dim
+    layer = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim
+                             + 3 * decoder.mlp_width)
+    # A pair of positions costs 4 operations for each entry of a head, half of the pairs are causal;
+    # a position costs 2 for each weight.
+    cheap = int(CHEAP_ATTENTION * layer / heads)
+    return packing.shared_width(prompt, slots, rows, most=min(attention.XLA_LENGTH, cheap),
+                                shards=shards, context=context)
 
 
 def _passes_trial(decoder: model.DecoderConfig, mesh: Mesh, kernel: str) -> bool:

@@ -31,6 +31,28 @@ def row_width(longest: int, context: int = 1) -> int:
     return -(-longest // unit) * unit
 
 
+def shared_width(prompt: int, slots: int, rows: int, *, most: int, shards: int = 1,
+                 context: int = 1) -> tuple[int, int]:
+    """Returns N and R for rows in which several responses share a prompt.
+
+    As many as fit into `most` positions, if the micro-batch gets no larger by it.
+
+    Args:
+        prompt: Tokens of the longest one.
+        slots: T.
+        rows: R, if a row has room for one of the longest sequences.
+        most: At least that.
+        shards: Of the rows; R is a multiple of it."""
+    width = row_width(prompt + slots, context)
+    count = (most - prompt + 1) // (slots + 1)
+    for responses in range(count, 1, -1):
+        wider = row_width(prompt - 1 + responses * (slots + 1), context)
+        fewer = rows * width // wider // shards * shards
+        if fewer and width < wider <= most:
+            return wider, fewer
+    return width, rows
+
+
 def row_widths(width: int, context: int = 1, sequences_per_row: int | None = None) -> list[int]:
     """Returns the row widths to compile, widest first, each half the previous.
 

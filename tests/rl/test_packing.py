@@ -265,3 +265,16 @@ def test_values_are_flattened_and_padded():
     values = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
     np.testing.assert_array_equal(packing.flatten(values, 4),
                                   np.pad(values.reshape(4, 3), ((0, 0), (0, 1))))
+
+
+@pytest.mark.parametrize(("prompt", "slots", "rows", "most", "shards", "expected"), [
+    (64, 256, 4, 1024, 1, (864, 1)),        # 63 + 3 * 257 positions, three responses
+    (64, 256, 4, 1024, 2, (608, 2)),        # two rows at least: as many positions as before
+    (250, 128, 4, 1024, 1, (1024, 1)),      # 249 + 6 * 129
+    (64, 256, 1, 1024, 1, (320, 1)),        # a micro-batch has room for one response
+    (64, 256, 4, 500, 1, (320, 4))])        # wider rows would cost too much
+def test_rows_of_shared_prompts_are_wide_enough_for_several_responses(prompt, slots, rows, most,
+                                                                      shards, expected):
+    width, fewer = packing.shared_width(prompt, slots, rows, most=most, shards=shards)
+    assert (width, fewer) == expected
+    assert width * fewer <= packing.row_width(prompt + slots) * rows
