@@ -52,22 +52,34 @@ def group_std(advantages: Float[Array, "P G"], rewards: Float[Array, "P G"],
     return advantages / (jnp.std(offsets, axis=-1, keepdims=True) + eps)
 
 
-def split_rewards(correct: Bool[Array, "P G"], rewards: Float[Array, "P G"], *, by_group_std: bool
+def split_rewards(correct: Bool[Array, "P G"], rewards: Float[Array, "P G"], *,
+                  by_group_std: bool = False,
+                  length_weight: Float[Array, ""] | Float[Array, " P"] | None = None,
                   ) -> tuple[Float[Array, "P G"], dict[str, Float[Array, "P G"]]]:
     """Computes the advantage of each response, and how much of it is accuracy and how much length.
 
     Args:
         by_group_std: also divide by the std of each group, see `group_std`.
+        length_weight: divide accuracy and length each by its own std in the group, and multiply
+            length by this weight. So the weight decides what length is worth, whatever the size of
+            the rewards. Source: GDPO, arXiv 2601.05242. None = both as the reward has them.
 
     Returns:
         The advantages, and their parts by the names in PARTS; kl and normalisation are 0.
     """
-    accuracy = leave_one_out(correct.astype(jnp.float32))
+    right = correct.astype(jnp.float32)
+    accuracy = leave_one_out(right)
     total = leave_one_out(rewards)
     length = total - accuracy
 
     if by_group_std:
         total, accuracy, length = (group_std(part, rewards) for part in (total, accuracy, length))
+    if length_weight is not None:
+        rest = rewards - right
+        weight = jnp.broadcast_to(length_weight[..., None], rest[..., :1].shape)
+        accuracy = group_std(accuracy, right)
+        length = weight * group_std(leave_one_out(rest), rest)
+        total = accuracy + length
 
     zeros = jnp.zeros_like(total)
     return total, {"accuracy": accuracy, "length": length, "kl": zeros, "normalisation": zeros}

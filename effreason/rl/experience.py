@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from effreason import types
 from effreason.rl import advantages, preferences, pressure, update
 from effreason.rl.configured_reward import Reward
+from effreason.runtime.config import AdvantageConfig
 from effreason.types import Experience, Packed
 
 Metrics = dict[str, jax.Array]
@@ -24,6 +25,7 @@ class Graded:
     """Graded responses, and what a correct one earns."""
 
     correct: Bool[Array, "P G"]
+    ended: Bool[Array, "P G"]               # with EOS; the others were cut off
     lengths: Int[Array, "P G"]
     # An array, so that one compiled function serves every alpha; or one for each group.
     alpha: Float[Array, ""] | Float[Array, " P"]
@@ -45,7 +47,9 @@ class ScoredBatch:
     """Responses with rewards and log-probs: what an objective reads."""
 
     correct: Bool[Array, "P G"]
+    ended: Bool[Array, "P G"]
     lengths: Int[Array, "P G"]
+    alpha: Float[Array, ""] | Float[Array, " P"]
     rewards: Float[Array, "P G"]
     mask: Bool[Array, "B T"]
     # Log-prob by the policy before the step less that by the reference; 0 if not known.
@@ -125,7 +129,8 @@ def learn(graded: Graded, old: Float[Array, "B T"] | None, reference: Float[Arra
     if old is not None and reference is not None:
         drift = jnp.where(mask, old - reference, drift)
     rewards = rewards_of_groups(reward, correct, lengths, graded.alpha)
-    scored = ScoredBatch(correct=correct, lengths=lengths, rewards=rewards, mask=mask, drift=drift)
+    scored = ScoredBatch(correct=correct, ended=graded.ended, lengths=lengths, alpha=graded.alpha,
+                         rewards=rewards, mask=mask, drift=drift)
     return scored, objective(scored)
 
 
@@ -138,31 +143,35 @@ def rewards_of_groups(reward: Reward, correct: Bool[Array, "P G"], lengths: Int[
         correct, lengths, alpha)
 
 
-def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
-                    group_std: bool = False, whiten: bool = False, kl_form: str = "none",
+def policy_gradient(scored: ScoredBatch, *, aggregation: str, advantage: AdvantageConfig,
+                    updates: int = 1, masks_truncated: bool = False, kl_form: str = "none",
                     kl_coefficient: float = 0.0) -> TokenAdvantages:
     """The method's objective: advantages over the group; their parts become metrics.
 
-    The KL penalty is in them only if they are whitened: otherwise the update subtracts it.
+    The KL penalty is in them only if tokens are whitened: otherwise the update subtracts it.
 
     Args:
-        aggregation: see `update.token_weights`.
+        aggregation: see `update.token_weights` and `update.filled_share`.
+        advantage: group_std, decouple (`advantages.split_rewards`), and what is whitened
+            (`advantages.whiten`).
         updates: U, optimizer updates of the step.
-        group_std: see `advantages.group_std`.
-        whiten: see `advantages.whiten`.
+        masks_truncated: responses that were cut off have no weight in the loss.
         kl_form: none, reward (a penalty on the advantages) or loss (the k3 term of the loss).
         kl_coefficient: of the penalty or the term.
     """
     mask = scored.mask
-    advantage, parts = advantages.split_rewards(scored.correct, scored.rewards,
-                                                by_group_std=group_std)
+    whole, parts = advantages.split_rewards(
+        scored.correct, scored.rewards, by_group_std=advantage.group_std,
+        length_weight=scored.alpha if advantage.decouple else None)
+    if advantage.whiten_responses:
+        whole, parts = advantages.split_advantages(whole, parts, jnp.ones_like(scored.correct))
     total, parts = jax.tree.map(lambda part: jnp.where(mask, part.reshape(-1, 1), 0.0),
-                                (advantage, parts))
+                                (whole, parts))
 
     if kl_form == "reward":
         parts["kl"] = -advantages.kl_return_to_go(kl_coefficient * scored.drift, mask)
 
-    if whiten:
+    if advantage.whiten:
         total, parts = advantages.split_advantages(total + parts["kl"], parts, mask)
 
     if kl_form == "loss":
@@ -170,9 +179,14 @@ def policy_gradient(scored: ScoredBatch, *, aggregation: str, updates: int = 1,
         slope = jax.grad(lambda drift: jnp.sum(advantages.k3(drift)))(scored.drift)
         parts["kl"] = jnp.where(mask, -kl_coefficient * slope, 0.0)
 
-    weights = update.token_weights(mask, aggregation, updates)
-    return TokenAdvantages(advantages=advantage, token_advantages=total, weights=weights,
-                           metrics=pressure.metrics(parts, weights, mask, scored.lengths))
+    learnt = mask & scored.ended.reshape(-1, 1) if masks_truncated else mask
+    weights = update.token_weights(learnt, "token_mean" if aggregation == "constant"
+                                   else aggregation, updates)
+    metrics = pressure.metrics(parts, weights, mask, scored.lengths)
+    if aggregation == "constant":       # the weights are those of a mean, as the metrics are
+        total = total * update.filled_share(learnt, updates)
+    return TokenAdvantages(advantages=whole, token_advantages=total, weights=weights,
+                           metrics=metrics)
 
 
 def imitation(scored: ScoredBatch, *, aggregation: str) -> TokenAdvantages:

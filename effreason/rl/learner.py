@@ -115,7 +115,9 @@ class Learner:
         check_room(config, width)
 
         loss = update.LossConfig(
-            clip_ratio=config.update.clip_ratio, temperature=config.rollout.temperature,
+            clip_ratio=config.update.clip_ratio, clip_ratio_high=config.update.clip_ratio_high,
+            dual_clip=config.update.dual_clip, surrogate=config.update.surrogate,
+            temperature=config.rollout.temperature,
             kl_loss_coefficient=config.kl.coefficient if config.kl.form == "loss" else 0.0,
             kl_penalty=(config.kl.coefficient if config.kl.form == "reward"
                         and not config.advantage.whiten else 0.0),
@@ -258,13 +260,15 @@ class Learner:
             settings: of the dial, float32[P]; None if there is no dial.
         """
         packed = self._pack(rollouts, settings=settings)
-        verdicts, lengths, alphas = sharding.to_device(
-            (correct, rollouts.lengths, np.asarray(alpha, np.float32)), self.replicated)
+        verdicts, ended, lengths, alphas = sharding.to_device(
+            (correct, rollouts.ended, rollouts.lengths, np.asarray(alpha, np.float32)),
+            self.replicated)
         sampled = sharding.to_device(packing.flatten(rollouts.logprobs, self._slots),
                                      self._token_sharding)
         return PackedRollouts(
             packed=sharding.to_device(packed, self._packed_sharding),
-            graded=Graded(correct=verdicts, lengths=lengths, alpha=alphas, sampled=sampled),
+            graded=Graded(correct=verdicts, ended=ended, lengths=lengths, alpha=alphas,
+                          sampled=sampled),
             packing_efficiency=packing.packing_efficiency(packed))
 
     def score(self, policy: model.Params, rollouts: PackedRollouts,
@@ -366,7 +370,8 @@ class Learner:
                             old_logprobs=floats if self._updates > 1 else None,
                             sampled_logprobs=floats if keeps_sampled else None,
                             reference_logprobs=floats if self.needs_reference else None)
-        graded = Graded(correct=array(jnp.bool_, prompts, group_size), alpha=array(jnp.float32),
+        verdicts = array(jnp.bool_, prompts, group_size)
+        graded = Graded(correct=verdicts, ended=verdicts, alpha=array(jnp.float32),
                         lengths=array(jnp.int32, prompts, group_size), sampled=logprobs)
         old = logprobs if self.scores_policy else None
         fixed = logprobs if self.needs_reference else None
@@ -447,8 +452,8 @@ def make_objective(config: Config) -> Objective:
         case _:
             return functools.partial(
                 experience.policy_gradient, aggregation=settings.aggregation,
-                updates=settings.updates_per_batch, group_std=config.advantage.group_std,
-                whiten=config.advantage.whiten, kl_form=config.kl.form,
+                updates=settings.updates_per_batch, advantage=config.advantage,
+                masks_truncated=settings.truncated == "mask", kl_form=config.kl.form,
                 kl_coefficient=config.kl.coefficient)
 
 

@@ -3,8 +3,8 @@
 What was left out, and why:
 - No critic and no GAE: a response has one reward, and its baseline is the rest of its group.
 - No entropy bonus: entropy is measured, with no gradient through it.
-- No dual clip and no separate upper clip. With one update per batch, the default, the ratio is 1
-  and nothing is clipped: the loss is REINFORCE with a leave-one-out baseline.
+- Nothing is clipped with one update per batch, the default: the ratio is 1, and the loss is
+  REINFORCE with a leave-one-out baseline.
 - No importance weights here: the correction for the sampler's log-probs is in the advantages.
 - No accumulation across steps: a step's micro-batches are as many as its responses need.
 - No bfloat16 weights, moments or gradient sums: master weights and all sums are float32, and only
@@ -57,6 +57,9 @@ class LossConfig:
     """The loss of one optimizer update."""
 
     clip_ratio: float
+    clip_ratio_high: float | None = None    # None = clip_ratio
+    dual_clip: float | None = None
+    surrogate: str = "ppo"          # see policy_loss
     kl_loss_coefficient: float      # of the k3 term; 0 = no term
     kl_penalty: float = 0.0         # coefficient of the KL penalty; 0 = it is in the advantages
     importance_cap: float | None = None     # see advantages.truncated_importance; None = no weights
@@ -100,6 +103,16 @@ def token_weights(mask: Bool[Array, "B T"], aggregation: str,
         return ones / jnp.maximum(update_sum(tokens), 1.0)
     responses = update_sum((tokens > 0).astype(jnp.float32))
     return ones / jnp.maximum(tokens, 1.0) / jnp.maximum(responses, 1.0)
+
+
+def filled_share(mask: Bool[Array, "B T"], updates: int = 1) -> Float32[Array, "B 1"]:
+    """Returns which share of an update's response slots hold a token that is learnt from.
+
+    A mean over tokens times this share is their sum over B / U * T, a constant. Source: Dr. GRPO,
+    arXiv 2503.20783."""
+    counts = jnp.sum(mask, axis=-1).astype(jnp.float32).reshape(-1, updates)
+    shares = jnp.mean(counts, axis=0) / mask.shape[1]
+    return jnp.tile(shares, counts.shape[0])[:, None]
 
 
 def scatter_to_rows(values: Float[Array, "B T"], rows: Rows) -> Float[Array, "... R N"]:
@@ -168,7 +181,9 @@ def with_old_logprobs(experience: Experience, logprobs: Float32[Array, "R N"],
 
 
 def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip_ratio: float,
-                kl_loss_coefficient: float) -> tuple[Float32[Array, ""], Metrics]:
+                kl_loss_coefficient: float, clip_ratio_high: float | None = None,
+                dual_clip: float | None = None, surrogate: str = "ppo",
+                ) -> tuple[Float32[Array, ""], Metrics]:
     """The clipped policy gradient, a weighted sum over tokens.
 
     With ratio = pi / pi_old the loss is -min(ratio A, clip(ratio) A); at ratio = 1 its gradient is
@@ -176,10 +191,18 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     KL(pi || reference). Both are bounded, see `advantages.MAX_LOG_RATIO` and `MAX_K3`: a token
     whose probability has changed beyond reason has no gradient instead of an infinite one.
 
-    Source: arXiv 1707.06347.
+    Source: arXiv 1707.06347; clip_ratio_high, DAPO, 2503.14476; dual_clip, 1912.09729; gspo,
+    2507.18071; cispo, 2506.13585.
 
     Args:
         experience: of these rows.
+        clip_ratio: how far the ratio may move down, and up.
+        clip_ratio_high: how far up; None = clip_ratio.
+        dual_clip: of a token with a negative advantage the ratio counts at most this; None = no
+            bound.
+        surrogate: ppo, as above; gspo, the ratio of a token is that of its whole response, the
+            geometric mean over its tokens; cispo, the gradient is that of
+            -min(ratio, 1 + clip_ratio_high) A log pi, with the ratio as a constant.
 
     Returns:
         The loss, and the weighted sums clip_share and, if there is a reference, kl (k3).
@@ -187,11 +210,21 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
     assert experience.old_logprobs is not None
     # Log-probs outside of responses are undefined: they are masked before anything else.
     log_ratio = jnp.where(experience.mask, logprobs - experience.old_logprobs, 0.0)
-    ratio = advantages.probability_ratio(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
-    gain = jnp.minimum(ratio * experience.advantages, clipped * experience.advantages)
+    if surrogate == "gspo":
+        log_ratio = mean_of_responses(log_ratio, experience)
+    ratio, worth = advantages.probability_ratio(log_ratio), experience.advantages
+    most = 1.0 + (clip_ratio if clip_ratio_high is None else clip_ratio_high)
+    if surrogate == "cispo":
+        weight = jax.lax.stop_gradient(jnp.minimum(ratio, most))
+        gain = weight * worth * jnp.where(experience.mask, logprobs, 0.0)
+        is_clipped = ratio > most
+    else:
+        clipped = jnp.clip(ratio, 1.0 - clip_ratio, most)
+        gain = jnp.minimum(ratio * worth, clipped * worth)
+        if dual_clip is not None:
+            gain = jnp.where(worth < 0, jnp.maximum(gain, dual_clip * worth), gain)
+        is_clipped = gain != ratio * worth
 
-    is_clipped = clipped * experience.advantages < ratio * experience.advantages
     sums = {"clip_share": jnp.sum(experience.weights * is_clipped.astype(jnp.float32))}
     if experience.reference_logprobs is None:
         return jnp.sum(experience.weights * -gain), sums
@@ -200,6 +233,22 @@ def policy_loss(logprobs: Float32[Array, "R N"], experience: Experience, *, clip
         jnp.where(experience.mask, logprobs - experience.reference_logprobs, 0.0))
     loss = jnp.sum(experience.weights * (kl_loss_coefficient * kl - gain))
     return loss, sums | {"kl": jnp.sum(experience.weights * kl)}
+
+
+def mean_of_responses(values: Float32[Array, "R N"],
+                      experience: Experience) -> Float32[Array, "R N"]:
+    """Returns at each token the mean over all tokens of its response; 0 outside of responses."""
+    columns = attention.column_order(values.shape[-1])
+    order = np.argsort(columns)
+    mask, segments = experience.mask[:, order], experience.rows.segments[:, order]
+
+    def total(values: Float32[Array, "R N"]) -> Float32[Array, "R N"]:
+        after = advantages.kl_return_to_go(values, mask, segments)
+        before = advantages.kl_return_to_go(values[:, ::-1], mask[:, ::-1], segments[:, ::-1])
+        return after + before[:, ::-1] - jnp.where(mask, values, 0.0)
+
+    means = total(values[:, order]) / jnp.maximum(total(jnp.ones_like(values)), 1.0)
+    return means[:, columns]
 
 
 def in_compute_dtype(config: model.DecoderConfig, params: model.Params) -> model.Params:
@@ -293,7 +342,8 @@ def micro_batch_loss(weights: model.Params, experience: Experience, *, frozen: m
                                      responses=responses)
     value, sums = policy_loss(
         logprobs, with_old_logprobs(experience, logprobs, is_first, loss),
-        clip_ratio=loss.clip_ratio, kl_loss_coefficient=loss.kl_loss_coefficient)
+        clip_ratio=loss.clip_ratio, clip_ratio_high=loss.clip_ratio_high, dual_clip=loss.dual_clip,
+        surrogate=loss.surrogate, kl_loss_coefficient=loss.kl_loss_coefficient)
     entropy = jnp.sum(experience.weights * entropies)
     return value, (sums | {"loss": value, "entropy": entropy}, logprobs)
 

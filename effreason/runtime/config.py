@@ -283,6 +283,13 @@ class AdvantageConfig(Section):
     group_std: bool = False
     """Divide by the standard deviation of the group. Caution: in groups with only correct responses
     this cancels reward.alpha."""
+    decouple: bool = False
+    """GDPO: divide the advantage of being correct by its own standard deviation in the group, that
+    of the rest of the reward by its own, and add reward.alpha times the second to the first. So
+    alpha keeps its effect."""
+    whiten_responses: bool = False
+    """Subtract the mean over the batch's responses and divide by their standard deviation, before
+    the KL penalty; whiten does it over tokens, after the penalty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,15 +337,31 @@ class UpdateConfig(Section):
     """Optimizer updates over which the learning rate rises linearly to its full value."""
     updates_per_batch: Count = 1
     """Optimizer updates for each step; each one uses an equal part of the step's responses."""
+    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """What is done about the ratio of the policy's probabilities to those before the step, which
+    is 1 unless updates_per_batch > 1: ppo = clip each token's; gspo = clip that of the whole
+    response, the geometric mean over its tokens; cispo = weight each token's gradient by its
+    clipped ratio, so that no token is left without a gradient."""
     clip_ratio: Positive = 0.2
-    """PPO: how far the ratio of the policy's probabilities to those before the step may move from
-    1; has an effect only if updates_per_batch > 1. The log of the ratio is clamped to +-20."""
+    """How far this ratio may move from 1; gspo wants 3e-4 or so. The log of the ratio is clamped to
+    +-20."""
+    clip_ratio_high: Positive | None = None
+    """How far it may move up, if that is more than down (clip-higher); 0.28 is usual; null =
+    clip_ratio."""
+    dual_clip: Positive | None = None
+    """A bound on the ratio of tokens with a negative advantage, greater than 1; 3 is usual; null =
+    none."""
+    truncated: Literal["wrong", "mask"] = "wrong"
+    """Responses that reach rollout.max_new_tokens: wrong = learn from them as from other wrong
+    ones; mask = give them no gradient (overlong filtering). Their group's baseline counts them as
+    wrong either way."""
     importance_cap: Positive | None = None
     """Truncated importance sampling: weight each token by min(trainer's probability / sampler's
     probability, this), which corrects their numerical differences; 2 is usual; null = off."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """How the loss averages: token_mean = over all response tokens of an update; sequence_mean =
-    over the tokens of each response, then over the responses."""
+    over the tokens of each response, then over the responses; constant = sum over tokens, divided
+    by responses * rollout.max_new_tokens (Dr. GRPO), so that the step shrinks as responses do."""
     rows_per_micro_batch: Count = 8
     """Rows in each forward and backward pass, a multiple of mesh.data x mesh.fsdp; more = more
     memory, and the same loss. More are faster while rows have a few hundred positions. With
@@ -531,6 +554,21 @@ class Config:
             raise ValueError("update.min_learning_rate must not be above update.learning_rate, got "
                              f"{update.min_learning_rate:g} and {update.learning_rate:g}")
 
+        if update.clip_ratio_high is not None and update.clip_ratio_high < update.clip_ratio:
+            raise ValueError("update.clip_ratio_high must be at least update.clip_ratio, got "
+                             f"{update.clip_ratio_high:g} and {update.clip_ratio:g}")
+
+        if update.dual_clip is not None and update.dual_clip <= 1:
+            raise ValueError(f"update.dual_clip must be > 1, got {update.dual_clip:g}")
+
+        if update.aggregation == "constant" and self.kl.form == "loss":
+            raise ValueError("kl.form must be none or reward with update.aggregation constant, got "
+                             "loss")
+
+        for one, other in (("group_std", "decouple"), ("whiten", "whiten_responses")):
+            if getattr(self.advantage, one) and getattr(self.advantage, other):
+                raise ValueError(f"advantage.{other} must be false with advantage.{one}, got true")
+
         if self.adapter.rank and self.kl.offload_reference:
             raise ValueError("kl.offload_reference must be false if adapter.rank > 0, got true: "
                              "the reference is the frozen part of the policy")
@@ -577,6 +615,10 @@ class Config:
                 ("kl.form", self.kl.form, "none"),
                 ("advantage.whiten", self.advantage.whiten, False),
                 ("advantage.group_std", self.advantage.group_std, False),
+                ("advantage.decouple", self.advantage.decouple, False),
+                ("advantage.whiten_responses", self.advantage.whiten_responses, False),
+                ("update.surrogate", update.surrogate, "ppo"),
+                ("update.truncated", update.truncated, "wrong"),
                 ("update.importance_cap", update.importance_cap, None),
                 ("rollout.refill_rounds", self.rollout.refill_rounds, 0)):
             if value != required:

@@ -24,11 +24,13 @@ CORRECT = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0], [1, 
 LENGTHS = np.array([[3, 9, 1, 6], [2, 5, 7, 9], [4, 1, 8, 2], [6, 3, 5, 9], [4, 4, 4, 4]], np.int32)
 
 
-def settings(form="none", coefficient=0.05, alpha=0.3, whiten=False, group_std=False, **learning):
+def settings(form="none", coefficient=0.05, alpha=0.3, whiten=False, group_std=False,
+             decouple=False, whiten_responses=False, **learning):
     return dataclasses.replace(
         Config(), reward=RewardConfig(alpha=alpha), kl=KLConfig(form=form, coefficient=coefficient),
         update=UpdateConfig(**learning),
-        advantage=AdvantageConfig(whiten=whiten, group_std=group_std))
+        advantage=AdvantageConfig(whiten=whiten, group_std=group_std, decouple=decouple,
+                                  whiten_responses=whiten_responses))
 
 
 @functools.cache
@@ -74,8 +76,8 @@ def programs(config):
 
 
 def graded(config, correct=CORRECT, lengths=LENGTHS):
-    return Graded(correct=correct, lengths=lengths, alpha=np.float32(config.reward.alpha),
-                  sampled=sampled())
+    return Graded(correct=correct, ended=lengths < 9, lengths=lengths,
+                  alpha=np.float32(config.reward.alpha), sampled=sampled())
 
 
 def completed(config, found, old):
@@ -103,6 +105,26 @@ def credited(config, correct=CORRECT, lengths=LENGTHS):
         return jax.device_get(step(graded(config, correct, lengths), *logprobs(), one_a_row()))
 
 
+def worth_of_responses(config, rewards):
+    """The advantages of whole responses, in plain Python numbers."""
+    def others_less(values, sample):
+        return values[sample] - np.delete(values, sample).mean()
+
+    found = np.zeros((PROMPTS, GROUP))
+    for prompt, sample in np.ndindex(PROMPTS, GROUP):
+        earned, right = rewards[prompt], CORRECT[prompt].astype(float)
+        found[prompt, sample] = others_less(earned, sample)
+        if config.advantage.group_std:
+            found[prompt, sample] /= earned.std() + 1e-6
+        if config.advantage.decouple:
+            rest = earned - right
+            found[prompt, sample] = others_less(right, sample) / (right.std() + 1e-6) + (
+                config.reward.alpha * others_less(rest, sample) / (rest.std() + 1e-6))
+    if config.advantage.whiten_responses:
+        found = (found - found.mean()) / found.std()
+    return found
+
+
 def oracle(config):
     """The same in plain Python numbers, response by response and token by token."""
     rewards = np.zeros((PROMPTS, GROUP))
@@ -113,11 +135,9 @@ def oracle(config):
             rewards[prompt, sample] = 1 - config.reward.alpha / (1 + math.exp(-excess))
     old, reference = logprobs()
     mask, advantages, drifts = mask_in_numpy(), np.zeros((PROMPTS * GROUP, POSITIONS)), []
+    whole = worth_of_responses(config, rewards)
     for row, (prompt, sample) in enumerate(itertools.product(range(PROMPTS), range(GROUP))):
-        others = np.delete(rewards[prompt], sample)
-        advantage = rewards[prompt, sample] - others.mean()
-        if config.advantage.group_std:
-            advantage /= rewards[prompt].std() + 1e-6
+        advantage = whole[prompt, sample]
         places = np.flatnonzero(mask[row])
         for place in places:
             later = places[places >= place]
@@ -137,6 +157,53 @@ def oracle(config):
                                        "reward/kl": np.mean(drifts),
                                        "rollout/mismatch": gaps.mean(),
                                        "rollout/mismatch_max": gaps.max()}
+
+
+@pytest.mark.parametrize("decouple", [False, True])
+@pytest.mark.parametrize("whiten_responses", [False, True])
+@pytest.mark.parametrize("form", ["none", "reward"])
+def test_advantages_of_responses_are_the_oracle(form, whiten_responses, decouple):
+    config = settings(form, whiten_responses=whiten_responses, decouple=decouple)
+    experience, _, metrics = credited(config)
+    np.testing.assert_allclose(experience.advantages, oracle(config)[2], rtol=1e-4, atol=1e-5)
+    assert (metrics["update_share/normalisation"] > 0) == whiten_responses
+    shares = sum(metrics[f"update_share/{part}"] for part in PARTS)
+    assert float(shares) == pytest.approx(1)
+
+
+def test_decoupled_advantages_grow_with_alpha_where_group_std_removes_it():
+    # In all-correct groups, the second and the last.
+    def sizes(alpha, **advantage):
+        found, _, _ = credited(settings(alpha=alpha, **advantage))
+        return np.abs(found.advantages).reshape(PROMPTS, -1).sum(axis=1)[1]
+    assert sizes(0.4, decouple=True) == pytest.approx(4 * sizes(0.1, decouple=True), rel=1e-4)
+    assert sizes(0.4, group_std=True) == pytest.approx(sizes(0.1, group_std=True), rel=1e-3)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_responses_that_were_cut_off_have_no_weight(aggregation):
+    # Those of 9 tokens; the baseline of their groups is the same.
+    masked, everything = (credited(settings(aggregation=aggregation, truncated=truncated))[0]
+                          for truncated in ("mask", "wrong"))
+    cut = np.repeat(LENGTHS.ravel()[:, None] == 9, POSITIONS, axis=1)
+    assert everything.weights[cut].any() and not masked.weights[cut].any()
+    assert masked.weights.sum() == pytest.approx(1)
+    if aggregation != "constant":
+        inside = mask_in_numpy() & ~cut
+        np.testing.assert_array_equal(masked.advantages[inside], everything.advantages[inside])
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_constant_denominator_sums_tokens(updates):
+    mean, constant = (credited(settings(aggregation=aggregation, updates_per_batch=updates))[0]
+                      for aggregation in ("token_mean", "constant"))
+    responses = PROMPTS * GROUP // updates
+    for update_number in range(updates):
+        own = slice(update_number, None, updates)
+        np.testing.assert_allclose(
+            (constant.weights * constant.advantages)[own],
+            np.where(mean.mask, mean.advantages, 0)[own] / (responses * POSITIONS), rtol=1e-5,
+            atol=1e-9)
 
 
 @pytest.mark.parametrize("importance_cap", [None, 1.1])

@@ -196,6 +196,80 @@ def test_clip_by_hand(ratio, advantage, loss, slope, clipped):
     assert sums["clip_share"] == clipped
 
 
+@pytest.mark.parametrize(("ratio", "advantage", "settings", "loss", "slope"), [
+    (1.5, 2.0, dict(clip_ratio_high=0.6), -3.0, -3.0),      # clip-higher: room to go up
+    (1.7, 2.0, dict(clip_ratio_high=0.6), -3.2, 0.0),
+    (0.7, -2.0, dict(clip_ratio_high=0.6), 1.6, 0.0),       # down as before
+    (2.5, -2.0, dict(dual_clip=3.0), 5.0, 5.0),
+    (4.0, -2.0, dict(dual_clip=3.0), 6.0, 0.0),             # far too likely and bad: bounded
+    (4.0, 2.0, dict(dual_clip=3.0), -2.4, 0.0),
+])
+def test_the_other_clips_by_hand(ratio, advantage, settings, loss, slope):
+    e, logprobs = one_token(ratio, advantage)
+    value, gradient = jax.value_and_grad(lambda logprobs: update.policy_loss(
+        logprobs, e, clip_ratio=0.2, kl_loss_coefficient=0.0, **settings)[0])(logprobs)
+    np.testing.assert_allclose([value, gradient[0, 0]], [loss, slope], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "weight", "clipped"), [(0.3, 0.3, 0), (1.1, 1.1, 0),
+                                                          (2.0, 1.4, 1)])
+def test_cispo_bounds_the_weight_of_a_gradient_and_drops_none(ratio, weight, clipped):
+    e, logprobs = one_token(ratio, -2.0)
+    (_, sums), gradient = jax.value_and_grad(functools.partial(
+        update.policy_loss, experience=e, clip_ratio=0.2, clip_ratio_high=0.4, surrogate="cispo",
+        kl_loss_coefficient=0.0), has_aux=True)(logprobs)
+    np.testing.assert_allclose(gradient, 2.0 * weight, rtol=1e-6)
+    assert sums["clip_share"] == clipped
+
+
+def test_gspo_clips_the_ratio_of_whole_responses():
+    # Against the formula of the source: mean over responses of min(s A, clip(s) A), with s the
+    # geometric mean of the ratios of a response's tokens.
+    e = experience(aggregation="sequence_mean")
+    e = dataclasses.replace(e, reference_logprobs=None, advantages=jnp.where(
+        e.mask, jnp.sum(e.advantages, axis=1, keepdims=True), 0.0))
+    logprobs = jnp.asarray(np.where(e.mask, e.old_logprobs, 0) + np.random.default_rng(3).normal(
+        0, 0.3, e.mask.shape), jnp.float32)
+
+    def formula(logprobs):
+        counts = jnp.sum(e.mask, axis=1).astype(jnp.float32)
+        ratios = jnp.exp(jnp.sum(jnp.where(e.mask, logprobs - e.old_logprobs, 0), axis=1)
+                         / jnp.maximum(counts, 1))
+        worth = jnp.max(jnp.abs(e.advantages), axis=1) * jnp.sign(jnp.sum(e.advantages, axis=1))
+        gains = jnp.minimum(ratios * worth, jnp.clip(ratios, 0.9, 1.1) * worth)
+        return -jnp.sum(gains, where=counts > 0) / jnp.sum(jnp.where(counts > 0, 1.0, 0.0))
+
+    value, gradient = jax.value_and_grad(lambda logprobs: update.policy_loss(
+        logprobs, e, clip_ratio=0.1, surrogate="gspo", kl_loss_coefficient=0.0)[0])(logprobs)
+    expected, slope = jax.value_and_grad(formula)(logprobs)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+    assert (np.abs(gradient).sum(axis=1) == 0).any() and np.abs(gradient).any()
+
+
+@pytest.mark.parametrize("context", [1, 4])
+def test_the_mean_of_a_response_is_at_each_of_its_tokens(context):
+    # Two responses that share a prompt, and one of a sequence of its own.
+    segments = np.repeat([1, attention.branch(1, 1), attention.branch(1, 2), 2, 0], [3, 4, 2, 5, 2])
+    weights = np.array([0, 0, 0, 1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0], np.float32)
+    values = np.arange(16, dtype=np.float32) ** 2
+    expected = np.zeros(16)
+    for start, end in ((3, 6), (7, 8), (11, 13)):
+        expected[start:end] = values[start:end].mean()
+    rows = Rows(tokens=None, targets=None, positions=None, segments=segments[None],
+                response_index=None)
+    laid = zigzagged((values[None], Experience(rows=rows, weights=weights[None], advantages=None)),
+                     context)
+    with jax.set_mesh(mesh(context=context)):
+        found = update.mean_of_responses(*jax.tree.map(jnp.asarray, laid))
+    np.testing.assert_allclose(found, zigzagged(expected[None], context), rtol=1e-6)
+
+
+def test_cispo_is_reinforce_before_the_policy_has_moved(learnt_in_pairs):
+    found = learnt(dict(rows_per_micro_batch=2, surrogate="cispo"))
+    assert_same(found[0], learnt_in_pairs[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("nats", [24.0, 90.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_token_far_from_both_policies_has_a_finite_loss_and_no_gradient(nats, sign):
