@@ -35,7 +35,7 @@ setup(
     packages=[*find_packages(include=["effreason", "effreason.*"]), "effreason.configs"],
     package_dir={"effreason.configs": "configs"},
     package_data={"effreason": ["py.typed", "*.pyi"], "effreason.runs.report": ["templates/*"],
-                  "effreason.configs": ["*.yaml", "schema.json"],
+                  "effreason.configs": ["*.yaml", "recipes/*.yaml", "schema.json"],
                   "effreason.data.tiny": ["reasoner/*"]},
     entry_points={"console_scripts": ["effreason = effreason.cli.main:main"]},
     # docs/dependencies.md says what each is for.

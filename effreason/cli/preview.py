@@ -28,6 +28,7 @@ from effreason.runtime.errors import UserError
 from effreason.types import FinishReason
 
 WIDTH = 80
+LABELS = {"whiten_responses": "whiten/resp"}      # in tables of this width
 ALPHAS = "0.05,0.1,0.2,0.4"
 
 
@@ -90,9 +91,9 @@ def _parser(prog: str) -> arguments.Parser:
     parser.add_argument("--alpha", metavar="LIST", default=ALPHAS,
                         help=f"values of reward.alpha; default {ALPHAS}")
     parser.add_argument(
-        "--advantage", metavar="LIST", default=",".join(ADVANTAGES),
-        help="any of loo (leave-one-out, the default of a run), whiten (advantage.whiten), "
-        "group_std (advantage.group_std); default all three")
+        "--advantage", metavar="LIST", default=",".join(ADVANTAGES[:3]),
+        help="any of loo (leave-one-out, the default of a run), whiten, group_std, "
+        "whiten_responses, decouple (options of the section advantage); default the first three")
     parser.add_argument(
         "--aggregation", choices=AGGREGATIONS, default=AGGREGATIONS[0],
         help="as update.aggregation: how the loss weighs responses of different lengths")
@@ -285,7 +286,8 @@ def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _setting(report: PressureReport) -> list[str]:
-    return [report.advantage, "-" if report.alpha is None else f"{report.alpha:g}"]
+    return [LABELS.get(report.advantage, report.advantage),
+            "-" if report.alpha is None else f"{report.alpha:g}"]
 
 
 def _number(value: float | None, form: str) -> str:

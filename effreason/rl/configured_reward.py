@@ -25,7 +25,8 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
     "efficient": rewards.length_rewards, "kimi": rewards.kimi, "l1_exact": rewards.l1_exact,
     "l1_max": rewards.l1_max, "soft_overlong": rewards.soft_overlong, "limit": rewards.limit,
     "laser": rewards.laser, "alp": rewards.alp, "gr3": rewards.gr3,
-    "shorter_better": rewards.shorter_better,
+    "shorter_better": rewards.shorter_better, "adaptive_limit": rewards.adaptive_limit,
+    "group_max": rewards.group_max,
 }
 TRIAL = (3, 4)          # prompts and responses that a user's function is traced with
 

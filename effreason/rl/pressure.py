@@ -15,7 +15,7 @@ from effreason.rl import advantages
 from effreason.rl.advantages import PARTS
 from effreason.rl.configured_reward import Reward
 
-ADVANTAGES = ("loo", "whiten", "group_std")
+ADVANTAGES = ("loo", "whiten", "group_std", "whiten_responses", "decouple")
 AGGREGATIONS = ("token_mean", "sequence_mean")
 Parts = dict[str, jax.Array]         # advantages by the names in PARTS
 NOISE = 1e-6                        # an advantage closer to 0 is rounding in float32
@@ -112,11 +112,13 @@ def make_split(reward: Reward, advantage: str) -> Split:
               ) -> tuple[jax.Array, jax.Array, Parts]:
         rewards = reward(correct, lengths, alpha)
         total, parts = advantages.split_rewards(
-            correct, rewards, by_group_std=advantage == "group_std")
+            correct, rewards, by_group_std=advantage == "group_std",
+            length_weight=alpha if advantage == "decouple" else None)
 
-        if advantage == "whiten":
-            everything, tokens = jnp.ones_like(correct), lengths.astype(jnp.float32)
-            total, parts = advantages.split_advantages(total, parts, everything, tokens=tokens)
+        if advantage in ("whiten", "whiten_responses"):
+            tokens = lengths.astype(jnp.float32) if advantage == "whiten" else 1
+            total, parts = advantages.split_advantages(total, parts, jnp.ones_like(correct),
+                                                       tokens=tokens)
 
         return rewards, total, parts
 

@@ -126,6 +126,36 @@ def limit(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], *,
     return _float(correct & (_float(lengths) <= limit))
 
 
+def adaptive_limit(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], *, limit: float = 4000,
+                   tight: float = 2000, share: float = 0.5) -> Float[Array, "P G"]:
+    """Counts a response beyond a limit as wrong, and beyond a lower one on easy problems.
+
+    A problem is easy if at least `share` of its group is correct within `limit` tokens; its limit
+    is `tight`.
+
+    Returns:
+        float32, 0 or 1. Source: DA-DLER, arXiv 2510.15110.
+    """
+    within = correct & (_float(lengths) <= limit)
+    is_easy = jnp.mean(_float(within), axis=-1, keepdims=True) >= share
+    return _float(within & (~is_easy | (_float(lengths) <= tight)))
+
+
+def group_max(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], *,
+              weight: float = 0.25) -> Float[Array, "P G"]:
+    """Charges more for length the easier the problem: correct - weight * rate * length / longest.
+
+    The rate is the share of the group that is correct, longest its longest response. Wrong
+    responses pay too, but nothing in groups without a correct one.
+
+    Returns:
+        float32 in [-weight, 1]. Source: the linear length penalty of prime-rl.
+    """
+    longest = jnp.maximum(jnp.max(lengths, axis=-1, keepdims=True), 1)
+    rate = jnp.mean(_float(correct), axis=-1, keepdims=True)
+    return _float(correct) - weight * rate * _float(lengths) / _float(longest)
+
+
 def laser(correct: Bool[Array, "P G"], lengths: Int[Array, "P G"], *, target: float,
           bonus: float = 0.5) -> Float[Array, "P G"]:
     """Adds a bonus to correct responses of at most `target` tokens.

@@ -210,7 +210,15 @@ def shorter_better_oracle(right, tokens, value, scale):
     return value * right - scale * np.abs(tokens - best)
 
 
+def adaptive_limit_oracle(right, tokens, limit, tight, share):
+    within = right & (tokens <= limit)
+    return within & (tokens <= (tight if within.mean() >= share else limit))
+
+
 OTHERS = {
+    "adaptive_limit": ({"limit": 3000, "tight": 800, "share": 0.5}, adaptive_limit_oracle),
+    "group_max": ({"weight": 0.25}, lambda right, tokens, weight: right
+                  - weight * right.mean() * tokens / tokens.max()),
     "kimi": ({"weight": 0.4}, kimi_oracle),
     "l1_exact": ({"target": 300, "scale": 3e-4},
                  lambda right, tokens, target, scale: right - scale * np.abs(target - tokens)),
@@ -291,6 +299,10 @@ HAND = [
      [1, 0.5, 0, -1, -1]),
     ("soft_overlong", {"limit": 10, "buffer": 0}, [1, 1], [10, 11], [1, 0]),
     ("limit", {"limit": 4000}, [1, 1, 0], [4000, 4001, 10], [1, 0, 0]),
+    ("adaptive_limit", {}, [1, 1, 1, 0], [2000, 2001, 4000, 10], [1, 0, 0, 0]),
+    ("adaptive_limit", {}, [1, 1, 0, 0], [3000, 4001, 10, 10], [1, 0, 0, 0]),
+    ("group_max", {}, [1, 1, 0, 0], [500, 1000, 1000, 2000], [0.96875, 0.9375, -0.0625, -0.125]),
+    ("group_max", {}, [0, 0], [500, 1000], [0, 0]),
     ("laser", {"target": 4096}, [1, 1, 0], [4096, 4097, 10], [1.5, 1, 0]),
     ("alp", {"scale": 1e-4}, [1, 1, 0, 0], [1000, 2000, 1000, 4000], [0.95, 0.9, -0.05, -0.2]),
     ("alp", {"scale": 1e-4}, [0, 0, 0, 0], [1000, 2000, 1000, 4000], [-0.025, -0.05, -0.025, -0.1]),
@@ -322,7 +334,7 @@ def test_no_other_rewards_a_longer_of_two_correct_responses_more(form, correct, 
     assert np.all(np.diff(found[right][np.argsort(np.array(lengths)[right])]) <= 1e-6)
 
 
-@pytest.mark.parametrize("form", ["kimi", "limit", "l1_max", "laser", "gr3"])
+@pytest.mark.parametrize("form", ["kimi", "limit", "adaptive_limit", "l1_max", "laser", "gr3"])
 @hypothesis.given(verdicts_of_a_group, lengths_of_a_group)
 def test_these_never_score_a_wrong_response_above_a_correct_one(form, correct, lengths):
     right = np.array(correct)

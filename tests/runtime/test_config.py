@@ -70,6 +70,18 @@ def test_every_shipped_configuration_is_valid(path):
     assert isinstance(configuration.load(path), Config)
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")),
+                         ids=lambda path: path.stem)
+@pytest.mark.parametrize("base", ["tiny", "r1_distill_1p5b"])
+def test_every_recipe_changes_a_configuration_below_it(base, recipe):
+    below = ["--config", f"configs/{base}.yaml"]
+    config = from_command_line([*below, "--config", f"configs/recipes/{recipe.name}"])
+    given = yaml.safe_load(recipe.read_text())
+    for section, fields in given.items():
+        assert {name: getattr(getattr(config, section), name) for name in fields} == fields
+    assert config != from_command_line(below) and config.model == from_command_line(below).model
+
+
 def test_a_shipped_configuration_is_found_away_from_the_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     argv = ["--config", "configs/smollm2_gsm8k.yaml"]
@@ -309,6 +321,17 @@ def test_jsonl_data_without_held_out_problems_needs_no_evaluation():
      "reward.alpha must be between reward.alpha_min, > 0, and reward.alpha_max if "),
     (["--reward.target_tokens", "0.5", "--reward.form", "kimi"],
      "reward.form must be efficient if "),
+    (["--update.clip_ratio_high", "0.1"],
+     "update.clip_ratio_high must be at least update.clip_ratio, got 0.1 and 0.2"),
+    (["--update.dual_clip", "1"], "update.dual_clip must be > 1, got 1"),
+    (["--update.aggregation", "constant", "--kl.form", "loss"],
+     "kl.form must be none or reward with update.aggregation constant, got loss"),
+    (["--advantage.group_std", "true", "--advantage.decouple", "true"],
+     "advantage.decouple must be false with advantage.group_std, got true"),
+    (["--advantage.whiten", "true", "--advantage.whiten_responses", "true"],
+     "advantage.whiten_responses must be false with advantage.whiten, got true"),
+    (["--update.objective", "dpo", "--kl.form", "none", "--update.truncated", "mask"],
+     "update.truncated must be 'wrong' with update.objective dpo, got 'mask'"),
 ])
 def test_baselines_and_a_moving_alpha_exclude_what_would_bend_them(flags, message):
     with pytest.raises(UserError) as caught:
