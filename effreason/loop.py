@@ -208,7 +208,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
 
     with jax.transfer_guard("disallow"):
         rollouts = learner.pack(graded.rollouts, graded.correct,
-                                alpha if alphas is None else alphas, run.settings(alphas))
+                                alpha if alphas is None else alphas, run.settings(alphas),
+                                graded.scores)
         run.train_state, learnt = learner.update(
             run.train_state, run.reference, rollouts,
             check=functools.partial(check_batch, config, step))                         # 4, 5, 6
@@ -304,6 +305,10 @@ def step_metrics(graded: GradedRollouts, packing_efficiency: float, *, rollout_s
                "engine/occupancy": total("tokens") / max(total("slot_steps"), 1),
                "engine/host_share": total("host_seconds") / rollout_seconds,
                "engine/compilations": total("compilations")}
+
+    scores = np.concatenate([part.scores.reshape(-1) for part in graded.sampled])
+    if (scores != correct).any():
+        metrics["rollout/score"] = float(scores.mean())
 
     if (repeated := sampled("repeated")).any():
         stopped = sampled("finish") == FinishReason.REPETITION

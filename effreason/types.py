@@ -26,6 +26,7 @@ class Problem:
     opens_thinking: bool = False    # the prompt ends in <think>, the response begins inside it
     kind: str = "math"              # how answers are compared: math | choice | text
     choices: tuple[str, ...] = ()   # of kind "choice", the answers A, B, C, ...; () if unknown
+    columns: str = ""               # its row, a JSON object; "" = not kept, nothing reads it
 
 
 class FinishReason(StrEnum):

@@ -76,7 +76,8 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--bare", action="store_true",
                         help="each response is the answer itself, without a box")
     parser.add_argument("--function", metavar="MODULE:FUNCTION",
-                        help="your own grader: (response, reference) -> True or False")
+                        help="your own grader: (response, reference) -> True, False or a "
+                        "number in [0, 1]")
     parser.add_argument("--response-field", metavar="NAME", help="field with the response; "
                         f"default: the first present of {', '.join(RESPONSE_FIELDS)}")
     parser.add_argument("--reference-field", metavar="NAME", help="field with the reference; "
@@ -105,9 +106,9 @@ def _read(options: argparse.Namespace) -> Iterator[Item]:
                 continue
             place = f"{name}:{number}"
             try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 # Numbers stay text: 10.50 keeps its zero, and no integer is too long.
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"),
-                                 parse_int=str, parse_float=str, parse_constant=str)
+                row = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
             except UnicodeDecodeError:
                 raise UserError(f"{place}: not UTF-8") from None
             except RecursionError:
@@ -116,15 +117,16 @@ def _read(options: argparse.Namespace) -> Iterator[Item]:
                 raise UserError(f"{place}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{place}: expected an object, got {_shown(row)}")
-            yield _item(number, row, options, place)
+            yield _item(number, row, options, place, text)
 
 
-def _item(number: int, row: dict[str, Any], options: argparse.Namespace, place: str) -> Item:
+def _item(number: int, row: dict[str, Any], options: argparse.Namespace, place: str,
+          columns: str) -> Item:
     response_fields = (options.response_field,) if options.response_field else RESPONSE_FIELDS
     reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
     kind = row.get("kind", options.kind)
     reference = Reference(_text(row, reference_fields, place, listed=True), kind,
-                          _choices(row, place))
+                          _choices(row, place), columns if options.function else "")
     return Item(number, _text(row, response_fields, place), reference)
 
 

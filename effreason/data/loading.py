@@ -42,7 +42,8 @@ def load_training(config: Config, tokenizer: Any, template: Template,
     left_out: list[LeftOut] = []
     loaded = []
     for index, spec in enumerate(specs):
-        rows, unusable = sources.read(spec.name, data, held_out=False, split=data.split)
+        rows, unusable = sources.read(spec.name, data, held_out=False, split=data.split,
+                                      keeps_rows=config.grade.function is not None)
         account = _Account(spec.name, total=len(rows) + len(unusable))
         account.drop_unusable(unusable)
 
@@ -88,7 +89,8 @@ def load_held_out(config: Config, tokenizer: Any, template: Template,
 
     for spec in _evaluation_specs(config):
         rows, unusable = sources.read(spec.name, data, held_out=True, split=settings.split,
-                                      field="evaluation.path")
+                                      field="evaluation.path",
+                                      keeps_rows=config.grade.function is not None)
         account = _Account(spec.name, total=len(rows) + len(unusable))
         account.drop_unusable(unusable)
         account.describe_rows(rows, data.user_prompt)
@@ -170,7 +172,7 @@ def _tokenize(rows: Sequence[Row], tokenizer: Any, template: Template, max_token
             problems.append(Problem(
                 uid=source * ROWS_PER_SOURCE + row.number, prompt=prompt, text=row.text,
                 reference=row.reference, level=row.level, kind=row.kind, choices=row.choices,
-                opens_thinking=templates.opens_thinking(text)))
+                opens_thinking=templates.opens_thinking(text), columns=row.columns))
     return problems, too_long
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
+import json
 import math
 import os
 import re
@@ -43,6 +44,7 @@ class Row:
     choices: tuple[str, ...] = ()
     is_messages: bool = False       # the problem is the user's turn of a conversation
     is_mended: bool = False         # LaTeX had lost its backslashes
+    columns: str = ""               # the whole row, a JSON object; "" = not kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class _Columns:
     level: str | None = None
     require_level: bool = True      # a set in which no row has one is an error
     drop_system: bool = False       # of messages: data.system_prompt takes the place of theirs
+    keeps_row: bool = False         # as text, for a grader of the user's
 
 
 def parse(path: str, field: str, *, weights: bool = True) -> tuple[Spec, ...]:
@@ -165,7 +168,8 @@ def has_test(name: str) -> bool:
 
 
 def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = None,
-         field: str = "data.path") -> tuple[list[Row], list[Unusable]]:
+         field: str = "data.path",
+         keeps_rows: bool = False) -> tuple[list[Row], list[Unusable]]:
     """Returns the rows of a data set, and those without a problem or an answer.
 
     A preset's name takes precedence over a path, a path over an id on the Hub.
@@ -174,7 +178,8 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
         name: as `parse` returns it.
         held_out: the part to evaluate on, not the one to train on.
         split: instead of the set's own.
-        field: of the configuration, for messages."""
+        field: of the configuration, for messages.
+        keeps_rows: each row is kept as text, with all its columns."""
     if name in BUILT_IN:
         if not held_out:
             _check_trainable(name, field)
@@ -193,6 +198,7 @@ def read(name: str, data: DataConfig, *, held_out: bool, split: str | None = Non
             _check_hub_id(name, field)
             rows = hub_rows(name, data.subset, split)
 
+    layout = dataclasses.replace(layout, keeps_row=keeps_rows)
     usable: list[Row] = []
     unusable: list[Unusable] = []
     for number, (location, values) in enumerate(rows):
@@ -342,7 +348,8 @@ def _parse_row(number: int, row: dict[str, Any], layout: _Columns,
             text, reference, choices = answers.choose(text, answer, reference, listed)
     return Row(number=number, text=text, reference=reference, level=_level(row, layout, location),
                kind=layout.kind, choices=choices, is_messages=turns is not None,
-               is_mended=columns.is_damaged(value) or columns.is_damaged(answer))
+               is_mended=columns.is_damaged(value) or columns.is_damaged(answer),
+               columns=json.dumps(row, ensure_ascii=False, default=str) if layout.keeps_row else "")
 
 
 def _level(row: dict[str, Any], layout: _Columns, location: str) -> str:

@@ -3,10 +3,11 @@
 import hashlib
 import importlib
 import inspect
+import json
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class BadFunction(Exception):
 
 
 class BadResult(Exception):
-    """The function returned neither True nor False."""
+    """The function returned neither True, False nor a number in [0, 1], or lacks a column."""
 
 
 def check_name(name: str) -> None:
@@ -27,8 +28,8 @@ def check_name(name: str) -> None:
         raise BadFunction("it must have the form module:function")
 
 
-def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
-    """Imports the function.
+def load(name: str, path: Sequence[str]) -> Callable[..., Any]:
+    """Imports the function, which takes response and answer, and columns of the data by name.
 
     Args: name, module:function; path, directories to search for modules before all others.
     Raises: BadFunction.
@@ -56,14 +57,30 @@ def load(name: str, path: Sequence[str]) -> Callable[[str, str], Any]:
         raise BadFunction(f"{attributes} cannot be called, it is of type {type(function).__name__}")
 
     try:
-        inspect.signature(function).bind("", "")
+        inspect.signature(function).bind("", "", **dict.fromkeys(columns_of(function)))
     except TypeError:
-        raise BadFunction(
-            f"{attributes} must take two arguments, the response and the answer") from None
+        raise BadFunction(f"{attributes} must take two arguments, the response and the answer, and "
+                          "may take columns of the data by name") from None
     except ValueError:              # written in C: its arguments are not known
         pass
 
     return function
+
+
+def columns_of(function: Callable[..., Any]) -> list[str]:
+    """Returns the names of the columns that a function takes; `**columns` is not among them.
+
+    They are its parameters after the first two that have no default, and all keyword-only ones."""
+    own = list(_parameters(function).values())
+    return [one.name for index, one in enumerate(own) if one.kind == one.KEYWORD_ONLY or (
+        index >= 2 and one.kind == one.POSITIONAL_OR_KEYWORD and one.default is one.empty)]
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:              # written in C: its arguments are not known
+        return {}
 
 
 def source_sha256(name: str) -> str:
@@ -91,17 +108,29 @@ def _is_installed(file: Path) -> bool:
             or file.is_relative_to(sysconfig.get_path("stdlib")))
 
 
-def verdict(function: Callable[[str, str], Any], response: str, answer: str) -> bool:
+def score(function: Callable[..., Any], response: str, answer: str, columns: str = "") -> float:
     """Calls the function.
 
-    Raises: BadResult unless it returns True, False, 1 or 0; and whatever the function raises.
+    Args: columns, of the problem's row, a JSON object; "" = none.
+    Raises: BadResult unless it returns True, False or a number in [0, 1], or if it takes a column
+        that there is not; and whatever the function raises.
     """
-    result = function(response, answer)
+    row, parameters = json.loads(columns) if columns else {}, _parameters(function)
+    taken = {name: row[name] for name in columns_of(function) if name in row}
+    for name in columns_of(function):
+        if name not in row and parameters[name].default is inspect.Parameter.empty:
+            raise BadResult(f"it takes {name}, which is no column of the data, found "
+                            f"{', '.join(row) or 'none'}")
+    if any(one.kind == inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        taken = {name: value for name, value in row.items() if name not in list(parameters)[:2]}
+    result = function(response, answer, **taken)
+
     scalar = type(result).__module__ == "numpy" and getattr(result, "shape", None) == ()
     value = result.item() if scalar else result
-    if not isinstance(value, bool | int | float) or value not in (0, 1):
-        raise BadResult(f"it returned {repr(result)[:80]}, expected True or False")
-    return bool(value)
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise BadResult(f"it returned {repr(result)[:80]}, expected True, False or a number in "
+                        "[0, 1]")
+    return float(value)
 
 
 def describe(error: BaseException) -> str:

@@ -44,6 +44,12 @@ class Grade:
     seconds: float  # wall time for this answer; 0 if it shared the verdict of an equal one
     # the status in words, or the details if they are known
     reason: str = field(default="", compare=False)
+    partial: float = 0.0            # in (0, 1) if a user's function found it partly right
+
+    @property
+    def score(self) -> float:
+        """What the response earns before its length counts: 1 if it is correct."""
+        return 1.0 if self.correct else self.partial
 
 
 class Budget:
@@ -73,6 +79,7 @@ class Task(NamedTuple):
 
     prediction: str                 # the answer, or for a user's function the whole response
     reference: str
+    columns: str = ""               # for a user's function, see Reference
 
 
 class Grader:
@@ -88,8 +95,8 @@ class Grader:
         step_budget_seconds: of each worker, for one call of `grade`, or for the calls that share a
             `budget`.
         cache_size: symbolic verdicts that are kept.
-        function: a user's own grader as module:function; it gets (response, answer) and returns
-        True or False.
+        function: a user's own grader as module:function; it gets (response, answer), and the
+            columns of the problem that it names, and returns True, False or a number in [0, 1].
     Raises: UserError if the function cannot be imported or called.
     """
 
@@ -154,7 +161,7 @@ class Grader:
                              [answer for _, answer in pairs], budget or self.budget(), bare)
         best: dict[int, Grade] = {}     # of the answers any of which is right
         for (row, _), grade in zip(pairs, grades, strict=True):
-            if row not in best or grade.correct > best[row].correct:
+            if row not in best or grade.score > best[row].score:
                 best[row] = grade
         return list(best.values())
 
@@ -222,7 +229,7 @@ class Grader:
             for index, row in enumerate(rows_of_task[task]):
                 grades[row] = Grade(verdict.correct, grades[row].answer, verdict.status,
                                     0.0 if index else seconds,
-                                    verdict.reason or verdict.status.words)
+                                    verdict.reason or verdict.status.words, verdict.partial)
 
         return grades
 
@@ -261,7 +268,8 @@ class Grader:
         correct, status, reason, task = False, GradeStatus.NO_ANSWER, "", None
 
         if self.function is not None:
-            status, task = GradeStatus.FUNCTION, Task(response, reference.answer)
+            status, task = GradeStatus.FUNCTION, Task(response, reference.answer,
+                                                      reference.columns)
         elif answer is None:
             reason = "no answer" if bare else extraction.missing_answer_reason(response)
         else:
@@ -287,7 +295,7 @@ class Grader:
             verdict = kinds.same(answer, reference)
             if verdict is not None:
                 return verdict, GradeStatus.EXACT, ""
-            too_large = any(guard.is_too_large(notation.canonical(text)) for text in task)
+            too_large = any(guard.is_too_large(notation.canonical(text)) for text in task[:2])
             return False, GradeStatus.GUARD if too_large else GradeStatus.SYMBOLIC, ""
         # a bug in this package must not stop a training run; the status shows it
         except Exception as error:

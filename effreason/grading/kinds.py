@@ -21,6 +21,7 @@ class Reference:
     answer: str
     kind: str = "math"              # one of KINDS
     choices: tuple[str, ...] = ()   # the texts of A, B, C, ...; () if unknown
+    columns: str = ""               # of the problem, a JSON object, for a user's function
 
     def each(self) -> "list[Reference]":
         """Returns a reference for each of the answers any of which is right."""

@@ -35,6 +35,7 @@ class Verdict:
     status: GradeStatus
     reason: str = ""                # what went wrong, for an error
     seconds: float = 0.0            # of processor time; of clock time for a user's function
+    partial: float = 0.0            # in (0, 1) if a user's function found it partly right
 
 
 class WorkerDied(Exception):
@@ -79,21 +80,22 @@ class Worker:
         self.start_mb = self.growth_mb = 0
         self.buffer = b""           # what follows the last complete reply
 
-    def compare(self, prediction: str, reference: str, *, cpu_seconds: float,
+    def compare(self, prediction: str, reference: str, columns: str = "", *, cpu_seconds: float,
                 wall_seconds: float) -> Verdict:
         """Compares one pair. Raises: WorkerDied, WorkerStuck or WorkerStopped; the worker must then
         be killed."""
         self.tasks += 1
         task = {"id": self.tasks, "prediction": prediction, "reference": reference,
-                "cpu_seconds": cpu_seconds}
+                "columns": columns, "cpu_seconds": cpu_seconds}
         self._send(json.dumps(task).encode() + b"\n", wall_seconds)
 
         reply = self._receive(wall_seconds)
         if reply.get("id") != self.tasks:
             raise WorkerDied("its replies do not match the tasks")
         self.growth_mb = int(reply["rss_mb"]) - self.start_mb
-        return Verdict(bool(reply["correct"]), GradeStatus(reply["status"]),
-                       str(reply.get("reason", "")), float(reply["seconds"]))
+        score = float(reply["score"])
+        return Verdict(score == 1, GradeStatus(reply["status"]), str(reply.get("reason", "")),
+                       float(reply["seconds"]), score if score < 1 else 0.0)
 
     def wait_ready(self) -> None:
         """Waits until the libraries are loaded.
@@ -208,8 +210,9 @@ class Pool:
         finally:
             self._idle.put(worker)
 
-    def compare(self, prediction: str, reference: str, cpu_seconds: float) -> Verdict:
-        """Compares two answers.
+    def compare(self, prediction: str, reference: str, columns: str,
+                cpu_seconds: float) -> Verdict:
+        """Compares two answers. Args: columns, of the problem, for a user's function.
 
         If a worker dies or is stopped, the answer may not be the cause, so a comparison is tried
         twice. Raises: Undecided if workers cannot be started, RuntimeError if the pool is closed.
@@ -217,7 +220,7 @@ class Pool:
         failures: list[Exception] = []
         while len(failures) < 2:
             try:
-                return self._compare_once(prediction, reference, cpu_seconds)
+                return self._compare_once(prediction, reference, columns, cpu_seconds)
             except StartFailed:
                 continue  # `_start_failed` returns Undecided after several in a row
             except (WorkerDied, WorkerStopped) as error:
@@ -236,7 +239,8 @@ class Pool:
         self._idle.put(None)
         self._starter.shutdown()
 
-    def _compare_once(self, prediction: str, reference: str, cpu_seconds: float) -> Verdict:
+    def _compare_once(self, prediction: str, reference: str, columns: str,
+                      cpu_seconds: float) -> Verdict:
         worker = self._take()
         started, healthy = time.monotonic(), False
         try:
@@ -247,7 +251,7 @@ class Pool:
                 raise self._start_failed(error) from None
 
             started = time.monotonic()
-            verdict = worker.compare(prediction, reference, cpu_seconds=cpu_seconds,
+            verdict = worker.compare(prediction, reference, columns, cpu_seconds=cpu_seconds,
                                      wall_seconds=self.wall_seconds)
             healthy = True
             return verdict

@@ -45,7 +45,8 @@ class Comparator:
     """How a worker compares a pair."""
 
     status: GradeStatus             # of its verdicts
-    compare: Callable[[str, str], bool]
+    # Of prediction, reference and the columns of the problem: 1 if they agree, less in part.
+    score: Callable[[str, str, str], float]
     clock: Callable[[], float]      # measures what a comparison costs: a function may wait
 
 
@@ -112,14 +113,16 @@ def _algebra(settings: dict[str, Any]) -> Comparator:
     _limit(resource.RLIMIT_AS, max(settings["memory_mb"] << 20, START_BYTES))
     # What a library does at its first use must not count as the first answer's time.
     symbolic.symbolic(*WARM_UP)
-    return Comparator(GradeStatus.SYMBOLIC, symbolic.symbolic, time.process_time)
+    return Comparator(GradeStatus.SYMBOLIC,
+                      lambda prediction, reference, _: symbolic.symbolic(prediction, reference),
+                      time.process_time)
 
 
 def _function(settings: dict[str, Any]) -> Comparator:
     function = functions.load(settings["function"], settings["path"])
     # Its libraries may reserve any amount of address space while they load: the limit is on top.
     _limit(resource.RLIMIT_AS, _address_space() + (settings["memory_mb"] << 20))
-    return Comparator(GradeStatus.FUNCTION, functools.partial(functions.verdict, function),
+    return Comparator(GradeStatus.FUNCTION, functools.partial(functions.score, function),
                       time.monotonic)
 
 
@@ -131,18 +134,18 @@ def _verdict(comparator: Comparator, task: dict[str, Any]) -> dict[str, Any]:
             armed = True
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds, RETRY_SECONDS)
             signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds + GRACE_SECONDS)
-            return {"correct": comparator.compare(task["prediction"], task["reference"]),
-                    "status": comparator.status}
+            score = comparator.score(task["prediction"], task["reference"], task["columns"])
+            return {"score": float(score), "status": comparator.status}
         finally:
             _disarm()
     except SoftStop:
         _disarm()
-        return {"correct": False, "status": GradeStatus.SOFT_TIMEOUT}
+        return {"score": 0.0, "status": GradeStatus.SOFT_TIMEOUT}
     except MemoryError:
-        return {"correct": False, "status": GradeStatus.MEMORY}
+        return {"score": 0.0, "status": GradeStatus.MEMORY}
     # an answer that crashes the comparison is wrong, and counted
     except (Exception, SystemExit) as error:
-        return {"correct": False, "status": GradeStatus.ERROR, "reason": functions.describe(error)}
+        return {"score": 0.0, "status": GradeStatus.ERROR, "reason": functions.describe(error)}
 
 
 def _disarm() -> None:

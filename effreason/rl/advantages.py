@@ -6,7 +6,7 @@ Imports jax alone: copy the file into a notebook and it runs.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 # What an advantage is the sum of: the advantage that correctness alone would give, what the rest of
 # the reward adds to it, what the KL penalty adds, and what whitening subtracts from every token.
@@ -52,13 +52,14 @@ def group_std(advantages: Float[Array, "P G"], rewards: Float[Array, "P G"],
     return advantages / (jnp.std(offsets, axis=-1, keepdims=True) + eps)
 
 
-def split_rewards(correct: Bool[Array, "P G"], rewards: Float[Array, "P G"], *,
+def split_rewards(correct: Shaped[Array, "P G"], rewards: Float[Array, "P G"], *,
                   by_group_std: bool = False,
                   length_weight: Float[Array, ""] | Float[Array, " P"] | None = None,
                   ) -> tuple[Float[Array, "P G"], dict[str, Float[Array, "P G"]]]:
     """Computes the advantage of each response, and how much of it is accuracy and how much length.
 
     Args:
+        correct: bool, or the scores of responses that may be partly right.
         by_group_std: also divide by the std of each group, see `group_std`.
         length_weight: divide accuracy and length each by its own std in the group, and multiply
             length by this weight. So the weight decides what length is worth, whatever the size of

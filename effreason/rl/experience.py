@@ -25,6 +25,7 @@ class Graded:
     """Graded responses, and what a correct one earns."""
 
     correct: Bool[Array, "P G"]
+    scores: Float[Array, "P G"]             # 1 if correct, less if partly right
     ended: Bool[Array, "P G"]               # with EOS; the others were cut off
     lengths: Int[Array, "P G"]
     # An array, so that one compiled function serves every alpha; or one for each group.
@@ -47,6 +48,7 @@ class ScoredBatch:
     """Responses with rewards and log-probs: what an objective reads."""
 
     correct: Bool[Array, "P G"]
+    scores: Float[Array, "P G"]
     ended: Bool[Array, "P G"]
     lengths: Int[Array, "P G"]
     alpha: Float[Array, ""] | Float[Array, " P"]
@@ -128,10 +130,19 @@ def learn(graded: Graded, old: Float[Array, "B T"] | None, reference: Float[Arra
     drift = jnp.zeros_like(graded.sampled)
     if old is not None and reference is not None:
         drift = jnp.where(mask, old - reference, drift)
-    rewards = rewards_of_groups(reward, correct, lengths, graded.alpha)
-    scored = ScoredBatch(correct=correct, ended=graded.ended, lengths=lengths, alpha=graded.alpha,
-                         rewards=rewards, mask=mask, drift=drift)
+    rewards = earned(reward, correct, graded.scores, lengths, graded.alpha)
+    scored = ScoredBatch(correct=correct, scores=graded.scores, ended=graded.ended, lengths=lengths,
+                         alpha=graded.alpha, rewards=rewards, mask=mask, drift=drift)
     return scored, objective(scored)
+
+
+def earned(reward: Reward, correct: Bool[Array, "P G"], scores: Float[Array, "P G"],
+           lengths: Int[Array, "P G"],
+           alpha: Float[Array, ""] | Float[Array, " P"]) -> Float[Array, "P G"]:
+    """Computes the rewards; a response that is partly right earns its score in addition to what a
+    wrong one does."""
+    return (rewards_of_groups(reward, correct, lengths, alpha)
+            + jnp.where(correct, 0.0, scores))
 
 
 def rewards_of_groups(reward: Reward, correct: Bool[Array, "P G"], lengths: Int[Array, "P G"],
@@ -161,7 +172,7 @@ def policy_gradient(scored: ScoredBatch, *, aggregation: str, advantage: Advanta
     """
     mask = scored.mask
     whole, parts = advantages.split_rewards(
-        scored.correct, scored.rewards, by_group_std=advantage.group_std,
+        scored.scores, scored.rewards, by_group_std=advantage.group_std,
         length_weight=scored.alpha if advantage.decouple else None)
     if advantage.whiten_responses:
         whole, parts = advantages.split_advantages(whole, parts, jnp.ones_like(scored.correct))

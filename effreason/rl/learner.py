@@ -90,7 +90,8 @@ class Learner:
         needs_reference: the loss or the reward reads log-probs by the reference.
         scores_policy: some log-probs by the policy are computed in a pass of their own.
         replicated: the sharding of what every device holds.
-        reward: (correct bool[P, G], lengths int32[P, G], alpha float32[]) -> float32[P, G], jitted.
+        reward: (correct bool[P, G], scores float32[P, G], lengths int32[P, G], alpha float32[])
+            -> float32[P, G], jitted.
         init: the state before the first step, for float32 weights, or adapters, that it takes over.
         as_reference: float32 weights -> what score_reference reads; with adapters these are the
             frozen weights of the policy. A run that starts from adapters has these in addition.
@@ -146,7 +147,8 @@ class Learner:
         self.params_sharding, self.replicated = weights, replicated
         self._packed_sharding = packed
         self._token_sharding, self._slots = update.token_sharding(mesh, responses[0]), slots
-        self.reward = jax.jit(reward, out_shardings=replicated)
+        self.reward = jax.jit(functools.partial(experience.earned, reward),
+                              out_shardings=replicated)
         self.init = update.make_initial_state(optimizer, targets)
         self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, base),
                                     out_shardings=reference)
@@ -251,24 +253,26 @@ class Learner:
         return self.merged(self.policy(state, frozen, setting))
 
     def pack(self, rollouts: Rollouts, correct: np.ndarray, alpha: float | np.ndarray,
-             settings: np.ndarray | None = None) -> PackedRollouts:
+             settings: np.ndarray | None = None,
+             scores: np.ndarray | None = None) -> PackedRollouts:
         """Packs responses into rows and puts them on the devices.
 
         Args:
             correct: bool[P, G].
             alpha: of the reward, or float32[P], one for each group.
             settings: of the dial, float32[P]; None if there is no dial.
+            scores: float32[P, G], 1 if correct, less if partly right; None = nothing is in part.
         """
         packed = self._pack(rollouts, settings=settings)
-        verdicts, ended, lengths, alphas = sharding.to_device(
-            (correct, rollouts.ended, rollouts.lengths, np.asarray(alpha, np.float32)),
-            self.replicated)
+        verdicts, worth, ended, lengths, alphas = sharding.to_device(
+            (correct, correct.astype(np.float32) if scores is None else scores, rollouts.ended,
+             rollouts.lengths, np.asarray(alpha, np.float32)), self.replicated)
         sampled = sharding.to_device(packing.flatten(rollouts.logprobs, self._slots),
                                      self._token_sharding)
         return PackedRollouts(
             packed=sharding.to_device(packed, self._packed_sharding),
-            graded=Graded(correct=verdicts, ended=ended, lengths=lengths, alpha=alphas,
-                          sampled=sampled),
+            graded=Graded(correct=verdicts, scores=worth, ended=ended, lengths=lengths,
+                          alpha=alphas, sampled=sampled),
             packing_efficiency=packing.packing_efficiency(packed))
 
     def score(self, policy: model.Params, rollouts: PackedRollouts,
@@ -371,7 +375,8 @@ class Learner:
                             sampled_logprobs=floats if keeps_sampled else None,
                             reference_logprobs=floats if self.needs_reference else None)
         verdicts = array(jnp.bool_, prompts, group_size)
-        graded = Graded(correct=verdicts, ended=verdicts, alpha=array(jnp.float32),
+        graded = Graded(correct=verdicts, ended=verdicts,
+                        scores=array(jnp.float32, prompts, group_size), alpha=array(jnp.float32),
                         lengths=array(jnp.int32, prompts, group_size), sampled=logprobs)
         old = logprobs if self.scores_policy else None
         fixed = logprobs if self.needs_reference else None

@@ -65,6 +65,7 @@ class GradedRollouts:
     rollouts: Rollouts
     texts: list[str]                # B, see sampling.generate.decode
     correct: np.ndarray             # bool[P, G]: the verdict, and an end with EOS if required
+    scores: np.ndarray              # float32[P, G]: 1 if correct, less if partly right
     verdicts: list[Grade]           # B, on the text alone
     grading_seconds: float          # that grading took after the generation was over
     generations: tuple[Generation | Generations, ...]     # over; for their counters
@@ -162,10 +163,12 @@ def sample_and_grade(generate: Generate, problems: Sequence[Problem], group_size
     verdicts = [grades[name] for name in names]
     check_decided(verdicts, grader.function)
 
-    correct = np.array([verdict.correct for verdict in verdicts]).reshape(rollouts.lengths.shape)
+    shape, counts = rollouts.lengths.shape, rollouts.ended if require_eos else True
+    correct = np.array([verdict.correct for verdict in verdicts]).reshape(shape) & counts
+    scores = np.array([verdict.score for verdict in verdicts], np.float32).reshape(shape) * counts
     return GradedRollouts(problems=list(problems), rollouts=rollouts,
                           texts=[background.texts[name] for name in names], verdicts=verdicts,
-                          correct=correct & rollouts.ended if require_eos else correct,
+                          correct=correct, scores=scores.astype(np.float32),
                           grading_seconds=time.monotonic() - generated, generations=(generation,))
 
 
@@ -242,8 +245,8 @@ def has_signal(graded: GradedRollouts, learner: Learner, alpha: float,
     """Marks the groups that can teach something: bool[P].
 
     What counts is the spread of the shaped reward: groups that are all correct teach brevity."""
-    arguments = sharding.to_device((graded.correct, graded.rollouts.lengths, np.float32(alpha)),
-                                   learner.replicated)
+    arguments = sharding.to_device((graded.correct, graded.scores, graded.rollouts.lengths,
+                                    np.float32(alpha)), learner.replicated)
     rewards = sharding.to_host(learner.reward(*arguments))
     spread: np.ndarray = rewards.max(axis=-1) - rewards.min(axis=-1)
     return spread > min_spread
@@ -275,13 +278,14 @@ def replace_groups(graded: GradedRollouts, indices: Sequence[int], others: Grade
     return GradedRollouts(
         problems=problems, rollouts=rollouts, texts=texts, verdicts=verdicts,
         correct=replaced(graded.correct, others.correct),
+        scores=replaced(graded.scores, others.scores),
         grading_seconds=graded.grading_seconds + others.grading_seconds,
         generations=graded.generations + others.generations)
 
 
 def make_reference(problem: Problem) -> Reference:
     """Returns what the grader needs of a problem."""
-    return Reference(problem.reference, problem.kind, problem.choices)
+    return Reference(problem.reference, problem.kind, problem.choices, problem.columns)
 
 
 def unmatched(grader: Grader, problems: Sequence[Problem]) -> list[int]:

@@ -89,6 +89,12 @@ def test_a_function_of_ones_own(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "rows.jsonl",
                  [{"response": "abc", "reference": "ab"}, {"response": "a", "reference": "ab"}])
     assert "1 correct, 1 wrong" in grade(capsys, path, "--function", "own_verdicts:longer")
+
+    (tmp_path / "own_columns.py").write_text("def at_most(response, answer, limit): "
+                                             "return len(response) <= limit\n")
+    path = write(tmp_path / "limits.jsonl", [
+        {"response": "abc", "reference": "", "limit": limit} for limit in (2, 3, 4.5)])
+    assert "2 correct, 1 wrong" in grade(capsys, path, "--function", "own_columns:at_most")
     with pytest.raises(UserError,
                        match="grade.function own_verdicts:none: own_verdicts has no none"):
         grade(capsys, path, "--function", "own_verdicts:none")

@@ -203,6 +203,9 @@ def test_answers_that_cannot_be_read_are_left_out_by_their_reason(tmp_path, char
     user = Config(data=dataclasses.replace(DATA, path=path),
                   grade=GradeConfig(function="my:grader"), evaluation=EvaluationConfig(problems=0))
     assert len(training(characters, user)) == 6
+    (problem, *_) = training(characters, user).sources[0].problems
+    assert json.loads(problem.columns)["problem"] == problem.text      # all columns, for its grader
+    assert all(problem.columns == "" for problem in found[path])
     assert len(training(characters, config(path=path, answer_kind="text"))) == 6
 
 

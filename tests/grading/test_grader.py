@@ -412,6 +412,9 @@ def dies(response, answer): os._exit(3)
 def eats(response, answer): return len(bytearray(8 << 30)) > 0
 def prints(response, answer): print('{"id": 1}'); return bool(os.environ["OWN_SETTING"])
 def one(response): return 1
+def half(response, answer): return len(response) / 8
+def hinted(response, answer, hint, *, weight=0.25): return weight * (hint in response)
+def everything(response, answer, **columns): return "/".join(columns) == response
 number = 5
 """
 
@@ -458,8 +461,29 @@ def test_verdicts_of_a_function_are_not_kept(own):
         assert [only(grader, "same", "5").correct for _ in range(3)] == [True, False, False]
 
 
+def test_a_function_may_find_a_response_partly_right(own):
+    with Grader(workers=1, function="own_grader:half") as grader:
+        grades = grader.grade(["", "abcd", "abcdefgh", "abcdefghi"], ["5"] * 4)
+    assert [(grade.correct, grade.score) for grade in grades] == [
+        (False, 0), (False, 0.5), (True, 1), (False, 0)]
+    assert grades[3].reason == "it returned 1.125, expected True, False or a number in [0, 1]"
+
+
+def test_a_function_gets_the_columns_that_it_names(own):
+    with Grader(workers=1, function="own_grader:hinted") as grader:
+        grades = grader.grade(["a hint"] * 3, [
+            Reference("5", columns='{"hint": "a", "problem": "?"}'),
+            Reference("5", columns='{"hint": "a", "weight": 1}'),
+            Reference("5", columns='{"x": 1}')])
+    assert [grade.score for grade in grades] == [0.25, 1, 0]
+    assert grades[2].reason == "it takes hint, which is no column of the data, found x"
+    with Grader(workers=1, function="own_grader:everything") as grader:
+        assert only(grader, "problem/hint", Reference(
+            "5", columns='{"problem": "?", "answer": "5", "hint": "a"}')).correct
+
+
 @pytest.mark.parametrize(("name", "status", "reason"), [
-    ("words", "error", "it returned 'yes', expected True or False"),
+    ("words", "error", "it returned 'yes', expected True, False or a number in [0, 1]"),
     ("fails", "error", "ValueError: no such unit"),
     ("spins", "soft_timeout", "out of processor time"),
     ("sleeps", "hard_kill", "stuck, worker killed"),
@@ -478,7 +502,8 @@ def test_a_function_cannot_hurt_the_trainer(own, name, status, reason):
     ("own_grader", "it must have the form module:function"),
     ("own_grader:nope", "own_grader has no nope"),
     ("own_grader:number", "number cannot be called, it is of type int"),
-    ("own_grader:one", "one must take two arguments, the response and the answer"),
+    ("own_grader:one", "one must take two arguments, the response and the answer, and may take "
+     "columns of the data by name"),
     ("nowhere.grader:ends", "there is no module nowhere in .* or on Python's path"),
     ("broken_grader:ends", "importing broken_grader failed: ModuleNotFoundError: No "
      "module named 'no_such_module_at_all'"),

@@ -75,8 +75,9 @@ def programs(config):
             functools.partial(measure, min_reward_spread=config.rollout.min_reward_spread, **parts))
 
 
-def graded(config, correct=CORRECT, lengths=LENGTHS):
-    return Graded(correct=correct, ended=lengths < 9, lengths=lengths,
+def graded(config, correct=CORRECT, lengths=LENGTHS, scores=None):
+    return Graded(correct=correct, scores=correct.astype(np.float32) if scores is None else scores,
+                  ended=lengths < 9, lengths=lengths,
                   alpha=np.float32(config.reward.alpha), sampled=sampled())
 
 
@@ -93,7 +94,7 @@ def completed(config, found, old):
     return update.with_old_logprobs(rows, old, jnp.array(True), loss)
 
 
-def credited(config, correct=CORRECT, lengths=LENGTHS):
+def credited(config, correct=CORRECT, lengths=LENGTHS, scores=None):
     experience, metrics = programs(config)
 
     @jax.jit
@@ -102,7 +103,8 @@ def credited(config, correct=CORRECT, lengths=LENGTHS):
         return completed(config, found, old), found.rewards, metrics(graded, old, reference)
 
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        return jax.device_get(step(graded(config, correct, lengths), *logprobs(), one_a_row()))
+        return jax.device_get(step(graded(config, correct, lengths, scores), *logprobs(),
+                                   one_a_row()))
 
 
 def worth_of_responses(config, rewards):
@@ -191,6 +193,18 @@ def test_responses_that_were_cut_off_have_no_weight(aggregation):
     if aggregation != "constant":
         inside = mask_in_numpy() & ~cut
         np.testing.assert_array_equal(masked.advantages[inside], everything.advantages[inside])
+
+
+def test_what_is_partly_right_earns_its_score_and_nothing_for_its_length():
+    scores = CORRECT.astype(np.float32)
+    scores[0, 1], scores[2] = 0.5, [0.25, 0.25, 0, 1 / 3]       # of the wrong ones
+    _, rewards, metrics = credited(settings(), scores=scores)
+    _, plain, _ = credited(settings())
+    np.testing.assert_allclose(rewards, plain + np.where(CORRECT, 0, scores), rtol=1e-6)
+    assert metrics["reward/groups_with_signal"] == 4 / 5
+    # Without a length term, all of the update is for being right.
+    metrics = credited(settings(alpha=0.0), scores=scores)[2]
+    assert metrics["update_share/accuracy"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("updates", [1, 2])

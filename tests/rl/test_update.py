@@ -17,6 +17,7 @@ from decoders import QWEN2, QWEN3, VOCABULARY, mesh, place, weights
 from effreason.lm import attention, model
 from effreason.rl import experience as experience_of_step
 from effreason.rl import learner, packing, parity, update
+from effreason.rl.configured_reward import make_reward
 from effreason.runtime import sharding
 from effreason.runtime.config import (
     AdvantageConfig,
@@ -598,7 +599,8 @@ def gradient_of_stored_logprobs(config, learning, state, reference, packed, targ
     """Gradient and metrics of the first update by the formula that needs a pass of its own: old
     log-probs known beforehand, KL penalty and importance weights in the advantages."""
     old, fixed = learning.score(state.params, packed), learning.score_reference(reference, packed)
-    scored, found = experience_of_step.learn(packed.graded, old, fixed, reward=learning.reward,
+    scored, found = experience_of_step.learn(packed.graded, old, fixed,
+                                             reward=make_reward(config.reward),
                                              objective=learner.make_objective(config))
     mask, worth = np.asarray(scored.mask), np.asarray(found.token_advantages)
     if config.kl.form == "reward" and not config.advantage.whiten:
