@@ -308,7 +308,7 @@ class Grader:
             return Verdict(False, GradeStatus.BUDGET), 0.0
 
         start = time.monotonic()
-        verdict = self._pool.compare(*task, cpu_seconds)
+        verdict = self._pool.compare(task.prediction, task.reference, cpu_seconds, task.columns)
         budget.spend(verdict.seconds / self._pool.workers, again=again)
 
         # only verdicts that did not depend on a limit are kept

@@ -210,8 +210,8 @@ class Pool:
         finally:
             self._idle.put(worker)
 
-    def compare(self, prediction: str, reference: str, columns: str,
-                cpu_seconds: float) -> Verdict:
+    def compare(self, prediction: str, reference: str, cpu_seconds: float,
+                columns: str = "") -> Verdict:
         """Compares two answers. Args: columns, of the problem, for a user's function.
 
         If a worker dies or is stopped, the answer may not be the cause, so a comparison is tried
@@ -220,7 +220,7 @@ class Pool:
         failures: list[Exception] = []
         while len(failures) < 2:
             try:
-                return self._compare_once(prediction, reference, columns, cpu_seconds)
+                return self._compare_once(prediction, reference, cpu_seconds, columns)
             except StartFailed:
                 continue  # `_start_failed` returns Undecided after several in a row
             except (WorkerDied, WorkerStopped) as error:
@@ -239,8 +239,8 @@ class Pool:
         self._idle.put(None)
         self._starter.shutdown()
 
-    def _compare_once(self, prediction: str, reference: str, columns: str,
-                      cpu_seconds: float) -> Verdict:
+    def _compare_once(self, prediction: str, reference: str, cpu_seconds: float,
+                      columns: str) -> Verdict:
         worker = self._take()
         started, healthy = time.monotonic(), False
         try:

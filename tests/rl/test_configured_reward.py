@@ -125,7 +125,7 @@ def test_every_published_reward_has_a_name():
 def test_the_documentation_names_every_form_with_its_parameters():
     table = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
     rows = {row[1].strip("` "): row[3] for line in table.splitlines()
-            if line.startswith("| `") and len(row := re.split(r"(?<!\\)\|", line)) > 5}
+            if line.startswith("| `") and len(row := re.split(r"(?<!\\)\|", line)) > 6}
     assert rows.keys() == configured_reward.FORMS.keys()
     for form, function in configured_reward.FORMS.items():
         documented = dict((text.split("=") + [None])[:2] for text in re.findall("`([^`]+)`",
@@ -153,7 +153,8 @@ def test_a_function_of_ones_own_is_called_with_parameters_and_with_alpha_where_i
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-NAMES = "efficient, kimi, l1_exact, l1_max, soft_overlong, limit, laser, alp, gr3, shorter_better"
+NAMES = "efficient, kimi, l1_exact, l1_max, soft_overlong, limit, laser, alp, gr3, shorter_better, " \
+        "adaptive_limit, group_max"
 
 
 @pytest.mark.parametrize(("form", "parameters", "message"), [
