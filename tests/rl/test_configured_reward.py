@@ -153,8 +153,8 @@ def test_a_function_of_ones_own_is_called_with_parameters_and_with_alpha_where_i
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-NAMES = "efficient, kimi, l1_exact, l1_max, soft_overlong, limit, laser, alp, gr3, shorter_better, " \
-        "adaptive_limit, group_max"
+NAMES = ("efficient, kimi, l1_exact, l1_max, soft_overlong, limit, laser, alp, gr3, "
+         "shorter_better, adaptive_limit, group_max")
 
 
 @pytest.mark.parametrize(("form", "parameters", "message"), [
