@@ -115,9 +115,10 @@ def score(function: Callable[..., Any], response: str, answer: str, columns: str
     Raises: BadResult unless it returns True, False or a number in [0, 1], or if it takes a column
         that there is not; and whatever the function raises.
     """
-    row, parameters = json.loads(columns) if columns else {}, _parameters(function)
-    taken = {name: row[name] for name in columns_of(function) if name in row}
-    for name in columns_of(function):
+    row = json.loads(columns) if columns else {}
+    names, parameters = columns_of(function), _parameters(function)
+    taken = {name: row[name] for name in names if name in row}
+    for name in names:
         if name not in row and parameters[name].default is inspect.Parameter.empty:
             raise BadResult(f"it takes {name}, which is no column of the data, found "
                             f"{', '.join(row) or 'none'}")

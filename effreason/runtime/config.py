@@ -274,7 +274,7 @@ class RewardConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig(Section):
-    """From rewards to advantages: leave-one-out, with two options."""
+    """From rewards to advantages: leave-one-out, and published ways to scale it."""
 
     whiten: bool = False
     """Subtract the batch mean and divide by the batch standard deviation, over tokens, as the
