@@ -64,7 +64,7 @@ def decoder(tiny: bool, **changes: Any) -> model.DecoderConfig:
                  mlp_width=512) if tiny else dict(
         vocabulary=151936, width=1536, layers=28, heads=12, kv_heads=2, head_dim=HEAD_DIM,
         mlp_width=8960)
-    return model.DecoderConfig(**shape, norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, tied=False,
+    return model.DecoderConfig(**shape, norm_eps=1e-6, kinds=model.alike(theta=1e4), qkv_bias=True,
                                **{"dtype": jnp.bfloat16, "remat": "full"} | changes)
 
 

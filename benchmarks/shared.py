@@ -8,7 +8,8 @@ from typing import Any
 
 from effreason.lm import model
 
-QWEN2: dict[str, Any] = dict(norm_eps=1e-6, rope_theta=1e4, qkv_bias=True, remat="none")
+QWEN2: dict[str, Any] = dict(norm_eps=1e-6, kinds=model.alike(theta=1e4), qkv_bias=True,
+                             remat="none")
 MODELS = {
     "M1": model.DecoderConfig(vocabulary=32000, width=512, layers=8, heads=8, kv_heads=2,
                               head_dim=64, mlp_width=1408,

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from effreason.lm import kv_cache, model
+from effreason.lm import model
 from effreason.lm.hf.pretrained import write_decoder
 from effreason.sampling import draws, engine, slots
 from effreason.sampling.scheduler import Request
@@ -205,15 +205,14 @@ def plain_extend(config: model.DecoderConfig, weights: model.Params, tokens: jax
     """Reads T more tokens of each row, with attention over the whole cache: final hidden states and
     the cache."""
     positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]
-    rope = kv_cache.rope(positions, kv_cache.rope_frequencies(config.head_dim, config.rope_theta,
-                                                                config.rope_scaling))
+    angles = config.kinds[0].rope.angles(positions, config.head_dim)
     # [B, 1, T, C]
     visible = (jnp.arange(cache[0][0].shape[1])[None, None, :] <= positions[:, :, None])[:, None]
     write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
     x, extended = weights["embedding"].astype(config.dtype)[tokens], []
-    block: Any = model.Block(config)
+    block: Any = model.Block(config, config.kinds[0])
     for layer, (keys, values) in zip(weights["layers"], cache, strict=True):
-        query, key, value = block.apply({"params": layer}, x, rope, method="qkv")
+        query, key, value = block.apply({"params": layer}, x, angles, method="qkv")
         keys, values = write(keys, key, start), write(values, value, start)
         mixed = jax.nn.dot_product_attention(query, keys, values, mask=visible)
         x = block.apply({"params": layer}, x, mixed, method="output_and_mlp")

@@ -19,11 +19,11 @@ from typing import Any
 
 from benchmarks.shared import MODELS, print_table, say
 from benchmarks.update import steps
-from effreason.lm.model import DecoderConfig
+from effreason.lm.model import DecoderConfig, alike
 from effreason.runtime import sharding
 
 SMOLLM2 = DecoderConfig(vocabulary=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64,
-                        mlp_width=1536, norm_eps=1e-5, rope_theta=1e5, qkv_bias=False, tied=True,
+                        mlp_width=1536, norm_eps=1e-5, kinds=alike(theta=1e5), tied=True,
                         remat="full")
 KNOWN = MODELS | {"SmolLM2": SMOLLM2}
 FIGURES = {"peak_bytes": "peak memory", "update_seconds": "update",

@@ -251,7 +251,8 @@ def _torch_model(config: DecoderConfig, directory: Path | None) -> Any:
         vocab_size=config.vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
         num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
         intermediate_size=config.mlp_width,
-        rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta, tie_word_embeddings=config.tied,
+        rms_norm_eps=config.norm_eps, rope_theta=config.kinds[0].rope.theta,
+        tie_word_embeddings=config.tied,
         attn_implementation="sdpa", dtype=torch.float32))
 
 

@@ -10,6 +10,7 @@ import jax
 
 from effreason.cli.arguments import ALPHA, Parser, bounded, check_target, run_config
 from effreason.evaluation.models import checkpoint_of, open_trained
+from effreason.lm.hf import peft
 from effreason.rl import dial
 from effreason.runs.export import export_adapter, export_trained
 from effreason.runtime import sharding
@@ -38,6 +39,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     mesh = sharding.make_mesh(data=-1)      # this machine's devices, whatever the run had
     with jax.set_mesh(mesh):
         if options.adapter:
+            peft.check_modules(trained.pretrained.decoder, "--adapter")
             export_adapter(trained, mesh, target)
         else:
             export_trained(trained, trained.reader(mesh, MeshConfig()), target)

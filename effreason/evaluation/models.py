@@ -33,6 +33,7 @@ from effreason.runtime import processes, sharding
 from effreason.runtime.config import Config, MeshConfig
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json
+from effreason.sampling import capacity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,8 @@ def open_model(config: Config, path: str, revision: str | None, mesh: Mesh) -> E
     pretrained = open_pretrained(
         config.model.path if is_adapter else path, dtype=config.model.dtype,
         revision=config.model.revision if is_adapter else revision, remat=config.model.remat,
-        stop_ids=config.rollout.stop_ids, adapter=path if is_adapter else None)
+        stop_ids=config.rollout.stop_ids, adapter=path if is_adapter else None,
+        positions=capacity.max_positions(config))
     facts_file = pretrained.own_directory / FACTS_FILE
     shardings = sharding.tree_sharding(mesh, model.logical_axes(pretrained.decoder))
     return _checked(config, EvaluatedModel(
@@ -185,7 +187,7 @@ def open_trained(checkpoint: Checkpoint, *, dtype: str | None = None, remat: str
     pretrained = open_pretrained(run.model.path, revision=run.model.revision,
                                  dtype=dtype or run.model.dtype, remat=remat,
                                  stop_ids=stop_ids or run.rollout.stop_ids,
-                                 adapter=run.model.adapter)
+                                 adapter=run.model.adapter, positions=capacity.max_positions(run))
     with Checkpoints(checkpoint.run / "checkpoints", keep=None) as checkpoints:
         facts = checkpoints.facts(checkpoint.step)
 

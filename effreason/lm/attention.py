@@ -40,6 +40,7 @@ TILE = 256                          # blockwise: positions, the side of a tile o
 SPLASH_TILE = 512                   # splash: the same, at most
 # Of a kernel's trial: lengths of the sequences in a row, of the row, the error bfloat16 explains.
 TRIAL_SEQUENCES, TRIAL_LENGTH, TRIAL_TOLERANCE = (90, 1, 130), 256, 0.05
+TRIAL_WINDOW = 40
 
 
 def zigzag(length: int, parts: int) -> Int[np.ndarray, " N"]:
@@ -102,11 +103,12 @@ def sequences_per_row(implementation: str) -> int | None:
 
 
 def passes_trial(implementation: str, *, rows: int, heads: int, kv_heads: int, head_dim: int,
-                 dtype: DTypeLike) -> bool:
+                 dtype: DTypeLike, window: int | None = None) -> bool:
     """Whether a kernel compiles here, and agrees with XLA in short rows, in values and gradients.
 
     Args:
-        rows: A multiple of the mesh's batch shards."""
+        rows: A multiple of the mesh's batch shards.
+        window: Of a layer, see `causal_attention`; in the trial it is shorter."""
     lengths = TRIAL_SEQUENCES[: sequences_per_row(implementation)]
     numbers = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     numbers = np.pad(numbers, (0, TRIAL_LENGTH - len(numbers))).astype(np.int32)
@@ -120,7 +122,8 @@ def passes_trial(implementation: str, *, rows: int, heads: int, kv_heads: int, h
 
         def results(implementation: str) -> list[Array]:
             mixed, pull_back = jax.vjp(lambda query, key, value: causal_attention(
-                query, key, value, jnp.asarray(segments), implementation=implementation), *arrays)
+                query, key, value, jnp.asarray(segments), implementation=implementation,
+                window=window and TRIAL_WINDOW), *arrays)
             return [x.astype(jnp.float32) for x in (mixed, *pull_back(cotangent))]
 
         errors = [jnp.max(jnp.abs(one - other)) / jnp.max(jnp.abs(other))
@@ -134,8 +137,8 @@ def passes_trial(implementation: str, *, rows: int, heads: int, kv_heads: int, h
 
 
 def causal_attention(query: Float[Array, "B N H h"], key: Keys, value: Keys,
-                     segments: Int[Array, "B N"] | None, *,
-                     implementation: str) -> Float[Array, "B N H h"]:
+                     segments: Int[Array, "B N"] | None, *, implementation: str,
+                     window: int | None = None) -> Float[Array, "B N H h"]:
     """Attends from each position to itself and earlier ones of its sequence; float32 softmax.
 
     Args:
@@ -144,21 +147,26 @@ def causal_attention(query: Float[Array, "B N H h"], key: Keys, value: Keys,
             `context` is longer than 1, columns are in the order of `zigzag`. None = one sequence
             per row, in order.
         implementation: One of IMPLEMENTATIONS; not used if segments is None.
+        window: Positions that a query sees at most, its own and those before; None = all. Sequences
+            that continue another one have none: in a row they are not next to it.
 
     Returns:
         The mixed values. Padding is 0 and passes no gradient."""
+    if window is not None and window >= query.shape[1]:
+        window = None
     if segments is None:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True,
+                                            local_window_size=cudnn.local_window(window))
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention is {implementation!r}, expected one of "
                         f"{', '.join(IMPLEMENTATIONS)}")
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        order, _ = _column_order(implementation, query.shape[1], mesh)
-        mixed = _attend(implementation, query, key, value, segments, segments, order)
+        order, _ = _column_order(implementation, query.shape[1], window, mesh)
+        mixed = _attend(implementation, query, key, value, segments, segments, order, window)
     else:
-        mixed = _attend_on_mesh(implementation, query, key, value, segments, mesh)
+        mixed = _attend_on_mesh(implementation, query, key, value, segments, window, mesh)
 
     # Splash names what it saves itself; cuDNN's backward pass needs more than the result.
     if implementation in ("xla", "blockwise"):
@@ -167,18 +175,19 @@ def causal_attention(query: Float[Array, "B N H h"], key: Keys, value: Keys,
 
 
 def _attend_on_mesh(implementation: str, query: Float[Array, "B N H h"], key: Keys, value: Keys,
-                    segments: Int[Array, "B N"], mesh: AbstractMesh) -> Float[Array, "B N H h"]:
+                    segments: Int[Array, "B N"], window: int | None,
+                    mesh: AbstractMesh) -> Float[Array, "B N H h"]:
     """Attends on each device for its own rows, heads and columns.
 
     XLA cannot partition a kernel or a scan."""
     parts = mesh.shape[AXES["sequence"]]
     if parts > 1 and implementation.startswith("cudnn"):
         raise UserError(f"mesh.context is {parts}, the {implementation} kernel expects 1")
-    order, order_spec = _column_order(implementation, query.shape[1], mesh)
+    order, order_spec = _column_order(implementation, query.shape[1], window, mesh)
 
     def local(query: Array, key: Array, value: Array, segments: Array, order: Any) -> Array:
         key, value, key_segments = (_gather_row(x, parts) for x in (key, value, segments))
-        return _attend(implementation, query, key, value, segments, key_segments, order)
+        return _attend(implementation, query, key, value, segments, key_segments, order, window)
 
     heads, kv_heads = (spec("batch", "sequence", axis, "head_dim")
                        for axis in ("heads", "kv_heads"))
@@ -198,7 +207,8 @@ def _gather_row(x: Shaped[Array, "B n ..."], parts: int) -> Shaped[Array, "B N .
     return chunks.reshape(x.shape[0], -1, *x.shape[2:])
 
 
-def _column_order(implementation: str, length: int, mesh: AbstractMesh) -> tuple[Any, Any]:
+def _column_order(implementation: str, length: int, window: int | None,
+                  mesh: AbstractMesh) -> tuple[Any, Any]:
     """Returns what tells an implementation the positions of its columns, and its sharding.
 
     None means that the columns are in the order of the row. Otherwise int32[N], of which each shard
@@ -206,7 +216,7 @@ def _column_order(implementation: str, length: int, mesh: AbstractMesh) -> tuple
     computes."""
     parts = 1 if mesh.empty else mesh.shape[AXES["sequence"]]
     if implementation == "splash":
-        kernel = _splash_kernel(length, parts)
+        kernel = _splash_kernel(length, parts, window)
         if mesh.empty:
             return kernel, None
         return kernel, kernel.manual_sharding_spec(NamedSharding(mesh, spec("width", "sequence")))
@@ -216,16 +226,17 @@ def _column_order(implementation: str, length: int, mesh: AbstractMesh) -> tuple
 
 
 def _attend(implementation: str, query: Queries, key: Keys, value: Keys,
-            segments: Int[Array, "B n"], key_segments: Int[Array, "B N"], order: Any) -> Queries:
+            segments: Int[Array, "B n"], key_segments: Int[Array, "B N"], order: Any,
+            window: int | None) -> Queries:
     """Attends from the queries of one device to keys and values in the order of the row."""
     if implementation == "cudnn_packed":
-        return cudnn.several_sequences(query, key, value, segments)
+        return cudnn.several_sequences(query, key, value, segments, window)
     if implementation == "cudnn":
-        return cudnn.one_sequence(query, key, value, segments)
+        return cudnn.one_sequence(query, key, value, segments, window)
     if implementation == "splash":
         return _splash(query, key, value, segments, key_segments, order)
     attend = _xla if implementation == "xla" else _blockwise
-    return attend(query, key, value, segments, key_segments, order)
+    return attend(query, key, value, segments, key_segments, order, window)
 
 
 def _group_queries(query: Queries, kv_heads: int) -> Float[Array, "B K Rn h"]:
@@ -241,34 +252,40 @@ def _ungroup(mixed: Float[Array, "B K Rn h"], length: int) -> Queries:
 
 
 def _visible(segments: Int[Array, "... n"], key_segments: Int[Array, "... N"],
-             positions: Int[Array, " n"], key_positions: Int[Array, " N"]) -> Bool[Array,
-                                                                                   "... n N"]:
+             positions: Int[Array, " n"], key_positions: Int[Array, " N"],
+             window: int | None) -> Bool[Array, "... n N"]:
     """Which keys each query sees. Padding is a segment too, so that every query sees a key: no
     softmax is empty."""
     own, seen = segments[..., :, None], key_segments[..., None, :]
     same_sequence = (own == seen) | (own % BRANCH == seen)
-    causal = positions[:, None] >= key_positions[None, :]
-    return same_sequence & jnp.broadcast_to(causal, same_sequence.shape)
+    distance = positions[:, None] - key_positions[None, :]
+    in_reach = distance >= 0
+    if window is not None:
+        in_reach &= distance < window
+    return same_sequence & jnp.broadcast_to(in_reach, same_sequence.shape)
 
 
 def _xla(query: Queries, key: Keys, value: Keys, segments: Int[Array, "B n"],
-         key_segments: Int[Array, "B N"], positions: Int[Array, " n"] | None) -> Queries:
+         key_segments: Int[Array, "B N"], positions: Int[Array, " n"] | None,
+         window: int | None) -> Queries:
     """Masked softmax over whole rows of scores.
 
     If columns are in the order of the row, each block of queries gets the keys up to its end, and
-    no later ones."""
+    no later ones; with a window, none before it either."""
     length = query.shape[1]
     if positions is not None:
         key_positions = jnp.arange(key.shape[1])
         return _softmax(query, key, value, _visible(segments, key_segments, positions,
-                                                    key_positions))
+                                                    key_positions, window))
 
     columns = jnp.arange(length)
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
     blocks = []
     for start in range(0, length, block):
-        own, seen = slice(start, start + block), slice(0, start + block)
-        visible = _visible(segments[:, own], key_segments[:, seen], columns[own], columns[seen])
+        first = 0 if window is None else max(start - window + 1, 0)
+        own, seen = slice(start, start + block), slice(first, start + block)
+        visible = _visible(segments[:, own], key_segments[:, seen], columns[own], columns[seen],
+                           window)
         blocks.append(_softmax(query[:, own], key[:, seen], value[:, seen], visible))
     return jnp.concatenate(blocks, axis=1)
 
@@ -292,7 +309,8 @@ def _softmax(query: Queries, key: Keys, value: Keys, visible: Bool[Array, "B n N
 
 
 def _blockwise(query: Queries, key: Keys, value: Keys, segments: Int[Array, "B n"],
-               key_segments: Int[Array, "B N"], positions: Int[Array, " n"] | None) -> Queries:
+               key_segments: Int[Array, "B N"], positions: Int[Array, " n"] | None,
+               window: int | None) -> Queries:
     """Masked softmax tile by tile, with a running maximum and sum.
 
     Memory grows with the row, not with its square. Rows are computed one after another, so that
@@ -311,15 +329,16 @@ def _blockwise(query: Queries, key: Keys, value: Keys, segments: Int[Array, "B n
         query, key, value, segments, key_segments = arrays
         keys = split(key), split(value), split(key_segments, -1)        # -1 is no query's segment
         first = jnp.arange(len(keys[0]), dtype=jnp.int32) * tile
-        query_tile = jax.checkpoint(functools.partial(_query_tile, keys=(*keys, first)),
-                                    prevent_cse=False)
+        query_tile = jax.checkpoint(functools.partial(_query_tile, keys=(*keys, first),
+                                                      window=window), prevent_cse=False)
         mixed = jax.lax.map(query_tile, (split(query), split(segments), split(positions)))
         return mixed.reshape(-1, *query.shape[1:])[: len(query)]
 
     return jax.lax.map(row, (query, key, value, segments, key_segments))
 
 
-def _query_tile(queries: tuple[Array, ...], keys: tuple[Array, ...]) -> Float[Array, "tile H h"]:
+def _query_tile(queries: tuple[Array, ...], keys: tuple[Array, ...],
+                window: int | None) -> Float[Array, "tile H h"]:
     """Attends from one tile of queries to all tiles of keys.
 
     Args:
@@ -335,7 +354,8 @@ def _query_tile(queries: tuple[Array, ...], keys: tuple[Array, ...]) -> Float[Ar
 
         def attend(carry: tuple[Array, ...]) -> tuple[Array, ...]:
             mixed, total, running_max = carry
-            visible = _visible(segments, key_segments, positions, first + jnp.arange(len(key)))
+            visible = _visible(segments, key_segments, positions, first + jnp.arange(len(key)),
+                               window)
             visible = jnp.tile(visible, (query.shape[1] // key.shape[1], 1))    # [R * tile, tile]
             scores = jnp.einsum("kqh,skh->kqs", grouped, key, preferred_element_type=jnp.float32)
             # Finite: a query may see no key of this tile
@@ -352,6 +372,8 @@ def _query_tile(queries: tuple[Array, ...], keys: tuple[Array, ...]) -> Float[Ar
         is_reached = ((first <= jnp.max(positions)) & _overlap(segments % BRANCH,
                                                                key_segments % BRANCH)
                       & (_overlap(segments, key_segments) | (jnp.min(key_segments) < BRANCH)))
+        if window is not None:
+            is_reached &= first + len(key) > jnp.min(positions) - window + 1
         return jax.lax.cond(is_reached, attend, lambda carry: carry, carry), None
 
     # zeros_like, so that under shard_map the carry varies over the same mesh axes as the queries.
@@ -368,7 +390,7 @@ def _overlap(some: Int[Array, " n"], others: Int[Array, " N"]) -> Bool[Array, ""
     return (jnp.min(some) <= jnp.max(others)) & (jnp.min(others) <= jnp.max(some))
 
 
-def _splash_kernel(length: int, parts: int) -> Any:
+def _splash_kernel(length: int, parts: int, window: int | None) -> Any:
     """Builds JAX's Splash kernel, a tree of arrays, for a row with columns in zig-zag order.
 
     The kernel computes the mask from the positions of its queries. Which blocks are empty is
@@ -383,7 +405,8 @@ def _splash_kernel(length: int, parts: int) -> Any:
     queries, keys = (min(x & -x, SPLASH_TILE) for x in (length // parts, length))
     sizes = splash.BlockSizes(block_q=queries, block_kv=keys, block_q_dkv=queries,
                               block_kv_dkv=keys, block_q_dq=queries, block_kv_dq=keys)
-    mask = masks.CausalMask((length, length))
+    mask = (masks.CausalMask((length, length)) if window is None
+            else masks.LocalMask((length, length), (window - 1, 0), offset=0))
     mask.q_sequence = zigzag(length, parts)
     return splash.make_splash_mha(masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1,
                                   q_seq_shards=parts, residual_checkpoint_name=CHECKPOINT_NAME)

@@ -67,29 +67,41 @@ def described(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def one_sequence(query: Float[Array, "B N H h"], key: Float[Array, "B N K h"],
-                 value: Float[Array, "B N K h"],
-                 segments: Int[Array, "B N"]) -> Float[Array, "B N H h"]:
-    """Attends in rows of one sequence. Args: segments, 1; 0 at padding."""
+                 value: Float[Array, "B N K h"], segments: Int[Array, "B N"],
+                 window: int | None) -> Float[Array, "B N H h"]:
+    """Attends in rows of one sequence.
+
+    Args:
+        segments: 1; 0 at padding.
+        window: Positions that a query sees at most; None = all."""
     # At least 1: a row that is all padding must give finite values.
     lengths = jnp.maximum(jnp.sum(segments > 0, axis=1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(*_without_padding(segments, query, key, value),
                                         is_causal=True, query_seq_lengths=lengths,
-                                        key_value_seq_lengths=lengths, implementation="cudnn")
+                                        key_value_seq_lengths=lengths, implementation="cudnn",
+                                        local_window_size=local_window(window))
+
+
+def local_window(window: int | None) -> tuple[int, int] | None:
+    """Returns a window as JAX counts it: positions before and after a query, without its own."""
+    return None if window is None else (window - 1, 0)
 
 
 def several_sequences(query: Float[Array, "B N H h"], key: Float[Array, "B N K h"],
-                      value: Float[Array, "B N K h"],
-                      segments: Int[Array, "B N"]) -> Float[Array, "B N H h"]:
+                      value: Float[Array, "B N K h"], segments: Int[Array, "B N"],
+                      window: int | None) -> Float[Array, "B N H h"]:
     """Attends in rows of up to MOST_SEQUENCES sequences.
 
-    Args: segments, 1, 2, ... in the order of the row; 0 at the padding after them."""
+    Args:
+        segments: 1, 2, ... in the order of the row; 0 at the padding after them.
+        window: Positions that a query sees at most; None = all."""
     module = private_module()
     assert module is not None
     lengths, starts = sequence_bounds(segments, MOST_SEQUENCES)
     return module.dot_product_attention(
         *_without_padding(segments, query, key, value), q_seqlen=lengths, kv_seqlen=lengths,
         q_offsets=starts, kv_offsets=starts, scale=1 / np.sqrt(query.shape[-1]),
-        mask_type=module.MaskType.PADDING_CAUSAL)
+        mask_type=module.MaskType.PADDING_CAUSAL, sliding_window_length=window)
 
 
 def sequence_bounds(segments: Int[Array, "B N"],

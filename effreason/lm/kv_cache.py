@@ -1,15 +1,14 @@
-"""Rotary positions, the key/value cache and attention to it, as plain array functions.
+"""The key/value cache and attention to it, as plain array functions.
 
 B rows, T query positions, S cache slots, H query heads, K key/value heads, R = H / K, h head width.
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from effreason.lm import decode_kernels
 from effreason.lm.kernels import DECODING, first_supported, unsupported_reason
@@ -94,47 +93,6 @@ def passes_trial(layout: str, *, rows: int, heads: int, kv_heads: int, head_dim:
         return False
 
 
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Stretches the slow rotary frequencies: a model trained on short contexts reads long ones.
-
-    Source: the `rope_type: llama3` entry of Llama 3.1's config.json."""
-
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_positions: int
-
-
-def rope_frequencies(head_dim: int, theta: float,
-                     scaling: Llama3Scaling | None) -> Float32[Array, " h/2"]:
-    """Returns radians per position of the h / 2 rotary planes. Source: arXiv 2104.09864."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return frequencies
-
-    turns = scaling.original_positions * frequencies / (2 * math.pi)    # over the original context
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    # 1: a fast plane, unchanged; 0: a slow plane, stretched.
-    unchanged = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (unchanged + (1.0 - unchanged) / scaling.factor)
-
-
-def rope(positions: Int[Array, "B T"], frequencies: Float32[Array, " h/2"]) -> tuple[
-        Float32[Array, "B T 1 h/2"], Float32[Array, "B T 1 h/2"]]:
-    """Returns cosines and sines, to be broadcast over heads."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T heads h"], cosine: Float32[Array, "B T 1 h/2"],
-           sine: Float32[Array, "B T 1 h/2"]) -> Float[Array, "B T heads h"]:
-    """Rotates x by its position; plane i is the pair (x[i], x[i + h / 2]), as in Hugging Face."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
 def empty_layer(layout: str, dtype: DTypeLike, **sizes: int) -> LayerCache:
     """Returns one layer's empty cache. Args: sizes, of batch, kv_heads, head_dim, sequence."""
     return {name: jnp.zeros([sizes[axis] for axis in axes], dtype)
@@ -163,26 +121,36 @@ def write_cache(cache: LayerCache, key: Float[Array, "B T K h"], value: Float[Ar
 
 
 def cached_attention(query: Float[Array, "B T H h"], cache: LayerCache,
-                     positions: Int[Array, "B T"], layout: str) -> Float[Array, "B T H h"]:
+                     positions: Int[Array, "B T"], layout: str,
+                     window: int | None = None) -> Float[Array, "B T H h"]:
     """Attends to the cache slots 0 .. position of each query; the softmax is float32.
 
-    A kernel, if the layout has one, reads a decode step, T = 1. XLA does everything else. Slots
-    after the position may hold any finite number."""
+    A kernel, if the layout has one, reads a decode step, T = 1, of a layer that sees all slots. XLA
+    does everything else. Slots after the position may hold any finite number.
+
+    Args:
+        window: Slots that a query sees at most, its own and those before; None = all."""
     rows, length, heads, head_dim = query.shape
-    if length == 1 and layout in DECODING:
+    slots = cache["values"].shape[CACHE_LAYOUTS[layout]["values"].index("sequence")]
+    if window is not None and window >= slots:
+        window = None
+    if length == 1 and layout in DECODING and window is None:
         kernel = (decode_kernels.paged_attention if layout == "paged"
                   else decode_kernels.cudnn_attention)
         return kernel(query, cache["keys"], cache["values"], positions[:, 0] + 1)
 
     keys, values = ("".join(_LETTERS[axis] for axis in CACHE_LAYOUTS[layout][name])
                     for name in ("keys", "values"))
-    kv_heads, slots = (cache["values"].shape[values.index(letter)] for letter in "ks")
+    kv_heads = cache["values"].shape[values.index("k")]
     grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, head_dim)
 
     scores = jnp.einsum(f"bkqh,{keys}->bkqs", grouped, cache["keys"],
                         preferred_element_type=jnp.float32)             # [B, K, R * T, S]
-    visible = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
+    slot, last = jnp.arange(slots)[None, None, :], positions[:, :, None]
+    visible = slot <= last
+    if window is not None:
+        visible &= slot > last - window
     visible = jnp.tile(visible, (1, heads // kv_heads, 1))[:, None]     # [B, 1, R * T, S]
     scores = jnp.where(visible, scores / math.sqrt(head_dim), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)

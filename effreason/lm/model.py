@@ -1,8 +1,10 @@
-"""The decoder: Qwen2, Llama and Qwen3 in one Linen module; the only file that imports flax.
+"""The decoder of all model families in one Linen block; the only file that imports flax.
 
-Two paths go through the same block. Training scans over layers stacked on a leading axis and
-rematerializes each block. Sampling loops over a list of layers, each with its own cache, so that
-every cache is updated in place.
+What differs between families is data: fields of DecoderConfig, and of LayerKind for what differs
+between the layers of one model. Two paths go through the same block. Training scans over layers
+stacked on a leading axis, as many at a time as there are kinds, and rematerializes each block.
+Sampling loops over a list of layers, each with its own cache, so that every cache is updated in
+place.
 
 B rows, N positions, T new tokens, D width, V vocabulary, L layers, H query heads, K key/value
 heads, h head width.
@@ -20,19 +22,38 @@ from jaxtyping import Array, Float, Float32, Int
 
 from effreason.lm import adapters, attention, kv_cache
 from effreason.lm.precision import products_of
+from effreason.lm.rope import Angles, Rope, rotate
 from effreason.runtime.sharding import constrain
 
 # {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if the embedding is not tied}
 Params = dict[str, Any]
 Cache = list[kv_cache.LayerCache]
-Rope = tuple[Float32[Array, "B N 1 h/2"], Float32[Array, "B N 1 h/2"]]      # cosines and sines
-
 # What a block keeps for the backward pass: only its input, its attention too, or everything.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(attention.CHECKPOINT_NAME),
     "none": None,
 }
+
+
+ACTIVATIONS: dict[str, Any] = {"silu": jax.nn.silu,
+                               "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What layers of one model may differ in."""
+
+    rope: Rope | None               # None: queries and keys know no positions
+    window: int | None = None       # positions that a query sees at most, with its own; None = all
+
+
+AnglesOf = dict[LayerKind, Angles | None]
+
+
+def alike(*, theta: float) -> tuple[LayerKind, ...]:
+    """Returns the kinds of a model whose layers all see everything and rotate with this theta."""
+    return (LayerKind(rope=Rope(theta=theta)),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +68,19 @@ class DecoderConfig:
     head_dim: int
     mlp_width: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: kv_cache.Llama3Scaling | None = None
+    kinds: tuple[LayerKind, ...]    # of the first layers; those after them repeat these in order
     tied: bool = False              # the embedding is also the output head
-    qkv_bias: bool = False          # Qwen2
-    qk_norm: bool = False           # Qwen3
+    activation: str = "silu"        # one of ACTIVATIONS
+    qkv_bias: bool = False
+    output_bias: bool = False       # of the attention's last product
+    mlp_bias: bool = False
+    qk_norm: str | None = None      # of queries and keys: each head by itself, or all heads as one
+    norms_input: bool = True        # attention and MLP each have a norm before them,
+    norms_output: bool = False      # and one after them, before what they add to
+    norm_offset: float = 0.0        # added to the scales of all norms
+    query_scale: float = 1.0        # of queries, besides 1 / sqrt(head_dim)
+    embedding_scale: float = 1.0
+    fused: bool = False             # files hold query, key, value as one tensor; gate, up as one
     unused_ids: tuple[tuple[int, int], ...] = ()    # ranges [first, end) of rows without a token
     dtype: Any = jnp.float32        # of activations; weights and logits are always float32
     cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS
@@ -59,12 +88,25 @@ class DecoderConfig:
     remat: str = "full"             # one of REMAT
     adapter: adapters.Adapter | None = None     # of the layers' weights; None = there are none
 
+    def kind(self, layer: int) -> LayerKind:
+        return self.kinds[layer % len(self.kinds)]
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"],
-             eps: float) -> Float[Array, "... D"]:
-    """x / rms(x) * scale over the last axis, the division in float32. Source: arXiv 1910.07467."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    @property
+    def window(self) -> int | None:
+        """The shortest of all layers' windows."""
+        return min((kind.window for kind in self.kinds if kind.window is not None), default=None)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "... D"], eps: float,
+             offset: float = 0.0) -> Float[Array, "... D"]:
+    """x / rms(x) * (offset + scale) over the scale's axes, the division in float32.
+
+    Source: arXiv 1910.07467."""
+    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
+    if offset:      # a small scale next to the offset would be lost in bfloat16
+        scale = jnp.broadcast_to(offset + scale.astype(jnp.float32), x.shape)
+        return (wide * scale).astype(x.dtype)
     return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
@@ -89,13 +131,15 @@ embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Block(nn.Module):
-    """Attention and a SwiGLU MLP, each after a norm and with a residual connection."""
+    """Attention and a gated MLP, each with norms and a residual connection."""
 
     config: DecoderConfig
+    kind: LayerKind
 
     def setup(self) -> None:
         c, normal = self.config, nn.initializers.normal(0.02)
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        zeros = nn.initializers.zeros
+        scales = nn.initializers.constant(1.0 - c.norm_offset)
         lora: dict[str, adapters.Pair] = {}
         dial: dict[str, adapters.Pair] = {}
 
@@ -116,80 +160,106 @@ class Block(nn.Module):
                     dial[name] = pair(adapters.DIAL_A, adapters.DIAL_B)
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
-        query, kv, axes = (c.heads, c.head_dim), (c.kv_heads, c.head_dim), ("kv_heads", "head_dim")
-        self.attention_norm = weight("attention_norm", (c.width,), ("norm",), ones)
-        self.query = weight("query", (c.width, *query), ("embed", "heads", "head_dim"))
-        self.key = weight("key", (c.width, *kv), ("embed", *axes))
-        self.value = weight("value", (c.width, *kv), ("embed", *axes))
-        if c.qkv_bias:
-            self.query_bias = weight("query_bias", query, ("heads", "head_dim"), zeros)
-            self.key_bias = weight("key_bias", kv, axes, zeros)
-            self.value_bias = weight("value_bias", kv, axes, zeros)
-        if c.qk_norm:
-            self.query_norm = weight("query_norm", (c.head_dim,), ("norm",), ones)
-            self.key_norm = weight("key_norm", (c.head_dim,), ("norm",), ones)
-        self.output = weight("output", (*query, c.width), ("heads", "head_dim", "embed"))
+        def norm(name: str) -> Any:
+            return weight(name, (c.width,), ("norm",), scales)
 
-        self.mlp_norm = weight("mlp_norm", (c.width,), ("norm",), ones)
+        query, query_axes = (c.heads, c.head_dim), ("heads", "head_dim")
+        kv, kv_axes = (c.kv_heads, c.head_dim), ("kv_heads", "head_dim")
+        if c.norms_input:
+            self.attention_norm = norm("attention_norm")
+        self.query = weight("query", (c.width, *query), ("embed", *query_axes))
+        self.key = weight("key", (c.width, *kv), ("embed", *kv_axes))
+        self.value = weight("value", (c.width, *kv), ("embed", *kv_axes))
+        if c.qkv_bias:
+            self.query_bias = weight("query_bias", query, query_axes, zeros)
+            self.key_bias = weight("key_bias", kv, kv_axes, zeros)
+            self.value_bias = weight("value_bias", kv, kv_axes, zeros)
+        if c.qk_norm == "head":
+            self.query_norm = weight("query_norm", (c.head_dim,), ("norm",), scales)
+            self.key_norm = weight("key_norm", (c.head_dim,), ("norm",), scales)
+        elif c.qk_norm == "all_heads":
+            self.query_norm = weight("query_norm", query, query_axes, scales)
+            self.key_norm = weight("key_norm", kv, kv_axes, scales)
+        self.output = weight("output", (*query, c.width), (*query_axes, "embed"))
+        if c.output_bias:
+            self.output_bias = weight("output_bias", (c.width,), ("norm",), zeros)
+        if c.norms_output:
+            self.attention_output_norm = norm("attention_output_norm")
+
+        if c.norms_input:
+            self.mlp_norm = norm("mlp_norm")
         self.gate = weight("gate", (c.width, c.mlp_width), ("embed", "mlp"))
         self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
         self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
+        if c.mlp_bias:
+            self.gate_bias = weight("gate_bias", (c.mlp_width,), ("mlp",), zeros)
+            self.up_bias = weight("up_bias", (c.mlp_width,), ("mlp",), zeros)
+            self.down_bias = weight("down_bias", (c.width,), ("norm",), zeros)
+        if c.norms_output:
+            self.mlp_output_norm = norm("mlp_output_norm")
         self.lora, self.dial = lora, dial
 
-    def __call__(self, x: Float[Array, "B N D"], rope: Rope,
+    def __call__(self, x: Float[Array, "B N D"], angles: Angles | None,
                  segments: Int[Array, "B N"] | None,
-                 settings: Float32[Array, "B N"] | None) -> tuple[Float[Array, "B N D"], None]:
-        """Training: causal within each segment. nn.scan expects a pair; it has nothing to stack."""
-        query, key, value = self.qkv(x, rope, settings)
-        mixed = attention.causal_attention(query, key, value, segments,
-                                           implementation=self.config.attention)
+                 settings: Float32[Array, "B N"] | None) -> Float[Array, "B N D"]:
+        """Training: causal within each segment."""
+        query, key, value = self.qkv(x, angles, settings)
+        mixed = attention.causal_attention(
+            query, key, value, segments, implementation=self.config.attention,
+            window=self.kind.window)
         x = self.output_and_mlp(x, mixed, settings)
-        return constrain(x, "batch", "sequence", "width"), None
+        return constrain(x, "batch", "sequence", "width")
 
-    def decode(self, x: Float[Array, "B T D"], rope: Rope, positions: Int[Array, "B T"],
-               cache: kv_cache.LayerCache) -> tuple[Float[Array, "B T D"], kv_cache.LayerCache]:
+    def decode(self, x: Float[Array, "B T D"], angles: Angles | None,
+               positions: Int[Array, "B T"], cache: kv_cache.LayerCache) -> tuple[
+               Float[Array, "B T D"], kv_cache.LayerCache]:
         """Sampling: T tokens after those in the cache; returns the cache with T more."""
-        query, key, value = self.qkv(x, rope)
+        query, key, value = self.qkv(x, angles)
         layout = self.config.cache_layout
         cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout)
-        mixed = kv_cache.cached_attention(query, cache, positions, layout)
+        mixed = kv_cache.cached_attention(query, cache, positions, layout, self.kind.window)
         return self.output_and_mlp(x, mixed), cache
 
-    def qkv(self, x: Float[Array, "B N D"], rope: Rope,
+    def qkv(self, x: Float[Array, "B N D"], angles: Angles | None,
             settings: Float32[Array, "B N"] | None = None) -> tuple[
             Float[Array, "B N H h"], Float[Array, "B N K h"], Float[Array, "B N K h"]]:
-        c, dtype = self.config, x.dtype
-        normed = rms_norm(x, self.attention_norm, c.norm_eps)
-        query = self.product("query", "bnd,dhk->bnhk", normed, settings)
-        key = self.product("key", "bnd,dhk->bnhk", normed, settings)
-        value = self.product("value", "bnd,dhk->bnhk", normed, settings)
-        if c.qkv_bias:
-            query = query + self.query_bias.astype(dtype)[None, None]
-            key = key + self.key_bias.astype(dtype)[None, None]
-            value = value + self.value_bias.astype(dtype)[None, None]
-        if c.qk_norm:
-            query = rms_norm(query, self.query_norm, c.norm_eps)
-            key = rms_norm(key, self.key_norm, c.norm_eps)
-        return kv_cache.rotate(query, *rope), kv_cache.rotate(key, *rope), value
+        c = self.config
+        if c.norms_input:
+            x = self.norm("attention_norm", x)
+        query, key, value = (
+            self.product(name, "bnd,dhk->bnhk", x, settings, has_bias=c.qkv_bias)
+            for name in ("query", "key", "value"))
+        if c.qk_norm is not None:
+            query, key = self.norm("query_norm", query), self.norm("key_norm", key)
+        query, key = (rotate(part, angles) for part in (query, key))
+        return query if c.query_scale == 1.0 else query * c.query_scale, key, value
 
     def output_and_mlp(self, x: Float[Array, "B N D"], mixed: Float[Array, "B N H h"],
                        settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
-        x = x + self.product("output", "bnhk,hkd->bnd", mixed, settings)
-        normed = rms_norm(x, self.mlp_norm, self.config.norm_eps)
-        gate, up = (self.product(name, "bnd,df->bnf", normed, settings)
+        c = self.config
+        added = self.product("output", "bnhk,hkd->bnd", mixed, settings, has_bias=c.output_bias)
+        x = x + (self.norm("attention_output_norm", added) if c.norms_output else added)
+
+        normed = self.norm("mlp_norm", x) if c.norms_input else x
+        gate, up = (self.product(name, "bnd,df->bnf", normed, settings, has_bias=c.mlp_bias)
                     for name in ("gate", "up"))
-        return x + self.product("down", "bnf,fd->bnd", jax.nn.silu(gate) * up, settings)
+        added = self.product("down", "bnf,fd->bnd", ACTIVATIONS[c.activation](gate) * up, settings,
+                             has_bias=c.mlp_bias)
+        return x + (self.norm("mlp_output_norm", added) if c.norms_output else added)
+
+    def norm(self, name: str, x: Float[Array, "B N ..."]) -> Float[Array, "B N ..."]:
+        return rms_norm(x, getattr(self, name), self.config.norm_eps, self.config.norm_offset)
 
     def product(self, name: str, axes: str, x: Float[Array, "B N ..."],
-                settings: Float32[Array, "B N"] | None) -> Float[Array, "B N ..."]:
-        """Returns x W for the weight of this name, with its adapters if it has any."""
+                settings: Float32[Array, "B N"] | None, *,
+                has_bias: bool) -> Float[Array, "B N ..."]:
+        """Returns x W for the weight of this name, with its adapters and its bias if it has any."""
         y, adapter = jnp.einsum(axes, x, getattr(self, name).astype(x.dtype)), self.config.adapter
-        if adapter is None or name not in self.lora:
-            return y
-        if settings is None:
-            return y + adapters.change(x, *self.lora[name], adapter.scale)
-        return y + adapters.change_with_dial(x, self.lora[name], self.dial[name], adapter.scale,
-                                             settings)
+        if adapter is not None and name in self.lora:
+            lora = self.lora[name]
+            y = y + (adapters.change(x, *lora, adapter.scale) if settings is None else
+                     adapters.change_with_dial(x, lora, self.dial[name], adapter.scale, settings))
+        return y + getattr(self, f"{name}_bias").astype(x.dtype)[None, None] if has_bias else y
 
 
 class Decoder(nn.Module):
@@ -207,25 +277,63 @@ class Decoder(nn.Module):
         if not c.tied:
             # Read by `logits` and the scorer.
             self.param("head", table, (c.vocabulary, c.width), jnp.float32)
-        x = constrain(embed(embedding.astype(c.dtype), tokens), "batch", "sequence", "width")
+        x = _scaled(c, embed(embedding.astype(c.dtype), tokens))
+        x = constrain(x, "batch", "sequence", "width")
+        angles = _angles(c, positions)
+        if self.is_initializing():      # the weights of all layers have the same shapes
+            create = nn.scan(lambda block, x, *inputs: (block(x, *inputs), None),
+                             variable_axes={"params": 0}, split_rngs={"params": True},
+                             in_axes=nn.broadcast, length=c.layers,
+                             metadata_params={nn.PARTITION_NAME: "layers"})
+            create(Block(c, c.kinds[0], name="layers"), x, angles[c.kinds[0]], segments, settings)
+        else:
+            layers = self.variables["params"]["layers"]
+            x = _layers(c, layers, x, angles, segments, settings)
 
-        policy = REMAT[c.remat]
-        block = Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy)
-        # A loop would copy all that is kept for the backward pass into stacks, and out again.
-        unroll = c.layers if policy is None else 1
-        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                         in_axes=nn.broadcast, length=c.layers, unroll=unroll,
-                         metadata_params={nn.PARTITION_NAME: "layers"})
-        x, _ = layers(c, name="layers")(x, _rope(c, positions), segments, settings)
-
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        norm: Any = self.param("final_norm", ones, (c.width,), jnp.float32)
-        return rms_norm(x, norm, c.norm_eps)
+        scale = nn.with_logical_partitioning(
+            nn.initializers.constant(1.0 - c.norm_offset), ("norm",))
+        norm: Any = self.param("final_norm", scale, (c.width,), jnp.float32)
+        return rms_norm(x, norm, c.norm_eps, c.norm_offset)
 
 
-def _rope(config: DecoderConfig, positions: Int[Array, "B N"]) -> Rope:
-    frequencies = kv_cache.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return kv_cache.rope(positions, frequencies)
+def _layers(config: DecoderConfig, stacked: Params, x: Float[Array, "B N D"], angles: AnglesOf,
+            segments: Int[Array, "B N"] | None,
+            settings: Float32[Array, "B N"] | None) -> Float[Array, "B N D"]:
+    """Computes all layers: a scan over as many at a time as there are kinds, then the rest."""
+    kinds, policy = len(config.kinds), REMAT[config.remat]
+
+    def block(kind: LayerKind, x: Array, layer: Params) -> Array:
+        result: Any = Block(config, kind).apply({"params": layer}, x, angles[kind], segments,
+                                                settings)
+        return result
+
+    def group(x: Array, layers: Params, count: int = kinds) -> tuple[Array, None]:
+        for index, kind in enumerate(config.kinds[:count]):
+            compute = functools.partial(block, kind)
+            if policy is not None:
+                compute = jax.checkpoint(compute, prevent_cse=False, policy=policy)
+            x = compute(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+        return x, None
+
+    groups = config.layers // kinds
+    grouped = jax.tree.map(
+        lambda leaf: leaf[: groups * kinds].reshape(groups, kinds, *leaf.shape[1:]), stacked)
+    # A loop would copy all that is kept for the backward pass into stacks, and out again.
+    x, _ = jax.lax.scan(group, x, grouped, unroll=policy is None)
+    rest = jax.tree.map(lambda leaf: leaf[groups * kinds :], stacked)
+    return group(x, rest, config.layers % kinds)[0]
+
+
+def _angles(config: DecoderConfig, positions: Int[Array, "B N"]) -> AnglesOf:
+    ropes = {rope: rope.angles(positions, config.head_dim)
+             for rope in dict.fromkeys(kind.rope for kind in config.kinds) if rope is not None}
+    return {kind: None if kind.rope is None else ropes[kind.rope] for kind in config.kinds}
+
+
+def _scaled(config: DecoderConfig, embedded: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    if config.embedding_scale == 1.0:
+        return embedded
+    return embedded * jnp.asarray(config.embedding_scale, embedded.dtype)
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
@@ -342,13 +450,14 @@ def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],
     Returns:
         The final hidden states, and the cache with T more tokens."""
     positions = start[:, None] + jnp.arange(tokens.shape[1])[None]
-    rope = _rope(config, positions)
-    x = unstacked["embedding"].astype(config.dtype)[tokens]
-    block: Any = Block(config)
+    angles = _angles(config, positions)
+    x = _scaled(config, unstacked["embedding"].astype(config.dtype)[tokens])
     new_cache = []
     with products_of(config.dtype):
-        for layer, layer_cache in zip(unstacked["layers"], cache, strict=True):
-            x, layer_cache = block.apply({"params": layer}, x, rope, positions, layer_cache,
-                                         method="decode")
+        for index, layer in enumerate(unstacked["layers"]):
+            kind = config.kind(index)
+            block: Any = Block(config, kind)
+            x, layer_cache = block.apply({"params": layer}, x, angles[kind], positions,
+                                         cache[index], method="decode")
             new_cache.append(layer_cache)
-    return rms_norm(x, unstacked["final_norm"], config.norm_eps), new_cache
+    return rms_norm(x, unstacked["final_norm"], config.norm_eps, config.norm_offset), new_cache

@@ -50,8 +50,9 @@ def open_decoder(config: Config) -> DecoderConfig:
         path = directory / "config.json"
         table = read_json(path)
 
-    decoder = parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat)
     most, longest = table.get("max_position_embeddings"), capacity.max_positions(config)
+    decoder = parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat,
+                           positions=longest)
     if isinstance(most, int) and 0 < most < longest:
         raise UserError("data.max_prompt_tokens + rollout.max_new_tokens (or "
                         f"evaluation.max_new_tokens) must be at most the model's {most} positions, "

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from effreason.lm import adapters, attention, cudnn, model
+from effreason.lm.hf import peft
 from effreason.lm.hf.pretrained import Pretrained, load_weights
 from effreason.lm.kernels import unsupported_reason
 from effreason.rl import checkpoints, configured_reward, experience, packing, update
@@ -183,7 +184,8 @@ class Learner:
         self._pack = functools.partial(
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
             slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention),
-            shares_prompts=decoder.attention in attention.SEES_BRANCHES)
+            shares_prompts=decoder.attention in attention.SEES_BRANCHES
+            and decoder.window is None)
 
     def start(self, weights: model.Params, seed: int, stored: model.Params | None = None, *,
               keeps: bool = True) -> TrainState:
@@ -432,8 +434,11 @@ def make_adapter(config: Config) -> adapters.Adapter | None:
 
 
 def check_adapters(config: Config, pretrained: Pretrained) -> None:
-    """Raises UserError unless the adapters to be trained can hold those of the model."""
+    """Raises UserError unless the adapters to be trained can hold those of the model, and be
+    written."""
     stored, adapter = pretrained.adapters, make_adapter(config)
+    if config.export.adapter:
+        peft.check_modules(pretrained.decoder, "export.adapter must be false")
     if stored is None or adapter is None:
         return
     if stored.rank > adapter.rank:
@@ -500,7 +505,7 @@ def row_layout(config: Config, decoder: model.DecoderConfig, prompt: int, *, con
         shards: of the rows.
     """
     slots, rows = config.rollout.max_new_tokens, config.update.rows_per_micro_batch
-    if decoder.attention != "xla":
+    if decoder.attention != "xla" or decoder.window is not None:
         return packing.row_width(prompt + slots, context), rows
     heads = decoder.heads * decoder.head_dim
     layer = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim
@@ -519,7 +524,8 @@ def _passes_trial(decoder: model.DecoderConfig, mesh: Mesh, kernel: str) -> bool
     with jax.set_mesh(mesh):
         passes = attention.passes_trial(
             kernel, rows=sharding.batch_shards(mesh), heads=decoder.heads,
-            kv_heads=decoder.kv_heads, head_dim=decoder.head_dim, dtype=decoder.dtype)
+            kv_heads=decoder.kv_heads, head_dim=decoder.head_dim, dtype=decoder.dtype,
+            window=decoder.window)
     return all(processes.all_gather("trial of a kernel", lambda: passes))
 
 

@@ -121,7 +121,8 @@ def open_inputs(config: Config, mesh: Mesh, grader: Grader) -> Inputs:
     """Opens the model and reads the problems. Raises: UserError."""
     pretrained = open_pretrained(config.model.path, revision=config.model.revision,
                                  dtype=config.model.dtype, remat=config.model.remat,
-                                 stop_ids=config.rollout.stop_ids, adapter=config.model.adapter)
+                                 stop_ids=config.rollout.stop_ids, adapter=config.model.adapter,
+                                 positions=capacity.max_positions(config))
     check_model(pretrained, config, mesh)
     check_adapters(config, pretrained)
     tokenizer, template = pretrained.tokenizer, templates.choose(pretrained.tokenizer, config.data)

@@ -53,7 +53,7 @@ def packed(lengths, length):
     return np.pad(row, (0, length - len(row))).astype(np.int32)
 
 
-def oracle(query, key, value, cotangent, segments):
+def oracle(query, key, value, cotangent, segments, window=None):
     """The result and the three gradients, in float64."""
     query, key, value, cotangent = (x.astype(np.float64).swapaxes(1, 2)
                                     for x in (query, key, value, cotangent))
@@ -62,6 +62,8 @@ def oracle(query, key, value, cotangent, segments):
     own, other = segments[:, :, None], segments[:, None, :]
     visible = (((own == other) | (own % attention.BRANCH == other)) & (own > 0)
                & np.tri(length, dtype=bool))
+    if window is not None:
+        visible &= ~np.tri(length, k=-window, dtype=bool)
     weights = np.exp(query @ key.swapaxes(2, 3) * scale) * visible[:, None]
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     slope = cotangent @ value.swapaxes(2, 3)
@@ -75,16 +77,16 @@ def oracle(query, key, value, cotangent, segments):
     return [x.swapaxes(1, 2) for x in results]
 
 
-def attend(implementation, query, key, value, cotangent, segments):
+def attend(implementation, query, key, value, cotangent, segments, window=None):
     """The result and the three gradients."""
     mixed, pull = jax.vjp(lambda *arrays: attention.causal_attention(
-        *arrays, segments, implementation=implementation), query, key, value)
+        *arrays, segments, implementation=implementation, window=window), query, key, value)
     return mixed, *pull(cotangent)
 
 
 @functools.cache
-def compiled(implementation):
-    return jax.jit(functools.partial(attend, implementation))
+def compiled(implementation, window=None):
+    return jax.jit(functools.partial(attend, implementation, window=window))
 
 
 def check(results, expected, tolerance=2e-5):
@@ -145,7 +147,7 @@ def test_splash_is_numpys(shape):
         check(on_mesh("splash", shape, given, SPLASH_SEGMENTS), expected)
 
 
-def on_mesh(implementation, shape, given, segments):
+def on_mesh(implementation, shape, given, segments, window=None):
     """The results on a mesh, put back into the order of the row."""
     target, columns = mesh(**shape), attention.zigzag(segments.shape[1], shape.get("context", 1))
     logical = [("batch", "sequence", axis, "head_dim")
@@ -154,7 +156,7 @@ def on_mesh(implementation, shape, given, segments):
     placed = [jax.device_put(x[:, columns], place)
               for x, place in zip((*given, segments), places, strict=True)]
     with jax.set_mesh(target):
-        results = jax.jit(functools.partial(attend, implementation))(*placed)
+        results = compiled(implementation, window)(*placed)
     assert results[0].sharding.is_equivalent_to(places[0], 4)
     return [np.asarray(x)[:, np.argsort(columns)] for x in results]
 
@@ -165,6 +167,38 @@ def test_eight_devices_are_numpy_too(implementation, shape):
     segments = np.stack([packed(lengths, 48) for lengths in ([20, 9, 11], [48], [1, 30], [])])
     given = arrays(4, 48, 4, 2, 8)
     check(on_mesh(implementation, shape, given, segments), oracle(*given, segments))
+
+
+WINDOWED = np.stack([packed(lengths, 48) for lengths in ([20, 9, 11], [48], [1, 30], [])])
+
+
+@pytest.mark.parametrize("window", [1, 6, 47, 48, 100])
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_a_window_ends_before_what_is_too_far_away(implementation, window):
+    given = arrays(4, 48, 4, 2, 8)
+    expected = oracle(*given, WINDOWED, window)
+    check(compiled(implementation, window)(*given, WINDOWED), expected)
+    if window == 6:
+        check(on_mesh(implementation, {"data": 2, "context": 4}, given, WINDOWED, window), expected)
+        assert np.abs(expected[0] - oracle(*given, WINDOWED)[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [None, {"context": 2, "data": 2}], ids=str)
+def test_splash_has_windows(shape):
+    given = arrays(2, 256, 4, 2, 64)
+    expected = oracle(*given, SPLASH_SEGMENTS, 20)
+    results = (compiled("splash", 20)(*given, SPLASH_SEGMENTS) if shape is None
+               else on_mesh("splash", shape, given, SPLASH_SEGMENTS, 20))
+    check(results, expected)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_what_is_before_all_windows_is_not_computed(implementation):
+    query, key, value, cotangent = arrays(1, 64, 2, 2, 8)
+    value[:, :8] = np.nan       # a NaN that is only masked would show: 0 * NaN is NaN
+    segments = packed([64], 64)[None]
+    mixed = compiled(implementation, 8)(query, key, value, cotangent, segments)[0]
+    assert np.all(np.isnan(mixed[:, :8])) and np.all(np.isfinite(mixed[:, 24:]))
 
 
 @pytest.mark.parametrize("implementation", [*PLAIN, "splash"])
@@ -189,12 +223,11 @@ def test_bfloat16_is_a_rounding(implementation):
 
 def test_without_segments_a_row_is_one_sequence():
     query, key, value, _ = arrays(2, 24, 4, 2, 8)
-    expected = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-    for implementation in PLAIN:
-        segments = None if implementation == "xla" else np.ones((2, 24), np.int32)
-        mixed = attention.causal_attention(query, key, value, segments,
-                                           implementation=implementation)
-        np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-5)
+    for window in (None, 7):
+        mixed = [attention.causal_attention(query, key, value, segments, window=window,
+                                            implementation="xla")
+                 for segments in (None, np.ones((2, 24), np.int32))]
+        np.testing.assert_allclose(*mixed, rtol=1e-5, atol=1e-5)
 
 
 def test_zigzag_deals_out_equal_work():

@@ -14,8 +14,11 @@ from checkpoint_copies import edit
 from effreason.lm import model
 from effreason.lm.hf import config as configs
 from effreason.lm.hf.config import read_config
+from effreason.lm.hf.families import FAMILIES
 from effreason.lm.hf.pretrained import export_model
 from effreason.lm.hf.weights import read_weights
+from effreason.lm.model import LayerKind
+from effreason.lm.rope import Divided, Linear, Llama3, Rope, Yarn
 from effreason.runtime.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -64,6 +67,60 @@ PUBLISHED = {
     "Qwen3-1.7B": (QWEN3 | dict(hidden_size=2048, intermediate_size=6144), 1_720_574_976),
 }
 YARN = dict(factor=4.0, original_max_position_embeddings=32768)
+BASE = dict(hidden_act="silu", rms_norm_eps=1e-5, rope_scaling=None, tie_word_embeddings=False,
+            torch_dtype="bfloat16")
+MISTRAL = BASE | dict(
+    model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
+OLMO = BASE | dict(
+    attention_bias=False, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-6, rope_theta=500000)
+PHI = BASE | dict(
+    model_type="phi3", attention_bias=False, embd_pdrop=0.0, original_max_position_embeddings=4096)
+GEMMA = dict(
+    model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], attention_bias=False,
+    attn_logit_softcapping=None, final_logit_softcapping=None, head_dim=256,
+    hidden_activation="gelu_pytorch_tanh", max_position_embeddings=32768, num_attention_heads=4,
+    num_key_value_heads=1, query_pre_attn_scalar=256, rms_norm_eps=1e-6,
+    rope_local_base_freq=10000.0, rope_scaling=None, rope_theta=1000000.0, sliding_window=512,
+    sliding_window_pattern=6, torch_dtype="bfloat16", vocab_size=262144)
+# The same for families with layers of several kinds, norms in other places, or fused tensors; and
+# how many layers of the first eight have a window.
+OTHERS = {
+    "Mistral-7B-Instruct-v0.3": (MISTRAL | dict(
+        rope_theta=1e6, sliding_window=None, vocab_size=32768), 7_248_023_552, 0),
+    "Mistral-7B-v0.1": (MISTRAL | dict(
+        rope_theta=1e4, sliding_window=4096, vocab_size=32000), 7_241_732_096, 8),
+    "SmolLM3-3B": (BASE | dict(
+        model_type="smollm3", attention_bias=False, mlp_bias=False, hidden_size=2048,
+        intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=5e6, no_rope_layer_interval=4,
+        no_rope_layers=[1, 1, 1, 0] * 9, layer_types=["full_attention"] * 36, sliding_window=None,
+        use_sliding_window=False, max_position_embeddings=65536, tie_word_embeddings=True,
+        vocab_size=128256), 3_075_098_624, 0),
+    "OLMo-2-1124-7B-Instruct": (OLMO | dict(
+        model_type="olmo2", max_position_embeddings=4096, vocab_size=100352), 7_298_617_344, 0),
+    "Olmo-3-7B-Think": (OLMO | dict(
+        model_type="olmo3", max_position_embeddings=65536, vocab_size=100278, sliding_window=4096,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 8, rope_scaling=dict(
+            attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0,
+            original_max_position_embeddings=8192, rope_type="yarn")), 7_298_011_136, 6),
+    "Phi-4-mini-reasoning": (PHI | dict(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24,
+        num_key_value_heads=8, vocab_size=200064, max_position_embeddings=131072,
+        partial_rotary_factor=0.75, rope_theta=10000.0, sliding_window=262144,
+        tie_word_embeddings=True, rope_scaling=dict(
+            type="longrope", long_factor=[1.5] * 48, short_factor=[1.0] * 48)), 3_836_021_760, 0),
+    "Phi-4-reasoning": (PHI | dict(
+        hidden_size=5120, intermediate_size=17920, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=10, vocab_size=100352, max_position_embeddings=32768,
+        original_max_position_embeddings=32768, rope_theta=500000, sliding_window=None),
+        14_659_507_200, 0),
+    "gemma-3-270m-it": (GEMMA | dict(
+        hidden_size=640, intermediate_size=2048, num_hidden_layers=18), 268_098_176, 7),
+    "gemma-3-1b-it": (GEMMA | dict(
+        hidden_size=1152, intermediate_size=6912, num_hidden_layers=26), 999_885_952, 7),
+}
 
 
 @pytest.fixture
@@ -90,9 +147,57 @@ def test_published_models_are_understood(name):
     config = configs.parse_config(table, Path("config.json"), dtype="bfloat16")
     assert sum(math.prod(leaf.shape)
                for leaf in jax.tree.leaves(model.abstract_params(config))) == parameters
-    assert (config.vocabulary, config.rope_theta) == (table["vocab_size"], table["rope_theta"])
+    (kind,) = config.kinds
+    assert (config.vocabulary, kind.rope.theta) == (table["vocab_size"], table["rope_theta"])
     assert config.tied == table["tie_word_embeddings"]
-    assert (config.rope_scaling is not None) == (table["model_type"] == "llama")
+    assert (kind.rope.scaling is not None) == (table["model_type"] == "llama")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_are_understood(name):
+    table, parameters, windows = OTHERS[name]
+    config = configs.parse_config(table, Path("config.json"))
+    assert sum(math.prod(leaf.shape)
+               for leaf in jax.tree.leaves(model.abstract_params(config))) == parameters
+    kinds = [config.kind(layer) for layer in range(8)]
+    assert sum(kind.window is not None for kind in kinds) == windows
+    assert {kind.window for kind in kinds} <= {None, table.get("sliding_window")}
+    without = [kind.rope for kind in kinds if kind.window is None]
+    assert all(rope.theta == table["rope_theta"] for rope in without if rope is not None)
+    assert without.count(None) == (2 if name == "SmolLM3-3B" else 0)
+
+
+def test_layers_rotate_by_their_type():
+    olmo = configs.parse_config(OTHERS["Olmo-3-7B-Think"][0], Path("config.json"))
+    plain = LayerKind(rope=Rope(theta=500_000.0), window=4096)
+    stretched = Yarn(factor=8.0, original_positions=8192)
+    assert olmo.kinds[:3] == (plain,) * 3 and len(olmo.kinds) == 4
+    assert olmo.kinds[3] == LayerKind(rope=Rope(theta=500_000.0, scaling=stretched,
+                                                magnitude=1.2079441541679836))
+    gemma = configs.parse_config(OTHERS["gemma-3-1b-it"][0], Path("config.json"))
+    assert gemma.kinds == (LayerKind(rope=Rope(theta=10_000.0), window=512),) * 5 + (
+        LayerKind(rope=Rope(theta=1_000_000.0)),)
+    assert (gemma.query_scale, gemma.embedding_scale, gemma.activation, gemma.tied) == (
+        1.0, math.sqrt(1152), "gelu_tanh", True)
+
+
+def test_long_factors_are_for_long_sequences():
+    table, *_ = OTHERS["Phi-4-mini-reasoning"]
+    magnitude = math.sqrt(1 + math.log(32) / math.log(4096))
+    for positions, factor in ((None, 1.0), (4096, 1.0), (4097, 1.5)):
+        (kind,) = configs.parse_config(table, Path("config.json"), positions=positions).kinds
+        assert kind.rope == Rope(theta=10_000.0, rotated=0.75, magnitude=magnitude,
+                                 scaling=Divided(factors=(factor,) * 48))
+
+
+def test_windows_that_are_on_in_the_last_layers():
+    table = QWEN3 | dict(hidden_size=1024, intermediate_size=3072, use_sliding_window=True,
+                         sliding_window=4096, max_window_layers=20)
+    config = configs.parse_config(table, Path("config.json"))
+    assert [config.kind(layer).window for layer in range(28)] == [None] * 20 + [4096] * 8
+    config = configs.parse_config(table | dict(
+        layer_types=["sliding_attention", "full_attention"] * 14), Path("config.json"))
+    assert [kind.window for kind in config.kinds] == [4096, None]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -124,13 +229,36 @@ def test_a_missing_entry_has_the_value_of_transformers(name):
     expected = transformers.CONFIG_MAPPING[table["model_type"]](**left)
     assert (found.vocabulary, found.layers, found.mlp_width) == (
         expected.vocab_size, expected.num_hidden_layers, expected.intermediate_size)
-    assert (found.norm_eps, found.rope_theta, found.tied) == (
+    (kind,) = found.kinds
+    assert (found.norm_eps, kind.rope.theta, found.tied) == (
         expected.rms_norm_eps, expected.rope_parameters["rope_theta"], expected.tie_word_embeddings)
-    assert found.rope_theta == 10_000 and found.norm_eps == 1e-6 and not found.tied
-    assert found.kv_heads == table["num_attention_heads"] and found.rope_scaling is None
+    assert kind.rope == Rope(theta=10_000) and found.norm_eps == 1e-6 and not found.tied
+    assert found.kv_heads == table["num_attention_heads"]
     assert found.head_dim == getattr(expected, "head_dim",
                                      table["hidden_size"] // table["num_attention_heads"])
     assert configs.max_positions(left, Path("config.json")) == expected.max_position_embeddings
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_missing_entries_of_every_family(name):
+    left = dict(model_type=name, hidden_size=64, num_attention_heads=4)
+    found = configs.parse_config(left, Path("config.json"))
+    expected = configs.transformers().CONFIG_MAPPING[name](**left)
+    assert (found.vocabulary, found.layers, found.mlp_width, found.norm_eps, found.tied) == (
+        expected.vocab_size, expected.num_hidden_layers, expected.intermediate_size,
+        expected.rms_norm_eps, expected.tie_word_embeddings)
+    assert found.head_dim == (getattr(expected, "head_dim", None) or 16)
+    types = getattr(expected, "layer_types", None) or ["full_attention"] * found.layers
+    if name == "mistral":       # it does not list them
+        types = ["sliding_attention"] * found.layers
+    for layer, layer_type in enumerate(types):
+        kind, ropes = found.kind(layer), expected.rope_parameters
+        is_short = (layer_type == "sliding_attention"
+                    and expected.sliding_window < expected.max_position_embeddings)
+        assert kind.window == (expected.sliding_window if is_short else None)
+        if kind.rope is not None:
+            assert kind.rope.theta == ropes.get(layer_type, ropes)["rope_theta"]
+        assert (kind.rope is None) == (name == "smollm3" and not expected.no_rope_layers[layer])
 
 
 @pytest.mark.parametrize("entries", [
@@ -160,22 +288,34 @@ def test_a_byte_order_mark_is_dropped(copy):
     assert configs.read_config(copy) == expected
 
 
-@pytest.mark.parametrize("name", ["qwen2_tied", "llama3", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2_tied", "llama3", "qwen3", "ministral", "smollm3", "phi3"])
 def test_an_exported_config_has_both_spellings(tmp_path, name):
     source = FIXTURES / name
     config = read_config(source)
     export_model(read_weights(source, config), config, source, tmp_path / "target")
     table = json.loads((tmp_path / "target" / "config.json").read_text())
     assert table["dtype"] == table["torch_dtype"] == "float32"
-    assert table["rope_theta"] == table["rope_parameters"]["rope_theta"] == config.rope_theta
-    assert table["architectures"] == [configs.FAMILIES[table["model_type"]]]
-    kind = "default" if config.rope_scaling is None else "llama3"
-    assert table["rope_parameters"]["rope_type"] == kind
+    rope = config.kinds[0].rope
+    assert table["rope_theta"] == table["rope_parameters"]["rope_theta"] == rope.theta
+    assert table["architectures"] == [FAMILIES[table["model_type"]].architecture]
+    kind = {type(None): "default", Llama3: "llama3", Linear: "linear", Divided: "longrope"}
+    assert table["rope_parameters"]["rope_type"] == kind[type(rope.scaling)]
     older = {key: value for key, value in table.items() if key not in ("rope_parameters", "dtype")}
     newer = {key: value for key, value in table.items()
              if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     for spelling in (older, newer, table):
         assert configs.parse_config(spelling, Path("config.json")) == config
+
+
+@pytest.mark.parametrize("name", ["olmo3", "gemma3"])
+def test_rotary_entries_by_type_are_exported_as_they_were(tmp_path, name):
+    source = FIXTURES / name
+    config = read_config(source)
+    export_model(read_weights(source, config), config, source, tmp_path / "target")
+    table, exported = (json.loads((directory / "config.json").read_text())
+                       for directory in (source, tmp_path / "target"))
+    assert exported == table | {"dtype": "float32", "torch_dtype": "float32"}
+    assert read_config(tmp_path / "target") == config
 
 
 # What is refused
@@ -184,7 +324,8 @@ def test_an_exported_config_has_both_spellings(tmp_path, name):
 @pytest.mark.parametrize("entries", [
     dict(model_type="mamba"),
     dict(model_type=None), dict(model_type=["qwen2"]), dict(hidden_act="gelu"),
-    dict(use_sliding_window=True), dict(layer_types=["full_attention", "sliding_attention"]),
+    dict(sliding_window=0, use_sliding_window=True),
+    dict(layer_types=["full_attention", "sliding_attention"]),
     dict(layer_types=["linear_attention"]), dict(mlp_bias=True), dict(rms_norm_eps=0),
     dict(quantization_config={"bits": 4}), dict(compression_config={"format": "int"}),
     dict(partial_rotary_factor=0.5), dict(use_mrope=True), dict(num_experts=8),
@@ -204,11 +345,16 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(copy, entries):
 
 
 @pytest.mark.parametrize(("family", "entry"), [
-    ("llama", dict(attention_bias=True)), ("qwen3", dict(attention_bias=True)),
-    ("llama", dict(sliding_window=4096)),
+    ("qwen3", dict(mlp_bias=True)), ("mistral", dict(attention_bias=True)),
+    ("llama", dict(sliding_window=4096)), ("llama", dict(no_rope_layers=[1, 0])),
+    ("smollm3", dict(no_rope_layers=[1])), ("olmo2", dict(query_pre_attn_scalar=64)),
+    ("gemma3_text", dict(final_logit_softcapping=30.0)),
+    ("gemma3_text", dict(use_bidirectional_attention=True)),
+    ("mistral", dict(layer_types=["full_attention"] * 2, sliding_window=8)),
 ])
 def test_what_another_family_would_not_read_is_refused(copy, family, entry):
-    edit(copy, model_type=family, architectures=[configs.FAMILIES[family]], **entry)
+    edit(copy, model_type=family, architectures=[FAMILIES[family].architecture],
+         **entry)
     assert next(iter(entry)) in refusal(copy)
 
 
@@ -219,10 +365,8 @@ def test_a_missing_family_is_named(copy):
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize(("rope", "expected"), [
-    (dict(rope_type="yarn", **YARN), "'yarn'"), (dict(type="yarn", **YARN), "'yarn'"),
-    (dict(rope_type="dynamic", factor=2.0), "'dynamic'"),
-    (dict(type="linear", factor=2.0), "'linear'"),
-    (dict(rope_type="longrope", short_factor=[1.0], long_factor=[4.0]), "'longrope'"),
+    (dict(rope_type="yarn", factor="4"), "yarn factor"), (dict(type="linear"), "lack 'factor'"),
+    (dict(rope_type="longrope", short_factor=[1.0], long_factor=[4.0]), "a list of 4 factors"),
     (dict(type="mrope", mrope_section=[16, 24, 24]), "'mrope'"),
     (dict(rope_type="default", type="mrope"), "'mrope'"),
     (dict(rope_type="llama3", factor=8.0), "low_freq_factor"),

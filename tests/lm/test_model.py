@@ -1,4 +1,4 @@
-"""The decoder's two paths against one another, for the shapes of all three families."""
+"""The decoder's two paths against one another, for the shapes of all families."""
 
 import dataclasses
 
@@ -106,7 +106,7 @@ def test_weights_are_float32_and_the_tied_head_is_the_embedding():
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(abstract))
         assert ("head" in abstract) == (not config.tied)
         assert ("query_bias" in abstract["layers"]) == config.qkv_bias
-        assert ("query_norm" in abstract["layers"]) == config.qk_norm
+        assert ("query_norm" in abstract["layers"]) == (config.qk_norm is not None)
     assert model.head({"embedding": 1}) == 1 and model.head({"embedding": 1, "head": 2}) == 2
 
 

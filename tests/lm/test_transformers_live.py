@@ -8,9 +8,9 @@ import pytest
 from effreason.lm import model
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.pretrained import export_model
-from effreason.lm.hf.weights import read_weights
+from effreason.lm.hf.weights import EMBEDDING, layouts, read_weights
 
-pytest.importorskip("torch", reason="the extra `parity` brings torch")
+torch = pytest.importorskip("torch", reason="the extra `parity` brings torch")
 import make_fixtures  # noqa: E402
 import transformers  # noqa: E402
 
@@ -40,6 +40,43 @@ def test_logits_equal_transformers(pair):
     logits = jax.jit(lambda params: model.logits(
         params, model.forward(config, params, arrays["tokens"])))(params)
     np.testing.assert_allclose(logits, arrays["logits"], **TOLERANCE)
+
+
+def test_gradients_equal_torch(pair):
+    """Of the sum of all logits, each with a random weight."""
+    directory, arrays = pair
+    config = read_config(directory)
+    weights = np.random.default_rng(SEED).standard_normal(arrays["logits"].shape, np.float32)
+
+    def loss(params):
+        return (model.logits(params, model.forward(config, params, arrays["tokens"]))
+                * weights).sum()
+
+    ours = jax.jit(jax.grad(loss))(read_weights(directory, config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory,
+                                                               attn_implementation="eager")
+    (theirs(torch.from_numpy(arrays["tokens"]).long()).logits
+     * torch.from_numpy(weights)).sum().backward()
+    expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+
+    def check(layout, gradient):
+        stored = np.asarray(gradient).transpose(layout.order).reshape(layout.own_shape)
+        wanted = expected[layout.name][layout.start : layout.start + len(stored)]
+        if layout.name == EMBEDDING and theirs.model.padding_idx is not None:
+            # torch's embedding gives the padding token no gradient.
+            stored, wanted = (np.delete(x, theirs.model.padding_idx, 0) for x in (stored, wanted))
+        error, size = np.abs(stored - wanted).max(), np.abs(wanted).max()
+        # A bias of keys that know no positions has none: all scores would change by the same.
+        assert error < max(1e-3 * size, 1e-6 * largest), layout.name
+
+    table = layouts(config)
+    for name, parts in table["layers"].items():
+        for index, layout in enumerate(parts):
+            check(layout, ours["layers"][name][index])
+    for name in table.keys() - {"layers"}:
+        check(table[name], ours[name])
 
 
 def test_transformers_loads_the_export(pair, tmp_path):

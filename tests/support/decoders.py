@@ -1,5 +1,5 @@
-"""Small random decoders and meshes for the tests: shapes of all three families, weights that give
-uneven logits."""
+"""Small random decoders and meshes for the tests: shapes of all families, weights that give uneven
+logits."""
 
 import dataclasses
 import functools
@@ -8,22 +8,36 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from effreason.lm import kv_cache, model
+from effreason.lm import model
+from effreason.lm.model import LayerKind
+from effreason.lm.rope import Linear, Llama3, Rope
 from effreason.rl import packing
 from effreason.runtime import sharding
 from effreason.types import Rows
 
 VOCABULARY = 24
 
+(PLAIN,) = model.alike(theta=10_000.0)
 QWEN2 = model.DecoderConfig(vocabulary=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2,
-                            head_dim=4, mlp_width=24, norm_eps=1e-6, rope_theta=10_000.0,
-                            qkv_bias=True)
-SCALING = kv_cache.Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
-                                  original_positions=16)
-LLAMA = dataclasses.replace(QWEN2, qkv_bias=False, kv_heads=4, rope_theta=500_000.0,
-                            rope_scaling=SCALING)
-QWEN3 = dataclasses.replace(QWEN2, qkv_bias=False, qk_norm=True, head_dim=8, tied=True)
-FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3}
+                            head_dim=4, mlp_width=24, norm_eps=1e-6, kinds=(PLAIN,), qkv_bias=True)
+SCALING = Llama3(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
+                 original_positions=16)
+LLAMA = dataclasses.replace(QWEN2, qkv_bias=False, kv_heads=4,
+                            kinds=(LayerKind(rope=Rope(theta=500_000.0, scaling=SCALING)),))
+QWEN3 = dataclasses.replace(QWEN2, qkv_bias=False, qk_norm="head", head_dim=8, tied=True)
+MISTRAL = dataclasses.replace(LLAMA, kinds=(dataclasses.replace(PLAIN, window=5),))
+SMOLLM3 = dataclasses.replace(LLAMA, layers=3, kinds=(PLAIN, LayerKind(rope=None)), mlp_bias=True,
+                              qkv_bias=True, output_bias=True)
+OLMO3 = dataclasses.replace(LLAMA, layers=3, qk_norm="all_heads", norms_input=False,
+                            norms_output=True, kinds=(dataclasses.replace(PLAIN, window=5), PLAIN))
+PHI3 = dataclasses.replace(LLAMA, head_dim=8, fused=True,
+                           kinds=(LayerKind(rope=Rope(theta=10_000.0, rotated=0.75)),))
+GEMMA3 = dataclasses.replace(
+    QWEN3, layers=5, activation="gelu_tanh", norms_output=True, norm_offset=1.0, query_scale=0.8,
+    embedding_scale=4.0, kinds=(LayerKind(rope=Rope(theta=1_000.0), window=5),) * 2 + (
+        LayerKind(rope=Rope(theta=10_000.0, scaling=Linear(factor=8.0))),))
+FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3, "mistral": MISTRAL,
+            "smollm3": SMOLLM3, "olmo3": OLMO3, "phi3": PHI3, "gemma3": GEMMA3}
 
 
 @functools.cache
@@ -35,7 +49,7 @@ def weights(config, seed=0):
     def leaf(path, shape):
         name, noise = path[-1].key, generator.standard_normal(shape.shape, dtype=np.float32)
         if "norm" in name:
-            return 1 + np.float32(0.3) * noise
+            return np.float32(1 - config.norm_offset) + np.float32(0.3) * noise
         return noise * np.float32(0.3 if name in ("embedding", "head") and not config.tied else 0.5)
 
     return jax.tree_util.tree_map_with_path(leaf, model.abstract_params(config))

@@ -4,12 +4,13 @@ python tests/support/make_fixtures.py            (needs the extra `parity`: torc
 
 Each directory holds config.json, the weights and reference.npz: int32 tokens[B, N] and float32
 logits[B, N, V]. Between them they cover both spellings of config.json, tied and untied heads, a
-single file and shards, biases, q/k norms, and Llama 3 rotary scaling with positions beyond the
-original context.
+single file and shards, biases, q/k norms, windows, norms before and after, fused tensors, and the
+rotary scalings, Llama 3's with positions beyond the original context.
 """
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,63 @@ def qwen3() -> transformers.PretrainedConfig:
                                     rope_parameters=rope(1_000_000.0))
 
 
-CONFIGS: dict[str,
-              Callable[[], transformers.PretrainedConfig]] = {"qwen2_tied": qwen2_tied,
-                                                              "qwen2_untied": qwen2_untied,
-                                                              "llama": llama, "llama3": llama3,
-                                                              "qwen3": qwen3,}
-OLDER_SPELLING = {"qwen2_tied", "llama3"}                   # as most published checkpoints have it
+def mistral() -> transformers.PretrainedConfig:
+    shape = SHAPE | dict(num_hidden_layers=3, head_dim=16)
+    return transformers.MistralConfig(**shape, sliding_window=7, rope_parameters=rope(10_000.0))
+
+
+def ministral() -> transformers.PretrainedConfig:
+    shape = SHAPE | dict(num_hidden_layers=3, head_dim=8)
+    return transformers.MinistralConfig(
+        **shape, sliding_window=7, rope_parameters=dict(rope_type="linear", rope_theta=10_000.0,
+                                                        factor=2.0),
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+
+
+def smollm3() -> transformers.PretrainedConfig:
+    # The last layer of three knows no positions, and has a window; biases wherever there can be.
+    shape = SHAPE | dict(num_hidden_layers=4, attention_bias=True, mlp_bias=True)
+    return transformers.SmolLM3Config(
+        **shape, tie_word_embeddings=True, no_rope_layer_interval=3, use_sliding_window=True,
+        sliding_window=9, pad_token_id=0, rope_parameters=rope(2_000_000.0))
+
+
+def olmo2() -> transformers.PretrainedConfig:
+    return transformers.Olmo2Config(**SHAPE, rope_parameters=rope(500_000.0))
+
+
+def olmo3() -> transformers.PretrainedConfig:
+    # Three layers of four have a window; those without one rotate with stretched angles.
+    shape = SHAPE | dict(num_hidden_layers=5, attention_bias=True)
+    return transformers.Olmo3Config(**shape, sliding_window=7, rope_parameters={
+        "sliding_attention": rope(500_000.0),
+        "full_attention": dict(rope_type="yarn", rope_theta=500_000.0, factor=4.0,
+                               original_max_position_embeddings=16, attention_factor=1.1)})
+
+
+def phi3() -> transformers.PretrainedConfig:
+    # Heads of 16, of which 12 entries are rotated, in 6 planes.
+    shape = SHAPE | dict(num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
+                         original_max_position_embeddings=64)
+    return transformers.Phi3Config(**shape, tie_word_embeddings=True, rope_parameters=dict(
+        rope_type="longrope", rope_theta=10_000.0, partial_rotary_factor=0.75,
+        short_factor=[1.0, 1.1, 1.2, 1.4, 1.8, 2.6], long_factor=[1.0, 2.0, 4.0, 6.0, 8.0, 9.0]))
+
+
+def gemma3() -> transformers.PretrainedConfig:
+    # Five layers of six have a window, and another theta than those without one.
+    shape = SHAPE | dict(num_hidden_layers=7, head_dim=16)
+    return transformers.Gemma3TextConfig(
+        **shape, sliding_window=7, query_pre_attn_scalar=24, rope_parameters={
+            "sliding_attention": rope(10_000.0),
+            "full_attention": dict(rope_type="linear", rope_theta=1_000_000.0, factor=8.0)})
+
+
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "qwen2_tied": qwen2_tied, "qwen2_untied": qwen2_untied, "llama": llama, "llama3": llama3,
+    "qwen3": qwen3, "mistral": mistral, "ministral": ministral, "smollm3": smollm3,
+    "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "gemma3": gemma3}
+OLDER_SPELLING = {"qwen2_tied", "llama3", "phi3", "gemma3"}     # as most published ones
 SHARDED = {"qwen2_untied"}
 
 
@@ -83,7 +135,8 @@ def build(config: transformers.PretrainedConfig, seed: int) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1.0 + 0.3 * noise)
+                offset = 1.0 if config.model_type == "gemma3_text" else 0.0     # added to it
+                parameter.copy_(1.0 - offset + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             elif "embed" in name:
@@ -109,11 +162,17 @@ def respell(directory: Path) -> None:
     path = directory / "config.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     parameters = table.pop("rope_parameters")
+    if "full_attention" in parameters:
+        if table["model_type"] == "gemma3_text":
+            table["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
     table["rope_theta"] = parameters.pop("rope_theta")
     table["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
     table["torch_dtype"] = table.pop("dtype")
-    table.pop("layer_types", None)
-    if table.get("head_dim") == table["hidden_size"] // table["num_attention_heads"]:
+    if table["model_type"] != "ministral":      # of the others it says what is the default
+        table.pop("layer_types", None)
+    implied = table["hidden_size"] // table["num_attention_heads"]
+    if table.get("head_dim") == implied and table["model_type"] != "ministral":
         del table["head_dim"]
     path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -129,7 +188,10 @@ def save(model: Any, directory: Path, *, older_spelling: bool = False,
 
 
 def main() -> None:
+    """Builds the fixtures that are named as arguments, or all of them."""
     for seed, (name, config) in enumerate(CONFIGS.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         directory = FIXTURES / name
         shutil.rmtree(directory, ignore_errors=True)
         model = build(config(), seed)

@@ -150,6 +150,16 @@ def resolve(path: str, revision: str | None,
     return base, revision or named, str(directory)
 
 
+def check_modules(config: DecoderConfig, place: str) -> None:
+    """Raises UserError if a model's weights are not modules of their own, to which peft could add.
+
+    Args:
+        place: What is asked for, to begin the message."""
+    if config.fused:
+        raise UserError(f"{place}: this model holds query, key and value in one tensor; its "
+                        "adapters cannot be read or written in peft's format, merged weights can")
+
+
 def open_adapter(directory: Path, config: DecoderConfig) -> StoredAdapters:
     """Checks that adapters fit a base model; reads only headers.
 
@@ -158,6 +168,7 @@ def open_adapter(directory: Path, config: DecoderConfig) -> StoredAdapters:
 
     Raises:
         UserError: a file is missing or damaged, or the adapters are of another kind or model."""
+    check_modules(config, str(directory))
     read_table(directory)
     path, names = directory / WEIGHTS_FILE, {module: name for name, module in MODULES.items()}
     shapes = _shapes(path)

@@ -64,7 +64,7 @@ class Pretrained:
 
 def open_pretrained(path: str, *, dtype: str, remat: str = "full",
                     revision: str | None = None, stop_ids: str | None = None,
-                    adapter: str | None = None) -> Pretrained:
+                    adapter: str | None = None, positions: int | None = None) -> Pretrained:
     """Reads config, tokenizer and EOS ids, and checks that there are weights that fit.
 
     Args:
@@ -74,6 +74,7 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
         revision: A branch, tag or commit on the Hub.
         adapter: A directory of adapters for the model.
         stop_ids: More tokens that end a response, see `parse_stop_ids`.
+        positions: The longest sequence that will be computed, see `parse_config`.
 
     Raises:
         UserError: Names the file, or says how to get the model."""
@@ -93,7 +94,7 @@ def open_pretrained(path: str, *, dtype: str, remat: str = "full",
             check_present(directory / file)
     config_file = directory / "config.json"
     table = read_json(config_file)
-    decoder = parse_config(table, config_file, dtype=dtype, remat=remat)
+    decoder = parse_config(table, config_file, dtype=dtype, remat=remat, positions=positions)
     if commit is None:
         weights.check_weights(directory, decoder)
     stored = None if adapter is None else peft.open_adapter(Path(adapter), decoder)

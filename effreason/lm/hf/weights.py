@@ -2,13 +2,15 @@
 
 One table says which tensor holds each weight and in which layout. Hugging Face stores matrices as
 [out, in] and folds the heads into one axis. We store [in, out], with an axis for the heads, and
-stack layers on a leading axis. Reading and writing both use the table. Both hold one tensor at a
-time on the host, besides what the devices hold.
+stack layers on a leading axis. A tensor may hold several of our weights, one after another. Reading
+and writing both use the table. Both hold one tensor at a time on the host, besides what the devices
+hold.
 """
 
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -30,7 +32,7 @@ from effreason.runtime.errors import UserError
 from effreason.runtime.files import check_present, read_json
 from effreason.runtime.sharding import Shardings
 
-GetValues = Callable[[], Any]       # returns one tensor's values
+GetValues = Callable[[], Any]       # returns one weight's values
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -57,11 +59,26 @@ LAYER_TENSORS = {
     "query_norm": ("self_attn.q_norm.weight", VECTOR),
     "key_norm": ("self_attn.k_norm.weight", VECTOR),
     "output": ("self_attn.o_proj.weight", HEADS_IN),
+    "output_bias": ("self_attn.o_proj.bias", VECTOR),
     "mlp_norm": ("post_attention_layernorm.weight", VECTOR),
     "gate": ("mlp.gate_proj.weight", MATRIX),
     "up": ("mlp.up_proj.weight", MATRIX),
     "down": ("mlp.down_proj.weight", MATRIX),
+    "gate_bias": ("mlp.gate_proj.bias", VECTOR),
+    "up_bias": ("mlp.up_proj.bias", VECTOR),
+    "down_bias": ("mlp.down_proj.bias", VECTOR),
 }
+# With norms after attention and MLP, the one before the MLP has another name.
+OUTPUT_NORMS = {
+    "attention_output_norm": ("post_attention_layernorm.weight", VECTOR),
+    "mlp_norm": ("pre_feedforward_layernorm.weight", VECTOR),
+    "mlp_output_norm": ("post_feedforward_layernorm.weight", VECTOR),
+}
+# Norms over all heads, which have an axis for them.
+HEADS_NORMS = {name: (LAYER_TENSORS[name][0], HEAD_BIAS) for name in ("query_norm", "key_norm")}
+# Tensors that hold several weights, in this order.
+FUSED = {"self_attn.qkv_proj.weight": ("query", "key", "value"),
+         "mlp.gate_up_proj.weight": ("gate", "up")}
 EMBEDDING, HEAD = TOP_TENSORS["embedding"][0], TOP_TENSORS["head"][0]
 EMBEDDING_END = re.compile(r"((?:.*\.)?)embed_tokens\.weight")
 # Buffers that older exports hold besides the weights; config.json determines them.
@@ -70,19 +87,29 @@ BUFFERS = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One tensor of the files."""
+    """One tensor of the files, or what is one weight's of it."""
 
     name: str
     shape: tuple[int, ...]                  # ours
     folds: tuple[tuple[int, ...], ...]      # for each stored axis, which of ours it folds
+    start: int = 0                          # where this weight begins on the first stored axis
+    rows: int | None = None                 # length of that axis, if the tensor holds others too
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape of this weight's part of the tensor."""
+        return tuple(math.prod(self.shape[axis] for axis in fold) for fold in self.folds)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[axis] for axis in fold) for fold in self.folds)
+        return (self.rows or self.own_shape[0], *self.own_shape[1:])
 
     @property
     def order(self) -> tuple[int, ...]:
         return tuple(axis for fold in self.folds for axis in fold)
+
+
+Parts = list[tuple[Layout, GetValues]]      # the weights that a tensor holds, in its order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +125,16 @@ class Stored:
 def layouts(config: DecoderConfig) -> Params:
     """Returns the tree of the weights with a Layout for each, or a tuple of one for each layer."""
     abstract = abstract_params(config)
-    layers = {}
-    for name, leaf in abstract["layers"].items():
-        stored_name, folds = LAYER_TENSORS[name]
-        layers[name] = tuple(Layout(f"model.layers.{layer}.{stored_name}", leaf.shape[1:], folds)
-                             for layer in range(config.layers))
+    shapes = {name: leaf.shape[1:] for name, leaf in abstract["layers"].items()}
+    table = LAYER_TENSORS | (OUTPUT_NORMS if config.norms_output else {})
+    table |= HEADS_NORMS if config.qk_norm == "all_heads" else {}
+    layer = {name: Layout(table[name][0], shape, table[name][1]) for name, shape in shapes.items()}
+    for fused, names in FUSED.items() if config.fused else ():
+        ends = list(itertools.accumulate(layer[name].own_shape[0] for name in names))
+        for name, start in zip(names, [0, *ends], strict=False):
+            layer[name] = dataclasses.replace(layer[name], name=fused, start=start, rows=ends[-1])
+    layers = {name: tuple(dataclasses.replace(layout, name=f"model.layers.{index}.{layout.name}")
+                          for index in range(config.layers)) for name, layout in layer.items()}
     top = {name: Layout(TOP_TENSORS[name][0], leaf.shape, TOP_TENSORS[name][1])
            for name, leaf in abstract.items() if name != "layers"}
     return top | {"layers": layers}
@@ -204,8 +236,8 @@ def _read_part(tensor: Stored, layout: Layout, index: tuple[slice, ...]) -> np.n
     The file is sliced along each fold's leading axis, as one block; the other axes are cut here."""
     leading = [fold[0] for fold in layout.folds]
     inner = [math.prod(layout.shape[axis] for axis in fold[1:]) for fold in layout.folds]
-    block = tuple(slice(index[axis].start * size, index[axis].stop * size)
-                  for axis, size in zip(leading, inner, strict=True))
+    block = tuple(slice(offset + index[axis].start * size, offset + index[axis].stop * size)
+                  for axis, size, offset in zip(leading, inner, (layout.start, 0), strict=False))
     # Opened for each tensor: pages that were read count as this process's while the file is open.
     with safetensors.safe_open(tensor.file, framework="numpy") as tensors:
         part = tensors.get_slice(tensor.name)[block]
@@ -342,20 +374,22 @@ def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: 
     Raises:
         OSError: A file cannot be written."""
     dtypes = dtypes or {}
-    shards: list[list[tuple[Layout, GetValues]]] = [[]]
+    shards: list[list[Parts]] = [[]]
     filled = total = 0
-    for layout, value in _in_order(params, config):
-        size = math.prod(layout.shape) * jnp.dtype(dtypes.get(layout.name, dtype)).itemsize
+    for tensor in _in_order(params, config):
+        layout = tensor[0][0]
+        size = math.prod(layout.stored_shape) * jnp.dtype(dtypes.get(layout.name, dtype)).itemsize
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
-        shards[-1].append((layout, value))
+        shards[-1].append(tensor)
         filled, total = filled + size, total + size
 
     if directory is None:
         # In the order in which the other process writes: gathering is a collective.
-        for _, _, value in (tensor for shard in shards for tensor in _plan(shard, dtype, dtypes)):
-            jax.block_until_ready(sharding.gather_to_host(value()))
+        for _, tensor in (planned for shard in shards for planned in _plan(shard, dtype, dtypes)):
+            for _, value in tensor:
+                jax.block_until_ready(sharding.gather_to_host(value()))
         return
     if len(shards) == 1:
         _write_file(directory / SINGLE_FILE, shards[0], dtype, dtypes)
@@ -365,31 +399,34 @@ def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: 
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / name, shard, dtype, dtypes)
-        weight_map |= {layout.name: name for layout, _ in shard}
+        weight_map |= {tensor[0][0].name: name for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _in_order(params: Params, config: DecoderConfig) -> Iterator[tuple[Layout, GetValues]]:
-    """Yields layouts in the order of the files, layer by layer, and what returns their values."""
+def _in_order(params: Params, config: DecoderConfig) -> Iterator[Parts]:
+    """Yields the tensors in the order of the files, layer by layer."""
     table = layouts(config)
     for name in TOP_TENSORS:
         if name in table:
-            yield table[name], functools.partial(params.__getitem__, name)
+            yield [(table[name], functools.partial(params.__getitem__, name))]
     for layer in range(config.layers):
+        tensors: dict[str, Parts] = collections.defaultdict(list)
         for name, parts in table["layers"].items():
-            yield parts[layer], functools.partial(params["layers"][name].__getitem__, layer)
+            value = functools.partial(params["layers"][name].__getitem__, layer)
+            tensors[parts[layer].name].append((parts[layer], value))
+        for tensor in tensors.values():
+            yield sorted(tensor, key=lambda part: part[0].start)
 
 
-def _plan(tensors: list[tuple[Layout, GetValues]], dtype: str,
-          dtypes: Mapping[str, str]) -> list[tuple[str, Layout, GetValues]]:
+def _plan(tensors: list[Parts], dtype: str,
+          dtypes: Mapping[str, str]) -> list[tuple[str, Parts]]:
     """Returns a file's tensors with their dtypes, wide ones first, so that all are aligned."""
-    planned = [(dtypes.get(layout.name, dtype), layout, value) for layout, value in tensors]
+    planned = [(dtypes.get(tensor[0][0].name, dtype), tensor) for tensor in tensors]
     return sorted(planned, key=lambda tensor: -jnp.dtype(tensor[0]).itemsize)
 
 
-def _write_file(path: Path, tensors: list[tuple[Layout, GetValues]], dtype: str,
-                dtypes: Mapping[str, str]) -> None:
+def _write_file(path: Path, tensors: list[Parts], dtype: str, dtypes: Mapping[str, str]) -> None:
     """Writes one safetensors file, tensor by tensor: the library needs all in memory, twice.
 
     The format is 8 bytes with the header's length, a JSON header, and the values."""
@@ -398,16 +435,18 @@ def _write_file(path: Path, tensors: list[tuple[Layout, GetValues]], dtype: str,
     # Older transformers refuse a file without this entry.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor_dtype, layout, _ in planned:
-        start, end = end, end + math.prod(layout.shape) * jnp.dtype(tensor_dtype).itemsize
+    for tensor_dtype, tensor in planned:
+        layout = tensor[0][0]
+        start, end = end, end + math.prod(layout.stored_shape) * jnp.dtype(tensor_dtype).itemsize
         header[layout.name] = {"dtype": names[tensor_dtype], "shape": layout.stored_shape,
                                "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor_dtype, layout, value in planned:
-            array = sharding.to_host(value()).transpose(layout.order).reshape(layout.stored_shape)
-            # As bytes: NumPy cannot write bfloat16.
-            array = np.ascontiguousarray(array.astype(jnp.dtype(tensor_dtype)))
-            file.write(array.reshape(-1).view(np.uint8).data)
+        for tensor_dtype, tensor in planned:
+            for layout, value in tensor:
+                array = sharding.to_host(value()).transpose(layout.order).reshape(layout.own_shape)
+                # As bytes: NumPy cannot write bfloat16.
+                array = np.ascontiguousarray(array.astype(jnp.dtype(tensor_dtype)))
+                file.write(array.reshape(-1).view(np.uint8).data)
