@@ -1,5 +1,8 @@
 """The key/value cache and attention to it, as plain array functions.
 
+The cache of a layer that sees everything has a slot for each position. That of a layer with a
+window is a ring: position p is in slot p modulo its length, which is a little more than the window.
+
 B rows, T query positions, S cache slots, H query heads, K key/value heads, R = H / K, h head width.
 """
 
@@ -34,6 +37,8 @@ CACHE_LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
 # pads the last axis to 128, so a narrow head must not be last.
 XLA_LAYOUTS = {"cpu": "transposed", "gpu": "transposed", "tpu": "sequence_last"}
 TRIAL_SLOTS, TRIAL_TOLERANCE = 128, 0.05    # the tolerance is for bfloat16
+# Of a ring: tokens that may be read at a time and then dropped, and what divides its length.
+MOST_READ, RING_UNIT = 128, 128
 
 
 def choose_layout(platform: str, head_dim: int, dtype: DTypeLike, context: int = 1) -> str:
@@ -93,6 +98,13 @@ def passes_trial(layout: str, *, rows: int, heads: int, kv_heads: int, head_dim:
         return False
 
 
+def ring_length(window: int | None, positions: int) -> int:
+    """Returns the slots of a layer's cache for sequences of at most so many positions."""
+    if window is None:
+        return positions
+    return min(positions, -(-(window + MOST_READ) // RING_UNIT) * RING_UNIT)
+
+
 def empty_layer(layout: str, dtype: DTypeLike, **sizes: int) -> LayerCache:
     """Returns one layer's empty cache. Args: sizes, of batch, kv_heads, head_dim, sequence."""
     return {name: jnp.zeros([sizes[axis] for axis in axes], dtype)
@@ -100,14 +112,20 @@ def empty_layer(layout: str, dtype: DTypeLike, **sizes: int) -> LayerCache:
 
 
 def write_cache(cache: LayerCache, key: Float[Array, "B T K h"], value: Float[Array, "B T K h"],
-                start: Int[Array, " B"], layout: str) -> LayerCache:
+                start: Int[Array, " B"], layout: str, window: int | None = None) -> LayerCache:
     """Returns the cache with T more tokens in each row, written in place if the cache is donated.
 
     Args:
-        start: The slot of each row's first new token."""
+        start: The position of each row's first new token.
+        window: Of the layer; if it has one, its cache is a ring."""
     axes = CACHE_LAYOUTS[layout]
     new = {name: x.transpose([_SEQUENCE_FIRST.index(axis) for axis in axes[name]])
            for name, x in (("keys", key), ("values", value))}
+    if window is not None and key.shape[1] > 1:
+        return {name: _write_around(cache[name], new[name], start, axes[name].index("sequence"))
+                for name in cache}
+    if window is not None:
+        start = start % cache["keys"].shape[axes["keys"].index("sequence")]
     if layout == "paged" and key.shape[1] == 1:
         return decode_kernels.paged_write(cache, new, start)
 
@@ -120,16 +138,27 @@ def write_cache(cache: LayerCache, key: Float[Array, "B T K h"], value: Float[Ar
     return {name: write(cache[name], new[name], axes[name].index("sequence")) for name in cache}
 
 
+def _write_around(ring: Array, new: Array, start: Int[Array, " B"], axis: int) -> Array:
+    """Writes several tokens to a ring; they may go on at its beginning."""
+    slots, count = ring.shape[axis], new.shape[axis]
+    number = (jnp.arange(slots)[None] - start[:, None]) % slots     # of the new token in each slot
+    shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(ring.shape)]
+    number = number.reshape(shape)
+    return jnp.where(number < count, jnp.take_along_axis(
+        new, jnp.minimum(number, count - 1), axis=axis), ring)
+
+
 def cached_attention(query: Float[Array, "B T H h"], cache: LayerCache,
                      positions: Int[Array, "B T"], layout: str,
                      window: int | None = None) -> Float[Array, "B T H h"]:
-    """Attends to the cache slots 0 .. position of each query; the softmax is float32.
+    """Attends to the cached positions 0 .. that of each query; the softmax is float32.
 
-    A kernel, if the layout has one, reads a decode step, T = 1, of a layer that sees all slots. XLA
-    does everything else. Slots after the position may hold any finite number.
+    A kernel, if the layout has one, reads a decode step, T = 1, of a layer that sees everything.
+    XLA does everything else. What comes after the queries may be any finite number.
 
     Args:
-        window: Slots that a query sees at most, its own and those before; None = all."""
+        positions: Consecutive in each row, and the newest that were written.
+        window: Positions that a query sees at most, its own and those before; None = all."""
     rows, length, heads, head_dim = query.shape
     slots = cache["values"].shape[CACHE_LAYOUTS[layout]["values"].index("sequence")]
     if window is not None and window >= slots:
@@ -147,10 +176,13 @@ def cached_attention(query: Float[Array, "B T H h"], cache: LayerCache,
 
     scores = jnp.einsum(f"bkqh,{keys}->bkqs", grouped, cache["keys"],
                         preferred_element_type=jnp.float32)             # [B, K, R * T, S]
-    slot, last = jnp.arange(slots)[None, None, :], positions[:, :, None]
-    visible = slot <= last
-    if window is not None:
-        visible &= slot > last - window
+    held, own = jnp.arange(slots)[None, None, :], positions[:, :, None]
+    if window is None:
+        visible = held <= own
+    else:
+        newest = own[:, -1:]
+        held = newest - (newest - held) % slots     # the position in each slot of the ring
+        visible = (held >= 0) & (held <= own) & (held > own - window)
     visible = jnp.tile(visible, (1, heads // kv_heads, 1))[:, None]     # [B, 1, R * T, S]
     scores = jnp.where(visible, scores / math.sqrt(head_dim), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)

@@ -12,6 +12,7 @@ heads, h head width.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -216,8 +217,9 @@ class Block(nn.Module):
         """Sampling: T tokens after those in the cache; returns the cache with T more."""
         query, key, value = self.qkv(x, angles)
         layout = self.config.cache_layout
-        cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout)
-        mixed = kv_cache.cached_attention(query, cache, positions, layout, self.kind.window)
+        window = self.kind.window
+        cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout, window)
+        mixed = kv_cache.cached_attention(query, cache, positions, layout, window)
         return self.output_and_mlp(x, mixed), cache
 
     def qkv(self, x: Float[Array, "B N D"], angles: Angles | None,
@@ -309,7 +311,7 @@ def _layers(config: DecoderConfig, stacked: Params, x: Float[Array, "B N D"], an
 
     def group(x: Array, layers: Params, count: int = kinds) -> tuple[Array, None]:
         for index, kind in enumerate(config.kinds[:count]):
-            compute = functools.partial(block, kind)
+            compute: Callable[..., Array] = functools.partial(block, kind)
             if policy is not None:
                 compute = jax.checkpoint(compute, prevent_cse=False, policy=policy)
             x = compute(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
@@ -431,11 +433,27 @@ def cache_axes(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     return kv_cache.CACHE_LAYOUTS[config.cache_layout]
 
 
-def empty_cache(config: DecoderConfig, rows: int, slots: int) -> Cache:
-    """Returns a cache for `rows` sequences of at most `slots` tokens."""
-    return [kv_cache.empty_layer(config.cache_layout, config.dtype, batch=rows, sequence=slots,
+def empty_cache(config: DecoderConfig, rows: int, positions: int, *,
+                has_rings: bool = True) -> Cache:
+    """Returns a cache for `rows` sequences of at most so many positions.
+
+    Args:
+        has_rings: Layers with a window keep no more than that; else they keep every position."""
+    lengths = cache_lengths(config, positions) if has_rings else [positions] * config.layers
+    return [kv_cache.empty_layer(config.cache_layout, config.dtype, batch=rows, sequence=length,
                                  kv_heads=config.kv_heads, head_dim=config.head_dim)
-            for _ in range(config.layers)]
+            for length in lengths]
+
+
+def cache_lengths(config: DecoderConfig, positions: int) -> list[int]:
+    """Returns how many positions each layer's cache holds, of sequences with at most so many."""
+    return [kv_cache.ring_length(config.kind(layer).window, positions)
+            for layer in range(config.layers)]
+
+
+def mean_cache_length(config: DecoderConfig, positions: int) -> int:
+    """Returns how many positions a layer's cache holds, on average, of at most so many."""
+    return -(-sum(cache_lengths(config, positions)) // config.layers)
 
 
 def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],

@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from effreason.lm import model
 from effreason.lm.adapters import Adapter
 from effreason.lm.model import DecoderConfig
 from effreason.planning import shapes
@@ -69,6 +70,11 @@ class StepSizes:
         """Parameters of all layers in matrix products with tokens."""
         c = self.decoder
         return c.layers * c.width * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width)
+
+    def attention_layers(self, width: int) -> float:
+        """Returns how many layers without a window would compute as many pairs in such rows."""
+        windows = (self.decoder.kind(layer).window for layer in range(self.decoder.layers))
+        return sum(1.0 if window is None else min(2 * window / width, 1.0) for window in windows)
 
     @property
     def mlp(self) -> int:
@@ -194,7 +200,8 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: i
         "reference": split * (config.keeps_reference and not config.kl.offload_reference),
         "weights": sizes.itemsize * sizes.sampled_weights(platform),
         "position": position,
-        "slots": slots / (sizes.data * sizes.fsdp) * capacity / sizes.context * position,
+        "slots": (slots / (sizes.data * sizes.fsdp) * position
+                  * model.mean_cache_length(c, capacity) / sizes.context),
         "prefilled": 8 * config.data.max_prompt_tokens * position,
     }
 
@@ -262,6 +269,7 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
     rows = workload.rows / (sizes.data * sizes.fsdp)
     tokens, pairs = rows * workload.width / sizes.context, rows * workload.width**2 / sizes.context
     pairs *= workload.pair_batches / workload.micro_batches  # averaged over the narrower rows
+    attended = sizes.attention_layers(workload.width)
 
     layers = 2.0 * tokens * sizes.products / sizes.tensor
     head = 2.0 * tokens * sizes.table / sizes.tensor
@@ -279,7 +287,7 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
     ends = [_weight_gather(sizes, 2 * sizes.table)]     # embedding and head
     width_f, width_d = c.mlp_width / sizes.tensor, c.width
     moved = tokens * c.layers * s
-    forward = Cost(flops=layers + head + c.layers * sizes.attention_flops(pairs, False),
+    forward = Cost(flops=layers + head + attended * sizes.attention_flops(pairs, False),
                    bytes=moved * (6 * width_f + 20 * width_d)
                    + s * (sizes.products + 2 * sizes.table) / sizes.tensor,
                    collectives=tuple(passes(1) + ends))
@@ -289,7 +297,7 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
                  _reduction(sizes.data * sizes.context, s * sizes.trained / sizes.shards)]
     backward = 1 if sizes.frozen else 2         # products: of the inputs, and of the weights
     step = Cost(flops=layers * (1 + backward + sizes.recomputed) + (2 + backward) * head
-                + c.layers * sizes.attention_flops(pairs, True),
+                + attended * sizes.attention_flops(pairs, True),
                 bytes=moved * (20 * width_f + 60 * width_d)
                 + (3 + recomputes) * s * sizes.weights / sizes.tensor
                 + 8 * sizes.trained / sizes.shards,
@@ -332,8 +340,9 @@ def _attention_kernel(sizes: StepSizes, slots: int, capacity: int) -> KernelCall
     """Returns the attention to the cache in one decode step on one chip."""
     c, kv_heads = sizes.decoder, sizes.decoder.kv_heads // sizes.tensor
     rows = -(-slots // (sizes.data * sizes.fsdp))
+    positions = model.mean_cache_length(c, capacity) // sizes.context
     cache = Array({2: "bf16", 4: "f32"}[sizes.itemsize],
-                  (rows, kv_heads, capacity // sizes.context, c.head_dim))
+                  (rows, kv_heads, positions, c.head_dim))
     queries = Array("f32", (rows * kv_heads, c.heads // c.kv_heads, 1, c.head_dim))
     return KernelCall("paged_attention", (queries, cache, cache), (), c.layers)
 
@@ -367,7 +376,8 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
     prefill = Cost(
         flops=2.0 * prefill_tokens * ((sizes.products - sizes.mlp) / sizes.tensor
                                       + sizes.mlp / mlp_shards)
-        + 4.0 * prefill_tokens * width * c.layers * c.heads * c.head_dim / sizes.tensor,
+        + 4.0 * prefill_tokens * width * sizes.attention_layers(width) * c.heads * c.head_dim
+        / sizes.tensor,
         bytes=resident["weights"]
         + prefill_tokens * c.layers * s * (6 * c.mlp_width / mlp_shards + 20 * c.width),
         collectives=(

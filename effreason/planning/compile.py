@@ -139,7 +139,7 @@ def cache_limits(config: Config, decoder: model.DecoderConfig, target: Target,
 
     budget = capacity.position_budget(dataclasses.replace(config, rollout=settings), decoder, mesh,
                                       training_bytes)
-    return capacity.cache_limits(config, mesh, budget)
+    return capacity.cache_limits(config, decoder, mesh, budget)
 
 
 def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slot_count: int,

@@ -1,5 +1,6 @@
 """How many responses fit on the devices at once, and the sampler that a configuration describes."""
 
+import functools
 import math
 import os
 
@@ -56,17 +57,19 @@ def position_budget(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     if config.rollout.slots is not None:
         return None
     budget = cache_budget_bytes(config, decoder, mesh, weight_bytes)
-    least = MIN_SLOTS * cache_positions(max_positions(config))
+    least = MIN_SLOTS * model.mean_cache_length(decoder, cache_positions(max_positions(config)))
     return max(int(budget // slot_bytes(decoder, 1)), least)
 
 
-def cache_limits(config: Config, mesh: Mesh, budget: int | None) -> CacheLimits:
+def cache_limits(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+                 budget: int | None) -> CacheLimits:
     """Returns the limits of the sampler that a configuration describes. `mesh` may be abstract."""
     positions = max_positions(config)
     return CacheLimits(
         slots=slot_count(config, mesh), shards=sharding.batch_shards(mesh), budget=budget,
         chunk=config.rollout.chunk, smallest=smallest_capacity(positions),
-        largest=cache_positions(positions))
+        largest=cache_positions(positions),
+        positions_held=functools.partial(model.mean_cache_length, decoder))
 
 
 def max_positions(config: Config) -> int:
@@ -77,7 +80,8 @@ def max_positions(config: Config) -> int:
 
 def slot_bytes(decoder: model.DecoderConfig, positions: int) -> int:
     """Returns the bytes of keys and values of one response with `positions` positions."""
-    elements = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * positions
+    elements = 2 * decoder.kv_heads * decoder.head_dim * sum(
+        model.cache_lengths(decoder, positions))
     return elements * jnp.dtype(decoder.dtype).itemsize
 
 
@@ -152,7 +156,7 @@ def device_bytes(mesh: Mesh) -> float:
 def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> str:
     """Returns a line for the log: the number of slots, their size and the memory available."""
     budget = position_budget(config, decoder, mesh, weight_bytes)
-    limits, positions = cache_limits(config, mesh, budget), max_positions(config)
+    limits, positions = cache_limits(config, decoder, mesh, budget), max_positions(config)
     least = limits.least_slots
     count = f"{least}" if least == limits.slots else f"{least} to {limits.slots}"
     available = ""

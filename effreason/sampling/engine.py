@@ -13,6 +13,7 @@ not depend on its slot, its neighbours or the number of devices, except for roun
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
@@ -25,6 +26,7 @@ from jaxtyping import Array, Int, Key
 from effreason.lm import kv_cache, model
 from effreason.lm.kernels import KERNELS
 from effreason.runtime import processes, sharding
+from effreason.runtime.errors import UserError
 from effreason.sampling import speculation
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
@@ -85,8 +87,12 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
                 layout = kv_cache.XLA_LAYOUTS[platform]
 
     programs = make_programs(dataclasses.replace(config, cache_layout=layout), mesh)
+    if config.window is not None and draft_tokens >= kv_cache.MOST_READ:
+        raise UserError(f"rollout.draft_tokens must be below {kv_cache.MOST_READ} for a model with "
+                        f"sliding windows, got {draft_tokens}")
     limits = CacheLimits(
         slots=slots, shards=programs.shards, chunk=chunk, budget=budget,
+        positions_held=functools.partial(model.mean_cache_length, config),
         draft_tokens=draft_tokens, most_positions=speculation.MOST_POSITIONS[platform],
         smallest=smallest_capacity(max_positions) if min_positions is None else min_positions,
         largest=None if max_positions is None else cache_positions(max_positions))
@@ -205,11 +211,12 @@ class Generation:
         else:
             # Layer by layer, so that the old and the new cache never exist at the same time.
             kept = None if rows is None else sharding.to_device(rows, programs.by_rows)
-            for index in range(len(state.cache)):
+            lengths, larger = map(programs.cache_lengths, (self.capacity, capacity))
+            for index, (length, new_length) in enumerate(zip(lengths, larger, strict=True)):
                 if kept is not None:
                     state.cache[index] = programs.compact_cache(state.cache[index], kept)
-                if capacity > self.capacity:
-                    state.cache[index] = programs.grow(state.cache[index], capacity=capacity)
+                if new_length > length:
+                    state.cache[index] = programs.grow(state.cache[index], positions=new_length)
             if kept is not None:
                 without_cache = programs.compact(dataclasses.replace(state, cache=[]), kept)
                 self._state = dataclasses.replace(without_cache, cache=state.cache)

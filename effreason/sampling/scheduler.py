@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -217,6 +217,8 @@ class CacheLimits:
     smallest: int = 64              # positions of a slot, a power of two
     largest: int | None = None      # positions of a slot; None = no limit
     budget: int | None = None       # positions of all slots together; None = enough
+    # Of a slot of some capacity: fewer if some layers keep no more than their window.
+    positions_held: Callable[[int], int] = lambda capacity: capacity
     draft_tokens: int = 0           # read ahead in each slot, at most; 0 = none
     most_positions: int = 128       # that a device reads in a step with drafts
 
@@ -246,7 +248,7 @@ class CacheLimits:
         """Returns how many slots of so many positions fit; at least one for each shard."""
         if self.budget is None:
             return self.slots
-        fitting = max(self.budget // capacity // self.shards, 1) * self.shards
+        fitting = max(self.budget // self.positions_held(capacity) // self.shards, 1) * self.shards
         return min(self.slots, fitting)
 
 

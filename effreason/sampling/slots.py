@@ -7,6 +7,7 @@ over tensor, so nothing here moves a cache between devices.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -62,10 +63,11 @@ class Programs:
     insert: Wrapped                 # (slots, prefill cache, int32[8, S], step key) -> slots
     decode: Wrapped                 # (weights, slots, control, sampling=, chunk=) -> slots, outputs
     speculate: Wrapped              # (weights, slots, control, texts, ..., drafted=) -> the same
-    grow: Wrapped                   # (cache of a layer, capacity=) -> the same, larger
+    grow: Wrapped                   # (cache of a layer, positions=) -> the same, larger
     compact_cache: Wrapped          # (cache of a layer, rows) -> these rows of it
     compact: Wrapped                # (slots without a cache, rows) -> these rows of them
     empty: Wrapped                  # (count=, capacity=) -> slots
+    cache_lengths: Callable[[int], list[int]]   # capacity -> positions in the cache of each layer
     mesh: Mesh
     shards: int                     # the slots are split this many ways
     replicated: NamedSharding       # of what the host hands over
@@ -165,7 +167,7 @@ def speculate(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_
     slots, min_active = _give_up(slots, control)
     longest = chunk * (drafted + 1)
     sequence = model.cache_axes(config)["keys"].index("sequence")
-    capacity = slots.cache[0]["keys"].shape[sequence]
+    capacity = max(layer["keys"].shape[sequence] for layer in slots.cache)
     # Its last part are the tokens of this chunk: the next drafts may come from them.
     texts = jnp.pad(texts, ((0, 0), (0, longest)))
     logprobs = {name: jnp.zeros((rows, longest), jnp.float32)
@@ -257,7 +259,8 @@ def prefill(weights: model.Params, prompts: Int[Array, "R W"], *,
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
         return model.decode(config, weights, tokens, jnp.full(rows, start, jnp.int32), cache)[1]
 
-    cache = model.empty_cache(config, rows, width)
+    # No rings: the padding after a shorter prompt would overwrite what it still sees.
+    cache = model.empty_cache(config, rows, width, has_rings=False)
     if chunk == width:
         return prefill_chunk(jnp.zeros((), jnp.int32), cache)
     return jax.lax.fori_loop(0, width // chunk, prefill_chunk, cache)
@@ -282,25 +285,26 @@ def insert(slots: Slots, prefill_cache: model.Cache, table: Int[Array, "8 S"],
 
     response_key = jax.vmap(
         lambda uid, sample: jax.random.fold_in(jax.random.fold_in(step_key, uid), sample))
-    cache = _copy_rows(slots.cache, prefill_cache, new["slot"], new["row"], mesh, layout)
+    cache = _copy_rows(slots.cache, prefill_cache, new, mesh, layout)
     return Slots(cache=cache, token=merge("token"), length=merge("length"),
                  generated=merge("generated"), limit=merge("limit"), active=slots.active | is_new,
                  key=jnp.where(is_new, response_key(new["uid"], new["sample"])[column], slots.key))
 
 
-def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, slot: Int[Array, " S"],
-               row: Int[Array, " S"], mesh: Mesh,
-               layout: dict[str, tuple[str, ...]]) -> model.Cache:
+def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, Array],
+               mesh: Mesh, layout: dict[str, tuple[str, ...]]) -> model.Cache:
     """Copies rows of the prefill cache into slots, until the first slot -1.
 
-    Each device writes its own rows one by one: a scatter over the slots would gather the cache."""
+    Each device writes its own rows one by one: a scatter over the slots would gather the cache. Of
+    a prompt that is longer than a ring, its end is copied."""
     parts = mesh.shape["context"]
     specs = {name: sharding.spec(*axes) for name, axes in layout.items()}
     prefill_specs = {name: prefill_spec(axes) for name, axes in layout.items()}
 
     def local_positions(new: jax.Array, old: jax.Array, axis: int) -> jax.Array:
-        """Returns the prompt positions that this device holds: all, unless sequences are split."""
-        if parts == 1:
+        """Returns the prompt positions that this device holds: all, unless sequences are split, or
+        the slot is a ring."""
+        if parts == 1 or parts * old.shape[axis] < new.shape[axis]:
             return new
         size = old.shape[axis]
         padding = [(0, max(parts * size - new.shape[axis], 0) if dim == axis else 0)
@@ -311,10 +315,10 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, slot: Int[Array, 
     @partial(
         jax.shard_map, mesh=mesh, check_vma=False, out_specs=[specs] * len(cache),
         in_specs=([specs] * len(cache), [prefill_specs] * len(cache),
-                  (PartitionSpec(), PartitionSpec())))
+                  (PartitionSpec(), PartitionSpec(), PartitionSpec())))
     def copy(cache: model.Cache, prompts: model.Cache,
-             indices: tuple[jax.Array, jax.Array]) -> model.Cache:
-        slot, row = indices
+             indices: tuple[jax.Array, jax.Array, jax.Array]) -> model.Cache:
+        slot, row, length = indices
         local_slots = jax.tree.leaves(cache)[0].shape[0]
         first = local_slots * jax.lax.axis_index(sharding.AXES["batch"])
         prompts = [{name: local_positions(new[name], array, layout[name].index("sequence"))
@@ -326,18 +330,27 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, slot: Int[Array, 
             is_local = (local >= 0) & (local < local_slots)
             local = jnp.clip(local, 0, local_slots - 1)
 
-            def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            def write(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
                 corner = (local,) + (0,) * (old.ndim - 1)
                 prompt = jax.lax.dynamic_index_in_dim(new, row[index], 0)
+                if parts * old.shape[axis] < new.shape[axis]:
+                    held = jnp.arange(old.shape[axis])
+                    if parts > 1:
+                        held = held + jax.lax.axis_index("context") * len(held)
+                    newest = length[index] - 1
+                    held = newest - (newest - held) % (parts * len(held))
+                    prompt = jnp.take(prompt, jnp.maximum(held, 0), axis=axis)
                 current = jax.lax.dynamic_slice(old, corner, prompt.shape)
                 return jax.lax.dynamic_update_slice(
                     old, jnp.where(is_local, prompt, current), corner)
 
-            return jax.tree.map(write, cache, prompts)
+            return [{name: write(array, new[name], layout[name].index("sequence"))
+                     for name, array in layer.items()}
+                    for layer, new in zip(cache, prompts, strict=True)]
 
         return jax.lax.fori_loop(0, jnp.sum(slot >= 0), copy_one, cache)
 
-    return copy(cache, prefill_cache, (slot, row))
+    return copy(cache, prefill_cache, (table["slot"], table["row"], table["length"]))
 
 
 def prefill_spec(axes: tuple[str, ...]) -> PartitionSpec:
@@ -346,13 +359,14 @@ def prefill_spec(axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def grow(layer: dict[str, jax.Array], *, axes: dict[str, int],
-         capacity: int) -> dict[str, jax.Array]:
-    """Pads the cache of a layer to `capacity` positions.
+         positions: int) -> dict[str, jax.Array]:
+    """Pads the cache of a layer to `positions`. A ring that has its full length does not grow, so
+    no position has another slot afterwards.
 
     Args:
         axes: the sequence axis of each array."""
     def pad(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, capacity - x.shape[axis] if dim == axis else 0)
+        return jnp.pad(x, [(0, positions - x.shape[axis] if dim == axis else 0)
                            for dim in range(x.ndim)])
 
     return {name: pad(array, axes[name]) for name, array in layer.items()}
@@ -411,13 +425,14 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
         speculate=jax.jit(partial(speculate, config=config),
                           static_argnames=("sampling", "chunk", "drafted"),
                           out_shardings=(slots, replicated), donate_argnums=1),
-        grow=jax.jit(partial(grow, axes=sequence_axes), static_argnames="capacity",
+        grow=jax.jit(partial(grow, axes=sequence_axes), static_argnames="positions",
                      out_shardings=layer),
         compact_cache=jax.jit(partial(compact, mesh=mesh, shardings=layer), out_shardings=layer),
         compact=jax.jit(partial(compact, mesh=mesh, shardings=without_cache),
                         out_shardings=without_cache),
         empty=jax.jit(partial(empty, config=config), static_argnames=("count", "capacity"),
                       out_shardings=slots),
+        cache_lengths=partial(model.cache_lengths, config),
         mesh=mesh, shards=sharding.batch_shards(mesh), replicated=replicated, by_rows=by_rows)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from decoders import FAMILIES, QWEN2, VOCABULARY, mesh, weights
 
-from effreason.lm import model
+from effreason.lm import kv_cache, model
 from effreason.lm.logprobs import token_logprobs
 from effreason.runtime import sharding
 from effreason.sampling.slots import next_token_logits
@@ -44,6 +44,30 @@ def test_pieces_through_the_cache_are_the_whole(family):
         pieces.append(logits)
         at += size
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "olmo3", "gemma3"])
+def test_a_ring_keeps_what_a_window_sees(name, monkeypatch):
+    # 14 tokens one by one, then in pieces that end before, at and after the end of a ring of 8.
+    monkeypatch.setattr(kv_cache, "MOST_READ", 3)
+    monkeypatch.setattr(kv_cache, "RING_UNIT", 4)
+    config, params = FAMILIES[name], weights(FAMILIES[name])
+    expected = model.logits(params, model.forward(config, params, TOKENS))
+    assert min(model.cache_lengths(config, 16)) == 8 and model.cache_lengths(config, 6)[0] == 6
+    unstacked = jax.tree.map(jnp.asarray, model.unstack(config, params))
+    extend = jax.jit(lambda tokens, start, cache: model.decode(config, unstacked, tokens, start,
+                                                               cache))
+    for sizes in ([1] * 14, [3, 3, 3, 3, 2], [2, 1, 3, 1, 3, 3, 1]):
+        # Tokens that are dropped again, as after a draft, leave nothing behind that is seen.
+        cache, pieces, at = model.empty_cache(config, ROWS, 16), [], 0
+        for size in sizes:
+            start = np.full(ROWS, at, np.int32)
+            if size < 3:
+                _, cache = extend(np.full((ROWS, 3), 5), start, cache)
+            hidden, cache = extend(TOKENS[:, at : at + size], start, cache)
+            pieces.append(model.logits(params, hidden))
+            at += size
+        np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_row_continues_where_it_stands(family):

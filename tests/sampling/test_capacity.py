@@ -41,7 +41,7 @@ def test_a_slot_by_hand():
 
 def limits(settings, target):
     budget = capacity.position_budget(settings, LARGE, target, 20)
-    return capacity.cache_limits(settings, target, budget)
+    return capacity.cache_limits(settings, LARGE, target, budget)
 
 
 @pytest.mark.parametrize(("gib", "full", "half", "quarter"), [
@@ -81,7 +81,7 @@ def test_half_a_billion_weights_on_24_gib_have_room_for_64(monkeypatch):
         model=ModelConfig(dtype="float32"))
     bytes_ = capacity.training_weight_bytes(settings)
     budget = capacity.position_budget(settings, small, mesh(), bytes_)
-    assert capacity.cache_limits(settings, mesh(), budget).least_slots == 64
+    assert capacity.cache_limits(settings, small, mesh(), budget).least_slots == 64
 
 
 def test_longer_evaluations_count():

@@ -11,6 +11,7 @@ from effreason.lm.hf import rotary
 from effreason.lm.hf.families import FAMILIES, Family, rotates, unsupported_entry
 from effreason.lm.hf.rotary import FULL, SLIDING, positive, quote
 from effreason.lm.model import DecoderConfig, LayerKind
+from effreason.lm.rope import Rope
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json
 
@@ -118,7 +119,7 @@ def _layer_kinds(path: Path, table: dict[str, Any], family: Family, layers: int,
 
     def kind(layer: int) -> LayerKind:
         window = windows[layer]
-        rope = ropes[FULL if window is None else SLIDING]
+        rope: Rope | None = ropes[FULL if window is None else SLIDING]
         if "no_rope_layers" in family.reads and not rotates(table, layer):
             rope = None
         # No sequence is as long as such a window.
