@@ -33,7 +33,7 @@ from effreason.lm import adapters, model
 from effreason.lm.hf.pretrained import model_fingerprint
 from effreason.rl import alpha_control, dial, parity
 from effreason.rl.checkpoints import Checkpoints, digest
-from effreason.rl.diagnosis import Diagnosis
+from effreason.rl.diagnosis import Diagnosis, truncation
 from effreason.rl.learner import Learner, PackedRollouts
 from effreason.rl.rollouts import GradedRollouts, Undecided, refill, sample_and_grade, watched
 from effreason.rl.update import TrainState
@@ -205,6 +205,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
         "vocabulary": run.session.inputs.pretrained.decoder.vocabulary})
     graded = sample_groups(run, problems, step, log, alphas)                                # 2, 3
     sampled = time.monotonic()
+    if step == 0:
+        look_at_first(run, graded, log)
 
     with jax.transfer_guard("disallow"):
         rollouts = learner.pack(graded.rollouts, graded.correct,
@@ -268,6 +270,18 @@ def sample_groups(run: Run, problems: Sequence[Problem], step: int, log: StepLog
         return refill(graded, sample, run.learner, run.session.inputs.problems,
                       alpha=run.run_state.alpha, settings=settings,
                       seed_and_step=(run.config.run.seed, step))
+
+
+def look_at_first(run: Run, graded: GradedRollouts, log: StepLog) -> None:
+    """Says how many of the first responses were cut off. Raises UserError if it is too many."""
+    settings = run.config.rollout
+    try:
+        line = truncation(graded, settings.max_new_tokens, settings.max_truncated)
+    except UserError:
+        log.remove()        # they are of a limit that is about to change
+        raise
+    if line is not None and run.progress is not None:
+        run.progress.say(line)
 
 
 def check_batch(config: Config, step: int, measured: dict[str, jax.Array]) -> None:

@@ -602,6 +602,22 @@ def test_other_weights_before_training_are_one_line(finished, world, tmp_path, c
                     r"with them \(digest \w+, now \w+\); put them back, or start a new run", error)
 
 
+def test_a_run_whose_limit_cuts_everything_off_stops_before_its_first_update(world, tmp_path,
+                                                                             capsys):
+    directory = tmp_path / "run"
+    short = {"rollout.max_new_tokens": 6, "evaluation.problems": 0, "run.steps": 1}
+    assert main.main(["train", *small_runs.arguments(world, directory, **short)]) == 2
+    assert re.fullmatch(
+        r"error: \d+% of the first 16 responses were cut off at rollout.max_new_tokens, 6, and "
+        r"count as wrong; raise it, or set rollout.max_truncated to [\d.]+ or more to train all "
+        r"the same\n", capsys.readouterr().err)
+    assert not (directory / "checkpoints/0").exists() and not (directory / "model").exists()
+    # Started again with a higher limit, or told to go on, it runs.
+    longer = short | {"rollout.max_truncated": 1.0, "run.resume": True}
+    assert main.main(["train", *small_runs.arguments(world, directory, **longer)]) == 0
+    assert "responses were cut off at rollout.max_new_tokens, 6" in capsys.readouterr().out
+
+
 def test_a_run_that_diverges_at_once_is_not_saved(world, tmp_path, capsys):
     directory = tmp_path / "run"
     changes = {"update.learning_rate": 1e20, "update.warmup_updates": 0, "checkpoint.every": 1,

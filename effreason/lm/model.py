@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from effreason.lm import adapters, attention, kv_cache
+from effreason.lm import adapters, attention, experts, kv_cache
 from effreason.lm.precision import products_of
 from effreason.lm.rope import Angles, Rope, rotate
 from effreason.runtime.sharding import constrain
@@ -67,7 +67,7 @@ class DecoderConfig:
     heads: int
     kv_heads: int
     head_dim: int
-    mlp_width: int
+    mlp_width: int                  # of one expert, if there are some
     norm_eps: float
     kinds: tuple[LayerKind, ...]    # of the first layers; those after them repeat these in order
     tied: bool = False              # the embedding is also the output head
@@ -75,6 +75,9 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False       # of the attention's last product
     mlp_bias: bool = False
+    experts: int = 0                # MLPs among which a router chooses for each token; 0 = one MLP
+    experts_per_token: int = 0
+    normalizes_experts: bool = False    # the weights of a token's experts add up to 1
     qk_norm: str | None = None      # of queries and keys: each head by itself, or all heads as one
     norms_input: bool = True        # attention and MLP each have a norm before them,
     norms_output: bool = False      # and one after them, before what they add to
@@ -91,6 +94,11 @@ class DecoderConfig:
 
     def kind(self, layer: int) -> LayerKind:
         return self.kinds[layer % len(self.kinds)]
+
+    @property
+    def active_mlp_width(self) -> int:
+        """The width of all MLPs that a token goes through in a layer."""
+        return self.mlp_width * (self.experts_per_token or 1)
 
     @property
     def window(self) -> int | None:
@@ -189,9 +197,17 @@ class Block(nn.Module):
 
         if c.norms_input:
             self.mlp_norm = norm("mlp_norm")
-        self.gate = weight("gate", (c.width, c.mlp_width), ("embed", "mlp"))
-        self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
-        self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
+        if c.experts:
+            self.router = weight("router", (c.width, c.experts), ("embed", "width"))
+            into, axes = (c.experts, c.width, c.mlp_width), ("experts", "embed", "width")
+            self.expert_gate = weight("expert_gate", into, axes)
+            self.expert_up = weight("expert_up", into, axes)
+            self.expert_down = weight("expert_down", (c.experts, c.mlp_width, c.width),
+                                      ("experts", "width", "embed"))
+        else:
+            self.gate = weight("gate", (c.width, c.mlp_width), ("embed", "mlp"))
+            self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
+            self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
         if c.mlp_bias:
             self.gate_bias = weight("gate_bias", (c.mlp_width,), ("mlp",), zeros)
             self.up_bias = weight("up_bias", (c.mlp_width,), ("mlp",), zeros)
@@ -242,12 +258,21 @@ class Block(nn.Module):
         added = self.product("output", "bnhk,hkd->bnd", mixed, settings, has_bias=c.output_bias)
         x = x + (self.norm("attention_output_norm", added) if c.norms_output else added)
 
-        normed = self.norm("mlp_norm", x) if c.norms_input else x
-        gate, up = (self.product(name, "bnd,df->bnf", normed, settings, has_bias=c.mlp_bias)
-                    for name in ("gate", "up"))
-        added = self.product("down", "bnf,fd->bnd", ACTIVATIONS[c.activation](gate) * up, settings,
-                             has_bias=c.mlp_bias)
+        added = self.mlp(self.norm("mlp_norm", x) if c.norms_input else x, settings)
         return x + (self.norm("mlp_output_norm", added) if c.norms_output else added)
+
+    def mlp(self, x: Float[Array, "B N D"],
+            settings: Float32[Array, "B N"] | None) -> Float[Array, "B N D"]:
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        if c.experts:
+            weights = (weight.astype(x.dtype) for weight in (
+                self.router, self.expert_gate, self.expert_up, self.expert_down))
+            return experts.mixture(x, *weights, count=c.experts_per_token,
+                                   normalizes=c.normalizes_experts, activation=activation)
+        gate, up = (self.product(name, "bnd,df->bnf", x, settings, has_bias=c.mlp_bias)
+                    for name in ("gate", "up"))
+        return self.product("down", "bnf,fd->bnd", activation(gate) * up, settings,
+                            has_bias=c.mlp_bias)
 
     def norm(self, name: str, x: Float[Array, "B N ..."]) -> Float[Array, "B N ..."]:
         return rms_norm(x, getattr(self, name), self.config.norm_eps, self.config.norm_offset)

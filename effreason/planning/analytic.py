@@ -67,9 +67,15 @@ class StepSizes:
 
     @property
     def products(self) -> int:
-        """Parameters of all layers in matrix products with tokens."""
+        """Parameters of all layers in matrix products with a token."""
         c = self.decoder
-        return c.layers * c.width * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.mlp_width)
+        return c.layers * c.width * (2 * c.head_dim * (c.heads + c.kv_heads) + c.experts
+                                     + 3 * c.active_mlp_width)
+
+    @property
+    def held(self) -> int:
+        """The same with the experts that a token does not go through."""
+        return self.products + self.mlp - self.active_mlp
 
     def attention_layers(self, width: int) -> float:
         """Returns how many layers without a window would compute as many pairs in such rows."""
@@ -79,7 +85,13 @@ class StepSizes:
     @property
     def mlp(self) -> int:
         """Parameters of the MLPs of all layers."""
-        return 3 * self.decoder.layers * self.decoder.width * self.decoder.mlp_width
+        c = self.decoder
+        return 3 * c.layers * c.width * c.mlp_width * (c.experts or 1)
+
+    @property
+    def active_mlp(self) -> int:
+        """Those that a token goes through."""
+        return 3 * self.decoder.layers * self.decoder.width * self.decoder.active_mlp_width
 
     @property
     def weights(self) -> int:
@@ -131,7 +143,7 @@ class StepSizes:
         """Share of the products with weights to repeat: all but the last one of each block."""
         if self.remat == "none":
             return 0.0
-        return 1 - self.decoder.layers * self.decoder.width * self.decoder.mlp_width / self.products
+        return 1 - self.active_mlp / 3 / self.products
 
     def attention_flops(self, pairs: float, backward: bool) -> float:
         """Returns one chip's FLOPs in one layer. Args: pairs, of positions, masked or not."""
@@ -278,18 +290,18 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
 
     def passes(count: float) -> list[Collective]:
         """Returns passes over the layers: weights, sums over tensor, keys, values over context."""
-        collectives = [_weight_gather(sizes, sizes.products, 7 * c.layers),
+        collectives = [_weight_gather(sizes, sizes.held, 7 * c.layers),
                        _reduction(sizes.tensor, 2 * c.layers * activation, count=2 * c.layers),
                        _reduction(sizes.context, c.layers * keys, "all-gather", 2 * c.layers)]
         return [dataclasses.replace(one, count=one.count * count, bytes=one.bytes * count)
                 for one in collectives]
 
     ends = [_weight_gather(sizes, 2 * sizes.table)]     # embedding and head
-    width_f, width_d = c.mlp_width / sizes.tensor, c.width
+    width_f, width_d = c.active_mlp_width / sizes.tensor, c.width
     moved = tokens * c.layers * s
     forward = Cost(flops=layers + head + attended * sizes.attention_flops(pairs, False),
                    bytes=moved * (6 * width_f + 20 * width_d)
-                   + s * (sizes.products + 2 * sizes.table) / sizes.tensor,
+                   + s * (sizes.held + 2 * sizes.table) / sizes.tensor,
                    collectives=tuple(passes(1) + ends))
 
     recomputes = sizes.recomputed > 0
@@ -311,7 +323,7 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
     rows = workload.rows / (sizes.data * sizes.fsdp)
     tokens = rows * workload.width / sizes.context
     activation = tokens * c.width * s
-    width_f, width_d = c.mlp_width / sizes.tensor, c.width
+    width_f, width_d = c.active_mlp_width / sizes.tensor, c.width
     tile = 4 * tokens * min(config.update.vocabulary_tile, c.vocabulary / sizes.tensor)
     table = sizes.table / sizes.tensor
 
@@ -320,7 +332,7 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
              "none": 12.0 + 5 * width_f / c.width}[sizes.saved] * c.layers * activation
 
     def working(arrays: tuple[int, int]) -> float:
-        one_layer = 2 * s * sizes.products / c.layers / sizes.tensor
+        one_layer = 2 * s * sizes.held / c.layers / sizes.tensor
         return tokens * s * (arrays[0] * width_f + arrays[1] * width_d) + one_layer
 
     score = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + ROW_ARRAYS * of_rows
@@ -374,12 +386,12 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
         collectives=sums(local_slots * sharing),
         kernels=(_attention_kernel(sizes, slots, capacity),))
     prefill = Cost(
-        flops=2.0 * prefill_tokens * ((sizes.products - sizes.mlp) / sizes.tensor
-                                      + sizes.mlp / mlp_shards)
+        flops=2.0 * prefill_tokens * ((sizes.products - sizes.active_mlp) / sizes.tensor
+                                      + sizes.active_mlp / mlp_shards)
         + 4.0 * prefill_tokens * width * sizes.attention_layers(width) * c.heads * c.head_dim
         / sizes.tensor,
         bytes=resident["weights"]
-        + prefill_tokens * c.layers * s * (6 * c.mlp_width / mlp_shards + 20 * c.width),
+        + prefill_tokens * c.layers * s * (6 * c.active_mlp_width / mlp_shards + 20 * c.width),
         collectives=(
             _reduction(sizes.tensor, 2 * c.layers * c.width * s * prefill_tokens),
             _reduction(sharing, c.layers * c.width * s * prefill_tokens, count=c.layers)))

@@ -113,8 +113,8 @@ def meshes(decoder: DecoderConfig, chips: int) -> Iterator[tuple[int, int, int, 
         return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
     for tensor in divisors(chips):
-        if any(size % tensor for size in (decoder.heads, decoder.kv_heads, decoder.mlp_width,
-                                          decoder.vocabulary)):
+        if any(size % tensor for size in (decoder.heads, decoder.kv_heads, decoder.vocabulary,
+                                          decoder.experts or decoder.mlp_width)):
             continue
         for context in divisors(chips // tensor):
             for fsdp in divisors(chips // tensor // context):

@@ -34,6 +34,11 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-1.7B": _QWEN3 | {
         "num_hidden_layers": 28, "hidden_size": 2048, "num_attention_heads": 16,
         "intermediate_size": 6144, "tie_word_embeddings": True},
+    "Qwen/Qwen3-30B-A3B": _QWEN3 | {
+        "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "tie_word_embeddings": False},
     "Qwen/Qwen3-8B": _QWEN3 | {
         "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32,
         "intermediate_size": 12288, "tie_word_embeddings": False},

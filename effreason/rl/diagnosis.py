@@ -3,10 +3,14 @@
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
+
 from effreason.rl.rollouts import GradedRollouts
+from effreason.runtime.errors import UserError
 from effreason.types import FinishReason
 
 STEPS_WITHOUT_SIGNAL = 5            # before it is said that nothing is learnt
+FEW_TRUNCATED = 0.2                 # share of the first responses of which nothing is said
 BOX = (r"the model is not asked for \boxed{}, see data.user_prompt; grade.function can read "
        "answers of another form")
 CAUSES = {
@@ -41,6 +45,25 @@ def no_answers(graded: GradedRollouts, limit: str) -> str | None:
                        for reason, count in reasons.most_common())
     cause = CAUSES.get(reasons.most_common(1)[0][0], BOX).replace("{limit}", limit)
     return f"none of {len(finishes)} responses has an answer ({counts}); likely: {cause}"
+
+
+def truncation(graded: GradedRollouts, limit: int, most: float) -> str | None:
+    """Returns a line if some of the first responses of a run were cut off, more than a few.
+
+    Args:
+        limit: rollout.max_new_tokens.
+        most: rollout.max_truncated, the share that may be cut off.
+
+    Raises:
+        UserError: it is a larger share."""
+    finish = np.concatenate([part.rollouts.finish.reshape(-1) for part in graded.sampled])
+    share = float(np.mean(finish == FinishReason.LENGTH))
+    words = (f"{share:.0%} of the first {len(finish)} responses were cut off at "
+             f"rollout.max_new_tokens, {limit:,}, and count as wrong")
+    if share > most:
+        raise UserError(f"{words}; raise it, or set rollout.max_truncated to {share:.2g} or more "
+                        "to train all the same")
+    return f"warning: {words}" if share > FEW_TRUNCATED else None
 
 
 class Diagnosis:

@@ -437,6 +437,9 @@ def check_adapters(config: Config, pretrained: Pretrained) -> None:
     """Raises UserError unless the adapters to be trained can hold those of the model, and be
     written."""
     stored, adapter = pretrained.adapters, make_adapter(config)
+    if adapter is not None and pretrained.decoder.experts and "gate" in adapter.targets:
+        raise UserError("adapter.targets must be attention for a mixture of experts, got "
+                        f"{config.adapter.targets}")
     if config.export.adapter:
         peft.check_modules(pretrained.decoder, "export.adapter must be false")
     if stored is None or adapter is None:
@@ -509,7 +512,7 @@ def row_layout(config: Config, decoder: model.DecoderConfig, prompt: int, *, con
         return packing.row_width(prompt + slots, context), rows
     heads = decoder.heads * decoder.head_dim
     layer = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim
-                             + 3 * decoder.mlp_width)
+                             + 3 * decoder.active_mlp_width)
     # A pair of positions costs 4 operations for each entry of a head, half of the pairs are causal;
     # a position costs 2 for each weight.
     cheap = int(CHEAP_ATTENTION * layer / heads)
@@ -556,7 +559,8 @@ def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
     """Raises UserError for an axis of the weights that a mesh axis does not divide."""
     split = [("attention heads", decoder.heads, "tensor"),
              ("key/value heads", decoder.kv_heads, "tensor"),
-             ("feed-forward width", decoder.mlp_width, "tensor"),
+             (("experts", decoder.experts, "tensor") if decoder.experts
+              else ("feed-forward width", decoder.mlp_width, "tensor")),
              ("vocabulary", decoder.vocabulary, "tensor"), ("width", decoder.width, "fsdp")]
     for name, size, axis in split:
         if size % mesh.shape[axis]:

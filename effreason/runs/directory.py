@@ -40,10 +40,10 @@ BeforeAfter = tuple[dict[str, Measurement], dict[str, Measurement]]
 RESUMABLE = (
     "run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "distributed.", "mesh.",
     "grade.workers", "grade.cpu_seconds", "grade.wall_seconds", "grade.memory_mb",
-    "grade.step_budget_seconds", "evaluation.every", "rollout.max_mismatch", "rollout.slots",
-    "rollout.memory_gib", "rollout.chunk", "rollout.cache_layout", "rollout.draft_tokens",
-    "model.remat", "model.attention", "update.rows_per_micro_batch", "update.vocabulary_tile",
-    "update.offload_optimizer",
+    "grade.step_budget_seconds", "evaluation.every", "rollout.max_mismatch",
+    "rollout.max_truncated", "rollout.slots", "rollout.memory_gib", "rollout.chunk",
+    "rollout.cache_layout", "rollout.draft_tokens", "model.remat", "model.attention",
+    "update.rows_per_micro_batch", "update.vocabulary_tile", "update.offload_optimizer",
     "kl.offload_reference", "export.")
 
 

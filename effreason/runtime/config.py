@@ -189,6 +189,9 @@ class RolloutConfig(Section):
     with only correct responses usually have one."""
     min_reward_spread: NonNegative = 0.0
     """A group has no signal if its highest and lowest reward differ by no more than this."""
+    max_truncated: Closed = 0.5
+    """Stop before the first update if a larger share of the first responses was cut off: they count
+    as wrong, so the run would learn to be short before it learns to be right. 1 = never."""
     max_mismatch: Positive | None = None
     """Stop the run if the log-probs that sampler and trainer give to the sampled tokens differ by
     more than this many nats on average over a step. Also checked on short responses before the

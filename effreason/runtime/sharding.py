@@ -35,6 +35,7 @@ AXES: dict[str, Any] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "tensor",
     "vocab": "tensor",
     "norm": None,
     "rank": None,                   # of an adapter

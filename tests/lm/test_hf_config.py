@@ -105,6 +105,12 @@ OTHERS = {
         layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 8, rope_scaling=dict(
             attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0,
             original_max_position_embeddings=8192, rope_type="yarn")), 7_298_011_136, 6),
+    "Qwen3-30B-A3B": (QWEN3 | dict(
+        model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], hidden_size=2048,
+        intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001,
+        tie_word_embeddings=False), 30_532_122_624, 0),
     "Phi-4-mini-reasoning": (PHI | dict(
         hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=24,
         num_key_value_heads=8, vocab_size=200064, max_position_embeddings=131072,
@@ -244,9 +250,12 @@ def test_missing_entries_of_every_family(name):
     left = dict(model_type=name, hidden_size=64, num_attention_heads=4)
     found = configs.parse_config(left, Path("config.json"))
     expected = configs.transformers().CONFIG_MAPPING[name](**left)
+    width = getattr(expected, "moe_intermediate_size", expected.intermediate_size)
     assert (found.vocabulary, found.layers, found.mlp_width, found.norm_eps, found.tied) == (
-        expected.vocab_size, expected.num_hidden_layers, expected.intermediate_size,
-        expected.rms_norm_eps, expected.tie_word_embeddings)
+        expected.vocab_size, expected.num_hidden_layers, width, expected.rms_norm_eps,
+        expected.tie_word_embeddings)
+    assert (found.experts, found.experts_per_token) == (
+        getattr(expected, "num_experts", 0), getattr(expected, "num_experts_per_tok", 0))
     assert found.head_dim == (getattr(expected, "head_dim", None) or 16)
     types = getattr(expected, "layer_types", None) or ["full_attention"] * found.layers
     if name == "mistral":       # it does not list them

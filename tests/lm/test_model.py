@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import FAMILIES, QWEN2, VOCABULARY, mesh, weights
+from decoders import FAMILIES, QWEN2, VOCABULARY, mesh, place, weights
 
-from effreason.lm import kv_cache, model
+from effreason.lm import attention, kv_cache, model
 from effreason.lm.logprobs import token_logprobs
 from effreason.runtime import sharding
 from effreason.sampling.slots import next_token_logits
@@ -116,7 +116,9 @@ def test_bfloat16_is_a_rounding_of_float32(name):
     assert hidden.dtype == jnp.bfloat16
     rough, exact = jax.jit(lambda: (logits(config), logits(FAMILIES[name])))()
     assert rough.dtype == jnp.float32
-    assert np.sqrt(np.mean(np.square(rough - exact))) < 0.05 * np.std(exact)
+    # A token for which two experts are next to equal may go through the other one.
+    tolerance = 0.15 if config.experts else 0.05
+    assert np.sqrt(np.mean(np.square(rough - exact))) < tolerance * np.std(exact)
     cached, cache = jax.eval_shape(lambda: model.decode(
         config, model.unstack(config, params), TOKENS, jnp.zeros(ROWS, jnp.int32),
         model.empty_cache(config, ROWS, 16)))
@@ -145,6 +147,38 @@ def test_every_axis_of_every_weight_has_a_place_on_the_mesh(name):
                             sharding.tree_sharding(mesh(data=2, fsdp=2, tensor=2), axes))
     query = placed["layers"]["query"]
     assert query.addressable_shards[0].data.size == query.size // 4         # over fsdp and tensor
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("gemma3", dict(data=2, fsdp=2, tensor=2)), ("olmo3", dict(fsdp=2, tensor=2, context=2)),
+    ("qwen3_moe", dict(fsdp=2, tensor=2, context=2))])
+def test_one_device_is_eight(name, shape):
+    """Packed rows, values and gradients; the mesh splits heads, windows, experts and norms."""
+    config, params = FAMILIES[name], weights(FAMILIES[name])
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, (4, 16)).astype(np.int32)
+    lengths = [[9, 5], [16], [1, 8, 7], [12]]
+    segments = np.stack([np.pad(np.repeat(np.arange(len(row)) + 1, row), (0, 16 - sum(row)))
+                         for row in lengths]).astype(np.int32)
+    positions = np.stack([np.pad(np.concatenate([np.arange(length) for length in row]),
+                                 (0, 16 - sum(row))) for row in lengths]).astype(np.int32)
+
+    @jax.jit
+    def value_and_gradients(params, tokens, positions, segments):
+        def loss(params):
+            hidden = model.forward(config, params, tokens, positions, segments)
+            seen = (segments > 0)[:, :, None]
+            return jnp.sum(jnp.square(model.logits(params, hidden)), where=seen) / segments.size
+
+        return jax.value_and_grad(loss)(params)
+
+    expected = value_and_gradients(params, tokens, positions, segments)
+    target, columns = mesh(**shape), attention.zigzag(16, shape.get("context", 1))
+    rows = sharding.sharding(target, "batch", "sequence")
+    with jax.set_mesh(target):
+        found = value_and_gradients(place(config, params, target), *(
+            jax.device_put(x[:, columns], rows) for x in (tokens, positions, segments)))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(
+        one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max()), found, expected)
 
 
 def test_a_misspelt_axis_is_an_error():

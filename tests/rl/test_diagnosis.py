@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from effreason.grading.grader import Grade
-from effreason.rl.diagnosis import STEPS_WITHOUT_SIGNAL, Diagnosis, no_answers
+from effreason.rl.diagnosis import STEPS_WITHOUT_SIGNAL, Diagnosis, no_answers, truncation
+from effreason.runtime.errors import UserError
 
 OPEN = "thinking not closed"
 
@@ -47,6 +48,24 @@ def test_a_step_without_any_answer_is_said_with_its_cause(responses, line):
 
 def test_responses_that_are_right_though_cut_off_are_answers():
     assert no_answers(graded(("length", "exact", "decided exactly"), UNCLOSED), "limit") is None
+
+
+def test_a_run_whose_first_responses_are_cut_off_stops():
+    few, some, most = [CUT] + [WRONG] * 9, [CUT] * 3 + [LOOPS, RIGHT, WRONG], [CUT] * 5 + [WRONG]
+    assert truncation(graded(*few), 4096, 0.5) is None
+    assert truncation(graded(*some), 4096, 0.5) == (
+        "warning: 50% of the first 6 responses were cut off at rollout.max_new_tokens, 4,096, and "
+        "count as wrong")
+    with pytest.raises(UserError) as caught:
+        truncation(graded(*most), 96, 0.5)
+    assert str(caught.value) == (
+        "83% of the first 6 responses were cut off at rollout.max_new_tokens, 96, and count as "
+        "wrong; raise it, or set rollout.max_truncated to 0.83 or more to train all the same")
+    assert truncation(graded(*most), 96, 1.0).startswith("warning: 83% of the first 6")
+    # A round that replaces groups counts too.
+    refilled = graded(*most)
+    refilled.sampled = (refilled, graded(*[RIGHT] * 14))
+    assert truncation(refilled, 96, 0.5).startswith("warning: 25% of the first 20")
 
 
 def test_each_thing_is_said_once():

@@ -36,8 +36,11 @@ GEMMA3 = dataclasses.replace(
     QWEN3, layers=5, activation="gelu_tanh", norms_output=True, norm_offset=1.0, query_scale=0.8,
     embedding_scale=4.0, kinds=(LayerKind(rope=Rope(theta=1_000.0), window=5),) * 2 + (
         LayerKind(rope=Rope(theta=10_000.0, scaling=Linear(factor=8.0))),))
+QWEN3_MOE = dataclasses.replace(QWEN3, tied=False, mlp_width=12, experts=6, experts_per_token=2,
+                                normalizes_experts=True)
 FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3, "mistral": MISTRAL,
-            "smollm3": SMOLLM3, "olmo3": OLMO3, "phi3": PHI3, "gemma3": GEMMA3}
+            "smollm3": SMOLLM3, "olmo3": OLMO3, "phi3": PHI3, "gemma3": GEMMA3,
+            "qwen3_moe": QWEN3_MOE}
 
 
 @functools.cache

@@ -104,6 +104,13 @@ def phi3() -> transformers.PretrainedConfig:
         short_factor=[1.0, 1.1, 1.2, 1.4, 1.8, 2.6], long_factor=[1.0, 2.0, 4.0, 6.0, 8.0, 9.0]))
 
 
+def qwen3_moe() -> transformers.PretrainedConfig:
+    shape = SHAPE | dict(head_dim=16, num_experts=6, num_experts_per_tok=2,
+                         moe_intermediate_size=24)
+    return transformers.Qwen3MoeConfig(**shape, norm_topk_prob=True, tie_word_embeddings=False,
+                                       rope_parameters=rope(1_000_000.0))
+
+
 def gemma3() -> transformers.PretrainedConfig:
     # Five layers of six have a window, and another theta than those without one.
     shape = SHAPE | dict(num_hidden_layers=7, head_dim=16)
@@ -116,7 +123,7 @@ def gemma3() -> transformers.PretrainedConfig:
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen2_tied": qwen2_tied, "qwen2_untied": qwen2_untied, "llama": llama, "llama3": llama3,
     "qwen3": qwen3, "mistral": mistral, "ministral": ministral, "smollm3": smollm3,
-    "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "gemma3": gemma3}
+    "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "gemma3": gemma3, "qwen3_moe": qwen3_moe}
 OLDER_SPELLING = {"qwen2_tied", "llama3", "phi3", "gemma3"}     # as most published ones
 SHARDED = {"qwen2_untied"}
 

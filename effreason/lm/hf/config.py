@@ -94,10 +94,21 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
         facts["query_scale"] = math.sqrt(head_dim / entry("query_pre_attn_scalar", float))
         facts["embedding_scale"] = math.sqrt(width)
 
+    mlp_entry = "intermediate_size"
+    if "num_experts" in family.reads:
+        mlp_entry = "moe_intermediate_size"
+        known = [name for name in ("num_experts", "num_local_experts") if table.get(name)]
+        facts |= {"experts": entry(known[0] if known else "num_experts"),
+                  "experts_per_token": entry("num_experts_per_tok"),
+                  "normalizes_experts": bool(table.get("norm_topk_prob"))}
+        if facts["experts_per_token"] > facts["experts"]:
+            raise UserError(f"{path}: num_experts_per_tok must be at most the number of experts, "
+                            f"{facts['experts']}, got {facts['experts_per_token']}")
+
     layers = entry("num_hidden_layers")
     return DecoderConfig(
         vocabulary=entry("vocab_size"), width=width, layers=layers, heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim, mlp_width=entry("intermediate_size"),
+        kv_heads=kv_heads, head_dim=head_dim, mlp_width=entry(mlp_entry),
         norm_eps=entry("rms_norm_eps", float),
         kinds=_layer_kinds(path, table, family, layers, positions),
         tied=family.tied if tied is None else tied, activation=ACTIVATIONS[activation],

@@ -60,6 +60,7 @@ def _layers_without_positions(table: Table, layer: int) -> bool:
     return not rotates(table, layer)
 
 
+EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 _OLMO = {"qk_norm": "all_heads", "norms_input": False, "norms_output": True}
 
 FAMILIES = {
@@ -70,6 +71,10 @@ FAMILIES = {
     "qwen3": Family(
         architecture="Qwen3ForCausalLM", facts={"qk_norm": "head"}, reads=("attention_bias",),
         has_window=_last_layers, window_switch="use_sliding_window", head_dim=128),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM", facts={"qk_norm": "head"},
+        reads=("attention_bias", *EXPERTS), has_window=_last_layers,
+        window_switch="use_sliding_window"),
     "llama": Family(
         architecture="LlamaForCausalLM", reads=("attention_bias", "mlp_bias"),
         ignores={"sliding_window": ()}),
@@ -118,6 +123,8 @@ OTHER_ENTRIES: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1,),
     "embedding_multiplier": (1,),
     "residual_multiplier": (1,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "n_routed_experts": (0,),

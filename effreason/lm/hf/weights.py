@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +65,15 @@ LAYER_TENSORS = {
     "up": ("mlp.up_proj.weight", MATRIX),
     "down": ("mlp.down_proj.weight", MATRIX),
     "gate_bias": ("mlp.gate_proj.bias", VECTOR),
+    "router": ("mlp.gate.weight", MATRIX),
     "up_bias": ("mlp.up_proj.bias", VECTOR),
     "down_bias": ("mlp.down_proj.bias", VECTOR),
+}
+# Of each expert; the number is the expert's.
+EXPERT_TENSORS = {
+    "expert_gate": ("mlp.experts.{}.gate_proj.weight", MATRIX),
+    "expert_up": ("mlp.experts.{}.up_proj.weight", MATRIX),
+    "expert_down": ("mlp.experts.{}.down_proj.weight", MATRIX),
 }
 # With norms after attention and MLP, the one before the MLP has another name.
 OUTPUT_NORMS = {
@@ -109,7 +116,8 @@ class Layout:
         return tuple(axis for fold in self.folds for axis in fold)
 
 
-Parts = list[tuple[Layout, GetValues]]      # the weights that a tensor holds, in its order
+Tensor = list[tuple[Layout, GetValues]]     # the weights that a tensor holds, in its order
+Stack: TypeAlias = "Layout | tuple[Stack, ...]"     # of the layers, and of their experts if any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +131,12 @@ class Stored:
 
 
 def layouts(config: DecoderConfig) -> Params:
-    """Returns the tree of the weights with a Layout for each, or a tuple of one for each layer."""
+    """Returns the tree of the weights with a Layout for each; those of a layer are in tuples of one
+    for each layer, or of one for each expert."""
     abstract = abstract_params(config)
     shapes = {name: leaf.shape[1:] for name, leaf in abstract["layers"].items()}
+    experts = {name: Layout(EXPERT_TENSORS[name][0], shapes.pop(name)[1:],
+                            EXPERT_TENSORS[name][1]) for name in EXPERT_TENSORS if name in shapes}
     table = LAYER_TENSORS | (OUTPUT_NORMS if config.norms_output else {})
     table |= HEADS_NORMS if config.qk_norm == "all_heads" else {}
     layer = {name: Layout(table[name][0], shape, table[name][1]) for name, shape in shapes.items()}
@@ -133,8 +144,19 @@ def layouts(config: DecoderConfig) -> Params:
         ends = list(itertools.accumulate(layer[name].own_shape[0] for name in names))
         for name, start in zip(names, [0, *ends], strict=False):
             layer[name] = dataclasses.replace(layer[name], name=fused, start=start, rows=ends[-1])
-    layers = {name: tuple(dataclasses.replace(layout, name=f"model.layers.{index}.{layout.name}")
-                          for index in range(config.layers)) for name, layout in layer.items()}
+
+    def of_layer(layout: Layout, index: int) -> Layout:
+        return dataclasses.replace(layout, name=f"model.layers.{index}.{layout.name}")
+
+    def of_experts(layout: Layout) -> Stack:
+        return tuple(dataclasses.replace(layout, name=layout.name.format(number))
+                     for number in range(config.experts))
+
+    layers: dict[str, Stack] = {
+        name: tuple(of_layer(layout, index) for index in range(config.layers))
+        for name, layout in layer.items()}
+    layers |= {name: tuple(of_experts(of_layer(layout, index)) for index in range(config.layers))
+               for name, layout in experts.items()}
     top = {name: Layout(TOP_TENSORS[name][0], leaf.shape, TOP_TENSORS[name][1])
            for name, leaf in abstract.items() if name != "layers"}
     return top | {"layers": layers}
@@ -189,10 +211,14 @@ def read_weights(directory: Path, config: DecoderConfig,
     return place(table, shardings)
 
 
-def _place(stored: dict[str, Stored], parts: Layout | tuple[Layout, ...],
-           target: Sharding | None) -> jax.Array:
+def _shape(parts: Stack) -> tuple[int, ...]:
+    """Returns the shape of one of our weights."""
+    return parts.shape if isinstance(parts, Layout) else (len(parts), *_shape(parts[0]))
+
+
+def _place(stored: dict[str, Stored], parts: Stack, target: Sharding | None) -> jax.Array:
     """Puts one of our weights on its devices. A shard that several devices hold is read once."""
-    shape = (len(parts), *parts[0].shape) if isinstance(parts, tuple) else parts.shape
+    shape = _shape(parts)
     if target is None:
         return jax.device_put(_read(stored, parts, tuple(slice(0, size) for size in shape)))
 
@@ -210,15 +236,17 @@ def _place(stored: dict[str, Stored], parts: Layout | tuple[Layout, ...],
     return jax.make_array_from_single_device_arrays(shape, target, arrays)
 
 
-def _read(stored: dict[str, Stored], parts: Layout | tuple[Layout, ...],
-          index: tuple[slice, ...]) -> np.ndarray:
+def _read(stored: dict[str, Stored], parts: Stack, index: tuple[slice, ...]) -> np.ndarray:
     """Returns the float32 values of one shard of a weight."""
+    def fill(value: np.ndarray, parts: Stack, index: tuple[slice, ...]) -> None:
+        if isinstance(parts, Layout):
+            value[...] = _read_part(stored[parts.name], parts, index)
+            return
+        for row, part in zip(value, parts[index[0]], strict=True):
+            fill(row, part, index[1:])
+
     value = _aligned(tuple(part.stop - part.start for part in index))
-    if isinstance(parts, Layout):
-        value[...] = _read_part(stored[parts.name], parts, index)
-        return value
-    for row, part in enumerate(parts[index[0]]):
-        value[row] = _read_part(stored[part.name], part, index[1:])
+    fill(value, parts, index)
     return value
 
 
@@ -374,7 +402,7 @@ def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: 
     Raises:
         OSError: A file cannot be written."""
     dtypes = dtypes or {}
-    shards: list[list[Parts]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     filled = total = 0
     for tensor in _in_order(params, config):
         layout = tensor[0][0]
@@ -404,29 +432,33 @@ def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: 
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _in_order(params: Params, config: DecoderConfig) -> Iterator[Parts]:
+def _in_order(params: Params, config: DecoderConfig) -> Iterator[Tensor]:
     """Yields the tensors in the order of the files, layer by layer."""
     table = layouts(config)
     for name in TOP_TENSORS:
         if name in table:
             yield [(table[name], functools.partial(params.__getitem__, name))]
     for layer in range(config.layers):
-        tensors: dict[str, Parts] = collections.defaultdict(list)
+        tensors: dict[str, Tensor] = collections.defaultdict(list)
         for name, parts in table["layers"].items():
-            value = functools.partial(params["layers"][name].__getitem__, layer)
-            tensors[parts[layer].name].append((parts[layer], value))
+            get = params["layers"][name].__getitem__
+            if isinstance(parts[layer], Layout):
+                tensors[parts[layer].name].append((parts[layer], functools.partial(get, layer)))
+                continue
+            for number, layout in enumerate(parts[layer]):
+                tensors[layout.name] = [(layout, functools.partial(get, (layer, number)))]
         for tensor in tensors.values():
             yield sorted(tensor, key=lambda part: part[0].start)
 
 
-def _plan(tensors: list[Parts], dtype: str,
-          dtypes: Mapping[str, str]) -> list[tuple[str, Parts]]:
+def _plan(tensors: list[Tensor], dtype: str,
+          dtypes: Mapping[str, str]) -> list[tuple[str, Tensor]]:
     """Returns a file's tensors with their dtypes, wide ones first, so that all are aligned."""
     planned = [(dtypes.get(tensor[0][0].name, dtype), tensor) for tensor in tensors]
     return sorted(planned, key=lambda tensor: -jnp.dtype(tensor[0]).itemsize)
 
 
-def _write_file(path: Path, tensors: list[Parts], dtype: str, dtypes: Mapping[str, str]) -> None:
+def _write_file(path: Path, tensors: list[Tensor], dtype: str, dtypes: Mapping[str, str]) -> None:
     """Writes one safetensors file, tensor by tensor: the library needs all in memory, twice.
 
     The format is 8 bytes with the header's length, a JSON header, and the values."""
