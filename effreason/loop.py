@@ -136,6 +136,7 @@ def train(config: Config, session: Session | None = None,
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(runs.opened(config))
+        stack.enter_context(runs.keeping_log(directory))
         checkpoints = stack.enter_context(
             Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep))
         latest = newest(config, directory, checkpoints)

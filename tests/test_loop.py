@@ -148,7 +148,7 @@ def test_the_way_from_train_py_to_the_loss_is_short(world, tmp_path, monkeypatch
 def test_the_run_directory_holds_what_was_promised(finished):
     assert {path.name for path in finished.directory.iterdir()} == {"config.yaml",
                                                                     "environment.json",
-                                                                    "metrics.jsonl",
+                                                                    "metrics.jsonl", "console.log",
                                                                     "rollouts.jsonl",
                                                                     "left_out.jsonl", "checkpoints",
                                                                     "model", "evaluations",
@@ -156,6 +156,15 @@ def test_the_run_directory_holds_what_was_promised(finished):
                                                                     "report.html", "plots"}
     assert {path.name for path in (finished.directory / "checkpoints").iterdir()} == {"3", "6"}
     assert (finished.directory / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_console_log_has_what_was_said_with_the_time(finished):
+    lines = (finished.directory / "console.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  \S", line) for line in lines)
+    said = [line.split("  ", 1)[1] for line in lines]
+    assert any(line.startswith("parity: sampler and trainer are ") for line in said)
+    assert [line.split()[1] for line in said if line.startswith("step")] == [
+        f"{step}/6" for step in range(1, 7)]
 
 
 def test_config_yaml_is_the_resolved_configuration(finished, world):
@@ -887,7 +896,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
     assert [row["step"] for row in rows] == list(range(steps))
     assert {path.name for path in directory.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "left_out.jsonl",
-        "checkpoints", "model"}
+        "checkpoints", "model", "console.log"}
     with Checkpoints(directory / "checkpoints", keep=2) as saved:
         assert saved.latest == (2 if name == "export" else 1)
     read_weights(directory / "model", read_config(directory / "model"))

@@ -27,7 +27,7 @@ from effreason.runs.report.summary import print_results
 from effreason.runs.results import Measurement, Point, PointKind, Results, measure
 from effreason.runs.session import Inputs
 from effreason.runtime import config as configuration
-from effreason.runtime import invocation, processes, provenance
+from effreason.runtime import invocation, processes, progress, provenance
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk, json_line, read_json_lines, write_json
@@ -36,6 +36,7 @@ from effreason.types import Outcomes
 
 BeforeAfter = tuple[dict[str, Measurement], dict[str, Measurement]]
 
+LOG = "console.log"                 # what was said while training, with the time
 # What may change when a run is resumed: it decides no token and no weight, except by rounding.
 RESUMABLE = (
     "run.steps", "run.resume", "run.directory", "checkpoint.", "log.", "distributed.", "mesh.",
@@ -117,6 +118,19 @@ def _remove_empty(directory: Path) -> None:
         (directory / "checkpoints").rmdir()
     with contextlib.suppress(OSError):
         directory.rmdir()
+
+
+@contextlib.contextmanager
+def keeping_log(directory: Path) -> Iterator[None]:
+    """Keeps what is said in the block in the run directory, unless no run was started there."""
+    path = directory / LOG
+    is_new = processes.is_primary() and not path.exists()
+    try:
+        with progress.kept(path) if processes.is_primary() else contextlib.nullcontext():
+            yield
+    finally:
+        if is_new and not (directory / "config.yaml").exists():
+            path.unlink(missing_ok=True)
 
 
 def check_unused(directory: Path, family: bool) -> None:

@@ -5,13 +5,16 @@ updates.
 """
 
 import collections
+import contextlib
 import dataclasses
+import datetime
 import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -21,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effreason.runtime import streams
+from effreason.runtime.files import disk
 
 ETA_STEPS = 20                      # the ETA is the median over this many last steps
 LINE_WIDTH = 80                     # of plain lines
@@ -53,8 +57,37 @@ def rate(per_second: float) -> str:
     return f"{per_second / 1e6:.1f}M"
 
 
+_kept: list[TextIO] = []            # files that get what is said
+
+
+@contextlib.contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Appends what is said in the block to a file, with the time, and what ends the block early.
+
+    Raises: UserError if the file cannot be opened."""
+    with disk(path):
+        opened = path.open("a", encoding="utf-8", buffering=1)
+    with opened as file:
+        _kept.append(file)
+        try:
+            yield
+        except BaseException as error:
+            _keep(str(error) or type(error).__name__)
+            raise
+        finally:
+            _kept.remove(file)
+
+
+def _keep(text: str) -> None:
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    for file in _kept:
+        with contextlib.suppress(OSError):      # what is worth more will say that the disk is full
+            file.write(f"{now}  {text}\n")
+
+
 def say(text: str, console: Console) -> None:
     """Prints a line unchanged, however long; above a live display if there is one."""
+    _keep(text)
     if streams.quiet and not text.startswith("warning"):
         return
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -176,6 +209,8 @@ class Progress:
             self._rollout.over = True
         if self._live is None:
             self.say(self._line())
+        else:
+            _keep(self._line())
 
     def rollout(self, progress: GenerationProgress) -> None:
         """Shows how far the generation within this step is."""

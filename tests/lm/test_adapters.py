@@ -27,7 +27,7 @@ def hidden(config, params):
     return jax.jit(model.forward, static_argnums=0)(config, params, TOKENS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "smollm3", "qwen3_moe"])
 def test_merged_weights_compute_what_the_adapters_do(family):
     config = with_adapters(FAMILIES[family])
     params = weights(config)

@@ -74,7 +74,7 @@ def error(logits, config):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3", "gemma3"])
 def test_decoding_is_the_forward_pass(name, layout):
     config = dataclasses.replace(FAMILIES[name], cache_layout=layout)
     logits = jax.jit(functools.partial(decode, config))(weights(FAMILIES[name]))

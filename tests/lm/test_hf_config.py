@@ -245,6 +245,11 @@ def test_a_missing_entry_has_the_value_of_transformers(name):
     assert configs.max_positions(left, Path("config.json")) == expected.max_position_embeddings
 
 
+def test_every_family_is_in_the_documents():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert [name for name in FAMILIES if f"| `{name}` |" not in text] == []
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_missing_entries_of_every_family(name):
     left = dict(model_type=name, hidden_size=64, num_attention_heads=4)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -26,7 +27,9 @@ from effreason.lm.hf.pretrained import (
 )
 from effreason.lm.hf.weights import read_weights
 from effreason.rl import update
+from effreason.rl.learner import check_adapters
 from effreason.runtime import sharding
+from effreason.runtime.config import AdapterConfig, Config, ExportConfig
 from effreason.runtime.errors import UserError
 
 FIRST = f"{peft.PREFIX}0.self_attn.q_proj.lora_A.weight"
@@ -49,7 +52,7 @@ def directory(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("targets", ["all", "mlp"])
 def test_what_is_written_is_read_back(family, targets, tmp_path):
     config = policy(FAMILIES[family], targets)
@@ -59,6 +62,26 @@ def test_what_is_written_is_read_back(family, targets, tmp_path):
     merged = model.merge_adapters(again, adapters.join(adapters.split(params)[0], read))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
                  merged, model.merge_adapters(config, params))
+
+
+def test_tensors_that_hold_several_weights_have_no_place_for_adapters(directory):
+    with pytest.raises(UserError, match="this model holds query, key and value in one tensor"):
+        peft.open_adapter(directory, FAMILIES["phi3"])
+
+
+def test_what_a_run_cannot_train_is_refused_before_it_starts():
+    def opened(family):
+        return types.SimpleNamespace(adapters=None, decoder=FAMILIES[family])
+
+    config = dataclasses.replace(Config(), adapter=AdapterConfig(rank=4),
+                                 export=ExportConfig(adapter=True))
+    check_adapters(config, opened("gemma3"))
+    with pytest.raises(UserError, match=r"export.adapter must be false: this model holds"):
+        check_adapters(config, opened("phi3"))
+    with pytest.raises(UserError, match="adapter.targets must be attention for a mixture of exp"):
+        check_adapters(config, opened("qwen3_moe"))
+    check_adapters(dataclasses.replace(config, adapter=AdapterConfig(
+        rank=4, targets="attention")), opened("qwen3_moe"))
 
 
 def test_layers_without_an_adapter_stay_as_they_are(directory):

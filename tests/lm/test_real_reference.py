@@ -25,6 +25,8 @@ from effreason.types import Problem
 NAMES = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
 REFERENCES = Path(__file__).parents[3] / "shared" / "real" / "reference"
 PROMPTS = range(6)
+LONG_PROMPT = "A list of numbers and their squares. " + " ".join(
+    f"The square of {number} is {number * number}." for number in range(1, 70))
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
@@ -91,3 +93,35 @@ def test_greedy_tokens(reference, checkpoint):
     for response in responses:
         np.testing.assert_array_equal(response.tokens, expected[response.prompt],
                                       err_msg=str(response.prompt))
+
+
+def test_a_real_gemma_computes_what_transformers_does():
+    """`tests/support/real_gemma.py` builds it. Prompt and response are longer than a window."""
+    torch = pytest.importorskip("torch", reason="the extra `parity` brings torch")
+    directory = Path(os.environ.get("EFFREASON_REAL", "nowhere")) / "gemma-3-270m"
+    if not (directory / "config.json").exists():
+        pytest.skip(f"{directory} holds no checkpoint")
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = open_pretrained(str(directory), dtype="float32").tokenizer
+    prompt = np.array(tokenizer(LONG_PROMPT)["input_ids"], np.int32)
+    assert len(prompt) > theirs.config.sliding_window
+    with torch.no_grad():
+        tokens = torch.from_numpy(prompt)[None].long()
+        scores = torch.log_softmax(theirs(tokens).logits[0, :-1], -1)
+        expected = scores.gather(1, tokens[0, 1:, None])[:, 0].numpy()
+        greedy = theirs.generate(tokens, do_sample=False, max_new_tokens=48, eos_token_id=None,
+                                 pad_token_id=0)[0, len(prompt):].tolist()
+
+    config = read_config(directory)
+    params = read_weights(directory, config)
+    score = jax.jit(functools.partial(update.score_rows, config, temperature=1.0, tile=4096))
+    found = np.asarray(score(params, rows_of([prompt]))[0])[0, : len(prompt) - 1]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    sample = engine.make_sampler(config, mesh(), slots=1, chunk=16)
+    ((response,),) = [chunk for chunk in sample(
+        params, make_requests([prompt], 1, 48), jax.random.key(0),
+        SamplingParams(temperature=0, eos_ids=())) if chunk]
+    assert response.tokens.tolist() == greedy

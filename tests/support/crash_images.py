@@ -134,7 +134,7 @@ def lasting(tree):
             content = [facts, *rows]
         elif path.name == "README.md":      # "When it pays" tells the time of the run
             content = re.sub(r"## When it pays\n.*?(?=\n## )", "", content or "", flags=re.DOTALL)
-        elif path.suffix in (".html", ".png", ".svg") or path.name == "environment.json":
+        elif path.suffix in (".html", ".png", ".svg", ".log") or path.name == "environment.json":
             content = "a picture, or what git says"
         found[name] = content
     return found
