@@ -364,7 +364,7 @@ def _scaled(config: DecoderConfig, embedded: Float[Array, "B N D"]) -> Float[Arr
 
 
 def init(config: DecoderConfig, key: jax.Array) -> Params:
-    """Returns random float32 weights: normal(0.02), ones for norms, zeros for biases."""
+    """Returns random float32 weights: normal(0.02), norms of scale 1, zeros for biases."""
     one = jnp.zeros((1, 1), jnp.int32)
     return nn.meta.unbox(Decoder(config).init(key, one, one, None))["params"]
 

@@ -1,12 +1,14 @@
 """The decoder against `transformers`, live, on random checkpoints of every family: load, compute,
 decode, export."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 from effreason.lm import model
-from effreason.lm.hf.config import read_config
+from effreason.lm.hf.config import parse_config, read_config
 from effreason.lm.hf.pretrained import export_model
 from effreason.lm.hf.weights import EMBEDDING, layouts, read_weights
 
@@ -40,6 +42,30 @@ def test_logits_equal_transformers(pair):
     logits = jax.jit(lambda params: model.logits(
         params, model.forward(config, params, arrays["tokens"])))(params)
     np.testing.assert_allclose(logits, arrays["logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("entries", [
+    dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+    dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32, mscale=0.7,
+         mscale_all_dim=1.2, beta_fast=16.0, beta_slow=2.0, truncate=False),
+    dict(rope_type="linear", factor=3.0), dict(rope_type="dynamic", factor=3.0),
+    dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+         original_max_position_embeddings=32),
+    dict(rope_type="longrope", original_max_position_embeddings=64,
+         short_factor=[1.0 + 0.1 * plane for plane in range(12)],
+         long_factor=[1.0 + plane for plane in range(12)])], ids=str)
+def test_frequencies_equal_transformers(entries):
+    path, is_long = Path("config.json"), entries["rope_type"] == "longrope"
+    family = transformers.Phi3Config if is_long else transformers.LlamaConfig
+    theirs = family(hidden_size=96, num_attention_heads=4, max_position_embeddings=256,
+                    pad_token_id=0, rope_parameters=dict(entries) | {"rope_theta": 10_000.0},
+                    **({"original_max_position_embeddings": 64} if is_long else {}))
+    compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[entries["rope_type"]]
+    for positions in (32, 200):
+        frequencies, magnitude = compute(theirs, "cpu", seq_len=positions)
+        (kind,) = parse_config(theirs.to_dict(), path, positions=positions).kinds
+        np.testing.assert_allclose(kind.rope.frequencies(24), frequencies.numpy(), rtol=1e-5)
+        assert kind.rope.magnitude == pytest.approx(magnitude)
 
 
 def test_gradients_equal_torch(pair):

@@ -203,7 +203,7 @@ def test_no_cache_moves_between_devices():
         control = np.zeros(1 + rows, np.int32)
         lowered = [programs.decode.lower(params, state, control, sampling=ANY, chunk=4),
                    programs.insert.lower(state, bank, fresh, jax.random.key(0)),
-                   programs.grow.lower(state.cache[0], capacity=2 * capacity),
+                   programs.grow.lower(state.cache[0], positions=2 * capacity),
                    programs.compact_cache.lower(state.cache[0], kept)]
     of_a_device = rows * config.kv_heads * config.head_dim * capacity // 8
     all_moved = [
