@@ -904,7 +904,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_nothing_saved_before(world, tm
 
 @pytest.mark.parametrize(("file", "change", "error"), [
     ("config.json", {"model_type": "gpt2"},
-     'model_type "gpt2" is not supported, expected one of qwen2, llama, qwen3'),
+     'model_type "gpt2" is not supported, expected one of qwen2, qwen3, qwen3_moe, llama'),
     ("train.jsonl", '{"problem": "1+6", "answer": "7", "level"', ":17: not valid JSON ("),
     ("test.jsonl", '{"problem": "1+6"}', ":9: has no field 'answer', found problem"),
 ])

@@ -12,7 +12,6 @@ heads, h head width.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -328,27 +327,33 @@ def _layers(config: DecoderConfig, stacked: Params, x: Float[Array, "B N D"], an
             settings: Float32[Array, "B N"] | None) -> Float[Array, "B N D"]:
     """Computes all layers: a scan over as many at a time as there are kinds, then the rest."""
     kinds, policy = len(config.kinds), REMAT[config.remat]
+    groups, rest = divmod(config.layers, kinds)
 
-    def block(kind: LayerKind, x: Array, layer: Params) -> Array:
-        result: Any = Block(config, kind).apply({"params": layer}, x, angles[kind], segments,
-                                                settings)
-        return result
+    def compute(kind: LayerKind, x: Array, layer: Params) -> Array:
+        def block(x: Array, layer: Params) -> Any:
+            return Block(config, kind).apply({"params": layer}, x, angles[kind], segments, settings)
 
-    def group(x: Array, layers: Params, count: int = kinds) -> tuple[Array, None]:
+        if policy is not None:
+            return jax.checkpoint(block, prevent_cse=False, policy=policy)(x, layer)
+        return block(x, layer)
+
+    def several(x: Array, layers: Params, count: int = kinds) -> Array:
         for index, kind in enumerate(config.kinds[:count]):
-            compute: Callable[..., Array] = functools.partial(block, kind)
-            if policy is not None:
-                compute = jax.checkpoint(compute, prevent_cse=False, policy=policy)
-            x = compute(x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
-        return x, None
+            x = compute(kind, x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+        return x
 
-    groups = config.layers // kinds
-    grouped = jax.tree.map(
-        lambda leaf: leaf[: groups * kinds].reshape(groups, kinds, *leaf.shape[1:]), stacked)
+    def step(x: Array, layers: Params) -> tuple[Array, None]:
+        return several(x, layers) if kinds > 1 else compute(config.kinds[0], x, layers), None
+
+    last, grouped = None, stacked
+    if rest:
+        last = jax.tree.map(lambda leaf: leaf[-rest:], stacked)
+        grouped = jax.tree.map(lambda leaf: leaf[:-rest], stacked)
+    if kinds > 1:
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, kinds, *leaf.shape[1:]), grouped)
     # A loop would copy all that is kept for the backward pass into stacks, and out again.
-    x, _ = jax.lax.scan(group, x, grouped, unroll=policy is None)
-    rest = jax.tree.map(lambda leaf: leaf[groups * kinds :], stacked)
-    return group(x, rest, config.layers % kinds)[0]
+    x, _ = jax.lax.scan(step, x, grouped, unroll=policy is None)
+    return x if last is None else several(x, last, rest)
 
 
 def _angles(config: DecoderConfig, positions: Int[Array, "B N"]) -> AnglesOf:

@@ -319,7 +319,7 @@ class PackedStandIn:
         self.change = change
 
     def dot_product_attention(self, query, key, value, *, q_seqlen, kv_seqlen, q_offsets,
-                              kv_offsets, scale, mask_type):
+                              kv_offsets, scale, mask_type, sliding_window_length):
         assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
         assert q_seqlen.shape[1] + 1 == q_offsets.shape[1] and mask_type == "padding, causal"
         assert q_seqlen.dtype == q_offsets.dtype == jnp.int32
@@ -329,7 +329,8 @@ class PackedStandIn:
         mask = jnp.any(inside[:, :, :, None] & inside[:, :, None], axis=1)
         mask |= jnp.eye(query.shape[1], dtype=bool)[None]       # a softmax of nothing has no value
         return self.change(jax.nn.dot_product_attention(
-            query, key, value, mask=mask[:, None], is_causal=True, scale=scale))
+            query, key, value, mask=mask[:, None], is_causal=True, scale=scale,
+            local_window_size=cudnn.local_window(sliding_window_length)))
 
 
 def raising(*arrays, **options):

@@ -61,7 +61,7 @@ def test_slots_that_are_refilled(settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, dict(max_positions=170, budget=2 * 192), dict(max_positions=170, draft_tokens=8)], ids=str)
+    dict(max_positions=170, budget=2 * 192), dict(max_positions=170, draft_tokens=8)], ids=str)
 def test_slots_that_grow_are_given_up_and_prefilled_again(settings):
     """Limits of 2 to 150 tokens: what is prefilled again is many rings long."""
     found, _ = sampled(long_and_short(), sampling=ENDLESS, slots=16, **settings)
