@@ -352,7 +352,7 @@ def test_a_kernel_is_trusted_only_after_its_trial(monkeypatch, implementation):
     """Right, half of its gradient missing, and refused by its library."""
     by_xla = jax.nn.dot_product_attention
 
-    def passes(change):
+    def passes(change, window=None):
         def alone(*arrays, implementation=None, **options):
             mixed = by_xla(*arrays, **options)
             return mixed if implementation is None else change(mixed)
@@ -362,9 +362,9 @@ def test_a_kernel_is_trusted_only_after_its_trial(monkeypatch, implementation):
             patch.setattr(cudnn, "private_module", lambda: PackedStandIn(change))
             with jax.set_mesh(mesh(fsdp=2, tensor=2)):
                 return attention.passes_trial(implementation, rows=2, heads=4, kv_heads=2,
-                                              head_dim=64, dtype=jnp.float32)
+                                              head_dim=64, dtype=jnp.float32, window=window)
 
-    assert passes(lambda mixed: mixed)
+    assert passes(lambda mixed: mixed) and passes(lambda mixed: mixed, window=4096)
     assert not passes(lambda mixed: (mixed + jax.lax.stop_gradient(mixed)) / 2)
     assert not passes(raising)
 
@@ -438,9 +438,10 @@ def test_what_does_not_fit_is_one_clear_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "heads", "kv_heads", "head_dim"), [
-    ((4, 4, 1, 1), 12, 2, 128), ((1, 4, 2, 2), 16, 8, 64), ((1, 4, 1, 4), 28, 4, 128)])
-def test_splash_compiles_for_a_tpu(kernels_for_a_tpu, shape, heads, kv_heads, head_dim):
+@pytest.mark.parametrize(("shape", "heads", "kv_heads", "head_dim", "window"), [
+    ((4, 4, 1, 1), 12, 2, 128, None), ((1, 4, 2, 2), 16, 8, 64, None),
+    ((1, 4, 1, 4), 28, 4, 128, None), ((1, 4, 1, 4), 28, 4, 128, 4096)])
+def test_splash_compiles_for_a_tpu(kernels_for_a_tpu, shape, heads, kv_heads, head_dim, window):
     """32k positions a row, forward and backward, for 16 chips that are only described."""
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu, the extra `tpu`, which compiles for TPUs on any Linux machine")
@@ -459,6 +460,6 @@ def test_splash_compiles_for_a_tpu(kernels_for_a_tpu, shape, heads, kv_heads, he
     segments = jax.ShapeDtypeStruct((rows, length), jnp.int32,
                                     sharding=sharding.sharding(target, "batch", "sequence"))
     with jax.set_mesh(target):
-        program = jax.jit(functools.partial(attend, "splash")).lower(*given, segments).compile()
+        program = compiled("splash", window).lower(*given, segments).compile()
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
     assert program.memory_analysis().temp_size_in_bytes < 2**30
