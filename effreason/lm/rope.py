@@ -66,7 +66,8 @@ class Yarn:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, rotated - 1)
         width = last - first or 0.001
-        stretched = jnp.clip((jnp.arange(len(frequencies)) - first) / width, 0.0, 1.0)
+        planes = jnp.arange(len(frequencies), dtype=jnp.float32)
+        stretched = jnp.clip((planes - first) / width, 0.0, 1.0)
         return frequencies * (stretched / self.factor + 1.0 - stretched)
 
 
