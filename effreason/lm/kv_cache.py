@@ -105,6 +105,12 @@ def ring_length(window: int | None, positions: int) -> int:
     return min(positions, -(-(window + MOST_READ) // RING_UNIT) * RING_UNIT)
 
 
+def held_position(slot: Int[Array, "..."], newest: Int[Array, "..."],
+                  slots: int) -> Int[Array, "..."]:
+    """Returns the position that a slot of a ring holds, < 0 if none. Args: newest, position."""
+    return newest - (newest - slot) % slots
+
+
 def empty_layer(layout: str, dtype: DTypeLike, **sizes: int) -> LayerCache:
     """Returns one layer's empty cache. Args: sizes, of batch, kv_heads, head_dim, sequence."""
     return {name: jnp.zeros([sizes[axis] for axis in axes], dtype)
@@ -180,8 +186,7 @@ def cached_attention(query: Float[Array, "B T H h"], cache: LayerCache,
     if window is None:
         visible = held <= own
     else:
-        newest = own[:, -1:]
-        held = newest - (newest - held) % slots     # the position in each slot of the ring
+        held = held_position(held, own[:, -1:], slots)
         visible = (held >= 0) & (held <= own) & (held > own - window)
     visible = jnp.tile(visible, (1, heads // kv_heads, 1))[:, None]     # [B, 1, R * T, S]
     scores = jnp.where(visible, scores / math.sqrt(head_dim), -jnp.inf)

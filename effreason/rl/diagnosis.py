@@ -1,5 +1,6 @@
 """Says what keeps a run from learning: no response can be right, or no group has a signal."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -61,7 +62,8 @@ def truncation(graded: GradedRollouts, limit: int, most: float) -> str | None:
     words = (f"{share:.0%} of the first {len(finish)} responses were cut off at "
              f"rollout.max_new_tokens, {limit:,}, and count as wrong")
     if share > most:
-        raise UserError(f"{words}; raise it, or set rollout.max_truncated to {share:.2g} or more "
+        enough = math.ceil(100 * share) / 100       # rounded down it would not be
+        raise UserError(f"{words}; raise it, or set rollout.max_truncated to {enough:g} or more "
                         "to train all the same")
     return f"warning: {words}" if share > FEW_TRUNCATED else None
 

@@ -113,8 +113,6 @@ def weights_per_device(decoder: model.DecoderConfig, parameters: int, mesh: shar
         mesh: may be abstract.
         platform: of the devices.
     """
-    if decoder.experts:             # split over tensor, as everything else
-        return parameters / mesh.shape["tensor"]
     mlp = 3 * decoder.layers * decoder.width * decoder.mlp_width
     shards = mlp_shards(decoder, mesh, platform)
     return (parameters - mlp) / mesh.shape["tensor"] + mlp / shards
@@ -122,7 +120,7 @@ def weights_per_device(decoder: model.DecoderConfig, parameters: int, mesh: shar
 
 def mlp_shards(decoder: model.DecoderConfig, mesh: sharding.AnyMesh, platform: str) -> int:
     """Returns how many parts the sampler's weights of the MLP are split into."""
-    if decoder.experts:
+    if decoder.experts:             # split over tensor, as everything else
         return mesh.shape["tensor"]
     axes = sharding.sampling_axes(mesh, decoder.mlp_width, platform)["mlp"]
     return math.prod(mesh.shape[axis] for axis in np.ravel(axes))

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from effreason.lm import model
+from effreason.lm import kv_cache, model
 from effreason.lm.precision import products_of
 from effreason.runtime import sharding
 from effreason.sampling import speculation
@@ -337,8 +337,7 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, 
                     held = jnp.arange(old.shape[axis])
                     if parts > 1:
                         held = held + jax.lax.axis_index("context") * len(held)
-                    newest = length[index] - 1
-                    held = newest - (newest - held) % (parts * len(held))
+                    held = kv_cache.held_position(held, length[index] - 1, parts * len(held))
                     prompt = jnp.take(prompt, jnp.maximum(held, 0), axis=axis)
                 current = jax.lax.dynamic_slice(old, corner, prompt.shape)
                 return jax.lax.dynamic_update_slice(

@@ -30,11 +30,10 @@ def transformers() -> Any:
     return transformers
 
 
-def read_config(directory: Path, *, dtype: str = "float32", remat: str = "full",
-                positions: int | None = None) -> DecoderConfig:
-    """Returns the decoder that a directory's config.json describes. Args: see `parse_config`."""
+def read_config(directory: Path, *, dtype: str = "float32", remat: str = "full") -> DecoderConfig:
+    """Returns the decoder that a directory's config.json describes."""
     path = directory / "config.json"
-    return parse_config(read_json(path), path, dtype=dtype, remat=remat, positions=positions)
+    return parse_config(read_json(path), path, dtype=dtype, remat=remat)
 
 
 def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
