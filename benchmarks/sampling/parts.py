@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from benchmarks.sampling.engines import Workload, make_requests
 from effreason.lm import model
-from effreason.sampling import capacity, draws, engine, slots
+from effreason.sampling import draws, engine, slots
 from effreason.sampling.scheduler import PREFILL_ROWS, Request
 
 DRAWN = draws.SamplingParams(temperature=1.0, eos_ids=())
@@ -124,7 +124,7 @@ def roofline(config: model.DecoderConfig, params: model.Params, workload: Worklo
                              "flops": 2 * batch * matrix_entries(config) / seconds}
     # Of rows on their way, the average one has half of its response in the cache.
     positions = workload.prompts.shape[1] + workload.longest / 2
-    cache = workload.rows * capacity.slot_bytes(config, 1) * positions
+    cache = workload.rows * model.position_bytes(config) * positions
     limits = {"bytes": (4 * matrix_entries(config) + cache) / max(bandwidth.values()),
               "flops": 2 * matrix_entries(config) * workload.rows / flops}
     return {"matmul_flops": flops, "bandwidth": bandwidth, "products": rates, "rows": workload.rows,
@@ -141,11 +141,10 @@ def prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
     with jax.set_mesh(mesh):
         weights = programs.unstack(params)
         for length in (64, 1024):
-            prompts = jax.device_put(np.zeros((PREFILL_ROWS, length), np.int32),
-                                     programs.replicated)
-            rates[f"{PREFILL_ROWS} x {length}"] = prompts.size / median_seconds(programs.prefill,
-                                                                                weights, prompts,
-                                                                             repeats=repeats)
+            prompts = jax.device_put((np.zeros((PREFILL_ROWS, length), np.int32),
+                                      np.full(PREFILL_ROWS, length, np.int32)), programs.replicated)
+            seconds = median_seconds(programs.prefill, weights, *prompts, repeats=repeats)
+            rates[f"{PREFILL_ROWS} x {length}"] = PREFILL_ROWS * length / seconds
     return rates
 
 
@@ -257,7 +256,7 @@ def accelerator(config: model.DecoderConfig, mesh: Mesh, *, rows: int, context: 
                                repeats=repeats)
     entries = matrix_entries(config)
     weight_bytes = entries * jnp.dtype(config.dtype).itemsize
-    cache_bytes = rows * capacity.slot_bytes(config, 1) * (context - (steps - 1) / 2)
+    cache_bytes = rows * model.position_bytes(config) * (context - (steps - 1) / 2)
     # Every device reads all weights; rows are split between them.
     needed = (weight_bytes + math.ceil(cache_bytes / mesh.size)) / bandwidth
     return {"device": device.device_kind, "devices": mesh.size, "layout": config.cache_layout,

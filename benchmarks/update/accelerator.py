@@ -20,7 +20,7 @@ from benchmarks.update import steps
 from effreason.lm import model
 from effreason.planning import chips
 from effreason.rl import learner as engine
-from effreason.sampling import capacity, draws
+from effreason.sampling import draws
 from effreason.sampling import engine as rollouts
 
 VOCABULARIES = (37984, 75968, 151936)
@@ -97,7 +97,7 @@ def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: i
     peak = peak or known
     work = steps.flops(config, batch)
     weights = matrix_entries(config) * jnp.dtype(config.dtype).itemsize
-    cache = workload.rows * capacity.slot_bytes(config, 1) * (prompt + response / 2)
+    cache = workload.rows * model.position_bytes(config) * (prompt + response / 2)
     size = min(2**31,
                ((device.memory_stats() or {}).get("bytes_limit", 2**30)) // 16 // 4096 * 4096)
     read = generation.steps * (weights + cache) / seconds["rollout"]

@@ -24,8 +24,11 @@ Params = dict[str, Any]
 Pair = tuple[Float32[Array, "..."], Float32[Array, "..."]]      # A and B
 
 ATTENTION, MLP = ("query", "key", "value", "output"), ("gate", "up", "down")
-TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
-INPUT_AXES = {"output": 2}          # of the weight that are summed over; 1 for all others
+# What layers have in the place of attention that keep a state.
+DELTA = ("delta_query", "delta_key", "delta_value", "delta_gate", "delta_output")
+TARGETS = {"attention": ATTENTION + DELTA, "mlp": MLP, "all": ATTENTION + DELTA + MLP}
+# Axes of the weight that are summed over; 1 for all others.
+INPUT_AXES = {"output": 2, "delta_output": 2}
 A, B = "_lora_a", "_lora_b"
 DIAL_A, DIAL_B = "_dial_a", "_dial_b"
 SUFFIXES = (A, B, DIAL_A, DIAL_B)
@@ -38,7 +41,7 @@ class Adapter:
 
     rank: int
     scale: float                    # s, of the product A B
-    targets: tuple[str, ...]        # the weights of a layer that have one
+    targets: tuple[str, ...]        # the weights of a layer that have one, if it has these
     has_dial: bool = False          # whether they have a second one, the dial
 
     def shapes(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -106,8 +109,13 @@ def merge(adapter: Adapter, params: Params) -> Params:
     """Returns weights without adapters that compute the same, stacked over layers.
 
     One layer after another: the float32 sums of all layers would be as large as the model."""
-    setting = params.get(SETTING)
-    layers = jax.lax.map(lambda layer: merge_layer(adapter, layer, setting), params["layers"])
+    setting, (frozen, pairs) = params.get(SETTING), split(params)
+    layers = dict(frozen["layers"])
+    for name in adapter.targets:
+        if name + A in pairs["layers"]:
+            parts = {name: layers[name]} | {key: pairs["layers"][key] for key in (
+                name + suffix for suffix in SUFFIXES) if key in pairs["layers"]}
+            layers |= jax.lax.map(lambda layer: merge_layer(adapter, layer, setting), parts)
     return {name: leaf for name, leaf in params.items() if name != SETTING} | {"layers": layers}
 
 

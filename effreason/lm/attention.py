@@ -186,7 +186,7 @@ def _attend_on_mesh(implementation: str, query: Float[Array, "B N H h"], key: Ke
     order, order_spec = _column_order(implementation, query.shape[1], window, mesh)
 
     def local(query: Array, key: Array, value: Array, segments: Array, order: Any) -> Array:
-        key, value, key_segments = (_gather_row(x, parts) for x in (key, value, segments))
+        key, value, key_segments = (gather_row(x, parts) for x in (key, value, segments))
         return _attend(implementation, query, key, value, segments, key_segments, order, window)
 
     heads, kv_heads = (spec("batch", "sequence", axis, "head_dim")
@@ -197,7 +197,7 @@ def _attend_on_mesh(implementation: str, query: Float[Array, "B N H h"], key: Ke
         query, key, value, segments, order)
 
 
-def _gather_row(x: Shaped[Array, "B n ..."], parts: int) -> Shaped[Array, "B N ..."]:
+def gather_row(x: Shaped[Array, "B n ..."], parts: int) -> Shaped[Array, "B N ..."]:
     """Gathers the columns of all context shards, in the order of the row."""
     if parts == 1:
         return x

@@ -2,16 +2,19 @@
 
 What differs between families is data: fields of DecoderConfig, and of LayerKind for what differs
 between the layers of one model. Two paths go through the same block. Training scans over layers
-stacked on a leading axis, as many at a time as there are kinds, and rematerializes each block.
-Sampling loops over a list of layers, each with its own cache, so that every cache is updated in
-place.
+stacked on a leading axis, as many at a time as there are kinds, and rematerializes each block; each
+weight is stacked over those layers that have it. Sampling loops over a list of layers, each with
+its own cache, so that every cache is updated in place.
 
 B rows, N positions, T new tokens, D width, V vocabulary, L layers, H query heads, K key/value
 heads, h head width.
 """
 
+import collections
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,14 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from effreason.lm import adapters, attention, experts, kv_cache
+from effreason.lm import adapters, attention, delta, experts, kv_cache
+from effreason.lm.delta import DeltaShape
 from effreason.lm.precision import products_of
 from effreason.lm.rope import Angles, Rope, rotate
 from effreason.runtime.sharding import constrain
 
-# {"embedding", "layers": {name: [L, ...]}, "final_norm", and "head" if the embedding is not tied}
+# {"embedding", "layers": {name: [layers that have it, ...]}, "final_norm", and "head" if the
+# embedding is not tied}
 Params = dict[str, Any]
-Cache = list[kv_cache.LayerCache]
+Cache = list[kv_cache.LayerCache | delta.LayerState]
 # What a block keeps for the backward pass: only its input, its attention too, or everything.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -44,8 +49,9 @@ ACTIVATIONS: dict[str, Any] = {"silu": jax.nn.silu,
 class LayerKind:
     """What layers of one model may differ in."""
 
-    rope: Rope | None               # None: queries and keys know no positions
+    rope: Rope | None = None        # None: queries and keys know no positions
     window: int | None = None       # positions that a query sees at most, with its own; None = all
+    delta: DeltaShape | None = None   # None: the layer attends; else it keeps a state
 
 
 AnglesOf = dict[LayerKind, Angles | None]
@@ -82,8 +88,12 @@ class DecoderConfig:
     norms_output: bool = False      # and one after them, before what they add to
     norm_offset: float = 0.0        # added to the scales of all norms
     query_scale: float = 1.0        # of queries, besides 1 / sqrt(head_dim)
+    gates_attention: bool = False   # the query's tensor holds, for each head, a gate of its result
     embedding_scale: float = 1.0
     fused: bool = False             # files hold query, key, value as one tensor; gate, up as one
+    # Beginnings of the names of tensors that are not the decoder's. An export has them too, and
+    # names the decoder's as its source does.
+    others: tuple[str, ...] = ()
     unused_ids: tuple[tuple[int, int], ...] = ()    # ranges [first, end) of rows without a token
     dtype: Any = jnp.float32        # of activations; weights and logits are always float32
     cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS
@@ -103,6 +113,20 @@ class DecoderConfig:
     def window(self) -> int | None:
         """The shortest of all layers' windows."""
         return min((kind.window for kind in self.kinds if kind.window is not None), default=None)
+
+    @property
+    def delta(self) -> DeltaShape | None:
+        """The shape of the layers that keep a state; None if there are none."""
+        return next((kind.delta for kind in self.kinds if kind.delta is not None), None)
+
+    @property
+    def attention_layers(self) -> int:
+        return sum(self.kind(layer).delta is None for layer in range(self.layers))
+
+    @property
+    def needs_neighbours(self) -> bool:
+        """Whether positions of a sequence must be next to one another in a row."""
+        return self.window is not None or self.delta is not None
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "... D"], eps: float,
@@ -139,14 +163,15 @@ embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP, each with norms and a residual connection."""
+    """Attention, or what mixes positions in its place, and a gated MLP, each with norms and a
+    residual connection."""
 
     config: DecoderConfig
     kind: LayerKind
 
     def setup(self) -> None:
         c, normal = self.config, nn.initializers.normal(0.02)
-        zeros = nn.initializers.zeros
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
         scales = nn.initializers.constant(1.0 - c.norm_offset)
         lora: dict[str, adapters.Pair] = {}
         dial: dict[str, adapters.Pair] = {}
@@ -171,26 +196,50 @@ class Block(nn.Module):
         def norm(name: str) -> Any:
             return weight(name, (c.width,), ("norm",), scales)
 
-        query, query_axes = (c.heads, c.head_dim), ("heads", "head_dim")
-        kv, kv_axes = (c.kv_heads, c.head_dim), ("kv_heads", "head_dim")
+        heads, key_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
+
+        def attend() -> None:
+            query, kv = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
+            gated = (c.heads, c.head_dim * (2 if c.gates_attention else 1))
+            self.query = weight("query", (c.width, *gated), ("embed", *heads))
+            self.key = weight("key", (c.width, *kv), ("embed", *key_heads))
+            self.value = weight("value", (c.width, *kv), ("embed", *key_heads))
+            if c.qkv_bias:
+                self.query_bias = weight("query_bias", gated, heads, zeros)
+                self.key_bias = weight("key_bias", kv, key_heads, zeros)
+                self.value_bias = weight("value_bias", kv, key_heads, zeros)
+            if c.qk_norm == "head":
+                self.query_norm = weight("query_norm", (c.head_dim,), ("norm",), scales)
+                self.key_norm = weight("key_norm", (c.head_dim,), ("norm",), scales)
+            elif c.qk_norm == "all_heads":
+                self.query_norm = weight("query_norm", query, heads, scales)
+                self.key_norm = weight("key_norm", kv, key_heads, scales)
+            self.output = weight("output", (*query, c.width), (*heads, "embed"))
+            if c.output_bias:
+                self.output_bias = weight("output_bias", (c.width,), ("norm",), zeros)
+
+        def keep_a_state(shape: DeltaShape) -> None:
+            key, value = (shape.key_heads, shape.key_dim), (shape.value_heads, shape.value_dim)
+            self.delta_query = weight("delta_query", (c.width, *key), ("embed", *key_heads))
+            self.delta_key = weight("delta_key", (c.width, *key), ("embed", *key_heads))
+            self.delta_value = weight("delta_value", (c.width, *value), ("embed", *heads))
+            self.query_taps = weight("query_taps", (*key, shape.taps), (*key_heads, "taps"))
+            self.key_taps = weight("key_taps", (*key, shape.taps), (*key_heads, "taps"))
+            self.value_taps = weight("value_taps", (*value, shape.taps), (*heads, "taps"))
+            self.delta_beta = weight("delta_beta", (c.width, shape.value_heads), ("embed", "heads"))
+            self.delta_step = weight("delta_step", (c.width, shape.value_heads), ("embed", "heads"))
+            self.step_bias = weight("step_bias", (shape.value_heads,), ("heads",), ones)
+            self.log_rate = weight("log_rate", (shape.value_heads,), ("heads",), zeros)
+            self.delta_gate = weight("delta_gate", (c.width, *value), ("embed", *heads))
+            self.delta_norm = weight("delta_norm", (shape.value_dim,), ("norm",), ones)
+            self.delta_output = weight("delta_output", (*value, c.width), (*heads, "embed"))
+
         if c.norms_input:
             self.attention_norm = norm("attention_norm")
-        self.query = weight("query", (c.width, *query), ("embed", *query_axes))
-        self.key = weight("key", (c.width, *kv), ("embed", *kv_axes))
-        self.value = weight("value", (c.width, *kv), ("embed", *kv_axes))
-        if c.qkv_bias:
-            self.query_bias = weight("query_bias", query, query_axes, zeros)
-            self.key_bias = weight("key_bias", kv, kv_axes, zeros)
-            self.value_bias = weight("value_bias", kv, kv_axes, zeros)
-        if c.qk_norm == "head":
-            self.query_norm = weight("query_norm", (c.head_dim,), ("norm",), scales)
-            self.key_norm = weight("key_norm", (c.head_dim,), ("norm",), scales)
-        elif c.qk_norm == "all_heads":
-            self.query_norm = weight("query_norm", query, query_axes, scales)
-            self.key_norm = weight("key_norm", kv, kv_axes, scales)
-        self.output = weight("output", (*query, c.width), (*query_axes, "embed"))
-        if c.output_bias:
-            self.output_bias = weight("output_bias", (c.width,), ("norm",), zeros)
+        if self.kind.delta is None:
+            attend()
+        else:
+            keep_a_state(self.kind.delta)
         if c.norms_output:
             self.attention_output_norm = norm("attention_output_norm")
 
@@ -219,44 +268,80 @@ class Block(nn.Module):
                  segments: Int[Array, "B N"] | None,
                  settings: Float32[Array, "B N"] | None) -> Float[Array, "B N D"]:
         """Training: causal within each segment."""
-        query, key, value = self.qkv(x, angles, settings)
-        mixed = attention.causal_attention(
-            query, key, value, segments, implementation=self.config.attention,
-            window=self.kind.window)
-        x = self.output_and_mlp(x, mixed, settings)
+        normed = self.norm("attention_norm", x) if self.config.norms_input else x
+        if self.kind.delta is None:
+            query, key, value, gate = self.qkv(normed, angles, settings)
+            mixed = attention.causal_attention(
+                query, key, value, segments, implementation=self.config.attention,
+                window=self.kind.window)
+            added = self.output_of(mixed, gate, settings)
+        else:
+            mixed = delta.mix_rows(*self.delta_inputs(normed, settings), segments)
+            added = self.output_of_state(mixed, normed, settings)
+        x = self.added_and_mlp(x, added, settings)
         return constrain(x, "batch", "sequence", "width")
 
     def decode(self, x: Float[Array, "B T D"], angles: Angles | None,
-               positions: Int[Array, "B T"], cache: kv_cache.LayerCache) -> tuple[
-               Float[Array, "B T D"], kv_cache.LayerCache]:
+               positions: Int[Array, "B T"], cache: Any, counts: Int[Array, " B"] | None,
+               ) -> tuple[Float[Array, "B T D"], Any]:
         """Sampling: T tokens after those in the cache; returns the cache with T more."""
-        query, key, value = self.qkv(x, angles)
-        layout = self.config.cache_layout
-        window = self.kind.window
-        cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout, window)
-        mixed = kv_cache.cached_attention(query, cache, positions, layout, window)
-        return self.output_and_mlp(x, mixed), cache
+        normed = self.norm("attention_norm", x) if self.config.norms_input else x
+        if self.kind.delta is None:
+            query, key, value, gate = self.qkv(normed, angles)
+            layout, window = self.config.cache_layout, self.kind.window
+            cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout, window)
+            mixed = kv_cache.cached_attention(query, cache, positions, layout, window)
+            added = self.output_of(mixed, gate)
+        else:
+            mixed, cache = delta.extend(*self.delta_inputs(normed), cache, counts)
+            added = self.output_of_state(mixed, normed)
+        return self.added_and_mlp(x, added), cache
 
     def qkv(self, x: Float[Array, "B N D"], angles: Angles | None,
             settings: Float32[Array, "B N"] | None = None) -> tuple[
-            Float[Array, "B N H h"], Float[Array, "B N K h"], Float[Array, "B N K h"]]:
-        c = self.config
-        if c.norms_input:
-            x = self.norm("attention_norm", x)
+            Float[Array, "B N H h"], Float[Array, "B N K h"], Float[Array, "B N K h"],
+            Float[Array, "B N H h"] | None]:
+        """Returns query, key, value, and the gate of what they give, if there is one."""
+        c, gate = self.config, None
         query, key, value = (
             self.product(name, "bnd,dhk->bnhk", x, settings, has_bias=c.qkv_bias)
             for name in ("query", "key", "value"))
+        if c.gates_attention:
+            query, gate = jnp.split(query, 2, axis=-1)
         if c.qk_norm is not None:
             query, key = self.norm("query_norm", query), self.norm("key_norm", key)
         query, key = (rotate(part, angles) for part in (query, key))
-        return query if c.query_scale == 1.0 else query * c.query_scale, key, value
+        return query if c.query_scale == 1.0 else query * c.query_scale, key, value, gate
 
-    def output_and_mlp(self, x: Float[Array, "B N D"], mixed: Float[Array, "B N H h"],
-                       settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
+    def output_of(self, mixed: Float[Array, "B N H h"], gate: Float[Array, "B N H h"] | None,
+                  settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
+        if gate is not None:
+            mixed = mixed * jax.nn.sigmoid(gate)
+        return self.product("output", "bnhk,hkd->bnd", mixed, settings,
+                            has_bias=self.config.output_bias)
+
+    def delta_inputs(self, x: Float[Array, "B N D"],
+                     settings: Float32[Array, "B N"] | None = None) -> tuple[Any, Any, Any, Any]:
+        """Returns what `delta.mix_rows` reads: streams, taps, the logarithm of decay, beta."""
+        streams = tuple(self.product(f"delta_{name}", "bnd,dhk->bnhk", x, settings)
+                        for name in delta.STREAMS)
+        taps = tuple(getattr(self, f"{name}_taps").astype(x.dtype) for name in delta.STREAMS)
+        beta = jax.nn.sigmoid(self.product("delta_beta", "bnd,dh->bnh", x)).astype(jnp.float32)
+        step = self.product("delta_step", "bnd,dh->bnh", x).astype(jnp.float32)
+        step = jax.nn.softplus(step + self.step_bias.astype(jnp.float32)[None, None])
+        return streams, taps, -jnp.exp(self.log_rate.astype(jnp.float32))[None, None] * step, beta
+
+    def output_of_state(self, mixed: Float32[Array, "B N H v"], x: Float[Array, "B N D"],
+                        settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
+        gate = self.product("delta_gate", "bnd,dhk->bnhk", x, settings).astype(jnp.float32)
+        mixed = rms_norm(mixed.astype(x.dtype), self.delta_norm, self.config.norm_eps)
+        gated = (mixed.astype(jnp.float32) * jax.nn.silu(gate)).astype(x.dtype)
+        return self.product("delta_output", "bnhk,hkd->bnd", gated, settings)
+
+    def added_and_mlp(self, x: Float[Array, "B N D"], added: Float[Array, "B N D"],
+                      settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
         c = self.config
-        added = self.product("output", "bnhk,hkd->bnd", mixed, settings, has_bias=c.output_bias)
         x = x + (self.norm("attention_output_norm", added) if c.norms_output else added)
-
         added = self.mlp(self.norm("mlp_norm", x) if c.norms_input else x, settings)
         return x + (self.norm("mlp_output_norm", added) if c.norms_output else added)
 
@@ -277,8 +362,8 @@ class Block(nn.Module):
         return rms_norm(x, getattr(self, name), self.config.norm_eps, self.config.norm_offset)
 
     def product(self, name: str, axes: str, x: Float[Array, "B N ..."],
-                settings: Float32[Array, "B N"] | None, *,
-                has_bias: bool) -> Float[Array, "B N ..."]:
+                settings: Float32[Array, "B N"] | None = None, *,
+                has_bias: bool = False) -> Float[Array, "B N ..."]:
         """Returns x W for the weight of this name, with its adapters and its bias if it has any."""
         y, adapter = jnp.einsum(axes, x, getattr(self, name).astype(x.dtype)), self.config.adapter
         if adapter is not None and name in self.lora:
@@ -339,18 +424,22 @@ def _layers(config: DecoderConfig, stacked: Params, x: Float[Array, "B N D"], an
 
     def several(x: Array, layers: Params, count: int = kinds) -> Array:
         for index, kind in enumerate(config.kinds[:count]):
-            x = compute(kind, x, jax.tree.map(lambda leaf, index=index: leaf[index], layers))
+            x = compute(kind, x, layer_of(config, layers, index))
         return x
 
     def step(x: Array, layers: Params) -> tuple[Array, None]:
         return several(x, layers) if kinds > 1 else compute(config.kinds[0], x, layers), None
 
+    def in_groups(name: str, leaf: Array) -> Array:
+        each = sum(layer < kinds for layer in stacks(config)[name])
+        return leaf[: groups * each].reshape(groups, each, *leaf.shape[1:])
+
     last, grouped = None, stacked
-    if rest:
-        last = jax.tree.map(lambda leaf: leaf[-rest:], stacked)
-        grouped = jax.tree.map(lambda leaf: leaf[:-rest], stacked)
     if kinds > 1:
-        grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, kinds, *leaf.shape[1:]), grouped)
+        grouped = {name: in_groups(name, leaf) for name, leaf in stacked.items()}
+    if rest:
+        last = {name: leaf[grouped[name].shape[0] * grouped[name].shape[1]:]
+                for name, leaf in stacked.items()}
     # A loop would copy all that is kept for the backward pass into stacks, and out again.
     x, _ = jax.lax.scan(step, x, grouped, unroll=policy is None)
     return x if last is None else several(x, last, rest)
@@ -368,17 +457,52 @@ def _scaled(config: DecoderConfig, embedded: Float[Array, "B N D"]) -> Float[Arr
     return embedded * jnp.asarray(config.embedding_scale, embedded.dtype)
 
 
+def _boxed(config: DecoderConfig, key: jax.Array) -> Params:
+    """Returns random weights in flax's boxes, which hold the axis names.
+
+    A model whose layers have different weights has those of models in which all are alike."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    models = [Decoder(alike).init(key, one, one, None)["params"] for alike in _uniform(config)]
+    if len(models) == 1:
+        return models[0]
+    layers = {name: jax.tree.map(lambda leaf, name=name: leaf[np.array(stacks(config)[name])], box)
+              for params in models for name, box in params["layers"].items()}
+    return models[0] | {"layers": layers}
+
+
+def _uniform(config: DecoderConfig) -> list[DecoderConfig]:
+    """Returns for each set of weights that layers may have a model with these in all layers."""
+    kinds = {kind.delta: kind for kind in reversed(config.kinds)}
+    return [dataclasses.replace(config, kinds=(kind,)) for kind in reversed(kinds.values())]
+
+
 def init(config: DecoderConfig, key: jax.Array) -> Params:
     """Returns random float32 weights: normal(0.02), norms of scale 1, zeros for biases."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    return nn.meta.unbox(Decoder(config).init(key, one, one, None))["params"]
+    return nn.meta.unbox(_boxed(config, key))
 
 
 @functools.cache
 def _boxed_params(config: DecoderConfig) -> Params:
-    """Returns abstract weights in flax's boxes, which hold the axis names; a run asks often."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), one, one, None))["params"]
+    """Returns abstract weights in their boxes; a run asks often."""
+    return jax.eval_shape(functools.partial(_boxed, config), jax.random.key(0))
+
+
+@functools.cache
+def stacks(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+    """Returns the layers that have each weight, in the order of its stack."""
+    having: dict[str, list[int]] = collections.defaultdict(list)
+    names = {alike.kinds[0].delta: _boxed_params(alike)["layers"] for alike in _uniform(config)}
+    for layer in range(config.layers):
+        for name in names[config.kind(layer).delta]:
+            having[name].append(layer)
+    return {name: tuple(layers) for name, layers in having.items()}
+
+
+def layer_of(config: DecoderConfig, stacked: Params, layer: int) -> Params:
+    """Returns the weights of one layer, or what else is stacked in their place."""
+    having = stacks(config)
+    return {name: leaf[having[name].index(layer)] for name, leaf in stacked.items()
+            if layer in having[name]}
 
 
 def abstract_params(config: DecoderConfig) -> Params:
@@ -444,8 +568,7 @@ def unstack(config: DecoderConfig, params: Params) -> Params:
     """Returns the weights as `decode` reads them: layers as a list, in the compute dtype.
 
     Adapters are merged into the weights."""
-    layers = [jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
-              for layer in range(config.layers)]
+    layers = [layer_of(config, params["layers"], layer) for layer in range(config.layers)]
     if config.adapter is not None:
         setting = params.get(adapters.SETTING)
         layers = [adapters.merge_layer(config.adapter, layer, setting) for layer in layers]
@@ -458,9 +581,10 @@ def merge_adapters(config: DecoderConfig, params: Params) -> Params:
     return params if config.adapter is None else adapters.merge(config.adapter, params)
 
 
-def cache_axes(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """Returns the logical axes of the arrays of one layer's cache."""
-    return kv_cache.CACHE_LAYOUTS[config.cache_layout]
+def cache_axes(config: DecoderConfig) -> list[dict[str, tuple[str, ...]]]:
+    """Returns the logical axes of the arrays of each layer's cache."""
+    return [kv_cache.CACHE_LAYOUTS[config.cache_layout] if config.kind(layer).delta is None
+            else delta.STATE_AXES for layer in range(config.layers)]
 
 
 def empty_cache(config: DecoderConfig, rows: int, positions: int, *,
@@ -469,31 +593,53 @@ def empty_cache(config: DecoderConfig, rows: int, positions: int, *,
 
     Args:
         has_rings: Layers with a window keep no more than that; else they keep every position."""
-    lengths = cache_lengths(config, positions) if has_rings else [positions] * config.layers
-    return [kv_cache.empty_layer(config.cache_layout, config.dtype, batch=rows, sequence=length,
-                                 kv_heads=config.kv_heads, head_dim=config.head_dim)
-            for length in lengths]
+    cache: Cache = []
+    for layer, length in enumerate(cache_lengths(config, positions)):
+        shape = config.kind(layer).delta
+        cache.append(kv_cache.empty_layer(
+            config.cache_layout, config.dtype, batch=rows, kv_heads=config.kv_heads,
+            head_dim=config.head_dim, sequence=length if has_rings else positions)
+            if shape is None else delta.empty_state(shape, config.dtype, rows))
+    return cache
 
 
 def cache_lengths(config: DecoderConfig, positions: int) -> list[int]:
-    """Returns how many positions each layer's cache holds, of sequences with at most so many."""
-    return [kv_cache.ring_length(config.kind(layer).window, positions)
-            for layer in range(config.layers)]
+    """Returns how many positions each layer's cache holds, of sequences with at most so many; 0 if
+    it keeps a state instead."""
+    kinds = [config.kind(layer) for layer in range(config.layers)]
+    return [kv_cache.ring_length(kind.window, positions) if kind.delta is None else 0
+            for kind in kinds]
 
 
-def mean_cache_length(config: DecoderConfig, positions: int) -> int:
-    """Returns how many positions a layer's cache holds, on average, of at most so many."""
-    return -(-sum(cache_lengths(config, positions)) // config.layers)
+def position_bytes(config: DecoderConfig) -> int:
+    """Returns the bytes of one position's keys and values in all layers that have some."""
+    return (2 * config.attention_layers * config.kv_heads * config.head_dim
+            * jnp.dtype(config.dtype).itemsize)
+
+
+@functools.cache
+def cache_bytes(config: DecoderConfig, positions: int) -> int:
+    """Returns the bytes of the cache of one sequence of at most so many positions."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(
+        jax.eval_shape(lambda: empty_cache(config, 1, positions))))
+
+
+def positions_held(config: DecoderConfig, positions: int) -> int:
+    """Returns for how many positions keys and values would be as large as that cache."""
+    return -(-cache_bytes(config, positions) // position_bytes(config))
 
 
 def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],
-           start: Int[Array, " B"], cache: Cache) -> tuple[Float[Array, "B T D"], Cache]:
+           start: Int[Array, " B"], cache: Cache, counts: Int[Array, " B"] | None = None,
+           ) -> tuple[Float[Array, "B T D"], Cache]:
     """Reads T more tokens of each row: one in a decode step, a whole prompt in a prefill.
 
     Args:
         unstacked: Weights as `unstack` returns them.
         start: Tokens in each row's cache. Later slots may hold anything: they are overwritten or
             never seen.
+        counts: How many of the T tokens are the row's; None = all. A state knows nothing of the
+            others.
 
     Returns:
         The final hidden states, and the cache with T more tokens."""
@@ -506,6 +652,6 @@ def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],
             kind = config.kind(index)
             block: Any = Block(config, kind)
             x, layer_cache = block.apply({"params": layer}, x, angles[kind], positions,
-                                         cache[index], method="decode")
+                                         cache[index], counts, method="decode")
             new_cache.append(layer_cache)
     return rms_norm(x, unstacked["final_norm"], config.norm_eps, config.norm_offset), new_cache

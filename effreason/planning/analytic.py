@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from effreason.lm import model
 from effreason.lm.adapters import Adapter
+from effreason.lm.delta import CHUNK
 from effreason.lm.model import DecoderConfig
 from effreason.planning import shapes
 from effreason.planning.costs import Collective, Cost, KernelCall
@@ -36,6 +37,9 @@ CUDNN_BLOCK_ARRAYS = (5, 8)         # XLA for GPUs, around cuDNN's attention
 ROW_ARRAYS = 5                      # arrays in Rows
 EXPERIENCE_ARRAYS = 8               # arrays in Experience, with its Rows
 ADVANTAGE_ARRAYS = 10               # arrays of a number for each response token
+# Of layers that keep a state, for each token in float32: arrays of a chunk's positions for each
+# value head, and of queries, keys and values, in a backward and in a forward pass.
+STATE_ARRAYS, STATE_FORWARD_ARRAYS = (8, 10), (4, 6)
 # Those that every chip has as a whole for a moment, if they are small, and those that are sent to
 # all for it.
 WHOLE_ARRAYS, SENT_ARRAYS = 2, 3
@@ -68,9 +72,35 @@ class StepSizes:
     @property
     def products(self) -> int:
         """Parameters of all layers in matrix products with a token."""
-        c = self.decoder
-        return c.layers * c.width * (2 * c.head_dim * (c.heads + c.kv_heads) + c.experts
-                                     + 3 * c.active_mlp_width)
+        c, delta, products = self.decoder, self.decoder.delta, 0
+        if delta is not None:
+            products = delta.value_heads * (3 * delta.value_dim + 2)
+            products += 2 * delta.key_heads * delta.key_dim
+        heads = c.heads * (3 if c.gates_attention else 2) + 2 * c.kv_heads
+        return c.width * (c.attention_layers * c.head_dim * heads + self.state_layers * products
+                          + c.layers * (c.experts + 3 * c.active_mlp_width))
+
+    @property
+    def state_layers(self) -> int:
+        return self.decoder.layers - self.decoder.attention_layers
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what all layers keep of a sequence, whatever its length."""
+        return model.cache_bytes(self.decoder, 1) - model.position_bytes(self.decoder)
+
+    def state_flops(self, *, is_step: bool) -> float:
+        """Returns the FLOPs of a position in the products of all states, of a decode step or of
+        `delta.mix` on whole rows."""
+        delta = self.decoder.delta
+        if delta is None:
+            return 0.0
+        value_head = 6.0 * delta.key_dim * delta.value_dim
+        if is_step:
+            return self.state_layers * delta.value_heads * value_head
+        value_head += 2.0 * CHUNK * delta.value_dim
+        return self.state_layers * (delta.value_heads * value_head
+                                    + 4.0 * delta.key_heads * CHUNK * delta.key_dim)
 
     @property
     def held(self) -> int:
@@ -79,8 +109,9 @@ class StepSizes:
 
     def attention_layers(self, width: int) -> float:
         """Returns how many layers without a window would compute as many pairs in such rows."""
-        windows = (self.decoder.kind(layer).window for layer in range(self.decoder.layers))
-        return sum(1.0 if window is None else min(2 * window / width, 1.0) for window in windows)
+        kinds = (self.decoder.kind(layer) for layer in range(self.decoder.layers))
+        return sum(1.0 if kind.window is None else min(2 * kind.window / width, 1.0)
+                   for kind in kinds if kind.delta is None)
 
     @property
     def mlp(self) -> int:
@@ -202,7 +233,7 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: i
                     platform: str) -> dict[str, float]:
     """Returns the bytes in one chip's memory of the arrays that outlive a function."""
     c = sizes.decoder
-    position = 2 * c.layers * c.kv_heads * c.head_dim * sizes.itemsize / sizes.tensor
+    position = model.position_bytes(c) / sizes.tensor
     split = sizes.itemsize * sizes.weights / sizes.shards
 
     return {
@@ -213,8 +244,9 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: i
         "weights": sizes.itemsize * sizes.sampled_weights(platform),
         "position": position,
         "slots": (slots / (sizes.data * sizes.fsdp) * position
-                  * model.mean_cache_length(c, capacity) / sizes.context),
-        "prefilled": 8 * config.data.max_prompt_tokens * position,
+                  * model.positions_held(c, capacity) / sizes.context),
+        "prefilled": 8 * (config.data.max_prompt_tokens * position
+                          + sizes.state_bytes / sizes.tensor),
     }
 
 
@@ -283,7 +315,7 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
     pairs *= workload.pair_batches / workload.micro_batches  # averaged over the narrower rows
     attended = sizes.attention_layers(workload.width)
 
-    layers = 2.0 * tokens * sizes.products / sizes.tensor
+    layers = tokens * (2.0 * sizes.products + sizes.state_flops(is_step=False)) / sizes.tensor
     head = 2.0 * tokens * sizes.table / sizes.tensor
     activation = tokens * c.width * s
     keys = 2 * rows * workload.width * c.kv_heads * c.head_dim * s / sizes.tensor
@@ -292,7 +324,8 @@ def _pass_costs(config: Config, sizes: StepSizes, workload: Workload) -> tuple[C
         """Returns passes over the layers: weights, sums over tensor, keys, values over context."""
         collectives = [_weight_gather(sizes, sizes.held, 7 * c.layers),
                        _reduction(sizes.tensor, 2 * c.layers * activation, count=2 * c.layers),
-                       _reduction(sizes.context, c.layers * keys, "all-gather", 2 * c.layers)]
+                       _reduction(sizes.context, c.attention_layers * keys, "all-gather",
+                                  2 * c.attention_layers)]
         return [dataclasses.replace(one, count=one.count * count, bytes=one.bytes * count)
                 for one in collectives]
 
@@ -331,19 +364,24 @@ def _activation_bytes(config: Config, sizes: StepSizes, workload: Workload) -> t
     saved = {"full": 1.0, "attention": 1.0 + c.heads * c.head_dim / sizes.tensor / c.width,
              "none": 12.0 + 5 * width_f / c.width}[sizes.saved] * c.layers * activation
 
-    def working(arrays: tuple[int, int]) -> float:
+    def working(arrays: tuple[int, int], of_state: tuple[int, int]) -> float:
         one_layer = 2 * s * sizes.held / c.layers / sizes.tensor
-        return tokens * s * (arrays[0] * width_f + arrays[1] * width_d) + one_layer
+        of_a_token = s * (arrays[0] * width_f + arrays[1] * width_d)
+        if c.delta is not None:     # computes whole rows
+            heads = of_state[0] * c.delta.value_heads * CHUNK
+            streams = sum(count * size for count, size in c.delta.streams)
+            of_a_token += 4 * sizes.context * (heads + of_state[1] * streams) / sizes.tensor
+        return tokens * of_a_token + one_layer
 
-    score = (s * table + max(working(FORWARD_ARRAYS), 3 * tile) + ROW_ARRAYS * of_rows
-             + 2 * of_tokens)
+    score = (s * table + max(working(FORWARD_ARRAYS, STATE_FORWARD_ARRAYS), 3 * tile)
+             + ROW_ARRAYS * of_rows + 2 * of_tokens)
 
     split = 1 / sizes.shards
     sums = 4 * sizes.trained * split
     block = CUDNN_BLOCK_ARRAYS if sizes.attention.startswith("cudnn") else BLOCK_ARRAYS
     # Weights in both dtypes, the sums, and the gradients of one micro-batch.
     gradients = _policy_bytes(sizes) + s * sizes.trained * split + sums + saved + max(
-        working(block), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
+        working(block, STATE_ARRAYS), 2 * s * table + 3 * tile + 2 * 4 * tokens * c.width)
     gradients += EXPERIENCE_ARRAYS * of_rows + s * table
     return score, gradients
 
@@ -352,11 +390,11 @@ def _attention_kernel(sizes: StepSizes, slots: int, capacity: int) -> KernelCall
     """Returns the attention to the cache in one decode step on one chip."""
     c, kv_heads = sizes.decoder, sizes.decoder.kv_heads // sizes.tensor
     rows = -(-slots // (sizes.data * sizes.fsdp))
-    positions = model.mean_cache_length(c, capacity) // sizes.context
+    positions = -(-sum(model.cache_lengths(c, capacity)) // c.attention_layers) // sizes.context
     cache = Array({2: "bf16", 4: "f32"}[sizes.itemsize],
                   (rows, kv_heads, positions, c.head_dim))
     queries = Array("f32", (rows * kv_heads, c.heads // c.kv_heads, 1, c.head_dim))
-    return KernelCall("paged_attention", (queries, cache, cache), (), c.layers)
+    return KernelCall("paged_attention", (queries, cache, cache), (), c.attention_layers)
 
 
 def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float], *, slots: int,
@@ -381,15 +419,17 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
     logits = 4 * local_slots * c.vocabulary / sizes.tensor
     without_embedding = resident["weights"] - (0 if c.tied else s * sizes.table / sizes.tensor)
     decode = Cost(
-        flops=2.0 * local_slots * (sizes.products + sizes.table) / sizes.tensor,
-        bytes=without_embedding + local_slots * TILE * 2 * position + 3 * logits,
+        flops=local_slots * (2.0 * (sizes.products + sizes.table)
+                             + sizes.state_flops(is_step=True)) / sizes.tensor,
+        bytes=without_embedding + local_slots * TILE * 2 * position + 3 * logits
+        + 2 * local_slots * sizes.state_bytes / sizes.tensor,
         collectives=sums(local_slots * sharing),
         kernels=(_attention_kernel(sizes, slots, capacity),))
     prefill = Cost(
         flops=2.0 * prefill_tokens * ((sizes.products - sizes.active_mlp) / sizes.tensor
                                       + sizes.active_mlp / mlp_shards)
         + 4.0 * prefill_tokens * width * sizes.attention_layers(width) * c.heads * c.head_dim
-        / sizes.tensor,
+        / sizes.tensor + prefill_tokens * sizes.state_flops(is_step=False) / sizes.tensor,
         bytes=resident["weights"]
         + prefill_tokens * c.layers * s * (6 * c.active_mlp_width / mlp_shards + 20 * c.width),
         collectives=(
@@ -405,6 +445,7 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
                              sizes, sizes.weights - (sharing > 1) * sizes.mlp),))),
         "prefill": (resident["weights"] + resident["prefilled"] + min(scores, 2**27 * c.heads)
                     + prefill_tokens * 8 * c.width * s, prefill),
-        "insert": (resident["slots"] + resident["prefilled"], Cost(bytes=2 * width * position)),
+        "insert": (resident["slots"] + resident["prefilled"], Cost(
+            bytes=2 * (width * position + sizes.state_bytes / sizes.tensor))),
         "decode": (resident["weights"] + resident["slots"] + 3 * logits, decode),
     }, (height, -(-config.rollout.prompts_per_step // height))

@@ -181,7 +181,8 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sampler.replicated)
 
     weights = sampler.unstack.eval_shape(params)
-    prefilled = sampler.prefill.eval_shape(weights, integers(height, width))
+    prompts = integers(height, width), integers(height)
+    prefilled = sampler.prefill.eval_shape(weights, *prompts)
     running = sampler.empty.eval_shape(count=slot_count, capacity=positions)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sampler.replicated)
@@ -203,7 +204,7 @@ def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, 
                        lower=lambda: sampler.unstack.lower(params)),
         PlannedProgram(name="prefill", per=f"{height} prompts", calls=batches, trips=1, divide=1,
                        other_bytes=training_bytes + bytes_per_device(running),
-                       lower=lambda: sampler.prefill.lower(weights, integers(height, width))),
+                       lower=lambda: sampler.prefill.lower(weights, *prompts)),
         PlannedProgram(name="insert", per="a slot", calls=responses, trips=height, divide=height,
                        other_bytes=training_bytes + bytes_per_device(weights),
                        lower=lambda: sampler.insert.lower(running, prefilled, fresh, key)),

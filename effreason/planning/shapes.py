@@ -10,7 +10,7 @@ import jax
 
 from effreason.lm import model
 from effreason.lm.hf import hub, peft
-from effreason.lm.hf.config import parse_config
+from effreason.lm.hf.config import decoder_table, parse_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
 from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
@@ -22,6 +22,13 @@ _QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 28, "rms_norm_eps": 1e-6,
           "rope_theta": 10000.0, "max_position_embeddings": 131072, "tie_word_embeddings": False}
 _QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
           "rope_theta": 1000000.0, "max_position_embeddings": 40960, "vocab_size": 151936}
+
+_QWEN3_5 = {
+    "model_type": "qwen3_5_text", "num_hidden_layers": 32, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144,
+    "vocab_size": 248320, "rope_parameters": {"rope_type": "default", "rope_theta": 10000000.0}}
 
 # The recipes' models, as in their config.json: a plan for them needs neither network nor files.
 SHIPPED: dict[str, dict[str, Any]] = {
@@ -42,6 +49,10 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _QWEN3 | {
         "num_hidden_layers": 36, "hidden_size": 4096, "num_attention_heads": 32,
         "intermediate_size": 12288, "tie_word_embeddings": False},
+    "Qwen/Qwen3.5-4B": _QWEN3_5 | {
+        "hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True},
+    "Qwen/Qwen3.5-9B": _QWEN3_5 | {
+        "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
 }
 
 
@@ -55,7 +66,8 @@ def open_decoder(config: Config) -> DecoderConfig:
         path = directory / "config.json"
         table = read_json(path)
 
-    most, longest = table.get("max_position_embeddings"), capacity.max_positions(config)
+    most = decoder_table(table, path).get("max_position_embeddings")
+    longest = capacity.max_positions(config)
     decoder = parse_config(table, path, dtype=config.model.dtype, remat=config.model.remat,
                            positions=longest)
     if isinstance(most, int) and 0 < most < longest:

@@ -15,10 +15,6 @@ from jaxtyping import Bool, Float, Int
 from effreason.runtime.config import RewardConfig
 from effreason.runtime.errors import UserError
 
-# Of the setting: with it the weights at each alpha move as far as a run with that alpha alone moves
-# them (docs/dial.md).
-EXPONENT = 0.75
-
 
 def split_name(name: str) -> tuple[str, float | None]:
     """Splits RUN@0.2 into the run and the alpha of its dial; the alpha is None without @."""
@@ -65,13 +61,16 @@ def checked_setting(config: RewardConfig, alpha: float | None, name: str) -> flo
 
 
 def setting(alpha: float, largest: float) -> float:
-    """Returns the setting of the dial for an alpha: 0 at alpha 0, rising to 1 at the largest.
+    """Returns the setting of the dial for an alpha, in proportion: 1 at the largest.
+
+    So the weights at each alpha move about as far as a run with that alpha alone moves them
+    (docs/dial.md).
 
     Args:
         alpha: in [0, largest].
         largest: the largest alpha of the training, > 0.
     """
-    return (alpha / largest)**EXPONENT
+    return alpha / largest
 
 
 def untrained(alphas: Sequence[float]) -> tuple[float, ...]:

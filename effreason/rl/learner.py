@@ -185,7 +185,7 @@ class Learner:
             packing.pack, rows=self._rows, updates=self._updates, context=context, width=width,
             slots=slots, sequences_per_row=attention.sequences_per_row(decoder.attention),
             shares_prompts=decoder.attention in attention.SEES_BRANCHES
-            and decoder.window is None)
+            and not decoder.needs_neighbours)
 
     def start(self, weights: model.Params, seed: int, stored: model.Params | None = None, *,
               keeps: bool = True) -> TrainState:
@@ -508,7 +508,7 @@ def row_layout(config: Config, decoder: model.DecoderConfig, prompt: int, *, con
         shards: of the rows.
     """
     slots, rows = config.rollout.max_new_tokens, config.update.rows_per_micro_batch
-    if decoder.attention != "xla" or decoder.window is not None:
+    if decoder.attention != "xla" or decoder.needs_neighbours:
         return packing.row_width(prompt + slots, context), rows
     heads = decoder.heads * decoder.head_dim
     layer = decoder.width * (2 * heads + 2 * decoder.kv_heads * decoder.head_dim
@@ -559,6 +559,8 @@ def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
     """Raises UserError for an axis of the weights that a mesh axis does not divide."""
     split = [("attention heads", decoder.heads, "tensor"),
              ("key/value heads", decoder.kv_heads, "tensor"),
+             *([] if decoder.delta is None
+               else [("key heads of a state", decoder.delta.key_heads, "tensor")]),
              (("experts", decoder.experts, "tensor") if decoder.experts
               else ("feed-forward width", decoder.mlp_width, "tensor")),
              ("vocabulary", decoder.vocabulary, "tensor"), ("width", decoder.width, "fsdp")]

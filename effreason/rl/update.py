@@ -393,7 +393,8 @@ def make_schedule(config: UpdateConfig, updates: int) -> optax.Schedule:
 def make_optimizer(config: UpdateConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns AdamW after a global-norm clip.
 
-    Norms and biases do not decay: pulled towards 0, they would switch their layers off."""
+    Norms, biases and the rates at which states fade do not decay: pulled towards 0, they would
+    switch their layers off."""
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm),
                        optax.adamw(schedule, b1=config.beta1, b2=config.beta2,
                                    weight_decay=config.weight_decay, mask=decayed))
@@ -402,7 +403,7 @@ def make_optimizer(config: UpdateConfig, schedule: optax.Schedule) -> optax.Grad
 def decayed(params: model.Params) -> Any:
     """Returns the tree of the weights with True for those that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(("norm", "bias")), params)
+        lambda path, _: not path[-1].key.endswith(("norm", "bias", "log_rate")), params)
 
 
 def state_sharding(config: model.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh,

@@ -38,6 +38,7 @@ AXES: dict[str, Any] = {
     "experts": "tensor",
     "vocab": "tensor",
     "norm": None,
+    "taps": None,                   # of a short convolution
     "rank": None,                   # of an adapter
     "layers": None,
     "updates": None,                # of a step

@@ -57,8 +57,8 @@ def position_budget(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     if config.rollout.slots is not None:
         return None
     budget = cache_budget_bytes(config, decoder, mesh, weight_bytes)
-    least = MIN_SLOTS * model.mean_cache_length(decoder, cache_positions(max_positions(config)))
-    return max(int(budget // slot_bytes(decoder, 1)), least)
+    least = MIN_SLOTS * model.positions_held(decoder, cache_positions(max_positions(config)))
+    return max(int(budget // model.position_bytes(decoder)), least)
 
 
 def cache_limits(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
@@ -69,20 +69,13 @@ def cache_limits(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
         slots=slot_count(config, mesh), shards=sharding.batch_shards(mesh), budget=budget,
         chunk=config.rollout.chunk, smallest=smallest_capacity(positions),
         largest=cache_positions(positions),
-        positions_held=functools.partial(model.mean_cache_length, decoder))
+        positions_held=functools.partial(model.positions_held, decoder))
 
 
 def max_positions(config: Config) -> int:
     """Returns the length of the longest sequence in a run, prompt and response."""
     response = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
     return config.data.max_prompt_tokens + response
-
-
-def slot_bytes(decoder: model.DecoderConfig, positions: int) -> int:
-    """Returns the bytes of keys and values of one response with `positions` positions."""
-    elements = 2 * decoder.kv_heads * decoder.head_dim * sum(
-        model.cache_lengths(decoder, positions))
-    return elements * jnp.dtype(decoder.dtype).itemsize
 
 
 def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
@@ -165,7 +158,7 @@ def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_by
     if config.rollout.slots is None:
         available = f" of {_format_bytes(cache_budget_bytes(config, decoder, mesh, weight_bytes))}"
 
-    total = _format_bytes(least * slot_bytes(decoder, positions))
+    total = _format_bytes(least * model.cache_bytes(decoder, positions))
     return (f"sampler: {count} slots of at most {positions:,} positions, "
             f"{total}{available} for keys and values")
 

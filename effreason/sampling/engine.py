@@ -87,12 +87,15 @@ def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: 
                 layout = kv_cache.XLA_LAYOUTS[platform]
 
     programs = make_programs(dataclasses.replace(config, cache_layout=layout), mesh)
+    if config.delta is not None and draft_tokens:
+        raise UserError("rollout.draft_tokens must be 0 for a model whose layers keep a state, "
+                        f"which cannot take back a token, got {draft_tokens}")
     if config.window is not None and draft_tokens >= kv_cache.MOST_READ:
         raise UserError(f"rollout.draft_tokens must be below {kv_cache.MOST_READ} for a model with "
                         f"sliding windows, got {draft_tokens}")
     limits = CacheLimits(
         slots=slots, shards=programs.shards, chunk=chunk, budget=budget,
-        positions_held=functools.partial(model.mean_cache_length, config),
+        positions_held=functools.partial(model.positions_held, config),
         draft_tokens=draft_tokens, most_positions=speculation.MOST_POSITIONS[platform],
         smallest=smallest_capacity(max_positions) if min_positions is None else min_positions,
         largest=None if max_positions is None else cache_positions(max_positions))
@@ -184,7 +187,7 @@ class Generation:
         for batch, responses in started:
             if batch.cache is None:
                 prompts = sharding.to_device(batch.prompts(), programs.replicated)
-                batch.cache = programs.prefill(self._weights, prompts)
+                batch.cache = programs.prefill(self._weights, *prompts)
             table = schedule.insert_table(batch, responses)
             table = sharding.to_device(table, programs.replicated)
             self._state = programs.insert(self._state, batch.cache, table, self._key)
@@ -214,7 +217,7 @@ class Generation:
             lengths, larger = map(programs.cache_lengths, (self.capacity, capacity))
             for index, (length, new_length) in enumerate(zip(lengths, larger, strict=True)):
                 if kept is not None:
-                    state.cache[index] = programs.compact_cache(state.cache[index], kept)
+                    state.cache[index] = programs.compact_cache[index](state.cache[index], kept)
                 if new_length > length:
                     state.cache[index] = programs.grow(state.cache[index], positions=new_length)
             if kept is not None:

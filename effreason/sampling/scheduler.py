@@ -144,13 +144,15 @@ class PrefillBatch:
     height: int                     # rows, some of them empty
     cache: Any = None               # on the device, once it is prefilled
 
-    def prompts(self) -> Int[np.ndarray, "height width"]:
-        """Returns the tokens, padded on the right."""
+    def prompts(self) -> tuple[Int[np.ndarray, "height width"], Int[np.ndarray, " height"]]:
+        """Returns the tokens, padded on the right, and how many there are in each row."""
         prompts = np.zeros((self.height, self.width), np.int32)
+        lengths = np.zeros(self.height, np.int32)
         for key, row in self.rows.items():
             # The last token is left to the first decode step, which draws from its prediction.
-            prompts[row, : len(key.known) - 1] = key.known[:-1]
-        return prompts
+            lengths[row] = len(key.known) - 1
+            prompts[row, : lengths[row]] = key.known[:-1]
+        return prompts, lengths
 
 
 class PrefillQueue:
@@ -217,7 +219,7 @@ class CacheLimits:
     smallest: int = 64              # positions of a slot, a power of two
     largest: int | None = None      # positions of a slot; None = no limit
     budget: int | None = None       # positions of all slots together; None = enough
-    # Of a slot of some capacity: fewer if some layers keep no more than their window.
+    # As large as a slot of some capacity: fewer if some layers keep no more than their window.
     positions_held: Callable[[int], int] = lambda capacity: capacity
     draft_tokens: int = 0           # read ahead in each slot, at most; 0 = none
     most_positions: int = 128       # that a device reads in a step with drafts

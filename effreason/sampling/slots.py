@@ -59,12 +59,12 @@ class Programs:
     """The sampler's functions, compiled once for each combination of shapes."""
 
     unstack: Wrapped                # params -> weights as the decoder reads them token by token
-    prefill: Wrapped                # (weights, int32[R, W]) -> prefill cache
+    prefill: Wrapped                # (weights, int32[R, W], int32[R]) -> prefill cache
     insert: Wrapped                 # (slots, prefill cache, int32[8, S], step key) -> slots
     decode: Wrapped                 # (weights, slots, control, sampling=, chunk=) -> slots, outputs
     speculate: Wrapped              # (weights, slots, control, texts, ..., drafted=) -> the same
-    grow: Wrapped                   # (cache of a layer, positions=) -> the same, larger
-    compact_cache: Wrapped          # (cache of a layer, rows) -> these rows of it
+    grow: Wrapped                   # (keys and values of a layer, positions=) -> the same, larger
+    compact_cache: list[Wrapped]    # of each layer: (its cache, rows) -> these rows of it
     compact: Wrapped                # (slots without a cache, rows) -> these rows of them
     empty: Wrapped                  # (count=, capacity=) -> slots
     cache_lengths: Callable[[int], list[int]]   # capacity -> positions in the cache of each layer
@@ -76,7 +76,7 @@ class Programs:
     def compilations(self) -> int:
         """Returns how many programs have been compiled so far."""
         functions: list[Any] = [self.unstack, self.prefill, self.insert, self.decode,
-                                self.speculate, self.grow, self.compact_cache, self.compact,
+                                self.speculate, self.grow, *{*self.compact_cache}, self.compact,
                                 self.empty]
         return sum(function._cache_size() for function in functions)
 
@@ -166,8 +166,8 @@ def speculate(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_
     (rows, width), generated_before = texts.shape, slots.generated
     slots, min_active = _give_up(slots, control)
     longest = chunk * (drafted + 1)
-    sequence = model.cache_axes(config)["keys"].index("sequence")
-    capacity = max(layer["keys"].shape[sequence] for layer in slots.cache)
+    capacity = max(layer["keys"].shape[axes["keys"].index("sequence")]
+                   for layer, axes in zip(slots.cache, model.cache_axes(config), strict=True))
     # Its last part are the tokens of this chunk: the next drafts may come from them.
     texts = jnp.pad(texts, ((0, 0), (0, longest)))
     logprobs = {name: jnp.zeros((rows, longest), jnp.float32)
@@ -245,11 +245,14 @@ def steps_between_checks(platform: str, chunk: int) -> int:
     return 1 if platform == "cpu" else math.gcd(chunk, CHECK_EVERY)
 
 
-def prefill(weights: model.Params, prompts: Int[Array, "R W"], *,
+def prefill(weights: model.Params, prompts: Int[Array, "R W"], lengths: Int[Array, " R"], *,
             config: model.DecoderConfig) -> model.Cache:
     """Returns keys and values of prompts padded on the right; those of the padding are never read.
 
-    Works chunk by chunk: the scores of all positions against all would be W * W for each head."""
+    Works chunk by chunk: the scores of all positions against all would be W * W for each head.
+
+    Args:
+        lengths: Of the prompts."""
     rows, width = prompts.shape
     chunk = min(math.gcd(width, PREFILL_CHUNK), max(PREFILL_SCORES // (rows * width), 16))
     chunk = math.gcd(width, 1 << chunk.bit_length() - 1)
@@ -257,7 +260,8 @@ def prefill(weights: model.Params, prompts: Int[Array, "R W"], *,
     def prefill_chunk(index: jax.Array, cache: model.Cache) -> model.Cache:
         start = index * chunk
         tokens = jax.lax.dynamic_slice_in_dim(prompts, start, chunk, axis=1)
-        return model.decode(config, weights, tokens, jnp.full(rows, start, jnp.int32), cache)[1]
+        return model.decode(config, weights, tokens, jnp.full(rows, start, jnp.int32), cache,
+                            jnp.clip(lengths - start, 0, chunk))[1]
 
     # No rings: the padding after a shorter prompt would overwrite what it still sees.
     cache = model.empty_cache(config, rows, width, has_rings=False)
@@ -267,13 +271,14 @@ def prefill(weights: model.Params, prompts: Int[Array, "R W"], *,
 
 
 def insert(slots: Slots, prefill_cache: model.Cache, table: Int[Array, "8 S"],
-           step_key: Key[Array, ""], *, mesh: Mesh, layout: dict[str, tuple[str, ...]]) -> Slots:
+           step_key: Key[Array, ""], *, mesh: Mesh,
+           layout: list[dict[str, tuple[str, ...]]]) -> Slots:
     """Puts responses into free slots: keys and values of their prompt, and their state.
 
     Args:
         table: rows as in INSERT_FIELDS.
         step_key: of the training step.
-        layout: logical axes of a cache layer's arrays, by name."""
+        layout: logical axes of each layer's arrays in the cache, by name."""
     new = dict(zip(INSERT_FIELDS, table, strict=True))
     # Which column of the table a slot takes, or none: a comparison instead of a scatter keeps the
     # rows on their devices.
@@ -292,20 +297,29 @@ def insert(slots: Slots, prefill_cache: model.Cache, table: Int[Array, "8 S"],
 
 
 def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, Array],
-               mesh: Mesh, layout: dict[str, tuple[str, ...]]) -> model.Cache:
+               mesh: Mesh, layout: list[dict[str, tuple[str, ...]]]) -> model.Cache:
     """Copies rows of the prefill cache into slots, until the first slot -1.
 
     Each device writes its own rows one by one: a scatter over the slots would gather the cache. Of
     a prompt that is longer than a ring, its end is copied."""
     parts = mesh.shape["context"]
-    specs = {name: sharding.spec(*axes) for name, axes in layout.items()}
-    prefill_specs = {name: prefill_spec(axes) for name, axes in layout.items()}
+    def is_ring(old: jax.Array, new: jax.Array, axes: tuple[str, ...]) -> bool:
+        """Whether a slot does not hold all positions of the prompt."""
+        if "sequence" not in axes:
+            return False
+        axis = axes.index("sequence")
+        return parts * old.shape[axis] < new.shape[axis]
 
-    def local_positions(new: jax.Array, old: jax.Array, axis: int) -> jax.Array:
+    specs, prefill_specs = ([{name: of_axes(axes) for name, axes in layer.items()}
+                             for layer in layout]
+                            for of_axes in (lambda axes: sharding.spec(*axes), prefill_spec))
+
+    def local_positions(new: jax.Array, old: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """Returns the prompt positions that this device holds: all, unless sequences are split, or
         the slot is a ring."""
-        if parts == 1 or parts * old.shape[axis] < new.shape[axis]:
+        if parts == 1 or "sequence" not in axes or is_ring(old, new, axes):
             return new
+        axis = axes.index("sequence")
         size = old.shape[axis]
         padding = [(0, max(parts * size - new.shape[axis], 0) if dim == axis else 0)
                    for dim in range(new.ndim)]
@@ -313,27 +327,27 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, 
         return jax.lax.dynamic_slice_in_dim(jnp.pad(new, padding), start, size, axis)
 
     @partial(
-        jax.shard_map, mesh=mesh, check_vma=False, out_specs=[specs] * len(cache),
-        in_specs=([specs] * len(cache), [prefill_specs] * len(cache),
-                  (PartitionSpec(), PartitionSpec(), PartitionSpec())))
+        jax.shard_map, mesh=mesh, check_vma=False, out_specs=specs,
+        in_specs=(specs, prefill_specs, (PartitionSpec(), PartitionSpec(), PartitionSpec())))
     def copy(cache: model.Cache, prompts: model.Cache,
              indices: tuple[jax.Array, jax.Array, jax.Array]) -> model.Cache:
         slot, row, length = indices
         local_slots = jax.tree.leaves(cache)[0].shape[0]
         first = local_slots * jax.lax.axis_index(sharding.AXES["batch"])
-        prompts = [{name: local_positions(new[name], array, layout[name].index("sequence"))
+        prompts = [{name: local_positions(new[name], array, axes[name])
                     for name, array in layer.items()}
-                   for new, layer in zip(prompts, cache, strict=True)]
+                   for new, layer, axes in zip(prompts, cache, layout, strict=True)]
 
         def copy_one(index: jax.Array, cache: model.Cache) -> model.Cache:
             local = slot[index] - first
             is_local = (local >= 0) & (local < local_slots)
             local = jnp.clip(local, 0, local_slots - 1)
 
-            def write(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            def write(old: jax.Array, new: jax.Array, axes: tuple[str, ...]) -> jax.Array:
                 corner = (local,) + (0,) * (old.ndim - 1)
                 prompt = jax.lax.dynamic_index_in_dim(new, row[index], 0)
-                if parts * old.shape[axis] < new.shape[axis]:
+                if is_ring(old, new, axes):
+                    axis = axes.index("sequence")
                     held = jnp.arange(old.shape[axis])
                     if parts > 1:
                         held = held + jax.lax.axis_index("context") * len(held)
@@ -343,9 +357,8 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, 
                 return jax.lax.dynamic_update_slice(
                     old, jnp.where(is_local, prompt, current), corner)
 
-            return [{name: write(array, new[name], layout[name].index("sequence"))
-                     for name, array in layer.items()}
-                    for layer, new in zip(cache, prompts, strict=True)]
+            return [{name: write(array, new[name], axes[name]) for name, array in layer.items()}
+                    for layer, new, axes in zip(cache, prompts, layout, strict=True)]
 
         return jax.lax.fori_loop(0, jnp.sum(slot >= 0), copy_one, cache)
 
@@ -400,12 +413,16 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
     policy, config = config, dataclasses.replace(config, adapter=None)      # unstack merges them
     axes = model.cache_axes(config)
     replicated, by_rows = sharding.sharding(mesh), sharding.sharding(mesh, "batch")
-    layer = {name: sharding.sharding(mesh, *names) for name, names in axes.items()}
-    prompts = {name: NamedSharding(mesh, prefill_spec(names)) for name, names in axes.items()}
-    sequence_axes = {name: names.index("sequence") for name, names in axes.items()}
+    prompts = [{name: NamedSharding(mesh, prefill_spec(names)) for name, names in layer.items()}
+               for layer in axes]
+    attending = next(number for number, layer in enumerate(axes) if "keys" in layer)
+    sequence_axes = {name: names.index("sequence") for name, names in axes[attending].items()}
 
     rows: Any = by_rows             # shardings in the place of arrays
-    cache: Any = [layer] * config.layers
+    cache: Any = [{name: sharding.sharding(mesh, *names) for name, names in layer.items()}
+                  for layer in axes]
+    compact_cache = {tuple(layer): jax.jit(partial(compact, mesh=mesh, shardings=layer),
+                                           out_shardings=layer) for layer in cache}
     slots = Slots(cache=cache, token=rows, length=rows, generated=rows, limit=rows, active=rows,
                   key=rows)
     without_cache = dataclasses.replace(slots, cache=[])
@@ -415,7 +432,7 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
 
     return Programs(
         unstack=jax.jit(partial(model.unstack, policy), out_shardings=weights),
-        prefill=jax.jit(partial(prefill, config=config), out_shardings=[prompts] * config.layers),
+        prefill=jax.jit(partial(prefill, config=config), out_shardings=prompts),
         insert=jax.jit(partial(insert, mesh=mesh, layout=axes), out_shardings=slots,
                        donate_argnums=0),
         decode=jax.jit(partial(decode, config=config, platform=platform),
@@ -425,8 +442,8 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
                           static_argnames=("sampling", "chunk", "drafted"),
                           out_shardings=(slots, replicated), donate_argnums=1),
         grow=jax.jit(partial(grow, axes=sequence_axes), static_argnames="positions",
-                     out_shardings=layer),
-        compact_cache=jax.jit(partial(compact, mesh=mesh, shardings=layer), out_shardings=layer),
+                     out_shardings=cache[attending]),
+        compact_cache=[compact_cache[tuple(layer)] for layer in cache],
         compact=jax.jit(partial(compact, mesh=mesh, shardings=without_cache),
                         out_shardings=without_cache),
         empty=jax.jit(partial(empty, config=config), static_argnames=("count", "capacity"),
@@ -437,7 +454,6 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
 
 def _unstacked_axes(config: model.DecoderConfig) -> Any:
     """Returns the logical axes of the weights with one subtree for each layer."""
-    logical = model.logical_axes(config)
-    layer = jax.tree.map(lambda axes: axes[1:], logical["layers"],
-                         is_leaf=lambda node: isinstance(node, tuple))
-    return logical | {"layers": [layer] * config.layers}
+    logical, having = model.logical_axes(config), model.stacks(config)
+    return logical | {"layers": [{name: axes[1:] for name, axes in logical["layers"].items()
+                                  if layer in having[name]} for layer in range(config.layers)]}

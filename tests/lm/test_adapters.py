@@ -27,7 +27,7 @@ def hidden(config, params):
     return jax.jit(model.forward, static_argnums=0)(config, params, TOKENS)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "smollm3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "smollm3", "qwen3_moe", "qwen3_5"])
 def test_merged_weights_compute_what_the_adapters_do(family):
     config = with_adapters(FAMILIES[family])
     params = weights(config)
@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_those_of_the_product_by_the_chain_rule(made):
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
 
     scale, rank = config.adapter.scale, config.adapter.rank
-    for name in adapters.TARGETS["all"]:
+    for name in adapters.ATTENTION + adapters.MLP:
         for layer in range(base.layers):
             a, b, change = (np.asarray(tree["layers"][key][layer], np.float64) for tree, key in (
                 (params, name + adapters.A), (params, name + adapters.B), (whole, name)))

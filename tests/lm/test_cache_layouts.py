@@ -155,7 +155,7 @@ def test_a_decode_step_moves_no_cache_between_devices(layout):
     config = dataclasses.replace(QWEN2, cache_layout=layout)
     target = mesh(data=2, fsdp=2, tensor=2)
     places = [{name: sharding.sharding(target, *axes)
-               for name, axes in model.cache_axes(config).items()}]
+               for name, axes in model.cache_axes(config)[0].items()}]
     rows = sharding.sharding(target, "batch")
 
     def write(cache, key, value, start):

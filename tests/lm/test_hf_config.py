@@ -12,6 +12,7 @@ import pytest
 from checkpoint_copies import edit
 
 from effreason.lm import model
+from effreason.lm.delta import DeltaShape
 from effreason.lm.hf import config as configs
 from effreason.lm.hf.config import read_config
 from effreason.lm.hf.families import FAMILIES
@@ -84,6 +85,15 @@ GEMMA = dict(
     num_key_value_heads=1, query_pre_attn_scalar=256, rms_norm_eps=1e-6,
     rope_local_base_freq=10000.0, rope_scaling=None, rope_theta=1000000.0, sliding_window=512,
     sliding_window_pattern=6, torch_dtype="bfloat16", vocab_size=262144)
+QWEN3_5 = dict(
+    model_type="qwen3_5_text", attention_bias=False, attn_output_gate=True, dtype="bfloat16",
+    full_attention_interval=4, head_dim=256, hidden_act="silu", linear_conv_kernel_dim=4,
+    linear_key_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=32,
+    linear_value_head_dim=128, max_position_embeddings=262144, mlp_only_layers=[],
+    mtp_num_hidden_layers=1, num_attention_heads=16, num_hidden_layers=32, num_key_value_heads=4,
+    rms_norm_eps=1e-6, mamba_ssm_dtype="float32", vocab_size=248320, rope_parameters=dict(
+        mrope_interleaved=True, mrope_section=[11, 11, 10], rope_type="default",
+        rope_theta=10000000, partial_rotary_factor=0.25))
 # The same for families with layers of several kinds, norms in other places, or fused tensors; and
 # how many layers of the first eight have a window.
 OTHERS = {
@@ -157,6 +167,31 @@ def test_published_models_are_understood(name):
     assert (config.vocabulary, kind.rope.theta) == (table["vocab_size"], table["rope_theta"])
     assert config.tied == table["tie_word_embeddings"]
     assert (kind.rope.scaling is not None) == (table["model_type"] == "llama")
+
+
+@pytest.mark.parametrize(("entries", "parameters"), [
+    # Of the language model alone, as transformers counts them.
+    (dict(hidden_size=2560, intermediate_size=9216, tie_word_embeddings=True), 4_205_751_296),
+    (dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False), 8_953_803_264),
+    (dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=64, num_attention_heads=24,
+          linear_num_value_heads=48, tie_word_embeddings=False), 26_895_998_464)], ids=str)
+def test_qwen3_5_is_understood(entries, parameters):
+    text = QWEN3_5 | entries
+    table = dict(model_type="qwen3_5", architectures=["Qwen3_5ForConditionalGeneration"],
+                 text_config=text, vision_config={}, image_token_id=248056,
+                 tie_word_embeddings=text["tie_word_embeddings"])
+    config = configs.parse_config(table, Path("config.json"))
+    assert sum(math.prod(leaf.shape)
+               for leaf in jax.tree.leaves(model.abstract_params(config))) == parameters
+    assert configs.parse_config(text, Path("config.json")) == dataclasses.replace(
+        config, others=("mtp.",))
+    *with_states, attending = config.kinds
+    assert attending == LayerKind(rope=Rope(theta=1e7, rotated=0.25)) and config.gates_attention
+    assert len(with_states) == 3 and config.attention_layers == config.layers // 4
+    assert with_states[0].delta == DeltaShape(
+        key_heads=16, value_heads=text["linear_num_value_heads"], key_dim=128, value_dim=128,
+        taps=4)
+    assert configs.max_positions(table, Path("config.json")) == 262144
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -267,6 +302,9 @@ def test_missing_entries_of_every_family(name):
         types = ["sliding_attention"] * found.layers
     for layer, layer_type in enumerate(types):
         kind, ropes = found.kind(layer), expected.rope_parameters
+        if layer_type == "linear_attention":
+            assert kind.delta is not None
+            continue
         is_short = (layer_type == "sliding_attention"
                     and expected.sliding_window < expected.max_position_embeddings)
         assert kind.window == (expected.sliding_window if is_short else None)
@@ -365,6 +403,10 @@ def test_what_the_decoder_does_not_compute_is_refused_by_name(copy, entries):
     ("gemma3_text", dict(final_logit_softcapping=30.0)),
     ("gemma3_text", dict(use_bidirectional_attention=True)),
     ("mistral", dict(layer_types=["full_attention"] * 2, sliding_window=8)),
+    ("qwen3", dict(attn_output_gate=True)), ("qwen3", dict(linear_num_key_heads=4)),
+    ("qwen3_5_text", dict(attn_output_gate=False)), ("qwen3_5_text", dict(mlp_bias=True)),
+    ("qwen3_5_text", dict(linear_num_key_heads=5)),
+    ("qwen3_5_text", dict(layer_types=["linear_attention", "sliding_attention"])),
 ])
 def test_what_another_family_would_not_read_is_refused(copy, family, entry):
     edit(copy, model_type=family, architectures=[FAMILIES[family].architecture],

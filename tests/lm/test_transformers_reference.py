@@ -14,7 +14,7 @@ from effreason.lm.hf.weights import read_weights
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ["qwen2_tied", "qwen2_untied", "llama", "llama3", "qwen3", "mistral", "ministral",
-         "smollm3", "olmo2", "olmo3", "phi3", "gemma3", "qwen3_moe"]
+         "smollm3", "olmo2", "olmo3", "phi3", "gemma3", "qwen3_moe", "qwen3_5"]
 TOLERANCE = dict(rtol=1e-4, atol=5e-4)  # float32 sums in another order; a logit's spread is 2 to 6
 
 

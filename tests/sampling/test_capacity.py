@@ -33,10 +33,10 @@ def config(**rollout):
 
 def test_a_slot_by_hand():
     assert capacity.max_positions(config()) == 4096
-    assert capacity.slot_bytes(LARGE, 4096) == 28 * 1024 * 4096
+    assert model.cache_bytes(LARGE, 4096) == 28 * 1024 * 4096
     target = mesh()
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(model.empty_cache(QWEN2, 1, 64)))
-    assert capacity.slot_bytes(QWEN2, 64) == bytes_ and target.size == 1
+    assert model.cache_bytes(QWEN2, 64) == bytes_ and target.size == 1
 
 
 def limits(settings, target):

@@ -198,13 +198,13 @@ def test_no_cache_moves_between_devices():
     with jax.set_mesh(target):
         params = programs.unstack(place(config, weights(config), target))
         state = programs.empty(count=rows, capacity=capacity)
-        bank = programs.prefill(params, np.zeros((8, 64), np.int32))
+        bank = programs.prefill(params, np.zeros((8, 64), np.int32), np.zeros(8, np.int32))
         fresh, kept = np.zeros((len(INSERT_FIELDS), rows), np.int32), np.zeros(rows // 2, np.int32)
         control = np.zeros(1 + rows, np.int32)
         lowered = [programs.decode.lower(params, state, control, sampling=ANY, chunk=4),
                    programs.insert.lower(state, bank, fresh, jax.random.key(0)),
                    programs.grow.lower(state.cache[0], positions=2 * capacity),
-                   programs.compact_cache.lower(state.cache[0], kept)]
+                   programs.compact_cache[0].lower(state.cache[0], kept)]
     of_a_device = rows * config.kv_heads * config.head_dim * capacity // 8
     all_moved = [
         re.findall(
@@ -276,9 +276,9 @@ def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
         def __init__(self, function):
             self.function, self._cache_size = function, function._cache_size
 
-        def __call__(self, weights, prompts):
+        def __call__(self, weights, prompts, lengths):
             rows.append(prompts.shape)
-            return self.function(weights, prompts)
+            return self.function(weights, prompts, lengths)
 
     def spied(*arguments):
         programs = make_programs(*arguments)
@@ -358,9 +358,9 @@ def test_reading_long_prompts_takes_memory_in_proportion_to_them():
     params = programs.unstack(weights(config))
 
     def temporary(width):
-        prompts = jax.ShapeDtypeStruct((1, width), np.int32)
-        return programs.prefill.lower(params,
-                                      prompts).compile().memory_analysis().temp_size_in_bytes
+        prompts, lengths = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, width), (1,)))
+        compiled = programs.prefill.lower(params, prompts, lengths).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(16384) < 3 * temporary(8192)
 

@@ -22,7 +22,7 @@ from generations import (
 
 from effreason.lm import kv_cache, model
 from effreason.runtime.errors import UserError
-from effreason.sampling import capacity, engine, scheduler
+from effreason.sampling import engine, scheduler
 
 LENGTH = 16     # of a ring; windows see 5 positions, prompts have up to 20 tokens
 
@@ -71,11 +71,11 @@ def test_slots_that_grow_are_given_up_and_prefilled_again(settings):
 def test_memory_is_counted_as_it_is():
     for positions in (8, 64):
         leaves = jax.tree.leaves(model.empty_cache(OLMO3, 1, positions))
-        assert capacity.slot_bytes(OLMO3, positions) == sum(leaf.nbytes for leaf in leaves)
+        assert model.cache_bytes(OLMO3, positions) == sum(leaf.nbytes for leaf in leaves)
     # Two of three layers have a window: a slot of 64 positions holds 64 + 2 * 16, 32 on average.
-    assert model.mean_cache_length(OLMO3, 64) == 32
+    assert model.positions_held(OLMO3, 64) == 32
     limits = scheduler.CacheLimits(
-        slots=100, budget=320, positions_held=functools.partial(model.mean_cache_length, OLMO3))
+        slots=100, budget=320, positions_held=functools.partial(model.positions_held, OLMO3))
     assert limits.slots_of(64) == 10
     plain = dataclasses.replace(OLMO3, kinds=OLMO3.kinds[1:])
     assert model.cache_lengths(plain, 64) == [64] * 3

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from effreason.lm import model
+from effreason.lm.delta import DeltaShape
 from effreason.lm.model import LayerKind
 from effreason.lm.rope import Linear, Llama3, Rope
 from effreason.rl import packing
@@ -38,9 +39,13 @@ GEMMA3 = dataclasses.replace(
         LayerKind(rope=Rope(theta=10_000.0, scaling=Linear(factor=8.0))),))
 QWEN3_MOE = dataclasses.replace(QWEN3, tied=False, mlp_width=12, experts=6, experts_per_token=2,
                                 normalizes_experts=True)
+DELTA = DeltaShape(key_heads=2, value_heads=4, key_dim=6, value_dim=5, taps=4)
+QWEN3_5 = dataclasses.replace(
+    QWEN3, layers=5, tied=False, norm_offset=1.0, gates_attention=True, kinds=(
+        *[LayerKind(delta=DELTA)] * 2, LayerKind(rope=Rope(theta=10_000.0, rotated=0.5))))
 FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3, "mistral": MISTRAL,
             "smollm3": SMOLLM3, "olmo3": OLMO3, "phi3": PHI3, "gemma3": GEMMA3,
-            "qwen3_moe": QWEN3_MOE}
+            "qwen3_moe": QWEN3_MOE, "qwen3_5": QWEN3_5}
 
 
 @functools.cache

@@ -62,10 +62,10 @@ def sampled(problems=PROBLEMS, group_size=GROUP, max_new_tokens=LIMIT, expected=
                  problems)
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, atol=2e-5):
     for name, response in found.items():
         np.testing.assert_array_equal(response.tokens, expected[name].tokens, err_msg=str(name))
-        np.testing.assert_allclose(response.logprobs, expected[name].logprobs, atol=2e-5)
+        np.testing.assert_allclose(response.logprobs, expected[name].logprobs, atol=atol)
         assert response.ended == expected[name].ended
 
 

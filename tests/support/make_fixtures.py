@@ -120,10 +120,23 @@ def gemma3() -> transformers.PretrainedConfig:
             "full_attention": dict(rope_type="linear", rope_theta=1_000_000.0, factor=8.0)})
 
 
+def qwen3_5() -> transformers.PretrainedConfig:
+    # Two layers with states, one that attends; the last layer keeps a state. 12 of 16 entries of a
+    # head are rotated.
+    shape = SHAPE | dict(num_hidden_layers=4, head_dim=16)
+    return transformers.Qwen3_5TextConfig(
+        **shape, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=12, linear_conv_kernel_dim=4, tie_word_embeddings=False,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        rope_parameters=rope(10_000_000.0) | dict(
+            partial_rotary_factor=0.75, mrope_interleaved=True, mrope_section=[2, 2, 2]))
+
+
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "qwen2_tied": qwen2_tied, "qwen2_untied": qwen2_untied, "llama": llama, "llama3": llama3,
     "qwen3": qwen3, "mistral": mistral, "ministral": ministral, "smollm3": smollm3,
-    "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "gemma3": gemma3, "qwen3_moe": qwen3_moe}
+    "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "gemma3": gemma3, "qwen3_moe": qwen3_moe,
+    "qwen3_5": qwen3_5}
 OLDER_SPELLING = {"qwen2_tied", "llama3", "phi3", "gemma3"}     # as most published ones
 SHARDED = {"qwen2_untied"}
 
@@ -142,9 +155,10 @@ def build(config: transformers.PretrainedConfig, seed: int) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                offset = 1.0 if config.model_type == "gemma3_text" else 0.0     # added to it
+                is_offset = config.model_type in ("gemma3_text", "qwen3_5_text")
+                offset = 1.0 if is_offset and "linear_attn" not in name else 0.0    # added to it
                 parameter.copy_(1.0 - offset + 0.3 * noise)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "A_log")):
                 parameter.copy_(0.5 * noise)
             elif "embed" in name:
                 parameter.copy_(noise)
@@ -168,6 +182,8 @@ def respell(directory: Path) -> None:
     head_dim if implied."""
     path = directory / "config.json"
     table = json.loads(path.read_text(encoding="utf-8"))
+    if table["model_type"] == "qwen3_5_text":       # younger than transformers 5
+        return
     parameters = table.pop("rope_parameters")
     if "full_attention" in parameters:
         if table["model_type"] == "gemma3_text":

@@ -1,5 +1,6 @@
 """Reads and writes config.json; refuses, by name, what this decoder does not compute."""
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from effreason.lm.delta import DeltaShape
 from effreason.lm.hf import rotary
-from effreason.lm.hf.families import FAMILIES, Family, rotates, unsupported_entry
-from effreason.lm.hf.rotary import FULL, SLIDING, positive, quote
+from effreason.lm.hf.families import FAMILIES, WRAPPERS, Family, rotates, unsupported_entry
+from effreason.lm.hf.rotary import FULL, LINEAR, SLIDING, positive, quote
 from effreason.lm.model import DecoderConfig, LayerKind
 from effreason.lm.rope import Rope
 from effreason.runtime.errors import UserError
@@ -51,9 +53,13 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
     Raises:
         UserError: The family is unknown, or uses a feature that this decoder lacks."""
     name = table.get("model_type")
+    if isinstance(name, str) and name in WRAPPERS:
+        config = parse_config(decoder_table(table, path), path, dtype=dtype, remat=remat,
+                              positions=positions)
+        return dataclasses.replace(config, others=WRAPPERS[name].others)
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{path}: model_type {quote(name)} is not supported, expected one of "
-                        f"{', '.join(FAMILIES)}")
+                        f"{', '.join((*FAMILIES, *WRAPPERS))}")
     family = FAMILIES[name]
     _check_features(path, table, family)
 
@@ -104,21 +110,55 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
             raise UserError(f"{path}: num_experts_per_tok must be at most the number of experts, "
                             f"{facts['experts']}, got {facts['experts_per_token']}")
 
+    state = None
+    if family.has_states:
+        state = DeltaShape(
+            key_heads=entry("linear_num_key_heads"), value_heads=entry("linear_num_value_heads"),
+            key_dim=entry("linear_key_head_dim"), value_dim=entry("linear_value_head_dim"),
+            taps=entry("linear_conv_kernel_dim"))
+        if state.value_heads % state.key_heads:
+            raise UserError(f"{path}: linear_num_key_heads must divide linear_num_value_heads, "
+                            f"{state.value_heads}, got {state.key_heads}")
+
     layers = entry("num_hidden_layers")
     return DecoderConfig(
         vocabulary=entry("vocab_size"), width=width, layers=layers, heads=heads,
         kv_heads=kv_heads, head_dim=head_dim, mlp_width=entry(mlp_entry),
         norm_eps=entry("rms_norm_eps", float),
-        kinds=_layer_kinds(path, table, family, layers, positions),
+        kinds=_layer_kinds(path, table, family, layers, positions, state),
         tied=family.tied if tied is None else tied, activation=ACTIVATIONS[activation],
         mlp_bias="mlp_bias" in family.reads and bool(table.get("mlp_bias")),
         dtype=jnp.dtype(dtype), remat=remat, **facts)
 
 
+def decoder_table(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the part of a config.json that is the decoder's, in the form of a file of its own.
+
+    Raises:
+        UserError: There is none."""
+    wrapper = WRAPPERS.get(str(table.get("model_type")))
+    if wrapper is None:
+        return table
+    part = table.get("text_config")
+    if not isinstance(part, dict) or part.get("model_type") != wrapper.family:
+        raise UserError(f"{path}: text_config must be a table with model_type {wrapper.family}, "
+                        f"got {quote(part)}")
+    names = table.get("architectures")
+    if names is not None and names != [wrapper.architecture]:
+        raise UserError(f"{path}: architectures = {quote(names)} is not supported, expected "
+                        f"{wrapper.architecture}")
+    # What is said of the whole model goes first, as in transformers.
+    whole = {name: table[name] for name in ("tie_word_embeddings", "quantization_config",
+                                            "compression_config", "auto_map")
+             if table.get(name) is not None}
+    return part | whole | {"architectures": [FAMILIES[wrapper.family].architecture]}
+
+
 def _layer_kinds(path: Path, table: dict[str, Any], family: Family, layers: int,
-                 positions: int | None) -> tuple[LayerKind, ...]:
-    """Returns the kinds of layers in their shortest period."""
-    windows = _windows(path, table, family, layers)
+                 positions: int | None, state: DeltaShape | None) -> tuple[LayerKind, ...]:
+    """Returns the kinds of layers in their shortest period. Args: state, of layers that keep one.
+    """
+    types, length = _layer_types(path, table, family, layers)
     most = max_positions(table, path)
     ropes = rotary.read_ropes(path, table, family, max_positions=most, positions=positions)
     listed = table.get("no_rope_layers")
@@ -128,8 +168,10 @@ def _layer_kinds(path: Path, table: dict[str, Any], family: Family, layers: int,
                         f"got {quote(listed)}")
 
     def kind(layer: int) -> LayerKind:
-        window = windows[layer]
-        rope: Rope | None = ropes[FULL if window is None else SLIDING]
+        if types[layer] == LINEAR:
+            return LayerKind(delta=state)
+        window = length if types[layer] == SLIDING else None
+        rope: Rope | None = ropes[types[layer]]
         if "no_rope_layers" in family.reads and not rotates(table, layer):
             rope = None
         # No sequence is as long as such a window.
@@ -141,8 +183,9 @@ def _layer_kinds(path: Path, table: dict[str, Any], family: Family, layers: int,
     return kinds[:period]
 
 
-def _windows(path: Path, table: dict[str, Any], family: Family, layers: int) -> list[int | None]:
-    """Returns the window of each layer; None for those that see everything before them."""
+def _layer_types(path: Path, table: dict[str, Any], family: Family,
+                 layers: int) -> tuple[list[str], int | None]:
+    """Returns what each layer does, FULL, SLIDING or LINEAR, and the positions of a window."""
     types, window = table.get("layer_types"), None
     is_on = family.window_switch is None or bool(table.get(family.window_switch))
     if family.has_window is not None and is_on:
@@ -153,19 +196,24 @@ def _windows(path: Path, table: dict[str, Any], family: Family, layers: int) -> 
             raise UserError(f"{path}: sliding_window must be a positive int or null, got "
                             f"{quote(window)}")
 
-    known = {FULL} if window is None else {FULL, SLIDING}
+    known = {FULL} | ({LINEAR} if family.has_states else set())
+    known |= set() if window is None else {SLIDING}
     if types is not None and (not isinstance(types, list) or len(types) != layers
                               or any(kind not in known for kind in types)):
         raise UserError(f"{path}: layer_types = {quote(types)} is not supported, expected "
                         f"{layers} of {' and '.join(sorted(known))}")
-    if window is None or family.has_window is None:
-        return [None] * layers
 
-    by_default = [SLIDING if family.has_window(table, layer) else FULL for layer in range(layers)]
-    if types is not None and not family.types_windows and types != by_default:
-        raise UserError(f"{path}: layer_types = {quote(types)} is not supported, the family "
-                        f"{table['model_type']} has its sliding_window in all layers")
-    return [window if kind == SLIDING else None for kind in types or by_default]
+    by_default = [FULL] * layers
+    if family.has_states:
+        every = table.get("full_attention_interval") or 4
+        by_default = [LINEAR if (layer + 1) % every else FULL for layer in range(layers)]
+    elif window is not None and family.has_window is not None:
+        by_default = [SLIDING if family.has_window(table, layer) else FULL
+                      for layer in range(layers)]
+        if types is not None and not family.types_windows and types != by_default:
+            raise UserError(f"{path}: layer_types = {quote(types)} is not supported, the family "
+                            f"{table['model_type']} has its sliding_window in all layers")
+    return types or by_default, window
 
 
 def _default(family: str, name: str) -> Any:
@@ -180,6 +228,7 @@ def _activation(family: str) -> str:
 
 def max_positions(table: dict[str, Any], path: Path) -> int:
     """Returns the longest sequence that a config.json says the model was trained for."""
+    table = decoder_table(table, path)
     value = table.get("max_position_embeddings")
     if value is None:
         value = _default(table["model_type"], "max_position_embeddings")
@@ -188,7 +237,7 @@ def max_positions(table: dict[str, Any], path: Path) -> int:
 
 def assumed_sizes(directory: Path, config: DecoderConfig) -> str:
     """Returns which sizes config.json lacks and what they were taken to be, to end a message."""
-    table = read_json(directory / "config.json")
+    table = decoder_table(read_json(directory / "config.json"), directory / "config.json")
     assumed = ", ".join(f"{name} {getattr(config, ours)}" for name, ours in SIZES.items()
                         if table.get(name) is None)
     return assumed and f"; config.json does not say and is taken to mean {assumed}"
@@ -210,9 +259,14 @@ def _check_features(path: Path, table: dict[str, Any], family: Family) -> None:
 def exported_config(table: dict[str, Any], config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """Returns the source's config.json with dtype and, if all layers rotate alike, rotary entries
     in the old and the new spelling."""
-    family = FAMILIES[table["model_type"]]
-    table = table | {"dtype": dtype, "torch_dtype": dtype, "architectures": [family.architecture]}
+    name = table["model_type"]
+    said = {"dtype": dtype, "torch_dtype": dtype}
+    if name in WRAPPERS:
+        part = {"text_config": table["text_config"] | {"dtype": dtype}}
+        return table | said | part | {"architectures": [WRAPPERS[name].architecture]}
+    family = FAMILIES[name]
+    table = table | said | {"architectures": [family.architecture]}
     ropes = [kind.rope for kind in config.kinds if kind.rope is not None]
-    if family.rope_by_type or not ropes:
+    if family.rope_by_type or not family.has_older_rope or not ropes:
         return table
     return table | rotary.exported(Path("config.json"), table, ropes[0].theta)

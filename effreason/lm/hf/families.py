@@ -24,12 +24,26 @@ class Family:
     has_window: Callable[[Table, int], bool] | None = None
     window_switch: str | None = None    # the entry that must be true for a window
     types_windows: bool = True      # layer_types says which layers have a window
+    has_states: bool = False        # three layers of four keep a state, or what layer_types says
     rope_by_type: bool = False      # layers with and without a window rotate differently
+    has_older_rope: bool = True     # its configs once had rope_theta and rope_scaling
     # What transformers takes for entries that config.json lacks.
     head_dim: int | None = None     # None: hidden_size / heads
+    rotated: float = 1.0            # share of a head's entries
     theta: float = 10_000.0
     theta_of_windows: float | None = None   # of layers with a window; None: theta
     tied: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrapper:
+    """A model that also sees, in which one of a family reads and writes.
+
+    It is trained on text alone, and what it sees with stays as it is."""
+
+    family: str                     # of the table text_config in its config.json
+    architecture: str
+    others: tuple[str, ...]         # beginnings of the names of all other tensors
 
 
 def _last_layers(table: Table, layer: int) -> bool:
@@ -60,6 +74,8 @@ def _layers_without_positions(table: Table, layer: int) -> bool:
     return not rotates(table, layer)
 
 
+STATES = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+          "linear_value_head_dim", "linear_conv_kernel_dim")
 EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 _OLMO = {"qk_norm": "all_heads", "norms_input": False, "norms_output": True}
 
@@ -99,6 +115,22 @@ FAMILIES = {
         facts={"qk_norm": "head", "norms_output": True, "norm_offset": 1.0},
         has_window=_all_but_a_few, rope_by_type=True, head_dim=256, theta=1_000_000.0,
         theta_of_windows=10_000.0, tied=True),
+    "qwen3_5_text": Family(
+        architecture="Qwen3_5ForCausalLM",
+        facts={"qk_norm": "head", "norm_offset": 1.0, "gates_attention": True, "others": ("mtp.",)},
+        reads=("attention_bias", "partial_rotary_factor", *STATES),
+        ignores={"attn_output_gate": (True,)}, has_states=True, has_older_rope=False,
+        head_dim=256, rotated=0.25),
+}
+
+WRAPPERS = {
+    "gemma3": Wrapper(
+        family="gemma3_text", architecture="Gemma3ForConditionalGeneration",
+        others=("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.",
+                "multi_modal_projector.")),
+    "qwen3_5": Wrapper(
+        family="qwen3_5_text", architecture="Qwen3_5ForConditionalGeneration",
+        others=("model.visual.", "mtp.")),
 }
 
 # Entries that can change what a model computes, with the values that change nothing, besides null.
@@ -131,6 +163,12 @@ OTHER_ENTRIES: dict[str, tuple[Any, ...]] = {
     "num_experts_per_tok": (0,),
     "moe_intermediate_size": (0,),
     "num_nextn_predict_layers": (0,),
+    "attn_output_gate": (False,),
+    "linear_num_key_heads": (0,),
+    "linear_num_value_heads": (0,),
+    "linear_key_head_dim": (0,),
+    "linear_value_head_dim": (0,),
+    "linear_conv_kernel_dim": (0,),
     "quantization_config": (),
     "compression_config": (),
 }

@@ -104,7 +104,8 @@ def write_adapter(params: Params, config: DecoderConfig, directory: Path | None,
     assert config.adapter is not None
     layers, setting = params["layers"], params.get(adapters.SETTING)
     rank, tensors = config.adapter.rank * (1 if setting is None else 2), {}
-    for name in config.adapter.targets:
+    targets = [name for name in config.adapter.targets if name + adapters.A in layers]
+    for name in targets:
         a, b = sharding.to_host((layers[name + adapters.A], layers[name + adapters.B]))
         if setting is not None:         # both adapters side by side are one of twice the rank
             dial_a, dial_b, share = sharding.to_host(
@@ -122,8 +123,7 @@ def write_adapter(params: Params, config: DecoderConfig, directory: Path | None,
                  "base_model_name_or_path": base_model, "revision": revision, "r": rank,
                  "lora_alpha": config.adapter.scale * rank, "lora_dropout": 0.0, "bias": "none",
                  "fan_in_fan_out": False, "use_rslora": False,
-                 "target_modules": sorted(MODULES[name].rpartition(".")[2]
-                                          for name in config.adapter.targets)}
+                 "target_modules": sorted(MODULES[name].rpartition(".")[2] for name in targets)}
         (directory / CONFIG_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
@@ -155,7 +155,7 @@ def check_modules(config: DecoderConfig, place: str) -> None:
 
     Args:
         place: What is asked for, to begin the message."""
-    if config.fused:
+    if config.fused or config.delta is not None:
         raise UserError(f"{place}: this model holds query, key and value in one tensor; its "
                         "adapters cannot be read or written in peft's format, merged weights can")
 
@@ -170,9 +170,9 @@ def open_adapter(directory: Path, config: DecoderConfig) -> StoredAdapters:
         UserError: a file is missing or damaged, or the adapters are of another kind or model."""
     check_modules(config, str(directory))
     read_table(directory)
-    path, names = directory / WEIGHTS_FILE, {module: name for name, module in MODULES.items()}
-    shapes = _shapes(path)
+    path, shapes = directory / WEIGHTS_FILE, _shapes(directory / WEIGHTS_FILE)
     weights = abstract_params(dataclasses.replace(config, adapter=None))["layers"]
+    names = {module: name for name, module in MODULES.items() if name in weights}
     ranks: dict[tuple[str, int], int] = {}
     for key in shapes:
         match = re.fullmatch(re.escape(PREFIX) + r"(\d+)\.(.+)\.lora_[AB]\.weight", key)

@@ -17,7 +17,13 @@ import numpy as np
 
 from effreason.lm import adapters
 from effreason.lm.hf import hub, peft, weights
-from effreason.lm.hf.config import exported_config, max_positions, parse_config, transformers
+from effreason.lm.hf.config import (
+    decoder_table,
+    exported_config,
+    max_positions,
+    parse_config,
+    transformers,
+)
 from effreason.lm.hf.weights import read_weights, stored_dtype, weight_files, write_weights
 from effreason.lm.model import DecoderConfig, Params
 from effreason.runtime import processes, sharding
@@ -33,7 +39,8 @@ CARD_FILE, FACTS_FILE = "README.md", "effreason.json"
 # What another program needs besides the weights. The source's README is not ours to pass on.
 COMPANIONS = ("config.json", "tokenizer.json", TOKENIZER_FILE, "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", TEMPLATE_FILE,
-              OLDER_TEMPLATE_FILE, GENERATION_FILE, "LICENSE", "LICENSE.md",
+              OLDER_TEMPLATE_FILE, GENERATION_FILE, "preprocessor_config.json",
+              "processor_config.json", "video_preprocessor_config.json", "LICENSE", "LICENSE.md",
               "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 CONVERT_TOKENIZER = ("load it with AutoTokenizer of transformers, and save_pretrained writes "
@@ -239,7 +246,10 @@ def eos_ids(directory: Path, tokenizer: Any, own: Path | None = None) -> tuple[i
     for path in ((own or directory) / GENERATION_FILE, directory / GENERATION_FILE,
                  directory / "config.json"):
         if path.exists():
-            entry = read_json(path).get("eos_token_id")
+            table = read_json(path)
+            entry = table.get("eos_token_id")
+            if entry is None:
+                entry = decoder_table(table, path).get("eos_token_id")
             configured = entry if isinstance(entry, list) else [] if entry is None else [entry]
             if any(isinstance(eos, bool) or not isinstance(eos, int) or eos < 0
                    for eos in configured):
@@ -361,24 +371,24 @@ def _write_policy(params: Params, config: DecoderConfig, source: Path,
         peft.write_adapter(params, config, directory, base_model=base[0], revision=base[1])
         return
 
-    dtype, dtypes = stored_dtype(source), weights.stored_dtypes(source)
+    dtype = stored_dtype(source)
     if directory is None:
-        write_weights(params, config, dtype, None, dtypes)
+        write_weights(params, config, dtype, None, source)
     else:
-        write_decoder(params, config, read_json(source / "config.json"), dtype, directory, dtypes)
+        write_decoder(params, config, read_json(source / "config.json"), dtype, directory, source)
 
 
 def write_decoder(params: Params, config: DecoderConfig, table: dict[str, Any], dtype: str,
-                  directory: Path, dtypes: Mapping[str, str] | None = None) -> None:
+                  directory: Path, source: Path | None = None) -> None:
     """Writes config.json and the weights.
 
     Args:
         table: The config.json that `config` was read from.
-        dtype: Of the tensors that `dtypes` does not name."""
+        dtype, source: See `write_weights`."""
     directory.mkdir(parents=True, exist_ok=True)
     exported = _json(exported_config(table, config, dtype))
     (directory / "config.json").write_text(exported, encoding="utf-8")
-    write_weights(params, config, dtype, directory, dtypes)
+    write_weights(params, config, dtype, directory, source)
 
 
 def _write_template(directory: Path, template: str) -> None:

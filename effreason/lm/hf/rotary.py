@@ -13,7 +13,8 @@ from effreason.lm.hf.families import Family
 from effreason.lm.rope import Divided, Linear, Llama3, Rope, Yarn
 from effreason.runtime.errors import UserError
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+# What layer_types may say.
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 ORIGINAL = "original_max_position_embeddings"
 
 
@@ -33,7 +34,8 @@ def read_ropes(path: Path, table: dict[str, Any], family: Family, *, max_positio
         rotated = entries.get("partial_rotary_factor")
         if rotated not in (None, 1) and "partial_rotary_factor" not in family.reads:
             raise UserError(f"{path}: partial_rotary_factor = {quote(rotated)} is not supported")
-        return _rope(path, table, entries, theta, max_positions=max_positions, positions=positions)
+        return _rope(path, family, table, entries, theta, max_positions=max_positions,
+                     positions=positions)
 
     newer, older = (table.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     defaults = {FULL: family.theta, SLIDING: family.theta_of_windows or family.theta}
@@ -74,11 +76,12 @@ def _theta(path: Path, entries: dict[str, Any], default: float) -> float:
     return default if theta is None else positive(path, "rope_theta", theta)
 
 
-def _rope(path: Path, table: dict[str, Any], entries: dict[str, Any], theta: float, *,
-          max_positions: int, positions: int | None) -> Rope:
+def _rope(path: Path, family: Family, table: dict[str, Any], entries: dict[str, Any],
+          theta: float, *, max_positions: int, positions: int | None) -> Rope:
     """Returns what one table of rotary entries describes."""
     rotated = entries.get("partial_rotary_factor", table.get("partial_rotary_factor"))
-    rotated = 1.0 if rotated is None else positive(path, "partial_rotary_factor", rotated)
+    rotated = (family.rotated if rotated is None
+               else positive(path, "partial_rotary_factor", rotated))
     if rotated > 1:
         raise UserError(f"{path}: partial_rotary_factor must be at most 1, got {rotated:g}")
     kind = _kind(path, entries)

@@ -26,7 +26,7 @@ import safetensors
 from jax.sharding import Sharding
 
 from effreason.lm.hf.config import assumed_sizes
-from effreason.lm.model import DecoderConfig, Params, abstract_params
+from effreason.lm.model import DecoderConfig, Params, abstract_params, stacks
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import check_present, read_json
@@ -43,6 +43,7 @@ SHARD_BYTES = 5_000_000_000
 # Ours -> the name in the files, and for each axis there, which of our axes it folds, in order.
 TABLE, VECTOR, MATRIX = ((0,), (1,)), ((0,),), ((1,), (0,))
 HEADS_OUT, HEADS_IN, HEAD_BIAS = ((1, 2), (0,)), ((2,), (0, 1)), ((0, 1),)
+TAPS = ((0, 1), (), (2,))           # torch's convolutions have an axis of length 1
 TOP_TENSORS = {
     "embedding": ("model.embed_tokens.weight", TABLE),
     "final_norm": ("model.norm.weight", VECTOR),
@@ -68,6 +69,19 @@ LAYER_TENSORS = {
     "router": ("mlp.gate.weight", MATRIX),
     "up_bias": ("mlp.up_proj.bias", VECTOR),
     "down_bias": ("mlp.down_proj.bias", VECTOR),
+    "delta_query": ("linear_attn.in_proj_qkv.weight", HEADS_OUT),
+    "delta_key": ("linear_attn.in_proj_qkv.weight", HEADS_OUT),
+    "delta_value": ("linear_attn.in_proj_qkv.weight", HEADS_OUT),
+    "query_taps": ("linear_attn.conv1d.weight", TAPS),
+    "key_taps": ("linear_attn.conv1d.weight", TAPS),
+    "value_taps": ("linear_attn.conv1d.weight", TAPS),
+    "delta_beta": ("linear_attn.in_proj_b.weight", MATRIX),
+    "delta_step": ("linear_attn.in_proj_a.weight", MATRIX),
+    "step_bias": ("linear_attn.dt_bias", VECTOR),
+    "log_rate": ("linear_attn.A_log", VECTOR),
+    "delta_gate": ("linear_attn.in_proj_z.weight", HEADS_OUT),
+    "delta_norm": ("linear_attn.norm.weight", VECTOR),
+    "delta_output": ("linear_attn.out_proj.weight", HEADS_IN),
 }
 # Of each expert; the number is the expert's.
 EXPERT_TENSORS = {
@@ -83,7 +97,9 @@ OUTPUT_NORMS = {
 }
 # Norms over all heads, which have an axis for them.
 HEADS_NORMS = {name: (LAYER_TENSORS[name][0], HEAD_BIAS) for name in ("query_norm", "key_norm")}
-# Tensors that hold several weights, in this order.
+# Tensors that hold several weights, in this order: in all models, and in some.
+JOINED = {"linear_attn.in_proj_qkv.weight": ("delta_query", "delta_key", "delta_value"),
+          "linear_attn.conv1d.weight": ("query_taps", "key_taps", "value_taps")}
 FUSED = {"self_attn.qkv_proj.weight": ("query", "key", "value"),
          "mlp.gate_up_proj.weight": ("gate", "up")}
 EMBEDDING, HEAD = TOP_TENSORS["embedding"][0], TOP_TENSORS["head"][0]
@@ -98,7 +114,8 @@ class Layout:
 
     name: str
     shape: tuple[int, ...]                  # ours
-    folds: tuple[tuple[int, ...], ...]      # for each stored axis, which of ours it folds
+    # For each stored axis, which of ours it folds: none if its length is 1.
+    folds: tuple[tuple[int, ...], ...]
     start: int = 0                          # where this weight begins on the first stored axis
     rows: int | None = None                 # length of that axis, if the tensor holds others too
 
@@ -109,7 +126,7 @@ class Layout:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return (self.rows or self.own_shape[0], *self.own_shape[1:])
+        return self.own_shape if self.rows is None else (self.rows, *self.own_shape[1:])
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -132,7 +149,7 @@ class Stored:
 
 def layouts(config: DecoderConfig) -> Params:
     """Returns the tree of the weights with a Layout for each; those of a layer are in tuples of one
-    for each layer, or of one for each expert."""
+    for each layer that has the weight, or of one for each expert."""
     abstract = abstract_params(config)
     shapes = {name: leaf.shape[1:] for name, leaf in abstract["layers"].items()}
     experts = {name: Layout(EXPERT_TENSORS[name][0], shapes.pop(name)[1:],
@@ -140,7 +157,9 @@ def layouts(config: DecoderConfig) -> Params:
     table = LAYER_TENSORS | (OUTPUT_NORMS if config.norms_output else {})
     table |= HEADS_NORMS if config.qk_norm == "all_heads" else {}
     layer = {name: Layout(table[name][0], shape, table[name][1]) for name, shape in shapes.items()}
-    for fused, names in FUSED.items() if config.fused else ():
+    for fused, names in (JOINED | (FUSED if config.fused else {})).items():
+        if names[0] not in layer:
+            continue
         ends = list(itertools.accumulate(layer[name].own_shape[0] for name in names))
         for name, start in zip(names, [0, *ends], strict=False):
             layer[name] = dataclasses.replace(layer[name], name=fused, start=start, rows=ends[-1])
@@ -152,10 +171,11 @@ def layouts(config: DecoderConfig) -> Params:
         return tuple(dataclasses.replace(layout, name=layout.name.format(number))
                      for number in range(config.experts))
 
+    having = stacks(config)
     layers: dict[str, Stack] = {
-        name: tuple(of_layer(layout, index) for index in range(config.layers))
+        name: tuple(of_layer(layout, index) for index in having[name])
         for name, layout in layer.items()}
-    layers |= {name: tuple(of_experts(of_layer(layout, index)) for index in range(config.layers))
+    layers |= {name: tuple(of_experts(of_layer(layout, index)) for index in having[name])
                for name, layout in experts.items()}
     top = {name: Layout(TOP_TENSORS[name][0], leaf.shape, TOP_TENSORS[name][1])
            for name, leaf in abstract.items() if name != "layers"}
@@ -262,10 +282,16 @@ def _read_part(tensor: Stored, layout: Layout, index: tuple[slice, ...]) -> np.n
     """Returns one tensor's slice, in our axes and the stored dtype.
 
     The file is sliced along each fold's leading axis, as one block; the other axes are cut here."""
-    leading = [fold[0] for fold in layout.folds]
-    inner = [math.prod(layout.shape[axis] for axis in fold[1:]) for fold in layout.folds]
-    block = tuple(slice(offset + index[axis].start * size, offset + index[axis].stop * size)
-                  for axis, size, offset in zip(leading, inner, (layout.start, 0), strict=False))
+    leading = [fold[0] for fold in layout.folds if fold]
+
+    def rows(number: int, fold: tuple[int, ...]) -> slice:
+        if not fold:
+            return slice(0, 1)
+        size = math.prod(layout.shape[axis] for axis in fold[1:])
+        offset = layout.start if number == 0 else 0
+        return slice(offset + index[fold[0]].start * size, offset + index[fold[0]].stop * size)
+
+    block = tuple(rows(number, fold) for number, fold in enumerate(layout.folds))
     # Opened for each tensor: pages that were read count as this process's while the file is open.
     with safetensors.safe_open(tensor.file, framework="numpy") as tensors:
         part = tensors.get_slice(tensor.name)[block]
@@ -342,7 +368,11 @@ def check_weights(directory: Path, config: DecoderConfig) -> dict[str, Stored]:
             raise UserError(f"{directory}: tensor {layout.name} has {difference}")
 
     names = {layout.name for layout in expected} | ({HEAD} if config.tied else set())
-    unread = sorted(name for name in stored.keys() - names if not name.endswith(BUFFERS))
+    unread = sorted(name for name in stored.keys() - names
+                    if not name.endswith(BUFFERS) and not name.startswith(config.others))
+    for name in stored.keys() - names - set(unread):
+        if name.startswith(config.others):
+            _check_dtype(directory, name, stored[name])
     if unread:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         raise UserError(f"{directory}: holds tensor {stored[unread[0]].name}{more}, which the "
@@ -390,21 +420,26 @@ def stored_dtype(directory: Path) -> str:
 
 
 def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: Path | None,
-                  dtypes: Mapping[str, str] | None = None) -> None:
+                  source: Path | None = None) -> None:
     """Writes model.safetensors, or files of at most SHARD_BYTES with an index.
 
     With several processes all call it: tensors are gathered from them, one after another.
 
     Args:
-        dtype: Of every tensor that `dtypes` does not name.
+        dtype: Of every tensor that is not in the source.
         directory: None if another process writes.
+        source: The directory of the model that the weights are of. Tensors get the dtypes that they
+            have there. Those that are not the decoder's (`DecoderConfig.others`) are copied.
 
     Raises:
         OSError: A file cannot be written."""
-    dtypes = dtypes or {}
+    stored = {} if source is None else _headers(source)
+    dtypes = {name: STORED_DTYPES.get(tensor.dtype, dtype) for name, tensor in stored.items()}
+    others = [tensor for name, tensor in stored.items() if name.startswith(config.others)]
+    names = {name: tensor.name for name, tensor in stored.items() if config.others}
     shards: list[list[Tensor]] = [[]]
     filled = total = 0
-    for tensor in _in_order(params, config):
+    for tensor in itertools.chain(_in_order(params, config), map(_copied, others)):
         layout = tensor[0][0]
         size = math.prod(layout.stored_shape) * jnp.dtype(dtypes.get(layout.name, dtype)).itemsize
         if shards[-1] and filled + size > SHARD_BYTES:
@@ -420,14 +455,14 @@ def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: 
                 jax.block_until_ready(sharding.gather_to_host(value()))
         return
     if len(shards) == 1:
-        _write_file(directory / SINGLE_FILE, shards[0], dtype, dtypes)
+        _write_file(directory / SINGLE_FILE, shards[0], dtype, dtypes, names)
         return
 
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard, dtype, dtypes)
-        weight_map |= {tensor[0][0].name: name for tensor in shard}
+        _write_file(directory / name, shard, dtype, dtypes, names)
+        weight_map |= {names.get(tensor[0][0].name, tensor[0][0].name): name for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -438,17 +473,30 @@ def _in_order(params: Params, config: DecoderConfig) -> Iterator[Tensor]:
     for name in TOP_TENSORS:
         if name in table:
             yield [(table[name], functools.partial(params.__getitem__, name))]
+    having = stacks(config)
     for layer in range(config.layers):
         tensors: dict[str, Tensor] = collections.defaultdict(list)
         for name, parts in table["layers"].items():
-            get = params["layers"][name].__getitem__
-            if isinstance(parts[layer], Layout):
-                tensors[parts[layer].name].append((parts[layer], functools.partial(get, layer)))
+            if layer not in having[name]:
                 continue
-            for number, layout in enumerate(parts[layer]):
-                tensors[layout.name] = [(layout, functools.partial(get, (layer, number)))]
+            get, row = params["layers"][name].__getitem__, having[name].index(layer)
+            if isinstance(parts[row], Layout):
+                tensors[parts[row].name].append((parts[row], functools.partial(get, row)))
+                continue
+            for number, layout in enumerate(parts[row]):
+                tensors[layout.name] = [(layout, functools.partial(get, (row, number)))]
         for tensor in tensors.values():
             yield sorted(tensor, key=lambda part: part[0].start)
+
+
+def _copied(tensor: Stored) -> Tensor:
+    """Returns a tensor of another model's files, to be written as it is."""
+    def values() -> np.ndarray:
+        with safetensors.safe_open(tensor.file, framework="numpy") as tensors:
+            return tensors.get_tensor(tensor.name)
+
+    return [(Layout(tensor.name, tensor.shape, tuple((axis,) for axis in range(len(tensor.shape)))),
+             values)]
 
 
 def _plan(tensors: list[Tensor], dtype: str,
@@ -458,11 +506,15 @@ def _plan(tensors: list[Tensor], dtype: str,
     return sorted(planned, key=lambda tensor: -jnp.dtype(tensor[0]).itemsize)
 
 
-def _write_file(path: Path, tensors: list[Tensor], dtype: str, dtypes: Mapping[str, str]) -> None:
+def _write_file(path: Path, tensors: list[Tensor], dtype: str, dtypes: Mapping[str, str],
+                names: Mapping[str, str]) -> None:
     """Writes one safetensors file, tensor by tensor: the library needs all in memory, twice.
 
-    The format is 8 bytes with the header's length, a JSON header, and the values."""
-    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    The format is 8 bytes with the header's length, a JSON header, and the values.
+
+    Args:
+        names: Of tensors in the file, if they are others than ours."""
+    codes = {dtype: code for code, dtype in STORED_DTYPES.items()}
     planned = _plan(tensors, dtype, dtypes)
     # Older transformers refuse a file without this entry.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -470,8 +522,9 @@ def _write_file(path: Path, tensors: list[Tensor], dtype: str, dtypes: Mapping[s
     for tensor_dtype, tensor in planned:
         layout = tensor[0][0]
         start, end = end, end + math.prod(layout.stored_shape) * jnp.dtype(tensor_dtype).itemsize
-        header[layout.name] = {"dtype": names[tensor_dtype], "shape": layout.stored_shape,
-                               "data_offsets": (start, end)}
+        header[names.get(layout.name, layout.name)] = {
+            "dtype": codes[tensor_dtype], "shape": layout.stored_shape,
+            "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
