@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.sampling import parts
 from benchmarks.update import steps
 from effreason.lm import attention, cudnn, kv_cache, model
+from effreason.lm.architecture import DecoderConfig, alike
 from effreason.lm.kernels import unsupported_reason
 from effreason.rl.learner import Learner
 from effreason.runtime import sharding
@@ -58,13 +59,13 @@ def attempt(what: str, function: Callable[[], Any], **facts: Any) -> None:
         traceback.print_exc(limit=-4, file=sys.stderr)
 
 
-def decoder(tiny: bool, **changes: Any) -> model.DecoderConfig:
+def decoder(tiny: bool, **changes: Any) -> DecoderConfig:
     """Returns the shape of the 1.5B model, or a tiny one."""
     shape = dict(vocabulary=512, width=256, layers=2, heads=2, kv_heads=1, head_dim=HEAD_DIM,
                  mlp_width=512) if tiny else dict(
         vocabulary=151936, width=1536, layers=28, heads=12, kv_heads=2, head_dim=HEAD_DIM,
         mlp_width=8960)
-    return model.DecoderConfig(**shape, norm_eps=1e-6, kinds=model.alike(theta=1e4), qkv_bias=True,
+    return DecoderConfig(**shape, norm_eps=1e-6, kinds=alike(theta=1e4), qkv_bias=True,
                                **{"dtype": jnp.bfloat16, "remat": "full"} | changes)
 
 

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig, alike
 
-QWEN2: dict[str, Any] = dict(norm_eps=1e-6, kinds=model.alike(theta=1e4), qkv_bias=True,
+QWEN2: dict[str, Any] = dict(norm_eps=1e-6, kinds=alike(theta=1e4), qkv_bias=True,
                              remat="none")
 MODELS = {
-    "M1": model.DecoderConfig(vocabulary=32000, width=512, layers=8, heads=8, kv_heads=2,
+    "M1": DecoderConfig(vocabulary=32000, width=512, layers=8, heads=8, kv_heads=2,
                               head_dim=64, mlp_width=1408,
                               **QWEN2),
-    "M2": model.DecoderConfig(vocabulary=256, width=128, layers=4, heads=4, kv_heads=2, head_dim=32,
+    "M2": DecoderConfig(vocabulary=256, width=128, layers=4, heads=4, kv_heads=2, head_dim=32,
                               mlp_width=384,
                               **QWEN2),
 }

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf.pretrained import load_weights, open_pretrained
 from effreason.rl import packing, update
 from effreason.runtime import sharding
@@ -50,7 +51,7 @@ def prompts(tokenizer) -> list[Problem]:
             for uid, (each, text) in enumerate(zip(ids, QUESTIONS, strict=True))]
 
 
-def sample(decoder: model.DecoderConfig, params: model.Params, problems: list[Problem],
+def sample(decoder: DecoderConfig, params: model.Params, problems: list[Problem],
            temperature: float,
            tokens: int) -> list[Response]:
     """One response to each prompt, in their order, none ended by an EOS."""
@@ -63,7 +64,7 @@ def sample(decoder: model.DecoderConfig, params: model.Params, problems: list[Pr
                   key=lambda response: response.prompt)
 
 
-def score(decoder: model.DecoderConfig, params: model.Params, problems: list[Problem],
+def score(decoder: DecoderConfig, params: model.Params, problems: list[Problem],
           responses: list[Response]) -> list[tuple[np.ndarray, np.ndarray]]:
     """The trainer's log-probs of each prompt, from its second token, and of each response."""
     lines = [np.concatenate([problem.prompt, response.tokens])

@@ -42,6 +42,7 @@ from benchmarks.sampling import engines as baselines
 from benchmarks.sampling import parts as pieces
 from benchmarks.shared import MODELS, QWEN2, print_table, say, some_of
 from effreason.lm import kv_cache, model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.kernels import unsupported_reason
 from effreason.runtime import sharding
 
@@ -263,7 +264,7 @@ def decode_on_accelerator(options: argparse.Namespace, mesh: Mesh) -> Row:
     fits = mesh.devices.flat[0].platform, width // heads, options.dtype
     if options.layout and (reason := unsupported_reason(options.layout, *fits)):
         sys.exit(f"error: --layout {options.layout} does not fit: {reason}")
-    config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads,
+    config = DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads,
                                  kv_heads=kv_heads,
                                  head_dim=width // heads, mlp_width=mlp_width, tied=True,
                                  dtype=jnp.dtype(options.dtype),

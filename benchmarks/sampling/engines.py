@@ -23,6 +23,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
+from effreason.lm.block import Block, rms_norm
 from effreason.lm.hf.pretrained import write_decoder
 from effreason.sampling import draws, engine, slots
 from effreason.sampling.scheduler import Request
@@ -71,7 +73,7 @@ def make_workload(name: str, vocabulary: int) -> Workload:
                     rows=rows)
 
 
-def make_ours(config: model.DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload, *,
+def make_ours(config: DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload, *,
               chunk: int,
               greedy: bool = False) -> Engine:
     """Makes the engine. It holds the limits on the device: they end a row as an EOS would; nothing
@@ -104,7 +106,7 @@ def make_requests(workload: Workload) -> list[Request]:
             for row, limit in enumerate(workload.limits)]
 
 
-def make_static(config: model.DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload,
+def make_static(config: DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload,
                 *, fast: bool,
                 greedy: bool = False) -> Engine:
     """Batches of rows in order, each in one `while_loop` that runs until its longest row is done.
@@ -184,21 +186,21 @@ def generate_batch(weights: model.Params, prompts: jax.Array, limits: jax.Array,
     return jax.lax.while_loop(unfinished, advance, (one, token, cache, tokens))[3]
 
 
-def plain_layers(config: model.DecoderConfig, params: model.Params) -> model.Params:
+def plain_layers(config: DecoderConfig, params: model.Params) -> model.Params:
     """The weights with a list of layers."""
     return params | {"layers": [jax.tree.map(lambda leaf, layer=layer: leaf[layer],
                                              params["layers"])
                                 for layer in range(config.layers)]}
 
 
-def plain_cache(config: model.DecoderConfig, rows: int,
+def plain_cache(config: DecoderConfig, rows: int,
                 positions: int) -> list[tuple[jax.Array, jax.Array]]:
     """Keys and values of each layer, [B, C, K, h]."""
     empty = jnp.zeros((rows, positions, config.kv_heads, config.head_dim), config.dtype)
     return [(empty, empty)] * config.layers
 
 
-def plain_extend(config: model.DecoderConfig, weights: model.Params, tokens: jax.Array,
+def plain_extend(config: DecoderConfig, weights: model.Params, tokens: jax.Array,
                  start: jax.Array,
                  cache: list[tuple[jax.Array, jax.Array]]
                  ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
@@ -210,17 +212,17 @@ def plain_extend(config: model.DecoderConfig, weights: model.Params, tokens: jax
     visible = (jnp.arange(cache[0][0].shape[1])[None, None, :] <= positions[:, :, None])[:, None]
     write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
     x, extended = weights["embedding"].astype(config.dtype)[tokens], []
-    block: Any = model.Block(config, config.kinds[0])
+    block: Any = Block(config, config.kinds[0])
     for layer, (keys, values) in zip(weights["layers"], cache, strict=True):
         query, key, value = block.apply({"params": layer}, x, angles, method="qkv")
         keys, values = write(keys, key, start), write(values, value, start)
         mixed = jax.nn.dot_product_attention(query, keys, values, mask=visible)
         x = block.apply({"params": layer}, x, mixed, method="output_and_mlp")
         extended.append((keys, values))
-    return model.rms_norm(x, weights["final_norm"], config.norm_eps), extended
+    return rms_norm(x, weights["final_norm"], config.norm_eps), extended
 
 
-def make_transformers(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
+def make_transformers(config: DecoderConfig, params: model.Params, mesh: Mesh,
                       workload: Workload, *,
                       greedy: bool = False) -> Engine:
     """`generate` on static batches, with as many threads as there are cores. Needs the extra
@@ -272,7 +274,7 @@ def make_transformers(config: model.DecoderConfig, params: model.Params, mesh: M
     return Engine(generate=generate, compiled=lambda: 0, ragged=False, figures={})
 
 
-def config_table(config: model.DecoderConfig) -> dict[str, Any]:
+def config_table(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a Qwen2 model of this shape."""
     return {"model_type": "qwen2", "vocab_size": config.vocabulary, "hidden_size": config.width,
             "num_hidden_layers": config.layers, "num_attention_heads": config.heads,
@@ -289,7 +291,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 
-def greedy_agreement(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
+def greedy_agreement(config: DecoderConfig, params: model.Params, mesh: Mesh,
                      engines: list[str]) -> dict[str, float]:
     """The share of 8 x 32 greedy tokens in which each engine agrees with ours: 1 but for ties
     within rounding."""

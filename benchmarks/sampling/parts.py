@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from benchmarks.sampling.engines import Workload, make_requests
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.sampling import draws, engine, slots
 from effreason.sampling.scheduler import PREFILL_ROWS, Request
 
@@ -60,7 +61,7 @@ def memory_bandwidth(repeats: int, size: int = 2**28) -> dict[str, float]:
     return figures | {"copied": 2 * size / statistics.median(times[1:])}
 
 
-def product_weights(config: model.DecoderConfig, params: model.Params) -> dict[str, Any]:
+def product_weights(config: DecoderConfig, params: model.Params) -> dict[str, Any]:
     """The matrices of a decode step, [into, out of] each product."""
     def flat(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
         wide = {name: layer[name].reshape(config.width, -1) for name in ("query", "key", "value")}
@@ -72,7 +73,7 @@ def product_weights(config: model.DecoderConfig, params: model.Params) -> dict[s
     return {"layers": layers, "head": model.head(params)}
 
 
-def products(config: model.DecoderConfig, weights: dict[str, Any], x: jax.Array,
+def products(config: DecoderConfig, weights: dict[str, Any], x: jax.Array,
              steps: int) -> tuple[jax.Array, jax.Array]:
     """The matrix products of so many decode steps, one after another, and next to nothing else; x
     [B, D]."""
@@ -95,7 +96,7 @@ def products(config: model.DecoderConfig, weights: dict[str, Any], x: jax.Array,
                              (x, jnp.zeros((x.shape[0], config.vocabulary), x.dtype)))
 
 
-def make_products(config: model.DecoderConfig, params: model.Params,
+def make_products(config: DecoderConfig, params: model.Params,
                   batch: int) -> Callable[..., float]:
     """What measures the seconds that the matrix products of one decode step take, as the median of
     some repeats."""
@@ -105,14 +106,14 @@ def make_products(config: model.DecoderConfig, params: model.Params,
     return lambda repeats=3: median_seconds(run, weights, x, repeats=repeats) / 20
 
 
-def matrix_entries(config: model.DecoderConfig) -> int:
+def matrix_entries(config: DecoderConfig) -> int:
     """Numbers in the matrices that a decode step multiplies with."""
     layer = config.width * (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     return config.layers * (layer + 3 * config.width
                             * config.mlp_width) + config.vocabulary * config.width
 
 
-def roofline(config: model.DecoderConfig, params: model.Params, workload: Workload,
+def roofline(config: DecoderConfig, params: model.Params, workload: Workload,
              repeats: int) -> dict[str, Any]:
     """The limits of this machine, and what they allow a decode step of this model and workload at
     most."""
@@ -133,7 +134,7 @@ def roofline(config: model.DecoderConfig, params: model.Params, workload: Worklo
             "limit_ms": {name: 1e3 * seconds for name, seconds in limits.items()}}
 
 
-def prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
+def prefill(config: DecoderConfig, params: model.Params, mesh: Mesh,
             repeats: int) -> dict[str, float]:
     """Prompt tokens a second, of 8 prompts read at once."""
     programs = slots.make_programs(config, mesh)
@@ -148,7 +149,7 @@ def prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
     return rates
 
 
-def group_prefill(config: model.DecoderConfig, params: model.Params, mesh: Mesh, repeats: int, *,
+def group_prefill(config: DecoderConfig, params: model.Params, mesh: Mesh, repeats: int, *,
                   prompts: int = 8,
                   samples: int = 8, length: int = 1024) -> dict[str, float]:
     """Seconds until all samples of some prompts have their first token: prompts read once, or once
@@ -195,7 +196,7 @@ def step_seconds(programs: slots.Programs, weights: Any, *, rows: int, positions
     return statistics.median(times[1:])
 
 
-def decode_steps(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
+def decode_steps(config: DecoderConfig, params: model.Params, mesh: Mesh,
                  repeats: int) -> dict[str, float]:
     """Milliseconds of a decode step by "slots x cache positions"."""
     programs = slots.make_programs(config, mesh)
@@ -207,7 +208,7 @@ def decode_steps(config: model.DecoderConfig, params: model.Params, mesh: Mesh,
                 for rows in (64, 32, 8) for positions in (128, 320, 576)}
 
 
-def draw_ms(config: model.DecoderConfig, repeats: int, rows: int = 64) -> dict[str, float]:
+def draw_ms(config: DecoderConfig, repeats: int, rows: int = 64) -> dict[str, float]:
     """Milliseconds of drawing a token for each row from logits of the model's vocabulary."""
     logits = jax.random.normal(jax.random.key(0), (rows, config.vocabulary))
     keys = jax.random.split(jax.random.key(1), rows)
@@ -220,7 +221,7 @@ def draw_ms(config: model.DecoderConfig, repeats: int, rows: int = 64) -> dict[s
             for name, function in functions.items()}
 
 
-def profile(config: model.DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload,
+def profile(config: DecoderConfig, params: model.Params, mesh: Mesh, workload: Workload,
             chunk: int) -> list[dict[str, float]]:
     """Measures the time of the engine: by slots and cache positions, from chunk to chunk, host
     included."""
@@ -242,7 +243,7 @@ def profile(config: model.DecoderConfig, params: model.Params, mesh: Mesh, workl
     return [{"slots": at[0], "positions": at[1], **total} for at, total in totals.items()]
 
 
-def accelerator(config: model.DecoderConfig, mesh: Mesh, *, rows: int, context: int, steps: int,
+def accelerator(config: DecoderConfig, mesh: Mesh, *, rows: int, context: int, steps: int,
                 repeats: int) -> dict[str, Any]:
     """Decoding at the end of a context, against the memory traffic it cannot do without: weights
     and live cache."""

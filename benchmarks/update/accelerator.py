@@ -18,6 +18,7 @@ from benchmarks.sampling.engines import Workload, make_requests
 from benchmarks.sampling.parts import matmul_flops, matrix_entries, memory_bandwidth
 from benchmarks.update import steps
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.planning import chips
 from effreason.rl import learner as engine
 from effreason.sampling import draws
@@ -30,7 +31,7 @@ NAMES = {"H200": "gpu:h200", "H100": "gpu:h100", "A100": "gpu:a100", "TPU v6": "
          "TPU v5": "tpu:v5p"}
 
 
-def scoring_memory(config: model.DecoderConfig, mesh: Mesh, *, tokens: int = 32768, rows: int = 1,
+def scoring_memory(config: DecoderConfig, mesh: Mesh, *, tokens: int = 32768, rows: int = 1,
                    vocabularies: tuple[int, ...] = VOCABULARIES) -> list[dict[str, int]]:
     """Returns the memory that scoring and learning from rows of `tokens` positions need besides
     their arguments, compiled and not run."""
@@ -52,7 +53,7 @@ def scoring_memory(config: model.DecoderConfig, mesh: Mesh, *, tokens: int = 327
     return found
 
 
-def rl_step(config: model.DecoderConfig, mesh: Mesh, *, prompts: int, samples: int, prompt: int,
+def rl_step(config: DecoderConfig, mesh: Mesh, *, prompts: int, samples: int, prompt: int,
             response: int,
             rows: int, remat: str, chunk: int, repeats: int,
             peak: float | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.shared import MODELS, print_table, say
 from benchmarks.update import steps
-from effreason.lm.model import DecoderConfig, alike
+from effreason.lm.architecture import DecoderConfig, alike
 from effreason.runtime import sharding
 
 SMOLLM2 = DecoderConfig(vocabulary=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64,

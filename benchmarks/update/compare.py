@@ -40,14 +40,14 @@ import jax.numpy as jnp
 from benchmarks.shared import MODELS, QWEN2, print_table, say, some_of
 from benchmarks.update import accelerator as device
 from benchmarks.update import steps
-from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.runtime import sharding
 
 ENGINES = ("ours", "torch")
 BATCHES = ("fixed", "ragged")
 REMATS = ("none", "attention", "full")
 # Two layers of the 1.5B shape: scanned over, more of them need little more.
-SCORED = model.DecoderConfig(vocabulary=151936, width=1536, layers=2, heads=12, kv_heads=2,
+SCORED = DecoderConfig(vocabulary=151936, width=1536, layers=2, heads=12, kv_heads=2,
                              head_dim=128,
                              mlp_width=8960, tied=True, **(QWEN2 | {"remat": "full"}))
 MATMUL_SHARE, TORCH_RATIO = 0.55, 2.3
@@ -241,7 +241,7 @@ def show_scoring(options: argparse.Namespace) -> Row:
 def show_rl_step(options: argparse.Namespace) -> Row:
     """A whole RL step, rollout and learning, and the shares of its parts."""
     layers, width, mlp_width, heads, kv_heads, vocabulary = options.shape
-    config = model.DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads,
+    config = DecoderConfig(vocabulary=vocabulary, width=width, layers=layers, heads=heads,
                                  kv_heads=kv_heads,
                                  head_dim=width // heads, mlp_width=mlp_width, tied=True,
                                  dtype=jnp.dtype(options.dtype),

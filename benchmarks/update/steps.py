@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from effreason.lm import model
-from effreason.lm.model import DecoderConfig
+from effreason.lm.architecture import DecoderConfig
 from effreason.rl import learner as engine
 from effreason.runtime.config import Config
 from effreason.types import FinishReason, Rollouts

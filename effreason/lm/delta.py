@@ -5,8 +5,8 @@ it returns for the position's key towards the position's value, and reads it wit
 that, a short convolution mixes every entry of query, key and value with those of the positions
 before.
 
-B rows, N positions, K key heads, R value heads for each of them, H = K R, h width of queries and
-keys, v of values, W positions that the convolution reads.
+B rows, N positions, K key heads, H value heads, of which several share a key head, h width of
+queries and keys, v of values, W positions that the convolution reads.
 
 Source: arXiv 2412.06464; chunks of positions as matrix products: arXiv 2406.06484.
 """
@@ -189,20 +189,17 @@ def mix(query: Float[Array, "B N K h"], key: Float[Array, "B N K h"],
 
     Returns:
         What the queries read, and the state after the last position."""
-    rows, length, key_heads, key_dim = query.shape
-    groups = rows, length, key_heads, value.shape[2] // key_heads
-    query, key = _unit(query) * key_dim**-0.5, _unit(key)
-    by_key = (value.astype(jnp.float32).reshape(*groups, -1), log_decay.reshape(groups),
-              beta.reshape(groups))
-    grouped = state.reshape(rows, *groups[2:], *state.shape[2:])
+    (rows, length, key_heads, key_dim), heads = query.shape, value.shape[2]
+    query, key = (jnp.repeat(x, heads // key_heads, axis=2)
+                  for x in (_unit(query) * key_dim**-0.5, _unit(key)))
+    value = value.astype(jnp.float32)
     if length == 1:
-        value_now, decay_now, beta_now = (x[:, 0] for x in by_key)
-        mixed, grouped = _step(query[:, 0], key[:, 0], value_now, decay_now, beta_now, grouped)
-    else:
-        if segments is None:
-            segments = jnp.zeros((rows, length), jnp.int32)
-        mixed, grouped = _chunks(query, key, *by_key, grouped, segments)
-    return mixed.reshape(value.shape), grouped.reshape(state.shape)
+        mixed, state = _step(query[:, 0], key[:, 0], value[:, 0], log_decay[:, 0], beta[:, 0],
+                             state)
+        return mixed[:, None], state
+    if segments is None:
+        segments = jnp.zeros((rows, length), jnp.int32)
+    return _chunks(query, key, value, log_decay, beta, state, segments)
 
 
 def _unit(x: Float[Array, "... h"]) -> Float32[Array, "... h"]:
@@ -210,20 +207,23 @@ def _unit(x: Float[Array, "... h"]) -> Float32[Array, "... h"]:
     return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
 
 
-def _step(query: Array, key: Array, value: Array, log_decay: Array, beta: Array,
-          state: Float32[Array, "B K R h v"]) -> tuple[Array, Array]:
-    """Applies the rule to one position. Args: arrays without the axis of positions."""
+def _step(query: Float32[Array, "B H h"], key: Float32[Array, "B H h"],
+          value: Float32[Array, "B H v"], log_decay: Float32[Array, "B H"],
+          beta: Float32[Array, "B H"], state: Float32[Array, "B H h v"],
+          ) -> tuple[Float32[Array, "B H v"], Float32[Array, "B H h v"]]:
+    """Applies the rule to one position."""
     state = state * jnp.exp(log_decay)[..., None, None]
-    recalled = jnp.einsum("bkrhv,bkh->bkrv", state, key)
+    recalled = jnp.einsum("bnhv,bnh->bnv", state, key)
     change = beta[..., None] * (value - recalled)
-    state = state + jnp.einsum("bkh,bkrv->bkrhv", key, change)
-    return jnp.einsum("bkrhv,bkh->bkrv", state, query), state
+    state = state + key[..., None] * change[:, :, None]
+    return jnp.einsum("bnhv,bnh->bnv", state, query), state
 
 
-def _chunks(query: Float32[Array, "B N K h"], key: Float32[Array, "B N K h"],
-            value: Float32[Array, "B N K R v"], log_decay: Float32[Array, "B N K R"],
-            beta: Float32[Array, "B N K R"], state: Float32[Array, "B K R h v"],
-            segments: Int[Array, "B N"]) -> tuple[Array, Array]:
+def _chunks(query: Float32[Array, "B N H h"], key: Float32[Array, "B N H h"],
+            value: Float32[Array, "B N H v"], log_decay: Float32[Array, "B N H"],
+            beta: Float32[Array, "B N H"], state: Float32[Array, "B H h v"],
+            segments: Int[Array, "B N"],
+            ) -> tuple[Float32[Array, "B N H v"], Float32[Array, "B H h v"]]:
     """Applies the rule to chunks of positions.
 
     In a chunk, the change that position i makes to the state depends on those of positions j < i:
@@ -236,41 +236,40 @@ def _chunks(query: Float32[Array, "B N K h"], key: Float32[Array, "B N K h"],
     padding = -length % size
 
     def chunked(x: Array) -> Array:
+        """Returns [chunks, rows, heads, positions of a chunk, ...]."""
         padded = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
-        return padded.reshape(rows, -1, size, *x.shape[2:])
+        parts = padded.reshape(rows, -1, size, *x.shape[2:])
+        return jnp.transpose(parts, (1, 0, 3, 2, *range(4, parts.ndim)))
 
     # Padding changes nothing: it has no beta, and what comes before it does not fade.
-    numbers = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge").reshape(rows, -1, size)
-    before = jnp.concatenate([numbers[:, :1, 0], numbers[:, :-1, -1]], axis=1)
-    goes_on = (numbers == before[:, :, None])[:, :, None, None]     # [b, n, 1, 1, i]
-    stays = (numbers == numbers[:, :, -1:])[:, :, None, None]
+    numbers = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge")
+    numbers = jnp.swapaxes(numbers.reshape(rows, -1, size), 0, 1)       # [chunks, rows, positions]
+    before = jnp.concatenate([numbers[:1, :, :1], numbers[:-1, :, -1:]])
+    goes_on = (numbers == before)[:, :, None]                           # from the chunk before
+    stays = (numbers == numbers[:, :, -1:])[:, :, None]                 # until the chunk's end
     is_seen = numbers[:, :, :, None] == numbers[:, :, None, :]
-    is_seen &= np.tri(size, dtype=bool)[None, None]
+    is_seen = (is_seen & np.tri(size, dtype=bool)[None, None])[:, :, None]
 
-    # b row, n chunk, i and j positions of it, k key head, r value head, h and v entries.
-    query, key = (jnp.moveaxis(chunked(x), 2, 3)[:, :, :, None] for x in (query, key))
-    value = jnp.moveaxis(chunked(value), 2, 4)                                  # [b, n, k, r, i, v]
-    beta = jnp.moveaxis(chunked(beta), 2, 4)[..., None]                         # [b, n, k, r, i, 1]
-    total = jnp.cumsum(jnp.moveaxis(chunked(log_decay), 2, 4), axis=-1)         # [b, n, k, r, i]
+    query, key, value, beta = (chunked(x) for x in (query, key, value, beta[..., None]))
+    total = jnp.cumsum(chunked(log_decay), axis=-1)
     last = total[..., -1:]
-
-    fading = jnp.exp(jnp.where(is_seen[:, :, None, None],
-                               total[..., :, None] - total[..., None, :], -jnp.inf))
+    fading = jnp.exp(jnp.where(is_seen, total[..., :, None] - total[..., None, :], -jnp.inf))
     since_before = jnp.where(goes_on, jnp.exp(total), 0)[..., None]
-    inverse = _inverse(beta * fading * jnp.einsum("bnkrih,bnkrjh->bnkrij", key, key))
+    keys = jnp.swapaxes(key, -1, -2)
+    inverse = _inverse(beta * fading * (key @ keys))
     parts = (inverse @ (beta * value), inverse @ (beta * since_before * key), query * since_before,
-             fading * jnp.einsum("bnkrih,bnkrjh->bnkrij", query, key),
-             key * jnp.where(stays, jnp.exp(last - total), 0)[..., None],
+             fading * (query @ keys),
+             keys * jnp.where(stays, jnp.exp(last - total), 0)[..., None, :],
              jnp.where(goes_on[..., -1:], jnp.exp(last), 0)[..., None])
 
     def chunk(state: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
         changes, recalls, queries, scores, keys, share = parts
         changes = changes - recalls @ state
         mixed = queries @ state + scores @ changes
-        return share * state + jnp.swapaxes(keys, -1, -2) @ changes, mixed
+        return share * state + keys @ changes, mixed
 
-    state, mixed = jax.lax.scan(chunk, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts))
-    mixed = jnp.transpose(mixed, (1, 0, 4, 2, 3, 5))            # [b, n, i, k, r, v]
+    state, mixed = jax.lax.scan(chunk, state, parts)
+    mixed = jnp.transpose(mixed, (1, 0, 3, 2, 4))
     return mixed.reshape(rows, length + padding, *mixed.shape[3:])[:, :length], state
 
 

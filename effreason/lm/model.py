@@ -1,10 +1,9 @@
-"""The decoder of all model families in one Linen block; the only file that imports flax.
+"""The decoder of all model families, from tokens to hidden states and logits.
 
-What differs between families is data: fields of DecoderConfig, and of LayerKind for what differs
-between the layers of one model. Two paths go through the same block. Training scans over layers
-stacked on a leading axis, as many at a time as there are kinds, and rematerializes each block; each
-weight is stacked over those layers that have it. Sampling loops over a list of layers, each with
-its own cache, so that every cache is updated in place.
+Two paths go through the same block. Training scans over layers stacked on a leading axis, as many
+at a time as there are kinds, and rematerializes each block; each weight is stacked over those
+layers that have it. Sampling loops over a list of layers, each with its own cache, so that every
+cache is updated in place.
 
 B rows, N positions, T new tokens, D width, V vocabulary, L layers, H query heads, K key/value
 heads, h head width.
@@ -23,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from effreason.lm import adapters, attention, delta, experts, kv_cache
-from effreason.lm.delta import DeltaShape
+from effreason.lm import adapters, attention, delta, kv_cache
+from effreason.lm.architecture import DecoderConfig, LayerKind
+from effreason.lm.block import Block, rms_norm
 from effreason.lm.precision import products_of
-from effreason.lm.rope import Angles, Rope, rotate
+from effreason.lm.rope import Angles
 from effreason.runtime.sharding import constrain
 
 # {"embedding", "layers": {name: [layers that have it, ...]}, "final_norm", and "head" if the
@@ -39,107 +39,7 @@ REMAT: dict[str, Any] = {
     "attention": jax.checkpoint_policies.save_only_these_names(attention.CHECKPOINT_NAME),
     "none": None,
 }
-
-
-ACTIVATIONS: dict[str, Any] = {"silu": jax.nn.silu,
-                               "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerKind:
-    """What layers of one model may differ in."""
-
-    rope: Rope | None = None        # None: queries and keys know no positions
-    window: int | None = None       # positions that a query sees at most, with its own; None = all
-    delta: DeltaShape | None = None   # None: the layer attends; else it keeps a state
-
-
 AnglesOf = dict[LayerKind, Angles | None]
-
-
-def alike(*, theta: float) -> tuple[LayerKind, ...]:
-    """Returns the kinds of a model whose layers all see everything and rotate with this theta."""
-    return (LayerKind(rope=Rope(theta=theta)),)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The shape of a decoder, and the dtype it computes in."""
-
-    vocabulary: int                 # rows of embedding and head
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int                  # of one expert, if there are some
-    norm_eps: float
-    kinds: tuple[LayerKind, ...]    # of the first layers; those after them repeat these in order
-    tied: bool = False              # the embedding is also the output head
-    activation: str = "silu"        # one of ACTIVATIONS
-    qkv_bias: bool = False
-    output_bias: bool = False       # of the attention's last product
-    mlp_bias: bool = False
-    experts: int = 0                # MLPs among which a router chooses for each token; 0 = one MLP
-    experts_per_token: int = 0
-    normalizes_experts: bool = False    # the weights of a token's experts add up to 1
-    qk_norm: str | None = None      # of queries and keys: each head by itself, or all heads as one
-    norms_input: bool = True        # attention and MLP each have a norm before them,
-    norms_output: bool = False      # and one after them, before what they add to
-    norm_offset: float = 0.0        # added to the scales of all norms
-    query_scale: float = 1.0        # of queries, besides 1 / sqrt(head_dim)
-    gates_attention: bool = False   # the query's tensor holds, for each head, a gate of its result
-    embedding_scale: float = 1.0
-    fused: bool = False             # files hold query, key, value as one tensor; gate, up as one
-    # Beginnings of the names of tensors that are not the decoder's. An export has them too, and
-    # names the decoder's as its source does.
-    others: tuple[str, ...] = ()
-    unused_ids: tuple[tuple[int, int], ...] = ()    # ranges [first, end) of rows without a token
-    dtype: Any = jnp.float32        # of activations; weights and logits are always float32
-    cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS
-    attention: str = "xla"          # one of attention.IMPLEMENTATIONS, for whole rows in training
-    remat: str = "full"             # one of REMAT
-    adapter: adapters.Adapter | None = None     # of the layers' weights; None = there are none
-
-    def kind(self, layer: int) -> LayerKind:
-        return self.kinds[layer % len(self.kinds)]
-
-    @property
-    def active_mlp_width(self) -> int:
-        """The width of all MLPs that a token goes through in a layer."""
-        return self.mlp_width * (self.experts_per_token or 1)
-
-    @property
-    def window(self) -> int | None:
-        """The shortest of all layers' windows."""
-        return min((kind.window for kind in self.kinds if kind.window is not None), default=None)
-
-    @property
-    def delta(self) -> DeltaShape | None:
-        """The shape of the layers that keep a state; None if there are none."""
-        return next((kind.delta for kind in self.kinds if kind.delta is not None), None)
-
-    @property
-    def attention_layers(self) -> int:
-        return sum(self.kind(layer).delta is None for layer in range(self.layers))
-
-    @property
-    def needs_neighbours(self) -> bool:
-        """Whether positions of a sequence must be next to one another in a row."""
-        return self.window is not None or self.delta is not None
-
-
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "... D"], eps: float,
-             offset: float = 0.0) -> Float[Array, "... D"]:
-    """x / rms(x) * (offset + scale) over the scale's axes, the division in float32.
-
-    Source: arXiv 1910.07467."""
-    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
-    if offset:      # a small scale next to the offset would be lost in bfloat16
-        scale = jnp.broadcast_to(offset + scale.astype(jnp.float32), x.shape)
-        return (wide * scale).astype(x.dtype)
-    return wide.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
 @jax.custom_vjp
@@ -160,217 +60,6 @@ def _embed_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Non
 
 
 embed.defvjp(_embed_forward, _embed_backward)
-
-
-class Block(nn.Module):
-    """Attention, or what mixes positions in its place, and a gated MLP, each with norms and a
-    residual connection."""
-
-    config: DecoderConfig
-    kind: LayerKind
-
-    def setup(self) -> None:
-        c, normal = self.config, nn.initializers.normal(0.02)
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        scales = nn.initializers.constant(1.0 - c.norm_offset)
-        lora: dict[str, adapters.Pair] = {}
-        dial: dict[str, adapters.Pair] = {}
-
-        def weight(name: str, shape: tuple[int, ...], axes: tuple[str, ...],
-                   init: Any = normal) -> Any:
-            if c.adapter is not None and name in c.adapter.targets:
-                shape_a, shape_b = c.adapter.shapes(name, shape)
-                inputs = len(shape_a) - 1
-                uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform",
-                                                           range(inputs), -1)
-
-                def pair(a: str, b: str) -> tuple[Any, Any]:
-                    return (weight(name + a, shape_a, (*axes[:inputs], "rank"), uniform),
-                            weight(name + b, shape_b, ("rank", *axes[inputs:]), zeros))
-
-                lora[name] = pair(adapters.A, adapters.B)
-                if c.adapter.has_dial:
-                    dial[name] = pair(adapters.DIAL_A, adapters.DIAL_B)
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
-        def norm(name: str) -> Any:
-            return weight(name, (c.width,), ("norm",), scales)
-
-        heads, key_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
-
-        def attend() -> None:
-            query, kv = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
-            gated = (c.heads, c.head_dim * (2 if c.gates_attention else 1))
-            self.query = weight("query", (c.width, *gated), ("embed", *heads))
-            self.key = weight("key", (c.width, *kv), ("embed", *key_heads))
-            self.value = weight("value", (c.width, *kv), ("embed", *key_heads))
-            if c.qkv_bias:
-                self.query_bias = weight("query_bias", gated, heads, zeros)
-                self.key_bias = weight("key_bias", kv, key_heads, zeros)
-                self.value_bias = weight("value_bias", kv, key_heads, zeros)
-            if c.qk_norm == "head":
-                self.query_norm = weight("query_norm", (c.head_dim,), ("norm",), scales)
-                self.key_norm = weight("key_norm", (c.head_dim,), ("norm",), scales)
-            elif c.qk_norm == "all_heads":
-                self.query_norm = weight("query_norm", query, heads, scales)
-                self.key_norm = weight("key_norm", kv, key_heads, scales)
-            self.output = weight("output", (*query, c.width), (*heads, "embed"))
-            if c.output_bias:
-                self.output_bias = weight("output_bias", (c.width,), ("norm",), zeros)
-
-        def keep_a_state(shape: DeltaShape) -> None:
-            key, value = (shape.key_heads, shape.key_dim), (shape.value_heads, shape.value_dim)
-            self.delta_query = weight("delta_query", (c.width, *key), ("embed", *key_heads))
-            self.delta_key = weight("delta_key", (c.width, *key), ("embed", *key_heads))
-            self.delta_value = weight("delta_value", (c.width, *value), ("embed", *heads))
-            self.query_taps = weight("query_taps", (*key, shape.taps), (*key_heads, "taps"))
-            self.key_taps = weight("key_taps", (*key, shape.taps), (*key_heads, "taps"))
-            self.value_taps = weight("value_taps", (*value, shape.taps), (*heads, "taps"))
-            self.delta_beta = weight("delta_beta", (c.width, shape.value_heads), ("embed", "heads"))
-            self.delta_step = weight("delta_step", (c.width, shape.value_heads), ("embed", "heads"))
-            self.step_bias = weight("step_bias", (shape.value_heads,), ("heads",), ones)
-            self.log_rate = weight("log_rate", (shape.value_heads,), ("heads",), zeros)
-            self.delta_gate = weight("delta_gate", (c.width, *value), ("embed", *heads))
-            self.delta_norm = weight("delta_norm", (shape.value_dim,), ("norm",), ones)
-            self.delta_output = weight("delta_output", (*value, c.width), (*heads, "embed"))
-
-        if c.norms_input:
-            self.attention_norm = norm("attention_norm")
-        if self.kind.delta is None:
-            attend()
-        else:
-            keep_a_state(self.kind.delta)
-        if c.norms_output:
-            self.attention_output_norm = norm("attention_output_norm")
-
-        if c.norms_input:
-            self.mlp_norm = norm("mlp_norm")
-        if c.experts:
-            self.router = weight("router", (c.width, c.experts), ("embed", "width"))
-            into, axes = (c.experts, c.width, c.mlp_width), ("experts", "embed", "width")
-            self.expert_gate = weight("expert_gate", into, axes)
-            self.expert_up = weight("expert_up", into, axes)
-            self.expert_down = weight("expert_down", (c.experts, c.mlp_width, c.width),
-                                      ("experts", "width", "embed"))
-        else:
-            self.gate = weight("gate", (c.width, c.mlp_width), ("embed", "mlp"))
-            self.up = weight("up", (c.width, c.mlp_width), ("embed", "mlp"))
-            self.down = weight("down", (c.mlp_width, c.width), ("mlp", "embed"))
-        if c.mlp_bias:
-            self.gate_bias = weight("gate_bias", (c.mlp_width,), ("mlp",), zeros)
-            self.up_bias = weight("up_bias", (c.mlp_width,), ("mlp",), zeros)
-            self.down_bias = weight("down_bias", (c.width,), ("norm",), zeros)
-        if c.norms_output:
-            self.mlp_output_norm = norm("mlp_output_norm")
-        self.lora, self.dial = lora, dial
-
-    def __call__(self, x: Float[Array, "B N D"], angles: Angles | None,
-                 segments: Int[Array, "B N"] | None,
-                 settings: Float32[Array, "B N"] | None) -> Float[Array, "B N D"]:
-        """Training: causal within each segment."""
-        normed = self.norm("attention_norm", x) if self.config.norms_input else x
-        if self.kind.delta is None:
-            query, key, value, gate = self.qkv(normed, angles, settings)
-            mixed = attention.causal_attention(
-                query, key, value, segments, implementation=self.config.attention,
-                window=self.kind.window)
-            added = self.output_of(mixed, gate, settings)
-        else:
-            mixed = delta.mix_rows(*self.delta_inputs(normed, settings), segments)
-            added = self.output_of_state(mixed, normed, settings)
-        x = self.added_and_mlp(x, added, settings)
-        return constrain(x, "batch", "sequence", "width")
-
-    def decode(self, x: Float[Array, "B T D"], angles: Angles | None,
-               positions: Int[Array, "B T"], cache: Any, counts: Int[Array, " B"] | None,
-               ) -> tuple[Float[Array, "B T D"], Any]:
-        """Sampling: T tokens after those in the cache; returns the cache with T more."""
-        normed = self.norm("attention_norm", x) if self.config.norms_input else x
-        if self.kind.delta is None:
-            query, key, value, gate = self.qkv(normed, angles)
-            layout, window = self.config.cache_layout, self.kind.window
-            cache = kv_cache.write_cache(cache, key, value, positions[:, 0], layout, window)
-            mixed = kv_cache.cached_attention(query, cache, positions, layout, window)
-            added = self.output_of(mixed, gate)
-        else:
-            mixed, cache = delta.extend(*self.delta_inputs(normed), cache, counts)
-            added = self.output_of_state(mixed, normed)
-        return self.added_and_mlp(x, added), cache
-
-    def qkv(self, x: Float[Array, "B N D"], angles: Angles | None,
-            settings: Float32[Array, "B N"] | None = None) -> tuple[
-            Float[Array, "B N H h"], Float[Array, "B N K h"], Float[Array, "B N K h"],
-            Float[Array, "B N H h"] | None]:
-        """Returns query, key, value, and the gate of what they give, if there is one."""
-        c, gate = self.config, None
-        query, key, value = (
-            self.product(name, "bnd,dhk->bnhk", x, settings, has_bias=c.qkv_bias)
-            for name in ("query", "key", "value"))
-        if c.gates_attention:
-            query, gate = jnp.split(query, 2, axis=-1)
-        if c.qk_norm is not None:
-            query, key = self.norm("query_norm", query), self.norm("key_norm", key)
-        query, key = (rotate(part, angles) for part in (query, key))
-        return query if c.query_scale == 1.0 else query * c.query_scale, key, value, gate
-
-    def output_of(self, mixed: Float[Array, "B N H h"], gate: Float[Array, "B N H h"] | None,
-                  settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
-        if gate is not None:
-            mixed = mixed * jax.nn.sigmoid(gate)
-        return self.product("output", "bnhk,hkd->bnd", mixed, settings,
-                            has_bias=self.config.output_bias)
-
-    def delta_inputs(self, x: Float[Array, "B N D"],
-                     settings: Float32[Array, "B N"] | None = None) -> tuple[Any, Any, Any, Any]:
-        """Returns what `delta.mix_rows` reads: streams, taps, the logarithm of decay, beta."""
-        streams = tuple(self.product(f"delta_{name}", "bnd,dhk->bnhk", x, settings)
-                        for name in delta.STREAMS)
-        taps = tuple(getattr(self, f"{name}_taps").astype(x.dtype) for name in delta.STREAMS)
-        beta = jax.nn.sigmoid(self.product("delta_beta", "bnd,dh->bnh", x)).astype(jnp.float32)
-        step = self.product("delta_step", "bnd,dh->bnh", x).astype(jnp.float32)
-        step = jax.nn.softplus(step + self.step_bias.astype(jnp.float32)[None, None])
-        return streams, taps, -jnp.exp(self.log_rate.astype(jnp.float32))[None, None] * step, beta
-
-    def output_of_state(self, mixed: Float32[Array, "B N H v"], x: Float[Array, "B N D"],
-                        settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
-        gate = self.product("delta_gate", "bnd,dhk->bnhk", x, settings).astype(jnp.float32)
-        mixed = rms_norm(mixed.astype(x.dtype), self.delta_norm, self.config.norm_eps)
-        gated = (mixed.astype(jnp.float32) * jax.nn.silu(gate)).astype(x.dtype)
-        return self.product("delta_output", "bnhk,hkd->bnd", gated, settings)
-
-    def added_and_mlp(self, x: Float[Array, "B N D"], added: Float[Array, "B N D"],
-                      settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
-        c = self.config
-        x = x + (self.norm("attention_output_norm", added) if c.norms_output else added)
-        added = self.mlp(self.norm("mlp_norm", x) if c.norms_input else x, settings)
-        return x + (self.norm("mlp_output_norm", added) if c.norms_output else added)
-
-    def mlp(self, x: Float[Array, "B N D"],
-            settings: Float32[Array, "B N"] | None) -> Float[Array, "B N D"]:
-        c, activation = self.config, ACTIVATIONS[self.config.activation]
-        if c.experts:
-            weights = (weight.astype(x.dtype) for weight in (
-                self.router, self.expert_gate, self.expert_up, self.expert_down))
-            return experts.mixture(x, *weights, count=c.experts_per_token,
-                                   normalizes=c.normalizes_experts, activation=activation)
-        gate, up = (self.product(name, "bnd,df->bnf", x, settings, has_bias=c.mlp_bias)
-                    for name in ("gate", "up"))
-        return self.product("down", "bnf,fd->bnd", activation(gate) * up, settings,
-                            has_bias=c.mlp_bias)
-
-    def norm(self, name: str, x: Float[Array, "B N ..."]) -> Float[Array, "B N ..."]:
-        return rms_norm(x, getattr(self, name), self.config.norm_eps, self.config.norm_offset)
-
-    def product(self, name: str, axes: str, x: Float[Array, "B N ..."],
-                settings: Float32[Array, "B N"] | None = None, *,
-                has_bias: bool = False) -> Float[Array, "B N ..."]:
-        """Returns x W for the weight of this name, with its adapters and its bias if it has any."""
-        y, adapter = jnp.einsum(axes, x, getattr(self, name).astype(x.dtype)), self.config.adapter
-        if adapter is not None and name in self.lora:
-            lora = self.lora[name]
-            y = y + (adapters.change(x, *lora, adapter.scale) if settings is None else
-                     adapters.change_with_dial(x, lora, self.dial[name], adapter.scale, settings))
-        return y + getattr(self, f"{name}_bias").astype(x.dtype)[None, None] if has_bias else y
 
 
 class Decoder(nn.Module):

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.logprobs import token_logprobs
 
 
 def score(params: model.Params, sequences: Sequence[Sequence[int] | np.ndarray], *,
-          config: model.DecoderConfig, temperature: float = 1.0,
+          config: DecoderConfig, temperature: float = 1.0,
           tile: int = 2048) -> list[np.ndarray]:
     """Returns the log-prob of each token of each sequence, given the tokens before it.
 
@@ -43,7 +44,7 @@ def score(params: model.Params, sequences: Sequence[Sequence[int] | np.ndarray],
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature", "tile"))
 def _score(params: model.Params, tokens: jax.Array, targets: jax.Array, *,
-           config: model.DecoderConfig, temperature: float, tile: int) -> jax.Array:
+           config: DecoderConfig, temperature: float, tile: int) -> jax.Array:
     hidden = model.forward(config, params, tokens)
     head = model.head(params).astype(config.dtype)
     return token_logprobs(hidden, head, jnp.asarray(targets), temperature=temperature,

@@ -7,14 +7,15 @@ percent, memory within the factor given in docs/scaling.md.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from effreason.lm import model
 from effreason.lm.adapters import Adapter
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.delta import CHUNK
-from effreason.lm.model import DecoderConfig
 from effreason.planning import shapes
 from effreason.planning.costs import Collective, Cost, KernelCall
 from effreason.planning.estimates import TILE, PlannedFunction
@@ -95,12 +96,11 @@ class StepSizes:
         delta = self.decoder.delta
         if delta is None:
             return 0.0
-        value_head = 6.0 * delta.key_dim * delta.value_dim
-        if is_step:
-            return self.state_layers * delta.value_heads * value_head
-        value_head += 2.0 * CHUNK * delta.value_dim
-        return self.state_layers * (delta.value_heads * value_head
-                                    + 4.0 * delta.key_heads * CHUNK * delta.key_dim)
+        of_a_head = 6.0 * delta.key_dim * delta.value_dim
+        if not is_step:     # products within a chunk, and its inverse
+            of_a_head += CHUNK * (6.0 * delta.key_dim + 4.0 * delta.value_dim)
+            of_a_head += 4.0 * CHUNK**2 * math.log2(CHUNK)
+        return self.state_layers * delta.value_heads * of_a_head
 
     @property
     def held(self) -> int:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from effreason.lm import cudnn, kv_cache, model
+from effreason.lm import cudnn, kv_cache
+from effreason.lm.architecture import DecoderConfig
 from effreason.planning import chips, costs, shapes
 from effreason.planning.chips import Target
 from effreason.planning.costs import Cost
@@ -123,7 +124,7 @@ def traceable(target: Target) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def cache_limits(config: Config, decoder: model.DecoderConfig, target: Target,
+def cache_limits(config: Config, decoder: DecoderConfig, target: Target,
                  mesh: Any) -> CacheLimits:
     """Returns the slots that a run would have here. `mesh` may be abstract."""
     settings = config.rollout
@@ -142,7 +143,7 @@ def cache_limits(config: Config, decoder: model.DecoderConfig, target: Target,
     return capacity.cache_limits(config, decoder, mesh, budget)
 
 
-def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, slot_count: int,
+def make_programs(config: Config, decoder: DecoderConfig, mesh: Mesh, *, slot_count: int,
                   workload: Workload) -> dict[str, PlannedProgram]:
     """Returns every function of a training step in call order; compiles nothing."""
     learner = Learner(config, decoder, mesh, tries_kernels=False)
@@ -165,7 +166,7 @@ def make_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, *, s
     return {program.name: program for program in programs}
 
 
-def _sampler_programs(config: Config, decoder: model.DecoderConfig, mesh: Mesh, params: Any,
+def _sampler_programs(config: Config, decoder: DecoderConfig, mesh: Mesh, params: Any,
                       resident: Mapping[str, float], slot_count: int,
                       responses: int) -> list[PlannedProgram]:
     """Returns the functions of stage 2. Args: resident, HBM bytes of arrays that outlive them."""

@@ -8,9 +8,9 @@ import jax
 from jax.sharding import AbstractMesh
 
 from effreason.lm import kv_cache
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.attention import SEES_BRANCHES, sequences_per_row
 from effreason.lm.kernels import KERNELS
-from effreason.lm.model import DecoderConfig
 from effreason.planning import analytic, chips, compile, estimates, workloads
 from effreason.planning.chips import Target
 from effreason.planning.estimates import Efficiency, PlannedFunction, PlannedMachine, RunEstimate

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from effreason.lm.model import DecoderConfig
+from effreason.lm.architecture import DecoderConfig
 from effreason.planning import chips, plans
 from effreason.planning.chips import Target
 from effreason.planning.plans import Plan, PlanInputs

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf import hub, peft
 from effreason.lm.hf.config import decoder_table, parse_config
 from effreason.lm.hf.pretrained import SHIPPED_REASONER
-from effreason.lm.model import DecoderConfig
 from effreason.runtime.config import Config
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from effreason.lm import adapters, attention, cudnn, model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf import peft
 from effreason.lm.hf.pretrained import Pretrained, load_weights
 from effreason.lm.kernels import unsupported_reason
@@ -102,7 +103,7 @@ class Learner:
             fit them.
     """
 
-    def __init__(self, config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+    def __init__(self, config: Config, decoder: DecoderConfig, mesh: Mesh,
                  longest_prompt: int | None = None, *, tries_kernels: bool = True) -> None:
         check_divisible(config, decoder, mesh)
         context, slots = mesh.shape["context"], config.rollout.max_new_tokens
@@ -470,7 +471,7 @@ def make_objective(config: Config) -> Objective:
                 kl_coefficient=config.kl.coefficient)
 
 
-def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *, platform: str,
+def choose_attention(config: Config, decoder: DecoderConfig, width: int, *, platform: str,
                      context: int, capability: tuple[int, int] | None = None,
                      passes: Callable[[str], bool] = lambda kernel: True) -> str:
     """Returns the attention of the training passes: model.attention, or the best one that fits.
@@ -496,7 +497,7 @@ def choose_attention(config: Config, decoder: model.DecoderConfig, width: int, *
     return chosen
 
 
-def row_layout(config: Config, decoder: model.DecoderConfig, prompt: int, *, context: int,
+def row_layout(config: Config, decoder: DecoderConfig, prompt: int, *, context: int,
                shards: int) -> tuple[int, int]:
     """Returns positions of a row and rows of a micro-batch.
 
@@ -520,7 +521,7 @@ def row_layout(config: Config, decoder: model.DecoderConfig, prompt: int, *, con
                                 shards=shards, context=context)
 
 
-def _passes_trial(decoder: model.DecoderConfig, mesh: Mesh, kernel: str) -> bool:
+def _passes_trial(decoder: DecoderConfig, mesh: Mesh, kernel: str) -> bool:
     """Returns whether the attention kernel works on the devices of all processes."""
     if not kernel.startswith("cudnn"):
         return True
@@ -532,7 +533,7 @@ def _passes_trial(decoder: model.DecoderConfig, mesh: Mesh, kernel: str) -> bool
     return all(processes.all_gather("trial of a kernel", lambda: passes))
 
 
-def check_divisible(config: Config, decoder: model.DecoderConfig, mesh: Mesh) -> None:
+def check_divisible(config: Config, decoder: DecoderConfig, mesh: Mesh) -> None:
     """Raises UserError for a batch or an array axis that a mesh axis does not divide."""
     rows, shards = config.update.rows_per_micro_batch, sharding.batch_shards(mesh)
     if rows % shards:
@@ -555,7 +556,7 @@ def check_room(config: Config, width: int) -> None:
             f"have at most {INT32_MAX} positions together, got {positions}")
 
 
-def check_mesh(decoder: model.DecoderConfig, mesh: Mesh) -> None:
+def check_mesh(decoder: DecoderConfig, mesh: Mesh) -> None:
     """Raises UserError for an axis of the weights that a mesh axis does not divide."""
     split = [("attention heads", decoder.heads, "tensor"),
              ("key/value heads", decoder.kv_heads, "tensor"),

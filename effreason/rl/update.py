@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from effreason.lm import adapters, attention, model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.logprobs import token_logprobs
 from effreason.rl import advantages
 from effreason.runtime import sharding
@@ -67,7 +68,7 @@ class LossConfig:
     vocabulary_tile: int            # entries of the vocabulary scored at a time
 
 
-def score_rows(config: model.DecoderConfig, params: model.Params, rows: Rows, *, temperature: float,
+def score_rows(config: DecoderConfig, params: model.Params, rows: Rows, *, temperature: float,
                tile: int, responses: tuple[int, int] | None = None,
                ) -> tuple[Float32[Array, "R N"], Float32[Array, "R N"]]:
     """Returns log-prob and entropy at every target; undefined at padding.
@@ -251,19 +252,19 @@ def mean_of_responses(values: Float32[Array, "R N"],
     return means[:, columns]
 
 
-def in_compute_dtype(config: model.DecoderConfig, params: model.Params) -> model.Params:
+def in_compute_dtype(config: DecoderConfig, params: model.Params) -> model.Params:
     """Casts the weights to the dtype of the blocks.
 
     Done once, before the micro-batches, so that fsdp gathers this copy of half the size in each."""
     return jax.tree.map(lambda weight: weight.astype(config.dtype), params)
 
 
-def trainable(config: model.DecoderConfig, params: model.Params) -> model.Params:
+def trainable(config: DecoderConfig, params: model.Params) -> model.Params:
     """Returns what is trained out of a tree like the weights: all of it, or the adapters."""
     return params if config.adapter is None else adapters.split(params)[1]
 
 
-def complete(config: model.DecoderConfig, params: model.Params,
+def complete(config: DecoderConfig, params: model.Params,
              frozen: model.Params) -> model.Params:
     """Returns the weights of the policy: those that are trained, and the frozen ones."""
     return params if config.adapter is None else adapters.join(frozen, params)
@@ -271,7 +272,7 @@ def complete(config: model.DecoderConfig, params: model.Params,
 
 def gradients(params: model.Params, frozen: model.Params, experience: tuple[Experience, ...],
               counts: tuple[Int32[Array, " U"], ...], old: Float32[Array, "B T"] | None,
-              which: Int32[Array, ""], *, config: model.DecoderConfig, loss: LossConfig,
+              which: Int32[Array, ""], *, config: DecoderConfig, loss: LossConfig,
               responses: tuple[int, int], shardings: Shardings, of_tokens: NamedSharding,
               ) -> tuple[model.Params, Metrics, Float32[Array, "B T"]]:
     """Returns the gradient of one update's loss, summed over its micro-batches in float32.
@@ -333,7 +334,7 @@ def gradients(params: model.Params, frozen: model.Params, experience: tuple[Expe
 
 
 def micro_batch_loss(weights: model.Params, experience: Experience, *, frozen: model.Params,
-                     is_first: Bool[Array, ""], config: model.DecoderConfig, loss: LossConfig,
+                     is_first: Bool[Array, ""], config: DecoderConfig, loss: LossConfig,
                      responses: tuple[int, int],
                      ) -> tuple[Float32[Array, ""], tuple[Metrics, Float32[Array, "R N"]]]:
     """Returns the loss of some rows, its metrics, and the rows' log-probs; see `gradients`."""
@@ -406,7 +407,7 @@ def decayed(params: model.Params) -> Any:
         lambda path, _: not path[-1].key.endswith(("norm", "bias", "log_rate")), params)
 
 
-def state_sharding(config: model.DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh,
+def state_sharding(config: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh,
                    *, offload: bool = False) -> Shardings:
     """Returns a TrainState of shardings: moments like their weights, counters replicated.
 
@@ -432,7 +433,7 @@ def make_initial_state(optimizer: optax.GradientTransformation,
     return jax.jit(initial_state, out_shardings=shardings, donate_argnums=0)
 
 
-def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, params: Shardings,
+def make_scorer(config: DecoderConfig, mesh: Mesh, loss: LossConfig, *, params: Shardings,
                 responses: tuple[int, int],
                 ) -> Callable[[model.Params, Packed, Any], Float32[Array, "B T"]]:
     """Returns score(params, packed, first), jitted: log-probs of the responses, 0 at padding.
@@ -473,7 +474,7 @@ def make_scorer(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, *, pa
                    out_shardings=of_tokens, compiler_options=sharding.compiler_options(mesh))
 
 
-def make_gradients(config: model.DecoderConfig, mesh: Mesh, loss: LossConfig, shardings: Shardings,
+def make_gradients(config: DecoderConfig, mesh: Mesh, loss: LossConfig, shardings: Shardings,
                    frozen: Shardings, *, responses: tuple[int, int]) -> Callable[..., Any]:
     """Returns gradients(params, frozen, experience, counts, old, which), jitted; see `gradients`.
 

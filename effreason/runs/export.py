@@ -12,6 +12,7 @@ from effreason.data import prompts, sources, templates
 from effreason.evaluation.models import TrainedWeights
 from effreason.evaluation.statistics import Summary
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf.hub import public_name
 from effreason.lm.hf.pretrained import FACTS_FILE, export_model
 from effreason.runs import dial_points
@@ -22,7 +23,7 @@ from effreason.runtime.errors import UserError
 from effreason.runtime.files import disk, read_json
 
 
-def export(params: model.Params, decoder: model.DecoderConfig, step: int, config: Config,
+def export(params: model.Params, decoder: DecoderConfig, step: int, config: Config,
            inputs: Inputs, target: Path, alpha: float, before: Summary | None = None,
            after: Summary | None = None) -> None:
     """Writes weights, tokenizer, template, facts and card. Raises: UserError for a full disk.
@@ -58,7 +59,7 @@ def export_adapter(trained: TrainedWeights, mesh: Mesh, target: Path) -> None:
     _export_stored(trained, policy, learner.decoder, target)
 
 
-def _export_stored(trained: TrainedWeights, params: model.Params, decoder: model.DecoderConfig,
+def _export_stored(trained: TrainedWeights, params: model.Params, decoder: DecoderConfig,
                    target: Path) -> None:
     """Writes a directory whose card has what the run has measured. Raises: UserError."""
     run, step = trained.checkpoint.run, trained.checkpoint.step

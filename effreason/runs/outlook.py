@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 
-from effreason.lm.model import DecoderConfig
+from effreason.lm.architecture import DecoderConfig
 from effreason.planning import chips, plans, shapes
 from effreason.planning.chips import Target
 from effreason.runtime.config import Config

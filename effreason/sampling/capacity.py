@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.runtime import processes, sharding
 from effreason.runtime.config import GIB, Config
 from effreason.sampling.engine import (
@@ -26,7 +27,7 @@ MIN_SLOTS = 8                       # of full length: worth trying, whatever the
 EVALUATION_WEIGHT_BYTES = 4         # per parameter, without the sampler's copy: loaded in float32
 
 
-def make_configured_sampler(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+def make_configured_sampler(config: Config, decoder: DecoderConfig, mesh: Mesh,
                             weight_bytes: int) -> Sampler:
     """Builds the sampler of a run, for rollouts and evaluations alike.
 
@@ -51,7 +52,7 @@ def slot_count(config: Config, mesh: Mesh) -> int:
     return -(-slots // shards) * shards
 
 
-def position_budget(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+def position_budget(config: Config, decoder: DecoderConfig, mesh: Mesh,
                     weight_bytes: int) -> int | None:
     """Returns how many positions all slots together may have; None if rollout.slots is given."""
     if config.rollout.slots is not None:
@@ -61,7 +62,7 @@ def position_budget(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     return max(int(budget // model.position_bytes(decoder)), least)
 
 
-def cache_limits(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+def cache_limits(config: Config, decoder: DecoderConfig, mesh: Mesh,
                  budget: int | None) -> CacheLimits:
     """Returns the limits of the sampler that a configuration describes. `mesh` may be abstract."""
     positions = max_positions(config)
@@ -78,7 +79,7 @@ def max_positions(config: Config) -> int:
     return config.data.max_prompt_tokens + response
 
 
-def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
+def cache_budget_bytes(config: Config, decoder: DecoderConfig, mesh: Mesh,
                        weight_bytes: int) -> float:
     """Returns the memory for the keys and values of all slots, summed over all devices.
 
@@ -97,7 +98,7 @@ def cache_budget_bytes(config: Config, decoder: model.DecoderConfig, mesh: Mesh,
     return max(device_bytes(mesh) * (1 - RESERVE) - state - copy, 0.0)
 
 
-def weights_per_device(decoder: model.DecoderConfig, parameters: int, mesh: sharding.AnyMesh,
+def weights_per_device(decoder: DecoderConfig, parameters: int, mesh: sharding.AnyMesh,
                        platform: str) -> float:
     """Returns how many parameters of the sampler's copy a device has; see `sampling_axes`.
 
@@ -111,7 +112,7 @@ def weights_per_device(decoder: model.DecoderConfig, parameters: int, mesh: shar
     return (parameters - mlp) / mesh.shape["tensor"] + mlp / shards
 
 
-def mlp_shards(decoder: model.DecoderConfig, mesh: sharding.AnyMesh, platform: str) -> int:
+def mlp_shards(decoder: DecoderConfig, mesh: sharding.AnyMesh, platform: str) -> int:
     """Returns how many parts the sampler's weights of the MLP are split into."""
     if decoder.experts:             # split over tensor, as everything else
         return mesh.shape["tensor"]
@@ -148,7 +149,7 @@ def device_bytes(mesh: Mesh) -> float:
     return min(processes.all_gather("memory of a host", lambda: host_bytes)) * processes.count()
 
 
-def describe(config: Config, decoder: model.DecoderConfig, mesh: Mesh, weight_bytes: int) -> str:
+def describe(config: Config, decoder: DecoderConfig, mesh: Mesh, weight_bytes: int) -> str:
     """Returns a line for the log: the number of slots, their size and the memory available."""
     budget = position_budget(config, decoder, mesh, weight_bytes)
     limits, positions = cache_limits(config, decoder, mesh, budget), max_positions(config)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from effreason.lm import kv_cache, model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.kernels import KERNELS
 from effreason.runtime import processes, sharding
 from effreason.runtime.errors import UserError
@@ -57,7 +58,7 @@ class Sampler:
         return Generation(self, params, requests, key, sampling)
 
 
-def make_sampler(config: model.DecoderConfig, mesh: Mesh, *, slots: int, chunk: int,
+def make_sampler(config: DecoderConfig, mesh: Mesh, *, slots: int, chunk: int,
                  max_positions: int | None = None, min_positions: int | None = None,
                  budget: int | None = None, repetition: RepetitionStopping | None = None,
                  draft_tokens: int = 0, cache_layout: str = "auto") -> Sampler:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.runtime import sharding
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.engine import Sampler, make_sampler
@@ -23,7 +24,7 @@ CONTEXT = 16                        # of them, those that stay when older ones a
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")      # of special tokens in a tokenizer
 
 
-def generate(params: model.Params, prompts: Sequence[Prompt], *, config: model.DecoderConfig,
+def generate(params: model.Params, prompts: Sequence[Prompt], *, config: DecoderConfig,
              sampling: SamplingParams, max_new_tokens: int | Sequence[int], samples: int = 1,
              seed: int = 0, uids: Sequence[int] | None = None, mesh: Mesh | None = None,
              sampler: Sampler | None = None, slots: int = 64,

@@ -19,6 +19,7 @@ from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from effreason.lm import kv_cache, model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.precision import products_of
 from effreason.runtime import sharding
 from effreason.sampling import speculation
@@ -106,7 +107,7 @@ def next_token_logits(weights: model.Params, hidden: Float[Array, "S D"],
 
 
 def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"], *,
-           config: model.DecoderConfig, platform: str, sampling: SamplingParams, chunk: int,
+           config: DecoderConfig, platform: str, sampling: SamplingParams, chunk: int,
            ) -> tuple[Slots, dict[str, jax.Array]]:
     """Runs at most `chunk` decode steps for all slots; rows that end stay idle until it is over.
 
@@ -151,7 +152,7 @@ def decode(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"]
 
 
 def speculate(weights: model.Params, slots: Slots, control: Int[Array, " S_plus_1"],
-              texts: Int[Array, "S W"], *, config: model.DecoderConfig, sampling: SamplingParams,
+              texts: Int[Array, "S W"], *, config: DecoderConfig, sampling: SamplingParams,
               chunk: int, drafted: int) -> tuple[Slots, dict[str, jax.Array]]:
     """Runs at most `chunk` steps as `decode` does, each for the newest token of a row and a draft.
 
@@ -202,7 +203,7 @@ def _give_up(slots: Slots, control: Int[Array, " S_plus_1"]) -> tuple[Slots, Int
 
 
 def draw_next(weights: model.Params, slots: Slots, drafts: Int[Array, "S K"], *,
-              config: model.DecoderConfig, sampling: SamplingParams,
+              config: DecoderConfig, sampling: SamplingParams,
               ) -> tuple[Slots, dict[str, jax.Array]]:
     """Reads the newest token of each row and K drafted to follow it, and draws the next of each.
 
@@ -246,7 +247,7 @@ def steps_between_checks(platform: str, chunk: int) -> int:
 
 
 def prefill(weights: model.Params, prompts: Int[Array, "R W"], lengths: Int[Array, " R"], *,
-            config: model.DecoderConfig) -> model.Cache:
+            config: DecoderConfig) -> model.Cache:
     """Returns keys and values of prompts padded on the right; those of the padding are never read.
 
     Works chunk by chunk: the scores of all positions against all would be W * W for each head.
@@ -400,7 +401,7 @@ def compact(tree: Any, rows: Int[Array, " kept"], *, mesh: Mesh, shardings: Any)
     return select(tree, rows)
 
 
-def empty(*, config: model.DecoderConfig, count: int, capacity: int) -> Slots:
+def empty(*, config: DecoderConfig, count: int, capacity: int) -> Slots:
     """Returns `count` idle slots of `capacity` positions."""
     zeros = jnp.zeros(count, jnp.int32)
     return Slots(cache=model.empty_cache(config, count, capacity), token=zeros, length=zeros,
@@ -408,7 +409,7 @@ def empty(*, config: model.DecoderConfig, count: int, capacity: int) -> Slots:
                  key=jax.random.split(jax.random.key(0), count))
 
 
-def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
+def make_programs(config: DecoderConfig, mesh: Mesh) -> Programs:
     """Returns the functions with their shardings; nothing is compiled before its first call."""
     policy, config = config, dataclasses.replace(config, adapter=None)      # unstack merges them
     axes = model.cache_axes(config)
@@ -452,7 +453,7 @@ def make_programs(config: model.DecoderConfig, mesh: Mesh) -> Programs:
         mesh=mesh, shards=sharding.batch_shards(mesh), replicated=replicated, by_rows=by_rows)
 
 
-def _unstacked_axes(config: model.DecoderConfig) -> Any:
+def _unstacked_axes(config: DecoderConfig) -> Any:
     """Returns the logical axes of the weights with one subtree for each layer."""
     logical, having = model.logical_axes(config), model.stacks(config)
     return logical | {"layers": [{name: axes[1:] for name, axes in logical["layers"].items()

@@ -434,6 +434,9 @@ def test_the_recipes_for_gpus_are_those_for_tpus_on_another_mesh_and_fit(
     ("r1_distill_7b_lora_h100", "tpu:v5e:2x4", [
         "--mesh.fsdp", "4", "--mesh.tensor", "2", "--update.rows_per_micro_batch", "8"], False),
     ("r1_distill_1p5b_lora_v5e8", "tpu:v5e:2x4", [], True),
+    ("qwen3p5_4b_lora_h100", "gpu:h100:1", [], False),
+    ("qwen3p5_9b_lora_h100", "gpu:h100:1", [], False),
+    ("qwen3p5_9b_lora_v5e16", "tpu:v5e:4x4", [], False),
     ("qwen3_30b_a3b_lora_8xh200", "gpu:h200:8", [], True),
     ("qwen3_30b_a3b_lora_8xh200", "gpu:h100:8", [], False)])
 def test_the_recipes_with_adapters_fit(capsys, no_gpu_compiler, name, target, changes, fits_whole):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from decoders import QWEN2, mesh, weights
 
-from effreason.lm import model
+from effreason.lm.architecture import alike
 from effreason.rl import packing, parity, update
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
@@ -58,7 +58,7 @@ def sampled():
 
 @pytest.mark.parametrize(("changes", "temperature", "passes"), [
     ({}, 1.0, True), ({}, 0.6, False), ({}, 1.5, False), ({"norm_eps": 0.3}, 1.0, False),
-    ({"kinds": model.alike(theta=50.0)}, 1.0, False),
+    ({"kinds": alike(theta=50.0)}, 1.0, False),
 ])
 def test_what_goes_wrong_in_practice_is_far_above_the_limit(sampled, changes, temperature, passes):
     config_ = dataclasses.replace(QWEN2, **changes)

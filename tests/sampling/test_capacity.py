@@ -8,6 +8,7 @@ from decoders import QWEN2, mesh
 
 from effreason.evaluation.evaluate import sized_for_evaluation
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig, alike
 from effreason.runtime.config import (
     Config,
     DataConfig,
@@ -73,9 +74,9 @@ def test_a_mesh_gets_as_many_for_each_of_its_shards():
 def test_half_a_billion_weights_on_24_gib_have_room_for_64(monkeypatch):
     """Qwen2.5-0.5B in float32 on a CPU, which gets half of the host's memory."""
     monkeypatch.setattr(capacity, "device_bytes", lambda mesh: 12 * GIB)
-    small = model.DecoderConfig(vocabulary=151936, width=896, layers=24, heads=14, kv_heads=2,
+    small = DecoderConfig(vocabulary=151936, width=896, layers=24, heads=14, kv_heads=2,
                                 head_dim=64, mlp_width=4864, norm_eps=1e-6,
-                                kinds=model.alike(theta=1e6), tied=True, qkv_bias=True)
+                                kinds=alike(theta=1e6), tied=True, qkv_bias=True)
     settings = dataclasses.replace(
         config(max_new_tokens=256, prompts_per_step=8), data=DataConfig(max_prompt_tokens=512),
         model=ModelConfig(dtype="float32"))

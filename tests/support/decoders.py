@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import AxisType
 
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig, LayerKind, alike
 from effreason.lm.delta import DeltaShape
-from effreason.lm.model import LayerKind
 from effreason.lm.rope import Linear, Llama3, Rope
 from effreason.rl import packing
 from effreason.runtime import sharding
@@ -18,8 +18,8 @@ from effreason.types import Rows
 
 VOCABULARY = 24
 
-(PLAIN,) = model.alike(theta=10_000.0)
-QWEN2 = model.DecoderConfig(vocabulary=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2,
+(PLAIN,) = alike(theta=10_000.0)
+QWEN2 = DecoderConfig(vocabulary=VOCABULARY, width=16, layers=2, heads=4, kv_heads=2,
                             head_dim=4, mlp_width=24, norm_eps=1e-6, kinds=(PLAIN,), qkv_bias=True)
 SCALING = Llama3(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0,
                  original_positions=16)

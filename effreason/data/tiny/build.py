@@ -19,6 +19,7 @@ import optax
 
 from effreason.data.tiny import tasks, tokenizer, traces
 from effreason.lm import model
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf.config import parse_config
 from effreason.lm.hf.pretrained import write_decoder
 
@@ -86,7 +87,7 @@ def pad(rows: list[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, mask
 
 
-def make_step(config: model.DecoderConfig, optimizer: optax.GradientTransformation) -> Any:
+def make_step(config: DecoderConfig, optimizer: optax.GradientTransformation) -> Any:
     """Returns a jitted step of supervised learning: mean cross-entropy over the learnt tokens."""
     def loss_fn(params: model.Params, batch: Batch) -> jax.Array:
         total, count = jnp.zeros(()), jnp.zeros((), jnp.int32)

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from effreason.lm.architecture import DecoderConfig, LayerKind
 from effreason.lm.delta import DeltaShape
 from effreason.lm.hf import rotary
 from effreason.lm.hf.families import FAMILIES, WRAPPERS, Family, rotates, unsupported_entry
 from effreason.lm.hf.rotary import FULL, LINEAR, SLIDING, positive, quote
-from effreason.lm.model import DecoderConfig, LayerKind
 from effreason.lm.rope import Rope
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import read_json

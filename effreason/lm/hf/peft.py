@@ -19,9 +19,10 @@ import safetensors
 from safetensors.numpy import save_file
 
 from effreason.lm import adapters
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf import hub
 from effreason.lm.hf.weights import LAYER_TENSORS, STORED_DTYPES
-from effreason.lm.model import DecoderConfig, Params, abstract_params
+from effreason.lm.model import Params, abstract_params
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import check_present, read_json

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from effreason.lm import adapters
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf import hub, peft, weights
 from effreason.lm.hf.config import (
     decoder_table,
@@ -25,7 +26,7 @@ from effreason.lm.hf.config import (
     transformers,
 )
 from effreason.lm.hf.weights import read_weights, stored_dtype, weight_files, write_weights
-from effreason.lm.model import DecoderConfig, Params
+from effreason.lm.model import Params
 from effreason.runtime import processes, sharding
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import check_present, read_json

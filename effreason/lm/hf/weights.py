@@ -25,8 +25,9 @@ import numpy as np
 import safetensors
 from jax.sharding import Sharding
 
+from effreason.lm.architecture import DecoderConfig
 from effreason.lm.hf.config import assumed_sizes
-from effreason.lm.model import DecoderConfig, Params, abstract_params, stacks
+from effreason.lm.model import Params, abstract_params, stacks
 from effreason.runtime import sharding
 from effreason.runtime.errors import UserError
 from effreason.runtime.files import check_present, read_json
