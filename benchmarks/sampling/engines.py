@@ -214,10 +214,12 @@ def plain_extend(config: DecoderConfig, weights: model.Params, tokens: jax.Array
     x, extended = weights["embedding"].astype(config.dtype)[tokens], []
     block: Any = Block(config, config.kinds[0])
     for layer, (keys, values) in zip(weights["layers"], cache, strict=True):
-        query, key, value = block.apply({"params": layer}, x, angles, method="qkv")
+        normed = rms_norm(x, layer["attention_norm"], config.norm_eps)
+        query, key, value, _ = block.apply({"params": layer}, normed, angles, method="qkv")
         keys, values = write(keys, key, start), write(values, value, start)
         mixed = jax.nn.dot_product_attention(query, keys, values, mask=visible)
-        x = block.apply({"params": layer}, x, mixed, method="output_and_mlp")
+        added = block.apply({"params": layer}, mixed, None, method="output_of")
+        x = block.apply({"params": layer}, x, added, method="added_and_mlp")
         extended.append((keys, values))
     return rms_norm(x, weights["final_norm"], config.norm_eps), extended
 

@@ -24,7 +24,7 @@ Params = dict[str, Any]
 Pair = tuple[Float32[Array, "..."], Float32[Array, "..."]]      # A and B
 
 ATTENTION, MLP = ("query", "key", "value", "output"), ("gate", "up", "down")
-# What layers have in the place of attention that keep a state.
+# Products of layers that keep a state instead of attending.
 DELTA = ("delta_query", "delta_key", "delta_value", "delta_gate", "delta_output")
 TARGETS = {"attention": ATTENTION + DELTA, "mlp": MLP, "all": ATTENTION + DELTA + MLP}
 # Axes of the weight that are summed over; 1 for all others.
@@ -41,7 +41,7 @@ class Adapter:
 
     rank: int
     scale: float                    # s, of the product A B
-    targets: tuple[str, ...]        # the weights of a layer that have one, if it has these
+    targets: tuple[str, ...]        # the weights that have one, in the layers that have them
     has_dial: bool = False          # whether they have a second one, the dial
 
     def shapes(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

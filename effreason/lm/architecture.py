@@ -55,7 +55,7 @@ class DecoderConfig:
     fused: bool = False             # files hold query, key, value as one tensor; gate, up as one
     # Beginnings of the names of tensors that are not the decoder's. An export has them too, and
     # names the decoder's as its source does.
-    others: tuple[str, ...] = ()
+    copied_prefixes: tuple[str, ...] = ()
     unused_ids: tuple[tuple[int, int], ...] = ()    # ranges [first, end) of rows without a token
     dtype: Any = jnp.float32        # of activations; weights and logits are always float32
     cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS

@@ -1,7 +1,7 @@
 """One layer of all model families, as a Linen module: what differs between them is data.
 
 B rows, N positions, T new tokens, D width, H query heads, K key/value heads, h head width; of
-layers that keep a state, H value heads of width v.
+layers that keep a state, Hv value heads of width v.
 """
 
 import functools
@@ -71,7 +71,7 @@ class Block(nn.Module):
 
         heads, key_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
 
-        def attend() -> None:
+        def attention_weights() -> None:
             query, kv = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
             gated = (c.heads, c.head_dim * (2 if c.gates_attention else 1))
             self.query = weight("query", (c.width, *gated), ("embed", *heads))
@@ -91,7 +91,7 @@ class Block(nn.Module):
             if c.output_bias:
                 self.output_bias = weight("output_bias", (c.width,), ("norm",), zeros)
 
-        def keep_a_state(shape: DeltaShape) -> None:
+        def state_weights(shape: DeltaShape) -> None:
             key, value = (shape.key_heads, shape.key_dim), (shape.value_heads, shape.value_dim)
             self.delta_query = weight("delta_query", (c.width, *key), ("embed", *key_heads))
             self.delta_key = weight("delta_key", (c.width, *key), ("embed", *key_heads))
@@ -100,9 +100,9 @@ class Block(nn.Module):
             self.key_taps = weight("key_taps", (*key, shape.taps), (*key_heads, "taps"))
             self.value_taps = weight("value_taps", (*value, shape.taps), (*heads, "taps"))
             self.delta_beta = weight("delta_beta", (c.width, shape.value_heads), ("embed", "heads"))
-            self.delta_step = weight("delta_step", (c.width, shape.value_heads), ("embed", "heads"))
-            self.step_bias = weight("step_bias", (shape.value_heads,), ("heads",), ones)
-            self.log_rate = weight("log_rate", (shape.value_heads,), ("heads",), zeros)
+            self.time_step = weight("time_step", (c.width, shape.value_heads), ("embed", "heads"))
+            self.time_step_bias = weight("time_step_bias", (shape.value_heads,), ("heads",), ones)
+            self.log_decay_rate = weight("log_decay_rate", (shape.value_heads,), ("heads",), zeros)
             self.delta_gate = weight("delta_gate", (c.width, *value), ("embed", *heads))
             self.delta_norm = weight("delta_norm", (shape.value_dim,), ("norm",), ones)
             self.delta_output = weight("delta_output", (*value, c.width), (*heads, "embed"))
@@ -110,9 +110,9 @@ class Block(nn.Module):
         if c.norms_input:
             self.attention_norm = norm("attention_norm")
         if self.kind.delta is None:
-            attend()
+            attention_weights()
         else:
-            keep_a_state(self.kind.delta)
+            state_weights(self.kind.delta)
         if c.norms_output:
             self.attention_output_norm = norm("attention_output_norm")
 
@@ -200,11 +200,11 @@ class Block(nn.Module):
                         for name in delta.STREAMS)
         taps = tuple(getattr(self, f"{name}_taps").astype(x.dtype) for name in delta.STREAMS)
         beta = jax.nn.sigmoid(self.product("delta_beta", "bnd,dh->bnh", x)).astype(jnp.float32)
-        step = self.product("delta_step", "bnd,dh->bnh", x).astype(jnp.float32)
-        step = jax.nn.softplus(step + self.step_bias.astype(jnp.float32)[None, None])
-        return streams, taps, -jnp.exp(self.log_rate.astype(jnp.float32))[None, None] * step, beta
+        step = self.product("time_step", "bnd,dh->bnh", x).astype(jnp.float32)
+        step = jax.nn.softplus(step + self.time_step_bias[None, None])
+        return streams, taps, -jnp.exp(self.log_decay_rate)[None, None] * step, beta
 
-    def output_of_state(self, mixed: Float32[Array, "B N H v"], x: Float[Array, "B N D"],
+    def output_of_state(self, mixed: Float32[Array, "B N Hv v"], x: Float[Array, "B N D"],
                         settings: Float32[Array, "B N"] | None = None) -> Float[Array, "B N D"]:
         gate = self.product("delta_gate", "bnd,dhk->bnhk", x, settings).astype(jnp.float32)
         mixed = rms_norm(mixed.astype(x.dtype), self.delta_norm, self.config.norm_eps)

@@ -5,8 +5,8 @@ it returns for the position's key towards the position's value, and reads it wit
 that, a short convolution mixes every entry of query, key and value with those of the positions
 before.
 
-B rows, N positions, K key heads, H value heads, of which several share a key head, h width of
-queries and keys, v of values, W positions that the convolution reads.
+B rows, N positions, Hk heads of queries and keys, Hv of values, of which several share a key, h
+width of queries and keys, v of values, W positions that the convolution reads.
 
 Source: arXiv 2412.06464; chunks of positions as matrix products: arXiv 2406.06484.
 """
@@ -16,15 +16,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from effreason.lm.attention import CHECKPOINT_NAME, column_order, gather_row
+from effreason.lm.attention import column_order, gather_row
 from effreason.runtime.sharding import AXES, spec
 
-Streams = tuple[Float[Array, "B N K h"], Float[Array, "B N K h"], Float[Array, "B N H v"]]
-Taps = tuple[Float[Array, "K h W"], Float[Array, "K h W"], Float[Array, "H v W"]]
+Streams = tuple[Float[Array, "B N Hk h"], Float[Array, "B N Hk h"], Float[Array, "B N Hv v"]]
+Taps = tuple[Float[Array, "Hk h W"], Float[Array, "Hk h W"], Float[Array, "Hv v W"]]
 LayerState = dict[str, jax.Array]
 
 CHUNK = 64                          # positions that are computed at once
@@ -62,9 +61,9 @@ def empty_state(shape: DeltaShape, dtype: DTypeLike, rows: int) -> LayerState:
                                for name, heads in zip(STREAMS, shape.streams, strict=True)}
 
 
-def mix_rows(streams: Streams, taps: Taps, log_decay: Float32[Array, "B N H"],
-             beta: Float32[Array, "B N H"],
-             segments: Int[Array, "B N"] | None) -> Float32[Array, "B N H v"]:
+def mix_rows(streams: Streams, taps: Taps, log_decay: Float32[Array, "B N Hv"],
+             beta: Float32[Array, "B N Hv"],
+             segments: Int[Array, "B N"] | None) -> Float32[Array, "B N Hv v"]:
     """Computes whole packed rows, for training.
 
     If the mesh splits rows, each device computes its rows whole and keeps its own columns: a state
@@ -82,19 +81,21 @@ def mix_rows(streams: Streams, taps: Taps, log_decay: Float32[Array, "B N H"],
     Returns:
         What the queries read. Padding is 0 and passes no gradient."""
     if segments is None:
-        segments = jnp.ones(beta.shape[:2], jnp.int32)
+        return _whole_rows(streams, taps, log_decay, beta, jnp.ones(beta.shape[:2], jnp.int32))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         mixed = _whole_rows(streams, taps, log_decay, beta, segments)
     else:
         mixed = _mix_on_mesh(streams, taps, log_decay, beta, segments, mesh.shape[AXES["sequence"]])
-    mixed = checkpoint_name(mixed, CHECKPOINT_NAME)
     return jnp.where(segments[:, :, None, None] > 0, mixed, 0)
 
 
 def _mix_on_mesh(streams: Streams, taps: Taps, log_decay: Array, beta: Array,
-                 segments: Int[Array, "B N"], parts: int) -> Float32[Array, "B N H v"]:
-    """Computes on each device its own rows and heads. Args: parts, of a row."""
+                 segments: Int[Array, "B N"], parts: int) -> Float32[Array, "B N Hv v"]:
+    """Computes on each device its own rows and heads.
+
+    Args:
+        parts: Of a row."""
     def local(streams: Streams, taps: Taps, log_decay: Array, beta: Array, segments: Array,
               columns: Array) -> Array:
         rows = jax.tree.map(lambda x: gather_row(x, parts), (streams, log_decay, beta, segments))
@@ -112,7 +113,7 @@ def _mix_on_mesh(streams: Streams, taps: Taps, log_decay: Array, beta: Array,
 
 
 def _whole_rows(streams: Streams, taps: Taps, log_decay: Array, beta: Array,
-                segments: Int[Array, "B N"]) -> Float32[Array, "B N H v"]:
+                segments: Int[Array, "B N"]) -> Float32[Array, "B N Hv v"]:
     query, key, value = (
         convolve(x, weights, jnp.zeros((len(x), weights.shape[-1] - 1, *x.shape[2:]), x.dtype),
                  segments) for x, weights in zip(streams, taps, strict=True))
@@ -120,9 +121,9 @@ def _whole_rows(streams: Streams, taps: Taps, log_decay: Array, beta: Array,
     return mix(query, key, value, log_decay, beta, state, segments)[0]
 
 
-def extend(streams: Streams, taps: Taps, log_decay: Float32[Array, "B T H"],
-           beta: Float32[Array, "B T H"], cache: LayerState,
-           counts: Int[Array, " B"] | None) -> tuple[Float32[Array, "B T H v"], LayerState]:
+def extend(streams: Streams, taps: Taps, log_decay: Float32[Array, "B T Hv"],
+           beta: Float32[Array, "B T Hv"], cache: LayerState,
+           counts: Int[Array, " B"] | None) -> tuple[Float32[Array, "B T Hv v"], LayerState]:
     """Reads T more positions of each row, for sampling.
 
     Args:
@@ -173,14 +174,16 @@ def convolve(x: Float[Array, "B N heads h"], taps: Float[Array, "heads h W"],
     return jax.nn.silu(total).astype(x.dtype)
 
 
-def mix(query: Float[Array, "B N K h"], key: Float[Array, "B N K h"],
-        value: Float[Array, "B N H v"], log_decay: Float32[Array, "B N H"],
-        beta: Float32[Array, "B N H"], state: Float32[Array, "B H h v"],
+def mix(query: Float[Array, "B N Hk h"], key: Float[Array, "B N Hk h"],
+        value: Float[Array, "B N Hv v"], log_decay: Float32[Array, "B N Hv"],
+        beta: Float32[Array, "B N Hv"], state: Float32[Array, "B Hv h v"],
         segments: Int[Array, "B N"] | None = None,
-        ) -> tuple[Float32[Array, "B N H v"], Float32[Array, "B H h v"]]:
-    """Applies the gated delta rule to N positions, one after another or in chunks; in float32.
+        ) -> tuple[Float32[Array, "B N Hv v"], Float32[Array, "B Hv h v"]]:
+    """Applies the gated delta rule to N positions, one after another or in chunks.
 
-    Queries and keys are divided by their norms, and queries by sqrt(h).
+    Queries and keys are divided by their norms, and queries by sqrt(h). Sums are float32. What a
+    state reads and gets in a step, and the inverse in a chunk, are products of float32 on every
+    chip; other products are those of the model's dtype (`precision.products_of`).
 
     Args:
         state: Before the first position.
@@ -207,23 +210,24 @@ def _unit(x: Float[Array, "... h"]) -> Float32[Array, "... h"]:
     return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
 
 
-def _step(query: Float32[Array, "B H h"], key: Float32[Array, "B H h"],
-          value: Float32[Array, "B H v"], log_decay: Float32[Array, "B H"],
-          beta: Float32[Array, "B H"], state: Float32[Array, "B H h v"],
-          ) -> tuple[Float32[Array, "B H v"], Float32[Array, "B H h v"]]:
+def _step(query: Float32[Array, "B Hv h"], key: Float32[Array, "B Hv h"],
+          value: Float32[Array, "B Hv v"], log_decay: Float32[Array, "B Hv"],
+          beta: Float32[Array, "B Hv"], state: Float32[Array, "B Hv h v"],
+          ) -> tuple[Float32[Array, "B Hv v"], Float32[Array, "B Hv h v"]]:
     """Applies the rule to one position."""
     state = state * jnp.exp(log_decay)[..., None, None]
-    recalled = jnp.einsum("bnhv,bnh->bnv", state, key)
-    change = beta[..., None] * (value - recalled)
-    state = state + key[..., None] * change[:, :, None]
-    return jnp.einsum("bnhv,bnh->bnv", state, query), state
+    with jax.default_matmul_precision("highest"):
+        recalled = jnp.einsum("bnhv,bnh->bnv", state, key)
+        change = beta[..., None] * (value - recalled)
+        state = state + key[..., None] * change[:, :, None]
+        return jnp.einsum("bnhv,bnh->bnv", state, query), state
 
 
-def _chunks(query: Float32[Array, "B N H h"], key: Float32[Array, "B N H h"],
-            value: Float32[Array, "B N H v"], log_decay: Float32[Array, "B N H"],
-            beta: Float32[Array, "B N H"], state: Float32[Array, "B H h v"],
+def _chunks(query: Float32[Array, "B N Hv h"], key: Float32[Array, "B N Hv h"],
+            value: Float32[Array, "B N Hv v"], log_decay: Float32[Array, "B N Hv"],
+            beta: Float32[Array, "B N Hv"], state: Float32[Array, "B Hv h v"],
             segments: Int[Array, "B N"],
-            ) -> tuple[Float32[Array, "B N H v"], Float32[Array, "B H h v"]]:
+            ) -> tuple[Float32[Array, "B N Hv v"], Float32[Array, "B Hv h v"]]:
     """Applies the rule to chunks of positions.
 
     In a chunk, the change that position i makes to the state depends on those of positions j < i:
@@ -275,11 +279,15 @@ def _chunks(query: Float32[Array, "B N H h"], key: Float32[Array, "B N H h"],
 
 @jax.custom_vjp
 def _inverse(lower: Float32[Array, "... i i"]) -> Float32[Array, "... i i"]:
-    """Inverts triangular matrices whose diagonals are 1. Args: lower, read below the diagonal.
+    """Inverts triangular matrices whose diagonals are 1.
 
     The inverse of [[A, 0], [C, B]] is [[A', 0], [-B' C A', B']], with those of A and B: from blocks
     of 1 to the whole in log2(i) products. Chips do these faster than they solve for one row after
-    another, and a mesh can split them."""
+    another, and a mesh can split them. Errors would grow from one to the next: these products are
+    in float32.
+
+    Args:
+        lower: Read below the diagonal."""
     size = lower.shape[-1]
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
     position = np.arange(size)
@@ -289,7 +297,8 @@ def _inverse(lower: Float32[Array, "... i i"]) -> Float32[Array, "... i i"]:
         # C of the pair of blocks that a row and a column are in.
         is_between = (number[:, None] % 2 == 1) & (number[:, None] - 1 == number[None, :])
         between = jnp.where(is_between.reshape((1,) * (lower.ndim - 2) + (size, size)), lower, 0)
-        inverse = inverse - inverse @ between @ inverse
+        with jax.default_matmul_precision("highest"):
+            inverse = inverse - inverse @ between @ inverse
         block *= 2
     return inverse
 
@@ -301,7 +310,8 @@ def _inverse_forward(lower: Array) -> tuple[Array, Array]:
 
 def _inverse_backward(inverse: Array, grad: Array) -> tuple[Array]:
     transposed = jnp.swapaxes(inverse, -1, -2)
-    return (jnp.tril(-(transposed @ grad @ transposed), -1),)
+    with jax.default_matmul_precision("highest"):
+        return (jnp.tril(-(transposed @ grad @ transposed), -1),)
 
 
 _inverse.defvjp(_inverse_forward, _inverse_backward)

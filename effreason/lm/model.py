@@ -33,6 +33,7 @@ from effreason.runtime.sharding import constrain
 # embedding is not tied}
 Params = dict[str, Any]
 Cache = list[kv_cache.LayerCache | delta.LayerState]
+FLOAT32 = ("log_decay_rate", "time_step_bias")     # weights that stay so in every compute dtype
 # What a block keeps for the backward pass: only its input, its attention too, or everything.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -120,8 +121,8 @@ def _layers(config: DecoderConfig, stacked: Params, x: Float[Array, "B N D"], an
         return several(x, layers) if kinds > 1 else compute(config.kinds[0], x, layers), None
 
     def in_groups(name: str, leaf: Array) -> Array:
-        each = sum(layer < kinds for layer in stacks(config)[name])
-        return leaf[: groups * each].reshape(groups, each, *leaf.shape[1:])
+        per_group = sum(layer < kinds for layer in stacks(config)[name])
+        return leaf[: groups * per_group].reshape(groups, per_group, *leaf.shape[1:])
 
     last, grouped = None, stacked
     if kinds > 1:
@@ -149,7 +150,7 @@ def _scaled(config: DecoderConfig, embedded: Float[Array, "B N D"]) -> Float[Arr
 def _boxed(config: DecoderConfig, key: jax.Array) -> Params:
     """Returns random weights in flax's boxes, which hold the axis names.
 
-    A model whose layers have different weights has those of models in which all are alike."""
+    If layers have different sets, each weight comes from a model in which all layers have it."""
     one = jnp.zeros((1, 1), jnp.int32)
     models = [Decoder(alike).init(key, one, one, None)["params"] for alike in _uniform(config)]
     if len(models) == 1:
@@ -160,7 +161,7 @@ def _boxed(config: DecoderConfig, key: jax.Array) -> Params:
 
 
 def _uniform(config: DecoderConfig) -> list[DecoderConfig]:
-    """Returns for each set of weights that layers may have a model with these in all layers."""
+    """Returns one configuration for each set of weights, in which all layers have that set."""
     kinds = {kind.delta: kind for kind in reversed(config.kinds)}
     return [dataclasses.replace(config, kinds=(kind,)) for kind in reversed(kinds.values())]
 
@@ -262,7 +263,16 @@ def unstack(config: DecoderConfig, params: Params) -> Params:
         setting = params.get(adapters.SETTING)
         layers = [adapters.merge_layer(config.adapter, layer, setting) for layer in layers]
         params = {name: leaf for name, leaf in params.items() if name != adapters.SETTING}
-    return jax.tree.map(lambda leaf: leaf.astype(config.dtype), params | {"layers": layers})
+    return in_compute_dtype(config, params | {"layers": layers})
+
+
+def in_compute_dtype(config: DecoderConfig, params: Params) -> Params:
+    """Casts weights to the dtype of the blocks, but for logarithms and biases of decay rates, which
+    would be other rates when rounded."""
+    def cast(path: Any, leaf: Array) -> Array:
+        return leaf if path[-1].key in FLOAT32 else leaf.astype(config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def merge_adapters(config: DecoderConfig, params: Params) -> Params:
@@ -313,9 +323,18 @@ def cache_bytes(config: DecoderConfig, positions: int) -> int:
         jax.eval_shape(lambda: empty_cache(config, 1, positions))))
 
 
-def positions_held(config: DecoderConfig, positions: int) -> int:
-    """Returns for how many positions keys and values would be as large as that cache."""
-    return -(-cache_bytes(config, positions) // position_bytes(config))
+def state_bytes(config: DecoderConfig) -> int:
+    """Returns the bytes of what all layers keep of a sequence, whatever its length."""
+    return cache_bytes(config, 1) - position_bytes(config)
+
+
+def positions_held(config: DecoderConfig, positions: int, context: int = 1) -> int:
+    """Returns how many positions of keys and values take as much memory as a sequence's cache.
+
+    Args:
+        context: Parts that positions are split into; each of them has all states."""
+    held = cache_bytes(config, positions) + (context - 1) * state_bytes(config)
+    return -(-held // position_bytes(config))
 
 
 def decode(config: DecoderConfig, unstacked: Params, tokens: Int[Array, "B T"],

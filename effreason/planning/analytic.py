@@ -85,11 +85,6 @@ class StepSizes:
     def state_layers(self) -> int:
         return self.decoder.layers - self.decoder.attention_layers
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of what all layers keep of a sequence, whatever its length."""
-        return model.cache_bytes(self.decoder, 1) - model.position_bytes(self.decoder)
-
     def state_flops(self, *, is_step: bool) -> float:
         """Returns the FLOPs of a position in the products of all states, of a decode step or of
         `delta.mix` on whole rows."""
@@ -244,9 +239,9 @@ def _resident_bytes(config: Config, sizes: StepSizes, *, slots: int, capacity: i
         "weights": sizes.itemsize * sizes.sampled_weights(platform),
         "position": position,
         "slots": (slots / (sizes.data * sizes.fsdp) * position
-                  * model.positions_held(c, capacity) / sizes.context),
+                  * model.positions_held(c, capacity, sizes.context) / sizes.context),
         "prefilled": 8 * (config.data.max_prompt_tokens * position
-                          + sizes.state_bytes / sizes.tensor),
+                          + model.state_bytes(c) / sizes.tensor),
     }
 
 
@@ -422,7 +417,7 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
         flops=local_slots * (2.0 * (sizes.products + sizes.table)
                              + sizes.state_flops(is_step=True)) / sizes.tensor,
         bytes=without_embedding + local_slots * TILE * 2 * position + 3 * logits
-        + 2 * local_slots * sizes.state_bytes / sizes.tensor,
+        + 2 * local_slots * model.state_bytes(c) / sizes.tensor,
         collectives=sums(local_slots * sharing),
         kernels=(_attention_kernel(sizes, slots, capacity),))
     prefill = Cost(
@@ -446,6 +441,6 @@ def _sampler_costs(config: Config, sizes: StepSizes, resident: dict[str, float],
         "prefill": (resident["weights"] + resident["prefilled"] + min(scores, 2**27 * c.heads)
                     + prefill_tokens * 8 * c.width * s, prefill),
         "insert": (resident["slots"] + resident["prefilled"], Cost(
-            bytes=2 * (width * position + sizes.state_bytes / sizes.tensor))),
+            bytes=2 * (width * position + model.state_bytes(c) / sizes.tensor))),
         "decode": (resident["weights"] + resident["slots"] + 3 * logits, decode),
     }, (height, -(-config.rollout.prompts_per_step // height))

@@ -100,7 +100,8 @@ def make_plan(config: Config, decoder: DecoderConfig, target: Target, inputs: Pl
                                        prompt_tokens=inputs.prompt_tokens, layout=layout,
                                        sequences_per_row=sequences_per_row(attention),
                                        skips_others=attention == "cudnn_packed",
-                                       shares_prompts=attention in SEES_BRANCHES)
+                                       shares_prompts=attention in SEES_BRANCHES
+                                       and not decoder.needs_neighbours)
     # Without a kernel a decode step reads the whole cache, live or not.
     has_kernel = kv_cache.resolve_layout(
         config.rollout.cache_layout, target.kind, decoder.head_dim, decoder.dtype,
@@ -163,7 +164,8 @@ def _estimate(config: Config, decoder: DecoderConfig, target: Target,
     return tuple(estimates.estimate_run(
         config, functions, workload, machine, decode_memory=share, limits=limits,
         weights_bytes=sizes.itemsize * sizes.sampled_weights(target.kind, read=True),
-        flops_per_token=2.0 * (sizes.products + sizes.table), smallest=MIN_SLOTS_PER_DEVICE,
+        flops_per_token=2.0 * (sizes.products + sizes.table) + sizes.state_flops(is_step=False),
+        smallest=MIN_SLOTS_PER_DEVICE,
         price=inputs.price, watts=inputs.watts)
         for share in sorted({*inputs.efficiency.decode}, reverse=True))
 

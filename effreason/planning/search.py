@@ -113,8 +113,9 @@ def meshes(decoder: DecoderConfig, chips: int) -> Iterator[tuple[int, int, int, 
         return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
     for tensor in divisors(chips):
+        states = [] if decoder.delta is None else [decoder.delta.key_heads]
         if any(size % tensor for size in (decoder.heads, decoder.kv_heads, decoder.vocabulary,
-                                          decoder.experts or decoder.mlp_width)):
+                                          decoder.experts or decoder.mlp_width, *states)):
             continue
         for context in divisors(chips // tensor):
             for fsdp in divisors(chips // tensor // context):

@@ -152,7 +152,7 @@ class Learner:
         self.reward = jax.jit(functools.partial(experience.earned, reward),
                               out_shardings=replicated)
         self.init = update.make_initial_state(optimizer, targets)
-        self.as_reference = jax.jit(functools.partial(update.in_compute_dtype, base),
+        self.as_reference = jax.jit(functools.partial(model.in_compute_dtype, base),
                                     out_shardings=reference)
         self._merge = jax.jit(functools.partial(model.merge_adapters, decoder),
                               out_shardings=weights)

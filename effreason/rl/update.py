@@ -252,13 +252,6 @@ def mean_of_responses(values: Float32[Array, "R N"],
     return means[:, columns]
 
 
-def in_compute_dtype(config: DecoderConfig, params: model.Params) -> model.Params:
-    """Casts the weights to the dtype of the blocks.
-
-    Done once, before the micro-batches, so that fsdp gathers this copy of half the size in each."""
-    return jax.tree.map(lambda weight: weight.astype(config.dtype), params)
-
-
 def trainable(config: DecoderConfig, params: model.Params) -> model.Params:
     """Returns what is trained out of a tree like the weights: all of it, or the adapters."""
     return params if config.adapter is None else adapters.split(params)[1]
@@ -295,7 +288,8 @@ def gradients(params: model.Params, frozen: model.Params, experience: tuple[Expe
     gradient = jax.grad(functools.partial(
         micro_batch_loss, frozen=frozen, is_first=which == 0, config=config, loss=loss,
         responses=responses), has_aux=True)
-    weights = in_compute_dtype(config, params)
+    # Once, before the micro-batches, so that fsdp gathers this copy of half the size in each.
+    weights = model.in_compute_dtype(config, params)
     groups = jax.tree.map(lambda x: x[which], experience)
     names = ["loss", "clip_share", "entropy"]
     if experience[0].reference_logprobs is not None:
@@ -404,7 +398,7 @@ def make_optimizer(config: UpdateConfig, schedule: optax.Schedule) -> optax.Grad
 def decayed(params: model.Params) -> Any:
     """Returns the tree of the weights with True for those that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(("norm", "bias", "log_rate")), params)
+        lambda path, _: not path[-1].key.endswith(("norm", "bias", "log_decay_rate")), params)
 
 
 def state_sharding(config: DecoderConfig, optimizer: optax.GradientTransformation, mesh: Mesh,
@@ -449,7 +443,7 @@ def make_scorer(config: DecoderConfig, mesh: Mesh, loss: LossConfig, *, params: 
 
     def score(params: model.Params, packed: Packed,
               first: Int32[Array, ""]) -> Float32[Array, "B T"]:
-        weights = in_compute_dtype(config, jax.device_put(params, on_device))
+        weights = model.in_compute_dtype(config, jax.device_put(params, on_device))
 
         def score_update(logprobs: Array, update: tuple[Rows, jax.Array]) -> tuple[Array, None]:
             micro_batches, count = update

@@ -58,7 +58,8 @@ def position_budget(config: Config, decoder: DecoderConfig, mesh: Mesh,
     if config.rollout.slots is not None:
         return None
     budget = cache_budget_bytes(config, decoder, mesh, weight_bytes)
-    least = MIN_SLOTS * model.positions_held(decoder, cache_positions(max_positions(config)))
+    least = MIN_SLOTS * model.positions_held(decoder, cache_positions(max_positions(config)),
+                                             mesh.shape["context"])
     return max(int(budget // model.position_bytes(decoder)), least)
 
 
@@ -70,7 +71,8 @@ def cache_limits(config: Config, decoder: DecoderConfig, mesh: Mesh,
         slots=slot_count(config, mesh), shards=sharding.batch_shards(mesh), budget=budget,
         chunk=config.rollout.chunk, smallest=smallest_capacity(positions),
         largest=cache_positions(positions),
-        positions_held=functools.partial(model.positions_held, decoder))
+        positions_held=functools.partial(model.positions_held, decoder,
+                                         context=mesh.shape["context"]))
 
 
 def max_positions(config: Config) -> int:
@@ -161,7 +163,7 @@ def describe(config: Config, decoder: DecoderConfig, mesh: Mesh, weight_bytes: i
 
     total = _format_bytes(least * model.cache_bytes(decoder, positions))
     return (f"sampler: {count} slots of at most {positions:,} positions, "
-            f"{total}{available} for keys and values")
+            f"{total}{available} for keys and values{' and states' * (decoder.delta is not None)}")
 
 
 def _format_bytes(count: float) -> str:

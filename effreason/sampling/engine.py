@@ -96,7 +96,7 @@ def make_sampler(config: DecoderConfig, mesh: Mesh, *, slots: int, chunk: int,
                         f"sliding windows, got {draft_tokens}")
     limits = CacheLimits(
         slots=slots, shards=programs.shards, chunk=chunk, budget=budget,
-        positions_held=functools.partial(model.positions_held, config),
+        positions_held=functools.partial(model.positions_held, config, context=context),
         draft_tokens=draft_tokens, most_positions=speculation.MOST_POSITIONS[platform],
         smallest=smallest_capacity(max_positions) if min_positions is None else min_positions,
         largest=None if max_positions is None else cache_positions(max_positions))

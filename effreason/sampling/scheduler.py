@@ -219,7 +219,7 @@ class CacheLimits:
     smallest: int = 64              # positions of a slot, a power of two
     largest: int | None = None      # positions of a slot; None = no limit
     budget: int | None = None       # positions of all slots together; None = enough
-    # As large as a slot of some capacity: fewer if some layers keep no more than their window.
+    # Positions of keys and values that take as much memory as a slot of some capacity.
     positions_held: Callable[[int], int] = lambda capacity: capacity
     draft_tokens: int = 0           # read ahead in each slot, at most; 0 = none
     most_positions: int = 128       # that a device reads in a step with drafts

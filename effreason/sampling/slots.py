@@ -77,7 +77,7 @@ class Programs:
     def compilations(self) -> int:
         """Returns how many programs have been compiled so far."""
         functions: list[Any] = [self.unstack, self.prefill, self.insert, self.decode,
-                                self.speculate, self.grow, *{*self.compact_cache}, self.compact,
+                                self.speculate, self.grow, *set(self.compact_cache), self.compact,
                                 self.empty]
         return sum(function._cache_size() for function in functions)
 
@@ -248,7 +248,7 @@ def steps_between_checks(platform: str, chunk: int) -> int:
 
 def prefill(weights: model.Params, prompts: Int[Array, "R W"], lengths: Int[Array, " R"], *,
             config: DecoderConfig) -> model.Cache:
-    """Returns keys and values of prompts padded on the right; those of the padding are never read.
+    """Returns the cache of prompts padded on the right; what it holds of the padding is never read.
 
     Works chunk by chunk: the scores of all positions against all would be W * W for each head.
 
@@ -274,7 +274,7 @@ def prefill(weights: model.Params, prompts: Int[Array, "R W"], lengths: Int[Arra
 def insert(slots: Slots, prefill_cache: model.Cache, table: Int[Array, "8 S"],
            step_key: Key[Array, ""], *, mesh: Mesh,
            layout: list[dict[str, tuple[str, ...]]]) -> Slots:
-    """Puts responses into free slots: keys and values of their prompt, and their state.
+    """Puts responses into free slots: the cache of their prompt, and all else of a slot.
 
     Args:
         table: rows as in INSERT_FIELDS.
@@ -304,8 +304,9 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, 
     Each device writes its own rows one by one: a scatter over the slots would gather the cache. Of
     a prompt that is longer than a ring, its end is copied."""
     parts = mesh.shape["context"]
-    def is_ring(old: jax.Array, new: jax.Array, axes: tuple[str, ...]) -> bool:
-        """Whether a slot does not hold all positions of the prompt."""
+
+    def is_ring(new: jax.Array, old: jax.Array, axes: tuple[str, ...]) -> bool:
+        """Whether the slot holds a part of the prompt's positions: a ring that is full."""
         if "sequence" not in axes:
             return False
         axis = axes.index("sequence")
@@ -318,7 +319,7 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, 
     def local_positions(new: jax.Array, old: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """Returns the prompt positions that this device holds: all, unless sequences are split, or
         the slot is a ring."""
-        if parts == 1 or "sequence" not in axes or is_ring(old, new, axes):
+        if parts == 1 or "sequence" not in axes or is_ring(new, old, axes):
             return new
         axis = axes.index("sequence")
         size = old.shape[axis]
@@ -347,7 +348,7 @@ def _copy_rows(cache: model.Cache, prefill_cache: model.Cache, table: dict[str, 
             def write(old: jax.Array, new: jax.Array, axes: tuple[str, ...]) -> jax.Array:
                 corner = (local,) + (0,) * (old.ndim - 1)
                 prompt = jax.lax.dynamic_index_in_dim(new, row[index], 0)
-                if is_ring(old, new, axes):
+                if is_ring(new, old, axes):
                     axis = axes.index("sequence")
                     held = jnp.arange(old.shape[axis])
                     if parts > 1:

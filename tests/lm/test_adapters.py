@@ -49,7 +49,7 @@ def test_merged_weights_compute_what_the_adapters_do(family):
 def test_before_the_first_update_the_policy_is_the_base_bit_for_bit(dtype):
     base = dataclasses.replace(QWEN2, dtype=dtype)
     config = with_adapters(base)
-    frozen = update.in_compute_dtype(base, weights(base))
+    frozen = model.in_compute_dtype(base, weights(base))
     initial = adapters.split(model.init(config, jax.random.key(1)))[1]
     policy = adapters.join(frozen, initial)
 

@@ -184,7 +184,7 @@ def test_qwen3_5_is_understood(entries, parameters):
     assert sum(math.prod(leaf.shape)
                for leaf in jax.tree.leaves(model.abstract_params(config))) == parameters
     assert configs.parse_config(text, Path("config.json")) == dataclasses.replace(
-        config, others=("mtp.",))
+        config, copied_prefixes=("mtp.",))
     *with_states, attending = config.kinds
     assert attending == LayerKind(rope=Rope(theta=1e7, rotated=0.25)) and config.gates_attention
     assert len(with_states) == 3 and config.attention_layers == config.layers // 4

@@ -186,6 +186,15 @@ def test_one_device_is_eight(name, shape):
         one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max()), found, expected)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
+def test_weights_are_made_on_a_mesh_that_splits_rows(name):
+    """As a run does it; the shapes are not known yet."""
+    config = dataclasses.replace(FAMILIES[name], norm_eps=3e-6)
+    with jax.set_mesh(mesh(data=2, fsdp=2, context=2)):
+        made = jax.jit(lambda key: model.init(config, key))(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(np.shape, weights(FAMILIES[name]))
+
+
 def test_a_misspelt_axis_is_an_error():
     with pytest.raises(KeyError, match="head_dims"):
         sharding.spec("batch", "head_dims")

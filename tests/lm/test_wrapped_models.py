@@ -45,7 +45,7 @@ def whole(tmp_path):
 
 def test_the_decoder_of_a_model_that_sees_is_read(whole):
     config, alone = read_config(whole), read_config(FIXTURES / "qwen3_5")
-    assert dataclasses.replace(config, others=alone.others) == alone
+    assert dataclasses.replace(config, copied_prefixes=alone.copied_prefixes) == alone
     assert configs.max_positions(json.loads((whole / "config.json").read_text()), whole) == 64
     jax.tree.map(np.testing.assert_array_equal, read_weights(whole, config),
                  read_weights(FIXTURES / "qwen3_5", alone))

@@ -56,7 +56,7 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
     if isinstance(name, str) and name in WRAPPERS:
         config = parse_config(decoder_table(table, path), path, dtype=dtype, remat=remat,
                               positions=positions)
-        return dataclasses.replace(config, others=WRAPPERS[name].others)
+        return dataclasses.replace(config, copied_prefixes=WRAPPERS[name].copied_prefixes)
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{path}: model_type {quote(name)} is not supported, expected one of "
                         f"{', '.join((*FAMILIES, *WRAPPERS))}")
@@ -206,7 +206,13 @@ def _layer_types(path: Path, table: dict[str, Any], family: Family,
     by_default = [FULL] * layers
     if family.has_states:
         every = table.get("full_attention_interval") or 4
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise UserError(f"{path}: full_attention_interval must be a positive int, got "
+                            f"{quote(every)}")
         by_default = [LINEAR if (layer + 1) % every else FULL for layer in range(layers)]
+        if FULL not in (types or by_default):
+            raise UserError(f"{path}: layer_types = {quote(types or by_default)} is not supported, "
+                            f"expected at least one {FULL}")
     elif window is not None and family.has_window is not None:
         by_default = [SLIDING if family.has_window(table, layer) else FULL
                       for layer in range(layers)]

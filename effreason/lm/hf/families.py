@@ -43,7 +43,7 @@ class Wrapper:
 
     family: str                     # of the table text_config in its config.json
     architecture: str
-    others: tuple[str, ...]         # beginnings of the names of all other tensors
+    copied_prefixes: tuple[str, ...]    # of the names of all other tensors
 
 
 def _last_layers(table: Table, layer: int) -> bool:
@@ -117,7 +117,8 @@ FAMILIES = {
         theta_of_windows=10_000.0, tied=True),
     "qwen3_5_text": Family(
         architecture="Qwen3_5ForCausalLM",
-        facts={"qk_norm": "head", "norm_offset": 1.0, "gates_attention": True, "others": ("mtp.",)},
+        facts={"qk_norm": "head", "norm_offset": 1.0, "gates_attention": True,
+               "copied_prefixes": ("mtp.",)},
         reads=("attention_bias", "partial_rotary_factor", *STATES),
         ignores={"attn_output_gate": (True,)}, has_states=True, has_older_rope=False,
         head_dim=256, rotated=0.25),
@@ -126,11 +127,11 @@ FAMILIES = {
 WRAPPERS = {
     "gemma3": Wrapper(
         family="gemma3_text", architecture="Gemma3ForConditionalGeneration",
-        others=("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.",
-                "multi_modal_projector.")),
+        copied_prefixes=("model.vision_tower.", "model.multi_modal_projector.", "vision_tower.",
+                         "multi_modal_projector.")),
     "qwen3_5": Wrapper(
         family="qwen3_5_text", architecture="Qwen3_5ForConditionalGeneration",
-        others=("model.visual.", "mtp.")),
+        copied_prefixes=("model.visual.", "mtp.")),
 }
 
 # Entries that can change what a model computes, with the values that change nothing, besides null.

@@ -156,6 +156,7 @@ def check_modules(config: DecoderConfig, place: str) -> None:
 
     Args:
         place: What is asked for, to begin the message."""
+    # `read_adapter` and `write_adapter` also take it that all layers have the same weights.
     if config.fused or config.delta is not None:
         raise UserError(f"{place}: this model holds query, key and value in one tensor; its "
                         "adapters cannot be read or written in peft's format, merged weights can")

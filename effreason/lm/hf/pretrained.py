@@ -407,7 +407,8 @@ def _write_template(directory: Path, template: str) -> None:
 
 def _write_eos(directory: Path, eos_ids: Sequence[int]) -> None:
     """Makes other programs end a response at the same tokens, unless they would anyway."""
-    path, config = directory / GENERATION_FILE, read_json(directory / "config.json")
+    path, config_file = directory / GENERATION_FILE, directory / "config.json"
+    config = decoder_table(read_json(config_file), config_file)
     table = read_json(path) if path.exists() else {
         name: config[name] for name in ("bos_token_id", "pad_token_id")
         if config.get(name) is not None}

@@ -77,9 +77,9 @@ LAYER_TENSORS = {
     "key_taps": ("linear_attn.conv1d.weight", TAPS),
     "value_taps": ("linear_attn.conv1d.weight", TAPS),
     "delta_beta": ("linear_attn.in_proj_b.weight", MATRIX),
-    "delta_step": ("linear_attn.in_proj_a.weight", MATRIX),
-    "step_bias": ("linear_attn.dt_bias", VECTOR),
-    "log_rate": ("linear_attn.A_log", VECTOR),
+    "time_step": ("linear_attn.in_proj_a.weight", MATRIX),
+    "time_step_bias": ("linear_attn.dt_bias", VECTOR),
+    "log_decay_rate": ("linear_attn.A_log", VECTOR),
     "delta_gate": ("linear_attn.in_proj_z.weight", HEADS_OUT),
     "delta_norm": ("linear_attn.norm.weight", VECTOR),
     "delta_output": ("linear_attn.out_proj.weight", HEADS_IN),
@@ -370,9 +370,9 @@ def check_weights(directory: Path, config: DecoderConfig) -> dict[str, Stored]:
 
     names = {layout.name for layout in expected} | ({HEAD} if config.tied else set())
     unread = sorted(name for name in stored.keys() - names
-                    if not name.endswith(BUFFERS) and not name.startswith(config.others))
+                    if not name.endswith(BUFFERS) and not name.startswith(config.copied_prefixes))
     for name in stored.keys() - names - set(unread):
-        if name.startswith(config.others):
+        if name.startswith(config.copied_prefixes):
             _check_dtype(directory, name, stored[name])
     if unread:
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
@@ -430,17 +430,19 @@ def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: 
         dtype: Of every tensor that is not in the source.
         directory: None if another process writes.
         source: The directory of the model that the weights are of. Tensors get the dtypes that they
-            have there. Those that are not the decoder's (`DecoderConfig.others`) are copied.
+            have there. Those that are not the decoder's are copied, see
+            `DecoderConfig.copied_prefixes`.
 
     Raises:
         OSError: A file cannot be written."""
     stored = {} if source is None else _headers(source)
     dtypes = {name: STORED_DTYPES.get(tensor.dtype, dtype) for name, tensor in stored.items()}
-    others = [tensor for name, tensor in stored.items() if name.startswith(config.others)]
-    names = {name: tensor.name for name, tensor in stored.items() if config.others}
+    copied = [tensor for name, tensor in stored.items()
+              if directory is not None and name.startswith(config.copied_prefixes)]
+    names = {name: tensor.name for name, tensor in stored.items() if config.copied_prefixes}
     shards: list[list[Tensor]] = [[]]
     filled = total = 0
-    for tensor in itertools.chain(_in_order(params, config), map(_copied, others)):
+    for tensor in itertools.chain(_in_order(params, config), map(_copied, copied)):
         layout = tensor[0][0]
         size = math.prod(layout.stored_shape) * jnp.dtype(dtypes.get(layout.name, dtype)).itemsize
         if shards[-1] and filled + size > SHARD_BYTES:
