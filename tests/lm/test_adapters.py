@@ -40,8 +40,9 @@ def test_merged_weights_compute_what_the_adapters_do(family):
 
     # The sampler's copy is merged, too.
     cache = model.empty_cache(FAMILIES[family], 2, 16)
-    decoded, _ = model.decode(FAMILIES[family], model.unstack(config, params), TOKENS,
-                              jnp.zeros(2, jnp.int32), cache)
+    decoded, _ = jax.jit(lambda params: model.decode(
+        FAMILIES[family], model.unstack(config, params), TOKENS, jnp.zeros(2, jnp.int32),
+        cache))(params)
     np.testing.assert_allclose(decoded, expected, rtol=2e-4, atol=2e-4)
 
 

@@ -74,12 +74,12 @@ def test_memory_is_counted_as_it_is():
     for positions in (8, 64):
         leaves = jax.tree.leaves(model.empty_cache(QWEN3_5, 1, positions))
         assert model.cache_bytes(QWEN3_5, positions) == sum(leaf.nbytes for leaf in leaves)
-    # One of the five layers attends, with 2 heads of 8 for keys and values; four keep 4 states of
+    # One of the three layers attends, with 2 heads of 8 for keys and values; two keep 4 states of
     # 6 x 5 and three inputs of 2 x 6 queries and keys and 4 x 5 values.
     assert model.position_bytes(QWEN3_5) == 4 * 2 * 2 * 8
-    assert model.cache_bytes(QWEN3_5, 64) == 64 * 128 + 4 * 4 * (120 + 3 * 44)
-    assert model.positions_held(QWEN3_5, 64) == 64 + -(-4 * 4 * 252 // 128)
-    assert model.cache_lengths(QWEN3_5, 64) == [0, 0, 64, 0, 0]
+    assert model.cache_bytes(QWEN3_5, 64) == 64 * 128 + 2 * 4 * (120 + 3 * 44)
+    assert model.positions_held(QWEN3_5, 64) == 64 + -(-2 * 4 * 252 // 128)
+    assert model.cache_lengths(QWEN3_5, 64) == [0, 64, 0]
 
 
 def test_idle_slots_stay_finite():

@@ -41,8 +41,8 @@ QWEN3_MOE = dataclasses.replace(QWEN3, tied=False, mlp_width=12, experts=6, expe
                                 normalizes_experts=True)
 DELTA = DeltaShape(key_heads=2, value_heads=4, key_dim=6, value_dim=5, taps=4)
 QWEN3_5 = dataclasses.replace(
-    QWEN3, layers=5, tied=False, norm_offset=1.0, gates_attention=True, kinds=(
-        *[LayerKind(delta=DELTA)] * 2, LayerKind(rope=Rope(theta=10_000.0, rotated=0.5))))
+    QWEN3, layers=3, tied=False, norm_offset=1.0, gates_attention=True, kinds=(
+        LayerKind(delta=DELTA), LayerKind(rope=Rope(theta=10_000.0, rotated=0.5))))
 FAMILIES = {"qwen2": QWEN2, "llama": LLAMA, "qwen3": QWEN3, "mistral": MISTRAL,
             "smollm3": SMOLLM3, "olmo3": OLMO3, "phi3": PHI3, "gemma3": GEMMA3,
             "qwen3_moe": QWEN3_MOE, "qwen3_5": QWEN3_5}
