@@ -61,7 +61,7 @@ class DecoderConfig:
     cache_layout: str = "transposed"    # one of kv_cache.CACHE_LAYOUTS
     attention: str = "xla"          # one of attention.IMPLEMENTATIONS, for whole rows in training
     remat: str = "full"             # one of REMAT
-    adapter: Adapter | None = None     # of the layers' weights; None = there are none
+    adapter: Adapter | None = None  # of the layers' weights; None = there are none
 
     def kind(self, layer: int) -> LayerKind:
         return self.kinds[layer % len(self.kinds)]

@@ -282,9 +282,9 @@ def _inverse(lower: Float32[Array, "... i i"]) -> Float32[Array, "... i i"]:
     """Inverts triangular matrices whose diagonals are 1.
 
     The inverse of [[A, 0], [C, B]] is [[A', 0], [-B' C A', B']], with those of A and B: from blocks
-    of 1 to the whole in log2(i) products. Chips do these faster than they solve for one row after
-    another, and a mesh can split them. Errors would grow from one to the next: these products are
-    in float32.
+    of 1 to the whole in log2(i) steps of products, which a mesh can split. (XLA's triangular solve
+    waits forever on several CPU devices, next to collectives.) Errors would grow from step to step:
+    these products are in float32.
 
     Args:
         lower: Read below the diagonal."""

@@ -282,7 +282,8 @@ def test_other_prefixes_of_the_names_are_read(tmp_path, name, prefix, head):
 
     rewrite(directory, rename)
     jax.tree.map(np.testing.assert_array_equal, load(directory), params)
-    assert weights.stored_dtypes(directory).keys() == tensors.keys()
+    found = weights.check_weights(directory, configs.read_config(directory))
+    assert found.keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(("more", "expected"), [

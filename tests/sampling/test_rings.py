@@ -6,23 +6,22 @@ import functools
 import jax
 import numpy as np
 import pytest
-from decoders import OLMO3, mesh, place, weights
+from decoders import OLMO3
 from generations import (
-    ANY,
     ENDLESS,
     GROUP,
     LIMIT,
     MESHES,
     PROBLEMS,
     assert_same,
+    completed,
     long_and_short,
-    named,
     requests_for,
 )
 
 from effreason.lm import kv_cache, model
 from effreason.runtime.errors import UserError
-from effreason.sampling import engine, scheduler
+from effreason.sampling import scheduler
 
 LENGTH = 16     # of a ring; windows see 5 positions, prompts have up to 20 tokens
 
@@ -34,20 +33,12 @@ def small_rings(monkeypatch):
     monkeypatch.setattr(scheduler, "LEAST_PER_STEP", 0.0)   # drafts go on, however few are right
 
 
-def sampled(requests, *, shape=(), sampling=ANY, slots=8, chunk=4, **settings):
-    """Responses by name, and the generation that is over."""
-    target = mesh(**dict(shape))
-    sample = engine.make_sampler(OLMO3, target, slots=slots, chunk=chunk, **settings)
-    chunks = sample(place(OLMO3, weights(OLMO3), target), requests, jax.random.key(0), sampling)
-    return named([response for finished in chunks for response in finished], PROBLEMS), chunks
-
-
 @functools.cache
 def without_rings(is_long):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache, "RING_UNIT", 4096)
-        return (sampled(long_and_short(), sampling=ENDLESS, slots=16)[0] if is_long
-                else sampled(requests_for(PROBLEMS, GROUP, LIMIT))[0])
+        return (completed(OLMO3, long_and_short(), sampling=ENDLESS, slots=16)[0] if is_long
+                else completed(OLMO3, requests_for(PROBLEMS, GROUP, LIMIT))[0])
 
 
 @pytest.mark.parametrize("settings", [
@@ -55,7 +46,7 @@ def without_rings(is_long):
     dict(shape=MESHES["context"]), dict(shape=MESHES["context"], draft_tokens=5)], ids=str)
 def test_slots_that_are_refilled(settings):
     settings = settings | dict(shape=tuple(settings.get("shape", {}).items()))
-    found, chunks = sampled(requests_for(PROBLEMS, GROUP, LIMIT), **settings)
+    found, chunks = completed(OLMO3, requests_for(PROBLEMS, GROUP, LIMIT), **settings)
     assert_same(found, without_rings(False))
     assert set(model.cache_lengths(OLMO3, chunks.capacity)) == {LENGTH, chunks.capacity}
 
@@ -64,7 +55,7 @@ def test_slots_that_are_refilled(settings):
     dict(max_positions=170, budget=2 * 192), dict(max_positions=170, draft_tokens=8)], ids=str)
 def test_slots_that_grow_are_given_up_and_prefilled_again(settings):
     """Limits of 2 to 150 tokens: what is prefilled again is many rings long."""
-    found, _ = sampled(long_and_short(), sampling=ENDLESS, slots=16, **settings)
+    found, _ = completed(OLMO3, long_and_short(), sampling=ENDLESS, slots=16, **settings)
     assert_same(found, without_rings(True))
 
 
@@ -83,7 +74,7 @@ def test_memory_is_counted_as_it_is():
 
 def test_drafts_are_no_longer_than_a_ring_allows():
     with pytest.raises(UserError, match="draft_tokens must be below 9 for a model with sliding"):
-        sampled(requests_for(PROBLEMS, 1, 1), draft_tokens=9)
+        completed(OLMO3, requests_for(PROBLEMS, 1, 1), draft_tokens=9)
 
 
 def test_the_layers_with_a_window_are_those_of_the_model():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoders import QWEN3_5, mesh, place, weights
+from decoders import QWEN3_5, weights
 from generations import (
     ANY,
     ENDLESS,
@@ -15,32 +15,23 @@ from generations import (
     MESHES,
     PROBLEMS,
     assert_same,
+    completed,
     long_and_short,
-    named,
     requests_for,
 )
 
 from effreason.lm import model
 from effreason.runtime.errors import UserError
-from effreason.sampling import engine
 
 # What a query reads from a state may be next to nothing; the norm after it enlarges the rounding.
 ATOL = 2e-4
-
-
-def sampled(requests, *, shape=(), sampling=ANY, slots=8, chunk=4, **settings):
-    """Responses by name, and the generation that is over."""
-    target = mesh(**dict(shape))
-    sample = engine.make_sampler(QWEN3_5, target, slots=slots, chunk=chunk, **settings)
-    chunks = sample(place(QWEN3_5, weights(QWEN3_5), target), requests, jax.random.key(0), sampling)
-    return named([response for finished in chunks for response in finished], PROBLEMS), chunks
 
 
 @functools.cache
 def one_by_one(is_long):
     """Each response in a slot of its own, from its start to its end."""
     requests = long_and_short() if is_long else requests_for(PROBLEMS, GROUP, LIMIT)
-    return sampled(requests, sampling=ENDLESS if is_long else ANY, slots=32, chunk=64)[0]
+    return completed(QWEN3_5, requests, sampling=ENDLESS if is_long else ANY, slots=32, chunk=64)[0]
 
 
 def test_the_sampler_gives_the_log_probs_of_the_trainer():
@@ -58,15 +49,15 @@ def test_the_sampler_gives_the_log_probs_of_the_trainer():
 
 @pytest.mark.parametrize("shape", [{}, MESHES["all"], MESHES["context"]], ids=str)
 def test_slots_that_are_refilled_begin_with_their_prompt(shape):
-    found, _ = sampled(requests_for(PROBLEMS, GROUP, LIMIT), shape=tuple(shape.items()))
+    found, _ = completed(QWEN3_5, requests_for(PROBLEMS, GROUP, LIMIT), shape=tuple(shape.items()))
     assert_same(found, one_by_one(False), ATOL)
 
 
 def test_responses_that_are_given_up_and_prefilled_again_go_on():
     """Limits of 2 to 150 tokens, and memory for few long ones."""
     held = model.positions_held(QWEN3_5, 192)
-    found, _ = sampled(long_and_short(), sampling=ENDLESS, slots=16, max_positions=170,
-                       budget=2 * held)
+    found, _ = completed(QWEN3_5, long_and_short(), sampling=ENDLESS, slots=16, max_positions=170,
+                         budget=2 * held)
     assert_same(found, one_by_one(True), ATOL)
 
 
@@ -95,4 +86,4 @@ def test_idle_slots_stay_finite():
 
 def test_drafts_are_refused():
     with pytest.raises(UserError, match="draft_tokens must be 0 for a model whose layers keep"):
-        sampled(requests_for(PROBLEMS, 1, 1), draft_tokens=4)
+        completed(QWEN3_5, requests_for(PROBLEMS, 1, 1), draft_tokens=4)

@@ -49,6 +49,15 @@ def generation(requests, *, seed=0, sampling=ANY, **settings):
     return sample(place(QWEN2, weights(QWEN2), target), requests, jax.random.key(seed), sampling)
 
 
+def completed(config, requests, *, shape=(), sampling=ANY, slots=8, chunk=4, **settings):
+    """The responses of a decoder to requests for PROBLEMS, by name, and the generation that is
+    over."""
+    target = mesh(**dict(shape))
+    sample = engine.make_sampler(config, target, slots=slots, chunk=chunk, **settings)
+    chunks = sample(place(config, weights(config), target), requests, jax.random.key(0), sampling)
+    return named([response for finished in chunks for response in finished], PROBLEMS), chunks
+
+
 def named(responses, problems):
     """{(uid, sample): response}"""
     by_name = {(problems[response.prompt].uid, response.sample): response for response in responses}

@@ -56,7 +56,8 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
     if isinstance(name, str) and name in WRAPPERS:
         config = parse_config(decoder_table(table, path), path, dtype=dtype, remat=remat,
                               positions=positions)
-        return dataclasses.replace(config, copied_prefixes=WRAPPERS[name].copied_prefixes)
+        return dataclasses.replace(config, copied_prefixes=(
+            *WRAPPERS[name].copied_prefixes, *config.copied_prefixes))
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{path}: model_type {quote(name)} is not supported, expected one of "
                         f"{', '.join((*FAMILIES, *WRAPPERS))}")

@@ -43,7 +43,7 @@ class Wrapper:
 
     family: str                     # of the table text_config in its config.json
     architecture: str
-    copied_prefixes: tuple[str, ...]    # of the names of all other tensors
+    copied_prefixes: tuple[str, ...]    # of the names of the tensors with which it sees
 
 
 def _last_layers(table: Table, layer: int) -> bool:
@@ -131,7 +131,7 @@ WRAPPERS = {
                          "multi_modal_projector.")),
     "qwen3_5": Wrapper(
         family="qwen3_5_text", architecture="Qwen3_5ForConditionalGeneration",
-        copied_prefixes=("model.visual.", "mtp.")),
+        copied_prefixes=("model.visual.",)),
 }
 
 # Entries that can change what a model computes, with the values that change nothing, besides null.

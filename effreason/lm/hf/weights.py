@@ -405,12 +405,6 @@ def _check_tied(directory: Path, stored: dict[str, Stored]) -> None:
                         "tie_word_embeddings is true; set it to false")
 
 
-def stored_dtypes(directory: Path) -> dict[str, str]:
-    """Returns the dtype that each tensor is stored in; some checkpoints keep norms in float32."""
-    return {name: STORED_DTYPES[tensor.dtype] for name, tensor in _headers(directory).items()
-            if tensor.dtype in STORED_DTYPES}
-
-
 def stored_dtype(directory: Path) -> str:
     """Returns the embedding's stored dtype, as the checkpoint's: float32, bfloat16 or float16."""
     stored = _headers(directory)
@@ -430,8 +424,8 @@ def write_weights(params: Params, config: DecoderConfig, dtype: str, directory: 
         dtype: Of every tensor that is not in the source.
         directory: None if another process writes.
         source: The directory of the model that the weights are of. Tensors get the dtypes that they
-            have there. Those that are not the decoder's are copied, see
-            `DecoderConfig.copied_prefixes`.
+            have there: some checkpoints keep norms in float32. Those that are not the decoder's are
+            copied, see `DecoderConfig.copied_prefixes`.
 
     Raises:
         OSError: A file cannot be written."""
