@@ -64,6 +64,10 @@ class Block(nn.Module):
                 lora[name] = pair(adapters.A, adapters.B)
                 if c.adapter.has_dial:
                     dial[name] = pair(adapters.DIAL_A, adapters.DIAL_B)
+            if not self.is_initializing():
+                # `param` would trace the initializer once more, to compare shapes that are those of
+                # the configuration: a tenth of the time that a decoder takes to trace.
+                return self.get_variable("params", name)
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         def norm(name: str) -> Any:

@@ -6,7 +6,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import cheap_runs
 import jax
 import numpy as np
 import pytest
@@ -31,8 +30,7 @@ NAMES = ["base", "α = 0", "α = 0.3", "SFT, shortest", "DPO", "blend 0.5"]
 @pytest.fixture(scope="module")
 def family(world, tmp_path_factory):
     directory = tmp_path_factory.mktemp("family") / "family"
-    with cheap_runs.real_pictures():
-        families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
+    families.train(small_runs.config(world, directory, **CHANGES), ALPHAS, BASELINES, WEIGHTS)
     return directory
 
 

@@ -23,6 +23,9 @@ def with_adapters(config, adapter=ADAPTER):
     return dataclasses.replace(config, adapter=adapter)
 
 
+merge_adapters = jax.jit(model.merge_adapters, static_argnums=0)
+
+
 def hidden(config, params):
     return jax.jit(model.forward, static_argnums=0)(config, params, TOKENS)
 
@@ -31,7 +34,7 @@ def hidden(config, params):
 def test_merged_weights_compute_what_the_adapters_do(family):
     config = with_adapters(FAMILIES[family])
     params = weights(config)
-    merged = jax.jit(model.merge_adapters, static_argnums=0)(config, params)
+    merged = merge_adapters(config, params)
     expected = hidden(config, params)
 
     assert jax.tree.structure(merged) == jax.tree.structure(weights(FAMILIES[family]))
@@ -51,12 +54,12 @@ def test_before_the_first_update_the_policy_is_the_base_bit_for_bit(dtype):
     base = dataclasses.replace(QWEN2, dtype=dtype)
     config = with_adapters(base)
     frozen = model.in_compute_dtype(base, weights(base))
-    initial = adapters.split(model.init(config, jax.random.key(1)))[1]
+    initial = adapters.split(jax.jit(model.init, static_argnums=0)(config, jax.random.key(1)))[1]
     policy = adapters.join(frozen, initial)
 
     for name, leaf in initial["layers"].items():
         assert (np.abs(leaf).max() == 0) == name.endswith(adapters.B), name
-    jax.tree.map(np.testing.assert_array_equal, model.merge_adapters(config, policy), frozen)
+    jax.tree.map(np.testing.assert_array_equal, merge_adapters(config, policy), frozen)
     np.testing.assert_array_equal(hidden(config, policy), hidden(base, frozen))
 
 
@@ -64,7 +67,7 @@ def test_the_first_matrix_is_drawn_as_peft_does():
     # Uniform in +-1 / sqrt(inputs): the product of output sums over heads and head_dim.
     config = with_adapters(dataclasses.replace(QWEN2, width=64), dataclasses.replace(
         ADAPTER, rank=64))
-    layers = model.init(config, jax.random.key(0))["layers"]
+    layers = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))["layers"]
     for name, inputs in (("query", 64), ("output", 16), ("down", 24)):
         drawn = np.asarray(layers[name + adapters.A])
         bound = inputs**-0.5
@@ -104,7 +107,7 @@ def test_loss_and_gradients_are_those_of_the_product_by_the_chain_rule(made):
     value, ours = jax.jit(jax.value_and_grad(
         lambda trained: loss(config, adapters.join(frozen, trained))))(trained)
     expected, whole = jax.jit(jax.value_and_grad(functools.partial(loss, base)))(
-        model.merge_adapters(config, params))
+        merge_adapters(config, params))
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
 
     scale, rank = config.adapter.scale, config.adapter.rank
@@ -160,14 +163,14 @@ DIAL = adapters.make_adapter(3, 6.0, "all", rank_stabilized=False, has_dial=True
 
 
 def merged_at(config, params, setting):
-    return model.merge_adapters(config, params | {adapters.SETTING: jnp.float32(setting)})
+    return merge_adapters(config, params | {adapters.SETTING: np.float32(setting)})
 
 
 def test_each_sequence_has_its_own_setting_of_the_dial():
     config = with_adapters(QWEN2, DIAL)
     params = weights(config)
     settings = np.broadcast_to(np.float32([[0.0], [0.6]]), TOKENS.shape)
-    mixed = model.forward(config, params, TOKENS, settings=settings)
+    mixed = jax.jit(lambda params: model.forward(config, params, TOKENS, settings=settings))(params)
 
     for row, setting in enumerate((0.0, 0.6)):
         alone = hidden(QWEN2, merged_at(config, params, setting))
@@ -187,10 +190,15 @@ def test_sequences_at_setting_0_train_the_common_adapter_and_the_others_the_dial
     config = with_adapters(QWEN2, DIAL)
     frozen, trained = adapters.split(weights(config))
 
-    def gradients(*settings):
-        rows = np.broadcast_to(np.float32(settings)[:, None], TOKENS.shape)
+    @jax.jit
+    def gradients_at(rows):
         return jax.grad(lambda trained: jnp.sum(jnp.square(model.forward(
-            config, adapters.join(frozen, trained), TOKENS, settings=rows))))(trained)["layers"]
+            config, adapters.join(frozen, trained), TOKENS[:len(rows)], settings=rows))))(
+                trained)["layers"]
+
+    def gradients(*settings):
+        return gradients_at(np.broadcast_to(np.float32(settings)[:, None],
+                                            (len(settings), TOKENS.shape[1])))
 
     def parts(grads):
         common = {name: grads[name] for name in grads if name.endswith((adapters.A, adapters.B))}
@@ -204,8 +212,5 @@ def test_sequences_at_setting_0_train_the_common_adapter_and_the_others_the_dial
     assert all(np.abs(leaf).max() == 0 for leaf in parts(at_zero)[1].values())
     assert all(np.abs(leaf).max() == 0 for leaf in parts(gradients(0.3, 0.5))[0].values())
 
-    single = jax.grad(lambda trained: jnp.sum(jnp.square(model.forward(
-        config, adapters.join(frozen, trained), TOKENS[:1],
-        settings=np.zeros_like(TOKENS[:1], np.float32)))))(trained)["layers"]
-    for name, leaf in parts(single)[0].items():
+    for name, leaf in parts(gradients(0.0))[0].items():
         np.testing.assert_allclose(common[name], leaf, rtol=1e-3, atol=1e-3)

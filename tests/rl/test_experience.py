@@ -364,11 +364,16 @@ def gradient_of_experience(config):
     float32[B, T]."""
     # Arrays of JAX: NumPy warns of inf - inf in the padding.
     old, reference = map(jnp.asarray, logprobs())
-    found = programs(config)[0](graded(config), old, reference, one_a_row())
-    experience = completed(config, found, old)
-    old = jnp.where(mask_in_numpy(), logprobs()[0], 0.0)
-    return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2,
-                                                   kl_loss_coefficient=0.0)[0])(old)
+
+    @jax.jit
+    def gradient(old, reference):
+        found = programs(config)[0](graded(config), old, reference, one_a_row())
+        experience = completed(config, found, old)
+        now = jnp.where(mask_in_numpy(), old, 0.0)
+        return jax.grad(lambda now: update.policy_loss(now, experience, clip_ratio=0.2,
+                                                       kl_loss_coefficient=0.0)[0])(now)
+
+    return gradient(old, reference)
 
 
 def test_imitation_has_the_gradient_of_supervised_learning_on_the_shortest_correct():
@@ -385,6 +390,7 @@ def test_preference_has_the_gradient_of_dpo():
     # the other groups: none right, one right, all equally long
     pairs = [((0, 2), (0, 3)), ((1, 0), (1, 3))]
 
+    @jax.jit
     def loss(now):
         margins = jnp.sum(now - reference, axis=-1, where=mask_in_numpy()).reshape(PROMPTS, GROUP)
         return jnp.mean(jnp.stack([jax.nn.softplus(-0.1 * (margins[chosen] - margins[rejected]))

@@ -33,6 +33,10 @@ PROBLEMS = [problem(uid, length) for uid, length in [(31, 1), (7, 2), (2_000_000
                                                      (0, 20)]]
 
 
+# Samplers of different slots and chunks share what they compile.
+engine.make_programs = functools.cache(engine.make_programs)
+
+
 @functools.cache
 def sampler(shape=(), *, slots=8, chunk=4, **settings):
     target = mesh(**dict(shape))

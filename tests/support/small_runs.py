@@ -41,8 +41,9 @@ def write_model(path):
             (column,), (row,) = (tokens.encode(text, add_special_tokens=False)
                                  for text in (token, after))
             head[row, column] = math.log(share)
-    params = model.init(config, jax.random.key(0)) | {"embedding": 10 * np.eye(
-        WIDTH, dtype=np.float32), "head": head / np.float32(math.sqrt(WIDTH))}
+    params = jax.device_get(jax.jit(model.init, static_argnums=0)(config, jax.random.key(0)))
+    params |= {"embedding": 10 * np.eye(WIDTH, dtype=np.float32),
+               "head": head / np.float32(math.sqrt(WIDTH))}
     write_decoder(params, config, table, "float32", path)
     tokens.save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens.eos_token_id}))
