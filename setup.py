@@ -74,7 +74,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "wandb": ["wandb>=0.19"],
-        "test": ["pytest>=8", "pytest-xdist>=3", "setuptools>=77", "hypothesis>=6", "ruff>=0.9",
+        "test": ["pytest>=9", "pytest-xdist>=3", "setuptools>=77", "hypothesis>=6", "ruff>=0.9",
                  "mypy>=1.14", "types-PyYAML>=6"],
         "parity": ["torch==2.13.0", "peft==0.21.2"],
         "bench": ["torch==2.13.0", "psutil>=6"],

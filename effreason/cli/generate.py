@@ -107,6 +107,11 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--chunk", metavar="N", type=_count,
                         help="tokens to generate between checks for finished responses; "
                         f"default {STREAM_CHUNK} for streamed text, otherwise {FILE_CHUNK}")
+    parser.add_argument("--draft-tokens", metavar="N", default=0,
+                        type=bounded("integer >= 0", int, lambda n: 0 <= n < 2**31),
+                        help="tokens to guess ahead, at most, when few responses are left, from "
+                        "what a response, its prompt and its other samples have said; the tokens "
+                        "stay the same; default 0")
     parser.add_argument("--json", action="store_true", help="print one object for each response: "
                         "id, sample, tokens, text, logprobs, model_logprobs, finish, "
                         "prompt_tokens; nothing else")

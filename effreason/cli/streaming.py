@@ -157,9 +157,13 @@ class Session:
         longest = self.pretrained.max_positions
         if prompts is not None:
             longest = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
-        self._sampler = engine.make_sampler(decoder, mesh, slots=self.options.slots, chunk=chunk,
-                                            max_positions=longest,
-                                            min_positions=STREAM_CACHE if prompts is None else None)
+        try:
+            self._sampler = engine.make_sampler(
+                decoder, mesh, slots=self.options.slots, chunk=chunk, max_positions=longest,
+                min_positions=STREAM_CACHE if prompts is None else None,
+                draft_tokens=self.options.draft_tokens)
+        except UserError as error:
+            raise UserError(_with_options(str(error))) from None
 
     def start(self, prompts: Sequence[TokenizedPrompt],
               uids: Sequence[int] | None = None) -> engine.Generation:
@@ -179,6 +183,7 @@ def _with_options(text: str) -> str:
     for field in ("template_arguments", "template", "system_prompt"):
         text = text.replace(f"data.{field}", f"--{field.replace('_', '-')}")
     return (text.replace("model.revision", "--revision")
+            .replace("rollout.draft_tokens", "--draft-tokens")
             .replace("--rollout.stop_ids", "--stop-ids").replace("rollout.stop_ids", "--stop-ids"))
 
 

@@ -27,8 +27,8 @@ ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")      # of special tok
 def generate(params: model.Params, prompts: Sequence[Prompt], *, config: DecoderConfig,
              sampling: SamplingParams, max_new_tokens: int | Sequence[int], samples: int = 1,
              seed: int = 0, uids: Sequence[int] | None = None, mesh: Mesh | None = None,
-             sampler: Sampler | None = None, slots: int = 64,
-             chunk: int = 16) -> list[list[Response]]:
+             sampler: Sampler | None = None, slots: int = 64, chunk: int = 16,
+             draft_tokens: int = 0) -> list[list[Response]]:
     r"""Returns responses in the order of the prompts: `generate(...)[prompt][sample]`.
 
     The samples of a prompt share its prefill. The key of each token depends on the seed, the
@@ -56,19 +56,21 @@ def generate(params: model.Params, prompts: Sequence[Prompt], *, config: Decoder
         uids: int[P] in [0, 2**31); None = the indices of the prompts.
         mesh: the responses are split over its devices; None = all devices.
         sampler: of `make_sampler`, so that repeated calls compile nothing. Then params must be on
-            its mesh, and mesh, slots and chunk are ignored.
+            its mesh, and mesh, slots, chunk and draft_tokens are ignored.
         slots: responses in progress.
         chunk: decode steps between two looks at what has finished.
+        draft_tokens: guessed ahead when few responses are left, at most; see `speculation`.
 
     Raises:
-        ValueError: for prompts, limits or uids that are not valid."""
+        ValueError: for prompts, limits or uids that are not valid.
+        UserError: for drafts that the model's layers cannot take back."""
     requests = make_requests(prompts, samples, max_new_tokens, uids=uids,
                              vocabulary=config.vocabulary)
     if sampler is None:
         mesh = sharding.make_mesh(data=-1) if mesh is None else mesh
         axes = model.logical_axes(config)
         params = sharding.to_device(params, sharding.tree_sharding(mesh, axes))
-        sampler = make_sampler(config, mesh, slots=slots, chunk=chunk)
+        sampler = make_sampler(config, mesh, slots=slots, chunk=chunk, draft_tokens=draft_tokens)
 
     generation = sampler(params, requests, jax.random.key(seed), sampling)
     responses = {(response.prompt, response.sample): response

@@ -326,6 +326,13 @@ def test_a_size_that_config_json_lacks_is_named_if_the_weights_differ(copy):
     assert "has no tensor model.layers.2." in message and "num_hidden_layers 32" in message
 
 
+def test_a_size_of_a_state_that_config_json_lacks_is_named_too(tmp_path):
+    directory = Path(shutil.copytree(FIXTURES / "qwen3_5", tmp_path / "model"))
+    edit(directory, remove=["linear_conv_kernel_dim", "linear_key_head_dim"])
+    message = refusal(directory)
+    assert message.endswith("mean linear_key_head_dim 128, linear_conv_kernel_dim 4")
+
+
 def test_buffers_of_older_exports_are_passed_over(copy):
     params = load(copy)
     rewrite(copy, lambda tensors: tensors.update(

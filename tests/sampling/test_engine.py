@@ -8,9 +8,10 @@ import re
 import jax
 import numpy as np
 import pytest
-from decoders import QWEN2, VOCABULARY, mesh, place, weights
+from decoders import VOCABULARY, mesh, place, weights
 from generations import (
     ANY,
+    DECODER,
     ENDLESS,
     EOS,
     GROUP,
@@ -44,13 +45,13 @@ from effreason.types import Response
 
 @jax.jit
 def full_logits(params, tokens):
-    return model.logits(params, model.forward(QWEN2, params, tokens))
+    return model.logits(params, model.forward(DECODER, params, tokens))
 
 
 def predictions(problem, response):
     """Logits of the full forward pass at each position of a response, float32[T', V]."""
     row = np.concatenate([problem.prompt, response.tokens])
-    logits = full_logits(weights(QWEN2), np.pad(row, (0, 96 - len(row)))[None])[0]
+    logits = full_logits(weights(DECODER), np.pad(row, (0, 96 - len(row)))[None])[0]
     return np.asarray(logits)[len(problem.prompt) - 1 : len(row) - 1]
 
 
@@ -117,18 +118,19 @@ def test_greedy_takes_the_most_likely_token():
     ((), {}), ((), dict(top_k=10, top_p=0.95)), ((), dict(top_k=20)), ((), dict(min_p=0.01)),
     ((("data", 2), ("fsdp", 2), ("tensor", 2)), dict(top_k=10, top_p=0.95))], ids=str)
 def test_ids_without_a_token_are_never_drawn_and_the_scorer_agrees(baseline, shape, filters):
-    config = dataclasses.replace(QWEN2, unused_ids=((4, 9), (20, 24)))
+    config = dataclasses.replace(DECODER, unused_ids=((4, 9), (20, 24)))
     unused = [*range(4, 9), *range(20, 24)]
-    assert np.isin(baseline[90, 0].tokens, unused).any()        # they are likely in themselves
+    drawn = np.concatenate([response.tokens for response in baseline.values()])
+    assert np.isin(drawn, unused).mean() > 0.1                  # they are likely in themselves
     target = mesh(**dict(shape))
     sample = engine.make_sampler(config, target, slots=8, chunk=4)
     responses = named([response for chunk in sample(
-        place(QWEN2, weights(QWEN2), target), requests_for(PROBLEMS, GROUP, LIMIT),
+        place(DECODER, weights(DECODER), target), requests_for(PROBLEMS, GROUP, LIMIT),
         jax.random.key(0), dataclasses.replace(ANY, **filters)) for response in chunk], PROBLEMS)
     sequences = {name: np.concatenate([problem.prompt, response.tokens])
                  for problem in PROBLEMS for name, response in responses.items()
                  if name[0] == problem.uid}
-    scored = score(weights(QWEN2), list(sequences.values()), config=config, tile=7)
+    scored = score(weights(DECODER), list(sequences.values()), config=config, tile=7)
     for name, logprobs in zip(sequences, scored, strict=True):
         response = responses[name]
         assert not np.isin(response.tokens, unused).any()
@@ -193,7 +195,7 @@ def test_eight_devices_sample_what_one_does(baseline, shape):
 
 def test_no_cache_moves_between_devices():
     target = mesh(**MESHES["all"])
-    config = dataclasses.replace(QWEN2, layers=1)
+    config = DECODER
     programs, rows, capacity = make_programs(config, target), 16, 4096
     with jax.set_mesh(target):
         params = programs.unstack(place(config, weights(config), target))
@@ -245,7 +247,7 @@ def test_an_iterator_yields_after_every_chunk_and_may_be_dropped():
 @pytest.mark.parametrize("shape", [{}, MESHES["all"]], ids=["one device", "eight devices"])
 def test_host_and_device_meet_only_where_they_say_so(shape):
     target, sample = sampler(tuple(shape.items()))
-    params = place(QWEN2, weights(QWEN2), target)
+    params = place(DECODER, weights(DECODER), target)
     key = jax.device_put(jax.random.key(0), sharding.sharding(target))
     with jax.transfer_guard("disallow"):
         requests = requests_for(PROBLEMS, GROUP, LIMIT)
@@ -254,8 +256,8 @@ def test_host_and_device_meet_only_where_they_say_so(shape):
 
 
 def test_twenty_ragged_batches_compile_nothing_after_the_warm_up(caplog):
-    settings = dict(slots=8, chunk=8, max_positions=32 + 90)
-    for seed in range(100, 130):  # every width of prompts meets every size of the cache
+    settings = dict(slots=8, chunk=8, max_positions=32 + 90, sampling=ENDLESS)
+    for seed in range(100, 140):  # every width of prompts meets every size of the cache
         for _ in generation(ragged(seed), **settings):
             pass
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -285,10 +287,11 @@ def test_a_prompt_is_read_once_and_several_at_a_time(monkeypatch):
         return dataclasses.replace(programs, prefill=Spy(programs.prefill))
 
     monkeypatch.setattr(engine, "make_programs", spied)
-    sample = engine.make_sampler(QWEN2, mesh(), slots=3, chunk=4)
+    sample = engine.make_sampler(DECODER, mesh(), slots=3, chunk=4)
     problems = [problem(uid, 5) for uid in range(9)]
     requests = requests_for(problems, GROUP, 9)
-    assert sum(len(each) for each in sample(weights(QWEN2), requests, jax.random.key(0), ANY)) == 36
+    chunks = sample(weights(DECODER), requests, jax.random.key(0), ANY)
+    assert sum(map(len, chunks)) == 36
     assert rows == [(3, 16)] * 3                                # as many at once as there are slots
 
 
@@ -336,7 +339,7 @@ def test_nothing_to_do_is_over_at_once():
 def test_with_the_slots_fixed_a_response_is_the_same_bit_for_bit():
     """4 slots are never halved. In bfloat16, where the least difference in rounding parts two
     responses."""
-    config = dataclasses.replace(QWEN2, dtype=jax.numpy.bfloat16)
+    config = dataclasses.replace(DECODER, dtype=jax.numpy.bfloat16)
     requests = requests_for(PROBLEMS, GROUP, LIMIT)
 
     def drawn(requests, chunk):
@@ -353,7 +356,7 @@ def test_with_the_slots_fixed_a_response_is_the_same_bit_for_bit():
 
 
 def test_reading_long_prompts_takes_memory_in_proportion_to_them():
-    config = dataclasses.replace(QWEN2, layers=1)
+    config = DECODER
     programs = make_programs(config, mesh())
     params = programs.unstack(weights(config))
 
@@ -366,14 +369,14 @@ def test_reading_long_prompts_takes_memory_in_proportion_to_them():
 
 
 def test_a_number_that_is_none_ends_the_generation_and_names_the_response():
-    params = weights(QWEN2)
+    params = weights(DECODER)
     broken = params | {"embedding": params["embedding"].copy()}
     broken["embedding"][5] = np.nan
     target, sample = sampler()
     problems = [dataclasses.replace(PROBLEMS[0], prompt=np.array([2, 5, 7], np.int32))]
     with pytest.raises(FloatingPointError,
                        match="uid 31, sample 0: after 0 tokens of the response the model gives no"):
-        for _ in sample(place(QWEN2, broken, target), requests_for(problems, 2, 9),
+        for _ in sample(place(DECODER, broken, target), requests_for(problems, 2, 9),
                         jax.random.key(0), ANY):
             pass
 
@@ -401,7 +404,7 @@ def test_the_longest_are_dealt_out_over_the_devices():
     target, sample = sampler((("data", 8),), slots=16)
     requests = requests_for([problem(uid, 4) for uid in range(16)], 1, LIMIT,
                                       {uid: 100.0 - uid for uid in range(16)})
-    chunks = sample(place(QWEN2, weights(QWEN2), target), requests, jax.random.key(0), ANY)
+    chunks = sample(place(DECODER, weights(DECODER), target), requests, jax.random.key(0), ANY)
     by_device = np.array([response.prompt for response in chunks.unfinished()]).reshape(8, 2)
     np.testing.assert_array_equal(by_device, [[device, device + 8] for device in range(8)])
 
@@ -518,7 +521,7 @@ def test_collect_complains_about_an_incomplete_step(broken):
 def test_a_cache_layout_that_does_not_fit_is_one_line_before_anything_is_compiled():
     with pytest.raises(UserError, match="rollout.cache_layout cudnn does not fit: "
                        "platform is cpu, the cudnn kernel"):
-        engine.make_sampler(QWEN2, mesh(), slots=8, chunk=4, cache_layout="cudnn")
+        engine.make_sampler(DECODER, mesh(), slots=8, chunk=4, cache_layout="cudnn")
 
 
 @pytest.mark.parametrize("layout", ["sequence_first", "sequence_last"])
@@ -562,8 +565,8 @@ def test_a_response_does_not_depend_on_how_often_the_chunk_looks_if_rows_have_en
     """As on an accelerator: up to three steps more than on a CPU, which draw nothing."""
     monkeypatch.setattr(slots, "steps_between_checks", lambda platform, chunk: 4)
     monkeypatch.setattr(engine, "make_programs", make_programs)    # not those of other tests
-    sample = engine.make_sampler(QWEN2, mesh(), slots=8, chunk=8)
-    chunks = sample(weights(QWEN2), requests_for(PROBLEMS, GROUP, LIMIT), jax.random.key(0), ANY)
+    sample = engine.make_sampler(DECODER, mesh(), slots=8, chunk=8)
+    chunks = sample(weights(DECODER), requests_for(PROBLEMS, GROUP, LIMIT), jax.random.key(0), ANY)
     assert_same(named([response for chunk in chunks for response in chunk], PROBLEMS), baseline)
     assert chunks.steps % 4 == 0
 

@@ -327,6 +327,13 @@ def test_json_lines_stand_in_the_order_of_the_file(whole, tiny):
             np.testing.assert_allclose(line[name], values, atol=2e-5)
 
 
+def test_drafts_change_no_token(rows, whole, capsys):
+    found = [json.loads(line) for line in printed(
+        capsys, "--prompts", rows, "--json", "--samples", "2", "--draft-tokens", "6",
+        *SETTINGS).splitlines()]
+    assert [line["tokens"] for line in found] == [line["tokens"] for line in whole]
+
+
 def test_blocks_and_json_on_standard_output(rows, whole, capsys):
     lines = [json.loads(line) for line in printed(capsys, "--prompts", rows, "--json",
                                                   *SETTINGS).splitlines()]

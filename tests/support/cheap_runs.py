@@ -11,7 +11,14 @@ from effreason.cli import family
 from effreason.rl import learner
 from effreason.rl.learner import Learner
 from effreason.runs import session
-from effreason.runtime.config import EvaluationConfig, LogConfig, RunConfig
+from effreason.runtime.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    GradeConfig,
+    LogConfig,
+    RunConfig,
+)
 
 BLANK_SVG = '<svg viewBox="0 0 1 1" xmlns="http://www.w3.org/2000/svg"></svg>'
 draw = Figure.savefig
@@ -22,7 +29,9 @@ def share(build, config, *arguments, key):
     """Returns what an earlier run built that compiles the same functions, or builds it."""
     # What these functions do not depend on; alpha is one of their arguments.
     compiled = dataclasses.replace(
-        config, run=RunConfig(), log=LogConfig(),
+        config, run=RunConfig(), log=LogConfig(), checkpoint=CheckpointConfig(),
+        grade=GradeConfig(), data=DataConfig(max_prompt_tokens=config.data.max_prompt_tokens),
+        model=dataclasses.replace(config.model, path="tiny"),
         reward=dataclasses.replace(config.reward, alpha=0.0, target_tokens=None,
                                    max_accuracy_drop=None),
         evaluation=EvaluationConfig(problems=0,

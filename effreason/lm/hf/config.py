@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from effreason.lm.architecture import DecoderConfig, LayerKind
 from effreason.lm.delta import DeltaShape
 from effreason.lm.hf import rotary
-from effreason.lm.hf.families import FAMILIES, WRAPPERS, Family, rotates, unsupported_entry
+from effreason.lm.hf.families import (
+    FAMILIES,
+    STATE_SIZES,
+    WRAPPERS,
+    Family,
+    rotates,
+    unsupported_entry,
+)
 from effreason.lm.hf.rotary import FULL, LINEAR, SLIDING, positive, quote
 from effreason.lm.rope import Rope
 from effreason.runtime.errors import UserError
@@ -113,10 +120,7 @@ def parse_config(table: dict[str, Any], path: Path, *, dtype: str = "float32",
 
     state = None
     if family.has_states:
-        state = DeltaShape(
-            key_heads=entry("linear_num_key_heads"), value_heads=entry("linear_num_value_heads"),
-            key_dim=entry("linear_key_head_dim"), value_dim=entry("linear_value_head_dim"),
-            taps=entry("linear_conv_kernel_dim"))
+        state = DeltaShape(**{ours: entry(name) for name, ours in STATE_SIZES.items()})
         if state.value_heads % state.key_heads:
             raise UserError(f"{path}: linear_num_key_heads must divide linear_num_value_heads, "
                             f"{state.value_heads}, got {state.key_heads}")
@@ -245,8 +249,10 @@ def max_positions(table: dict[str, Any], path: Path) -> int:
 def assumed_sizes(directory: Path, config: DecoderConfig) -> str:
     """Returns which sizes config.json lacks and what they were taken to be, to end a message."""
     table = decoder_table(read_json(directory / "config.json"), directory / "config.json")
-    assumed = ", ".join(f"{name} {getattr(config, ours)}" for name, ours in SIZES.items()
-                        if table.get(name) is None)
+    of_states = {} if config.delta is None else STATE_SIZES
+    assumed = ", ".join(f"{name} {getattr(part, ours)}"
+                        for part, names in ((config, SIZES), (config.delta, of_states))
+                        for name, ours in names.items() if table.get(name) is None)
     return assumed and f"; config.json does not say and is taken to mean {assumed}"
 
 

@@ -74,8 +74,10 @@ def _layers_without_positions(table: Table, layer: int) -> bool:
     return not rotates(table, layer)
 
 
-STATES = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-          "linear_value_head_dim", "linear_conv_kernel_dim")
+# Entries of layers that keep a state, and what they are called in `DeltaShape`.
+STATE_SIZES = {"linear_num_key_heads": "key_heads", "linear_num_value_heads": "value_heads",
+               "linear_key_head_dim": "key_dim", "linear_value_head_dim": "value_dim",
+               "linear_conv_kernel_dim": "taps"}
 EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 _OLMO = {"qk_norm": "all_heads", "norms_input": False, "norms_output": True}
 
@@ -119,7 +121,7 @@ FAMILIES = {
         architecture="Qwen3_5ForCausalLM",
         facts={"qk_norm": "head", "norm_offset": 1.0, "gates_attention": True,
                "copied_prefixes": ("mtp.",)},
-        reads=("attention_bias", "partial_rotary_factor", *STATES),
+        reads=("attention_bias", "partial_rotary_factor", *STATE_SIZES),
         ignores={"attn_output_gate": (True,)}, has_states=True, has_older_rope=False,
         head_dim=256, rotated=0.25),
 }
