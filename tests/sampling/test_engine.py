@@ -564,7 +564,6 @@ def test_a_response_does_not_depend_on_how_often_the_chunk_looks_if_rows_have_en
         baseline, monkeypatch):
     """As on an accelerator: up to three steps more than on a CPU, which draw nothing."""
     monkeypatch.setattr(slots, "steps_between_checks", lambda platform, chunk: 4)
-    monkeypatch.setattr(engine, "make_programs", make_programs)    # not those of other tests
     sample = engine.make_sampler(DECODER, mesh(), slots=8, chunk=8)
     chunks = sample(weights(DECODER), requests_for(PROBLEMS, GROUP, LIMIT), jax.random.key(0), ANY)
     assert_same(named([response for chunk in chunks for response in chunk], PROBLEMS), baseline)

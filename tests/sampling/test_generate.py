@@ -32,7 +32,6 @@ from effreason.lm.hf.pretrained import load_tokenizer, load_weights, open_pretra
 from effreason.runtime.errors import Interrupted, UserError
 from effreason.sampling import engine, generate
 from effreason.sampling.draws import SamplingParams
-from effreason.sampling.slots import make_programs
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 1, 20], [7], [int(token) for token in np.arange(18) % VOCABULARY]]
@@ -112,8 +111,7 @@ def test_all_devices_are_used_where_no_mesh_is_given():
     assert tokens_of(generated(mesh=None)) == tokens_of(generated())
 
 
-def test_a_sampler_of_ones_own_compiles_once(monkeypatch):
-    monkeypatch.setattr(engine, "make_programs", make_programs)    # not those of other tests
+def test_a_sampler_of_ones_own_compiles_once():
     target = mesh()
     started = []
     sampler = engine.make_sampler(QWEN2, target, slots=4, chunk=4)

@@ -5,12 +5,14 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from decoders import QWEN2, VOCABULARY, mesh, place, weights
 
 from effreason.sampling import engine
 from effreason.sampling.draws import SamplingParams
 from effreason.sampling.repetition import RepetitionStopping
 from effreason.sampling.scheduler import make_requests
+from effreason.sampling.slots import make_programs
 from effreason.types import Problem
 
 # One layer: its programs compile in half the time of two. The paths through several layers are
@@ -36,14 +38,16 @@ PROBLEMS = [problem(uid, length) for uid, length in [(31, 1), (7, 2), (2_000_000
                                                      (0, 20)]]
 
 
-# Samplers of different slots and chunks share what they compile.
-engine.make_programs = functools.cache(engine.make_programs)
+shared_programs = functools.cache(make_programs)
 
 
 @functools.cache
 def sampler(shape=(), *, slots=8, chunk=4, **settings):
+    """Samplers of different slots and chunks share what they compile."""
     target = mesh(**dict(shape))
-    return target, engine.make_sampler(DECODER, target, slots=slots, chunk=chunk, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "make_programs", shared_programs)
+        return target, engine.make_sampler(DECODER, target, slots=slots, chunk=chunk, **settings)
 
 
 def requests_for(problems, group_size, max_new_tokens, expected=None):
